@@ -1,0 +1,27 @@
+"""LoDA for PyTorch: adapt any ``nn.Module`` to a stream of tasks without forgetting."""
+
+from backends.torch.adapt import TIMM_QKV, adapt, find_layers, restore
+from backends.torch.gao import AlignedStep, draw_permutation, gradient_aligned_step, plain_step
+from backends.torch.loda import LoDA
+from backends.torch.lora import LoRABranch, LoRALinear
+from backends.torch.moments import MomentCollector, collect_moments
+from backends.torch.record import TaskRecord
+from backends.torch.settings import LoDASettings
+
+__all__ = [
+    "TIMM_QKV",
+    "AlignedStep",
+    "LoDA",
+    "LoDASettings",
+    "LoRABranch",
+    "LoRALinear",
+    "MomentCollector",
+    "TaskRecord",
+    "adapt",
+    "collect_moments",
+    "draw_permutation",
+    "find_layers",
+    "gradient_aligned_step",
+    "plain_step",
+    "restore",
+]

@@ -1,0 +1,130 @@
+"""Find, replace and restore the target layers of any ``nn.Module``."""
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from backends.torch.lora import LoRALinear
+
+Target = str | Sequence[str]
+"""One or several shell-style patterns over module names, such as ``"*.attn.qkv"``."""
+
+TIMM_QKV = "*.attn.qkv"
+
+
+def find_layers(model: nn.Module, target: Target = TIMM_QKV) -> dict[str, nn.Linear | LoRALinear]:
+    """Linear layers (adapted or not) whose dotted names match a pattern.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any module.
+    target : str or sequence of str
+        Patterns; every one must match at least one layer.
+
+    Returns
+    -------
+    dict of str to module
+        In the order of ``named_modules``.
+
+    Raises
+    ------
+    ValueError
+        If a pattern matches no linear layer; the message lists those that exist.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> list(find_layers(model, "*"))
+    ['0', '2']
+    """
+    patterns = [target] if isinstance(target, str) else list(target)
+    linears: dict[str, nn.Linear | LoRALinear] = {}
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name == "" or name.startswith(inside):
+            continue
+        if isinstance(module, LoRALinear):
+            # Its frozen base is a linear layer too, but not one of the model's own.
+            inside = (*inside, f"{name}.")
+        if isinstance(module, (nn.Linear, LoRALinear)):
+            linears[name] = module
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in linears):
+            there = ", ".join(linears) or "none"
+            msg = f"pattern {pattern!r} matches no linear layer; linear layers here: {there}"
+            raise ValueError(msg)
+    return {
+        name: module
+        for name, module in linears.items()
+        if any(fnmatchcase(name, pattern) for pattern in patterns)
+    }
+
+
+def adapt(model: nn.Module, target: Target = TIMM_QKV) -> dict[str, LoRALinear]:
+    """Replace the matching linear layers by :class:`LoRALinear` around them, in place.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any module but a bare ``nn.Linear``.
+    target : str or sequence of str
+        Patterns over module names.
+
+    Returns
+    -------
+    dict of str to LoRALinear
+        The adapted layers, without branches yet, by the names of the layers they replace.
+
+    Raises
+    ------
+    ValueError
+        If a pattern matches nothing, or a layer is adapted already.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+    >>> layers = adapt(model, "0")
+    >>> restore(model, layers)
+    >>> model
+    Sequential(
+      (0): Linear(in_features=2, out_features=3, bias=True)
+      (1): ReLU()
+    )
+    """
+    found = find_layers(model, target)
+    adapted = [name for name, module in found.items() if isinstance(module, LoRALinear)]
+    if adapted:
+        msg = f"layers {adapted} are adapted already; restore the model first"
+        raise ValueError(msg)
+    layers = {
+        name: LoRALinear(module) for name, module in found.items() if isinstance(module, nn.Linear)
+    }
+    _replace(model, {layer.base: layer for layer in layers.values()})
+    return layers
+
+
+def restore(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
+    """Put the original linear layers back, with whatever weights they have now.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The module that :func:`adapt` changed.
+    layers : mapping of str to LoRALinear
+        What :func:`adapt` returned.
+    """
+    _replace(model, {layer: layer.base for layer in layers.values()})
+
+
+def _replace(model: nn.Module, swap: Mapping[nn.Module, nn.Module]) -> None:
+    """Swap modules everywhere they occur; a layer shared by two parents stays shared."""
+    for parent in list(model.modules()):
+        if parent in swap or any(parent is new for new in swap.values()):
+            continue
+        for name, child in list(parent.named_children()):
+            if child in swap:
+                setattr(parent, name, swap[child])

@@ -1,0 +1,218 @@
+"""The gradient-aligned step, for any model, loss and optimiser (LoDA, Section 3.3)."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from loda_math import class_split, lookahead
+
+RowsLoss = Callable[[Tensor], Tensor]
+"""Mean loss over the rows of the mini-batch whose indices it is given."""
+
+
+class AlignedStep(NamedTuple):
+    """What a gradient-aligned step did.
+
+    Attributes
+    ----------
+    loss : Tensor, 0-d
+        Mean loss over the rows, at the parameters where gradients for the optimiser were taken;
+        detached, on the device.
+    steps : int
+        Optimiser steps taken: 2, or 1 for a mini-batch of one class, fewer if gradients that were
+        not finite were skipped.
+    """
+
+    loss: Tensor
+    steps: int
+
+
+def gradient_aligned_step(
+    loss: RowsLoss,
+    labels: Tensor,
+    optimizer: Optimizer,
+    perturbed: Sequence[Tensor],
+    *,
+    radius: float,
+    permutation: Tensor,
+    backward: Callable[[Tensor], None] | None = None,
+    skip_nonfinite: bool = False,
+) -> AlignedStep:
+    r"""Two optimiser steps on two class-disjoint halves, each at parameters moved for the other.
+
+    For (source, target) = (half 1, half 2) and then (half 2, half 1): with ĝ the gradient of the
+    loss on the source over the perturbed tensors, move them to
+    :math:`\tilde\theta = \theta - \rho\, \hat g / \|\hat g\|` (each tensor normalised by itself),
+    step with the gradient on the target while :math:`\tilde\theta` is in place, then take the
+    shift off again. To first order a step raises the inner product of the two gradients where they
+    agree. Tensors of the optimiser that are not perturbed (a classifier head) take part in the
+    step only.
+
+    Parameters
+    ----------
+    loss : callable
+        ``loss(rows)``: mean loss over those rows of the mini-batch, a scalar tensor. ``rows`` is
+        an int64 tensor on the device of ``labels``.
+    labels : Tensor, shape (N,)
+        Classes of the mini-batch; keep them on the CPU to save a synchronisation.
+    optimizer : Optimizer
+        Steps twice (once if the mini-batch has a single class).
+    perturbed : sequence of Tensor
+        The tensors θ that are moved: the LoRA tensors that are trained.
+    radius : float
+        Length of the shift, ρ·u, at least 0.
+    permutation : Tensor, shape (k,)
+        The classes present, in random order; the first ``max(1, k // 2)`` form half 1.
+    backward : callable, optional
+        Replaces ``Tensor.backward`` (``accelerator.backward``, say).
+    skip_nonfinite : bool, default False
+        Check each gradient (one read of the device) and take no step with one that is not
+        finite; the parameters are then put back bit for bit.
+
+    Returns
+    -------
+    AlignedStep
+
+    Raises
+    ------
+    ValueError
+        If the radius is negative, nothing is perturbed, or the permutation does not hold every
+        class of the mini-batch once.
+
+    Notes
+    -----
+    Weight decay sees :math:`\tilde\theta`, as in the published code. If ``loss`` or the optimiser
+    raises, the parameters are put back bit for bit before the error goes on.
+
+    Examples
+    --------
+    >>> import torch
+    >>> w = torch.nn.Parameter(torch.zeros(2))
+    >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1])
+    >>> step = gradient_aligned_step(
+    ...     lambda rows: ((x[rows] @ w - 1) ** 2).mean(), y, torch.optim.SGD([w], lr=0.1), [w],
+    ...     radius=0.1, permutation=torch.tensor([1, 0]))
+    >>> step.steps, w.detach()
+    (2, tensor([0.2000, 0.2000]))
+    """
+    perturbed = list(perturbed)
+    if not perturbed:
+        msg = "nothing to perturb: pass the LoRA tensors that are trained"
+        raise ValueError(msg)
+    halves = [mask.nonzero().flatten() for mask in class_split(labels, permutation)]
+    backward = backward or _backward
+    if min(half.numel() for half in halves) == 0:
+        rows = torch.arange(labels.shape[0], device=labels.device)
+        value, stepped = _plain_step(loss, rows, optimizer, backward, skip_nonfinite)
+        return AlignedStep(value, int(stepped))
+    losses, steps = [], 0
+    for source, goal in (halves, halves[::-1]):
+        gradients = torch.autograd.grad(loss(source), perturbed, allow_unused=True)
+        home = [p.detach().clone() for p in perturbed]
+        moved = lookahead(
+            home,
+            [torch.zeros_like(p) if g is None else g for p, g in zip(home, gradients, strict=True)],
+            radius,
+        )
+        stepped = False
+        try:
+            _copy(perturbed, moved)
+            value, stepped = _plain_step(loss, goal, optimizer, backward, skip_nonfinite)
+        finally:
+            if not stepped:
+                _copy(perturbed, home)
+        if stepped:
+            _add(perturbed, [a - b for a, b in zip(home, moved, strict=True)])
+        losses.append(value * (goal.numel() / labels.shape[0]))
+        steps += int(stepped)
+    return AlignedStep(losses[0] + losses[1], steps)
+
+
+def plain_step(
+    loss: RowsLoss,
+    labels: Tensor,
+    optimizer: Optimizer,
+    *,
+    backward: Callable[[Tensor], None] | None = None,
+    skip_nonfinite: bool = False,
+) -> AlignedStep:
+    """One ordinary optimiser step on the whole mini-batch, with the same interface.
+
+    Parameters
+    ----------
+    loss, labels, optimizer, backward, skip_nonfinite
+        As in :func:`gradient_aligned_step`.
+
+    Returns
+    -------
+    AlignedStep
+    """
+    rows = torch.arange(labels.shape[0], device=labels.device)
+    value, stepped = _plain_step(loss, rows, optimizer, backward or _backward, skip_nonfinite)
+    return AlignedStep(value, int(stepped))
+
+
+def draw_permutation(labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """The classes of a mini-batch in random order, on the CPU.
+
+    Parameters
+    ----------
+    labels : Tensor, shape (N,)
+        Classes of the mini-batch.
+    generator : torch.Generator, optional
+        A CPU generator; the global one by default.
+
+    Returns
+    -------
+    Tensor, shape (k,)
+
+    Examples
+    --------
+    >>> import torch
+    >>> sorted(draw_permutation(torch.tensor([4, 4, 2])).tolist())
+    [2, 4]
+    """
+    classes: Tensor = labels.cpu().unique()  # type: ignore[no-untyped-call]
+    return classes[torch.randperm(classes.numel(), generator=generator)]
+
+
+def _plain_step(
+    loss: RowsLoss,
+    rows: Tensor,
+    optimizer: Optimizer,
+    backward: Callable[[Tensor], None],
+    skip_nonfinite: bool,
+) -> tuple[Tensor, bool]:
+    optimizer.zero_grad(set_to_none=True)
+    value = loss(rows)
+    backward(value)
+    if skip_nonfinite and not _gradients_finite(optimizer):
+        optimizer.zero_grad(set_to_none=True)
+        return value.detach(), False
+    optimizer.step()
+    return value.detach(), True
+
+
+def _backward(value: Tensor) -> None:
+    value.backward()  # type: ignore[no-untyped-call]
+
+
+def _gradients_finite(optimizer: Optimizer) -> bool:
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    flags = [g.isfinite().all() for g in gradients if g is not None]
+    return not flags or bool(torch.stack(flags).all())
+
+
+@torch.no_grad()
+def _copy(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
+
+
+@torch.no_grad()
+def _add(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.add_(value)

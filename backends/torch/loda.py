@@ -1,0 +1,355 @@
+"""LoDA over a model: adapt it to one task after another without keeping old data."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from backends.torch.adapt import adapt, find_layers, restore
+from backends.torch.gao import AlignedStep, RowsLoss, draw_permutation, gradient_aligned_step
+from backends.torch.lora import LoRALinear
+from backends.torch.moments import Forward, collect_moments, default_forward
+from backends.torch.record import TaskRecord
+from backends.torch.settings import LoDASettings
+from backends.torch.solve import Bases, solve_bases, solve_recalibration
+
+
+class LoDA:
+    """Low-rank decomposition and adaptation of a model to a stream of tasks.
+
+    Between tasks the model has its original modules, parameter names and size. During a task its
+    target layers carry the branches, and every other parameter is frozen.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any module with linear layers; adapted in place.
+    settings : LoDASettings, optional
+        Rank, branches, recalibration and the layers to adapt.
+    trainable : sequence of str
+        Patterns over names of the model's own parameters that stay trainable during a task (the
+        classifier, if it is part of the model).
+    forward : callable, optional
+        ``forward(model, batch)`` for the passes that collect moments; by default the model is
+        called on the batch, or on the first element of a tuple.
+
+    Attributes
+    ----------
+    history : dict of str to Tensor, shape (D, D)
+        Sum of the mean second moments of past tasks by layer; empty before the first.
+    tasks : int
+        Tasks completed.
+    layers : dict of str to LoRALinear
+        The adapted layers during a task; empty between tasks.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    >>> x, y = torch.randn(32, 8), torch.randint(4, (32,))
+    >>> loda = LoDA(model, LoDASettings(target="0", rank=2))
+    >>> for task in range(2):
+    ...     loda.begin_task([x])
+    ...     optimizer = torch.optim.SGD(loda.trainable_parameters(), lr=0.1)
+    ...     loss = lambda rows: nn.functional.cross_entropy(model(x[rows]), y[rows])
+    ...     step = loda.step(loss, y, optimizer, radius=0.1)
+    ...     record = loda.end_task([x])
+    >>> loda.tasks, model[0]
+    (2, Linear(in_features=8, out_features=8, bias=True))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: LoDASettings | None = None,
+        *,
+        trainable: Sequence[str] = (),
+        forward: Forward = default_forward,
+    ) -> None:
+        self.model = model
+        self.settings = settings or LoDASettings()
+        self.trainable = tuple(trainable)
+        self.forward = forward
+        self.history: dict[str, Tensor] = {}
+        self.tasks = 0
+        self.layers: dict[str, LoRALinear] = {}
+        self._new: dict[str, Tensor] = {}
+        self._required_grad: dict[nn.Parameter, bool] = {}
+        narrow = {
+            name: layer.in_features
+            for name, layer in find_layers(model, self.settings.target).items()
+            if layer.in_features < self.settings.rank
+        }
+        if narrow:
+            msg = f"rank {self.settings.rank} is above the input size of some layers: {narrow}"
+            raise ValueError(msg)
+
+    def begin_task(
+        self,
+        batches: Iterable[Any],
+        *,
+        bases: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        """Choose the input directions of the branches and put the branches in place.
+
+        Parameters
+        ----------
+        batches : iterable
+            The task's training inputs, walked once to collect second moments.
+        bases : mapping of str to mapping of str to Tensor, shape (D, r), optional
+            Bases by layer and branch to use instead of solving for them.
+
+        Raises
+        ------
+        RuntimeError
+            If a task is open already.
+        ValueError
+            If there is no batch, inputs are not finite, or injected bases do not fit.
+        """
+        self._require_open(False)
+        moments = collect_moments(self.model, batches, self.settings.target, forward=self.forward)
+        self._new = {name: m.mean for name, m in moments.items()}
+        if bases is None:
+            solved = solve_bases(self.settings, self._new, self.history or None)
+        else:
+            solved = self._injected(bases)
+        self._attach()
+        for name, layer in self.layers.items():
+            for branch, basis in solved[name].items():
+                layer.add_branch(
+                    branch,
+                    basis.mT * self.settings.down_scale,
+                    scale=self.settings.weight(branch),
+                    train_down=self.tasks == 0,
+                )
+
+    def lora_parameters(self) -> list[nn.Parameter]:
+        """The tensors of the branches that are trained in the open task."""
+        self._require_open(True)
+        return [p for layer in self.layers.values() for p in layer.parameters() if p.requires_grad]
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Everything of the model that is trained in the open task."""
+        self._require_open(True)
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def step(
+        self,
+        loss: RowsLoss,
+        labels: Tensor,
+        optimizer: Optimizer,
+        *,
+        radius: float,
+        permutation: Tensor | None = None,
+        draw: float | None = None,
+        generator: torch.Generator | None = None,
+        backward: Callable[[Tensor], None] | None = None,
+        skip_nonfinite: bool = False,
+    ) -> AlignedStep:
+        """One mini-batch of gradient-aligned optimisation over the branches.
+
+        Parameters
+        ----------
+        loss, labels, optimizer, backward, skip_nonfinite
+            As in :func:`gradient_aligned_step`.
+        radius : float
+            Largest radius ρ.
+        permutation : Tensor, optional
+            Classes in random order; drawn if not given.
+        draw : float, optional
+            u in [0, 1), the share of the radius for this mini-batch; drawn if not given.
+        generator : torch.Generator, optional
+            CPU generator of what is drawn.
+
+        Returns
+        -------
+        AlignedStep
+        """
+        if permutation is None:
+            permutation = draw_permutation(labels, generator).to(labels.device)
+        if draw is None:
+            draw = float(torch.rand((), generator=generator))
+        return gradient_aligned_step(
+            loss,
+            labels,
+            optimizer,
+            self.lora_parameters(),
+            radius=radius * draw,
+            permutation=permutation,
+            backward=backward,
+            skip_nonfinite=skip_nonfinite,
+        )
+
+    @torch.no_grad()
+    def end_task(self, batches: Iterable[Any]) -> TaskRecord:
+        """Recalibrate, merge, restore the model and add the task to the history.
+
+        Parameters
+        ----------
+        batches : iterable
+            The task's training inputs. Walked up to twice (through the trained and through the
+            merged model), so not an iterator that is used up after one pass.
+
+        Returns
+        -------
+        TaskRecord
+            Moments, branches and coefficients of the task, by layer.
+
+        Raises
+        ------
+        RuntimeError
+            If no task is open.
+        ValueError, FloatingPointError
+            If there is no batch, or moments or merged weights are not finite. The task then stays
+            open and the weights are as before the call.
+        """
+        self._require_open(True)
+        first = self.tasks == 0
+        passes = self.settings.history
+        form = None if first or "general" not in self.settings.names(first) else self.settings.form
+        trained: dict[str, Tensor] = {}
+        if form is not None or passes in ("trained", "both"):
+            trained = self._pass(batches)
+        coefficients: dict[str, Tensor] = {}
+        if form is not None:
+            factors = {
+                name: (layer.branch("general").up, layer.branch("general").down)
+                for name, layer in self.layers.items()
+            }
+            coefficients = solve_recalibration(
+                form, self.settings.gamma, factors, trained, self.history
+            )
+        merged: dict[str, Tensor] = {}
+        try:
+            for name, layer in self.layers.items():
+                layer.merge({"general": coefficients[name]} if name in coefficients else None)
+            if passes in ("merged", "both"):
+                merged = self._pass(batches)
+        except BaseException:
+            for layer in self.layers.values():
+                if layer.merged:
+                    layer.unmerge()
+            raise
+        record = TaskRecord.of(self.layers, self._new, trained, merged, coefficients)
+        entering = [m for m in (trained, merged) if m and self._enters(m is merged)]
+        for moments in entering:
+            for name, moment in moments.items():
+                self.history[name] = self.history[name] + moment if name in self.history else moment
+        self._detach()
+        self.tasks += 1
+        return record
+
+    def abandon_task(self) -> None:
+        """Drop the branches of the open task and restore the model as it was before it."""
+        self._require_open(True)
+        self._detach()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Flat state: tasks done, the history, and the branches of an open task.
+
+        The model's own weights are not in it; save them beside it.
+        """
+        state = {"tasks": torch.tensor(self.tasks)}
+        state.update({f"history/{name}": moment for name, moment in self.history.items()})
+        for name, layer in self.layers.items():
+            state[f"new/{name}"] = self._new[name]
+            for branch in layer.branches:
+                state[f"down/{branch}/{name}"] = layer.branch(branch).down.detach()
+                state[f"up/{branch}/{name}"] = layer.branch(branch).up.detach()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a state made by :meth:`state_dict` under the same settings.
+
+        Parameters
+        ----------
+        state : mapping of str to Tensor
+            Copied to the device of the model.
+
+        Raises
+        ------
+        RuntimeError
+            If a task is open.
+        ValueError
+            If the state belongs to other layers.
+        """
+        self._require_open(False)
+        found = find_layers(self.model, self.settings.target)
+        parts: dict[str, dict[str, Tensor]] = {}
+        for key, value in state.items():
+            kind, _, name = key.rpartition("/")
+            parts.setdefault(kind, {})[name] = value
+        tasks = int(parts.pop("", {}).get("tasks", torch.tensor(-1)))
+        strangers = {n for part in parts.values() for n in part} ^ set(found) if parts else set()
+        if tasks < 0 or strangers:
+            msg = (
+                f"the state does not belong to this model and target: layers in only one of them "
+                f"are {sorted(strangers)}, tasks done {tasks if tasks >= 0 else 'missing'}"
+            )
+            raise ValueError(msg)
+        self.tasks = tasks
+        self.history = {
+            name: moment.to(found[name].weight.device, copy=True)
+            for name, moment in parts.pop("history", {}).items()
+        }
+        if "new" not in parts:
+            return
+        self._new = parts.pop("new")
+        self._attach()
+        for name, layer in self.layers.items():
+            for branch in self.settings.names(self.tasks == 0):
+                layer.add_branch(
+                    branch,
+                    parts[f"down/{branch}"][name],
+                    up=parts[f"up/{branch}"][name],
+                    scale=self.settings.weight(branch),
+                    train_down=self.tasks == 0,
+                )
+
+    def _attach(self) -> None:
+        self._required_grad = {p: p.requires_grad for p in self.model.parameters()}
+        for name, parameter in self.model.named_parameters():
+            wanted = any(fnmatchcase(name, pattern) for pattern in self.trainable)
+            parameter.requires_grad_(wanted and parameter.requires_grad)
+        self.layers = adapt(self.model, self.settings.target)
+
+    def _detach(self) -> None:
+        restore(self.model, self.layers)
+        for parameter, required in self._required_grad.items():
+            parameter.requires_grad_(required)
+        self.layers, self._new, self._required_grad = {}, {}, {}
+
+    def _pass(self, batches: Iterable[Any]) -> dict[str, Tensor]:
+        moments = collect_moments(self.model, batches, self.settings.target, forward=self.forward)
+        return {name: m.mean for name, m in moments.items()}
+
+    def _enters(self, is_merged: bool) -> bool:
+        return self.settings.history in ("both", "merged" if is_merged else "trained")
+
+    def _injected(self, bases: Mapping[str, Mapping[str, Tensor]]) -> Bases:
+        branches = self.settings.names(self.tasks == 0)
+        if set(bases) != set(self._new):
+            msg = f"bases must name the layers {sorted(self._new)}, got {sorted(bases)}"
+            raise ValueError(msg)
+        for name, given in bases.items():
+            size = int(self._new[name].shape[-1])
+            shapes = {branch: tuple(basis.shape) for branch, basis in given.items()}
+            wanted = dict.fromkeys(branches, (size, self.settings.rank))
+            if shapes != wanted:
+                msg = f"bases of layer {name!r} must have shapes {wanted}, got {shapes}"
+                raise ValueError(msg)
+        return {name: dict(given) for name, given in bases.items()}
+
+    def _require_open(self, wanted: bool) -> None:
+        if bool(self.layers) != wanted:
+            msg = (
+                "no task is open: call begin_task first"
+                if wanted
+                else "a task is open already: call end_task (or abandon_task) first"
+            )
+            raise RuntimeError(msg)

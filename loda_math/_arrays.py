@@ -1,0 +1,184 @@
+"""The one door to the array libraries: namespaces, dtypes, and the small linear algebra on top.
+
+No array library is imported here; ``array_api_compat`` finds the one that an argument belongs to.
+"""
+
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import array_api_compat as compat
+
+Array = Any
+"""Any array of a library that follows the Python array API standard."""
+
+Namespace = Any
+
+
+def namespace(**arrays: Array) -> Namespace:
+    """Array namespace shared by the given arguments, which errors call by their names."""
+    for name, x in arrays.items():
+        if not compat.is_array_api_obj(x):
+            hint = "; pass its .mean" if hasattr(x, "total") else ""
+            msg = (
+                f"{name} must be an array of a library that follows the array API standard, got "
+                f"{type(x).__name__}{hint}"
+            )
+            raise TypeError(msg)
+    libraries = {name: type(x).__module__.partition(".")[0] for name, x in arrays.items()}
+    try:
+        return compat.array_namespace(*arrays.values())
+    except TypeError as error:
+        msg = f"all arguments must be arrays of one library, got {libraries}"
+        raise TypeError(msg) from error
+
+
+def widest(xp: Namespace, x: Array) -> Any:
+    """Widest real floating dtype that the library offers on the device of ``x``."""
+    info = xp.__array_namespace_info__()
+    try:
+        known = info.dtypes(device=compat.device(x), kind="real floating")
+    except (TypeError, ValueError, AttributeError):
+        # Tracers may have no device of their own; the default device then decides.
+        known = info.dtypes(kind="real floating")
+    return known.get("float64", xp.float32)
+
+
+def at_least_single(xp: Namespace, x: Array) -> Array:
+    """``x``, with half precision cast up to float32: products of halves are not trustworthy."""
+    return xp.astype(x, xp.float32) if xp.finfo(x.dtype).bits < 32 else x
+
+
+def result_dtype(xp: Namespace, *arrays: Array | None) -> Any:
+    """Dtype that the given arrays promote to; the dtype in which results are returned."""
+    return xp.result_type(*(a.dtype for a in arrays if a is not None))
+
+
+def coarsest_eps(xp: Namespace, *arrays: Array | None) -> float:
+    """Largest machine epsilon among the arrays: what their entries can be trusted to."""
+    return max(float(xp.finfo(a.dtype).eps) for a in arrays if a is not None)
+
+
+def rounding_share(xp: Namespace, size: int, *arrays: Array | None) -> float:
+    """Share of the largest eigenvalue below which the eigenvalues of the arrays are rounding."""
+    # The cap is for half precision, where size·eps exceeds one and would take everything.
+    return min(size * coarsest_eps(xp, *arrays), 0.1)
+
+
+def widen(xp: Namespace, *arrays: Array) -> tuple[Array, ...]:
+    """The arrays in the widest real dtype of their library."""
+    dtype = widest(xp, arrays[0])
+    return tuple(xp.astype(a, dtype) for a in arrays)
+
+
+def is_concrete(*arrays: Array | None) -> bool:
+    """Whether the values can be read now: false under tracing and for deferred arrays."""
+    jax = sys.modules.get("jax")
+    torch = sys.modules.get("torch")
+    for x in arrays:
+        if x is None:
+            continue
+        if compat.is_dask_array(x):
+            return False
+        if jax is not None and isinstance(x, jax.core.Tracer):
+            return False
+        if torch is not None and isinstance(x, torch.Tensor) and _is_traced(torch, x):
+            return False
+    return True
+
+
+def _is_traced(torch: Any, x: Array) -> bool:
+    """Whether a torch tensor stands for values that come later: compiled, exported, batched."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_meta:
+        return True
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return True
+    if torch._guards.detect_fake_mode((x,)) is not None:
+        return True
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    return proxies is not None and proxies.get_proxy_mode() is not None
+
+
+def full_precision(x: Array) -> AbstractContextManager[Any]:
+    """Context in which products of ``x`` keep its precision: torch's autocast would halve it."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(x, torch.Tensor):
+        return nullcontext()
+    if not torch.amp.is_autocast_available(x.device.type):
+        return nullcontext()
+    autocast: AbstractContextManager[Any] = torch.autocast(x.device.type, enabled=False)
+    return autocast
+
+
+def eye_like(xp: Namespace, x: Array, size: int) -> Array:
+    """Identity of the given size with the dtype and device of ``x``."""
+    return xp.eye(size, dtype=x.dtype, device=compat.device(x))
+
+
+def symmetrise(x: Array) -> Array:
+    """Symmetric part: libraries read different triangles of a nearly symmetric matrix."""
+    return 0.5 * (x + x.mT)
+
+
+def trace(xp: Namespace, x: Array) -> Array:
+    """Trace over the last two axes, kept as two axes of length one."""
+    return xp.linalg.trace(x)[..., None, None]
+
+
+def safe_divide(xp: Namespace, a: Array, b: Array, otherwise: float = 0.0) -> Array:
+    """``a / b``, and ``otherwise`` where ``b`` is zero; no warning on the way."""
+    dead = b == 0
+    return xp.where(dead, xp.full_like(a, otherwise), a / xp.where(dead, xp.ones_like(b), b))
+
+
+def descending_eigh(xp: Namespace, x: Array) -> tuple[Array, Array]:
+    """Eigenvalues from largest to smallest, and eigenvectors, of a symmetric matrix."""
+    values, vectors = xp.linalg.eigh(symmetrise(x))
+    # The standard leaves the order open, so it is set here.
+    order = xp.argsort(values, axis=-1, descending=True)
+    values = xp.take_along_axis(values, order, axis=-1)
+    return values, xp.take_along_axis(vectors, order[..., None, :], axis=-1)
+
+
+def lower_cholesky(xp: Namespace, x: Array, name: str) -> Array:
+    """Lower Cholesky factor; a failure is reported in terms of the argument it came from."""
+    try:
+        return xp.linalg.cholesky(symmetrise(x))
+    except Exception as error:
+        msg = (
+            f"{name} is not positive semi-definite to working precision: it has eigenvalues below "
+            f"-ridge/D of its trace. Accumulate it with second_moment (float32 or wider tokens), "
+            f"or raise ridge."
+        )
+        raise ValueError(msg) from error
+
+
+def semidefinite_solve(xp: Namespace, matrix: Array, rhs: Array, dust: float) -> Array:
+    """Solve a consistent positive semi-definite system; directions in its kernel get 0."""
+    # Unit diagonal first: unknowns may differ in size by orders of magnitude.
+    scale = xp.sqrt(xp.clip(xp.linalg.diagonal(matrix), 0.0, None))
+    shrink = safe_divide(xp, xp.ones_like(scale), scale)
+    values, vectors = descending_eigh(xp, matrix * shrink[..., :, None] * shrink[..., None, :])
+    alive = values > dust * values[..., :1]
+    inverse = xp.where(alive, 1 / xp.where(alive, values, xp.ones_like(values)), 0 * values)
+    part = vectors.mT @ (rhs * shrink)[..., None]
+    return (vectors @ (inverse[..., None] * part))[..., 0] * shrink
+
+
+def fix_signs(xp: Namespace, basis: Array) -> Array:
+    """Flip columns so that the entry of largest magnitude is positive."""
+    top = xp.max(basis, axis=-2, keepdims=True)
+    bottom = xp.min(basis, axis=-2, keepdims=True)
+    return xp.where(top < -bottom, -basis, basis)
+
+
+def total_inner(xp: Namespace, a: Sequence[Array], b: Sequence[Array]) -> Array:
+    """Inner product over two lists of arrays, summed in float32 or wider."""
+    parts = [
+        xp.sum(at_least_single(xp, x) * at_least_single(xp, y)) for x, y in zip(a, b, strict=True)
+    ]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total

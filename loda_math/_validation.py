@@ -1,0 +1,124 @@
+"""Checks at the boundary: shapes, dtypes and scalars always, values only where they can be read."""
+
+import math
+from typing import Any
+
+import array_api_compat as compat
+
+from loda_math._arrays import Array, Namespace, is_concrete
+
+# Relative asymmetry that a Gram matrix formed in single precision stays well below.
+SYMMETRY_TOLERANCE = 1e-4
+
+
+def check_real(xp: Namespace, **arrays: Array | None) -> None:
+    """Refuse arrays that are not real floating point."""
+    for name, x in arrays.items():
+        if x is not None and not xp.isdtype(x.dtype, "real floating"):
+            msg = f"{name} must be real floating point, got dtype {x.dtype}; cast it first"
+            raise TypeError(msg)
+
+
+def check_square(**moments: Array | None) -> int:
+    """Refuse moments that are not square, or not all of one shape; returns their size D."""
+    present = {name: m for name, m in moments.items() if m is not None}
+    for name, m in present.items():
+        if m.ndim < 2 or m.shape[-1] != m.shape[-2] or m.shape[-1] == 0:
+            msg = f"{name} must be square, of shape (..., D, D) with D > 0, got {tuple(m.shape)}"
+            raise ValueError(msg)
+    shapes = {name: tuple(m.shape) for name, m in present.items()}
+    if len(set(shapes.values())) > 1:
+        msg = f"moments must have one shape, got {shapes}"
+        raise ValueError(msg)
+    return int(next(iter(shapes.values()))[-1])
+
+
+def check_columns(name: str, matrix: Array, size: int) -> None:
+    """Refuse a matrix whose last axis is not the D of the moments."""
+    shape = tuple(matrix.shape)
+    if len(shape) < 2 or shape[-1] != size or shape[-2] == 0:
+        msg = f"{name} must have shape (..., r, {size}), r > 0, to match the moments, got {shape}"
+        raise ValueError(msg)
+
+
+def check_rows(name: str, matrix: Array, size: int) -> None:
+    """Refuse a matrix whose second to last axis is not the D of the moments."""
+    shape = tuple(matrix.shape)
+    if len(shape) < 2 or shape[-2] != size:
+        msg = f"{name} must have shape (..., {size}, r) to match the moments, got {shape}"
+        raise ValueError(msg)
+
+
+def check_rank(rank: int, size: int) -> None:
+    """Refuse a rank that is no integer from 1 to D."""
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        msg = f"rank must be a Python int, got {type(rank).__name__}"
+        raise TypeError(msg)
+    if not 1 <= rank <= size:
+        msg = f"rank must be from 1 to D = {size}, got {rank}"
+        raise ValueError(msg)
+
+
+def check_scalar(name: str, value: Any, *, positive: bool = False) -> None:
+    """Refuse a number that is negative (or zero), infinite or NaN; 0-d arrays pass unread."""
+    if compat.is_array_api_obj(value):
+        if tuple(value.shape) != ():
+            msg = f"{name} must be one number, got an array of shape {tuple(value.shape)}"
+            raise ValueError(msg)
+        if not compat.is_numpy_array(value):
+            return
+        value = value.item()  # NumPy scalars are numbers, and cost nothing to read
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        msg = f"{name} must be a real number, got {type(value).__name__}"
+        raise TypeError(msg)
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        rule = "positive" if positive else "at least 0"
+        msg = f"{name} must be finite and {rule}, got {value}"
+        raise ValueError(msg)
+
+
+def check_values(
+    xp: Namespace,
+    finite: dict[str, Array | None] | None = None,
+    symmetric: dict[str, Array | None] | None = None,
+) -> None:
+    """Refuse NaN, infinity and (for moments) asymmetry, with a single read of one scalar.
+
+    Nothing is read while a compiler traces the call or for arrays whose values are deferred.
+    """
+    groups = [(finite or {}, False), (symmetric or {}, True)]
+    present = [
+        (name, x, even) for group, even in groups for name, x in group.items() if x is not None
+    ]
+    present = [entry for entry in present if 0 not in entry[1].shape]
+    if not present or not is_concrete(*(x for _, x, _ in present)):
+        return
+    code: Any = 0
+    for place, (_, x, even) in enumerate(present):
+        code = code + _fault(xp, x, even) * 3**place
+    found = int(code)
+    for name, _, _ in present:
+        found, fault = divmod(found, 3)
+        if fault == 1:
+            msg = (
+                f"{name} holds NaN or infinite values (or overflowed on the way); find where they "
+                f"enter, or cast half precision up first"
+            )
+            raise ValueError(msg)
+        if fault == 2:
+            msg = f"{name} must be symmetric: it differs from its transpose; pass XᵀX / N"
+            raise ValueError(msg)
+
+
+def _fault(xp: Namespace, x: Array, symmetric: bool) -> Array:
+    """0 for sound values, 1 for values that are not finite, 2 for an asymmetric matrix."""
+    finite = xp.isfinite(x)
+    one = xp.astype(xp.all(finite), xp.int32)
+    fault = 1 - one
+    if symmetric:
+        x = xp.where(finite, x, xp.zeros_like(x))  # infinity minus itself would warn
+        tolerance = max(SYMMETRY_TOLERANCE, 8 * float(xp.finfo(x.dtype).eps))
+        gap = xp.max(xp.abs(x - x.mT), axis=(-2, -1))
+        uneven = xp.any(gap > tolerance * xp.max(xp.abs(x), axis=(-2, -1)))
+        fault = fault + 2 * one * xp.astype(uneven, xp.int32)
+    return fault

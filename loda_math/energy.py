@@ -1,0 +1,240 @@
+"""Energy of a subspace, and what it says about one step of training (LoDA, Theorem 2.1)."""
+
+from typing import NamedTuple
+
+from loda_math._arrays import Array, Namespace, namespace, result_dtype, safe_divide, widen
+from loda_math._validation import check_real, check_rows, check_scalar, check_square, check_values
+
+
+class FirstOrderUpdate(NamedTuple):
+    """What one gradient step on an up-projection does to first order.
+
+    Attributes
+    ----------
+    output : array, shape (..., N, O)
+        Change of the layer's output.
+    loss : array, shape (...)
+        First-order change of the loss; never positive.
+    bound : array, shape (...)
+        Upper bound on ``-loss``.
+    """
+
+    output: Array
+    loss: Array
+    bound: Array
+
+
+def projection_energy(basis: Array, moment: Array, /) -> Array:
+    r"""Energy that a subspace carries, :math:`E(U; S) = \operatorname{tr}(U^\top S U)`.
+
+    Parameters
+    ----------
+    basis : array, shape (..., D, r)
+        Orthonormal columns (zero columns carry nothing).
+    moment : array, shape (..., D, D)
+        Second moment, symmetric.
+
+    Returns
+    -------
+    array, shape (...)
+        In units of the moment (squared activations).
+
+    Raises
+    ------
+    TypeError
+        If an argument is not a real floating-point array.
+    ValueError
+        If the shapes do not match, or values are not finite or the moment is not symmetric.
+
+    Notes
+    -----
+    LoDA, arXiv:2603.00191, Section 3.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> float(projection_energy(np.eye(3)[:, :2], np.diag([4.0, 2.0, 1.0])))
+    6.0
+    """
+    xp = _checked(basis, moment)
+    u, s = widen(xp, basis, moment)
+    return xp.astype(_energy(xp, u, s), result_dtype(xp, basis, moment))
+
+
+def relative_energy(basis: Array, moment: Array, /) -> Array:
+    r"""Share of all energy in a subspace, :math:`e(U; S) = E(U; S) / \operatorname{tr} S`.
+
+    Parameters
+    ----------
+    basis : array, shape (..., D, r)
+        Orthonormal columns.
+    moment : array, shape (..., D, D)
+        Second moment, symmetric.
+
+    Returns
+    -------
+    array, shape (...)
+        Between 0 and 1; 0 for a zero moment.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in :func:`projection_energy`.
+
+    Notes
+    -----
+    LoDA, arXiv:2603.00191, Section 3.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> float(relative_energy(np.eye(4)[:, :1], np.eye(4)))
+    0.25
+    """
+    xp = _checked(basis, moment)
+    u, s = widen(xp, basis, moment)
+    return xp.astype(_relative(xp, u, s), result_dtype(xp, basis, moment))
+
+
+def energy_ratio(basis: Array, new: Array, old: Array, /) -> Array:
+    r"""Relative energy on the new task over that on the old, :math:`e(U; S_{new}) / e(U; S_{old})`.
+
+    About 1 for directions that old and new tasks use alike; large for directions that only the
+    new task uses.
+
+    Parameters
+    ----------
+    basis : array, shape (..., D, r)
+        Orthonormal columns.
+    new, old : array, shape (..., D, D)
+        Second moments, symmetric.
+
+    Returns
+    -------
+    array, shape (...)
+        Infinite where the basis carries energy of the new task alone, NaN where of neither.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in :func:`projection_energy`.
+
+    Notes
+    -----
+    LoDA, arXiv:2603.00191, Section 3 and Figure 2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> float(energy_ratio(np.eye(2)[:, :1], np.diag([3.0, 1.0]), np.diag([1.0, 3.0])))
+    3.0
+    """
+    xp = namespace(basis=basis, new=new, old=old)
+    check_real(xp, basis=basis, new=new, old=old)
+    check_rows("basis", basis, check_square(new=new, old=old))
+    check_values(xp, {"basis": basis}, {"new": new, "old": old})
+    u, n, o = widen(xp, basis, new, old)
+    top, bottom = _relative(xp, u, n), _relative(xp, u, o)
+    nothing = xp.where(top > 0, xp.full_like(top, float("inf")), xp.full_like(top, float("nan")))
+    ratio = xp.where(bottom > 0, safe_divide(xp, top, bottom), nothing)
+    return xp.astype(ratio, result_dtype(xp, basis, new, old))
+
+
+def first_order_update(
+    tokens: Array, down: Array, grad_output: Array, step: float, /
+) -> FirstOrderUpdate:
+    r"""Effect of one gradient step on the up-projection, to first order (Theorem 2.1).
+
+    For :math:`Y = X (W + B A)^\top` and :math:`g = \partial L / \partial Y`, a step of size
+    :math:`\eta` on B changes the output by :math:`\Delta Y = -\eta X A^\top A X^\top g` and the
+    loss by :math:`\langle g, \Delta Y\rangle = -\eta \|g^\top X A^\top\|_F^2`, at most
+    :math:`\eta \min(\|g\|_2^2 \|X A^\top\|_F^2, \|g\|_F^2 \|X A^\top\|_2^2)` in size.
+
+    Parameters
+    ----------
+    tokens : array, shape (..., N, D)
+        Inputs X of the layer.
+    down : array, shape (..., r, D)
+        Down-projection A, its scale included.
+    grad_output : array, shape (..., N, O)
+        Gradient of the loss with respect to the output.
+    step : float
+        Step size η, at least 0.
+
+    Returns
+    -------
+    FirstOrderUpdate
+        ``output`` (..., N, O), ``loss`` (...) and ``bound`` (...).
+
+    Raises
+    ------
+    TypeError
+        If an argument is not a real floating-point array.
+    ValueError
+        If shapes do not match, values are not finite, or ``step`` is negative.
+
+    Notes
+    -----
+    LoDA, arXiv:2603.00191, Theorem 2.1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x, a, g = np.eye(2), np.asarray([[1.0, 0.0]]), np.ones((2, 1))
+    >>> update = first_order_update(x, a, g, 0.5)
+    >>> update.output[0], float(update.loss), float(update.bound)
+    (array([-0.5]), -0.5, 1.0)
+    """
+    xp = namespace(tokens=tokens, down=down, grad_output=grad_output)
+    check_real(xp, tokens=tokens, down=down, grad_output=grad_output)
+    check_scalar("step", step)
+    shapes = [tuple(a.shape) for a in (tokens, down, grad_output)]
+    if min(len(s) for s in shapes) < 2:
+        msg = f"tokens, down and grad_output must be matrices, got shapes {shapes}"
+        raise ValueError(msg)
+    if any(0 in s[-2:] for s in shapes):
+        msg = f"tokens, down and grad_output must not be empty, got shapes {shapes}"
+        raise ValueError(msg)
+    if shapes[0][-1] != shapes[1][-1] or shapes[0][-2] != shapes[2][-2]:
+        msg = (
+            f"shapes must be tokens (..., N, D), down (..., r, D) and grad_output (..., N, O), "
+            f"got {shapes[0]}, {shapes[1]} and {shapes[2]}"
+        )
+        raise ValueError(msg)
+    check_values(xp, {"tokens": tokens, "down": down, "grad_output": grad_output})
+    dtype = result_dtype(xp, tokens, down, grad_output)
+    x, a, g = widen(xp, tokens, down, grad_output)
+    z = x @ a.mT
+    update = z.mT @ g
+    loss = -step * xp.sum(update * update, axis=(-2, -1))
+    bound = xp.minimum(_spectral(xp, g) * _squared(xp, z), _squared(xp, g) * _spectral(xp, z))
+    outputs = (-step * (z @ update), loss, step * bound)
+    return FirstOrderUpdate(*(xp.astype(part, dtype) for part in outputs))
+
+
+def _checked(basis: Array, moment: Array) -> Namespace:
+    xp = namespace(basis=basis, moment=moment)
+    check_real(xp, basis=basis, moment=moment)
+    check_rows("basis", basis, check_square(moment=moment))
+    check_values(xp, {"basis": basis}, {"moment": moment})
+    return xp
+
+
+def _energy(xp: Namespace, basis: Array, moment: Array) -> Array:
+    return xp.sum(basis * (moment @ basis), axis=(-2, -1))
+
+
+def _relative(xp: Namespace, basis: Array, moment: Array) -> Array:
+    return safe_divide(
+        xp, *xp.broadcast_arrays(_energy(xp, basis, moment), xp.linalg.trace(moment))
+    )
+
+
+def _squared(xp: Namespace, x: Array) -> Array:
+    return xp.sum(x * x, axis=(-2, -1))
+
+
+def _spectral(xp: Namespace, x: Array) -> Array:
+    """Squared spectral norm, from the smaller of the two Gram matrices."""
+    gram = x.mT @ x if x.shape[-1] <= x.shape[-2] else x @ x.mT
+    return xp.max(xp.linalg.eigvalsh(gram), axis=-1)

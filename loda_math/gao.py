@@ -1,0 +1,239 @@
+"""Gradient-aligned optimisation: the class split, the perturbation and gradient agreement.
+
+Nothing here draws random numbers: permutations and radii are arguments. Apart from the labels in
+:func:`class_split` no value is read, so the functions may run inside a training step.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from loda_math._arrays import (
+    Array,
+    Namespace,
+    at_least_single,
+    is_concrete,
+    namespace,
+    safe_divide,
+    total_inner,
+)
+from loda_math._validation import check_real, check_scalar
+
+
+def class_split(labels: Array, permutation: Array, /) -> tuple[Array, Array]:
+    """Two halves of a mini-batch with disjoint classes.
+
+    Parameters
+    ----------
+    labels : integer array, shape (N,)
+        Class of each image.
+    permutation : integer array, shape (k,)
+        The class labels present, in random order. The first ``max(1, k // 2)`` of them form the
+        first half. Labels that do not occur are allowed, and make a half smaller or empty.
+
+    Returns
+    -------
+    first, second : boolean array, shape (N,)
+        Disjoint masks that cover the mini-batch. With one class the second is empty.
+
+    Raises
+    ------
+    TypeError
+        If labels or permutation are not integers.
+    ValueError
+        If shapes are wrong, a label repeats in the permutation, or a label of the mini-batch is
+        not in it.
+
+    Notes
+    -----
+    LoDA, arXiv:2603.00191, Section 3.3.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> first, second = class_split(np.asarray([5, 3, 5, 9]), np.asarray([5, 9, 3]))
+    >>> first, second
+    (array([ True, False,  True, False]), array([False,  True, False,  True]))
+    """
+    xp = namespace(labels=labels, permutation=permutation)
+    for name, x in (("labels", labels), ("permutation", permutation)):
+        if not xp.isdtype(x.dtype, "integral"):
+            msg = f"{name} must be integers, got dtype {x.dtype}"
+            raise TypeError(msg)
+        if x.ndim != 1:
+            msg = f"{name} must have one axis, got shape {tuple(x.shape)}"
+            raise ValueError(msg)
+    classes = int(permutation.shape[0])
+    if classes == 0:
+        msg = "permutation is empty; it must hold the class labels present, in random order"
+        raise ValueError(msg)
+    member = labels[:, None] == permutation[None, :]
+    if is_concrete(labels, permutation):
+        _check_permutation(xp, member, permutation)
+    cut = max(1, classes // 2)
+    return xp.any(member[:, :cut], axis=1), xp.any(member[:, cut:], axis=1)
+
+
+def lookahead(params: Sequence[Array], grads: Sequence[Array], radius: Any, /) -> list[Array]:
+    r"""Parameters moved along descent by a fixed length each.
+
+    :math:`\tilde\theta_k = \theta_k - \rho\, \hat g_k / \|\hat g_k\|`, every tensor normalised by
+    itself. A tensor with zero gradient stays where it is.
+
+    Parameters
+    ----------
+    params, grads : sequence of arrays
+        As many gradients as parameters, of the same shapes.
+    radius : float or 0-d array
+        ρ·u, at least 0. An array is not read.
+
+    Returns
+    -------
+    list of arrays
+        Shapes and dtypes of ``params``. Gradients that are not finite give parameters that are
+        not finite.
+
+    Raises
+    ------
+    TypeError
+        If a tensor is not real floating point.
+    ValueError
+        If the lists do not match or the radius is negative.
+
+    Notes
+    -----
+    LoDA, arXiv:2603.00191, Section 3.3. The shift is along descent: the opposite sign to
+    sharpness-aware minimisation.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> lookahead([np.asarray([1.0, 1.0])], [np.asarray([3.0, 4.0])], 0.5)
+    [array([0.7, 0.6])]
+    """
+    check_scalar("radius", radius)
+    xp = _check_lists(params, grads, "params", "grads")
+    moved = []
+    for p, g in zip(params, grads, strict=True):
+        direction = at_least_single(xp, g)
+        # Dividing by the largest entry first: the square of a small gradient underflows.
+        direction = safe_divide(xp, direction, _peak(xp, [direction]))
+        length = xp.sqrt(xp.sum(direction * direction))
+        shift = radius * safe_divide(xp, direction, length)
+        moved.append(xp.astype(at_least_single(xp, p) - shift, p.dtype))
+    return moved
+
+
+def gradient_alignment(a: Sequence[Array], b: Sequence[Array], /) -> Array:
+    r"""Cosine agreement of two gradients, :math:`\langle a, b\rangle / (\|a\| \|b\|)`.
+
+    Parameters
+    ----------
+    a, b : sequence of arrays
+        Two gradients, each a list of tensors of the same shapes; the inner product runs over all.
+
+    Returns
+    -------
+    0-d array
+        Between -1 and 1; 0 if either gradient is zero.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the lists do not match or are not real floating point.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> float(gradient_alignment([np.asarray([1.0]), np.asarray([0.0])], [np.ones(1), np.ones(1)]))
+    0.7071067811865475
+    """
+    xp = _check_lists(a, b, "a", "b")
+    a, b = _unit_peak(xp, a), _unit_peak(xp, b)
+    lengths = xp.sqrt(total_inner(xp, a, a)) * xp.sqrt(total_inner(xp, b, b))
+    return xp.clip(safe_divide(xp, total_inner(xp, a, b), lengths), -1.0, 1.0)
+
+
+def project_conflict(a: Sequence[Array], b: Sequence[Array], /) -> list[Array]:
+    r"""Gradient a without its component against b.
+
+    :math:`a - \min(0, \langle a, b\rangle) / \|b\|^2 \cdot b`, with the inner product over the
+    whole list. Where the two agree, a is returned as it is.
+
+    Parameters
+    ----------
+    a, b : sequence of arrays
+        Two gradients, each a list of tensors of the same shapes.
+
+    Returns
+    -------
+    list of arrays
+        Shapes and dtypes of ``a``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the lists do not match or are not real floating point.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> project_conflict([np.asarray([1.0, -1.0])], [np.asarray([0.0, 2.0])])
+    [array([1., 0.])]
+    """
+    xp = _check_lists(a, b, "a", "b")
+    peak = _peak(xp, b)
+    scaled = [safe_divide(xp, at_least_single(xp, y), peak) for y in b]
+    overlap = total_inner(xp, a, scaled)
+    overlap = xp.minimum(overlap, xp.zeros_like(overlap))
+    weight = safe_divide(xp, overlap, total_inner(xp, scaled, scaled))
+    return [
+        xp.astype(at_least_single(xp, x) - weight * y, x.dtype)
+        for x, y in zip(a, scaled, strict=True)
+    ]
+
+
+def _check_lists(a: Sequence[Array], b: Sequence[Array], first: str, second: str) -> Namespace:
+    for name, group in ((first, a), (second, b)):
+        if not isinstance(group, (list, tuple)):
+            msg = f"{name} must be a list or tuple of arrays, got {type(group).__name__}"
+            raise TypeError(msg)
+    named = {f"{first}[{i}]": x for i, x in enumerate(a)}
+    named |= {f"{second}[{i}]": x for i, x in enumerate(b)}
+    if not named:
+        msg = f"{first} and {second} must hold at least one tensor"
+        raise ValueError(msg)
+    xp = namespace(**named)
+    check_real(xp, **named)
+    shapes = [tuple(x.shape) for x in a], [tuple(x.shape) for x in b]
+    if shapes[0] != shapes[1]:
+        msg = f"{first} and {second} must hold tensors of the same shapes, got {shapes}"
+        raise ValueError(msg)
+    return xp
+
+
+def _check_permutation(xp: Namespace, member: Array, permutation: Array) -> None:
+    repeats = xp.sum(xp.astype(permutation[:, None] == permutation[None, :], xp.int32))
+    strangers = xp.sum(xp.astype(~xp.any(member, axis=1), xp.int32))
+    if int(repeats) != permutation.shape[0] or int(strangers) != 0:
+        msg = (
+            "permutation must hold every class label of the mini-batch exactly once; "
+            f"got {permutation} with {int(strangers)} labels missing from it"
+        )
+        raise ValueError(msg)
+
+
+def _peak(xp: Namespace, group: Sequence[Array]) -> Array:
+    """Largest magnitude in a list of arrays."""
+    filled = [at_least_single(xp, x) for x in group if 0 not in x.shape]
+    if not filled:
+        return xp.sum(at_least_single(xp, group[0]))  # nothing to look at: zero
+    largest = xp.max(xp.abs(filled[0]))
+    for x in filled[1:]:
+        largest = xp.maximum(largest, xp.max(xp.abs(x)))
+    return largest
+
+
+def _unit_peak(xp: Namespace, group: Sequence[Array]) -> list[Array]:
+    """The list scaled to largest magnitude one, so that squares neither under- nor overflow."""
+    peak = _peak(xp, group)
+    return [safe_divide(xp, at_least_single(xp, x), peak) for x in group]

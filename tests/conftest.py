@@ -1,0 +1,51 @@
+"""Fixtures shared by all tests: array libraries, devices, and where recorded material lies."""
+
+import os
+from pathlib import Path
+from types import ModuleType
+
+import hypothesis
+import pytest
+
+# One thread a worker: the suite runs a worker a core, and results must not depend on threading.
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+
+hypothesis.settings.register_profile(
+    "default",
+    deadline=None,
+    max_examples=25,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.register_profile(
+    "thorough",
+    parent=hypothesis.settings.get_profile("default"),
+    max_examples=500,
+    derandomize=False,
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+LIBRARIES = ("numpy", "torch", "array_api_strict")
+
+
+@pytest.fixture(params=LIBRARIES, scope="session")
+def xp(request: pytest.FixtureRequest) -> ModuleType:
+    """An array library, as the namespace its users import."""
+    return pytest.importorskip(request.param)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder with the recorded reference run and development data; absent for users."""
+    folder = Path(os.environ.get("LODA_SHARED", Path(__file__).parents[2] / "shared"))
+    if not (folder / "reference" / "trace.npz").is_file():
+        pytest.skip(f"the recorded run is not here: no reference/trace.npz under {folder}")
+    return folder
