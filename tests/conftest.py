@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: array libraries, devices, and where recorded material lies."""
 
 import os
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -10,6 +11,9 @@ import pytest
 # One thread a worker: the suite runs a worker a core, and results must not depend on threading.
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(name, "1")
+
+# Helper modules (strategies.py) lie beside the tests; importlib mode does not look there.
+sys.path.insert(0, str(Path(__file__).parent))
 
 hypothesis.settings.register_profile(
     "default",

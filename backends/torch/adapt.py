@@ -103,8 +103,21 @@ def adapt(model: nn.Module, target: Target = TIMM_QKV) -> dict[str, LoRALinear]:
     layers = {
         name: LoRALinear(module) for name, module in found.items() if isinstance(module, nn.Linear)
     }
-    _replace(model, {layer.base: layer for layer in layers.values()})
+    attach(model, layers)
     return layers
+
+
+def attach(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
+    """Put adapted layers back in the place of the linear layers that they wrap.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The module that :func:`restore` put the original layers into.
+    layers : mapping of str to LoRALinear
+        What :func:`adapt` returned.
+    """
+    _replace(model, {layer.base: layer for layer in layers.values()})
 
 
 def restore(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:

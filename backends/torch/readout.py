@@ -1,0 +1,427 @@
+"""Read-outs: classifiers over all classes seen, built from heads or stored statistics.
+
+Every read-out has a `kind`, gives `logits(features)` (N, C_seen) and its `tensors()`, from
+which `load_readout` rebuilds it bit for bit.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from backends.torch.statistics import (
+    ClassStatistics,
+    RidgeStatistics,
+    random_features,
+    solve_ridge,
+)
+
+__all__ = [
+    "AlignmentSettings",
+    "CosineReadout",
+    "Readout",
+    "RidgeReadout",
+    "align_heads",
+    "alignment",
+    "alignment_loss",
+    "heads",
+    "load_readout",
+    "nearest_mean",
+    "ridge",
+]
+
+_EPS = 1e-6
+_ROUND = 50  # steps whose losses are averaged before they are judged
+_HALVINGS = 5  # of the learning rate, before training ends
+_COSINE_KINDS = ("heads", "nearest_mean", "alignment")
+
+
+class Readout(Protocol):
+    """A classifier over all classes seen."""
+
+    @property
+    def kind(self) -> str:
+        """Name that `load_readout` knows."""
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Scores (N, C_seen) of features (N, D); the class is the highest."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is needed to rebuild it, ready for safetensors."""
+
+
+@dataclass(frozen=True, eq=False)
+class CosineReadout:
+    """Cosines to one direction a class: weight (C, D), kept as given."""
+
+    kind: str
+    weight: Tensor
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Cosines (N, C) in [-1, 1]."""
+        _check_features(features, self.weight.shape[1])
+        dtype = torch.promote_types(features.dtype, self.weight.dtype)
+        return _cosines(features.to(dtype), self.weight.to(features.device, dtype)).clamp(-1.0, 1.0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weight."""
+        return {"weight": self.weight}
+
+
+@dataclass(frozen=True, eq=False)
+class RidgeReadout:
+    """Linear scores of random ReLU features: projection (D, M), weight (M, C)."""
+
+    projection: Tensor
+    weight: Tensor
+    kind: str = "ridge"
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Scores (N, C), close to 1 for the right class and 0 for the others."""
+        _check_features(features, self.projection.shape[0])
+        h = random_features(features, self.projection.to(features.device))
+        dtype = torch.promote_types(h.dtype, self.weight.dtype)
+        return h.to(dtype) @ self.weight.to(features.device, dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The projection and the weight."""
+        return {"projection": self.projection, "weight": self.weight}
+
+
+def heads(weight: Tensor) -> CosineReadout:
+    """Cosine to the concatenated head weights (C, D): the paper's own read-out.
+
+    Examples
+    --------
+    >>> heads(torch.eye(2)).logits(torch.tensor([[3.0, 4.0]])).argmax().item()
+    1
+    """
+    if weight.ndim != 2 or not len(weight):
+        msg = f"Head weights have shape {tuple(weight.shape)}; give (C, D) with at least one class."
+        raise ValueError(msg)
+    return CosineReadout("heads", _finite("head weights", weight.detach().clone()))
+
+
+def nearest_mean(statistics: ClassStatistics) -> CosineReadout:
+    """Cosine to the class means. Raises ValueError while no task is finished."""
+    _check_filled(statistics.classes)
+    return CosineReadout("nearest_mean", statistics.mean.clone())
+
+
+def ridge(statistics: RidgeStatistics) -> RidgeReadout:
+    """Ridge regression on the accumulated random features, at the strength last chosen."""
+    _check_filled(statistics.classes)
+    weight = solve_ridge(statistics.gram, statistics.cross, statistics.strength)
+    return RidgeReadout(statistics.projection.clone(), _finite("ridge weights", weight))
+
+
+def load_readout(kind: str, tensors: Mapping[str, Tensor]) -> Readout:
+    """The read-out whose `tensors()` were stored, with the same logits bit for bit.
+
+    Raises
+    ------
+    ValueError
+        For an unknown kind or tensors that are not those of this kind.
+    """
+    expected = {"projection", "weight"} if kind == "ridge" else {"weight"}
+    if kind != "ridge" and kind not in _COSINE_KINDS:
+        msg = f"Unknown read-out {kind!r}; known: {', '.join((*_COSINE_KINDS, 'ridge'))}."
+        raise ValueError(msg)
+    if tensors.keys() != expected:
+        msg = f"A read-out {kind!r} is stored as {sorted(expected)}; given {sorted(tensors)}."
+        raise ValueError(msg)
+    weight = _finite("weight", tensors["weight"])
+    if kind == "ridge":
+        return RidgeReadout(_finite("projection", tensors["projection"]), weight)
+    return CosineReadout(kind, weight)
+
+
+@dataclass(frozen=True)
+class AlignmentSettings:
+    """Settings of classifier alignment on Gaussian samples.
+
+    Two modes. With `epochs` (the paper's: 5) the heads are trained on as the published schedule
+    says: each epoch draws 256 samples a class and takes C_seen steps of 256, with SGD (`lr`,
+    `momentum`, `weight_decay`), the cosine schedule stepping once an epoch, and means scaled by
+    0.9 + 0.1·(t+1)/T for a class of task t (from 0) of T. The first task is left alone.
+
+    With `epochs=None` (default) the same loss is minimised until it stops falling, which makes
+    the result independent of the heads; see `align_heads`. Means are not scaled, and covariances
+    are shrunk towards the pooled one: (1 - a)·S_c + a·S_pooled with
+    a = k·D/(k·D + n_c - 1), k = `shrinkage`.
+
+    Parameters
+    ----------
+    epochs : int or None
+    temperature : float
+        τ > 0 of the loss (paper: 0.3 CIFAR, 0.2 CUB, ImageNet-A and -R, 0.1 DomainNet).
+    ridge : float
+        Added to each covariance's diagonal, >= 0.
+    relative : bool
+        Whether `ridge` is in units of the covariance's mean diagonal.
+    shrinkage : float
+        k >= 0, of the convergence mode only.
+    lr, momentum, weight_decay : float
+        Of the published schedule only.
+    tolerance : float
+        Relative fall of the loss, round on round, below which the convergence mode slows down.
+    max_steps : int
+        Cap of the convergence mode.
+    """
+
+    epochs: int | None = None
+    temperature: float = 0.3
+    ridge: float = 1e-3
+    relative: bool = False
+    shrinkage: float = 0.3
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    tolerance: float = 0.01
+    max_steps: int = 3000
+
+    def __post_init__(self) -> None:
+        if self.epochs is not None and self.epochs < 1:
+            msg = f"epochs is {self.epochs}; give at least 1, or None to run to convergence."
+            raise ValueError(msg)
+        for name in ("temperature", "lr", "tolerance", "max_steps"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                msg = f"{name} is {getattr(self, name)}; it must be finite and above 0."
+                raise ValueError(msg)
+        for name in ("ridge", "shrinkage", "momentum", "weight_decay"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                msg = f"{name} is {getattr(self, name)}; it must be finite, 0 or above."
+                raise ValueError(msg)
+
+
+def alignment_loss(
+    cosines: Tensor, labels: Tensor, sizes: Sequence[int], temperature: float
+) -> Tensor:
+    """Cross-entropy of logits over their mean per-task norm and over τ, without scale or margin.
+
+    The logits (N, C) of a sample are divided by the mean over tasks of the norms of their
+    per-task parts (`sizes` classes each), so only their direction counts.
+    """
+    norms = torch.stack([part.norm(dim=1) for part in torch.split(cosines, list(sizes), dim=1)])
+    scale = (norms + 1e-7).mean(0)[:, None] * temperature
+    return functional.cross_entropy(cosines / scale, labels)
+
+
+def alignment(
+    statistics: ClassStatistics,
+    settings: AlignmentSettings | None = None,
+    *,
+    generator: torch.Generator,
+    weight: Tensor | None = None,
+) -> CosineReadout:
+    """The read-out of `align_heads`."""
+    return CosineReadout(
+        "alignment", align_heads(statistics, settings, generator=generator, weight=weight)
+    )
+
+
+def align_heads(
+    statistics: ClassStatistics,
+    settings: AlignmentSettings | None = None,
+    *,
+    generator: torch.Generator,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Head weights (C, D) retrained on samples of each class's stored Gaussian.
+
+    In the convergence mode the weights start at the least-squares solution S⁻¹μ_c (S: the
+    second moment of the mixture) and are trained by Adam in coordinates that whiten S. Every
+    step draws anew, so the mean loss of a round of 50 steps estimates the true risk. A round that
+    lowers the best so far by less than `tolerance` halves the learning rate (from 0.1); training
+    ends at the sixth such round, or at `max_steps`.
+
+    Parameters
+    ----------
+    statistics : ClassStatistics
+    settings : AlignmentSettings, optional
+    generator : torch.Generator
+        Source of all randomness: the same state gives the same weights.
+    weight : (C, D) tensor, optional
+        The heads' weights: where the published schedule starts, and needed there only. To
+        reproduce it, old classes start at their weights of the alignment before.
+
+    Raises
+    ------
+    ValueError
+        While no task is finished, or when the weight is missing or does not fit.
+
+    Examples
+    --------
+    >>> statistics = ClassStatistics()
+    >>> x = torch.tensor([[2.0, 0.1], [2.0, -0.1], [1.0, 2.0], [1.2, 2.0]])
+    >>> statistics.add_task(x, torch.tensor([0, 0, 1, 1]))
+    >>> new = align_heads(statistics, generator=torch.Generator().manual_seed(0))
+    >>> heads(new).logits(x).argmax(1).tolist()
+    [0, 0, 1, 1]
+    """
+    settings = settings or AlignmentSettings()
+    _check_filled(statistics.classes)
+    mean = statistics.mean
+    if weight is not None and weight.shape != mean.shape:
+        msg = f"Head weights have shape {tuple(weight.shape)}; the statistics {tuple(mean.shape)}."
+        raise ValueError(msg)
+    if settings.epochs is None:
+        return _converge(statistics, settings, generator)
+    if weight is None:
+        msg = "The published schedule trains the heads on: give their weight, or set epochs=None."
+        raise ValueError(msg)
+    start = _finite("head weights", weight.detach().to(mean).clone())
+    return (
+        start
+        if len(statistics.task_sizes) == 1
+        else _schedule(statistics, settings, generator, start)
+    )
+
+
+def _schedule(
+    statistics: ClassStatistics, s: AlignmentSettings, generator: torch.Generator, weight: Tensor
+) -> Tensor:
+    """The published schedule: `s.epochs` epochs of C steps of 256 fresh samples."""
+    epochs = s.epochs or 0
+    sizes = statistics.task_sizes
+    device = weight.device
+    tasks = torch.arange(1, len(sizes) + 1, device=device)
+    shift = (0.9 + 0.1 * tasks / len(sizes)).repeat_interleave(torch.tensor(sizes, device=device))
+    mean = statistics.mean * shift[:, None].to(weight)
+    factors = _factors(statistics.covariance.double(), s, weight.dtype)
+    weight.requires_grad_()
+    optimiser = torch.optim.SGD([weight], lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
+    for epoch in range(epochs):
+        optimiser.param_groups[0]["lr"] = s.lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
+        samples, labels = _draw(mean, factors, 256, generator)
+        order = torch.randperm(len(labels), generator=generator, device=generator.device).to(device)
+        for batch in torch.split(order, 256):
+            cosines = _cosines(samples[batch], weight)
+            _step(optimiser, alignment_loss(cosines, labels[batch], sizes, s.temperature))
+    return _finite("aligned weights", weight.detach())
+
+
+def _converge(
+    statistics: ClassStatistics, s: AlignmentSettings, generator: torch.Generator
+) -> Tensor:
+    """Run to convergence: see `align_heads`."""
+    mean, covariance = statistics.mean, _shrunk(statistics, s.shrinkage)
+    factors = _factors(covariance, s, mean.dtype)
+    wide = mean.double()
+    moment = covariance.mean(0) + wide.mT @ wide / len(wide)
+    whitener = _factors(moment[None], s, torch.float64)[0]
+    # Rows v of the trained matrix give w = K⁻ᵀv with S = K Kᵀ; v starts at K⁻¹μ.
+    start = torch.linalg.solve_triangular(whitener, wide.mT, upper=False).mT
+    start = start / start.square().mean().sqrt().clamp(min=_EPS)
+    whitener = whitener.to(mean.dtype)
+    rows = start.to(mean.dtype).requires_grad_()
+
+    def unwhiten() -> Tensor:
+        return torch.linalg.solve_triangular(whitener, rows, upper=False, left=False)
+
+    optimiser = torch.optim.Adam([rows], lr=0.1, betas=(0.9, 0.99))
+    draws = max(4, math.ceil(256 / len(mean)))
+    best, halvings, total = math.inf, 0, torch.zeros((), dtype=torch.float64, device=mean.device)
+    for step in range(1, s.max_steps + 1):
+        samples, labels = _draw(mean, factors, draws, generator)
+        loss = alignment_loss(
+            _cosines(samples, unwhiten()), labels, statistics.task_sizes, s.temperature
+        )
+        _step(optimiser, loss)
+        total += loss.detach()
+        if step % _ROUND == 0:
+            risk = float(total) / _ROUND
+            total.zero_()
+            if risk > (1 - s.tolerance) * best:
+                halvings += 1
+                optimiser.param_groups[0]["lr"] /= 2
+            if halvings > _HALVINGS or risk < 1e-6:
+                break
+            best = min(best, risk)
+    return _finite("aligned weights", unwhiten().detach())
+
+
+def _step(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
+    optimiser.zero_grad()
+    torch.autograd.backward(loss)
+    optimiser.step()
+
+
+def _shrunk(statistics: ClassStatistics, shrinkage: float) -> Tensor:
+    """Covariances (C, D, D) in float64, each drawn to the pooled one by how few images it has."""
+    covariance = statistics.covariance.double()
+    freedom = (statistics.count - 1).to(covariance).clamp(min=0)[:, None, None]
+    pooled = (covariance * freedom).sum(0) / freedom.sum().clamp(min=1)
+    prior = shrinkage * covariance.shape[-1]
+    share = prior / (prior + freedom) if prior else torch.zeros_like(freedom)
+    return torch.lerp(covariance, pooled.expand_as(covariance), share)
+
+
+def _factors(covariance: Tensor, s: AlignmentSettings, dtype: torch.dtype) -> Tensor:
+    """Cholesky factors (C, D, D) of covariance + ridge, factorised in float64.
+
+    Stored covariances carry the rounding of float32: half an eps of the Frobenius norm at most,
+    hence of the trace. A ridge of one eps·trace (plus a tiny one for zero matrices) therefore
+    makes any of them positive definite.
+    """
+    trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
+    dim = covariance.shape[-1]
+    wanted = s.ridge * trace / dim if s.relative else torch.full_like(trace, s.ridge)
+    least = max(torch.finfo(torch.float32).eps, 4 * dim * torch.finfo(torch.float64).eps) * trace
+    jitter = torch.maximum(wanted, least).clamp(min=torch.finfo(torch.float64).tiny)
+    eye = torch.eye(dim).to(covariance)
+    # One class at a time: a batch of large float64 matrices needs several copies of them all.
+    return torch.stack(
+        [
+            torch.linalg.cholesky((c + c.mT) / 2 + j * eye).to(dtype)
+            for c, j in zip(covariance, jitter, strict=True)
+        ]
+    )
+
+
+def _draw(
+    mean: Tensor, factors: Tensor, number: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """`number` samples of each class (C·number, D) and their labels, in order of class."""
+    classes, dim = mean.shape
+    noise = torch.randn(
+        classes, number, dim, generator=generator, device=generator.device, dtype=mean.dtype
+    ).to(mean.device)
+    samples = torch.baddbmm(mean[:, None], noise, factors.mT)
+    labels = torch.arange(classes, device=mean.device).repeat_interleave(number)
+    return samples.flatten(0, 1), labels
+
+
+def _cosines(features: Tensor, weight: Tensor) -> Tensor:
+    cosines: Tensor = functional.linear(
+        functional.normalize(features, dim=1, eps=_EPS),
+        functional.normalize(weight, dim=1, eps=_EPS),
+    )
+    return cosines
+
+
+def _check_features(features: Tensor, dim: int) -> None:
+    if features.ndim != 2 or features.shape[1] != dim or not features.is_floating_point():
+        msg = (
+            f"Features have shape {tuple(features.shape)} and type {features.dtype}; "
+            f"the read-out takes floating (N, {dim})."
+        )
+        raise ValueError(msg)
+    _finite("features", features)
+
+
+def _check_filled(classes: int) -> None:
+    if not classes:
+        msg = "The statistics hold no class yet; collect a task and call end_task first."
+        raise ValueError(msg)
+
+
+def _finite(name: str, tensor: Tensor) -> Tensor:
+    if not bool(tensor.isfinite().all()):
+        msg = f"The {name} hold NaN or infinity."
+        raise ValueError(msg)
+    return tensor

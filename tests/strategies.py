@@ -1,0 +1,107 @@
+"""Inputs of chosen spectra, and the way to and from the array libraries.
+
+Strategies give float64 NumPy arrays; a test casts them to the library and dtype it looks at with
+``to_library`` and computes its oracle from what that cast left (``to_numpy``), so that rounding of
+the inputs never counts as an error of the result.
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+Matrix = NDArray[np.float64]
+
+seeds = st.integers(0, 2**32 - 1)
+dtypes = st.sampled_from(["float32", "float64"])
+
+SPECTRA: dict[str, Callable[[int, np.random.Generator], Matrix]] = {
+    "random": lambda d, rng: rng.uniform(0.1, 1.0, d),
+    "flat": lambda d, rng: np.ones(d),
+    "clustered": lambda d, rng: (
+        np.repeat([1.0, 1e-3], [(d + 1) // 2, d // 2]) * (1 + 1e-12 * rng.uniform(size=d))
+    ),
+    "deficient": lambda d, rng: np.concatenate(
+        [rng.uniform(0.1, 1.0, (d + 1) // 2), np.zeros(d // 2)]
+    ),
+    "conditioned": lambda d, rng: np.logspace(0, -16, d) if d > 1 else np.ones(1),
+    "spiked": lambda d, rng: np.concatenate([[1e6], rng.uniform(0.5, 1.0, d - 1)]),
+    "rank one": lambda d, rng: np.concatenate([[1.0], np.zeros(d - 1)]),
+}
+
+
+def to_library(xp: ModuleType, x: Any, dtype: str = "float64") -> Any:
+    """``x`` as an array of the library, on its default device."""
+    x = np.array(x, dtype=dtype if dtype in ("float32", "float64") else None)
+    return xp.from_numpy(x) if xp.__name__ == "torch" else xp.asarray(x)
+
+
+def to_numpy(x: Any) -> NDArray[Any]:
+    """A NumPy array of the same values, floating point widened to float64."""
+    if hasattr(x, "detach"):
+        x = x.detach().cpu()
+        x = x.double() if x.is_floating_point() else x
+        return np.asarray(x.numpy())
+    x = np.asarray(x)
+    return x.astype(np.float64) if x.dtype.kind == "f" else x
+
+
+def dtype_name(x: Any) -> str:
+    """Name of the dtype without the library's prefix."""
+    return str(x.dtype).rpartition(".")[2]
+
+
+def orthogonal(size: int, rng: np.random.Generator) -> Matrix:
+    """A random rotation (or reflection) of the given size."""
+    q, _ = np.linalg.qr(rng.standard_normal((size, size)))
+    return q
+
+
+def from_spectrum(values: Matrix, q: Matrix) -> Matrix:
+    """Q diag(s) Qᵀ, exactly symmetric."""
+    m = (q * values) @ q.T
+    return 0.5 * (m + m.T)
+
+
+def with_dead_direction(moment: Matrix, direction: Matrix) -> Matrix:
+    """The moment with every energy along one direction taken out, as layer norm does."""
+    d = direction / np.linalg.norm(direction)
+    keep = np.eye(len(d)) - np.outer(d, d)
+    m = keep @ moment @ keep
+    return 0.5 * (m + m.T)
+
+
+@st.composite
+def moment(draw: st.DrawFn, size: int, kinds: tuple[str, ...] = tuple(SPECTRA)) -> Matrix:
+    """One second moment with one of the spectra, in random coordinates."""
+    rng = np.random.default_rng(draw(seeds))
+    values = SPECTRA[draw(st.sampled_from(kinds))](size, rng)
+    return from_spectrum(values, orthogonal(size, rng))
+
+
+@st.composite
+def pencils(
+    draw: st.DrawFn, max_size: int = 8, kinds: tuple[str, ...] = tuple(SPECTRA)
+) -> tuple[Matrix, Matrix, int]:
+    """A pair (new, old) of moments of one size, sometimes with a shared dead direction; a rank."""
+    size = draw(st.integers(1, max_size))
+    new, old = draw(moment(size, kinds)), draw(moment(size, kinds))
+    if size > 2 and draw(st.booleans()):
+        dead = np.random.default_rng(draw(seeds)).standard_normal(size)
+        new, old = with_dead_direction(new, dead), with_dead_direction(old, dead)
+    return new, old, draw(st.integers(1, size))
+
+
+@st.composite
+def branches(
+    draw: st.DrawFn, kinds: tuple[str, ...] = tuple(SPECTRA)
+) -> tuple[Matrix, Matrix, Matrix, Matrix]:
+    """Up-projection, down-projection and two moments: the arguments of recalibration."""
+    new, old, rank = draw(pencils(6, kinds))
+    rng = np.random.default_rng(draw(seeds))
+    up = rng.standard_normal((draw(st.integers(1, 7)), rank))
+    down = rng.standard_normal((rank, len(new)))
+    return up, down, new, old

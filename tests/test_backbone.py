@@ -1,0 +1,208 @@
+"""The pretrained network: what is built, which weights fit, and what a misfit says."""
+
+import hashlib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from training.backbone import GLYPHS, Backbone, build_backbone, check_fits
+from training.config import BackboneConfig, DataConfig
+from training.data import build_stream
+from training.data import test_transform as evaluation_transform
+
+NAME = "vit_tiny_patch16_224"
+TINY: dict[str, Any] = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+
+
+def tiny(weights: Path | None = None, **options: object) -> BackboneConfig:
+    source = None if weights is None else str(weights)
+    settings = {**TINY, **options}
+    return BackboneConfig(NAME, weights=source, options=settings, pretrained=source is not None)
+
+
+@pytest.fixture
+def trained() -> dict[str, torch.Tensor]:
+    """Weights of a tiny model with a classifier, as its training would save them."""
+    torch.manual_seed(0)
+    model = timm.create_model(NAME, num_classes=3, **TINY)
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def saved(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
+    path = folder / "weights.safetensors"
+    save_file(weights, path)
+    return path
+
+
+def holds(backbone: Backbone, weights: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(v, weights[k]) for k, v in backbone.module.state_dict().items())
+
+
+def test_the_feature_is_the_class_token_after_the_last_norm(
+    tmp_path: Path, trained: dict[str, torch.Tensor]
+) -> None:
+    backbone = build_backbone(tiny(saved(tmp_path, trained)))
+    images = torch.randn(2, 3, 8, 8)
+    whole = timm.create_model(NAME, num_classes=3, **TINY)
+    whole.load_state_dict(trained)
+    features: Any = whole.eval().forward_features
+    expected = features(images)[:, 0]
+    torch.testing.assert_close(backbone.module.eval()(images), expected)
+    assert (backbone.features, backbone.channels, backbone.image_size) == (16, 3, 8)
+    assert (backbone.timm_name, backbone.timm_options) == (NAME, TINY)
+
+
+@pytest.mark.parametrize("wrap", ["plain", "state_dict", "model", "parallel"])
+def test_pth_files_are_unwrapped_and_their_classifier_is_dropped(
+    tmp_path: Path, trained: dict[str, torch.Tensor], wrap: str
+) -> None:
+    content: dict[str, Any] = dict(trained)
+    if wrap == "parallel":
+        content = {"state_dict": {f"module.{key}": value for key, value in trained.items()}}
+    elif wrap != "plain":
+        content = {wrap: content, "epoch": 3}
+    path = tmp_path / "weights.pth"
+    torch.save(content, path)
+    backbone = build_backbone(tiny(path))
+    assert holds(backbone, trained)
+    assert backbone.weights_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_convolutional_network_works_too(tmp_path: Path) -> None:
+    model = timm.create_model("resnet18", num_classes=5)
+    path = saved(tmp_path, {k: v.clone() for k, v in model.state_dict().items()})  # has fc.*
+    backbone = build_backbone(BackboneConfig("resnet18", weights=str(path)))
+    assert holds(backbone, dict(model.state_dict()))
+    assert (backbone.features, backbone.channels, backbone.image_size) == (512, 3, None)
+    check_fits(backbone, torch.zeros(3, 50, 50))
+
+
+def test_misfits_are_listed_together(tmp_path: Path, trained: dict[str, torch.Tensor]) -> None:
+    del trained["norm.bias"]
+    trained["extra.weight"] = torch.zeros(1)
+    trained["cls_token"] = torch.zeros(1, 1, 12)
+    with pytest.raises(ValueError, match="do not fit") as caught:
+        build_backbone(tiny(saved(tmp_path, trained)))
+    said = str(caught.value)
+    assert "missing: norm.bias." in said
+    assert "unexpected: extra.weight." in said
+    assert "cls_token is 1x1x12, the model has 1x1x16" in said
+    assert "backbone.options" in said
+
+
+def test_a_head_that_the_model_keeps_is_not_dropped(
+    tmp_path: Path, trained: dict[str, torch.Tensor]
+) -> None:
+    # "head" is the classifier, "header" would be a layer: only whole names are left out.
+    trained["header.weight"] = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"unexpected: header\.weight"):
+        build_backbone(tiny(saved(tmp_path, trained)))
+
+
+def test_weights_that_are_not_finite_are_refused(
+    tmp_path: Path, trained: dict[str, torch.Tensor]
+) -> None:
+    trained["norm.bias"][3] = float("nan")
+    with pytest.raises(ValueError, match=r"NaN or infinite values: norm\.bias"):
+        build_backbone(tiny(saved(tmp_path, trained)))
+
+
+def nothing(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def text(path: Path) -> None:
+    path.write_text("no tensors at all")
+
+
+def a_list(path: Path) -> None:
+    torch.save([1, 2], path)
+
+
+def a_number(path: Path) -> None:
+    torch.save({"model": {"a": 3}}, path)
+
+
+def an_object(path: Path) -> None:
+    torch.save({"model": torch.nn.Linear(2, 2)}, path)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("make", [nothing, text, a_list, a_number, an_object])
+def test_files_without_weights_are_refused(tmp_path: Path, make: Any, suffix: str) -> None:
+    path = tmp_path / f"w{suffix}"
+    make(path)
+    with pytest.raises(ValueError, match=rf"cannot read .*w\{suffix}"):
+        build_backbone(tiny(path))
+
+
+def test_a_missing_weights_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"backbone\.weights: no file .*none\.pth"):
+        build_backbone(tiny(tmp_path / "none.pth"))
+
+
+def test_unknown_models_and_options_are_refused() -> None:
+    with pytest.raises(ValueError, match=rf"no model 'vit_tiny_patch16_22'.*{NAME}"):
+        build_backbone(BackboneConfig("vit_tiny_patch16_22"))
+    with pytest.raises(ValueError, match=r"backbone\.options .*image_size"):
+        build_backbone(tiny(image_size=8))
+
+
+def test_weights_that_cannot_be_downloaded_say_how_to_give_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    create = timm.create_model
+
+    def offline(name: str, *, pretrained: bool = False, **options: Any) -> torch.nn.Module:
+        if pretrained:
+            msg = "no route"
+            raise OSError(msg)
+        model: torch.nn.Module = create(name, pretrained=False, **options)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(ConnectionError, match=r"no route.*backbone\.weights"):
+        build_backbone(BackboneConfig(NAME, options=TINY))
+
+
+def test_no_weights_are_needed_before_a_saved_model_is_loaded(tmp_path: Path) -> None:
+    backbone = build_backbone(tiny(tmp_path / "none.pth"), initialise=False)
+    assert backbone.weights_sha256 is None
+    build_backbone(BackboneConfig(NAME, options=TINY), initialise=False)  # nor a download
+
+
+def test_images_must_fit_the_backbone() -> None:
+    backbone = build_backbone(tiny())
+    check_fits(backbone, torch.zeros(3, 8, 8))
+    with pytest.raises(ValueError, match=r"1 channels.*takes 3.*in_chans"):
+        check_fits(backbone, torch.zeros(1, 8, 8))
+    with pytest.raises(ValueError, match=r"16 by 16 pixels.*takes 8 by 8.*data\.image_size"):
+        check_fits(backbone, torch.zeros(3, 16, 16))
+    check_fits(build_backbone(tiny(in_chans=1)), torch.zeros(1, 8, 8))
+    check_fits(build_backbone(tiny(dynamic_img_size=True)), torch.zeros(3, 16, 16))
+
+
+def test_the_recorded_backbone_loads(shared: Path) -> None:
+    path = shared / "data" / "vit_cifar10.safetensors"
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
+    backbone = build_backbone(BackboneConfig(NAME, weights=str(path), options=options))
+    assert holds(backbone, load_file(path))
+    assert (backbone.features, backbone.channels, backbone.image_size) == (128, 3, 32)
+
+
+def test_the_packaged_backbone_takes_the_digits() -> None:
+    path = Path(str(files("training").joinpath("weights", GLYPHS)))
+    backbone = build_backbone(BackboneConfig())
+    assert holds(backbone, load_file(path))
+    assert backbone.channels == 1
+    size = backbone.image_size
+    config = DataConfig() if size in (8, None) else DataConfig(image_size=size, resize=size)
+    test = build_stream(config, 0).test.with_transform(evaluation_transform(config))
+    check_fits(backbone, test[0][0])
+    features = backbone.module.eval()(torch.stack([test[0][0], test[1][0]]))
+    assert features.shape == (2, backbone.features)

@@ -1,0 +1,222 @@
+"""Energies against their definitions on tokens, and Theorem 2.1 against autograd."""
+
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import dtype_name, dtypes, moment, orthogonal, pencils, seeds, to_library, to_numpy
+
+from loda_math import energy_ratio, first_order_update, projection_energy, relative_energy
+
+RTOL = {"float32": 1e-5, "float64": 1e-10}
+
+
+@given(seed=seeds, dtype=dtypes, rank=st.integers(1, 4))
+def test_energy_is_the_mean_square_of_the_projections(
+    xp: ModuleType, seed: int, dtype: str, rank: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    tokens, basis = rng.standard_normal((9, 4)), orthogonal(4, rng)[:, :rank]
+    u, s = to_library(xp, basis, dtype), to_library(xp, tokens.T @ tokens / 9, dtype)
+    direct = np.mean(np.sum((tokens @ basis) ** 2, axis=1))
+    share = direct / np.mean(np.sum(tokens**2, axis=1))
+    assert float(projection_energy(u, s)) == pytest.approx(direct, rel=RTOL[dtype])
+    assert float(relative_energy(u, s)) == pytest.approx(share, rel=RTOL[dtype])
+    assert dtype_name(projection_energy(u, s)) == dtype_name(relative_energy(u, s)) == dtype
+
+
+@given(pencil=pencils(), seed=seeds, dtype=dtypes)
+def test_orthogonal_bases_add_up_to_the_trace(
+    xp: ModuleType, pencil: tuple, seed: int, dtype: str
+) -> None:
+    new, _, rank = pencil
+    q = orthogonal(len(new), np.random.default_rng(seed))
+    s, trace = to_library(xp, new, dtype), np.trace(new)
+    parts = [projection_energy(to_library(xp, p, dtype), s) for p in (q[:, :rank], q[:, rank:])]
+    assert sum(float(p) for p in parts) == pytest.approx(trace, rel=RTOL[dtype])
+    whole = relative_energy(to_library(xp, q, dtype), s)
+    assert float(whole) == pytest.approx(1.0, rel=RTOL[dtype])
+
+
+@given(pencil=pencils(), seed=seeds)
+def test_ky_fan_bounds(xp: ModuleType, pencil: tuple, seed: int) -> None:
+    new, _, rank = pencil
+    u = to_library(xp, orthogonal(len(new), np.random.default_rng(seed))[:, :rank])
+    energy = float(projection_energy(u, to_library(xp, new)))
+    values = np.linalg.eigvalsh(new)
+    slack = 1e-12 * values[-1]
+    assert values[:rank].sum() - slack <= energy <= values[-rank:].sum() + slack
+    assert -1e-12 <= float(relative_energy(u, to_library(xp, new))) <= 1 + 1e-12
+
+
+@given(pencil=pencils(kinds=("random", "spiked")), exponent=st.integers(-90, 90), seed=seeds)
+def test_scale(xp: ModuleType, pencil: tuple, exponent: int, seed: int) -> None:
+    new, old, rank = pencil
+    scale = 2.0**exponent
+    u = to_library(xp, orthogonal(len(new), np.random.default_rng(seed))[:, :rank], "float32")
+    n, o, scaled = (to_library(xp, m, "float32") for m in (new, old, new * scale))
+    n, scaled = to_library(xp, to_numpy(n)), to_library(xp, to_numpy(n) * scale)
+    o = to_library(xp, to_numpy(o))
+    assert float(projection_energy(u, scaled)) == float(projection_energy(u, n)) * scale
+    assert float(relative_energy(u, scaled)) == float(relative_energy(u, n))
+    assert float(energy_ratio(u, scaled, o)) == float(energy_ratio(u, n, o))
+    assert float(energy_ratio(u, n, n)) == 1.0
+
+
+@given(new=moment(5, ("random",)), old=moment(5, ("random",)), seed=seeds, dtype=dtypes)
+def test_ratio_is_the_quotient_of_shares(
+    xp: ModuleType, new: np.ndarray, old: np.ndarray, seed: int, dtype: str
+) -> None:
+    u, n, o = (
+        to_library(xp, x, dtype)
+        for x in (orthogonal(5, np.random.default_rng(seed))[:, :2], new, old)
+    )
+    quotient = float(relative_energy(u, n)) / float(relative_energy(u, o))
+    ratio = energy_ratio(u, n, o)
+    assert float(ratio) == pytest.approx(quotient, rel=RTOL[dtype])
+    assert float(energy_ratio(u, o, n)) == pytest.approx(1 / quotient, rel=RTOL[dtype])
+    assert dtype_name(ratio) == dtype
+
+
+def test_ratio_without_energy(xp: ModuleType) -> None:
+    first = to_library(xp, [[1.0], [0.0]])
+    one, other, none = (to_library(xp, np.diag(d)) for d in ([1.0, 0.0], [0.0, 1.0], [0.0, 0.0]))
+    assert float(energy_ratio(first, one, other)) == np.inf
+    assert float(energy_ratio(first, one, none)) == np.inf
+    assert float(energy_ratio(first, other, one)) == 0.0
+    assert np.isnan(float(energy_ratio(first, other, other)))
+    assert np.isnan(float(energy_ratio(first, none, none)))
+    assert float(relative_energy(first, none)) == 0.0
+    assert float(projection_energy(first * 0, one)) == 0.0
+
+
+@given(seed=seeds, dtype=dtypes)
+def test_batches_are_a_loop(xp: ModuleType, seed: int, dtype: str) -> None:
+    rng = np.random.default_rng(seed)
+    u, x, y = rng.standard_normal((2, 3, 4, 2)), *rng.standard_normal((2, 2, 3, 6, 4))
+    s, o = np.einsum("...ni,...nj->...ij", x, x), np.einsum("...ni,...nj->...ij", y, y)
+    u, s, o = (to_library(xp, m, dtype) for m in (u, s, o))
+    shared = u[0, 0, :, :]
+    for i in range(2):
+        for j in range(3):
+            at = (i, j, ...)
+            for basis, piece in ((u, u[at]), (shared, shared)):
+                for f in (projection_energy, relative_energy):
+                    one = float(f(piece, s[at]))
+                    assert float(f(basis, s)[at]) == pytest.approx(one, rel=RTOL[dtype])
+                one = float(energy_ratio(piece, s[at], o[at]))
+                assert float(energy_ratio(basis, s, o)[at]) == pytest.approx(one, rel=RTOL[dtype])
+    # Many bases on one moment.
+    many = relative_energy(u, s[0, 0, :, :])
+    assert many.shape == (2, 3)
+    assert float(many[1, 2]) == pytest.approx(
+        float(relative_energy(u[1, 2, :, :], s[0, 0, :, :])), rel=RTOL[dtype]
+    )
+
+
+def test_half_precision_bases_are_summed_wide() -> None:
+    rng = np.random.default_rng(0)
+    u = torch.from_numpy(orthogonal(64, rng)[:, :8]).to(torch.bfloat16)
+    s = torch.diag(torch.from_numpy(rng.uniform(size=64)))
+    energy = projection_energy(u, s)
+    assert energy.dtype == torch.float64
+    assert float(energy) == pytest.approx(float(torch.trace(u.double().T @ s @ u.double())))
+    assert projection_energy(u, s.to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+# Theorem 2.1
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Tokens, down-projection, gradient and step size, some of them degenerate."""
+    rng = np.random.default_rng(draw(seeds))
+    n, d, r, o = (draw(st.integers(1, 6)) for _ in range(4))
+    tokens = rng.standard_normal((n, d)) * draw(st.sampled_from([1e-3, 1.0, 1e3]))
+    grad = rng.standard_normal((n, o))
+    if draw(st.booleans()):
+        grad = np.outer(grad[:, 0], grad[0])
+    if draw(st.booleans()):
+        tokens = tokens[:, :1] * np.ones((1, d))
+    return tokens, rng.standard_normal((r, d)), grad, draw(st.sampled_from([0.0, 1e-3, 2.0]))
+
+
+@given(args=steps(), dtype=dtypes)
+def test_first_order_update_is_the_gradient_step(xp: ModuleType, args: tuple, dtype: str) -> None:
+    arrays = [to_library(xp, a, dtype) for a in args[:3]]
+    update = first_order_update(*arrays, args[3])
+    tokens, down, grad = (torch.from_numpy(to_numpy(a)) for a in arrays)
+    # Any loss with this gradient will do; a linear one has no higher orders.
+    up = torch.zeros(grad.shape[1], down.shape[0], dtype=torch.float64, requires_grad=True)
+    loss = torch.sum(grad * (tokens @ (up @ down).T))
+    loss.backward()
+    stepped = (-args[3] * up.grad).detach()
+    output = tokens @ (stepped @ down).T
+    change = float(torch.sum(grad * output))
+    scale = args[3] * float(torch.linalg.norm(tokens @ down.T) * torch.linalg.norm(grad)) ** 2
+    rtol = RTOL[dtype]
+    np.testing.assert_allclose(
+        to_numpy(update.output), output.numpy(), rtol=rtol, atol=rtol * float(output.abs().max())
+    )
+    assert float(update.loss) == pytest.approx(change, rel=rtol, abs=1e-14 * scale)
+    assert dtype_name(update.output) == dtype_name(update.loss) == dtype_name(update.bound) == dtype
+
+
+@given(args=steps())
+def test_theorem_2_1_sandwich(xp: ModuleType, args: tuple) -> None:
+    update = first_order_update(*(to_library(xp, a) for a in args[:3]), args[3])
+    tokens, down, grad, step = args
+    gate = tokens @ down.T
+    singular = np.linalg.svd(grad, compute_uv=False)
+    smallest = singular[-1] if grad.shape[1] >= len(grad) else 0.0
+    lower = step * smallest**2 * np.sum(gate**2)
+    upper = step * min(
+        singular[0] ** 2 * np.sum(gate**2),
+        np.sum(grad**2) * np.linalg.norm(gate, 2) ** 2,
+    )
+    drop, bound = -float(update.loss), float(update.bound)
+    slack = 1e-12 * upper
+    assert lower - slack <= drop <= bound + slack
+    assert bound == pytest.approx(upper, rel=1e-9)
+
+
+@given(seed=seeds, size=st.integers(1, 5))
+def test_the_bound_is_reached_by_rank_one(xp: ModuleType, seed: int, size: int) -> None:
+    rng = np.random.default_rng(seed)
+    column = rng.standard_normal((size, 1))
+    tokens = column @ rng.standard_normal((1, 3))
+    grad = column @ rng.standard_normal((1, 2))
+    arrays = [to_library(xp, a) for a in (tokens, rng.standard_normal((2, 3)), grad)]
+    update = first_order_update(*arrays, 0.1)
+    assert float(update.bound) == pytest.approx(-float(update.loss), rel=1e-9)
+
+
+def test_updates_are_batched_like_a_loop(xp: ModuleType) -> None:
+    rng = np.random.default_rng(1)
+    x, a, g = (rng.standard_normal(s) for s in ((3, 5, 4), (2, 4), (3, 5, 6)))
+    batched = first_order_update(*(to_library(xp, m) for m in (x, a, g)), 0.3)
+    for i in range(3):
+        one = first_order_update(*(to_library(xp, m) for m in (x[i], a, g[i])), 0.3)
+        for whole, part in zip(batched, one, strict=True):
+            np.testing.assert_allclose(to_numpy(whole)[i], to_numpy(part), rtol=1e-12)
+
+
+def test_large_float32_activations_do_not_overflow(xp: ModuleType) -> None:
+    arrays = [to_library(xp, m, "float32") for m in (np.full((2, 2), 1e25), np.eye(2), np.eye(2))]
+    update = first_order_update(*arrays, 1e-20)
+    assert float(update.loss) == pytest.approx(-4e30, rel=1e-5)
+
+
+def test_shapes_of_updates(xp: ModuleType) -> None:
+    x, a, g = (to_library(xp, np.ones(s)) for s in ((3, 2), (1, 2), (3, 4)))
+    for wrong, words in (
+        ((g, a, g), "tokens"),
+        ((x, a, x[:2, :]), "grad_output"),
+        ((x, a[0, :], g), "matrices"),
+        ((x[:0, :], a, g[:0, :]), "empty"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            first_order_update(*wrong, 0.1)

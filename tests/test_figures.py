@@ -1,0 +1,94 @@
+"""Figures are whole PNG files that show the numbers, and leave nothing else behind."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from training.figures import accuracy_figure, comparison_figure
+from training.metrics import AccuracyMatrix
+
+
+def decaying(tasks: int) -> AccuracyMatrix:
+    matrix = AccuracyMatrix()
+    for i in range(tasks):
+        matrix = matrix.extended(
+            1, [max(0, 50 - 2 * (i - j)) for j in range(i + 1)], [50] * (i + 1)
+        )
+    return matrix
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))
+
+
+@pytest.mark.parametrize("tasks", [1, 5, 25])
+def test_any_number_of_tasks(tmp_path: Path, tasks: int) -> None:
+    path = accuracy_figure(decaying(tasks), tmp_path / "new" / "figure.png", title="A $run_{$")
+    image = pixels(path)
+    assert min(image.shape[:2]) > 400
+    assert len(np.unique(image.reshape(-1, 3), axis=0)) > 20
+    assert [p.name for p in path.parent.iterdir()] == ["figure.png"]
+
+
+def test_the_picture_depends_on_the_numbers_alone(tmp_path: Path) -> None:
+    first = accuracy_figure(decaying(3), tmp_path / "a.png").read_bytes()
+    assert accuracy_figure(decaying(3), tmp_path / "b.png").read_bytes() == first
+    changed = AccuracyMatrix.from_dict({**decaying(3).to_dict(), "correct": [[1], [1, 1], [1] * 3]})
+    assert accuracy_figure(changed, tmp_path / "c.png").read_bytes() != first
+
+
+def test_labels_of_any_length(tmp_path: Path) -> None:
+    labels = ["3, 7", "a name that is much longer than what fits", "$odd_{text$"]
+    assert pixels(accuracy_figure(decaying(3), tmp_path / "a.png", task_labels=labels)).size
+
+
+def test_comparison(tmp_path: Path) -> None:
+    curves = {"LoDA": [[1.0, 0.9], [0.98, 0.8]], "frozen": [[0.9, 0.7]]}
+    image = pixels(comparison_figure(curves, tmp_path / "c.png", title="Two $methods_{$"))
+    colours = {tuple(c) for c in image.reshape(-1, 3).tolist()}
+    assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} <= colours
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = accuracy_figure(decaying(2), tmp_path / "a.png")
+    before = path.read_bytes()
+
+    def fail(*_: object, **__: object) -> None:
+        msg = "disk full"
+        raise OSError(msg)
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    with pytest.raises(OSError, match="disk full"):
+        accuracy_figure(decaying(3), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_errors(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    with pytest.raises(ValueError, match="no task yet"):
+        accuracy_figure(AccuracyMatrix(), path)
+    with pytest.raises(ValueError, match="1 task labels for 2 tasks"):
+        accuracy_figure(decaying(2), path, task_labels=["one"])
+    with pytest.raises(ValueError, match="PNG"):
+        accuracy_figure(decaying(2), tmp_path / "a.pdf")
+    with pytest.raises(ValueError, match="at least one method"):
+        comparison_figure({}, path)
+    with pytest.raises(ValueError, match=r"lengths \[1, 2\]"):
+        comparison_figure({"a": [[1.0], [1.0, 0.5]]}, path)
+    assert not path.exists()
+
+
+def test_matplotlib_is_imported_late() -> None:
+    code = (
+        "import sys, training.figures, training.tables\n"
+        "print('matplotlib' in sys.modules, 'rich' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]

@@ -1,0 +1,136 @@
+"""Metrics against a brute-force walk over single predictions."""
+
+import io
+import json
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+
+from training.metrics import AccuracyMatrix, class_counts
+from training.tables import accuracy_table, markdown_table, plain_table
+
+
+@st.composite
+def streams(draw: st.DrawFn) -> tuple[list[int], list[list[list[bool]]]]:
+    """Sizes, and for every task learned and class seen whether each test image was right."""
+    sizes = draw(st.lists(st.integers(1, 3), min_size=1, max_size=4))
+    images = [draw(st.integers(1, 5)) for _ in range(sum(sizes))]
+    outcomes = []
+    for task in range(len(sizes)):
+        seen = sum(sizes[: task + 1])
+        outcomes.append(
+            [draw(st.lists(st.booleans(), min_size=n, max_size=n)) for n in images[:seen]]
+        )
+    return sizes, outcomes
+
+
+def build(sizes: list[int], outcomes: list[list[list[bool]]]) -> AccuracyMatrix:
+    matrix = AccuracyMatrix()
+    for size, row in zip(sizes, outcomes, strict=True):
+        matrix = matrix.extended(size, [sum(c) for c in row], [len(c) for c in row])
+    return matrix
+
+
+def accuracy(classes: list[list[bool]], *, macro: bool) -> float:
+    if macro:
+        return sum(sum(c) / len(c) for c in classes) / len(classes)
+    flat = [hit for c in classes for hit in c]
+    return sum(flat) / len(flat)
+
+
+@given(stream=streams())
+def test_against_single_predictions(stream: tuple[list[int], list[list[list[bool]]]]) -> None:
+    sizes, outcomes = stream
+    summary = build(sizes, outcomes).summary()
+    count = len(sizes)
+    for prefix, macro in (("", False), ("macro_", True)):
+        a = {}
+        for i in range(count):
+            begin = 0
+            for j in range(i + 1):
+                a[i, j] = accuracy(outcomes[i][begin : begin + sizes[j]], macro=macro)
+                begin += sizes[j]
+        curve = [accuracy(row, macro=macro) for row in outcomes]
+        forgetting, transfer = 0.0, 0.0
+        for j in range(count - 1):
+            best = max(a[i, j] for i in range(j, count))
+            forgetting += (best - a[count - 1, j]) / (count - 1)
+            transfer += (a[count - 1, j] - a[j, j]) / (count - 1)
+        assert summary[f"{prefix}last"] == pytest.approx(curve[-1])
+        assert summary[f"{prefix}average"] == pytest.approx(sum(curve) / count)
+        assert summary[f"{prefix}forgetting"] == pytest.approx(forgetting)
+        assert summary[f"{prefix}backward_transfer"] == pytest.approx(transfer)
+        if not macro:
+            flat = {(i, j): v for i, row in enumerate(summary["matrix"]) for j, v in enumerate(row)}
+            assert flat == pytest.approx(a)
+
+
+@given(stream=streams())
+def test_json_round_trip(stream: tuple[list[int], list[list[list[bool]]]]) -> None:
+    matrix = build(*stream)
+    assert AccuracyMatrix.from_dict(json.loads(json.dumps(matrix.to_dict()))) == matrix
+    json.dumps(matrix.summary(), allow_nan=False)
+
+
+def test_unequal_tasks_count_images_not_tasks() -> None:
+    matrix = AccuracyMatrix((1, 1), ((90,), (90, 0)), ((90,), (90, 10)))
+    assert matrix.last == pytest.approx(0.9)
+    assert matrix.macro_curve[-1] == pytest.approx(0.5)
+
+
+def test_forgetting_is_never_negative_while_transfer_may_be_positive() -> None:
+    matrix = AccuracyMatrix((1, 1), ((5,), (9, 10)), ((10,), (10, 10)))
+    assert matrix.forgetting == 0
+    assert matrix.backward_transfer == pytest.approx(0.4)
+
+
+@given(
+    pairs=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=40),
+    cut=st.integers(0, 40),
+)
+def test_counts_of_batches_add_up(pairs: list[tuple[int, int]], cut: int) -> None:
+    def counts(part: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+        p = torch.tensor([p for p, _ in part], dtype=torch.int64)
+        return class_counts(p, torch.tensor([y for _, y in part], dtype=torch.int64), 5)
+
+    whole, first, second = counts(pairs), counts(pairs[:cut]), counts(pairs[cut:])
+    for k in range(2):
+        assert whole[k] == [a + b for a, b in zip(first[k], second[k], strict=True)]
+    assert whole[0] == [sum(p == y == c for p, y in pairs) for c in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (((1,), ((1, 2),), ((1, 2),)), "1 classes are seen"),
+        (((1,), ((0,),), ((0,),)), "Class 0 has no image"),
+        (((1,), ((3,),), ((2,),)), "3 right predictions of 2"),
+        (((1, 1), ((1,),), ((1,),)), "one row a task"),
+        (((0,), ((),), ((),)), "at least 1"),
+    ],
+)
+def test_errors(arguments: tuple[tuple[int, ...], ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AccuracyMatrix(*arguments)  # type: ignore[arg-type]
+
+
+def test_counts_errors() -> None:
+    with pytest.raises(ValueError, match="0 to 1"):
+        class_counts(torch.tensor([0]), torch.tensor([2]), 2)
+    with pytest.raises(ValueError, match="one length"):
+        class_counts(torch.tensor([0, 1]), torch.tensor([1]), 2)
+    with pytest.raises(ValueError, match="lacks"):
+        AccuracyMatrix.from_dict({"sizes": []})
+
+
+def test_tables_show_every_number() -> None:
+    from rich.console import Console
+
+    matrix = AccuracyMatrix((1, 1), ((9,), (6, 4)), ((10,), (10, 5)))
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(accuracy_table(matrix))
+    for text in (console.export_text(), plain_table(matrix), markdown_table(matrix)):
+        for number in ("90.0", "60.0", "80.0", "66.7", "66.67", "78.33", "-30.00"):
+            assert number in text

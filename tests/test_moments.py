@@ -1,0 +1,211 @@
+"""Second moments: a monoid, and its precision."""
+
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import dtype_name, dtypes, orthogonal, seeds, to_library, to_numpy
+
+import loda_math.moments as module
+from loda_math import Moments, combine, second_moment
+
+EPS = {"float32": 1.2e-7, "float64": 2.3e-16}
+
+
+def tokens_of(seed: int, count: int, size: int, batch: tuple[int, ...] = ()) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((*batch, count, size))
+
+
+@given(seed=seeds, count=st.integers(0, 12), size=st.integers(1, 5), dtype=dtypes)
+def test_equals_the_sum_of_outer_products(
+    xp: ModuleType, seed: int, count: int, size: int, dtype: str
+) -> None:
+    x = to_library(xp, tokens_of(seed, count, size), dtype)
+    moments = second_moment(x)
+    exact = sum((np.outer(t, t) for t in to_numpy(x)), np.zeros((size, size)))
+    assert moments.count == count
+    assert dtype_name(moments.total) == "float64"
+    np.testing.assert_allclose(to_numpy(moments.total), exact, atol=10 * count * EPS[dtype])
+    np.testing.assert_array_equal(to_numpy(moments.total), to_numpy(moments.total).T)
+    np.testing.assert_allclose(to_numpy(moments.mean), exact / max(count, 1), atol=20 * EPS[dtype])
+
+
+@given(seed=seeds, cuts=st.tuples(st.integers(0, 9), st.integers(0, 9)), dtype=dtypes)
+def test_combination_is_a_monoid(
+    xp: ModuleType, seed: int, cuts: tuple[int, int], dtype: str
+) -> None:
+    x = to_library(xp, tokens_of(seed, 9, 3), dtype)
+    low, high = sorted(cuts)
+    a, b, c = second_moment(x[:low, :]), second_moment(x[low:high, :]), second_moment(x[high:, :])
+    left, right = combine(combine(a, b), c), combine(a, combine(b, c))
+    assert left.count == right.count == 9
+    np.testing.assert_allclose(to_numpy(left.total), to_numpy(right.total), atol=1e-14 * 9)
+    np.testing.assert_array_equal(to_numpy((a + b).total), to_numpy((b + a).total))
+    np.testing.assert_array_equal(to_numpy((a + a.zero()).total), to_numpy(a.total))
+    np.testing.assert_array_equal(to_numpy((a.zero() + a).mean), to_numpy(a.mean))
+    assert (a + a.zero()).count == a.count
+    whole = to_numpy(second_moment(x).total)
+    np.testing.assert_allclose(to_numpy(left.total), whole, atol=100 * EPS[dtype])
+
+
+def test_batches_are_a_loop(xp: ModuleType) -> None:
+    x = to_library(xp, tokens_of(0, 5, 3, (2, 4)), "float32")
+    both = second_moment(x)
+    assert both.count == 5
+    for i in range(2):
+        for j in range(4):
+            one = second_moment(x[i, j, :, :])
+            np.testing.assert_allclose(to_numpy(both.total[i, j, :, :]), one.total, atol=1e-5)
+
+
+@pytest.mark.parametrize("extra", [0, 1, module.GRAM_TOKENS])
+def test_long_inputs_are_cut_and_nothing_is_lost(xp: ModuleType, extra: int) -> None:
+    count = module.GRAM_TOKENS + extra
+    x = tokens_of(1, count, 2).astype(np.float32)
+    x[-1] = 1000.0  # a lost last row shows
+    moments = second_moment(to_library(xp, x, "float32"))
+    exact = x.astype(np.float64).T @ x.astype(np.float64)
+    assert moments.count == count
+    np.testing.assert_allclose(to_numpy(moments.total), exact, rtol=1e-5, atol=1)
+
+
+def test_cutting_does_not_depend_on_where(xp: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = to_library(xp, tokens_of(3, 11, 3, (2,)))
+    whole = second_moment(x)
+    monkeypatch.setattr(module, "GRAM_TOKENS", 4)
+    cut = second_moment(x)
+    assert cut.count == whole.count
+    np.testing.assert_allclose(to_numpy(cut.total), to_numpy(whole.total), atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_cast_up_first(dtype: torch.dtype) -> None:
+    x = torch.from_numpy(tokens_of(2, 400, 30)).to(dtype)
+    total = second_moment(x).total
+    assert total.dtype == torch.float64
+    exact = x.double().T @ x.double()
+    assert float((total - exact).abs().max()) < 1e-3
+    rounded = (x.T @ x).double()
+    assert float((rounded - exact).abs().max()) > 0.05
+    assert float(torch.linalg.eigvalsh(total)[0]) > 0
+
+
+def test_autocast_does_not_halve_the_gram_matrix() -> None:
+    x = torch.from_numpy(tokens_of(2, 500, 20)).float()
+    plain = second_moment(x).total
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (x.T @ x).dtype == torch.bfloat16  # the danger is there
+        inside = second_moment(x).total
+    assert torch.equal(plain, inside)
+
+
+def ill_conditioned(batches: int, rows: int, size: int) -> np.ndarray:
+    """Float32 mini-batches whose second moment spans seven orders of magnitude."""
+    rng = np.random.default_rng(5)
+    basis = orthogonal(size, rng) * np.logspace(0, -3.5, size)
+    return (rng.standard_normal((batches, rows, size)) @ basis.T).astype(np.float32)
+
+
+def test_small_eigenvalues_survive_where_a_float32_sum_loses_them(xp: ModuleType) -> None:
+    data = ill_conditioned(1500, 16, 8)
+    flat = data.reshape(-1, 8).astype(np.float64)
+    exact = np.linalg.eigvalsh(flat.T @ flat)
+    plain = np.zeros((8, 8), np.float32)
+    moments = second_moment(to_library(xp, data[0], "float32")).zero()
+    for batch in data:
+        plain += batch.T @ batch
+        moments = combine(moments, second_moment(to_library(xp, batch, "float32")))
+    ours = np.linalg.eigvalsh(to_numpy(moments.total))
+    assert ours[0] == pytest.approx(exact[0], rel=0.02)
+    assert not np.linalg.eigvalsh(plain.astype(np.float64))[0] == pytest.approx(exact[0], rel=0.2)
+
+
+def test_compensated_sums_where_float64_is_missing(
+    xp: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "widest", lambda space, x: space.float32)
+    data = ill_conditioned(1500, 16, 8)
+    grams = data.transpose(0, 2, 1) @ data
+    grams = 0.5 * (grams + grams.transpose(0, 2, 1))
+    exact = grams.astype(np.float64).sum(0)
+    plain = np.zeros((8, 8), np.float32)
+    for gram in grams:
+        plain += gram
+    parts = [second_moment(to_library(xp, batch, "float32")) for batch in data]
+    moments = parts[0]
+    for part in parts[1:]:
+        moments = combine(moments, part)
+    assert dtype_name(moments.total) == "float32"
+    assert moments.error is not None
+    ours = np.abs(to_numpy(moments.total) + to_numpy(moments.error) - exact).max()
+    assert ours < 0.02 * np.abs(plain.astype(np.float64) - exact).max()
+    # The other order of combination, and a neutral element, keep it.
+    assert np.abs(to_numpy(combine(moments.zero(), moments).mean * moments.count) - exact).max() < (
+        1e-6 * np.abs(exact).max()
+    )
+
+
+def test_a_side_without_compensation_combines_with_one_that_has_it() -> None:
+    one = np.ones((1, 1), np.float32)
+    both = combine(Moments(one * 2**24, 1, one), Moments(one, 1))
+    assert float(both.total[0, 0] + np.float64(both.error[0, 0])) == 2**24 + 2
+
+
+def test_empty_batches_and_sets(xp: ModuleType) -> None:
+    none = second_moment(to_library(xp, np.zeros((0, 3))))
+    assert none.count == 0
+    np.testing.assert_array_equal(to_numpy(none.mean), np.zeros((3, 3)))
+    assert second_moment(to_library(xp, np.zeros((0, 4, 3)))).mean.shape == (0, 3, 3)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_values_that_are_not_finite(xp: ModuleType, bad: float, dtype: str) -> None:
+    x = tokens_of(0, 4, 3)
+    x[2, 1] = bad
+    with pytest.raises(ValueError, match="tokens"):
+        second_moment(to_library(xp, x, dtype))
+    x[:, :] = bad
+    with pytest.raises(ValueError, match="tokens"):
+        second_moment(to_library(xp, x[None], dtype))
+
+
+def test_overflow_is_refused_like_infinity(xp: ModuleType) -> None:
+    with pytest.raises(ValueError, match="tokens"):
+        second_moment(to_library(xp, np.full((3, 2), 1e25), "float32"))
+    huge = second_moment(to_library(xp, np.full((3, 2), 1e16), "float32"))
+    np.testing.assert_allclose(to_numpy(huge.total), 3e32, rtol=1e-6)
+
+
+def test_unchecked_sums_read_nothing() -> None:
+    x = torch.tensor([[float("nan"), 1.0]])
+    assert second_moment(x, check=False).total.isnan().any()
+
+
+def test_zero_of_a_broken_sum_is_zero(xp: ModuleType) -> None:
+    broken = Moments(to_library(xp, [[np.nan, np.inf], [np.inf, 1.0]]), 3)
+    np.testing.assert_array_equal(to_numpy(broken.zero().mean), np.zeros((2, 2)))
+
+
+def test_wrong_arguments(xp: ModuleType) -> None:
+    with pytest.raises(TypeError, match=r"tokens.*real floating"):
+        second_moment(xp.asarray([[1, 2]]))
+    with pytest.raises(ValueError, match=r"tokens.*N, D"):
+        second_moment(xp.asarray([1.0, 2.0]))
+    with pytest.raises(ValueError, match=r"tokens.*D > 0"):
+        second_moment(to_library(xp, np.zeros((3, 0))))
+    with pytest.raises(TypeError, match=r"tokens.*list"):
+        second_moment([[1.0, 2.0]])
+    a, b = (second_moment(to_library(xp, np.eye(k))) for k in (2, 3))
+    with pytest.raises(ValueError, match="different shapes"):
+        combine(a, b)
+    with pytest.raises(TypeError, match="b must be Moments"):
+        combine(a, a.total)
+
+
+def test_libraries_do_not_mix() -> None:
+    with pytest.raises(TypeError, match="one library"):
+        combine(second_moment(np.eye(2)), second_moment(torch.eye(2)))

@@ -1,0 +1,127 @@
+"""The command ``loda``. Nothing heavy is imported before a command needs it."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+# Import names of what the train extra brings.
+_TRAIN = (
+    "torch",
+    "torchvision",
+    "timm",
+    "accelerate",
+    "jsonargparse",
+    "matplotlib",
+    "PIL",
+    "rich",
+    "safetensors",
+    "sklearn",
+    "yaml",
+)
+
+_USAGE_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Arguments; those of the process by default.
+
+    Returns
+    -------
+    int
+        0 on success, 2 for what the user can mend (settings, data, files), with one clear line
+        on the standard error.
+    """
+    arguments, rest = _parser().parse_known_args(argv)
+    if arguments.command is None:
+        _parser().print_help()
+        return 0
+    if rest and arguments.command != "train":
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    missing = [name for name in _TRAIN if find_spec(name) is None]
+    if missing:
+        print(
+            f"loda {arguments.command} needs {', '.join(missing)}, which the base install leaves "
+            f"out: pip install 'loda[train]'",
+            file=sys.stderr,
+        )
+        return _USAGE_ERROR
+    try:
+        if arguments.command == "train":
+            _train(rest)
+        elif arguments.command == "eval":
+            _evaluate(arguments.run)
+        else:
+            _predict(arguments.run, arguments.images, arguments.top)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("LODA_DEBUG"):
+            raise
+        print(f"loda {arguments.command}: {error}", file=sys.stderr)
+        return _USAGE_ERROR
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="loda",
+        description="Continual learning of pretrained vision transformers by LoDA.",
+        epilog="Set LODA_DEBUG=1 to see the traceback of an error.",
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    # The settings of an experiment have a parser of their own, which also prints their help.
+    commands.add_parser("train", help="train on a stream of tasks", add_help=False)
+    evaluate = commands.add_parser("eval", help="evaluate the saved model of a run again")
+    evaluate.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    predict = commands.add_parser("predict", help="classify images with the model of a run")
+    predict.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
+    predict.add_argument("--top", type=int, default=3, help="classes an image (default: 3)")
+    return parser
+
+
+def _version() -> str:
+    try:
+        return f"loda {version('loda')}"
+    except PackageNotFoundError:
+        return "loda (not installed)"
+
+
+def _train(argv: Sequence[str]) -> None:
+    from training.config import load_experiment  # noqa: PLC0415
+    from training.loop import train  # noqa: PLC0415
+
+    train(load_experiment(argv))
+
+
+def _evaluate(run: Path) -> None:
+    from training.inference import evaluate_run  # noqa: PLC0415
+
+    for kind, result in evaluate_run(run).items():
+        tasks = "  ".join(f"{100 * share:.2f}" for share in result["by_task"])
+        right, total = sum(result["correct"]), sum(result["total"])
+        print(f"{kind}: accuracy {100 * result['accuracy']:.2f} % ({right} of {total} images)")
+        print(f"  by task: {tasks}")
+
+
+def _predict(run: Path, images: Sequence[Path], top: int) -> None:
+    from training.inference import load_classifier  # noqa: PLC0415
+
+    classifier = load_classifier(run)
+    for path, found in zip(
+        images, classifier.predict(images, top=min(top, len(classifier.classes))), strict=True
+    ):
+        ranked = ", ".join(f"{prediction.name} {prediction.score:.3f}" for prediction in found)
+        print(f"{path}: {ranked}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""What an experiment is: the settings, their checks, and the YAML files that hold them.
+
+Every setting is a field of a dataclass, with its meaning in the docstring; the same text is the
+help of the command line. A file may set any part of them, the command line overrides the file::
+
+    loda train --config caltech101 --data.root my/images --train.lr 0.1
+
+A relative path (``data.root``, ``backbone.weights``, ``out``) starts at the working directory.
+"""
+
+from training.config.parse import (
+    dump_experiment,
+    load_experiment,
+    packaged_configs,
+    parser,
+    read_experiment,
+    resolve_config,
+    with_absolute_paths,
+)
+from training.config.sections import (
+    NATIVE_SIDE,
+    BackboneConfig,
+    DataConfig,
+    Experiment,
+    HeadConfig,
+    KeepConfig,
+    MethodConfig,
+    Readout,
+    TrainConfig,
+)
+
+__all__ = [
+    "NATIVE_SIDE",
+    "BackboneConfig",
+    "DataConfig",
+    "Experiment",
+    "HeadConfig",
+    "KeepConfig",
+    "MethodConfig",
+    "Readout",
+    "TrainConfig",
+    "dump_experiment",
+    "load_experiment",
+    "packaged_configs",
+    "parser",
+    "read_experiment",
+    "resolve_config",
+    "with_absolute_paths",
+]

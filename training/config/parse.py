@@ -1,0 +1,183 @@
+"""Experiments from the command line and from YAML files, and back."""
+
+import argparse
+import inspect
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, fields, is_dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_type_hints
+
+import jsonargparse
+import yaml
+
+from training.config.sections import Experiment
+
+T = TypeVar("T")
+
+
+def parser(prog: str = "loda train", *, exit_on_error: bool = True) -> jsonargparse.ArgumentParser:
+    """Build the command line of an experiment: ``--config``, ``--print_config`` and every setting.
+
+    Parameters
+    ----------
+    prog
+        What the help calls the program.
+    exit_on_error
+        Print an error and leave with status 2; otherwise raise argparse.ArgumentError.
+    """
+    result = jsonargparse.ArgumentParser(
+        prog=prog,
+        description="Train one class-incremental experiment and write its run folder.",
+        usage=f"{prog} [--config CONFIG] [--SETTING VALUE ...]",
+        allow_abbrev=False,
+        exit_on_error=exit_on_error,
+    )
+    result.add_argument(
+        "--config",
+        action="config",
+        help="A YAML file, or the name of a packaged configuration: "
+        + ", ".join(packaged_configs()),
+    )
+    _add_settings(result, Experiment, "")
+    return result
+
+
+def load_experiment(argv: Sequence[str]) -> Experiment:
+    """Read an experiment from command-line arguments; errors leave with status 2.
+
+    Examples
+    --------
+    >>> load_experiment(["--train.lr", "0.1"]).train.lr
+    0.1
+    """
+    cli = parser()
+    try:
+        return _build(Experiment, cli.parse_args(_resolve_names(argv)).as_dict())
+    except ValueError as error:
+        cli.error(str(error))
+
+
+def read_experiment(path: str | Path) -> Experiment:
+    """Read an experiment from a YAML file, such as the ``config.yaml`` of a run folder.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it holds an unknown key, or a value of the wrong type or out of range.
+    """
+    try:
+        values = parser(exit_on_error=False).parse_string(Path(path).read_text(encoding="utf-8"))
+        return _build(Experiment, values.as_dict())
+    except (argparse.ArgumentError, ValueError) as error:
+        msg = f"{path} is not a configuration: {error}"
+        raise ValueError(msg) from error
+
+
+def dump_experiment(experiment: Experiment) -> str:
+    """Write an experiment as YAML, every setting included; `read_experiment` gives it back.
+
+    Examples
+    --------
+    >>> dump_experiment(Experiment(seed=7)).splitlines()[-6:-4]
+    ['seed: 7', 'out: null']
+    """
+    values = asdict(experiment)
+    values["data"]["crop_scale"] = list(experiment.data.crop_scale)
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def with_absolute_paths(experiment: Experiment) -> Experiment:
+    """Make the paths of data and weights absolute, as a run records them."""
+
+    def absolute(path: str | None) -> str | None:
+        return None if path is None else str(Path(path).expanduser().absolute())
+
+    return replace(
+        experiment,
+        data=replace(experiment.data, root=absolute(experiment.data.root)),
+        backbone=replace(experiment.backbone, weights=absolute(experiment.backbone.weights)),
+    )
+
+
+def packaged_configs() -> list[str]:
+    """Names of the configurations in the package."""
+    folder = files("training").joinpath("configs")
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+def resolve_config(name: str) -> Path:
+    """Find the file of a configuration: an existing path, else a packaged name.
+
+    Raises
+    ------
+    ValueError
+        If it is neither; the message lists the packaged names.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    if name in packaged_configs():
+        return Path(str(files("training").joinpath("configs", f"{name}.yaml")))
+    known = ", ".join(packaged_configs()) or "none"
+    msg = f"no configuration {name!r}: give a YAML file, or a packaged one ({known})."
+    raise ValueError(msg)
+
+
+def _resolve_names(argv: Sequence[str]) -> list[str]:
+    # Files go first: what the command line says wins, wherever on it the file is named.
+    configs: list[str] = []
+    rest: list[str] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        name = argument.removeprefix("--config=")
+        if argument == "--config":
+            name = next(arguments, "")
+        elif name == argument:
+            rest.append(argument)
+            continue
+        configs.append(f"--config={resolve_config(name)}")
+    return configs + rest
+
+
+def _add_settings(target: Any, kind: type, prefix: str) -> None:
+    # Arguments are added one by one: reading docstrings is an optional extra of jsonargparse.
+    hints, helps = get_type_hints(kind), _parameter_docs(kind)
+    for item in fields(kind):
+        hint = hints[item.name]
+        if is_dataclass(hint):
+            summary = inspect.cleandoc(hint.__doc__ or "").splitlines()[0].rstrip(".")
+            group = target.add_argument_group(f"{item.name}: {summary}")
+            _add_settings(group, cast("type", hint), f"{prefix}{item.name}.")
+            continue
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        text = helps[item.name]
+        target.add_argument(f"--{prefix}{item.name}", type=hint, default=default, help=text)
+
+
+def _parameter_docs(kind: type) -> dict[str, str]:
+    lines = inspect.cleandoc(kind.__doc__ or "").splitlines()
+    docs: dict[str, list[str]] = {}
+    name = ""
+    for line in lines[lines.index("Parameters") + 2 :]:
+        if line.startswith(" "):
+            docs[name].append(line.strip())
+        else:
+            name = line
+            docs[name] = []
+    return {key: " ".join(text) for key, text in docs.items()}
+
+
+def _build(kind: type[T], values: object, name: str = "") -> T:
+    # jsonargparse checks the leaves; a section that is no mapping has none.
+    if not isinstance(values, dict):
+        msg = f"{name} must be a mapping of settings, got {values}."
+        raise ValueError(msg)  # noqa: TRY004 - wrong content of a file, not a wrong call
+    arguments = {}
+    for key, hint in get_type_hints(kind).items():
+        value = values[key]
+        arguments[key] = _build(cast("type", hint), value, key) if is_dataclass(hint) else value
+    return kind(**arguments)

@@ -1,0 +1,395 @@
+"""The settings of an experiment, as dataclasses that check their values.
+
+A field's entry under Parameters is also its help on the command line.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from training.config._checks import at_least, check, check_seed, not_negative, positive
+
+Readout = Literal["heads", "alignment", "nearest_mean", "ridge"]
+
+NATIVE_SIDE = {"digits": 8, "cifar100": 32}
+"""Image side, in pixels, of the data sets whose images all have one size."""
+
+
+@dataclass
+class DataConfig:
+    """The images and the stream of tasks that they are cut into.
+
+    Parameters
+    ----------
+    name
+        digits (embedded, no download), folder (train/CLASS/* with test/ or val/), or cifar100.
+    root
+        The folder tree, or the folder that holds (or receives) CIFAR-100.
+    classes
+        Use only the first so many classes of the random order; all when not given.
+    init_cls
+        Number of classes of the first task.
+    increment
+        Number of classes of every later task; the last task may have fewer.
+    tasks
+        Cut the stream to its first so many tasks; all when not given.
+    order_seed
+        Seed of the class order; the seed of the run when not given.
+    validation
+        Share of each class's training images, 0 to 0.9, to evaluate on instead of the test split,
+        which is then never opened; 0 evaluates on the test split.
+    image_size
+        Side, in pixels, of the square images that the backbone reads.
+    resize
+        Side of a first resize of every image to a square (bicubic, antialiased); none if not given.
+    train_crop
+        none, pad (reflect-pad, then a random crop) or random_resized (torchvision's).
+    pad
+        Pixels of reflected border on every side before the random crop, for train_crop pad.
+    crop_scale
+        Smallest and largest share of the image area, for train_crop random_resized.
+    flip
+        Mirror training images left to right with probability 0.5.
+    test_crop
+        none or center.
+    test_resize
+        Resize the shorter side of evaluation images to this (bicubic); none if not given.
+    mean
+        Subtracted from pixels in [0, 1].
+    std
+        Divides pixels after the mean is subtracted.
+    cache
+        Keep decoded images in memory; when not given, if resize is set and they take under 1 GB.
+    workers
+        Processes that load images; 0 loads them in the main process. Results do not depend on it.
+    """
+
+    name: Literal["digits", "folder", "cifar100"] = "digits"
+    root: str | None = None
+    classes: int | None = None
+    init_cls: int = 2
+    increment: int = 2
+    tasks: int | None = None
+    order_seed: int | None = None
+    validation: float = 0.0
+    image_size: int = 8
+    resize: int | None = None
+    train_crop: Literal["none", "pad", "random_resized"] = "none"
+    pad: int = 0
+    crop_scale: tuple[float, float] = (0.05, 1.0)
+    flip: bool = False
+    test_crop: Literal["none", "center"] = "none"
+    test_resize: int | None = None
+    mean: float = 0.0
+    std: float = 1.0
+    cache: bool | None = None
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        for key in ("classes", "init_cls", "increment", "tasks"):
+            at_least(f"data.{key}", getattr(self, key), 1)
+        for key in ("image_size", "resize", "test_resize"):
+            at_least(f"data.{key}", getattr(self, key), 1)
+        for key in ("pad", "workers"):
+            at_least(f"data.{key}", getattr(self, key), 0)
+        check_seed("data.order_seed", self.order_seed)
+        check(0 <= self.validation <= 0.9, "data.validation", self.validation, "in [0, 0.9]")
+        check(math.isfinite(self.mean), "data.mean", self.mean, "finite")
+        positive("data.std", self.std)
+        low, high = self.crop_scale
+        check(0 < low <= high <= 1, "data.crop_scale", [low, high], "0 < smallest <= largest <= 1")
+        if self.name != "digits" and self.root is None:
+            msg = f"data.root must be given for data.name {self.name}: the folder with the images."
+            raise ValueError(msg)
+        if self.cache and self.resize is None and self.name == "folder":
+            msg = "data.cache true needs images of one size: set data.resize."
+            raise ValueError(msg)
+        _check_sides(self)
+
+
+@dataclass
+class BackboneConfig:
+    """The frozen, pretrained network.
+
+    Parameters
+    ----------
+    name
+        glyphs (in the package, no download) or the name of any timm model.
+    weights
+        A local .safetensors or .pth file with the weights; its classifier is dropped.
+    options
+        Further arguments for timm.create_model, such as {img_size: 32, in_chans: 1}.
+    pretrained
+        Start from pretrained weights, which timm downloads if no file is given; else random ones.
+    """
+
+    name: str = "glyphs"
+    weights: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    pretrained: bool = True
+
+    def __post_init__(self) -> None:
+        reserved = {"num_classes", "pretrained", "checkpoint_path"} & set(self.options)
+        if reserved:
+            msg = (
+                f"backbone.options must not hold {sorted(reserved)}: the classifier is always left "
+                "out, and weights are chosen by backbone.weights and backbone.pretrained."
+            )
+            raise ValueError(msg)
+        if self.weights is not None and not self.pretrained:
+            msg = "backbone.weights is given, but backbone.pretrained is false: set one of them."
+            raise ValueError(msg)
+        if self.name == "glyphs" and (self.weights is not None or self.options):
+            msg = (
+                "backbone.name glyphs comes with its own weights and options: to use others, give "
+                "the name of a timm model, for instance --backbone.name vit_tiny_patch16_224."
+            )
+            raise ValueError(msg)
+
+
+@dataclass
+class MethodConfig:
+    """The continual-learning method and its settings (LoDA, arXiv:2603.00191).
+
+    Parameters
+    ----------
+    name
+        loda, seq_lora (one plain low-rank branch, merged after each task) or frozen.
+    rank
+        Rank of each branch.
+    general_weight
+        Weight of the general branch; halved when both branches are used.
+    isolated_weight
+        Weight of the isolated branch; halved when both branches are used.
+    down_scale
+        Factor c of the down-projections A = c U'.
+    ridge
+        Regularisation of the isolated subspace, relative to the mean energy of a direction.
+    branches
+        both, general or isolated.
+    isolated
+        Directions of the isolated branch: pencil (generalised eigenvectors) or null (the null space
+        of the old tasks).
+    gao
+        Use gradient-aligned steps; otherwise plain ones.
+    radius
+        Largest length of the look-ahead of a gradient-aligned step.
+    recalibration
+        Form of the factor of the general branch at the merge; none merges the branch as trained.
+    gamma
+        Weight of the new task against the old ones in the recalibration.
+    history
+        The model through which a task's moment enters the history: merged, trained (before the
+        merge), or both, which counts a task twice.
+    target
+        Pattern of the names of the linear layers to adapt.
+    """
+
+    name: Literal["loda", "seq_lora", "frozen"] = "loda"
+    rank: int = 16
+    general_weight: float = 0.5
+    isolated_weight: float = 1.0
+    down_scale: float = 3**-0.5
+    ridge: float = 1e-2
+    branches: Literal["both", "general", "isolated"] = "both"
+    isolated: Literal["pencil", "null"] = "pencil"
+    gao: bool = True
+    radius: float = 0.3
+    recalibration: Literal["full", "diagonal", "direction", "scalar", "none"] = "full"
+    gamma: float = 3.0
+    history: Literal["merged", "trained", "both"] = "merged"
+    target: str = "*.attn.qkv"
+
+    def __post_init__(self) -> None:
+        at_least("method.rank", self.rank, 1)
+        for key in ("general_weight", "isolated_weight", "down_scale", "ridge", "gamma"):
+            positive(f"method.{key}", getattr(self, key))
+        not_negative("method.radius", self.radius)
+        check(bool(self.target.strip()), "method.target", self.target, "a pattern of module names")
+
+
+@dataclass
+class TrainConfig:
+    """How a task is trained: SGD, new for every task, with a cosine schedule per epoch.
+
+    Parameters
+    ----------
+    epochs
+        Passes over each task's training images; 0 keeps the model and the heads as they start.
+    batch_size
+        Images a mini-batch; the last one of an epoch may be smaller.
+    lr
+        Learning rate of the first epoch.
+    momentum
+        Momentum of SGD, at least 0 and below 1.
+    weight_decay
+        L2 penalty of SGD.
+    eval_batch_size
+        Images a batch where no gradient is taken; changes the speed, not the result.
+    """
+
+    epochs: int = 5
+    batch_size: int = 48
+    lr: float = 0.02
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    eval_batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        at_least("train.epochs", self.epochs, 0)
+        at_least("train.batch_size", self.batch_size, 1)
+        at_least("train.eval_batch_size", self.eval_batch_size, 1)
+        positive("train.lr", self.lr)
+        check(0 <= self.momentum < 1, "train.momentum", self.momentum, "at least 0 and below 1")
+        not_negative("train.weight_decay", self.weight_decay)
+
+
+@dataclass
+class HeadConfig:
+    """The cosine heads, one a task, and how classes are decided at test time.
+
+    Parameters
+    ----------
+    start
+        Start of a head's weights: random, or class_mean (its classes' normalised mean features).
+    scale
+        Factor of the cosines in the CosFace loss.
+    margin
+        Margin of the CosFace loss.
+    readout
+        The primary read-out: heads (as trained), alignment (heads retrained on Gaussian samples of
+        the class statistics), nearest_mean, or ridge (on random features).
+    also
+        Further read-outs to evaluate on the same training.
+    alignment_epochs
+        Epochs of the alignment (the paper: 5); run to convergence when not given.
+    alignment_shrinkage
+        Shrinkage of class covariances towards the pooled one, in the alignment to convergence.
+    alignment_lr
+        Learning rate of the alignment.
+    alignment_temperature
+        Divides the normalised logits in the alignment.
+    alignment_covariance
+        Added to the diagonal of every class covariance.
+    ridge_features
+        Number of random features of the ridge read-out.
+    """
+
+    start: Literal["random", "class_mean"] = "class_mean"
+    scale: float = 20.0
+    margin: float = 0.0
+    readout: Readout = "alignment"
+    also: list[Readout] = field(default_factory=list)
+    alignment_epochs: int | None = None
+    alignment_shrinkage: float = 0.3
+    alignment_lr: float = 0.01
+    alignment_temperature: float = 0.2
+    alignment_covariance: float = 1e-3
+    ridge_features: int = 1000
+
+    def __post_init__(self) -> None:
+        for key in ("scale", "alignment_lr", "alignment_temperature"):
+            positive(f"head.{key}", getattr(self, key))
+        for key in ("margin", "alignment_covariance", "alignment_shrinkage"):
+            not_negative(f"head.{key}", getattr(self, key))
+        for key in ("alignment_epochs", "ridge_features"):
+            at_least(f"head.{key}", getattr(self, key), 1)
+        unique = len(set(self.also)) == len(self.also)
+        check(unique, "head.also", self.also, "a list in which nothing occurs twice")
+
+
+@dataclass
+class KeepConfig:
+    """What of every task is kept in the run folder, beside the final model.
+
+    Parameters
+    ----------
+    branches
+        The trained branches before the merge.
+    moments
+        The second moments of the history after the task.
+    heads
+        All heads after the task.
+    statistics
+        The class statistics of the read-outs after the task.
+    """
+
+    branches: bool = False
+    moments: bool = False
+    heads: bool = False
+    statistics: bool = False
+
+
+@dataclass
+class Experiment:
+    """One run: everything that decides its result, and where it goes.
+
+    Parameters
+    ----------
+    seed
+        Seed of the class order and of all training randomness.
+    out
+        The run folder; a new one under runs/ when not given.
+    device
+        auto takes a GPU if there is one.
+    precision
+        no (float32) or bf16 (mixed precision).
+    threads
+        CPU threads; torch's own choice when not given.
+    overwrite
+        Allow a run folder that is not empty: its files are replaced.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    keep: KeepConfig = field(default_factory=KeepConfig)
+    seed: int = 1993
+    out: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["no", "bf16"] = "no"
+    threads: int | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        check_seed("seed", self.seed)
+        at_least("threads", self.threads, 1)
+
+
+def _check_sides(data: DataConfig) -> None:
+    # Sizes that do not meet would only show when the first batch is stacked, or not at all.
+    side = data.resize or NATIVE_SIDE.get(data.name)
+    size, given = data.image_size, f"data.resize {data.resize}"
+    if data.train_crop == "none" and side != size:
+        msg = (
+            f"training images would not have data.image_size {size} ({given}, data.train_crop "
+            f"none): set data.resize to data.image_size, or choose a data.train_crop."
+        )
+        raise ValueError(msg)
+    if data.train_crop == "pad":
+        if side is None:
+            msg = "data.train_crop pad needs images of one size: set data.resize."
+            raise ValueError(msg)
+        if data.pad >= side or side + 2 * data.pad < size:
+            msg = (
+                f"data.pad {data.pad} does not fit: it must be below the side of the images "
+                f"({side}), and a crop of data.image_size {size} must fit into {side} + 2 * pad."
+            )
+            raise ValueError(msg)
+    shorter = data.test_resize or side
+    if data.test_crop == "center" and (shorter is None or shorter < size):
+        msg = (
+            f"data.test_crop center cannot cut data.image_size {size} from evaluation images "
+            f"({given}, data.test_resize {data.test_resize}): set a data.test_resize of at least "
+            f"{size}."
+        )
+        raise ValueError(msg)
+    if data.test_crop == "none" and (side is None or shorter != size):
+        msg = (
+            f"evaluation images would not have data.image_size {size} ({given}, data.test_resize "
+            f"{data.test_resize}, data.test_crop none): set data.resize or data.test_resize to "
+            f"{size}, or data.test_crop to center."
+        )
+        raise ValueError(msg)

@@ -1,0 +1,83 @@
+"""Features of images, read-outs from them, and right predictions by class."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from backends.torch.readout import (
+    AlignmentSettings,
+    Readout,
+    align_heads,
+    heads,
+    load_readout,
+    nearest_mean,
+    ridge,
+)
+from training.config import HeadConfig
+from training.metrics import class_counts
+from training.state import RunState
+
+
+@torch.no_grad()
+def extract_features(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], accelerator: Accelerator
+) -> tuple[Tensor, Tensor]:
+    """Features (N, D) in float32 on the device, and labels (N,) on the CPU, of all batches."""
+    model.eval()
+    features, labels = [], []
+    for images, targets in batches:
+        with accelerator.autocast():
+            features.append(model(images.to(accelerator.device)).float())
+        labels.append(targets)
+    return torch.cat(features), torch.cat(labels)
+
+
+def wanted_readouts(config: HeadConfig) -> list[str]:
+    """Kinds of read-out of an experiment, the primary one first."""
+    return list(dict.fromkeys([config.readout, *config.also]))
+
+
+def build_readouts(
+    state: RunState, config: HeadConfig, generator: torch.Generator
+) -> dict[str, Readout]:
+    """The read-outs of an experiment after a task, the primary one first.
+
+    The aligned head weights become part of the state: in the published schedule the next
+    alignment starts from them.
+    """
+    found: dict[str, Readout] = {}
+    for kind in wanted_readouts(config):
+        if kind == "heads":
+            found[kind] = heads(state.heads.weight())
+        elif kind == "ridge" and state.ridge is not None:
+            found[kind] = ridge(state.ridge)
+        elif kind == "nearest_mean" and state.statistics is not None:
+            found[kind] = nearest_mean(state.statistics)
+        elif kind == "alignment" and state.statistics is not None:
+            start = state.heads.weight()
+            if state.aligned is not None:
+                start[: len(state.aligned)] = state.aligned.to(start)
+            settings = AlignmentSettings(
+                epochs=config.alignment_epochs,
+                temperature=config.alignment_temperature,
+                ridge=config.alignment_covariance,
+                shrinkage=config.alignment_shrinkage,
+                lr=config.alignment_lr,
+            )
+            state.aligned = align_heads(
+                state.statistics, settings, generator=generator, weight=start
+            )
+            found[kind] = load_readout(kind, {"weight": state.aligned})
+    return found
+
+
+def count_correct(
+    readouts: Mapping[str, Readout], features: Tensor, labels: Tensor, classes: int
+) -> dict[str, tuple[list[int], list[int]]]:
+    """Right predictions and images by class, for each read-out."""
+    return {
+        kind: class_counts(readout.logits(features).argmax(dim=1).cpu(), labels, classes)
+        for kind, readout in readouts.items()
+    }

@@ -1,0 +1,84 @@
+"""Writing files so that a crash never leaves half of one, and reading them back."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then put it in place in one step."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    write_atomically(path, lambda temporary: _write_text(temporary, text))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file atomically."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; the error names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        msg = f"cannot read {path} as JSON: {error}"
+        raise ValueError(msg) from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file atomically; tensors are copied to the CPU."""
+    # Tensors that share memory (views, a weight tied to another) are not allowed in the file.
+    flat = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(flat, temporary))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file; the error names it."""
+    if not path.is_file():
+        msg = f"no file {path}"
+        raise FileNotFoundError(msg)
+    try:
+        return load_file(path)
+    except Exception as error:
+        msg = f"cannot read {path} as safetensors: {error}"
+        raise ValueError(msg) from error
+
+
+def nested(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with ``prefix/``, without it."""
+    start = f"{prefix}/"
+    return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+
+
+def flattened(**groups: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Groups of tensors under one flat name each, ``group/name``.
+
+    Examples
+    --------
+    >>> sorted(flattened(a={"x": torch.zeros(1)}, b={"x": torch.ones(1)}))
+    ['a/x', 'b/x']
+    """
+    return {f"{group}/{k}": v for group, part in groups.items() for k, v in part.items()}
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

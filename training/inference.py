@@ -1,0 +1,192 @@
+"""A finished run as a classifier: evaluate it again, or predict images of one's own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from backends.torch.readout import Readout, load_readout
+from training.backbone import Backbone, build_backbone, check_fits
+from training.config import Experiment, read_experiment
+from training.data import build_stream, loader, open_image, test_transform
+from training.evaluate import count_correct, extract_features
+from training.files import nested, read_json, read_tensors
+from training.run_folder import CLASSES, CONFIG, MODEL, READOUTS
+
+
+class Prediction(NamedTuple):
+    """A class and the score that the read-out gives it; higher is better.
+
+    Scores are cosines in [-1, 1], or for the ridge read-out regressed memberships (about 0 to 1).
+    """
+
+    name: str
+    score: float
+
+
+@dataclass
+class Classifier:
+    """The trained classifier of a run.
+
+    Parameters
+    ----------
+    classes : list of str
+        Names of the classes, in the order in which they were learned.
+    experiment : Experiment
+        Settings of the run.
+    backbone : Backbone
+        The merged model.
+    readouts : dict of str to Readout
+        Classifiers on its features; the primary one is named by ``experiment.head.readout``.
+    """
+
+    classes: list[str]
+    experiment: Experiment
+    backbone: Backbone
+    readouts: dict[str, Readout]
+
+    @property
+    def model(self) -> nn.Module:
+        """The merged backbone: images (N, C, H, W) to features (N, D)."""
+        return self.backbone.module
+
+    @torch.no_grad()
+    def logits(self, images: Tensor, readout: str | None = None) -> Tensor:
+        """Scores (N, classes) of images (N, C, H, W) that are transformed already.
+
+        Parameters
+        ----------
+        images : Tensor, shape (N, C, H, W)
+            As the test transform of the experiment gives them.
+        readout : str, optional
+            A read-out of the run; the primary one by default.
+        """
+        chosen = readout or self.experiment.head.readout
+        if chosen not in self.readouts:
+            msg = f"the run has no read-out {chosen!r}; it has {list(self.readouts)}"
+            raise ValueError(msg)
+        if images.ndim != 4:
+            msg = f"images must have shape (N, C, H, W), got {tuple(images.shape)}"
+            raise ValueError(msg)
+        check_fits(self.backbone, images[0])
+        self.model.eval()
+        device = next(self.model.parameters()).device
+        return self.readouts[chosen].logits(self.model(images.to(device)).float())
+
+    def predict(
+        self, images: Sequence[str | Path], *, top: int = 1, readout: str | None = None
+    ) -> list[list[Prediction]]:
+        """Most likely classes of image files, best first.
+
+        Parameters
+        ----------
+        images : sequence of paths
+            Files in any format that Pillow reads.
+        top : int, default 1
+            Classes an image.
+        readout : str, optional
+            A read-out of the run; the primary one by default.
+
+        Returns
+        -------
+        list of list of Prediction
+
+        Raises
+        ------
+        ValueError
+            If an image cannot be read; the message names it.
+        """
+        if not 1 <= top <= len(self.classes):
+            msg = f"top must be from 1 to {len(self.classes)}, got {top}"
+            raise ValueError(msg)
+        transform = test_transform(self.experiment.data)
+        results = []
+        for path in images:
+            pixels = transform(open_image(path, self.experiment.data))
+            scores = self.logits(pixels[None], readout)[0]
+            best = scores.topk(top)
+            names = [self.classes[i] for i in best.indices.tolist()]
+            pairs = zip(names, best.values.tolist(), strict=True)
+            results.append([Prediction(name, score) for name, score in pairs])
+        return results
+
+
+def load_classifier(folder: Path) -> Classifier:
+    """Rebuild the classifier of a run from its weights; see :func:`training.load`."""
+    if not folder.is_dir():
+        msg = f"no run folder {folder}"
+        raise FileNotFoundError(msg)
+    missing = [n for n in (CONFIG, CLASSES, MODEL, READOUTS) if not (folder / n).is_file()]
+    if missing:
+        msg = f"{folder} holds no finished run: {', '.join(missing)} not there"
+        raise FileNotFoundError(msg)
+    experiment = read_experiment(folder / CONFIG)
+    classes = [str(name) for name in read_json(folder / CLASSES)["class_names"]]
+    backbone = build_backbone(experiment.backbone, initialise=False)
+    try:
+        backbone.module.load_state_dict(read_tensors(folder / MODEL))
+    except RuntimeError as error:
+        msg = f"{folder / MODEL} does not fit the model of {folder / CONFIG}: {error}"
+        raise ValueError(msg) from error
+    tensors = read_tensors(folder / READOUTS)
+    kinds = dict.fromkeys(name.partition("/")[0] for name in tensors)
+    readouts = {kind: load_readout(kind, nested(tensors, kind)) for kind in kinds}
+    return Classifier(classes, experiment, backbone, readouts)
+
+
+def evaluate_run(folder: Path) -> dict[str, dict[str, Any]]:
+    """Evaluate the saved model of a run on all its classes, from weights and data alone.
+
+    Parameters
+    ----------
+    folder : Path
+        A finished run.
+
+    Returns
+    -------
+    dict
+        By read-out: ``accuracy`` per image, ``by_task``, and ``correct`` and ``total`` by class.
+
+    Raises
+    ------
+    ValueError
+        If the data set no longer has the classes of the run.
+    """
+    classifier = load_classifier(folder)
+    experiment = classifier.experiment
+    if experiment.threads is not None:
+        torch.set_num_threads(experiment.threads)
+    stream = build_stream(experiment.data, experiment.seed)
+    saved = read_json(folder / CLASSES)
+    if stream.class_names != saved["class_names"] or stream.order != saved["order"]:
+        msg = f"the data set has other classes now than when {folder} was trained"
+        raise ValueError(msg)
+    accelerator = Accelerator(cpu=experiment.device == "cpu", mixed_precision=experiment.precision)
+    classifier.model.to(accelerator.device)
+    batches = loader(
+        stream.test.with_transform(test_transform(experiment.data)),
+        experiment.train.eval_batch_size,
+        shuffle=False,
+        seed=0,
+        workers=experiment.data.workers,
+    )
+    features, labels = extract_features(classifier.model, batches, accelerator)
+    counts = count_correct(classifier.readouts, features, labels, len(stream.order))
+    results: dict[str, dict[str, Any]] = {}
+    primary = experiment.head.readout
+    for kind in sorted(counts, key=lambda kind: kind != primary):
+        correct, total = counts[kind]
+        by_task = [
+            sum(correct[c] for c in task) / sum(total[c] for c in task) for task in stream.tasks
+        ]
+        results[kind] = {
+            "accuracy": sum(correct) / sum(total),
+            "by_task": by_task,
+            "correct": correct,
+            "total": total,
+        }
+    return results

@@ -1,0 +1,290 @@
+"""The training loop, from the configuration to the finished run folder, top to bottom."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from backends.torch.statistics import ClassStatistics, RidgeStatistics
+from training.backbone import Backbone, build_backbone, check_fits
+from training.config import Experiment
+from training.data import Stream, build_stream, loader, test_transform, train_transform
+from training.evaluate import build_readouts, count_correct, extract_features, wanted_readouts
+from training.figures import accuracy_figure
+from training.heads import Heads, class_mean_start
+from training.losses import cosface
+from training.methods import build_method
+from training.metrics import AccuracyMatrix
+from training.progress import Meter, Progress
+from training.run_folder import FIGURE, RunFolder, choose_folder
+from training.state import RunState
+
+# Each use of randomness in a task has a stream of its own, so that switching one part off (a
+# pass over the data, a read-out) does not shift the draws of another.
+_PURPOSES = ("batches", "moments", "head", "steps", "alignment", "method", "ridge")
+
+
+@dataclass
+class Run:
+    """A run that is set up: everything that could be wrong at the start has been checked."""
+
+    experiment: Experiment
+    stream: Stream
+    backbone: Backbone
+    accelerator: Accelerator
+    state: RunState
+    folder: RunFolder
+
+
+def train(experiment: Experiment, *, quiet: bool = False) -> Path:
+    """Run an experiment; returns the folder with its results.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        All settings.
+    quiet : bool
+        Show no progress bars and no table.
+
+    Returns
+    -------
+    Path
+        The run folder.
+
+    Raises
+    ------
+    ValueError, OSError
+        If settings, data, weights or the folder are not sound; raised before training starts.
+    FloatingPointError
+        If training diverges; the message says where.
+    """
+    run = prepare(experiment)
+    with Progress(len(run.stream.tasks), quiet=quiet) as progress:
+        for task in range(run.state.tasks, len(run.stream.tasks)):
+            run_task(run, task, progress)
+    primary = run.state.matrices[experiment.head.readout]
+    summary = {
+        "readout": experiment.head.readout,
+        "readouts": {kind: m.summary() for kind, m in run.state.matrices.items()},
+        "counts": {kind: m.to_dict() for kind, m in run.state.matrices.items()},
+        "trainable_parameters": progress.trainable,
+        "seconds": progress.seconds,
+    }
+    run.folder.finish(run.state, summary)
+    title = f"{experiment.method.name} on {experiment.data.name}, {experiment.head.readout}"
+    accuracy_figure(primary, run.folder.path / FIGURE, title=title)
+    progress.table(primary, run.folder.path)
+    return run.folder.path
+
+
+def prepare(experiment: Experiment) -> Run:
+    """Set a run up, in the order in which mistakes are cheapest to find."""
+    if experiment.threads is not None:
+        torch.set_num_threads(experiment.threads)
+    path = choose_folder(experiment)
+    accelerator = Accelerator(
+        cpu=experiment.device == "cpu", mixed_precision=experiment.precision
+    )
+    if experiment.device == "cuda" and accelerator.device.type != "cuda":
+        msg = f"device is cuda, but torch sees no CUDA device here (it would use {accelerator.device})"
+        raise ValueError(msg)
+    stream = build_stream(experiment.data, experiment.seed)
+    backbone = build_backbone(experiment.backbone)
+    train_image, _ = stream.train.with_transform(train_transform(experiment.data))[0]
+    test_image, _ = stream.test.with_transform(test_transform(experiment.data))[0]
+    check_fits(backbone, train_image)
+    check_fits(backbone, test_image)
+    model = backbone.module.to(accelerator.device)
+    method = build_method(experiment.method, model, derive(experiment.seed, 0, "method"))
+    kinds = wanted_readouts(experiment.head)
+    needs_statistics = {"nearest_mean", "alignment"} & set(kinds)
+    ridge = RidgeStatistics(
+        backbone.features,
+        features=experiment.head.ridge_features,
+        seed=derive(experiment.seed, 0, "ridge"),
+    )
+    state = RunState(
+        model=model,
+        method=method,
+        heads=Heads(backbone.features).to(accelerator.device),
+        statistics=ClassStatistics() if needs_statistics else None,
+        ridge=ridge if "ridge" in kinds else None,
+        matrices={kind: AccuracyMatrix() for kind in kinds},
+    )
+    folder = RunFolder(path)
+    folder.begin(experiment, stream, backbone)
+    return Run(experiment, stream, backbone, accelerator, state, folder)
+
+
+def run_task(run: Run, task: int, progress: Progress) -> None:
+    """Learn one task and evaluate on all tasks so far."""
+    experiment, state, config = run.experiment, run.state, run.experiment.train
+    classes = run.stream.tasks[task]
+    images = run.stream.train.subset(classes)
+    augmented = images.with_transform(train_transform(experiment.data))
+    passes = loader(
+        augmented,
+        config.eval_batch_size,
+        shuffle=True,
+        seed=derive(experiment.seed, task, "moments"),
+        workers=experiment.data.workers,
+    )
+    clock = time.perf_counter()
+    seconds = {}
+
+    state.method.begin_task(passes)
+    _add_head(run, task)
+    seconds["begin"], clock = _lap(clock)
+
+    _train(run, task, progress)
+    seconds["train"], clock = _lap(clock)
+
+    record = state.method.end_task(passes)
+    seconds["end"], clock = _lap(clock)
+
+    _update_readouts(run, task)
+    seconds["readouts"], clock = _lap(clock)
+
+    _evaluate(run, task)
+    state.tasks = task + 1
+    seconds["evaluate"], clock = _lap(clock)
+
+    keep = experiment.keep
+    run.folder.keep(
+        task,
+        branches=record.branch_tensors() if record and keep.branches else {},
+        moments=record.moment_tensors() if record and keep.moments else {},
+        heads=state.heads.state_dict() if keep.heads else {},
+        statistics=state.statistics.state_dict() if state.statistics and keep.statistics else {},
+    )
+    accuracy = {kind: m.curve[-1] for kind, m in state.matrices.items()}
+    counts = {kind: [m.correct[-1], m.total[-1]] for kind, m in state.matrices.items()}
+    run.folder.log("task", task=task, accuracy=accuracy, counts=counts, seconds=seconds)
+    progress.end_task(task, accuracy[experiment.head.readout], seconds)
+
+
+def derive(seed: int, task: int, purpose: str) -> int:
+    """A seed of its own for each purpose and task, from the seed of the run."""
+    sequence = np.random.SeedSequence((seed, task, _PURPOSES.index(purpose)))
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _add_head(run: Run, task: int) -> None:
+    classes = run.stream.tasks[task]
+    start = None
+    if run.experiment.head.start == "class_mean":
+        features, labels = _task_features(run, task)
+        means = [features[(labels == label).to(features.device)].mean(dim=0) for label in classes]
+        start = class_mean_start(torch.stack(means))
+    generator = torch.Generator().manual_seed(derive(run.experiment.seed, task, "head"))
+    head = run.state.heads.add(len(classes), start=start, generator=generator)
+    head.to(run.accelerator.device)
+
+
+def _train(run: Run, task: int, progress: Progress) -> None:
+    """Train the method's tensors and the task's head; the optimiser is new for every task."""
+    experiment, config, state = run.experiment, run.experiment.train, run.state
+    accelerator, device = run.accelerator, run.accelerator.device
+    first = run.stream.tasks[task][0]
+    images = run.stream.train.subset(run.stream.tasks[task])
+    batches = loader(
+        images.with_transform(train_transform(experiment.data)),
+        config.batch_size,
+        shuffle=True,
+        seed=derive(experiment.seed, task, "batches"),
+        workers=experiment.data.workers,
+    )
+    head = state.heads.current
+    adapted = state.method.parameters()
+    parameters = [*adapted, *head.parameters()]
+    progress.begin_task(task, config.epochs * len(batches), parameters)
+    optimizer = torch.optim.SGD(
+        parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+    )
+    generator = torch.Generator().manual_seed(derive(experiment.seed, task, "steps"))
+    for epoch in range(config.epochs):
+        # Cosine over the epochs, down to zero after the last one.
+        lr = config.lr * (1 + np.cos(np.pi * epoch / config.epochs)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        # The backbone has no trained statistics; evaluation mode off enables its drop-out, if any.
+        state.model.train()
+        meter = Meter()
+        for pixels, labels in batches:
+            inputs, targets = pixels.to(device, non_blocking=True), labels - first
+
+            def loss(rows: Tensor, inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
+                with accelerator.autocast():
+                    features = state.model(inputs[rows.to(device)])
+                cosines = head(features.float())
+                wanted = targets[rows].to(device)
+                meter.count(cosines, wanted)
+                return cosface(
+                    cosines, wanted, scale=experiment.head.scale, margin=experiment.head.margin
+                )
+
+            step = state.method.step(
+                loss, targets, optimizer, generator=generator, backward=accelerator.backward
+            )
+            meter.add(step.loss, len(labels))
+            progress.advance(meter)
+        values = meter.read()
+        if not np.isfinite(values["loss"]):
+            msg = (
+                f"training diverged: the loss of task {task + 1}, epoch {epoch + 1} is "
+                f"{values['loss']}; nothing was merged. Lower train.lr or method.radius"
+            )
+            raise FloatingPointError(msg)
+        run.folder.log("epoch", task=task, epoch=epoch, lr=float(lr), **values)
+
+
+def _task_features(run: Run, task: int) -> tuple[Tensor, Tensor]:
+    """Features of the task's training images under the test transform, and their labels."""
+    images = run.stream.train.subset(run.stream.tasks[task])
+    batches = loader(
+        images.with_transform(test_transform(run.experiment.data)),
+        run.experiment.train.eval_batch_size,
+        shuffle=False,
+        seed=0,
+        workers=run.experiment.data.workers,
+    )
+    return extract_features(run.state.model, batches, run.accelerator)
+
+
+def _update_readouts(run: Run, task: int) -> None:
+    """Statistics of the task's classes through the merged model; old ones are never refreshed."""
+    state, classes = run.state, len(run.stream.tasks[task])
+    gathering = [s for s in (state.statistics, state.ridge) if s is not None]
+    if gathering:
+        features, labels = _task_features(run, task)
+        for statistics in gathering:
+            statistics.add_task(features, labels, classes)
+    generator = torch.Generator().manual_seed(derive(run.experiment.seed, task, "alignment"))
+    state.readouts = build_readouts(state, run.experiment.head, generator)
+
+
+def _evaluate(run: Run, task: int) -> None:
+    seen = [label for labels in run.stream.tasks[: task + 1] for label in labels]
+    images = run.stream.test.subset(seen).with_transform(test_transform(run.experiment.data))
+    batches = loader(
+        images,
+        run.experiment.train.eval_batch_size,
+        shuffle=False,
+        seed=0,
+        workers=run.experiment.data.workers,
+    )
+    features, labels = extract_features(run.state.model, batches, run.accelerator)
+    counts = count_correct(run.state.readouts, features, labels, len(seen))
+    for kind, (correct, total) in counts.items():
+        matrix = run.state.matrices[kind]
+        run.state.matrices[kind] = matrix.extended(len(run.stream.tasks[task]), correct, total)
+
+
+def _lap(clock: float) -> tuple[float, float]:
+    now = time.perf_counter()
+    return round(now - clock, 3), now

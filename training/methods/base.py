@@ -1,0 +1,45 @@
+"""What the training loop asks of a method."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from backends.torch import AlignedStep, TaskRecord
+from backends.torch.gao import RowsLoss
+
+
+class Method(Protocol):
+    """A rule for adapting a backbone task by task.
+
+    Between tasks the model has its original modules and parameter names, so that it can be
+    evaluated and saved as it is.
+    """
+
+    def begin_task(self, batches: Iterable[Any]) -> None:
+        """Prepare the model for a task; ``batches`` are its training images, walked at will."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Tensors of the backbone that the optimiser trains in the open task; may be empty."""
+
+    def step(
+        self,
+        loss: RowsLoss,
+        labels: Tensor,
+        optimizer: Optimizer,
+        *,
+        generator: torch.Generator,
+        backward: Callable[[Tensor], None],
+    ) -> AlignedStep:
+        """Train on one mini-batch; ``loss(rows)`` is the mean loss over those rows of it."""
+
+    def end_task(self, batches: Iterable[Any]) -> TaskRecord | None:
+        """Fold what was learned into the model; a record of it, where there is one."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the method carries from task to task, beside the weights of the model."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a state made by ``state_dict`` between two tasks."""

@@ -1,0 +1,50 @@
+"""The frozen backbone: only the heads are trained. What every adaptation has to beat."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from backends.torch import AlignedStep, plain_step
+from backends.torch.gao import RowsLoss
+from training.config import MethodConfig
+
+
+class Frozen:
+    """No adaptation at all."""
+
+    def __init__(self, config: MethodConfig, model: nn.Module, seed: int) -> None:
+        del config, seed
+        model.requires_grad_(False)
+
+    def begin_task(self, batches: Iterable[Any]) -> None:
+        """Nothing to prepare."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """No tensors of the backbone are trained."""
+        return []
+
+    def step(
+        self,
+        loss: RowsLoss,
+        labels: Tensor,
+        optimizer: Optimizer,
+        *,
+        generator: torch.Generator,
+        backward: Callable[[Tensor], None],
+    ) -> AlignedStep:
+        """One plain step of the head."""
+        del generator
+        return plain_step(loss, labels, optimizer, backward=backward)
+
+    def end_task(self, batches: Iterable[Any]) -> None:
+        """Nothing to fold in."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing is carried over."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing to take over."""

@@ -1,0 +1,223 @@
+"""Accuracies over a class-incremental stream, from integer counts."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["AccuracyMatrix", "class_counts"]
+
+Counts = tuple[tuple[int, ...], ...]
+
+
+def class_counts(predictions: Tensor, labels: Tensor, classes: int) -> tuple[list[int], list[int]]:
+    """Right predictions and images of each class 0 ... classes - 1; counts of batches add up.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ or a label is outside the range.
+
+    Examples
+    --------
+    >>> class_counts(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), 3)
+    ([1, 1, 0], [2, 1, 0])
+    """
+    if predictions.shape != labels.shape or labels.ndim != 1:
+        msg = (
+            f"predictions have shape {tuple(predictions.shape)} and labels {tuple(labels.shape)}; "
+            "give two vectors of one length."
+        )
+        raise ValueError(msg)
+    if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= classes):
+        low, high = int(labels.min()), int(labels.max())
+        msg = f"labels run from {low} to {high}; allowed: 0 to {classes - 1}."
+        raise ValueError(msg)
+    right = torch.bincount(labels[predictions == labels], minlength=classes)
+    return right.tolist(), torch.bincount(labels, minlength=classes).tolist()
+
+
+@dataclass(frozen=True)
+class AccuracyMatrix:
+    """Accuracy a[i][j] on task j's classes after learning task i, and what follows from it.
+
+    Tasks are counted from 0; T is the number of tasks learned so far. Accuracies are fractions
+    in [0, 1]. Micro accuracies count images; macro accuracies (names in ``macro``) are the
+    unweighted mean over classes. Averages over tasks are unweighted.
+
+    Parameters
+    ----------
+    sizes : tuple of int
+        Number of classes of each task learned so far.
+    correct, total : tuple of tuple of int
+        Row i holds, for every class seen by task i in label order, its right predictions and its
+        images. A stream known only by task is given as tasks of one class each.
+
+    Raises
+    ------
+    ValueError
+        For rows of the wrong length, counts out of order or a class without images.
+
+    Examples
+    --------
+    >>> matrix = AccuracyMatrix((1, 1), ((9,), (6, 4)), ((10,), (10, 5)))
+    >>> matrix.matrix
+    [[0.9], [0.6, 0.8]]
+    >>> round(matrix.last, 4), round(matrix.forgetting, 4), round(matrix.backward_transfer, 4)
+    (0.6667, 0.3, -0.3)
+    >>> AccuracyMatrix.from_dict(matrix.to_dict()) == matrix
+    True
+    """
+
+    sizes: tuple[int, ...] = ()
+    correct: Counts = ()
+    total: Counts = ()
+
+    def __post_init__(self) -> None:
+        for name in ("correct", "total"):
+            rows = tuple(tuple(int(n) for n in row) for row in getattr(self, name))
+            object.__setattr__(self, name, rows)
+        object.__setattr__(self, "sizes", tuple(int(n) for n in self.sizes))
+        if len(self.correct) != len(self.sizes) or len(self.total) != len(self.sizes):
+            msg = (
+                f"{len(self.sizes)} tasks, but {len(self.correct)} rows of right predictions and "
+                f"{len(self.total)} rows of totals; give one row a task."
+            )
+            raise ValueError(msg)
+        seen = 0
+        for task, size in enumerate(self.sizes):
+            if size < 1:
+                msg = f"Task {task} has {size} classes; it needs at least 1."
+                raise ValueError(msg)
+            seen += size
+            _check_row(task, seen, self.correct[task], self.total[task])
+
+    def extended(self, size: int, correct: Sequence[int], total: Sequence[int]) -> "AccuracyMatrix":
+        """The matrix after one more task of `size` classes, with counts for every class seen."""
+        return AccuracyMatrix(
+            (*self.sizes, size), (*self.correct, tuple(correct)), (*self.total, tuple(total))
+        )
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def matrix(self) -> list[list[float]]:
+        """a[i][j] for j <= i, per image."""
+        return self._matrix(macro=False)
+
+    @property
+    def macro_matrix(self) -> list[list[float]]:
+        """a[i][j] for j <= i, mean over the task's classes."""
+        return self._matrix(macro=True)
+
+    @property
+    def curve(self) -> list[float]:
+        """Accuracy over all classes seen, after each task, per image."""
+        return [_accuracy(c, t, macro=False) for c, t in self._rows()]
+
+    @property
+    def macro_curve(self) -> list[float]:
+        """Accuracy over all classes seen, after each task, mean over classes."""
+        return [_accuracy(c, t, macro=True) for c, t in self._rows()]
+
+    @property
+    def last(self) -> float:
+        """Accuracy over all classes after the last task."""
+        return _mean(self.curve[-1:])
+
+    @property
+    def average(self) -> float:
+        """Unweighted mean over tasks i of the accuracy over all classes seen by i."""
+        return _mean(self.curve)
+
+    @property
+    def forgetting(self) -> float:
+        """Mean over old tasks j of max_i a[i][j] - a[T-1][j], last row included; 0 for T = 1."""
+        return _forgetting(self.matrix)
+
+    @property
+    def backward_transfer(self) -> float:
+        """Mean over old tasks j of a[T-1][j] - a[j][j]; 0 for T = 1."""
+        return _backward_transfer(self.matrix)
+
+    def summary(self) -> dict[str, Any]:
+        """Every metric by name, ready for JSON."""
+        macro, curve = self.macro_matrix, self.macro_curve
+        return {
+            "last": self.last,
+            "average": self.average,
+            "forgetting": self.forgetting,
+            "backward_transfer": self.backward_transfer,
+            "macro_last": _mean(curve[-1:]),
+            "macro_average": _mean(curve),
+            "macro_forgetting": _forgetting(macro),
+            "macro_backward_transfer": _backward_transfer(macro),
+            "curve": self.curve,
+            "matrix": self.matrix,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The counts as lists, ready for JSON; `from_dict` reads them back."""
+        return {
+            "sizes": list(self.sizes),
+            "correct": [list(row) for row in self.correct],
+            "total": [list(row) for row in self.total],
+        }
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> "AccuracyMatrix":
+        """The matrix that `to_dict` wrote. Raises ValueError when a key is missing."""
+        missing = sorted({"sizes", "correct", "total"} - record.keys())
+        if missing:
+            msg = f"The record of an accuracy matrix lacks {missing}."
+            raise ValueError(msg)
+        return cls(record["sizes"], record["correct"], record["total"])
+
+    def _rows(self) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+        return zip(self.correct, self.total, strict=True)
+
+    def _matrix(self, *, macro: bool) -> list[list[float]]:
+        ends = [sum(self.sizes[: j + 1]) for j in range(len(self))]
+        spans = [slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
+        return [
+            [_accuracy(correct[s], total[s], macro=macro) for s in spans[: i + 1]]
+            for i, (correct, total) in enumerate(self._rows())
+        ]
+
+
+def _check_row(task: int, seen: int, correct: Sequence[int], total: Sequence[int]) -> None:
+    if len(correct) != seen or len(total) != seen:
+        msg = (
+            f"Row {task} has {len(correct)} and {len(total)} entries; "
+            f"{seen} classes are seen by then."
+        )
+        raise ValueError(msg)
+    for label, (right, count) in enumerate(zip(correct, total, strict=True)):
+        if count < 1:
+            msg = f"Class {label} has no image to be evaluated on after task {task}."
+            raise ValueError(msg)
+        if not 0 <= right <= count:
+            msg = f"Class {label} has {right} right predictions of {count} after task {task}."
+            raise ValueError(msg)
+
+
+def _accuracy(correct: Sequence[int], total: Sequence[int], *, macro: bool) -> float:
+    if macro:
+        return _mean([c / t for c, t in zip(correct, total, strict=True)])
+    return sum(correct) / sum(total)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _forgetting(a: list[list[float]]) -> float:
+    old = range(len(a) - 1)
+    return _mean([max(row[j] for row in a[j:]) - a[-1][j] for j in old])
+
+
+def _backward_transfer(a: list[list[float]]) -> float:
+    return _mean([a[-1][j] - a[j][j] for j in range(len(a) - 1)])

@@ -1,0 +1,1 @@
+"""The recipe that drew and trained the small backbone in ``training/weights``."""

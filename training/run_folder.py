@@ -1,0 +1,128 @@
+"""The folder of a run: what is in it, and how nothing in it is lost or half-written."""
+
+import json
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.backbone import Backbone
+from training.config import Experiment, dump_experiment, with_absolute_paths
+from training.data import Stream
+from training.files import flattened, write_json, write_tensors, write_text
+from training.state import RunState
+
+CONFIG, CLASSES, ENVIRONMENT = "config.yaml", "classes.json", "environment.json"
+METRICS, SUMMARY, FIGURE = "metrics.jsonl", "summary.json", "accuracy.png"
+MODEL, READOUTS, TASKS = "model.safetensors", "readouts.safetensors", "tasks"
+
+_PACKAGES = ("loda", "torch", "torchvision", "timm", "accelerate", "numpy", "safetensors")
+
+
+def choose_folder(experiment: Experiment) -> Path:
+    """Folder of the run: as given, or a new one under ``runs`` named after data and method.
+
+    Raises
+    ------
+    FileExistsError
+        If the folder has content and ``overwrite`` is off.
+    NotADirectoryError
+        If the path is a file.
+    """
+    if experiment.out is None:
+        stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+        name = f"{experiment.data.name}-{experiment.method.name}-seed{experiment.seed}-{stamp}"
+        folder, number = Path("runs", name), 1
+        while folder.exists():
+            number += 1
+            folder = Path("runs", f"{name}-{number}")
+        return folder
+    folder = Path(experiment.out)
+    if folder.exists() and not folder.is_dir():
+        msg = f"out is {folder}, which is a file; give a folder"
+        raise NotADirectoryError(msg)
+    if folder.is_dir() and any(folder.iterdir()) and not experiment.overwrite:
+        msg = (
+            f"{folder} is not empty, and nothing is overwritten unasked: give another --out, or "
+            f"--overwrite true to replace the run in it"
+        )
+        raise FileExistsError(msg)
+    return folder
+
+
+class RunFolder:
+    """Writes the files of one run.
+
+    Parameters
+    ----------
+    path : Path
+        Made if it is not there. What an earlier run left under the same names is removed first.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        for name in (METRICS, SUMMARY, FIGURE, MODEL, READOUTS):
+            (path / name).unlink(missing_ok=True)
+        for stale in (path / TASKS).glob("*/*.safetensors"):
+            stale.unlink()
+
+    def begin(self, experiment: Experiment, stream: Stream, backbone: Backbone) -> None:
+        """Write what is known before training: configuration, classes and environment."""
+        write_text(self.path / CONFIG, dump_experiment(with_absolute_paths(experiment)))
+        classes = {
+            "class_names": stream.class_names,
+            "order": stream.order,
+            "tasks": [list(task) for task in stream.tasks],
+        }
+        write_json(self.path / CLASSES, classes)
+        write_json(self.path / ENVIRONMENT, _environment(backbone))
+
+    def log(self, event: str, **values: Any) -> None:
+        """Append one line to the metrics, on disk at once."""
+        line = json.dumps({"event": event, **values}, ensure_ascii=False)
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def keep(self, task: int, **groups: dict[str, torch.Tensor]) -> None:
+        """Write groups of tensors of a task, a file a group; empty groups are left out."""
+        folder = self.path / TASKS / f"{task:03d}"
+        for name, tensors in groups.items():
+            if tensors:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_tensors(folder / f"{name}.safetensors", tensors)
+
+    def finish(self, state: RunState, summary: dict[str, Any]) -> None:
+        """Write the merged model, the read-outs and the summary, the summary last."""
+        write_tensors(self.path / MODEL, state.model.state_dict())
+        readouts = {kind: readout.tensors() for kind, readout in state.readouts.items()}
+        write_tensors(self.path / READOUTS, flattened(**readouts))
+        write_json(self.path / SUMMARY, summary)
+
+
+def _environment(backbone: Backbone) -> dict[str, Any]:
+    cuda = torch.cuda.is_available()
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "threads": torch.get_num_threads(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "backbone": {
+            "timm_name": backbone.timm_name,
+            "options": backbone.timm_options,
+            "weights_sha256": backbone.weights_sha256,
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,92 @@
+"""The whole state of a run between two tasks, as one object that can be written and read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from backends.torch.readout import Readout
+from backends.torch.statistics import ClassStatistics, RidgeStatistics
+from training.files import flattened, nested
+from training.heads import Heads
+from training.methods import Method
+from training.metrics import AccuracyMatrix
+
+
+@dataclass
+class RunState:
+    """Everything that a run carries from one task to the next.
+
+    All randomness of a task follows from the seed and the task's number, so no generator is part
+    of it.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The backbone, with what was learned merged.
+    method : Method
+        Carries its own state (moments, branches).
+    heads : Heads
+        One cosine head a task.
+    statistics : ClassStatistics or None
+        Means and covariances by class, if a read-out needs them.
+    ridge : RidgeStatistics or None
+        Sums of the ridge read-out, if it is used.
+    aligned : Tensor or None
+        Head weights after the last alignment.
+    tasks : int
+        Tasks completed.
+    matrices : dict of str to AccuracyMatrix
+        Accuracy so far by read-out.
+    readouts : dict of str to Readout
+        The classifiers after the last task; derived from the rest, not part of the state.
+    """
+
+    model: nn.Module
+    method: Method
+    heads: Heads
+    statistics: ClassStatistics | None
+    ridge: RidgeStatistics | None
+    aligned: Tensor | None = None
+    tasks: int = 0
+    matrices: dict[str, AccuracyMatrix] = field(default_factory=dict)
+    readouts: dict[str, Readout] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of the state under flat names."""
+        groups: dict[str, Mapping[str, Tensor]] = {
+            "model": self.model.state_dict(),
+            "method": self.method.state_dict(),
+            "heads": self.heads.state_dict(),
+        }
+        if self.statistics is not None and self.tasks:
+            groups["statistics"] = self.statistics.state_dict()
+        if self.ridge is not None:
+            groups["ridge"] = self.ridge.state_dict()
+        if self.aligned is not None:
+            groups["aligned"] = {"weight": self.aligned}
+        return flattened(**groups)
+
+    def record(self) -> dict[str, Any]:
+        """The rest of the state, ready for JSON."""
+        return {
+            "tasks": self.tasks,
+            "head_sizes": list(self.heads.sizes),
+            "matrices": {kind: matrix.to_dict() for kind, matrix in self.matrices.items()},
+        }
+
+    def load(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Take over a state; this object must be a fresh one of the same experiment."""
+        self.tasks = int(record["tasks"])
+        self.matrices = {k: AccuracyMatrix.from_dict(m) for k, m in record["matrices"].items()}
+        self.model.load_state_dict(nested(tensors, "model"))
+        self.method.load_state_dict(nested(tensors, "method"))
+        for size in record["head_sizes"]:
+            self.heads.add(int(size))
+        self.heads.load_state_dict(nested(tensors, "heads"))
+        if self.statistics is not None and self.tasks:
+            self.statistics.load_state_dict(nested(tensors, "statistics"))
+        if self.ridge is not None:
+            self.ridge.load_state_dict(nested(tensors, "ridge"))
+        self.aligned = nested(tensors, "aligned").get("weight")
