@@ -37,6 +37,6 @@ def load(run: str | Path) -> "Classifier":
     ...
     FileNotFoundError: no run folder no/such/run
     """
-    from training.inference import load_classifier  # noqa: PLC0415
+    from training.inference import load_classifier
 
     return load_classifier(Path(run))

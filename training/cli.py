@@ -96,14 +96,14 @@ def _version() -> str:
 
 
 def _train(argv: Sequence[str]) -> None:
-    from training.config import load_experiment  # noqa: PLC0415
-    from training.loop import train  # noqa: PLC0415
+    from training.config import load_experiment
+    from training.loop import train
 
     train(load_experiment(argv))
 
 
 def _evaluate(run: Path) -> None:
-    from training.inference import evaluate_run  # noqa: PLC0415
+    from training.inference import evaluate_run
 
     for kind, result in evaluate_run(run).items():
         tasks = "  ".join(f"{100 * share:.2f}" for share in result["by_task"])
@@ -113,7 +113,7 @@ def _evaluate(run: Path) -> None:
 
 
 def _predict(run: Path, images: Sequence[Path], top: int) -> None:
-    from training.inference import load_classifier  # noqa: PLC0415
+    from training.inference import load_classifier
 
     classifier = load_classifier(run)
     for path, found in zip(

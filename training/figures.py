@@ -56,9 +56,9 @@ def accuracy_figure(
         raise ValueError(msg)
     names = [_shorten(label) for label in task_labels or [str(j + 1) for j in range(tasks)]]
     side = min(max(0.4 * tasks, 3.0), 7.5)  # of the square map, in inches
-    below = 0.075 * max(len(name) for name in names) if _tilted(names) else 0.0
-    figure = _figure(side + 1.9 + 4.8, side + 1.1 + below)
-    left, right = figure.subplots(1, 2, width_ratios=[side + 1.2, 4.6])
+    below = 0.4 + 0.075 * max(len(name) for name in names) if _tilted(names) else 0.0
+    figure = _figure(side + 2.3 + 4.8, side + 1.1 + below)
+    left, right = figure.subplots(1, 2, width_ratios=[side + 1.6, 4.6])
     _heat_map(left, matrix, names)
     _own_curve(right, matrix)
     if title:
@@ -157,7 +157,8 @@ def _heat_map(axes: "Axes", matrix: "AccuracyMatrix", names: list[str]) -> None:
     if not long:
         axes.tick_params(axis="x", pad=10)
     axes.tick_params(length=0)
-    axes.set_xlabel("evaluated on the classes of task")
+    if not long:  # names of classes speak for themselves
+        axes.set_xlabel("evaluated on the classes of task")
     axes.set_ylabel("after learning task")
     axes.set_title("Accuracy by task (%)", fontsize=11)
     axes.spines[:].set_visible(False)
@@ -223,7 +224,7 @@ def _tilted(names: list[str]) -> bool:
     return max(len(name) for name in names) > 3
 
 
-def _shorten(label: str, width: int = 22) -> str:
+def _shorten(label: str, width: int = 18) -> str:
     return _plain(label if len(label) <= width else label[: width - 1] + "…")
 
 

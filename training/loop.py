@@ -3,7 +3,6 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -87,11 +86,9 @@ def prepare(experiment: Experiment) -> Run:
     if experiment.threads is not None:
         torch.set_num_threads(experiment.threads)
     path = choose_folder(experiment)
-    accelerator = Accelerator(
-        cpu=experiment.device == "cpu", mixed_precision=experiment.precision
-    )
+    accelerator = Accelerator(cpu=experiment.device == "cpu", mixed_precision=experiment.precision)
     if experiment.device == "cuda" and accelerator.device.type != "cuda":
-        msg = f"device is cuda, but torch sees no CUDA device here (it would use {accelerator.device})"
+        msg = f"device is cuda, but torch sees none here; it would use {accelerator.device}"
         raise ValueError(msg)
     stream = build_stream(experiment.data, experiment.seed)
     backbone = build_backbone(experiment.backbone)
@@ -218,7 +215,12 @@ def _train(run: Run, task: int, progress: Progress) -> None:
         for pixels, labels in batches:
             inputs, targets = pixels.to(device, non_blocking=True), labels - first
 
-            def loss(rows: Tensor, inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
+            def loss(
+                rows: Tensor,
+                inputs: Tensor = inputs,
+                targets: Tensor = targets,
+                meter: Meter = meter,
+            ) -> Tensor:
                 with accelerator.autocast():
                     features = state.model(inputs[rows.to(device)])
                 cosines = head(features.float())

@@ -124,5 +124,3 @@ class Progress:
         self.console.print(accuracy_table(matrix))
         self.console.print(f"results: {folder}", soft_wrap=True)
         self.console.print(f"figure:  {folder / FIGURE}", soft_wrap=True)
-
-

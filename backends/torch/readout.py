@@ -109,14 +109,16 @@ def heads(weight: Tensor) -> CosineReadout:
 def nearest_mean(statistics: ClassStatistics) -> CosineReadout:
     """Cosine to the class means. Raises ValueError while no task is finished."""
     _check_filled(statistics.classes)
-    return CosineReadout("nearest_mean", statistics.mean.clone())
+    return CosineReadout("nearest_mean", _finite("class means", statistics.mean.clone()))
 
 
 def ridge(statistics: RidgeStatistics) -> RidgeReadout:
     """Ridge regression on the accumulated random features, at the strength last chosen."""
     _check_filled(statistics.classes)
     weight = solve_ridge(statistics.gram, statistics.cross, statistics.strength)
-    return RidgeReadout(statistics.projection.clone(), _finite("ridge weights", weight))
+    return RidgeReadout(
+        statistics.projection.clone().contiguous(), _finite("ridge weights", weight)
+    )
 
 
 def load_readout(kind: str, tensors: Mapping[str, Tensor]) -> Readout:
@@ -321,7 +323,8 @@ def _converge(
     rows = start.to(mean.dtype).requires_grad_()
 
     def unwhiten() -> Tensor:
-        return torch.linalg.solve_triangular(whitener, rows, upper=False, left=False)
+        weight: Tensor = torch.linalg.solve_triangular(whitener, rows, upper=False, left=False)
+        return weight
 
     optimiser = torch.optim.Adam([rows], lr=0.1, betas=(0.9, 0.99))
     draws = max(4, math.ceil(256 / len(mean)))
@@ -424,4 +427,5 @@ def _finite(name: str, tensor: Tensor) -> Tensor:
     if not bool(tensor.isfinite().all()):
         msg = f"The {name} hold NaN or infinity."
         raise ValueError(msg)
-    return tensor
+    # safetensors stores contiguous tensors only, and a copy later could change the last bits.
+    return tensor.contiguous()

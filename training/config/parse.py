@@ -69,7 +69,9 @@ def read_experiment(path: str | Path) -> Experiment:
         If it holds an unknown key, or a value of the wrong type or out of range.
     """
     try:
-        values = parser(exit_on_error=False).parse_string(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        _refuse_option(text)
+        values = parser(exit_on_error=False).parse_string(text)
         return _build(Experiment, values.as_dict())
     except (argparse.ArgumentError, ValueError) as error:
         msg = f"{path} is not a configuration: {error}"
@@ -139,8 +141,21 @@ def _resolve_names(argv: Sequence[str]) -> list[str]:
         elif name == argument:
             rest.append(argument)
             continue
-        configs.append(f"--config={resolve_config(name)}")
+        path = resolve_config(name)
+        _refuse_option(path.read_text(encoding="utf-8"))
+        configs.append(f"--config={path}")
     return configs + rest
+
+
+def _refuse_option(text: str) -> None:
+    # To jsonargparse, --config is one more key of a file, and it trips over its value.
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return  # reported by jsonargparse, with the line
+    if isinstance(values, dict) and "config" in values:
+        msg = "config is an option of the command line, not a setting that a file may hold."
+        raise ValueError(msg)
 
 
 def _add_settings(target: Any, kind: type, prefix: str) -> None:

@@ -1,5 +1,7 @@
 """The continual-learning methods, all under one small interface."""
 
+from collections.abc import Callable
+
 from torch import nn
 
 from training.config import MethodConfig
@@ -8,7 +10,11 @@ from training.methods.frozen import Frozen
 from training.methods.loda import LoDAMethod
 from training.methods.seq_lora import SequentialLoRA
 
-METHODS = {"loda": LoDAMethod, "seq_lora": SequentialLoRA, "frozen": Frozen}
+METHODS: dict[str, Callable[[MethodConfig, nn.Module, int], Method]] = {
+    "loda": LoDAMethod,
+    "seq_lora": SequentialLoRA,
+    "frozen": Frozen,
+}
 
 __all__ = ["METHODS", "Method", "build_method"]
 

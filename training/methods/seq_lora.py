@@ -36,6 +36,7 @@ class SequentialLoRA:
 
     def begin_task(self, batches: Iterable[Any]) -> None:
         """Take the branch out of the weights again."""
+        del batches
         attach(self.model, self.layers)
         for layer in self.layers.values():
             layer.unmerge()
@@ -60,6 +61,7 @@ class SequentialLoRA:
 
     def end_task(self, batches: Iterable[Any]) -> None:
         """Fold the branch into the weights until the next task."""
+        del batches
         self._fold()
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 ``python -m training.pretrain.train --out FILE`` draws glyph classes, trains a timm
 VisionTransformer to tell them apart and writes its weights. No digit takes part: see
-:mod:`training.pretrain.forbidden`. The same settings give the same bits on the same machine.
+:mod:`training.pretrain.forbidden`. The same settings give the same weights on the same machine.
 """
 
 import argparse
@@ -51,10 +51,10 @@ class Recipe:
     seed: int = 0
     classes: int = 1000  # glyph classes trained on
     unseen: int = 200  # glyph classes kept for the few-shot check
-    steps: int = 6000
-    batch_size: int = 64
-    lr: float = 1.5e-3
-    warmup: int = 300  # steps of linear warm-up, then a cosine to zero
+    steps: int = 3000
+    batch_size: int = 128
+    lr: float = 2e-3
+    warmup: int = 200  # steps of linear warm-up, then a cosine to zero
     weight_decay: float = 0.05
     smoothing: float = 0.1
     scale: float = 20.0  # of the cosine classifier's logits
