@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _train(rest)
         elif arguments.command == "eval":
             _evaluate(arguments.run)
+        elif arguments.command == "report":
+            _report(arguments.runs)
         else:
             _predict(arguments.run, arguments.images, arguments.top)
     except (ValueError, OSError, FloatingPointError) as error:
@@ -85,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
     predict.add_argument("--top", type=int, default=3, help="classes an image (default: 3)")
+    report = commands.add_parser("report", help="compare finished runs: mean and spread over seeds")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
     return parser
 
 
@@ -110,6 +114,12 @@ def _evaluate(run: Path) -> None:
         right, total = sum(result["correct"]), sum(result["total"])
         print(f"{kind}: accuracy {100 * result['accuracy']:.2f} % ({right} of {total} images)")
         print(f"  by task: {tasks}")
+
+
+def _report(runs: Sequence[Path]) -> None:
+    from training.report import comparison_table
+
+    print(comparison_table(runs))
 
 
 def _predict(run: Path, images: Sequence[Path], top: int) -> None:

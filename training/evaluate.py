@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from backends.torch.readout import (
+from backends.torch.readouts import (
     AlignmentSettings,
     Readout,
     align_heads,

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from backends.torch.readout import Readout, load_readout
+from backends.torch.readouts import Readout, load_readout
 from training.backbone import Backbone, build_backbone, check_fits
 from training.config import Experiment, read_experiment
 from training.data import build_stream, loader, open_image, test_transform

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from backends.torch.statistics import ClassStatistics, RidgeStatistics
+from backends.torch.readouts import ClassStatistics, RidgeStatistics
 from training.backbone import Backbone, build_backbone, check_fits
 from training.config import Experiment
 from training.data import Stream, build_stream, loader, test_transform, train_transform

@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from backends.torch.readout import Readout
-from backends.torch.statistics import ClassStatistics, RidgeStatistics
+from backends.torch.readouts import ClassStatistics, Readout, RidgeStatistics
 from training.files import flattened, nested
 from training.heads import Heads
 from training.methods import Method

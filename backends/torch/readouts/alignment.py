@@ -1,145 +1,20 @@
-"""Read-outs: classifiers over all classes seen, built from heads or stored statistics.
-
-Every read-out has a `kind`, gives `logits(features)` (N, C_seen) and its `tensors()`, from
-which `load_readout` rebuilds it bit for bit.
-"""
+"""Classifier alignment: head weights retrained on samples of each class's stored Gaussian."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backends.torch.statistics import (
-    ClassStatistics,
-    RidgeStatistics,
-    random_features,
-    solve_ridge,
-)
-
-__all__ = [
-    "AlignmentSettings",
-    "CosineReadout",
-    "Readout",
-    "RidgeReadout",
-    "align_heads",
-    "alignment",
-    "alignment_loss",
-    "heads",
-    "load_readout",
-    "nearest_mean",
-    "ridge",
-]
+from backends.torch.readouts._checks import check_filled, finite
+from backends.torch.readouts.cosine import CosineReadout, cosines
+from backends.torch.readouts.statistics import ClassStatistics
 
 _EPS = 1e-6
 _ROUND = 50  # steps whose losses are averaged before they are judged
 _HALVINGS = 5  # of the learning rate, before training ends
-_COSINE_KINDS = ("heads", "nearest_mean", "alignment")
-
-
-class Readout(Protocol):
-    """A classifier over all classes seen."""
-
-    @property
-    def kind(self) -> str:
-        """Name that `load_readout` knows."""
-
-    def logits(self, features: Tensor) -> Tensor:
-        """Scores (N, C_seen) of features (N, D); the class is the highest."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All that is needed to rebuild it, ready for safetensors."""
-
-
-@dataclass(frozen=True, eq=False)
-class CosineReadout:
-    """Cosines to one direction a class: weight (C, D), kept as given."""
-
-    kind: str
-    weight: Tensor
-
-    def logits(self, features: Tensor) -> Tensor:
-        """Cosines (N, C) in [-1, 1]."""
-        _check_features(features, self.weight.shape[1])
-        dtype = torch.promote_types(features.dtype, self.weight.dtype)
-        return _cosines(features.to(dtype), self.weight.to(features.device, dtype)).clamp(-1.0, 1.0)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The weight."""
-        return {"weight": self.weight}
-
-
-@dataclass(frozen=True, eq=False)
-class RidgeReadout:
-    """Linear scores of random ReLU features: projection (D, M), weight (M, C)."""
-
-    projection: Tensor
-    weight: Tensor
-    kind: str = "ridge"
-
-    def logits(self, features: Tensor) -> Tensor:
-        """Scores (N, C), close to 1 for the right class and 0 for the others."""
-        _check_features(features, self.projection.shape[0])
-        h = random_features(features, self.projection.to(features.device))
-        dtype = torch.promote_types(h.dtype, self.weight.dtype)
-        return h.to(dtype) @ self.weight.to(features.device, dtype)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The projection and the weight."""
-        return {"projection": self.projection, "weight": self.weight}
-
-
-def heads(weight: Tensor) -> CosineReadout:
-    """Cosine to the concatenated head weights (C, D): the paper's own read-out.
-
-    Examples
-    --------
-    >>> heads(torch.eye(2)).logits(torch.tensor([[3.0, 4.0]])).argmax().item()
-    1
-    """
-    if weight.ndim != 2 or not len(weight):
-        msg = f"Head weights have shape {tuple(weight.shape)}; give (C, D) with at least one class."
-        raise ValueError(msg)
-    return CosineReadout("heads", _finite("head weights", weight.detach().clone()))
-
-
-def nearest_mean(statistics: ClassStatistics) -> CosineReadout:
-    """Cosine to the class means. Raises ValueError while no task is finished."""
-    _check_filled(statistics.classes)
-    return CosineReadout("nearest_mean", _finite("class means", statistics.mean.clone()))
-
-
-def ridge(statistics: RidgeStatistics) -> RidgeReadout:
-    """Ridge regression on the accumulated random features, at the strength last chosen."""
-    _check_filled(statistics.classes)
-    weight = solve_ridge(statistics.gram, statistics.cross, statistics.strength)
-    return RidgeReadout(
-        statistics.projection.clone().contiguous(), _finite("ridge weights", weight)
-    )
-
-
-def load_readout(kind: str, tensors: Mapping[str, Tensor]) -> Readout:
-    """The read-out whose `tensors()` were stored, with the same logits bit for bit.
-
-    Raises
-    ------
-    ValueError
-        For an unknown kind or tensors that are not those of this kind.
-    """
-    expected = {"projection", "weight"} if kind == "ridge" else {"weight"}
-    if kind != "ridge" and kind not in _COSINE_KINDS:
-        msg = f"Unknown read-out {kind!r}; known: {', '.join((*_COSINE_KINDS, 'ridge'))}."
-        raise ValueError(msg)
-    if tensors.keys() != expected:
-        msg = f"A read-out {kind!r} is stored as {sorted(expected)}; given {sorted(tensors)}."
-        raise ValueError(msg)
-    weight = _finite("weight", tensors["weight"])
-    if kind == "ridge":
-        return RidgeReadout(_finite("projection", tensors["projection"]), weight)
-    return CosineReadout(kind, weight)
 
 
 @dataclass(frozen=True)
@@ -262,11 +137,11 @@ def align_heads(
     >>> x = torch.tensor([[2.0, 0.1], [2.0, -0.1], [1.0, 2.0], [1.2, 2.0]])
     >>> statistics.add_task(x, torch.tensor([0, 0, 1, 1]))
     >>> new = align_heads(statistics, generator=torch.Generator().manual_seed(0))
-    >>> heads(new).logits(x).argmax(1).tolist()
+    >>> CosineReadout("alignment", new).logits(x).argmax(1).tolist()
     [0, 0, 1, 1]
     """
     settings = settings or AlignmentSettings()
-    _check_filled(statistics.classes)
+    check_filled(statistics.classes)
     mean = statistics.mean
     if weight is not None and weight.shape != mean.shape:
         msg = f"Head weights have shape {tuple(weight.shape)}; the statistics {tuple(mean.shape)}."
@@ -276,7 +151,7 @@ def align_heads(
     if weight is None:
         msg = "The published schedule trains the heads on: give their weight, or set epochs=None."
         raise ValueError(msg)
-    start = _finite("head weights", weight.detach().to(mean).clone())
+    start = finite("head weights", weight.detach().to(mean).clone())
     return (
         start
         if len(statistics.task_sizes) == 1
@@ -302,9 +177,9 @@ def _schedule(
         samples, labels = _draw(mean, factors, 256, generator)
         order = torch.randperm(len(labels), generator=generator, device=generator.device).to(device)
         for batch in torch.split(order, 256):
-            cosines = _cosines(samples[batch], weight)
-            _step(optimiser, alignment_loss(cosines, labels[batch], sizes, s.temperature))
-    return _finite("aligned weights", weight.detach())
+            logits = cosines(samples[batch], weight)
+            _step(optimiser, alignment_loss(logits, labels[batch], sizes, s.temperature))
+    return finite("aligned weights", weight.detach())
 
 
 def _converge(
@@ -332,7 +207,7 @@ def _converge(
     for step in range(1, s.max_steps + 1):
         samples, labels = _draw(mean, factors, draws, generator)
         loss = alignment_loss(
-            _cosines(samples, unwhiten()), labels, statistics.task_sizes, s.temperature
+            cosines(samples, unwhiten()), labels, statistics.task_sizes, s.temperature
         )
         _step(optimiser, loss)
         total += loss.detach()
@@ -345,7 +220,7 @@ def _converge(
             if halvings > _HALVINGS or risk < 1e-6:
                 break
             best = min(best, risk)
-    return _finite("aligned weights", unwhiten().detach())
+    return finite("aligned weights", unwhiten().detach())
 
 
 def _step(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -397,35 +272,3 @@ def _draw(
     samples = torch.baddbmm(mean[:, None], noise, factors.mT)
     labels = torch.arange(classes, device=mean.device).repeat_interleave(number)
     return samples.flatten(0, 1), labels
-
-
-def _cosines(features: Tensor, weight: Tensor) -> Tensor:
-    cosines: Tensor = functional.linear(
-        functional.normalize(features, dim=1, eps=_EPS),
-        functional.normalize(weight, dim=1, eps=_EPS),
-    )
-    return cosines
-
-
-def _check_features(features: Tensor, dim: int) -> None:
-    if features.ndim != 2 or features.shape[1] != dim or not features.is_floating_point():
-        msg = (
-            f"Features have shape {tuple(features.shape)} and type {features.dtype}; "
-            f"the read-out takes floating (N, {dim})."
-        )
-        raise ValueError(msg)
-    _finite("features", features)
-
-
-def _check_filled(classes: int) -> None:
-    if not classes:
-        msg = "The statistics hold no class yet; collect a task and call end_task first."
-        raise ValueError(msg)
-
-
-def _finite(name: str, tensor: Tensor) -> Tensor:
-    if not bool(tensor.isfinite().all()):
-        msg = f"The {name} hold NaN or infinity."
-        raise ValueError(msg)
-    # safetensors stores contiguous tensors only, and a copy later could change the last bits.
-    return tensor.contiguous()
