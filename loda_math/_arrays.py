@@ -34,6 +34,16 @@ def namespace(**arrays: Array) -> Namespace:
         raise TypeError(msg) from error
 
 
+def is_array(x: Any) -> bool:
+    """Whether a library that follows the standard made ``x``."""
+    return bool(compat.is_array_api_obj(x))
+
+
+def python_number(x: Any) -> Any:
+    """A NumPy scalar, which may meet arrays of any library, as a Python number; others as is."""
+    return x.item() if compat.is_numpy_array(x) and x.ndim == 0 else x
+
+
 def widest(xp: Namespace, x: Array) -> Any:
     """Widest real floating dtype that the library offers on the device of ``x``."""
     info = xp.__array_namespace_info__()
@@ -62,8 +72,11 @@ def coarsest_eps(xp: Namespace, *arrays: Array | None) -> float:
 
 def rounding_share(xp: Namespace, size: int, *arrays: Array | None) -> float:
     """Share of the largest eigenvalue below which the eigenvalues of the arrays are rounding."""
-    # The cap is for half precision, where size·eps exceeds one and would take everything.
-    return min(size * coarsest_eps(xp, *arrays), 0.1)
+    # size·eps for the arithmetic. Storing a moment in fewer digits costs less: its errors are
+    # independent, and size·eps of float32 would take real directions, that of halves all.
+    arithmetic = size * float(xp.finfo(widest(xp, next(a for a in arrays if a is not None))).eps)
+    storage = min(size, 16) * coarsest_eps(xp, *arrays)
+    return max(arithmetic, storage)
 
 
 def widen(xp: Namespace, *arrays: Array) -> tuple[Array, ...]:

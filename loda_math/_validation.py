@@ -3,9 +3,7 @@
 import math
 from typing import Any
 
-import array_api_compat as compat
-
-from loda_math._arrays import Array, Namespace, is_concrete
+from loda_math._arrays import Array, Namespace, is_array, is_concrete, python_number
 
 # Relative asymmetry that a Gram matrix formed in single precision stays well below.
 SYMMETRY_TOLERANCE = 1e-4
@@ -59,15 +57,14 @@ def check_rank(rank: int, size: int) -> None:
         raise ValueError(msg)
 
 
-def check_scalar(name: str, value: Any, *, positive: bool = False) -> None:
-    """Refuse a number that is negative (or zero), infinite or NaN; 0-d arrays pass unread."""
-    if compat.is_array_api_obj(value):
+def check_scalar(name: str, value: Any, *, positive: bool = False) -> Any:
+    """The number, refused if negative (or zero), infinite or NaN; 0-d arrays pass unread."""
+    value = python_number(value)
+    if is_array(value):
         if tuple(value.shape) != ():
             msg = f"{name} must be one number, got an array of shape {tuple(value.shape)}"
             raise ValueError(msg)
-        if not compat.is_numpy_array(value):
-            return
-        value = value.item()  # NumPy scalars are numbers, and cost nothing to read
+        return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         msg = f"{name} must be a real number, got {type(value).__name__}"
         raise TypeError(msg)
@@ -75,6 +72,7 @@ def check_scalar(name: str, value: Any, *, positive: bool = False) -> None:
         rule = "positive" if positive else "at least 0"
         msg = f"{name} must be finite and {rule}, got {value}"
         raise ValueError(msg)
+    return value
 
 
 def check_values(

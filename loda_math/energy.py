@@ -187,7 +187,7 @@ def first_order_update(
     """
     xp = namespace(tokens=tokens, down=down, grad_output=grad_output)
     check_real(xp, tokens=tokens, down=down, grad_output=grad_output)
-    check_scalar("step", step)
+    step = check_scalar("step", step)
     shapes = [tuple(a.shape) for a in (tokens, down, grad_output)]
     if min(len(s) for s in shapes) < 2:
         msg = f"tokens, down and grad_output must be matrices, got shapes {shapes}"

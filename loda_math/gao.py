@@ -110,7 +110,7 @@ def lookahead(params: Sequence[Array], grads: Sequence[Array], radius: Any, /) -
     >>> lookahead([np.asarray([1.0, 1.0])], [np.asarray([3.0, 4.0])], 0.5)
     [array([0.7, 0.6])]
     """
-    check_scalar("radius", radius)
+    radius = check_scalar("radius", radius)
     xp = _check_lists(params, grads, "params", "grads")
     moved = []
     for p, g in zip(params, grads, strict=True):

@@ -109,9 +109,10 @@ def second_moment(tokens: Array, /, *, check: bool = True) -> Moments:
         check_values(xp, {"tokens": _guarded(xp, tokens)})
     count = int(tokens.shape[-2])
     wide = widest(xp, tokens)
-    moments = _gram(xp, tokens[..., :GRAM_TOKENS, :], wide)
+    # The standard leaves slices beyond the end open, so none goes there.
+    moments = _gram(xp, tokens[..., : min(GRAM_TOKENS, count), :], wide)
     for start in range(GRAM_TOKENS, count, GRAM_TOKENS):
-        piece = tokens[..., start : start + GRAM_TOKENS, :]
+        piece = tokens[..., start : min(start + GRAM_TOKENS, count), :]
         moments = combine(moments, _gram(xp, piece, wide))
     return moments
 

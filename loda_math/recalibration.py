@@ -5,7 +5,6 @@ from typing import Any, Literal, get_args
 from loda_math._arrays import (
     Array,
     Namespace,
-    coarsest_eps,
     descending_eigh,
     eye_like,
     namespace,
@@ -94,13 +93,13 @@ def recalibration(
     if form not in get_args(RecalibrationForm):
         msg = f"form must be one of {get_args(RecalibrationForm)}, got {form!r}"
         raise ValueError(msg)
-    xp, dtype = _checked(up, down, new, old, gamma)
+    gamma = check_scalar("gamma", gamma)
+    xp, dtype = _checked(up=up, down=down, new=new, old=old)
     b, p, q = _reduced(xp, up, down, new, old)
     kept, k = _blend(xp, p, q, gamma)
-    # Energies below this share of the largest are rounding. B and A are taken as exact, but for
-    # a row of A that was meant to be dead: its energy is the square of its rounding.
-    rank = int(down.shape[-2])
-    dust = max(rounding_share(xp, rank, new, old), rank * coarsest_eps(xp, down) ** 2)
+    # Energies below this share of the largest are rounding of the moments; B and A are exact as
+    # they are, be it in half precision.
+    dust = rounding_share(xp, int(down.shape[-2]), new, old)
     if form == "full":
         return xp.astype(_full(xp, k, kept, dust), dtype)
     energy = _diagonal(xp, k)
@@ -160,7 +159,8 @@ def recalibration_loss(
     >>> float(recalibration_loss(0.5 * eye, eye, eye, eye, eye, 1.0))
     1.0
     """
-    xp, dtype = _checked(up, down, new, old, gamma, coefficients)
+    gamma = check_scalar("gamma", gamma)
+    xp, dtype = _checked(up=up, down=down, new=new, old=old, coefficients=coefficients)
     b, p, q = _reduced(xp, up, down, new, old)
     (c,) = widen(xp, coefficients)
     interference = b @ c
@@ -169,27 +169,23 @@ def recalibration_loss(
     return xp.astype(loss, dtype)
 
 
-def _checked(
-    up: Array, down: Array, new: Array, old: Array, gamma: Any, coefficients: Array | None = None
-) -> tuple[Namespace, Any]:
-    check_scalar("gamma", gamma)
-    named = {"up": up, "down": down, "new": new, "old": old}
-    if coefficients is not None:
-        named["coefficients"] = coefficients
-    xp = namespace(**named)
-    check_real(xp, **named)
-    check_columns("down", down, check_square(new=new, old=old))
+def _checked(**arrays: Array) -> tuple[Namespace, Any]:
+    xp = namespace(**arrays)
+    check_real(xp, **arrays)
+    up, down = arrays["up"], arrays["down"]
+    moments = {name: arrays[name] for name in ("new", "old")}
+    check_columns("down", down, check_square(**moments))
     rank = down.shape[-2]
     if up.ndim < 2 or up.shape[-1] != rank:
         msg = f"up must have shape (..., O, {rank}) to match down, got {tuple(up.shape)}"
         raise ValueError(msg)
+    others = {name: x for name, x in arrays.items() if name not in moments}
+    coefficients = others.get("coefficients")
     if coefficients is not None and tuple(coefficients.shape[-2:]) != (rank, rank):
         msg = f"coefficients must have shape (..., {rank}, {rank}), got {tuple(coefficients.shape)}"
         raise ValueError(msg)
-    check_values(
-        xp, {"up": up, "down": down, "coefficients": coefficients}, {"new": new, "old": old}
-    )
-    return xp, result_dtype(xp, up, down, new, old, coefficients)
+    check_values(xp, others, moments)
+    return xp, result_dtype(xp, *arrays.values())
 
 
 def _reduced(

@@ -1,5 +1,7 @@
 """Input directions of the branches: general, isolated and null subspaces (LoDA, Theorem 2.2)."""
 
+from typing import Any
+
 from loda_math._arrays import (
     Array,
     Namespace,
@@ -66,8 +68,7 @@ def general_subspace(new: Array, old: Array | None, rank: int, /) -> Array:
     if old is not None:
         # Halving both keeps the sum of two large moments from overflowing.
         s = 0.5 * s + 0.5 * widen(xp, old)[0]
-    values, vectors = descending_eigh(xp, _normalised(xp, s))
-    return _finish(xp, vectors, values, new, old, rank)
+    return _leading(xp, _normalised(xp, s), new, old, rank)
 
 
 def isolated_subspace(new: Array, old: Array | None, rank: int, /, *, ridge: float = 1e-2) -> Array:
@@ -96,8 +97,8 @@ def isolated_subspace(new: Array, old: Array | None, rank: int, /, *, ridge: flo
     array, shape (..., D, r)
         Orthonormal columns by falling generalised eigenvalue (the span is nested in r), the entry
         of largest magnitude of each positive; zero columns where the new task has no energy left
-        (generalised eigenvalue below D·eps of the largest). Invariant to the scale of either
-        moment.
+        (at the level of rounding: float64, D·eps of its largest eigenvalue). Invariant to the
+        scale of either moment.
 
     Raises
     ------
@@ -124,21 +125,28 @@ def isolated_subspace(new: Array, old: Array | None, rank: int, /, *, ridge: flo
            [1., 0.],
            [0., 0.]])
     """
-    check_scalar("ridge", ridge)
+    ridge = check_scalar("ridge", ridge)
     xp = _checked(new, old, rank)
     size = int(new.shape[-1])
     s_new = _normalised(xp, *widen(xp, new))
     if old is None:
-        values, vectors = descending_eigh(xp, s_new)
-        return _finish(xp, vectors, values, new, old, rank)
+        return _leading(xp, s_new, new, old, rank)
     floor = max(float(ridge), 4 * size * coarsest_eps(xp, new, old)) / size
     s_old = _normalised(xp, *widen(xp, old))
     factor = lower_cholesky(xp, s_old + floor * eye_like(xp, s_old, size), "old")
     half = xp.linalg.solve(factor, s_new)
     values, vectors = descending_eigh(xp, xp.linalg.solve(factor, half.mT))
+    directions = xp.linalg.solve(factor.mT, vectors[..., :rank])
     # Householder QR keeps the span of leading columns whatever the conditioning of the factor.
-    basis, _ = xp.linalg.qr(xp.linalg.solve(factor.mT, vectors[..., :rank]))
-    return _finish(xp, basis, values, new, old, rank)
+    basis, _ = xp.linalg.qr(directions)
+    # The ratio alone cannot tell noise: the ridge magnifies what rounding left in ``new``.
+    directions = directions / xp.sqrt(xp.sum(directions * directions, axis=-2, keepdims=True))
+    energy = xp.sum(directions * (s_new @ directions), axis=-2)
+    largest = xp.max(xp.linalg.eigvalsh(s_new), axis=-1)[..., None]
+    noise = rounding_share(xp, size, new, old) * largest
+    faint = rounding_share(xp, size, s_new) * values[..., :1]
+    inert = (energy <= noise) | (values[..., :rank] <= faint)
+    return _finish(xp, basis, inert, result_dtype(xp, new, old))
 
 
 def null_subspace(old: Array, rank: int, /) -> Array:
@@ -198,11 +206,13 @@ def _normalised(xp: Namespace, moment: Array) -> Array:
     return symmetrise(safe_divide(xp, moment, xp.abs(trace(xp, moment))))
 
 
-def _finish(
-    xp: Namespace, basis: Array, values: Array, new: Array, old: Array | None, rank: int
-) -> Array:
+def _leading(xp: Namespace, s: Array, new: Array, old: Array | None, rank: int) -> Array:
+    values, vectors = descending_eigh(xp, s)
+    inert = values <= rounding_share(xp, int(s.shape[-1]), new, old) * values[..., :1]
+    return _finish(xp, vectors[..., :rank], inert[..., :rank], result_dtype(xp, new, old))
+
+
+def _finish(xp: Namespace, basis: Array, inert: Array, dtype: Any) -> Array:
     """Zero the inert directions, fix the signs and return to the dtype of the inputs."""
-    inert = values <= rounding_share(xp, int(new.shape[-1]), new, old) * values[..., :1]
-    basis = fix_signs(xp, basis[..., :rank]) + 0.0  # turns -0 into 0
-    basis = xp.where(inert[..., None, :rank], xp.zeros_like(basis), basis)
-    return xp.astype(basis, result_dtype(xp, new, old))
+    basis = fix_signs(xp, basis) + 0.0  # turns -0 into 0
+    return xp.astype(xp.where(inert[..., None, :], xp.zeros_like(basis), basis), dtype)

@@ -84,23 +84,27 @@ def moment(draw: st.DrawFn, size: int, kinds: tuple[str, ...] = tuple(SPECTRA)) 
 
 @st.composite
 def pencils(
-    draw: st.DrawFn, max_size: int = 8, kinds: tuple[str, ...] = tuple(SPECTRA)
+    draw: st.DrawFn,
+    max_size: int = 8,
+    kinds: tuple[str, ...] = tuple(SPECTRA),
+    *,
+    dead: bool = True,
 ) -> tuple[Matrix, Matrix, int]:
     """A pair (new, old) of moments of one size, sometimes with a shared dead direction; a rank."""
     size = draw(st.integers(1, max_size))
     new, old = draw(moment(size, kinds)), draw(moment(size, kinds))
-    if size > 2 and draw(st.booleans()):
-        dead = np.random.default_rng(draw(seeds)).standard_normal(size)
-        new, old = with_dead_direction(new, dead), with_dead_direction(old, dead)
+    if dead and size > 2 and draw(st.booleans()):
+        direction = np.random.default_rng(draw(seeds)).standard_normal(size)
+        new, old = with_dead_direction(new, direction), with_dead_direction(old, direction)
     return new, old, draw(st.integers(1, size))
 
 
 @st.composite
 def branches(
-    draw: st.DrawFn, kinds: tuple[str, ...] = tuple(SPECTRA)
+    draw: st.DrawFn, kinds: tuple[str, ...] = tuple(SPECTRA), *, dead: bool = True
 ) -> tuple[Matrix, Matrix, Matrix, Matrix]:
     """Up-projection, down-projection and two moments: the arguments of recalibration."""
-    new, old, rank = draw(pencils(6, kinds))
+    new, old, rank = draw(pencils(6, kinds, dead=dead))
     rng = np.random.default_rng(draw(seeds))
     up = rng.standard_normal((draw(st.integers(1, 7)), rank))
     down = rng.standard_normal((rank, len(new)))

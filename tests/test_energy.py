@@ -5,7 +5,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import dtype_name, dtypes, moment, orthogonal, pencils, seeds, to_library, to_numpy
 
@@ -93,6 +93,7 @@ def test_ratio_without_energy(xp: ModuleType) -> None:
     assert float(projection_energy(first * 0, one)) == 0.0
 
 
+@settings(max_examples=4)
 @given(seed=seeds, dtype=dtypes)
 def test_batches_are_a_loop(xp: ModuleType, seed: int, dtype: str) -> None:
     rng = np.random.default_rng(seed)

@@ -162,15 +162,15 @@ def test_impossible_class_lists_are_refused() -> None:
 # The recipe
 
 
-def test_the_same_recipe_gives_the_same_bytes_and_learns(tmp_path: Path) -> None:
+def test_the_same_recipe_gives_the_same_weights_bit_for_bit_and_learns(tmp_path: Path) -> None:
     state = torch.get_rng_state()
-    results = [train.train(MINIATURE, log=lambda _: None) for _ in range(2)]
+    results = [train.train(MINIATURE, log=lambda _: None, episodes=2) for _ in range(2)]
+    assert torch.equal(state, torch.get_rng_state())
     for index, result in enumerate(results):
         train.save(result, MINIATURE, tmp_path / f"{index}.safetensors")
     first, again = (load_file(tmp_path / f"{index}.safetensors") for index in range(2))
     assert first.keys() == again.keys() == train.build().state_dict().keys()
     assert all(torch.equal(first[name], again[name]) for name in first)
-    assert torch.equal(state, torch.get_rng_state())
     losses = results[0].losses
     assert losses == results[1].losses
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.3
@@ -183,7 +183,7 @@ def test_the_command_line_writes_what_its_metadata_says_and_never_overwrites(
 ) -> None:
     out = tmp_path / "new" / "weights.safetensors"
     words = train.command(MINIATURE).split()[3:]
-    train.main(["--out", str(out), *words, "--steps", "2"])
+    train.main(["--out", str(out), *words, "--steps", "2", "--episodes", "1"])
     assert "673440 parameters" in capsys.readouterr().out
     with safe_open(out, framework="pt") as file:
         metadata = file.metadata()
@@ -221,16 +221,14 @@ def test_the_shipped_file_is_small_and_says_how_it_was_made(shipped: torch.nn.Mo
     assert metadata["timm_model"] == train.TIMM_MODEL
     assert json.loads(metadata["timm_options"]) == train.TIMM_OPTIONS
     assert metadata["pixels"] == "[0,1]"
-    assert metadata["recipe"].startswith("python -m training.pretrain.train --seed ")
+    assert metadata["recipe"] == train.command(train.Recipe())
     assert all(torch.isfinite(tensor).all() for tensor in shipped.state_dict().values())
 
 
-def test_shipped_features_tell_new_classes_apart(
-    shipped: torch.nn.Module,
-) -> None:
+def test_shipped_features_tell_new_classes_apart(shipped: torch.nn.Module) -> None:
     """Glyphs of another seed, in no list of the recipe: far above chance (0.1) and raw pixels."""
     new = forbidden.glyph_classes(60, seed=987)
     found = train.few_shot_accuracy(shipped, new, seed=1, episodes=20)
     raw = train.few_shot_accuracy(torch.nn.Flatten(), new, seed=1, episodes=20)
-    assert found > 0.9
+    assert found > 0.95
     assert found > raw + 0.03

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import (
     Matrix,
@@ -111,8 +111,8 @@ def test_isolated_solves_the_generalised_problem(
     s, r = unit(new), regularised(old, ridge)
     values = scipy.linalg.eigh(s, r, eigvals_only=True)[::-1]
     found = int(np.any(u != 0, axis=0).sum())
-    # Rounding of the moment, magnified by the ridge.
-    slack = 1e-14 * len(s) / ridge * 100
+    # Rounding of the moments, magnified by the smallest eigenvalue of R.
+    slack = 100 * EPS["float64"] * len(s) / ridge * max(1.0, values[0])
     assert objective(u, new, r) == pytest.approx(values[:found].sum(), abs=slack)
     # Zero columns stand for directions without new-task energy.
     assert np.all(values[found : pencil[2]] <= slack)
@@ -336,6 +336,7 @@ def test_a_strong_new_direction_does_not_hide_the_others(xp: ModuleType) -> None
     np.testing.assert_allclose(u, np.eye(size)[:, :3], atol=1e-6)
 
 
+@settings(max_examples=10)
 @given(pencil=pencils())
 def test_deterministic(xp: ModuleType, pencil: tuple) -> None:
     for name in ("general", "isolated", "null"):
@@ -343,6 +344,7 @@ def test_deterministic(xp: ModuleType, pencil: tuple) -> None:
         np.testing.assert_array_equal(one, other)
 
 
+@settings(max_examples=4)
 @given(seed=seeds, dtype=dtypes)
 def test_batches_are_a_loop(xp: ModuleType, seed: int, dtype: str) -> None:
     rng = np.random.default_rng(seed)
@@ -395,3 +397,16 @@ def test_arguments_stay_as_they_are(xp: ModuleType) -> None:
     general_subspace(new, old, 2), isolated_subspace(new, old, 2), null_subspace(old, 2)
     np.testing.assert_array_equal(to_numpy(new), before[0])
     np.testing.assert_array_equal(to_numpy(old), before[1])
+
+
+def test_float32_moments_find_faint_directions_like_float64(xp: ModuleType) -> None:
+    """D·eps of float32 is 3e-5 here: directions far fainter than that are no rounding yet."""
+    size, rng = 256, np.random.default_rng(0)
+    q = orthogonal(size, rng)
+    spectrum = np.logspace(0, -5, size)
+    old = from_spectrum(spectrum, q)
+    new = from_spectrum(np.where(np.arange(size) < size - 4, spectrum, 10 * spectrum), q)
+    wide, _, _ = solve(xp, "isolated", (new, old, 4), "float64", ridge=1e-4)
+    narrow, _, _ = solve(xp, "isolated", (new, old, 4), "float32", ridge=1e-4)
+    assert angle(wide, q[:, -4:]) < 1e-6
+    assert angle(narrow, q[:, -4:]) < 0.05

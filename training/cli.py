@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif arguments.command == "eval":
             _evaluate(arguments.run)
         elif arguments.command == "report":
-            _report(arguments.runs)
+            _report(arguments.runs, arguments.figure)
         else:
             _predict(arguments.run, arguments.images, arguments.top)
     except (ValueError, OSError, FloatingPointError) as error:
@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--top", type=int, default=3, help="classes an image (default: 3)")
     report = commands.add_parser("report", help="compare finished runs: mean and spread over seeds")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
+    report.add_argument("--figure", type=Path, help="also draw accuracy over tasks to this PNG")
     return parser
 
 
@@ -116,10 +117,13 @@ def _evaluate(run: Path) -> None:
         print(f"  by task: {tasks}")
 
 
-def _report(runs: Sequence[Path]) -> None:
-    from training.report import comparison_table
+def _report(runs: Sequence[Path], figure: Path | None) -> None:
+    from training.figures import comparison_figure
+    from training.report import comparison_curves, comparison_table
 
     print(comparison_table(runs))
+    if figure is not None:
+        comparison_figure(comparison_curves(runs), figure, title="Accuracy over all classes seen")
 
 
 def _predict(run: Path, images: Sequence[Path], top: int) -> None:

@@ -178,7 +178,7 @@ def _own_curve(axes: "Axes", matrix: "AccuracyMatrix") -> None:
     _style_curve(axes, len(x))
     axes.set_ylim(0, 1.04)
     axes.set_ylabel("accuracy (%)")
-    axes.legend(frameon=False, fontsize=9, loc="lower left")
+    axes.legend(frameon=False, fontsize=9)
     axes.set_title(
         f"last {100 * matrix.last:.1f} · average {100 * matrix.average:.1f} · "
         f"forgetting {100 * matrix.forgetting:.1f}",

@@ -41,6 +41,27 @@ def read_run(path: Path) -> Finished:
     return Finished(path, read_experiment(path / CONFIG), summary["readouts"])
 
 
+def comparison_curves(paths: Sequence[Path]) -> dict[str, list[list[float]]]:
+    """Accuracy over all classes seen after each task, a list of seeds by method.
+
+    The read-out is the primary one of each run.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        Finished runs.
+
+    Returns
+    -------
+    dict of str to list of list of float
+        As :func:`training.figures.comparison_figure` takes them.
+    """
+    return {
+        label: [run.readouts[run.experiment.head.readout]["curve"] for run in runs]
+        for label, runs in _grouped(paths).items()
+    }
+
+
 def comparison_table(paths: Sequence[Path]) -> str:
     """Markdown table of runs that differ in their seed alone, a row a group and read-out.
 
@@ -61,26 +82,32 @@ def comparison_table(paths: Sequence[Path]) -> str:
     ValueError
         If a seed occurs twice among runs of the same settings.
     """
-    groups: dict[str, list[Finished]] = {}
-    for run in map(read_run, paths):
-        groups.setdefault(_settings_key(run.experiment), []).append(run)
-    labels = _labels([runs[0].experiment for runs in groups.values()])
     lines = [
         "| method | read-out | last | average | forgetting | seeds |",
         "|---|---|---|---|---|---|",
     ]
-    for label, runs in zip(labels, groups.values(), strict=True):
+    for label, runs in _grouped(paths).items():
         seeds = [run.experiment.seed for run in runs]
-        if len(set(seeds)) < len(seeds):
-            again = ", ".join(str(run.path) for run in runs)
-            msg = f"these runs have the same settings and not all seeds differ: {again}"
-            raise ValueError(msg)
         for kind in runs[0].readouts:
             found = [run.readouts[kind] for run in runs]
             cells = [_spread([values[metric] for values in found]) for metric in METRICS]
             count = ", ".join(str(seed) for seed in sorted(seeds))
             lines.append(f"| {label} | {kind} | {' | '.join(cells)} | {count} |")
     return "\n".join(lines)
+
+
+def _grouped(paths: Sequence[Path]) -> dict[str, list[Finished]]:
+    """Runs that differ in their seed alone, under a label that tells the groups apart."""
+    groups: dict[str, list[Finished]] = {}
+    for run in map(read_run, paths):
+        groups.setdefault(_settings_key(run.experiment), []).append(run)
+    for runs in groups.values():
+        if len({run.experiment.seed for run in runs}) < len(runs):
+            again = ", ".join(str(run.path) for run in runs)
+            msg = f"these runs have the same settings and not all seeds differ: {again}"
+            raise ValueError(msg)
+    labels = _labels([runs[0].experiment for runs in groups.values()])
+    return dict(zip(labels, groups.values(), strict=True))
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -42,6 +42,7 @@ WEIGHT_INIT = "jax"
 POSITION_GAIN = 15.0
 # Streams of random numbers that share the seed: training samples, held-out samples, episodes.
 TRAIN, HELD_OUT, EPISODES = 1, 2, 3
+FEW_SHOT_EPISODES = 200
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,13 @@ def embed(model: nn.Module, images: Tensor, batch_size: int = 500) -> Tensor:
 
 
 def few_shot_accuracy(
-    model: nn.Module, glyphs: Glyphs, seed: int, ways: int = 10, shots: int = 5, episodes: int = 200
+    model: nn.Module,
+    glyphs: Glyphs,
+    seed: int,
+    *,
+    ways: int = 10,
+    shots: int = 5,
+    episodes: int = FEW_SHOT_EPISODES,
 ) -> float:
     """Return the nearest-class-mean accuracy over episodes of ``ways`` of the glyph classes.
 
@@ -146,7 +153,9 @@ def _say(text: str) -> None:
     sys.stdout.flush()
 
 
-def train(recipe: Recipe, log: Callable[[str], None] = _say) -> Result:
+def train(
+    recipe: Recipe, log: Callable[[str], None] = _say, *, episodes: int = FEW_SHOT_EPISODES
+) -> Result:
     """Train a backbone by ``recipe``, with a cosine classifier that is thrown away.
 
     The caller's random state is left as it was. The number of threads is the caller's.
@@ -186,7 +195,8 @@ def train(recipe: Recipe, log: Callable[[str], None] = _say) -> Result:
         1
     )
     held_out = (guess == torch.from_numpy(held)).float().mean().item()
-    return Result(model, losses, held_out, few_shot_accuracy(model, unseen, recipe.seed))
+    few_shot = few_shot_accuracy(model, unseen, recipe.seed, episodes=episodes)
+    return Result(model, losses, held_out, few_shot)
 
 
 def command(recipe: Recipe) -> str:
@@ -221,19 +231,22 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the recipe from the command line."""
     parser = argparse.ArgumentParser(prog="python -m training.pretrain.train", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
+    parser.add_argument(
+        "--episodes", type=int, default=FEW_SHOT_EPISODES, help="few-shot episodes to measure"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     for field in fields(Recipe):
         flag = f"--{field.name.replace('_', '-')}"
         kind = type(field.default)
         parser.add_argument(flag, type=kind, default=field.default, help="default: %(default)s")
     options = vars(parser.parse_args(arguments))
-    out, overwrite = options.pop("out"), options.pop("overwrite")
+    out, overwrite, episodes = (options.pop(name) for name in ("out", "overwrite", "episodes"))
     if out.exists() and not overwrite:
         parser.error(f"{out} exists: give another --out, or --overwrite to replace it")
     recipe = Recipe(**options)
     torch.set_num_threads(recipe.threads)
     start = time.perf_counter()
-    result = train(recipe, _say)
+    result = train(recipe, episodes=episodes)
     save(result, recipe, out)
     count = sum(p.numel() for p in result.model.parameters())
     _say(f"{count} parameters, {time.perf_counter() - start:.0f} s, {out}")

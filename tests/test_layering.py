@@ -1,0 +1,102 @@
+"""Imports point one way, and the mathematics imports no array library."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ARRAY_LIBRARIES = {"numpy", "torch", "jax", "cupy", "dask", "scipy", "array_api_strict"}
+# What each package may import beside the standard library.
+ALLOWED = {
+    "loda_math": {"loda_math", "array_api_compat", "array_api_extra"},
+    "backends": {"loda_math", "backends", "torch"},
+}
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Dotted names that are imported anywhere in the tree, inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_imports_point_one_way(package: str) -> None:
+    files = sources(package)
+    assert files
+    for path in files:
+        found = {name.partition(".")[0] for name in imports(ast.parse(path.read_text("utf-8")))}
+        strangers = found - ALLOWED[package] - set(sys.stdlib_module_names)
+        assert not strangers, f"{path.relative_to(ROOT)} imports {strangers}"
+
+
+def test_one_file_knows_the_array_libraries() -> None:
+    doors = {
+        path.name
+        for path in sources("loda_math")
+        if any(
+            name.startswith(("array_api_compat", "array_api_extra"))
+            for name in imports(ast.parse(path.read_text("utf-8")))
+        )
+    }
+    assert doors == {"_arrays.py"}
+
+
+def test_training_decomposes_no_matrix_and_uses_public_names_only() -> None:
+    decompositions = {"eigh", "eig", "eigvalsh", "svd", "svdvals", "qr", "cholesky", "lstsq", "inv"}
+    for path in sources("training"):
+        tree = ast.parse(path.read_text("utf-8"))
+        private = {
+            name
+            for name in imports(tree)
+            if name.startswith(("loda_math", "backends"))
+            and any(part.startswith("_") for part in name.split("."))
+        }
+        assert not private, f"{path.relative_to(ROOT)} imports {private}"
+        used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        assert not used & decompositions, f"{path.relative_to(ROOT)}: {used & decompositions}"
+
+
+def modules_after(code: str) -> set[str]:
+    """Top-level modules that a fresh interpreter holds after running the code."""
+    code = f"{code}\nimport sys; print(*sorted({{m.partition('.')[0] for m in sys.modules}}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    return set(done.stdout.split())
+
+
+def test_the_mathematics_brings_no_array_library() -> None:
+    assert not modules_after("import loda_math") & ARRAY_LIBRARIES
+
+
+def test_one_library_does_not_bring_another() -> None:
+    code = (
+        "import numpy as np, loda_math as lm\n"
+        "m = lm.second_moment(np.eye(3)).mean\n"
+        "u = lm.isolated_subspace(m, m, 2)\n"
+        "lm.recalibration(u, u.T, m, m, 1.0)"
+    )
+    assert not modules_after(code) & (ARRAY_LIBRARIES - {"numpy"})
+
+
+def test_the_backend_brings_no_training_library() -> None:
+    found = modules_after("import backends.torch")
+    assert not found & {"timm", "torchvision", "training", "PIL", "sklearn", "accelerate", "rich"}
+
+
+def test_no_package_shadows_torch() -> None:
+    assert not (ROOT / "tests" / "backends").exists()
+    assert (ROOT / "backends" / "__init__.py").is_file()
