@@ -15,13 +15,13 @@ from training.config import (
     HeadConfig,
     MethodConfig,
     TrainConfig,
+    as_recorded,
     dump_experiment,
     load_experiment,
     packaged_configs,
     parser,
     read_experiment,
     resolve_config,
-    with_absolute_paths,
 )
 
 
@@ -190,11 +190,11 @@ def test_recorded_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyP
         data=DataConfig(name="folder", root="images", resize=8),
         backbone=BackboneConfig(name="any", weights="w.pth"),
     )
-    recorded = with_absolute_paths(given_)
+    recorded = as_recorded(given_)
     assert given_.data.root == "images"
     assert recorded.data.root == str(tmp_path / "images")
     assert recorded.backbone.weights == str(tmp_path / "w.pth")
-    assert with_absolute_paths(Experiment()) == Experiment()
+    assert as_recorded(Experiment()) == Experiment()
 
 
 def test_resolve_config_prefers_files_and_lists_packaged_names(tmp_path: Path) -> None:
@@ -282,3 +282,9 @@ def test_zero_epochs_and_zero_radius_are_settings() -> None:
 def test_the_parser_can_raise_instead_of_leaving() -> None:
     with pytest.raises(Exception, match="seed"):
         parser(exit_on_error=False).parse_args(["--seed=x"])
+
+
+@pytest.mark.parametrize("text", ["tran: {}\n", "tran:\n", "tran: {lr: 1}\n"])
+def test_an_unknown_section_is_refused_even_if_empty(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ValueError, match="tran"):
+        read_experiment(write(tmp_path, text))

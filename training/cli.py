@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("LODA_DEBUG"):
             raise
-        print(f"loda {arguments.command}: {error}", file=sys.stderr)
+        reason = " ".join(line.strip() for line in str(error).splitlines())
+        print(f"loda {arguments.command}: {reason}", file=sys.stderr)
         return _USAGE_ERROR
     return 0
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from backends.torch.readouts import (
@@ -15,9 +16,22 @@ from backends.torch.readouts import (
     nearest_mean,
     ridge,
 )
-from training.config import HeadConfig
+from training.config import Experiment, HeadConfig
 from training.metrics import class_counts
 from training.state import RunState
+
+
+def make_accelerator(experiment: Experiment) -> Accelerator:
+    """Device and precision of an experiment."""
+    # Accelerate holds a process to the settings of its first Accelerator; one process may well
+    # run several experiments.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=experiment.device == "cpu", mixed_precision=experiment.precision)
+    if accelerator.device.type == "cuda" and experiment.precision == "no":
+        # float32 is meant: by default convolutions on recent GPUs would use TF32.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+    return accelerator
 
 
 @torch.no_grad()

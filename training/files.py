@@ -14,7 +14,11 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then put it in place in one step."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        # Some writers make their files private; the rights are those of any new file instead.
+        temporary.touch()
+        rights = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(rights)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from backends.torch.readouts import Readout, load_readout
 from training.backbone import Backbone, build_backbone, check_fits
 from training.config import Experiment, read_experiment
 from training.data import build_stream, loader, open_image, test_transform
-from training.evaluate import count_correct, extract_features
+from training.evaluate import count_correct, extract_features, make_accelerator
 from training.files import nested, read_json, read_tensors
+from training.randomness import seeded
 from training.run_folder import CLASSES, CONFIG, MODEL, READOUTS
 
 
@@ -64,13 +64,21 @@ class Classifier:
             As the test transform of the experiment gives them.
         readout : str, optional
             A read-out of the run; the primary one by default.
+
+        Raises
+        ------
+        ValueError
+            If the images do not fit the model, or the run has no such read-out.
         """
         chosen = readout or self.experiment.head.readout
         if chosen not in self.readouts:
             msg = f"the run has no read-out {chosen!r}; it has {list(self.readouts)}"
             raise ValueError(msg)
-        if images.ndim != 4:
-            msg = f"images must have shape (N, C, H, W), got {tuple(images.shape)}"
+        if images.ndim != 4 or not len(images) or not images.is_floating_point():
+            msg = (
+                f"images must be floating, of shape (N, C, H, W) with N at least 1, got "
+                f"{images.dtype} of shape {tuple(images.shape)}"
+            )
             raise ValueError(msg)
         check_fits(self.backbone, images[0])
         self.model.eval()
@@ -99,7 +107,12 @@ class Classifier:
         ------
         ValueError
             If an image cannot be read; the message names it.
+        TypeError
+            If a single path is given instead of a sequence.
         """
+        if isinstance(images, (str, Path)):
+            msg = f"give a list of image files: [{str(images)!r}]"
+            raise TypeError(msg)
         if not 1 <= top <= len(self.classes):
             msg = f"top must be from 1 to {len(self.classes)}, got {top}"
             raise ValueError(msg)
@@ -125,16 +138,19 @@ def load_classifier(folder: Path) -> Classifier:
         msg = f"{folder} holds no finished run: {', '.join(missing)} not there"
         raise FileNotFoundError(msg)
     experiment = read_experiment(folder / CONFIG)
-    classes = [str(name) for name in read_json(folder / CLASSES)["class_names"]]
-    backbone = build_backbone(experiment.backbone, initialise=False)
+    classes, _ = _read_classes(folder)
+    with seeded(0):  # the random weights of the new model are overwritten at once
+        backbone = build_backbone(experiment.backbone, initialise=False)
+    weights = _read_finite(folder / MODEL)
     try:
-        backbone.module.load_state_dict(read_tensors(folder / MODEL))
+        backbone.module.load_state_dict(weights)
     except RuntimeError as error:
-        msg = f"{folder / MODEL} does not fit the model of {folder / CONFIG}: {error}"
+        msg = f"{folder / MODEL} does not fit the model of {folder / CONFIG}: {_one_line(error)}"
         raise ValueError(msg) from error
-    tensors = read_tensors(folder / READOUTS)
-    kinds = dict.fromkeys(name.partition("/")[0] for name in tensors)
-    readouts = {kind: load_readout(kind, nested(tensors, kind)) for kind in kinds}
+    readouts = _read_readouts(folder, len(classes), backbone.features)
+    if experiment.head.readout not in readouts:
+        msg = f"{folder / READOUTS} lacks the read-out {experiment.head.readout!r} of the run"
+        raise ValueError(msg)
     return Classifier(classes, experiment, backbone, readouts)
 
 
@@ -161,11 +177,10 @@ def evaluate_run(folder: Path) -> dict[str, dict[str, Any]]:
     if experiment.threads is not None:
         torch.set_num_threads(experiment.threads)
     stream = build_stream(experiment.data, experiment.seed)
-    saved = read_json(folder / CLASSES)
-    if stream.class_names != saved["class_names"] or stream.order != saved["order"]:
+    if (stream.class_names, stream.order) != _read_classes(folder):
         msg = f"the data set has other classes now than when {folder} was trained"
         raise ValueError(msg)
-    accelerator = Accelerator(cpu=experiment.device == "cpu", mixed_precision=experiment.precision)
+    accelerator = make_accelerator(experiment)
     classifier.model.to(accelerator.device)
     batches = loader(
         stream.test.with_transform(test_transform(experiment.data)),
@@ -190,3 +205,41 @@ def evaluate_run(folder: Path) -> dict[str, dict[str, Any]]:
             "total": total,
         }
     return results
+
+
+def _read_classes(folder: Path) -> tuple[list[str], list[int]]:
+    content = read_json(folder / CLASSES)
+    try:
+        return list(content["class_names"]), list(content["order"])
+    except (KeyError, TypeError) as error:
+        msg = f"{folder / CLASSES} does not hold the classes of a run: {error!r}"
+        raise ValueError(msg) from error
+
+
+def _read_finite(path: Path) -> dict[str, Tensor]:
+    tensors = read_tensors(path)
+    broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        msg = f"{path} holds NaN or infinite values: {', '.join(broken[:8])}"
+        raise ValueError(msg)
+    return tensors
+
+
+def _read_readouts(folder: Path, classes: int, features: int) -> dict[str, Readout]:
+    path = folder / READOUTS
+    tensors = _read_finite(path)
+    kinds = dict.fromkeys(name.partition("/")[0] for name in tensors)
+    try:
+        readouts = {kind: load_readout(kind, nested(tensors, kind)) for kind in kinds}
+        found = {k: r.logits(torch.ones(1, features)).shape[1] for k, r in readouts.items()}
+    except ValueError as error:
+        msg = f"{path} does not fit the model of {folder / CONFIG}: {error}"
+        raise ValueError(msg) from error
+    if set(found.values()) != {classes}:
+        msg = f"{path} holds read-outs of {found} classes, {folder / CLASSES} {classes}"
+        raise ValueError(msg)
+    return readouts
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

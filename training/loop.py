@@ -7,25 +7,28 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from backends.torch.readouts import ClassStatistics, RidgeStatistics
 from training.backbone import Backbone, build_backbone, check_fits
 from training.config import Experiment
 from training.data import Stream, build_stream, loader, test_transform, train_transform
-from training.evaluate import build_readouts, count_correct, extract_features, wanted_readouts
+from training.evaluate import (
+    build_readouts,
+    count_correct,
+    extract_features,
+    make_accelerator,
+    wanted_readouts,
+)
 from training.figures import accuracy_figure
 from training.heads import Heads, class_mean_start
 from training.losses import cosface
 from training.methods import build_method
 from training.metrics import AccuracyMatrix
 from training.progress import Meter, Progress
+from training.randomness import derive, seeded
 from training.run_folder import FIGURE, RunFolder, choose_folder
 from training.state import RunState
-
-# Each use of randomness in a task has a stream of its own, so that switching one part off (a
-# pass over the data, a read-out) does not shift the draws of another.
-_PURPOSES = ("batches", "moments", "head", "steps", "alignment", "method", "ridge")
 
 
 @dataclass
@@ -75,7 +78,10 @@ def train(experiment: Experiment, *, quiet: bool = False) -> Path:
         "seconds": progress.seconds,
     }
     run.folder.finish(run.state, summary)
-    title = f"{experiment.method.name} on {experiment.data.name}, {experiment.head.readout}"
+    data = experiment.data.root if experiment.data.name == "folder" else experiment.data.name
+    title = (
+        f"{experiment.method.name} on {Path(str(data)).name}, read-out {experiment.head.readout}"
+    )
     accuracy_figure(primary, run.folder.path / FIGURE, title=title)
     progress.table(primary, run.folder.path)
     return run.folder.path
@@ -86,20 +92,21 @@ def prepare(experiment: Experiment) -> Run:
     if experiment.threads is not None:
         torch.set_num_threads(experiment.threads)
     path = choose_folder(experiment)
-    accelerator = Accelerator(cpu=experiment.device == "cpu", mixed_precision=experiment.precision)
+    accelerator = make_accelerator(experiment)
     if experiment.device == "cuda" and accelerator.device.type != "cuda":
         msg = f"device is cuda, but torch sees none here; it would use {accelerator.device}"
         raise ValueError(msg)
     stream = build_stream(experiment.data, experiment.seed)
-    backbone = build_backbone(experiment.backbone)
-    train_image, _ = stream.train.with_transform(train_transform(experiment.data))[0]
+    with seeded(derive(experiment.seed, 0, "backbone")):
+        backbone = build_backbone(experiment.backbone)
+        train_image, _ = stream.train.with_transform(train_transform(experiment.data))[0]
     test_image, _ = stream.test.with_transform(test_transform(experiment.data))[0]
     check_fits(backbone, train_image)
     check_fits(backbone, test_image)
     model = backbone.module.to(accelerator.device)
     method = build_method(experiment.method, model, derive(experiment.seed, 0, "method"))
     kinds = wanted_readouts(experiment.head)
-    needs_statistics = {"nearest_mean", "alignment"} & set(kinds)
+    needs_statistics = experiment.keep.statistics or {"nearest_mean", "alignment"} & set(kinds)
     ridge = RidgeStatistics(
         backbone.features,
         features=experiment.head.ridge_features,
@@ -113,7 +120,7 @@ def prepare(experiment: Experiment) -> Run:
         ridge=ridge if "ridge" in kinds else None,
         matrices={kind: AccuracyMatrix() for kind in kinds},
     )
-    folder = RunFolder(path)
+    folder = RunFolder(path, fresh=experiment.out is None)
     folder.begin(experiment, stream, backbone)
     return Run(experiment, stream, backbone, accelerator, state, folder)
 
@@ -138,7 +145,8 @@ def run_task(run: Run, task: int, progress: Progress) -> None:
     _add_head(run, task)
     seconds["begin"], clock = _lap(clock)
 
-    _train(run, task, progress)
+    with seeded(derive(experiment.seed, task, "dropout")):
+        _train(run, task, progress)
     seconds["train"], clock = _lap(clock)
 
     record = state.method.end_task(passes)
@@ -163,12 +171,6 @@ def run_task(run: Run, task: int, progress: Progress) -> None:
     counts = {kind: [m.correct[-1], m.total[-1]] for kind, m in state.matrices.items()}
     run.folder.log("task", task=task, accuracy=accuracy, counts=counts, seconds=seconds)
     progress.end_task(task, accuracy[experiment.head.readout], seconds)
-
-
-def derive(seed: int, task: int, purpose: str) -> int:
-    """A seed of its own for each purpose and task, from the seed of the run."""
-    sequence = np.random.SeedSequence((seed, task, _PURPOSES.index(purpose)))
-    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def _add_head(run: Run, task: int) -> None:
@@ -209,8 +211,7 @@ def _train(run: Run, task: int, progress: Progress) -> None:
         lr = config.lr * (1 + np.cos(np.pi * epoch / config.epochs)) / 2
         for group in optimizer.param_groups:
             group["lr"] = lr
-        # The backbone has no trained statistics; evaluation mode off enables its drop-out, if any.
-        state.model.train()
+        _training_mode(state.model)
         meter = Meter()
         for pixels, labels in batches:
             inputs, targets = pixels.to(device, non_blocking=True), labels - first
@@ -236,13 +237,25 @@ def _train(run: Run, task: int, progress: Progress) -> None:
             meter.add(step.loss, len(labels))
             progress.advance(meter)
         values = meter.read()
-        if not np.isfinite(values["loss"]):
+        # The last step may have broken the weights after the last loss was taken.
+        sound = all(bool(parameter.isfinite().all()) for parameter in parameters)
+        if not (sound and np.isfinite(values["loss"])):
             msg = (
-                f"training diverged: the loss of task {task + 1}, epoch {epoch + 1} is "
-                f"{values['loss']}; nothing was merged. Lower train.lr or method.radius"
+                f"training diverged: in task {task + 1}, epoch {epoch + 1} the loss is "
+                f"{values['loss']:.4g} and the trained weights are "
+                f"{'finite' if sound else 'not finite'}; nothing was merged. Lower train.lr or "
+                f"method.radius"
             )
             raise FloatingPointError(msg)
         run.folder.log("epoch", task=task, epoch=epoch, lr=float(lr), **values)
+
+
+def _training_mode(model: nn.Module) -> None:
+    """Enable drop-out, if any, but keep the running statistics of batch norms: they are frozen."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+            module.eval()
 
 
 def _task_features(run: Run, task: int) -> tuple[Tensor, Tensor]:

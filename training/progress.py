@@ -14,7 +14,7 @@ from torch import Tensor
 
 from training.metrics import AccuracyMatrix
 from training.run_folder import FIGURE
-from training.tables import accuracy_table
+from training.tables import accuracy_table, plain_table
 
 _REFRESH = 0.25  # seconds between two reads of the device
 
@@ -60,7 +60,8 @@ class Progress:
 
     def __init__(self, tasks: int, *, quiet: bool = False) -> None:
         self.tasks = tasks
-        self.console = Console(quiet=quiet, stderr=False)
+        # A path may hold what rich takes for its markup.
+        self.console = Console(quiet=quiet, stderr=False, markup=False, highlight=False)
         self.trainable: list[int] = []
         self.seconds: dict[str, float] = {}
         self._bars = Bars(
@@ -116,11 +117,16 @@ class Progress:
         total = sum(seconds.values())
         self.console.print(
             f"task {task + 1}/{self.tasks}: accuracy over all classes so far "
-            f"{100 * accuracy:.2f} % ({total:.1f} s)"
+            f"{100 * accuracy:.2f} % ({total:.1f} s)",
+            soft_wrap=True,
         )
 
     def table(self, matrix: AccuracyMatrix, folder: Path) -> None:
         """Print the accuracy matrix and where everything is."""
-        self.console.print(accuracy_table(matrix))
+        table = accuracy_table(matrix)
+        if self.console.is_terminal and self.console.measure(table).minimum <= self.console.width:
+            self.console.print(table)
+        else:  # whole lines, whatever the width, for logs and pipes
+            self.console.print(plain_table(matrix), soft_wrap=True)
         self.console.print(f"results: {folder}", soft_wrap=True)
         self.console.print(f"figure:  {folder / FIGURE}", soft_wrap=True)

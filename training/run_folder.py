@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from training.backbone import Backbone
-from training.config import Experiment, dump_experiment, with_absolute_paths
+from training.config import Experiment, as_recorded, dump_experiment
 from training.data import Stream
 from training.files import flattened, write_json, write_tensors, write_text
 from training.state import RunState
@@ -35,12 +35,8 @@ def choose_folder(experiment: Experiment) -> Path:
     if experiment.out is None:
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         name = f"{experiment.data.name}-{experiment.method.name}-seed{experiment.seed}-{stamp}"
-        folder, number = Path("runs", name), 1
-        while folder.exists():
-            number += 1
-            folder = Path("runs", f"{name}-{number}")
-        return folder
-    folder = Path(experiment.out)
+        return Path("runs", name)
+    folder = Path(experiment.out).expanduser()
     if folder.exists() and not folder.is_dir():
         msg = f"out is {folder}, which is a file; give a folder"
         raise NotADirectoryError(msg)
@@ -60,19 +56,19 @@ class RunFolder:
     ----------
     path : Path
         Made if it is not there. What an earlier run left under the same names is removed first.
+    fresh : bool
+        Make a new folder in any case, numbered if the name is taken: runs that begin in the same
+        second get one each.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.mkdir(parents=True, exist_ok=True)
-        for name in (METRICS, SUMMARY, FIGURE, MODEL, READOUTS):
-            (path / name).unlink(missing_ok=True)
-        for stale in (path / TASKS).glob("*/*.safetensors"):
-            stale.unlink()
+    def __init__(self, path: Path, *, fresh: bool = False) -> None:
+        self.path = _new_folder(path) if fresh else path
+        self.path.mkdir(parents=True, exist_ok=True)
+        _remove_results(self.path)
 
     def begin(self, experiment: Experiment, stream: Stream, backbone: Backbone) -> None:
         """Write what is known before training: configuration, classes and environment."""
-        write_text(self.path / CONFIG, dump_experiment(with_absolute_paths(experiment)))
+        write_text(self.path / CONFIG, dump_experiment(as_recorded(experiment)))
         classes = {
             "class_names": stream.class_names,
             "order": stream.order,
@@ -101,6 +97,30 @@ class RunFolder:
         readouts = {kind: readout.tensors() for kind, readout in state.readouts.items()}
         write_tensors(self.path / READOUTS, flattened(**readouts))
         write_json(self.path / SUMMARY, summary)
+
+
+def _new_folder(path: Path) -> Path:
+    candidate, number = path, 1
+    while True:
+        try:
+            candidate.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+            candidate = path.with_name(f"{path.name}-{number}")
+        else:
+            return candidate
+
+
+def _remove_results(path: Path) -> None:
+    for name in (METRICS, SUMMARY, FIGURE, MODEL, READOUTS):
+        (path / name).unlink(missing_ok=True)
+        for half_written in path.glob(f".{name}.*.tmp"):
+            half_written.unlink()
+    for stale in (path / TASKS).glob("*/*.safetensors"):
+        stale.unlink()
+    for folder in [*(path / TASKS).glob("*"), path / TASKS]:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _environment(backbone: Backbone) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from backends.torch.readouts import ClassStatistics, Readout, RidgeStatistics
@@ -82,8 +83,9 @@ class RunState:
         self.model.load_state_dict(nested(tensors, "model"))
         self.method.load_state_dict(nested(tensors, "method"))
         for size in record["head_sizes"]:
-            self.heads.add(int(size))
+            self.heads.add(int(size), generator=torch.Generator())  # overwritten below
         self.heads.load_state_dict(nested(tensors, "heads"))
+        self.heads.to(next(self.model.parameters()).device)
         if self.statistics is not None and self.tasks:
             self.statistics.load_state_dict(nested(tensors, "statistics"))
         if self.ridge is not None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn import Parameter
 
 from backends.torch.lora import LoRALinear
 
@@ -31,7 +32,8 @@ def find_layers(model: nn.Module, target: Target = TIMM_QKV) -> dict[str, nn.Lin
     Raises
     ------
     ValueError
-        If a pattern matches no linear layer; the message lists those that exist.
+        If there is no pattern, or one matches no linear layer; the message lists those that
+        exist.
 
     Examples
     --------
@@ -41,6 +43,9 @@ def find_layers(model: nn.Module, target: Target = TIMM_QKV) -> dict[str, nn.Lin
     ['0', '2']
     """
     patterns = [target] if isinstance(target, str) else list(target)
+    if not patterns:
+        msg = "no pattern was given; name at least one linear layer, such as '*.attn.qkv'"
+        raise ValueError(msg)
     linears: dict[str, nn.Linear | LoRALinear] = {}
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -54,6 +59,8 @@ def find_layers(model: nn.Module, target: Target = TIMM_QKV) -> dict[str, nn.Lin
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in linears):
             there = ", ".join(linears) or "none"
+            if isinstance(model, (nn.Linear, LoRALinear)):
+                there = "only the model itself; put it inside another module, nn.Sequential say"
             msg = f"pattern {pattern!r} matches no linear layer; linear layers here: {there}"
             raise ValueError(msg)
     return {
@@ -82,6 +89,8 @@ def adapt(model: nn.Module, target: Target = TIMM_QKV) -> dict[str, LoRALinear]:
     ------
     ValueError
         If a pattern matches nothing, or a layer is adapted already.
+    TypeError
+        If a layer's weight is no parameter of its own; nothing has been changed then.
 
     Examples
     --------
@@ -100,6 +109,10 @@ def adapt(model: nn.Module, target: Target = TIMM_QKV) -> dict[str, LoRALinear]:
     if adapted:
         msg = f"layers {adapted} are adapted already; restore the model first"
         raise ValueError(msg)
+    computed = [name for name, module in found.items() if not isinstance(module.weight, Parameter)]
+    if computed:
+        msg = f"weights of {computed} are computed (parametrised); remove the parametrisation first"
+        raise TypeError(msg)
     layers = {
         name: LoRALinear(module) for name, module in found.items() if isinstance(module, nn.Linear)
     }
@@ -138,6 +151,7 @@ def _replace(model: nn.Module, swap: Mapping[nn.Module, nn.Module]) -> None:
     for parent in list(model.modules()):
         if parent in swap or any(parent is new for new in swap.values()):
             continue
-        for name, child in list(parent.named_children()):
-            if child in swap:
+        # named_children() would leave out the second name of a child that occurs twice.
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in swap:
                 setattr(parent, name, swap[child])

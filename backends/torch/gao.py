@@ -1,5 +1,6 @@
 """The gradient-aligned step, for any model, loss and optimiser (LoDA, Section 3.3)."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -69,8 +70,8 @@ def gradient_aligned_step(
     backward : callable, optional
         Replaces ``Tensor.backward`` (``accelerator.backward``, say).
     skip_nonfinite : bool, default False
-        Check each gradient (one read of the device) and take no step with one that is not
-        finite; the parameters are then put back bit for bit.
+        Check each gradient (one read of the device a step) and take no step with one that is not
+        finite, that of the shift included; the parameters are then put back bit for bit.
 
     Returns
     -------
@@ -79,8 +80,8 @@ def gradient_aligned_step(
     Raises
     ------
     ValueError
-        If the radius is negative, nothing is perturbed, or the permutation does not hold every
-        class of the mini-batch once.
+        If the radius is negative or not finite, nothing is perturbed, or the permutation does not
+        hold every class of the mini-batch once.
 
     Notes
     -----
@@ -102,6 +103,9 @@ def gradient_aligned_step(
     if not perturbed:
         msg = "nothing to perturb: pass the LoRA tensors that are trained"
         raise ValueError(msg)
+    if not math.isfinite(radius) or radius < 0:
+        msg = f"radius must be finite and at least 0, got {radius}"
+        raise ValueError(msg)
     halves = [mask.nonzero().flatten() for mask in class_split(labels, permutation)]
     backward = backward or _backward
     if min(half.numel() for half in halves) == 0:
@@ -120,7 +124,7 @@ def gradient_aligned_step(
         stepped = False
         try:
             _copy(perturbed, moved)
-            value, stepped = _plain_step(loss, goal, optimizer, backward, skip_nonfinite)
+            value, stepped = _plain_step(loss, goal, optimizer, backward, skip_nonfinite, moved)
         finally:
             if not stepped:
                 _copy(perturbed, home)
@@ -185,11 +189,12 @@ def _plain_step(
     optimizer: Optimizer,
     backward: Callable[[Tensor], None],
     skip_nonfinite: bool,
+    moved: Sequence[Tensor] = (),
 ) -> tuple[Tensor, bool]:
     optimizer.zero_grad(set_to_none=True)
     value = loss(rows)
     backward(value)
-    if skip_nonfinite and not _gradients_finite(optimizer):
+    if skip_nonfinite and not _gradients_finite(optimizer, moved):
         optimizer.zero_grad(set_to_none=True)
         return value.detach(), False
     optimizer.step()
@@ -200,9 +205,10 @@ def _backward(value: Tensor) -> None:
     value.backward()  # type: ignore[no-untyped-call]
 
 
-def _gradients_finite(optimizer: Optimizer) -> bool:
+def _gradients_finite(optimizer: Optimizer, moved: Sequence[Tensor]) -> bool:
+    """Whether gradients, and tensors moved along a gradient, are finite: one read for all."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-    flags = [g.isfinite().all() for g in gradients if g is not None]
+    flags = [g.isfinite().all() for g in (*gradients, *moved) if g is not None]
     return not flags or bool(torch.stack(flags).all())
 
 

@@ -1,6 +1,6 @@
 """LoDA over a model: adapt it to one task after another without keeping old data."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -109,24 +109,29 @@ class LoDA:
         RuntimeError
             If a task is open already.
         ValueError
-            If there is no batch, inputs are not finite, or injected bases do not fit.
+            If there is no batch, inputs are not finite, injected bases do not fit, or a pattern of
+            ``trainable`` matches no parameter. The model is then as it was before the call.
         """
         self._require_open(False)
-        moments = collect_moments(self.model, batches, self.settings.target, forward=self.forward)
-        self._new = {name: m.mean for name, m in moments.items()}
-        if bases is None:
-            solved = solve_bases(self.settings, self._new, self.history or None)
-        else:
-            solved = self._injected(bases)
+        given = None if bases is None else self._injected(bases)
         self._attach()
-        for name, layer in self.layers.items():
-            for branch, basis in solved[name].items():
-                layer.add_branch(
-                    branch,
-                    basis.mT * self.settings.down_scale,
-                    scale=self.settings.weight(branch),
-                    train_down=self.tasks == 0,
-                )
+        try:
+            # Branches are not there yet, so this is a pass through the previous merged model.
+            self._new = self._pass(batches)
+            # The model may have moved to another device since the last task.
+            self.history = {n: m.to(self._new[n].device) for n, m in self.history.items()}
+            solved = given or solve_bases(self.settings, self._new, self.history or None)
+            for name, layer in self.layers.items():
+                for branch, basis in solved[name].items():
+                    layer.add_branch(
+                        branch,
+                        basis.mT * self.settings.down_scale,
+                        scale=self.settings.weight(branch),
+                        train_down=self.tasks == 0,
+                    )
+        except BaseException:
+            self._detach()
+            raise
 
     def lora_parameters(self) -> list[nn.Parameter]:
         """The tensors of the branches that are trained in the open task."""
@@ -212,9 +217,15 @@ class LoDA:
         first = self.tasks == 0
         passes = self.settings.history
         form = None if first or "general" not in self.settings.names(first) else self.settings.form
-        trained: dict[str, Tensor] = {}
-        if form is not None or passes in ("trained", "both"):
-            trained = self._pass(batches)
+        needs_trained = form is not None or passes in ("trained", "both")
+        needs_merged = passes in ("merged", "both")
+        if needs_trained and needs_merged and isinstance(batches, Iterator):
+            msg = (
+                f"end_task walks the batches twice, but a {type(batches).__name__} is used up "
+                f"after one pass; pass a DataLoader or a list (the task stays open)"
+            )
+            raise ValueError(msg)
+        trained = self._pass(batches) if needs_trained else {}
         coefficients: dict[str, Tensor] = {}
         if form is not None:
             factors = {
@@ -224,28 +235,32 @@ class LoDA:
             coefficients = solve_recalibration(
                 form, self.settings.gamma, factors, trained, self.history
             )
-        merged: dict[str, Tensor] = {}
         try:
             for name, layer in self.layers.items():
                 layer.merge({"general": coefficients[name]} if name in coefficients else None)
-            if passes in ("merged", "both"):
-                merged = self._pass(batches)
+            merged = self._pass(batches) if needs_merged else {}
+            record = TaskRecord.of(self.layers, self._new, trained, merged, coefficients)
+            history = {}
+            for name in self.layers:
+                parts = [trained[name]] if passes in ("trained", "both") else []
+                parts += [merged[name]] if needs_merged else []
+                past = self.history.get(name, torch.zeros_like(parts[0]))
+                history[name] = sum(parts, start=past)
         except BaseException:
             for layer in self.layers.values():
                 if layer.merged:
                     layer.unmerge()
             raise
-        record = TaskRecord.of(self.layers, self._new, trained, merged, coefficients)
-        entering = [m for m in (trained, merged) if m and self._enters(m is merged)]
-        for moments in entering:
-            for name, moment in moments.items():
-                self.history[name] = self.history[name] + moment if name in self.history else moment
+        self.history = history
         self._detach()
         self.tasks += 1
         return record
 
     def abandon_task(self) -> None:
-        """Drop the branches of the open task and restore the model as it was before it."""
+        """Drop the branches of the open task and restore the layers as they were before it.
+
+        Parameters named by ``trainable`` keep what they learned.
+        """
         self._require_open(True)
         self._detach()
 
@@ -276,47 +291,64 @@ class LoDA:
         RuntimeError
             If a task is open.
         ValueError
-            If the state belongs to other layers.
+            If the state belongs to other layers, or an open task to other settings.
         """
         self._require_open(False)
         found = find_layers(self.model, self.settings.target)
-        parts: dict[str, dict[str, Tensor]] = {}
-        for key, value in state.items():
-            kind, _, name = key.rpartition("/")
-            parts.setdefault(kind, {})[name] = value
-        tasks = int(parts.pop("", {}).get("tasks", torch.tensor(-1)))
-        strangers = {n for part in parts.values() for n in part} ^ set(found) if parts else set()
-        if tasks < 0 or strangers:
+        tasks = int(state.get("tasks", torch.tensor(-1)))
+        branches = self.settings.names(tasks == 0)
+        is_open = any(key.startswith("new/") for key in state)
+        rank, wanted = self.settings.rank, dict[str, tuple[int, ...]](tasks=())
+        for name, layer in found.items():
+            size = layer.in_features
+            if tasks > 0:
+                wanted[f"history/{name}"] = (size, size)
+            if is_open:
+                wanted[f"new/{name}"] = (size, size)
+                for branch in branches:
+                    wanted[f"down/{branch}/{name}"] = (rank, size)
+                    wanted[f"up/{branch}/{name}"] = (layer.out_features, rank)
+        shapes = {key: tuple(value.shape) for key, value in state.items()}
+        if tasks < 0 or shapes != wanted:
+            unlike = sorted(set(shapes.items()) ^ set(wanted.items()))
             msg = (
-                f"the state does not belong to this model and target: layers in only one of them "
-                f"are {sorted(strangers)}, tasks done {tasks if tasks >= 0 else 'missing'}"
+                f"the state does not belong to this model and these settings; the first entries "
+                f"(with shapes) in only one of them: {unlike[:6]}, tasks done: {tasks}"
             )
             raise ValueError(msg)
-        self.tasks = tasks
-        self.history = {
-            name: moment.to(found[name].weight.device, copy=True)
-            for name, moment in parts.pop("history", {}).items()
-        }
-        if "new" not in parts:
-            return
-        self._new = parts.pop("new")
-        self._attach()
-        for name, layer in self.layers.items():
-            for branch in self.settings.names(self.tasks == 0):
-                layer.add_branch(
-                    branch,
-                    parts[f"down/{branch}"][name],
-                    up=parts[f"up/{branch}"][name],
-                    scale=self.settings.weight(branch),
-                    train_down=self.tasks == 0,
-                )
+        device = {name: layer.weight.device for name, layer in found.items()}
+        history, new = (
+            {n: state[f"{kind}/{n}"].to(device[n], copy=True) for n in found if present}
+            for kind, present in (("history", tasks > 0), ("new", is_open))
+        )
+        if is_open:
+            self._attach()
+            for name, layer in self.layers.items():
+                for branch in branches:
+                    layer.add_branch(
+                        branch,
+                        state[f"down/{branch}/{name}"],
+                        up=state[f"up/{branch}/{name}"],
+                        scale=self.settings.weight(branch),
+                        train_down=tasks == 0,
+                    )
+        self.tasks, self.history, self._new = tasks, history, new
 
     def _attach(self) -> None:
-        self._required_grad = {p: p.requires_grad for p in self.model.parameters()}
-        for name, parameter in self.model.named_parameters():
-            wanted = any(fnmatchcase(name, pattern) for pattern in self.trainable)
-            parameter.requires_grad_(wanted and parameter.requires_grad)
+        """Put adapted layers in place, and freeze all but what ``trainable`` names."""
+        named = list(self.model.named_parameters(remove_duplicate=False))
+        for pattern in self.trainable:
+            if not any(fnmatchcase(name, pattern) for name, _ in named):
+                there = ", ".join(name for name, _ in named)
+                msg = f"trainable pattern {pattern!r} matches no parameter; parameters: {there}"
+                raise ValueError(msg)
+        kept = {p for n, p in named if any(fnmatchcase(n, pattern) for pattern in self.trainable)}
+        required = {parameter: parameter.requires_grad for _, parameter in named}
         self.layers = adapt(self.model, self.settings.target)
+        self._required_grad = required
+        kept -= {p for layer in self.layers.values() for p in layer.base.parameters()}
+        for parameter, wanted in required.items():
+            parameter.requires_grad_(wanted and parameter in kept)
 
     def _detach(self) -> None:
         restore(self.model, self.layers)
@@ -328,20 +360,23 @@ class LoDA:
         moments = collect_moments(self.model, batches, self.settings.target, forward=self.forward)
         return {name: m.mean for name, m in moments.items()}
 
-    def _enters(self, is_merged: bool) -> bool:
-        return self.settings.history in ("both", "merged" if is_merged else "trained")
-
     def _injected(self, bases: Mapping[str, Mapping[str, Tensor]]) -> Bases:
         branches = self.settings.names(self.tasks == 0)
-        if set(bases) != set(self._new):
-            msg = f"bases must name the layers {sorted(self._new)}, got {sorted(bases)}"
+        sizes = {
+            name: layer.in_features
+            for name, layer in find_layers(self.model, self.settings.target).items()
+        }
+        if set(bases) != set(sizes):
+            msg = f"bases must name the layers {sorted(sizes)}, got {sorted(bases)}"
             raise ValueError(msg)
         for name, given in bases.items():
-            size = int(self._new[name].shape[-1])
             shapes = {branch: tuple(basis.shape) for branch, basis in given.items()}
-            wanted = dict.fromkeys(branches, (size, self.settings.rank))
+            wanted = dict.fromkeys(branches, (sizes[name], self.settings.rank))
             if shapes != wanted:
                 msg = f"bases of layer {name!r} must have shapes {wanted}, got {shapes}"
+                raise ValueError(msg)
+            if not all(bool(basis.isfinite().all()) for basis in given.values()):
+                msg = f"bases of layer {name!r} hold NaN or infinite values"
                 raise ValueError(msg)
         return {name: dict(given) for name, given in bases.items()}
 

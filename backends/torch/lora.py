@@ -73,6 +73,10 @@ class LoRALinear(nn.Module):
         if not isinstance(base, nn.Linear):
             msg = f"only nn.Linear layers can carry branches, got {type(base).__name__}"
             raise TypeError(msg)
+        if not isinstance(base.weight, nn.Parameter):
+            # Merging would write into a tensor that is computed anew at every call.
+            msg = "the layer's weight is computed (parametrised); remove the parametrisation first"
+            raise TypeError(msg)
         self.base = base
         self.base.requires_grad_(False)
         self.branches = nn.ModuleDict()
@@ -91,7 +95,9 @@ class LoRALinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Effective weight, branches included, for callers that read weights themselves."""
-        return self.base.weight if self.merged else self.base.weight + self.delta()
+        if self.merged or not self.branches:
+            return self.base.weight
+        return (self.base.weight + self.delta()).to(self.base.weight.dtype)
 
     @property
     def bias(self) -> Tensor | None:
@@ -199,13 +205,26 @@ class LoRALinear(nn.Module):
         Returns
         -------
         Tensor, shape (out_features, in_features)
+
+        Raises
+        ------
+        KeyError
+            If Λ is given for a branch that is not there.
+        ValueError
+            If Λ is not r×r.
         """
+        coefficients = coefficients or {}
+        for name, given in coefficients.items():
+            rank = self.branch(name).down.shape[0]
+            if tuple(given.shape) != (rank, rank):
+                msg = f"coefficients of {name!r} must be {rank}×{rank}, got {tuple(given.shape)}"
+                raise ValueError(msg)
         dtype = torch.promote_types(self.base.weight.dtype, torch.float32)
         total = torch.zeros_like(self.base.weight, dtype=dtype)
         for name in self.branches:
             branch = self.branch(name)
             down = branch.down.to(dtype)
-            if coefficients is not None and name in coefficients:
+            if name in coefficients:
                 down = coefficients[name].to(down) @ down
             total = total + branch.full_up(self.out_features).to(dtype) @ down
         return total
@@ -222,14 +241,13 @@ class LoRALinear(nn.Module):
         Raises
         ------
         ValueError
-            If the layer is merged already.
+            If the layer is merged already, or coefficients do not fit.
         FloatingPointError
             If the merged weight would not be finite; nothing is written then.
         """
         self._require_unmerged("merge")
         weight = self.base.weight
-        update = self.delta(coefficients)
-        merged = (weight.to(update.dtype) + update).to(weight.dtype)
+        merged = (weight + self.delta(coefficients)).to(weight.dtype)
         if not bool(torch.isfinite(merged).all()):
             msg = "the merged weight holds NaN or infinite values; the layer was left as it was"
             raise FloatingPointError(msg)

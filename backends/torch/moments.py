@@ -68,8 +68,9 @@ class MomentCollector:
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def collect(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             tokens = args[0] if args else next(iter(kwargs.values()))
+            rows = tokens.detach().reshape(-1, tokens.shape[-1])
             with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-                part = second_moment(tokens.detach().flatten(0, -2), check=False)
+                part = second_moment(rows, check=False)
                 seen = self.moments.get(name)
                 self.moments[name] = part if seen is None else combine(seen, part)
 

@@ -9,13 +9,13 @@ A relative path (``data.root``, ``backbone.weights``, ``out``) starts at the wor
 """
 
 from training.config.parse import (
+    as_recorded,
     dump_experiment,
     load_experiment,
     packaged_configs,
     parser,
     read_experiment,
     resolve_config,
-    with_absolute_paths,
 )
 from training.config.sections import (
     NATIVE_SIDE,
@@ -39,11 +39,11 @@ __all__ = [
     "MethodConfig",
     "Readout",
     "TrainConfig",
+    "as_recorded",
     "dump_experiment",
     "load_experiment",
     "packaged_configs",
     "parser",
     "read_experiment",
     "resolve_config",
-    "with_absolute_paths",
 ]

@@ -70,7 +70,7 @@ def read_experiment(path: str | Path) -> Experiment:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-        _refuse_option(text)
+        _refuse_strangers(text)
         values = parser(exit_on_error=False).parse_string(text)
         return _build(Experiment, values.as_dict())
     except (argparse.ArgumentError, ValueError) as error:
@@ -92,14 +92,16 @@ def dump_experiment(experiment: Experiment) -> str:
     return text
 
 
-def with_absolute_paths(experiment: Experiment) -> Experiment:
-    """Make the paths of data and weights absolute, as a run records them."""
+def as_recorded(experiment: Experiment) -> Experiment:
+    """The experiment as a run records it: absolute paths, and no leave to overwrite."""
 
     def absolute(path: str | None) -> str | None:
         return None if path is None else str(Path(path).expanduser().absolute())
 
+    # Whoever runs a recorded configuration again has to ask anew for replacing its folder.
     return replace(
         experiment,
+        overwrite=False,
         data=replace(experiment.data, root=absolute(experiment.data.root)),
         backbone=replace(experiment.backbone, weights=absolute(experiment.backbone.weights)),
     )
@@ -142,19 +144,27 @@ def _resolve_names(argv: Sequence[str]) -> list[str]:
             rest.append(argument)
             continue
         path = resolve_config(name)
-        _refuse_option(path.read_text(encoding="utf-8"))
+        _refuse_strangers(path.read_text(encoding="utf-8"))
         configs.append(f"--config={path}")
     return configs + rest
 
 
-def _refuse_option(text: str) -> None:
+def _refuse_strangers(text: str) -> None:
     # To jsonargparse, --config is one more key of a file, and it trips over its value.
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError:
         return  # reported by jsonargparse, with the line
-    if isinstance(values, dict) and "config" in values:
+    if not isinstance(values, dict):
+        return
+    if "config" in values:
         msg = "config is an option of the command line, not a setting that a file may hold."
+        raise ValueError(msg)
+    # jsonargparse refuses unknown settings, but lets an unknown section without any pass.
+    known = [item.name for item in fields(Experiment)]
+    strangers = [str(key) for key in values if str(key).partition(".")[0] not in known]
+    if strangers:
+        msg = f"unknown settings {', '.join(strangers)}; known at the top: {', '.join(known)}."
         raise ValueError(msg)
 
 

@@ -196,7 +196,7 @@ class MethodConfig:
     gao: bool = True
     radius: float = 0.3
     recalibration: Literal["full", "diagonal", "direction", "scalar", "none"] = "full"
-    gamma: float = 3.0
+    gamma: float = 1.5
     history: Literal["merged", "trained", "both"] = "merged"
     target: str = "*.attn.qkv"
 
@@ -225,7 +225,7 @@ class TrainConfig:
     weight_decay
         L2 penalty of SGD.
     eval_batch_size
-        Images a batch where no gradient is taken; changes the speed, not the result.
+        Images a batch where no gradient is taken; changes the result by rounding at most.
     """
 
     epochs: int = 5
@@ -307,7 +307,7 @@ class KeepConfig:
     branches
         The trained branches before the merge.
     moments
-        The second moments of the history after the task.
+        The second moments of the passes over the task: new, trained and merged.
     heads
         All heads after the task.
     statistics

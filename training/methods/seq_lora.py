@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from backends.torch import AlignedStep, LoRALinear, adapt, attach, plain_step, restore
+from backends.torch import (
+    AlignedStep,
+    LoRALinear,
+    TaskRecord,
+    adapt,
+    attach,
+    find_layers,
+    plain_step,
+    restore,
+)
 from backends.torch.gao import RowsLoss
 from training.config import MethodConfig
 
@@ -25,9 +34,20 @@ class SequentialLoRA:
 
     def __init__(self, config: MethodConfig, model: nn.Module, seed: int) -> None:
         model.requires_grad_(False)
+        narrow = {
+            name: layer.in_features
+            for name, layer in find_layers(model, config.target).items()
+            if layer.in_features < config.rank
+        }
+        if narrow:
+            msg = f"rank {config.rank} is above the input size of some layers: {narrow}"
+            raise ValueError(msg)
         self.model = model
         self.layers: dict[str, LoRALinear] = adapt(model, config.target)
         generator = torch.Generator().manual_seed(seed)
+        self.weights = {
+            name: layer.base.weight.detach().clone() for name, layer in self.layers.items()
+        }
         for layer in self.layers.values():
             down = torch.empty(config.rank, layer.in_features)
             nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
@@ -59,24 +79,29 @@ class SequentialLoRA:
         del generator
         return plain_step(loss, labels, optimizer, backward=backward)
 
-    def end_task(self, batches: Iterable[Any]) -> None:
+    def end_task(self, batches: Iterable[Any]) -> TaskRecord:
         """Fold the branch into the weights until the next task."""
         del batches
+        record = TaskRecord.of(self.layers, {}, {}, {}, {})
         self._fold()
+        return record
 
     def state_dict(self) -> dict[str, Tensor]:
         """The branch and the weights without it, by layer."""
         state: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
+            state[f"weight/{name}"] = self.weights[name]
             state[f"down/{name}"] = layer.branch(_BRANCH).down.detach()
             state[f"up/{name}"] = layer.branch(_BRANCH).up.detach()
         return state
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over a branch. The weights without it are those of the model when it was made."""
+        """Take over a branch and the weights without it."""
         for name, layer in self.layers.items():
             layer.unmerge()
+            self.weights[name].copy_(state[f"weight/{name}"])
+            layer.base.weight.copy_(self.weights[name])
             layer.branch(_BRANCH).down.copy_(state[f"down/{name}"])
             layer.branch(_BRANCH).up.copy_(state[f"up/{name}"])
             layer.merge()

@@ -1,0 +1,135 @@
+"""Small experiments that take well under a second, and finished runs of them made once a process.
+
+A finished run is shared: a test that changes one works on a copy.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from training.config import (
+    BackboneConfig,
+    DataConfig,
+    Experiment,
+    HeadConfig,
+    MethodConfig,
+    TrainConfig,
+)
+from training.figures import accuracy_figure
+from training.loop import train
+
+COLOURS = {
+    "blue": (30, 40, 220),
+    "green": (20, 200, 60),
+    "grey": (128, 128, 128),
+    "pink": (240, 120, 180),
+    "red": (220, 30, 20),
+    "white": (250, 250, 250),
+}
+READOUTS = ("nearest_mean", "heads", "alignment", "ridge")
+VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+
+_trees: dict[str, Path] = {}
+_runs: dict[str, Path] = {}
+
+
+def squares(folder: Path, *, train: int = 6, test: int = 3, seed: int = 0) -> Path:
+    """Folder tree of noisy coloured squares of 16 by 16 pixels: six classes."""
+    rng = np.random.default_rng(seed)
+    for split, count in (("train", train), ("test", test)):
+        for name, colour in COLOURS.items():
+            (folder / split / name).mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                noise = rng.integers(-40, 40, size=(16, 16, 3))
+                pixels = (np.array(colour) + noise).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{number}.png")
+    return folder
+
+
+def tree(factory: pytest.TempPathFactory) -> Path:
+    """The squares that all finished runs were trained on."""
+    if "squares" not in _trees:
+        _trees["squares"] = squares(factory.mktemp("squares"))
+    return _trees["squares"]
+
+
+def tiny(root: Path, out: Path | str | None, **changes: Any) -> Experiment:
+    """Three tasks of two colours on a tiny transformer with random weights.
+
+    Keywords name a section with a dict of its settings, or a setting of the experiment itself.
+    """
+    experiment = Experiment(
+        data=DataConfig(
+            "folder",
+            root=str(root),
+            image_size=16,
+            resize=16,
+            train_crop="pad",
+            pad=2,
+            flip=True,
+        ),
+        backbone=BackboneConfig("vit_tiny_patch16_224", options=dict(VIT), pretrained=False),
+        method=MethodConfig(rank=4),
+        train=TrainConfig(epochs=2, batch_size=5, lr=0.05, eval_batch_size=16),
+        head=HeadConfig(readout="nearest_mean", ridge_features=32),
+        device="cpu",
+        out=None if out is None else str(out),
+    )
+    return changed(experiment, **changes)
+
+
+def changed(experiment: Experiment, **changes: Any) -> Experiment:
+    """The experiment with other settings, checked anew."""
+    values = {
+        key: replace(getattr(experiment, key), **value) if isinstance(value, dict) else value
+        for key, value in changes.items()
+    }
+    return replace(experiment, **values)
+
+
+def flags(experiment: Experiment) -> list[str]:
+    """The command line that gives the settings of `tiny`."""
+    return [
+        "--data.name=folder",
+        f"--data.root={experiment.data.root}",
+        "--data.image_size=16",
+        "--data.resize=16",
+        "--data.train_crop=pad",
+        "--data.pad=2",
+        "--data.flip=true",
+        "--backbone.name=vit_tiny_patch16_224",
+        f"--backbone.options={VIT}",
+        "--backbone.pretrained=false",
+        "--method.rank=4",
+        "--train.epochs=2",
+        "--train.batch_size=5",
+        "--train.lr=0.05",
+        "--train.eval_batch_size=16",
+        "--head.readout=nearest_mean",
+        "--head.ridge_features=32",
+        "--device=cpu",
+        f"--out={experiment.out}",
+    ]
+
+
+def finished(factory: pytest.TempPathFactory, method: str = "loda", **changes: Any) -> Path:
+    """A finished run of a method with all read-outs; every `keep` switch is on."""
+    key = f"{method} {changes}"
+    if key not in _runs:
+        out = factory.mktemp("runs") / method
+        settings = {
+            "method": {"name": method},
+            # One epoch of the published alignment, which is trained on from task to task.
+            "head": {"also": list(READOUTS[1:]), "alignment_epochs": 1},
+            "keep": dict.fromkeys(("branches", "moments", "heads", "statistics"), True),
+            **changes,
+        }
+        with pytest.MonkeyPatch.context() as patch:
+            # A module may have turned the figure off for its own tests; a shared run has one.
+            patch.setattr("training.loop.accuracy_figure", accuracy_figure)
+            _runs[key] = train(tiny(tree(factory), out, **settings), quiet=True)
+    return _runs[key]

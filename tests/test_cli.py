@@ -1,0 +1,262 @@
+"""The command `loda`: what it prints, what it returns, and that errors are one line."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from small_runs import finished, flags, tiny, tree
+
+from training import cli
+from training.config import load_experiment, read_experiment
+
+# An interpreter in which the libraries of the train extra cannot be found.
+BASE_INSTALL = """
+import importlib.util, sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] in {names}:
+            raise ModuleNotFoundError(f'No module named {{name!r}}', name=name)
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: (
+    None if name.partition('.')[0] in {names} else find_spec(name, package))
+sys.meta_path.insert(0, Hidden())
+from training.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+EXTRA = (*cli._TRAIN, "numpy", "scipy")
+
+
+@pytest.fixture(autouse=True)
+def _no_debug(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LODA_DEBUG", raising=False)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished(tmp_path_factory)
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that must fail with status 2; what it said, without the usage."""
+
+    def refused(*argv: object) -> str:
+        try:
+            status = cli.main([str(argument) for argument in argv])
+        except SystemExit as leaving:
+            status = int(leaving.code or 0)
+        printed = capsys.readouterr()
+        assert status == 2
+        assert printed.out == ""
+        assert "Traceback" not in printed.err
+        lines = [x for x in printed.err.splitlines() if not x.startswith(("usage:", "tip:"))]
+        assert 1 <= len(lines) <= 2
+        return " ".join(line.strip() for line in lines)
+
+    return refused
+
+
+def test_help_and_version_come_without_heavy_imports() -> None:
+    code = (
+        "import sys\nfrom training.cli import main\n"
+        "try:\n    main([sys.argv[1]])\nexcept SystemExit as e:\n    assert not e.code\n"
+        "print(*sorted({m.partition('.')[0] for m in sys.modules}))"
+    )
+    for flag, said in (("--help", "COMMAND"), ("--version", version("loda"))):
+        done = subprocess.run(
+            [sys.executable, "-c", code, flag], capture_output=True, text=True, check=True
+        )
+        assert said in done.stdout
+        assert not set(done.stdout.splitlines()[-1].split()) & set(EXTRA)
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    without = capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--help"])
+    assert capsys.readouterr().out == without
+    for command in ("train", "eval", "predict"):
+        assert f"  {command} " in without
+
+
+def test_the_help_of_train_shows_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        cli.main(["train", "--help"])
+    assert leaving.value.code == 0
+    printed = capsys.readouterr().out
+    for setting in ("--config", "--print_config", "--method.rank", "--keep.moments", "--out"):
+        assert setting in printed
+
+
+def test_a_printed_configuration_can_be_given_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = ["--train.lr", "0.3", "--head.also", "[ridge]", "--data.crop_scale", "[0.1, 0.9]"]
+    with pytest.raises(SystemExit) as leaving:
+        cli.main(["train", *changes, "--print_config"])
+    assert leaving.value.code == 0
+    path = tmp_path / "printed.yaml"
+    path.write_text(capsys.readouterr().out, "utf-8")
+    assert load_experiment(["--config", str(path)]) == load_experiment(changes)
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--config", str(path), "--print_config"])
+    assert capsys.readouterr().out == path.read_text("utf-8")
+
+
+def test_from_training_to_prediction(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = tree(tmp_path_factory), tmp_path / "run"
+    experiment = tiny(root, out)
+    assert cli.main(["train", *flags(experiment)]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert f"results: {out}" in printed.out
+    assert read_experiment(out / "config.yaml") == experiment
+
+    assert cli.main(["eval", str(out)]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert printed.out.startswith("nearest_mean: accuracy ")
+    assert "of 18 images)" in printed.out
+
+    images = [str(root / "test" / name / "0.png") for name in ("red", "blue")]
+    assert cli.main(["predict", str(out), *images, "--top", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == images
+    assert lines[0].partition(": ")[2].startswith("red ")
+    assert all(line.count(",") == 1 for line in lines)
+    # More classes than there are: all of them.
+    assert cli.main(["predict", str(out), images[0], "--top", "99"]) == 0
+    assert capsys.readouterr().out.count(",") == 5
+
+
+def test_the_module_runs_as_a_process(run: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "training.cli", "eval", run],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "nearest_mean: accuracy" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["fly"], "invalid choice: 'fly'"),
+        (["train", "--train.lrr", "1"], "train.lrr"),
+        (["train", "--train.lr", "fast"], "train.lr"),
+        (["train", "--train.lr", "-1"], "train.lr must be positive"),
+        (["train", "--method.name", "magic"], "method.name"),
+        (["train", "stray"], "stray"),
+        (["train", "--config", "no-such"], "no configuration 'no-such'"),
+        (["train", "--data.root"], "data.root"),
+        (["eval"], "required: RUN"),
+        (["eval", "a", "--fast"], "unrecognized arguments: --fast"),
+        (["predict", "a"], "required: IMAGE"),
+        (["predict", "a", "b", "--top", "x"], "invalid int value"),
+    ],
+)
+def test_bad_arguments(argv: list[str], said: str, refused: Callable[..., str]) -> None:
+    assert said in refused(*argv)
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (["--method.rank=17"], "rank 17"),
+        (["--method.target=*.none"], "matches no linear layer"),
+        (["--data.image_size=8", "--data.resize=8"], "8 by 8 pixels"),
+        (["--data.classes=9"], "data.classes is 9"),
+        (["--data.root=/no/such/folder"], "no folder /no/such/folder"),
+        (["--backbone.weights=/none.pth", "--backbone.pretrained=true"], "no file /none.pth"),
+        (["--backbone.name=vit_tiniest"], "no model 'vit_tiniest'"),
+        (["--backbone.options={depth: deep}"], "backbone.options"),
+    ],
+)
+def test_settings_that_cannot_work_end_at_once(
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    extra: list[str],
+    said: str,
+    refused: Callable[..., str],
+) -> None:
+    experiment = tiny(tree(tmp_path_factory), tmp_path / "run")
+    assert said in refused("train", *flags(experiment), *extra)
+    assert not (tmp_path / "run").exists()
+
+
+def test_errors_of_runs_and_images_are_one_line(
+    run: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    assert refused("eval", tmp_path) == (
+        f"loda eval: {tmp_path} holds no finished run: config.yaml, classes.json, "
+        "model.safetensors, readouts.safetensors not there"
+    )
+    (tmp_path / "a.png").write_text("text")
+    assert f"cannot read the image {tmp_path / 'a.png'}" in refused(
+        "predict", run, tmp_path / "a.png"
+    )
+    assert "top must be from 1" in refused("predict", run, tmp_path / "a.png", "--top", 0)
+    again = ["train", *flags(read_experiment(run / "config.yaml"))]
+    assert f"{run} is not empty" in refused(*again)
+    (tmp_path / "file").write_text("")
+    assert "which is a file" in refused(*again, f"--out={tmp_path / 'file'}")
+
+
+def test_divergence_ends_with_status_2(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, refused: Callable[..., str]
+) -> None:
+    experiment = tiny(tree(tmp_path_factory), tmp_path / "run")
+    extra = ["--train.lr=1e30", "--train.weight_decay=1e10"]
+    said = refused("train", *flags(experiment), *extra)
+    assert said.startswith("loda train: training diverged: in task 1, epoch 1")
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_the_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LODA_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        cli.main(["eval", "/no/such/run"])
+
+
+@pytest.mark.parametrize("hidden", [EXTRA, ("timm", "rich")], ids=["all", "some"])
+@pytest.mark.parametrize("command", [["train"], ["train", "--help"], ["eval", "run"]])
+def test_a_base_install_says_what_is_missing(hidden: tuple[str, ...], command: list[str]) -> None:
+    code = BASE_INSTALL.format(names=set(hidden))
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    missing = [name for name in cli._TRAIN if name in hidden]
+    assert f"needs {', '.join(missing)}, which the base install leaves out" in done.stderr
+    assert "pip install 'loda[train]'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_base_install_has_help_and_version() -> None:
+    code = BASE_INSTALL.format(names=set(EXTRA))
+    for argument in ("--help", "--version"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, argument], capture_output=True, text=True, check=True
+        )
+        assert "loda" in done.stdout
+
+
+def test_the_console_script_is_installed() -> None:
+    script = Path(sys.executable).with_name("loda")
+    if not script.exists():
+        pytest.skip("the package is not installed as a command here")
+    done = subprocess.run(
+        [script, "--version"], capture_output=True, text=True, check=True, env={**os.environ}
+    )
+    assert done.stdout.strip() == f"loda {version('loda')}"

@@ -1,0 +1,273 @@
+"""The moment collector against recorded inputs, and what it leaves behind."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import seeds
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from backends.torch import MomentCollector, adapt, collect_moments
+
+BROKEN = "it broke on purpose"
+QKV = ("blocks.0.attn.qkv", "blocks.1.attn.qkv")
+
+
+def vit() -> VisionTransformer:
+    torch.manual_seed(0)
+    return VisionTransformer(
+        img_size=8,
+        patch_size=4,
+        embed_dim=8,
+        depth=2,
+        num_heads=2,
+        num_classes=0,
+        proj_drop_rate=0.5,
+    )
+
+
+def images(count: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def recorded_inputs(model: nn.Module, names: tuple[str, ...], x: Tensor) -> dict[str, Tensor]:
+    """Rows that reach each layer in evaluation mode, float64."""
+    seen: dict[str, Tensor] = {}
+    layers = dict(model.named_modules())
+    handles = [
+        layers[n].register_forward_hook(
+            lambda _, args, __, n=n: seen.update({n: args[0].detach().double().flatten(0, -2)})
+        )
+        for n in names
+    ]
+    mode = model.training
+    with torch.no_grad():
+        model.eval()(x)
+    model.train(mode)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
+@given(seed=seeds, sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4))
+def test_moments_are_the_gram_matrices_of_the_inputs(seed: int, sizes: list[int]) -> None:
+    model, x = vit(), images(sum(sizes), seed % 2**31)
+    moments = collect_moments(model, list(x.split(sizes)))
+    assert tuple(moments) == QKV
+    for name, rows in recorded_inputs(model, QKV, x).items():
+        assert moments[name].count == len(rows) == 5 * len(x)
+        assert moments[name].total.dtype == torch.float64
+        expected = rows.T @ rows
+        assert float((moments[name].total - expected).norm() / expected.norm()) < 1e-6
+        torch.testing.assert_close(moments[name].mean, expected / len(rows), rtol=1e-5, atol=1e-6)
+
+
+def test_batches_may_be_tensors_tuples_dictionaries_or_what_forward_takes() -> None:
+    class Keywords(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+            return self.fc(input=scale * x)  # type: ignore[no-any-return]
+
+    model, x = Keywords(), torch.randn(4, 3)
+    expected = (x.double().T @ x.double()).float()
+    for batch in (x, (x, torch.zeros(4)), [x], {"x": x, "scale": 1.0}):
+        total = collect_moments(model, [batch], "fc")["fc"].total
+        torch.testing.assert_close(total.float(), expected)
+    twice = collect_moments(model, [x], "fc", forward=lambda m, b: m(b, 2.0))
+    torch.testing.assert_close(twice["fc"].total.float(), 4 * expected)
+
+
+def test_a_single_token_without_a_batch_axis_counts_as_one() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 2)), torch.tensor([1.0, 2.0, 3.0])
+    moments = collect_moments(model, [x, x], "0")["0"]
+    assert moments.count == 2
+    torch.testing.assert_close(moments.total, 2 * torch.outer(x, x).double())
+
+
+def test_layer_called_twice_counts_both_times() -> None:
+    shared = nn.Linear(2, 2)
+    model, x = nn.Sequential(shared, nn.Tanh(), shared), torch.randn(3, 2)
+    moments = collect_moments(model, [x], "0")["0"]
+    second = shared(x).tanh().detach().double()
+    expected = x.double().T @ x.double() + second.T @ second
+    assert moments.count == 6
+    torch.testing.assert_close(moments.total, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_adapted_layers_count_under_their_original_names_and_see_the_branches() -> None:
+    model, x = vit(), images(6)
+    plain = collect_moments(model, [x])
+    layers = adapt(model)
+    zero = collect_moments(model, [x])
+    for layer in layers.values():
+        layer.add_branch("general", torch.randn(2, 8), up=torch.randn(24, 2))
+    trained = collect_moments(model, [x])
+    merged_by_hand = recorded_inputs(model, QKV, x)
+    assert tuple(zero) == tuple(trained) == QKV
+    for name in QKV:
+        assert torch.equal(zero[name].total, plain[name].total)
+        rows = merged_by_hand[name]
+        torch.testing.assert_close(trained[name].total, rows.T @ rows, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(trained[QKV[1]].total, plain[QKV[1]].total)
+
+
+def test_the_pass_is_in_evaluation_mode_and_every_flag_comes_back() -> None:
+    model, x = vit().train(), images(4)
+    model.blocks[0].eval()
+    model.blocks[1].mlp.train()
+    flags = {n: m.training for n, m in model.named_modules()}
+    assert len(set(flags.values())) == 2
+    first, second = collect_moments(model, [x]), collect_moments(model, [x])
+    # Drop-out, were it on, would make two passes differ.
+    assert all(torch.equal(first[n].total, second[n].total) for n in QKV)
+    assert {n: m.training for n, m in model.named_modules()} == flags
+    assert hooks(model) == 0
+    assert all(not m.total.requires_grad for m in first.values())
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_hooks_and_flags_come_back_after_an_exception(failure: type[BaseException]) -> None:
+    def broken() -> Iterator[Tensor]:
+        yield images(2)
+        raise failure(BROKEN)
+
+    model = vit().train()
+    with pytest.raises(failure, match=BROKEN):
+        collect_moments(model, broken())
+    assert hooks(model) == 0
+    assert all(m.training for m in model.modules())
+    with pytest.raises(RuntimeError):
+        collect_moments(model, [torch.zeros(1, 5, 8, 8)])  # the model itself fails
+    assert hooks(model) == 0
+    collector = MomentCollector(model)
+    with collector:
+        assert hooks(model) == 2
+    with pytest.raises(failure, match=BROKEN), collector:
+        raise failure(BROKEN)
+    assert hooks(model) == 0
+    model(images(1))
+    assert collector.moments == {}
+
+
+def test_collector_keeps_adding_while_open_and_allows_training() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    x = torch.randn(6, 3, requires_grad=True)
+    with MomentCollector(model, "*") as collector:
+        model(x[:2]).sum().backward()
+        model(x[2:]).sum().backward()
+    assert x.grad is not None
+    assert collector.moments["2"].count == 6
+    expected = x.detach().double().T @ x.detach().double()
+    torch.testing.assert_close(collector.moments["0"].total, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_half_precision_does_not_reach_the_gram_matrix() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(512, 16)
+    rounded = x.bfloat16().double()
+    model = nn.Sequential(nn.Identity(), nn.Linear(16, 4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        auto = collect_moments(model, [x], "1")["1"].total
+        half = collect_moments(model.bfloat16(), [x.bfloat16()], "1")["1"].total
+    exact = {"rtol": 1e-5, "atol": 1e-4}
+    torch.testing.assert_close(auto, x.double().T @ x.double(), **exact)
+    torch.testing.assert_close(half, rounded.T @ rounded, **exact)
+    assert float((half - auto).abs().max()) > 1e-3  # a Gram matrix in half precision would show
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what would make an accelerator wait: reads of values, or sizes that hang on them."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func.__name__.partition(".")[0]
+        moves = name in ("_to_copy", "copy_") and kwargs.get("device") is not None
+        if name in self.NAMES or moves:
+            self.seen.append(name)
+        return func(*args, **kwargs)
+
+
+def test_nothing_is_read_back_during_the_run() -> None:
+    model, x = vit().eval(), images(4)
+    with torch.no_grad(), HostReads() as plain:
+        for _ in range(3):
+            model(x)
+    with torch.no_grad(), HostReads() as reads, MomentCollector(model) as collector:
+        for _ in range(3):
+            model(x)
+    assert reads.seen == plain.seen == []
+    with HostReads() as control:
+        assert float(collector.moments[QKV[0]].total.sum()) > 0
+    assert control.seen == ["_local_scalar_dense"]
+
+
+def test_whole_pass_reads_a_fixed_number_of_values() -> None:
+    model = vit()
+    counts = []
+    for batches in (1, 4):
+        with HostReads() as reads:
+            collect_moments(model, [images(2)] * batches)
+        counts.append(reads.seen.count("_local_scalar_dense"))
+    assert counts[0] == counts[1] <= len(QKV)
+
+
+def test_no_batch_is_an_error() -> None:
+    model = vit()
+    used = iter([images(1)])
+    list(used)
+    for batches in ([], used):
+        with pytest.raises(ValueError, match=r"no tokens went through.*iterator that is\s+used up"):
+            collect_moments(model, batches)
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_images_that_are_not_finite_are_an_error_that_names_the_layers(value: float) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    x = torch.ones(4, 3)
+    x[2, 1] = value
+    with pytest.raises(ValueError, match=r"inputs of \['0', '1'\] hold NaN or infinite"):
+        collect_moments(model, [torch.ones(2, 3), x], "*")
+
+
+def test_layer_that_is_never_called_is_an_error() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.spare = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            # Reading a weight is no call: no hook sees what it is multiplied with.
+            return self.used(x) @ self.spare.weight  # type: ignore[no-any-return]
+
+    with pytest.raises(ValueError, match=r"no tokens went through \['spare'\]"):
+        collect_moments(Unused(), [torch.ones(1, 2)], "*")
+
+
+def test_pattern_without_a_match_is_known_before_any_batch() -> None:
+    def never() -> Iterator[Tensor]:
+        pytest.fail("a batch was asked for")
+        yield torch.ones(1)
+
+    with pytest.raises(ValueError, match="matches no linear layer"):
+        collect_moments(vit(), never(), "*.attn.query")
