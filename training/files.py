@@ -77,6 +77,7 @@ def flattened(**groups: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Examples
     --------
+    >>> import torch
     >>> sorted(flattened(a={"x": torch.zeros(1)}, b={"x": torch.ones(1)}))
     ['a/x', 'b/x']
     """
