@@ -14,8 +14,10 @@ from small_runs import READOUTS, changed, finished, squares, tiny, tree
 
 from training.config import Experiment, TrainConfig, read_experiment
 from training.files import read_json
-from training.loop import derive, prepare, run_task, train
+from training.loop import run_task, train
 from training.progress import Meter, Progress
+from training.randomness import derive
+from training.setup import prepare
 
 METHODS = ("loda", "seq_lora", "frozen")
 

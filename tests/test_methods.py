@@ -13,8 +13,9 @@ from torch.nn import functional
 
 from training.config import MethodConfig
 from training.files import read_json
-from training.loop import prepare, train
+from training.loop import train
 from training.methods import METHODS, Method, build_method
+from training.setup import prepare
 
 NAMES = tuple(METHODS)
 IMAGES = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -15,9 +15,10 @@ from small_runs import READOUTS, VIT, finished, squares, tiny, tree
 
 from training.config import Experiment, dump_experiment, read_experiment
 from training.files import read_json, read_tensors, write_atomically, write_json, write_tensors
-from training.loop import prepare, train
+from training.loop import train
 from training.metrics import AccuracyMatrix
 from training.run_folder import RunFolder, choose_folder
+from training.setup import prepare
 
 FILES = {
     "accuracy.png",

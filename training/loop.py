@@ -1,46 +1,26 @@
 """The training loop, from the configuration to the finished run folder, top to bottom."""
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
-from backends.torch.readouts import ClassStatistics, RidgeStatistics
-from training.backbone import Backbone, build_backbone, check_fits
 from training.config import Experiment
-from training.data import Stream, build_stream, loader, test_transform, train_transform
+from training.data import loader, test_transform, train_transform
 from training.evaluate import (
     build_readouts,
     count_correct,
     extract_features,
-    make_accelerator,
-    wanted_readouts,
 )
 from training.figures import accuracy_figure
-from training.heads import Heads, class_mean_start
+from training.heads import class_mean_start
 from training.losses import cosface
-from training.methods import build_method
-from training.metrics import AccuracyMatrix
 from training.progress import Meter, Progress
 from training.randomness import derive, seeded
-from training.run_folder import FIGURE, RunFolder, choose_folder
-from training.state import RunState
-
-
-@dataclass
-class Run:
-    """A run that is set up: everything that could be wrong at the start has been checked."""
-
-    experiment: Experiment
-    stream: Stream
-    backbone: Backbone
-    accelerator: Accelerator
-    state: RunState
-    folder: RunFolder
+from training.run_folder import FIGURE
+from training.setup import Run, prepare
 
 
 def train(experiment: Experiment, *, quiet: bool = False) -> Path:
@@ -85,44 +65,6 @@ def train(experiment: Experiment, *, quiet: bool = False) -> Path:
     accuracy_figure(primary, run.folder.path / FIGURE, title=title)
     progress.table(primary, run.folder.path)
     return run.folder.path
-
-
-def prepare(experiment: Experiment) -> Run:
-    """Set a run up, in the order in which mistakes are cheapest to find."""
-    if experiment.threads is not None:
-        torch.set_num_threads(experiment.threads)
-    path = choose_folder(experiment)
-    accelerator = make_accelerator(experiment)
-    if experiment.device == "cuda" and accelerator.device.type != "cuda":
-        msg = f"device is cuda, but torch sees none here; it would use {accelerator.device}"
-        raise ValueError(msg)
-    stream = build_stream(experiment.data, experiment.seed)
-    with seeded(derive(experiment.seed, 0, "backbone")):
-        backbone = build_backbone(experiment.backbone)
-        train_image, _ = stream.train.with_transform(train_transform(experiment.data))[0]
-    test_image, _ = stream.test.with_transform(test_transform(experiment.data))[0]
-    check_fits(backbone, train_image)
-    check_fits(backbone, test_image)
-    model = backbone.module.to(accelerator.device)
-    method = build_method(experiment.method, model, derive(experiment.seed, 0, "method"))
-    kinds = wanted_readouts(experiment.head)
-    needs_statistics = experiment.keep.statistics or {"nearest_mean", "alignment"} & set(kinds)
-    ridge = RidgeStatistics(
-        backbone.features,
-        features=experiment.head.ridge_features,
-        seed=derive(experiment.seed, 0, "ridge"),
-    )
-    state = RunState(
-        model=model,
-        method=method,
-        heads=Heads(backbone.features).to(accelerator.device),
-        statistics=ClassStatistics() if needs_statistics else None,
-        ridge=ridge if "ridge" in kinds else None,
-        matrices={kind: AccuracyMatrix() for kind in kinds},
-    )
-    folder = RunFolder(path, fresh=experiment.out is None)
-    folder.begin(experiment, stream, backbone)
-    return Run(experiment, stream, backbone, accelerator, state, folder)
 
 
 def run_task(run: Run, task: int, progress: Progress) -> None:

@@ -1,6 +1,6 @@
 """LoDA for PyTorch: adapt any ``nn.Module`` to a stream of tasks without forgetting."""
 
-from backends.torch.adapt import TIMM_QKV, adapt, attach, find_layers, restore
+from backends.torch.adapt import TIMM_QKV, adapt, attach, check_rank, find_layers, restore
 from backends.torch.gao import AlignedStep, draw_permutation, gradient_aligned_step, plain_step
 from backends.torch.loda import LoDA
 from backends.torch.lora import LoRABranch, LoRALinear
@@ -19,6 +19,7 @@ __all__ = [
     "TaskRecord",
     "adapt",
     "attach",
+    "check_rank",
     "collect_moments",
     "draw_permutation",
     "find_layers",

@@ -70,6 +70,27 @@ def find_layers(model: nn.Module, target: Target = TIMM_QKV) -> dict[str, nn.Lin
     }
 
 
+def check_rank(layers: Mapping[str, nn.Linear | LoRALinear], rank: int) -> None:
+    """Refuse a rank that some layer has too few input features for.
+
+    Parameters
+    ----------
+    layers : mapping of str to module
+        As :func:`find_layers` returns them.
+    rank : int
+        Directions a branch.
+
+    Raises
+    ------
+    ValueError
+        Names the layers and their numbers of input features.
+    """
+    narrow = {n: x.in_features for n, x in layers.items() if x.in_features < rank}
+    if narrow:
+        msg = f"rank {rank} is above the input size of some layers: {narrow}"
+        raise ValueError(msg)
+
+
 def adapt(model: nn.Module, target: Target = TIMM_QKV) -> dict[str, LoRALinear]:
     """Replace the matching linear layers by :class:`LoRALinear` around them, in place.
 

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from backends.torch.adapt import adapt, find_layers, restore
+from backends.torch._checks import check_bases, check_state
+from backends.torch.adapt import adapt, check_rank, find_layers, restore
 from backends.torch.gao import AlignedStep, RowsLoss, draw_permutation, gradient_aligned_step
 from backends.torch.lora import LoRALinear
 from backends.torch.moments import Forward, collect_moments, default_forward
 from backends.torch.record import TaskRecord
 from backends.torch.settings import LoDASettings
-from backends.torch.solve import Bases, solve_bases, solve_recalibration
+from backends.torch.solve import solve_bases, solve_recalibration
 
 
 class LoDA:
@@ -80,14 +81,7 @@ class LoDA:
         self.layers: dict[str, LoRALinear] = {}
         self._new: dict[str, Tensor] = {}
         self._required_grad: dict[nn.Parameter, bool] = {}
-        narrow = {
-            name: layer.in_features
-            for name, layer in find_layers(model, self.settings.target).items()
-            if layer.in_features < self.settings.rank
-        }
-        if narrow:
-            msg = f"rank {self.settings.rank} is above the input size of some layers: {narrow}"
-            raise ValueError(msg)
+        check_rank(find_layers(model, self.settings.target), self.settings.rank)
 
     def begin_task(
         self,
@@ -113,16 +107,19 @@ class LoDA:
             ``trainable`` matches no parameter. The model is then as it was before the call.
         """
         self._require_open(False)
-        given = None if bases is None else self._injected(bases)
+        found = find_layers(self.model, self.settings.target)
+        if bases is not None:
+            check_bases(self.settings, found, self.tasks, bases)
         self._attach()
         try:
             # Branches are not there yet, so this is a pass through the previous merged model.
             self._new = self._pass(batches)
             # The model may have moved to another device since the last task.
             self.history = {n: m.to(self._new[n].device) for n, m in self.history.items()}
-            solved = given or solve_bases(self.settings, self._new, self.history or None)
+            if bases is None:
+                bases = solve_bases(self.settings, self._new, self.history or None)
             for name, layer in self.layers.items():
-                for branch, basis in solved[name].items():
+                for branch, basis in bases[name].items():
                     layer.add_branch(
                         branch,
                         basis.mT * self.settings.down_scale,
@@ -295,27 +292,7 @@ class LoDA:
         """
         self._require_open(False)
         found = find_layers(self.model, self.settings.target)
-        tasks = int(state.get("tasks", torch.tensor(-1)))
-        branches = self.settings.names(tasks == 0)
-        is_open = any(key.startswith("new/") for key in state)
-        rank, wanted = self.settings.rank, dict[str, tuple[int, ...]](tasks=())
-        for name, layer in found.items():
-            size = layer.in_features
-            if tasks > 0:
-                wanted[f"history/{name}"] = (size, size)
-            if is_open:
-                wanted[f"new/{name}"] = (size, size)
-                for branch in branches:
-                    wanted[f"down/{branch}/{name}"] = (rank, size)
-                    wanted[f"up/{branch}/{name}"] = (layer.out_features, rank)
-        shapes = {key: tuple(value.shape) for key, value in state.items()}
-        if tasks < 0 or shapes != wanted:
-            unlike = sorted(set(shapes.items()) ^ set(wanted.items()))
-            msg = (
-                f"the state does not belong to this model and these settings; the first entries "
-                f"(with shapes) in only one of them: {unlike[:6]}, tasks done: {tasks}"
-            )
-            raise ValueError(msg)
+        tasks, is_open = check_state(self.settings, found, state)
         device = {name: layer.weight.device for name, layer in found.items()}
         history, new = (
             {n: state[f"{kind}/{n}"].to(device[n], copy=True) for n in found if present}
@@ -324,7 +301,7 @@ class LoDA:
         if is_open:
             self._attach()
             for name, layer in self.layers.items():
-                for branch in branches:
+                for branch in self.settings.names(tasks == 0):
                     layer.add_branch(
                         branch,
                         state[f"down/{branch}/{name}"],
@@ -359,26 +336,6 @@ class LoDA:
     def _pass(self, batches: Iterable[Any]) -> dict[str, Tensor]:
         moments = collect_moments(self.model, batches, self.settings.target, forward=self.forward)
         return {name: m.mean for name, m in moments.items()}
-
-    def _injected(self, bases: Mapping[str, Mapping[str, Tensor]]) -> Bases:
-        branches = self.settings.names(self.tasks == 0)
-        sizes = {
-            name: layer.in_features
-            for name, layer in find_layers(self.model, self.settings.target).items()
-        }
-        if set(bases) != set(sizes):
-            msg = f"bases must name the layers {sorted(sizes)}, got {sorted(bases)}"
-            raise ValueError(msg)
-        for name, given in bases.items():
-            shapes = {branch: tuple(basis.shape) for branch, basis in given.items()}
-            wanted = dict.fromkeys(branches, (sizes[name], self.settings.rank))
-            if shapes != wanted:
-                msg = f"bases of layer {name!r} must have shapes {wanted}, got {shapes}"
-                raise ValueError(msg)
-            if not all(bool(basis.isfinite().all()) for basis in given.values()):
-                msg = f"bases of layer {name!r} hold NaN or infinite values"
-                raise ValueError(msg)
-        return {name: dict(given) for name, given in bases.items()}
 
     def _require_open(self, wanted: bool) -> None:
         if bool(self.layers) != wanted:

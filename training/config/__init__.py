@@ -8,6 +8,7 @@ help of the command line. A file may set any part of them, the command line over
 A relative path (``data.root``, ``backbone.weights``, ``out``) starts at the working directory.
 """
 
+from training.config.data import NATIVE_SIDE, DataConfig
 from training.config.parse import (
     as_recorded,
     dump_experiment,
@@ -18,9 +19,7 @@ from training.config.parse import (
     resolve_config,
 )
 from training.config.sections import (
-    NATIVE_SIDE,
     BackboneConfig,
-    DataConfig,
     Experiment,
     HeadConfig,
     KeepConfig,

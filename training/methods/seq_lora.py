@@ -14,6 +14,7 @@ from backends.torch import (
     TaskRecord,
     adapt,
     attach,
+    check_rank,
     find_layers,
     plain_step,
     restore,
@@ -34,14 +35,7 @@ class SequentialLoRA:
 
     def __init__(self, config: MethodConfig, model: nn.Module, seed: int) -> None:
         model.requires_grad_(False)
-        narrow = {
-            name: layer.in_features
-            for name, layer in find_layers(model, config.target).items()
-            if layer.in_features < config.rank
-        }
-        if narrow:
-            msg = f"rank {config.rank} is above the input size of some layers: {narrow}"
-            raise ValueError(msg)
+        check_rank(find_layers(model, config.target), config.rank)
         self.model = model
         self.layers: dict[str, LoRALinear] = adapt(model, config.target)
         generator = torch.Generator().manual_seed(seed)

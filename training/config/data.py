@@ -1,0 +1,139 @@
+"""The settings of the data: which images, how they are transformed and cut into tasks."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from training.config._checks import at_least, check, check_seed, positive
+
+NATIVE_SIDE = {"digits": 8, "cifar100": 32}
+"""Image side, in pixels, of the data sets whose images all have one size."""
+
+
+@dataclass
+class DataConfig:
+    """The images and the stream of tasks that they are cut into.
+
+    Parameters
+    ----------
+    name
+        digits (embedded, no download), folder (train/CLASS/* with test/ or val/), or cifar100.
+    root
+        The folder tree, or the folder that holds (or receives) CIFAR-100.
+    classes
+        Use only the first so many classes of the random order; all when not given.
+    init_cls
+        Number of classes of the first task.
+    increment
+        Number of classes of every later task; the last task may have fewer.
+    tasks
+        Cut the stream to its first so many tasks; all when not given.
+    order_seed
+        Seed of the class order; the seed of the run when not given.
+    validation
+        Share of each class's training images, 0 to 0.9, to evaluate on instead of the test split,
+        which is then never opened; 0 evaluates on the test split.
+    image_size
+        Side, in pixels, of the square images that the backbone reads.
+    resize
+        Side of a first resize of every image to a square (bicubic, antialiased); none if not given.
+    train_crop
+        none, pad (reflect-pad, then a random crop) or random_resized (torchvision's).
+    pad
+        Pixels of reflected border on every side before the random crop, for train_crop pad.
+    crop_scale
+        Smallest and largest share of the image area, for train_crop random_resized.
+    flip
+        Mirror training images left to right with probability 0.5.
+    test_crop
+        none or center.
+    test_resize
+        Resize the shorter side of evaluation images to this (bicubic); none if not given.
+    mean
+        Subtracted from pixels in [0, 1].
+    std
+        Divides pixels after the mean is subtracted.
+    cache
+        Keep decoded images in memory; when not given, if resize is set and they take under 1 GB.
+    workers
+        Processes that load images; 0 loads them in the main process. Results do not depend on it.
+    """
+
+    name: Literal["digits", "folder", "cifar100"] = "digits"
+    root: str | None = None
+    classes: int | None = None
+    init_cls: int = 2
+    increment: int = 2
+    tasks: int | None = None
+    order_seed: int | None = None
+    validation: float = 0.0
+    image_size: int = 8
+    resize: int | None = None
+    train_crop: Literal["none", "pad", "random_resized"] = "none"
+    pad: int = 0
+    crop_scale: tuple[float, float] = (0.05, 1.0)
+    flip: bool = False
+    test_crop: Literal["none", "center"] = "none"
+    test_resize: int | None = None
+    mean: float = 0.0
+    std: float = 1.0
+    cache: bool | None = None
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        for key in ("classes", "init_cls", "increment", "tasks"):
+            at_least(f"data.{key}", getattr(self, key), 1)
+        for key in ("image_size", "resize", "test_resize"):
+            at_least(f"data.{key}", getattr(self, key), 1)
+        for key in ("pad", "workers"):
+            at_least(f"data.{key}", getattr(self, key), 0)
+        check_seed("data.order_seed", self.order_seed)
+        check(0 <= self.validation <= 0.9, "data.validation", self.validation, "in [0, 0.9]")
+        check(math.isfinite(self.mean), "data.mean", self.mean, "finite")
+        positive("data.std", self.std)
+        low, high = self.crop_scale
+        check(0 < low <= high <= 1, "data.crop_scale", [low, high], "0 < smallest <= largest <= 1")
+        if self.name != "digits" and self.root is None:
+            msg = f"data.root must be given for data.name {self.name}: the folder with the images."
+            raise ValueError(msg)
+        if self.cache and self.resize is None and self.name == "folder":
+            msg = "data.cache true needs images of one size: set data.resize."
+            raise ValueError(msg)
+        _check_sides(self)
+
+
+def _check_sides(data: DataConfig) -> None:
+    # Sizes that do not meet would only show when the first batch is stacked, or not at all.
+    side = data.resize or NATIVE_SIDE.get(data.name)
+    size, given = data.image_size, f"data.resize {data.resize}"
+    if data.train_crop == "none" and side != size:
+        msg = (
+            f"training images would not have data.image_size {size} ({given}, data.train_crop "
+            f"none): set data.resize to data.image_size, or choose a data.train_crop."
+        )
+        raise ValueError(msg)
+    if data.train_crop == "pad":
+        if side is None:
+            msg = "data.train_crop pad needs images of one size: set data.resize."
+            raise ValueError(msg)
+        if data.pad >= side or side + 2 * data.pad < size:
+            msg = (
+                f"data.pad {data.pad} does not fit: it must be below the side of the images "
+                f"({side}), and a crop of data.image_size {size} must fit into {side} + 2 * pad."
+            )
+            raise ValueError(msg)
+    shorter = data.test_resize or side
+    if data.test_crop == "center" and (shorter is None or shorter < size):
+        msg = (
+            f"data.test_crop center cannot cut data.image_size {size} from evaluation images "
+            f"({given}, data.test_resize {data.test_resize}): set a data.test_resize of at least "
+            f"{size}."
+        )
+        raise ValueError(msg)
+    if data.test_crop == "none" and (side is None or shorter != size):
+        msg = (
+            f"evaluation images would not have data.image_size {size} ({given}, data.test_resize "
+            f"{data.test_resize}, data.test_crop none): set data.resize or data.test_resize to "
+            f"{size}, or data.test_crop to center."
+        )
+        raise ValueError(msg)

@@ -1,0 +1,68 @@
+"""Setting a run up: everything that can be wrong at the start is found here."""
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from backends.torch.readouts import ClassStatistics, RidgeStatistics
+from training.backbone import Backbone, build_backbone, check_fits
+from training.config import Experiment
+from training.data import Stream, build_stream, test_transform, train_transform
+from training.evaluate import make_accelerator, wanted_readouts
+from training.heads import Heads
+from training.methods import build_method
+from training.metrics import AccuracyMatrix
+from training.randomness import derive, seeded
+from training.run_folder import RunFolder, choose_folder
+from training.state import RunState
+
+
+@dataclass
+class Run:
+    """A run that is set up: everything that could be wrong at the start has been checked."""
+
+    experiment: Experiment
+    stream: Stream
+    backbone: Backbone
+    accelerator: Accelerator
+    state: RunState
+    folder: RunFolder
+
+
+def prepare(experiment: Experiment) -> Run:
+    """Set a run up, in the order in which mistakes are cheapest to find."""
+    if experiment.threads is not None:
+        torch.set_num_threads(experiment.threads)
+    path = choose_folder(experiment)
+    accelerator = make_accelerator(experiment)
+    if experiment.device == "cuda" and accelerator.device.type != "cuda":
+        msg = f"device is cuda, but torch sees none here; it would use {accelerator.device}"
+        raise ValueError(msg)
+    stream = build_stream(experiment.data, experiment.seed)
+    with seeded(derive(experiment.seed, 0, "backbone")):
+        backbone = build_backbone(experiment.backbone)
+        train_image, _ = stream.train.with_transform(train_transform(experiment.data))[0]
+    test_image, _ = stream.test.with_transform(test_transform(experiment.data))[0]
+    check_fits(backbone, train_image)
+    check_fits(backbone, test_image)
+    model = backbone.module.to(accelerator.device)
+    method = build_method(experiment.method, model, derive(experiment.seed, 0, "method"))
+    kinds = wanted_readouts(experiment.head)
+    needs_statistics = experiment.keep.statistics or {"nearest_mean", "alignment"} & set(kinds)
+    ridge = RidgeStatistics(
+        backbone.features,
+        features=experiment.head.ridge_features,
+        seed=derive(experiment.seed, 0, "ridge"),
+    )
+    state = RunState(
+        model=model,
+        method=method,
+        heads=Heads(backbone.features).to(accelerator.device),
+        statistics=ClassStatistics() if needs_statistics else None,
+        ridge=ridge if "ridge" in kinds else None,
+        matrices={kind: AccuracyMatrix() for kind in kinds},
+    )
+    folder = RunFolder(path, fresh=experiment.out is None)
+    folder.begin(experiment, stream, backbone)
+    return Run(experiment, stream, backbone, accelerator, state, folder)
