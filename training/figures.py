@@ -189,7 +189,7 @@ def _own_curve(axes: "Axes", matrix: "AccuracyMatrix") -> None:
 def _style_curve(axes: "Axes", tasks: int) -> None:
     from matplotlib.ticker import PercentFormatter
 
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0, symbol=None))
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None, symbol=None))
     axes.set_xticks(range(1, tasks + 1, -(-tasks // 12)))
     # Room on the right for the numbers at the ends of the curves.
     axes.set_xlim(1 - 0.06 * max(tasks - 1, 1), tasks + 0.14 * max(tasks - 1, 1))
