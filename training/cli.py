@@ -16,6 +16,7 @@ _TRAIN = (
     "accelerate",
     "jsonargparse",
     "matplotlib",
+    "numpy",
     "PIL",
     "rich",
     "safetensors",
@@ -24,6 +25,7 @@ _TRAIN = (
 )
 
 _USAGE_ERROR = 2
+_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     -------
     int
         0 on success, 2 for what the user can mend (settings, data, files), with one clear line
-        on the standard error.
+        on the standard error, 130 after Ctrl-C.
     """
     arguments, rest = _parser().parse_known_args(argv)
     if arguments.command is None:
@@ -58,11 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "train":
             _train(rest)
         elif arguments.command == "eval":
-            _evaluate(arguments.run)
+            _evaluate(arguments.run, arguments.root)
         elif arguments.command == "report":
             _report(arguments.runs, arguments.figure)
         else:
             _predict(arguments.run, arguments.images, arguments.top)
+    except KeyboardInterrupt:
+        print(f"loda {arguments.command}: interrupted", file=sys.stderr)
+        return _INTERRUPTED
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("LODA_DEBUG"):
             raise
@@ -84,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="train on a stream of tasks", add_help=False)
     evaluate = commands.add_parser("eval", help="evaluate the saved model of a run again")
     evaluate.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    evaluate.add_argument("--root", help="where the data are now, if they moved since the training")
     predict = commands.add_parser("predict", help="classify images with the model of a run")
     predict.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
@@ -103,15 +109,19 @@ def _version() -> str:
 
 def _train(argv: Sequence[str]) -> None:
     from training.config import load_experiment
+
+    # Settings first: help and mistakes need not wait for torch to be imported.
+    experiment = load_experiment(argv)
     from training.loop import train
 
-    train(load_experiment(argv))
+    train(experiment)
 
 
-def _evaluate(run: Path) -> None:
+def _evaluate(run: Path, root: str | None) -> None:
+    _require_run(run)
     from training.inference import evaluate_run
 
-    for kind, result in evaluate_run(run).items():
+    for kind, result in evaluate_run(run, root=root).items():
         tasks = "  ".join(f"{100 * share:.2f}" for share in result["by_task"])
         right, total = sum(result["correct"]), sum(result["total"])
         print(f"{kind}: accuracy {100 * result['accuracy']:.2f} % ({right} of {total} images)")
@@ -128,6 +138,7 @@ def _report(runs: Sequence[Path], figure: Path | None) -> None:
 
 
 def _predict(run: Path, images: Sequence[Path], top: int) -> None:
+    _require_run(run)
     from training.inference import load_classifier
 
     classifier = load_classifier(run)
@@ -136,6 +147,13 @@ def _predict(run: Path, images: Sequence[Path], top: int) -> None:
     ):
         ranked = ", ".join(f"{prediction.name} {prediction.score:.3f}" for prediction in found)
         print(f"{path}: {ranked}")
+
+
+def _require_run(run: Path) -> None:
+    # Said before torch is imported; what the folder holds is checked by the loader.
+    if not run.is_dir():
+        msg = f"no run folder {run}"
+        raise FileNotFoundError(msg)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A finished run as a classifier: evaluate it again, or predict images of one's own."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,15 +116,18 @@ class Classifier:
         if not 1 <= top <= len(self.classes):
             msg = f"top must be from 1 to {len(self.classes)}, got {top}"
             raise ValueError(msg)
-        transform = test_transform(self.experiment.data)
+        transform, size = (
+            test_transform(self.experiment.data),
+            self.experiment.train.eval_batch_size,
+        )
         results = []
-        for path in images:
-            pixels = transform(open_image(path, self.experiment.data))
-            scores = self.logits(pixels[None], readout)[0]
-            best = scores.topk(top)
-            names = [self.classes[i] for i in best.indices.tolist()]
-            pairs = zip(names, best.values.tolist(), strict=True)
-            results.append([Prediction(name, score) for name, score in pairs])
+        for first in range(0, len(images), size):
+            files = images[first : first + size]
+            pixels = [transform(open_image(path, self.experiment.data)) for path in files]
+            best = self.logits(torch.stack(pixels), readout).topk(top)
+            for classes, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+                names = [self.classes[index] for index in classes]
+                results.append([Prediction(*pair) for pair in zip(names, scores, strict=True)])
         return results
 
 
@@ -154,13 +157,15 @@ def load_classifier(folder: Path) -> Classifier:
     return Classifier(classes, experiment, backbone, readouts)
 
 
-def evaluate_run(folder: Path) -> dict[str, dict[str, Any]]:
+def evaluate_run(folder: Path, *, root: str | None = None) -> dict[str, dict[str, Any]]:
     """Evaluate the saved model of a run on all its classes, from weights and data alone.
 
     Parameters
     ----------
     folder : Path
         A finished run.
+    root : str, optional
+        Where the data are now, if they moved since the training.
 
     Returns
     -------
@@ -176,7 +181,8 @@ def evaluate_run(folder: Path) -> dict[str, dict[str, Any]]:
     experiment = classifier.experiment
     if experiment.threads is not None:
         torch.set_num_threads(experiment.threads)
-    stream = build_stream(experiment.data, experiment.seed)
+    data = experiment.data if root is None else replace(experiment.data, root=root)
+    stream = build_stream(data, experiment.seed)
     if (stream.class_names, stream.order) != _read_classes(folder):
         msg = f"the data set has other classes now than when {folder} was trained"
         raise ValueError(msg)

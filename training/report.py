@@ -14,7 +14,8 @@ from training.run_folder import CONFIG, SUMMARY
 METRICS = ("last", "average", "forgetting")
 
 # Settings that tell runs of one experiment apart without making them different experiments.
-_RUN_ONLY = ("seed", "out", "threads", "overwrite", "device")
+_RUN_ONLY = ("seed", "out", "threads", "overwrite", "device", "keep")
+_RUN_ONLY_KEYS = ("data.workers", "data.cache", "data.root", "head.also", "train.eval_batch_size")
 
 
 class Finished(NamedTuple):
@@ -88,7 +89,8 @@ def comparison_table(paths: Sequence[Path]) -> str:
     ]
     for label, runs in _grouped(paths).items():
         seeds = [run.experiment.seed for run in runs]
-        for kind in runs[0].readouts:
+        shared = [k for k in runs[0].readouts if all(k in run.readouts for run in runs)]
+        for kind in shared:
             found = [run.readouts[kind] for run in runs]
             cells = [_spread([values[metric] for values in found]) for metric in METRICS]
             count = ", ".join(str(seed) for seed in sorted(seeds))
@@ -128,7 +130,7 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
             flat.update({f"{section}.{key}": item for key, item in value.items()})
         else:
             flat[section] = value
-    return flat
+    return {key: value for key, value in flat.items() if key not in _RUN_ONLY_KEYS}
 
 
 def _labels(experiments: Sequence[Experiment]) -> list[str]:
@@ -138,6 +140,6 @@ def _labels(experiments: Sequence[Experiment]) -> list[str]:
     for own in settings:
         rivals = [other for other in settings if other["method.name"] == own["method.name"]]
         differing = [k for k in own if any(other[k] != own[k] for other in rivals)]
-        extra = ", ".join(f"{key.rpartition('.')[2]} {own[key]}" for key in differing)
+        extra = ", ".join(f"{key} {own[key]}" for key in differing)
         labels.append(f"{own['method.name']} ({extra})" if extra else str(own["method.name"]))
     return labels

@@ -1,7 +1,13 @@
 """LoDA for PyTorch: adapt any ``nn.Module`` to a stream of tasks without forgetting."""
 
 from backends.torch.adapt import TIMM_QKV, adapt, attach, check_rank, find_layers, restore
-from backends.torch.gao import AlignedStep, draw_permutation, gradient_aligned_step, plain_step
+from backends.torch.gao import (
+    AlignedStep,
+    RowsLoss,
+    draw_permutation,
+    gradient_aligned_step,
+    plain_step,
+)
 from backends.torch.loda import LoDA
 from backends.torch.lora import LoRABranch, LoRALinear
 from backends.torch.moments import MomentCollector, collect_moments
@@ -16,6 +22,7 @@ __all__ = [
     "LoRABranch",
     "LoRALinear",
     "MomentCollector",
+    "RowsLoss",
     "TaskRecord",
     "adapt",
     "attach",

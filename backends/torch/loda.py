@@ -1,5 +1,6 @@
 """LoDA over a model: adapt it to one task after another without keeping old data."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -172,6 +173,12 @@ class LoDA:
         -------
         AlignedStep
         """
+        if not math.isfinite(radius) or radius < 0:
+            msg = f"radius must be finite and at least 0, got {radius}"
+            raise ValueError(msg)
+        if draw is not None and not 0 <= draw <= 1:
+            msg = f"draw must be from 0 to 1, got {draw}"
+            raise ValueError(msg)
         if permutation is None:
             permutation = draw_permutation(labels, generator).to(labels.device)
         if draw is None:

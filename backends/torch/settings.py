@@ -64,7 +64,7 @@ class LoDASettings:
             raise ValueError(msg)
         for name in ("general_weight", "isolated_weight", "down_scale", "ridge", "gamma"):
             value = getattr(self, name)
-            if not math.isfinite(value) or value < 0:
+            if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
                 msg = f"{name} must be finite and at least 0, got {value}"
                 raise ValueError(msg)
         for name, kind in (

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from backends.torch import AlignedStep, plain_step
-from backends.torch.gao import RowsLoss
+from backends.torch import AlignedStep, RowsLoss, plain_step
 from training.config import MethodConfig
 
 

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from backends.torch import (
     AlignedStep,
     LoRALinear,
+    RowsLoss,
     TaskRecord,
     adapt,
     attach,
@@ -19,7 +20,6 @@ from backends.torch import (
     plain_step,
     restore,
 )
-from backends.torch.gao import RowsLoss
 from training.config import MethodConfig
 
 _BRANCH = "lora"

@@ -5,7 +5,7 @@ which :func:`load_readout` rebuilds it bit for bit. Statistics are filled task b
 batches of features, then ``end_task``.
 """
 
-from backends.torch.readouts.alignment import (
+from backends.torch.readouts.align import (
     AlignmentSettings,
     align_heads,
     alignment,
@@ -13,7 +13,7 @@ from backends.torch.readouts.alignment import (
 )
 from backends.torch.readouts.base import Readout, load_readout
 from backends.torch.readouts.cosine import CosineReadout, heads, nearest_mean
-from backends.torch.readouts.ridge import (
+from backends.torch.readouts.ridge_regression import (
     RIDGE_STRENGTHS,
     RidgeReadout,
     RidgeStatistics,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from backends.torch.readouts._checks import finite
 from backends.torch.readouts.cosine import CosineReadout
-from backends.torch.readouts.ridge import RidgeReadout
+from backends.torch.readouts.ridge_regression import RidgeReadout
 
 _COSINE_KINDS = ("heads", "nearest_mean", "alignment")
 

@@ -51,7 +51,7 @@ class AlignmentSettings:
     """
 
     epochs: int | None = None
-    temperature: float = 0.3
+    temperature: float = 0.2
     ridge: float = 1e-3
     relative: bool = False
     shrinkage: float = 0.3
