@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint types clean
+.PHONY: run test bench lint types clean
 
 run: $(VENV)/.train
 	$(BIN)/loda train
 
 test: $(VENV)/.test
 	$(BIN)/pytest -n auto
+
+# One thread and one worker: the ratios are printed as they are measured.
+bench: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/benchmarks -p no:xdist
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 No array library is imported here; ``array_api_compat`` finds the one that an argument belongs to.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -37,6 +38,26 @@ def namespace(**arrays: Array) -> Namespace:
 def is_array(x: Any) -> bool:
     """Whether a library that follows the standard made ``x``."""
     return bool(compat.is_array_api_obj(x))
+
+
+def is_numpy(x: Any) -> bool:
+    """Whether ``x`` is a NumPy array."""
+    return bool(compat.is_numpy_array(x))
+
+
+def is_jax(x: Any) -> bool:
+    """Whether ``x`` is a JAX array or stands for one."""
+    return bool(compat.is_jax_array(x))
+
+
+def is_torch(x: Any) -> bool:
+    """Whether ``x`` is a torch tensor."""
+    return bool(compat.is_torch_array(x))
+
+
+def is_deferred(x: Any) -> bool:
+    """Whether ``x`` is a dask array: dask can carry moments, and has no ``eigh`` to solve with."""
+    return bool(compat.is_dask_array(x))
 
 
 def python_number(x: Any) -> Any:
@@ -129,9 +150,21 @@ def eye_like(xp: Namespace, x: Array, size: int) -> Array:
     return xp.eye(size, dtype=x.dtype, device=compat.device(x))
 
 
+def transposed(x: Array) -> Array:
+    """Matrix transpose, for dask arrays too."""
+    return x.swapaxes(-1, -2) if is_deferred(x) else x.mT
+
+
 def symmetrise(x: Array) -> Array:
     """Symmetric part: libraries read different triangles of a nearly symmetric matrix."""
-    return 0.5 * (x + x.mT)
+    return 0.5 * (x + transposed(x))
+
+
+def peak(xp: Namespace, x: Array) -> Array:
+    """Largest magnitude in each matrix, kept as two axes of length one."""
+    # Two reductions that write nothing cost less than the magnitudes of a large matrix.
+    largest, smallest = (f(x, axis=(-2, -1), keepdims=True) for f in (xp.max, xp.min))
+    return xp.maximum(largest, -smallest)
 
 
 def trace(xp: Namespace, x: Array) -> Array:
@@ -139,10 +172,10 @@ def trace(xp: Namespace, x: Array) -> Array:
     return xp.linalg.trace(x)[..., None, None]
 
 
-def safe_divide(xp: Namespace, a: Array, b: Array, otherwise: float = 0.0) -> Array:
-    """``a / b``, and ``otherwise`` where ``b`` is zero; no warning on the way."""
-    dead = b == 0
-    return xp.where(dead, xp.full_like(a, otherwise), a / xp.where(dead, xp.ones_like(b), b))
+def safe_divide(xp: Namespace, a: Array, b: Array) -> Array:
+    """``a / b``, and 0 where ``b`` is zero (and ``a`` finite); no warning on the way."""
+    # One pass over ``a``, which may be much larger than ``b``.
+    return a / xp.where(b == 0, xp.full_like(b, math.inf), b)
 
 
 def descending_eigh(xp: Namespace, x: Array) -> tuple[Array, Array]:
@@ -155,16 +188,21 @@ def descending_eigh(xp: Namespace, x: Array) -> tuple[Array, Array]:
 
 
 def lower_cholesky(xp: Namespace, x: Array, name: str) -> Array:
-    """Lower Cholesky factor; a failure is reported in terms of the argument it came from."""
+    """Lower Cholesky factor of an exactly symmetric matrix; a failure is reported by ``name``."""
+    msg = (
+        f"{name} is not positive semi-definite to working precision: it has eigenvalues below "
+        f"-ridge/D of its trace. Accumulate it with second_moment (float32 or wider tokens), "
+        f"or raise ridge."
+    )
     try:
-        return xp.linalg.cholesky(symmetrise(x))
+        factor = xp.linalg.cholesky(x)
     except Exception as error:
-        msg = (
-            f"{name} is not positive semi-definite to working precision: it has eigenvalues below "
-            f"-ridge/D of its trace. Accumulate it with second_moment (float32 or wider tokens), "
-            f"or raise ridge."
-        )
         raise ValueError(msg) from error
+    # JAX and CuPy report a failure as NaN.
+    silent = is_jax(x) or bool(compat.is_cupy_array(x))
+    if silent and is_concrete(x) and not bool(xp.all(xp.isfinite(factor))):
+        raise ValueError(msg)
+    return factor
 
 
 def semidefinite_solve(xp: Namespace, matrix: Array, rhs: Array, dust: float) -> Array:

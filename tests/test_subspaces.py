@@ -8,6 +8,7 @@ import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from libraries import widest_dtype
 from strategies import (
     Matrix,
     dtype_name,
@@ -75,7 +76,9 @@ def test_orthonormal_whatever_the_conditioning(
     assert alive[0]
     if name == "null":
         assert alive.all()
-    np.testing.assert_allclose(u.T @ u, np.diag(alive * 1.0), atol=1e-12 + 4 * EPS[dtype])
+    # Solved in float64 and rounded, or solved in float32.
+    rounding = 4 if widest_dtype(xp) == "float64" else 40
+    np.testing.assert_allclose(u.T @ u, np.diag(alive * 1.0), atol=1e-12 + rounding * EPS[dtype])
     # The entry of largest magnitude of each column is positive.
     assert np.all(u.max(axis=0) >= -u.min(axis=0))
 
