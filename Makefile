@@ -2,14 +2,21 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# A worker a core, and one thread a worker.
+ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: run test lint types clean
+.PHONY: run test bench lint types clean
 
 run: $(VENV)/.train
 	$(BIN)/loda train
 
 test: $(VENV)/.test
-	$(BIN)/pytest -n auto
+	$(ONE_THREAD) $(BIN)/pytest -n auto
+	$(ONE_THREAD) LODA_LIBRARIES=jax,jax-x32 $(BIN)/pytest -n auto -m jax tests/test_libraries.py tests/test_trace_ratio.py
+
+# One thread and one worker: the ratios are printed as they are measured.
+bench: $(VENV)/.test
+	$(ONE_THREAD) $(BIN)/pytest tests/benchmarks -p no:xdist
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ dimensions, and return arrays of the same library, dtype and device. Nothing her
 writes or draws random numbers. The paper is arXiv:2603.00191.
 """
 
+from loda_math import verify
 from loda_math.energy import (
     FirstOrderUpdate,
     energy_ratio,
@@ -13,27 +14,57 @@ from loda_math.energy import (
     relative_energy,
 )
 from loda_math.gao import class_split, gradient_alignment, lookahead, project_conflict
+from loda_math.heldout import HeldoutRatio, heldout_ratio
+from loda_math.histories import History, remember
+from loda_math.joint import UpdateEffect, joint_recalibration, stack_branches, update_effect
 from loda_math.moments import Moments, combine, second_moment
+from loda_math.ranks import RankChoice, RankMeasure, rank_for
 from loda_math.recalibration import RecalibrationForm, recalibration, recalibration_loss
+from loda_math.solutions import (
+    SubspaceSolution,
+    general_solution,
+    isolated_solution,
+    null_solution,
+)
 from loda_math.subspaces import general_subspace, isolated_subspace, null_subspace
+from loda_math.trace_ratio import TraceRatioSolution, trace_ratio_solution, trace_ratio_subspace
 
 __all__ = [
     "FirstOrderUpdate",
+    "HeldoutRatio",
+    "History",
     "Moments",
+    "RankChoice",
+    "RankMeasure",
     "RecalibrationForm",
+    "SubspaceSolution",
+    "TraceRatioSolution",
+    "UpdateEffect",
     "class_split",
     "combine",
     "energy_ratio",
     "first_order_update",
+    "general_solution",
     "general_subspace",
     "gradient_alignment",
+    "heldout_ratio",
+    "isolated_solution",
     "isolated_subspace",
+    "joint_recalibration",
     "lookahead",
+    "null_solution",
     "null_subspace",
     "project_conflict",
     "projection_energy",
+    "rank_for",
     "recalibration",
     "recalibration_loss",
     "relative_energy",
+    "remember",
     "second_moment",
+    "stack_branches",
+    "trace_ratio_solution",
+    "trace_ratio_subspace",
+    "update_effect",
+    "verify",
 ]

@@ -3,6 +3,7 @@
 No array library is imported here; ``array_api_compat`` finds the one that an argument belongs to.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -39,6 +40,26 @@ def is_array(x: Any) -> bool:
     return bool(compat.is_array_api_obj(x))
 
 
+def is_numpy(x: Any) -> bool:
+    """Whether ``x`` is a NumPy array."""
+    return bool(compat.is_numpy_array(x))
+
+
+def is_jax(x: Any) -> bool:
+    """Whether ``x`` is a JAX array or stands for one."""
+    return bool(compat.is_jax_array(x))
+
+
+def is_torch(x: Any) -> bool:
+    """Whether ``x`` is a torch tensor."""
+    return bool(compat.is_torch_array(x))
+
+
+def is_deferred(x: Any) -> bool:
+    """Whether ``x`` is a dask array: dask can carry moments, and has no ``eigh`` to solve with."""
+    return bool(compat.is_dask_array(x))
+
+
 def python_number(x: Any) -> Any:
     """A NumPy scalar, which may meet arrays of any library, as a Python number; others as is."""
     return x.item() if compat.is_numpy_array(x) and x.ndim == 0 else x
@@ -65,17 +86,20 @@ def result_dtype(xp: Namespace, *arrays: Array | None) -> Any:
     return xp.result_type(*(a.dtype for a in arrays if a is not None))
 
 
-def coarsest_eps(xp: Namespace, *arrays: Array | None) -> float:
-    """Largest machine epsilon among the arrays: what their entries can be trusted to."""
-    return max(float(xp.finfo(a.dtype).eps) for a in arrays if a is not None)
+def coarsest_eps(xp: Namespace, *arrays: Array | None, formed: float = 0.0) -> float:
+    """What the entries can be trusted to: the largest eps of the dtypes, and ``formed``.
+
+    ``formed`` is the eps of the arithmetic that made the entries, where it was coarser.
+    """
+    return max(formed, *(float(xp.finfo(a.dtype).eps) for a in arrays if a is not None))
 
 
-def rounding_share(xp: Namespace, size: int, *arrays: Array | None) -> float:
+def rounding_share(xp: Namespace, size: int, *arrays: Array | None, formed: float = 0.0) -> float:
     """Share of the largest eigenvalue below which the eigenvalues of the arrays are rounding."""
     # size·eps for the arithmetic. Storing a moment in fewer digits costs less: its errors are
     # independent, and size·eps of float32 would take real directions, that of halves all.
     arithmetic = size * float(xp.finfo(widest(xp, next(a for a in arrays if a is not None))).eps)
-    storage = min(size, 16) * coarsest_eps(xp, *arrays)
+    storage = min(size, 16) * coarsest_eps(xp, *arrays, formed=formed)
     return max(arithmetic, storage)
 
 
@@ -129,9 +153,21 @@ def eye_like(xp: Namespace, x: Array, size: int) -> Array:
     return xp.eye(size, dtype=x.dtype, device=compat.device(x))
 
 
+def transposed(x: Array) -> Array:
+    """Matrix transpose, for dask arrays too."""
+    return x.swapaxes(-1, -2) if is_deferred(x) else x.mT
+
+
 def symmetrise(x: Array) -> Array:
     """Symmetric part: libraries read different triangles of a nearly symmetric matrix."""
-    return 0.5 * (x + x.mT)
+    return 0.5 * (x + transposed(x))
+
+
+def peak(xp: Namespace, x: Array) -> Array:
+    """Largest magnitude in each matrix, kept as two axes of length one."""
+    # Two reductions that write nothing cost less than the magnitudes of a large matrix.
+    largest, smallest = (f(x, axis=(-2, -1), keepdims=True) for f in (xp.max, xp.min))
+    return xp.maximum(largest, -smallest)
 
 
 def trace(xp: Namespace, x: Array) -> Array:
@@ -139,10 +175,10 @@ def trace(xp: Namespace, x: Array) -> Array:
     return xp.linalg.trace(x)[..., None, None]
 
 
-def safe_divide(xp: Namespace, a: Array, b: Array, otherwise: float = 0.0) -> Array:
-    """``a / b``, and ``otherwise`` where ``b`` is zero; no warning on the way."""
-    dead = b == 0
-    return xp.where(dead, xp.full_like(a, otherwise), a / xp.where(dead, xp.ones_like(b), b))
+def safe_divide(xp: Namespace, a: Array, b: Array) -> Array:
+    """``a / b``, and 0 where ``b`` is zero (and ``a`` finite); no warning on the way."""
+    # One pass over ``a``, which may be much larger than ``b``.
+    return a / xp.where(b == 0, xp.full_like(b, math.inf), b)
 
 
 def descending_eigh(xp: Namespace, x: Array) -> tuple[Array, Array]:
@@ -155,16 +191,21 @@ def descending_eigh(xp: Namespace, x: Array) -> tuple[Array, Array]:
 
 
 def lower_cholesky(xp: Namespace, x: Array, name: str) -> Array:
-    """Lower Cholesky factor; a failure is reported in terms of the argument it came from."""
+    """Lower Cholesky factor of an exactly symmetric matrix; a failure is reported by ``name``."""
+    msg = (
+        f"{name} is not positive semi-definite to working precision: it has eigenvalues below "
+        f"-ridge/D of its trace. Accumulate it with second_moment (float32 or wider tokens), "
+        f"or raise ridge."
+    )
     try:
-        return xp.linalg.cholesky(symmetrise(x))
+        factor = xp.linalg.cholesky(x)
     except Exception as error:
-        msg = (
-            f"{name} is not positive semi-definite to working precision: it has eigenvalues below "
-            f"-ridge/D of its trace. Accumulate it with second_moment (float32 or wider tokens), "
-            f"or raise ridge."
-        )
         raise ValueError(msg) from error
+    # JAX and CuPy report a failure as NaN.
+    silent = is_jax(x) or bool(compat.is_cupy_array(x))
+    if silent and is_concrete(x) and not bool(xp.all(xp.isfinite(factor))):
+        raise ValueError(msg)
+    return factor
 
 
 def semidefinite_solve(xp: Namespace, matrix: Array, rhs: Array, dust: float) -> Array:

@@ -3,7 +3,16 @@
 import math
 from typing import Any
 
-from loda_math._arrays import Array, Namespace, is_array, is_concrete, python_number
+from loda_math._arrays import (
+    Array,
+    Namespace,
+    is_array,
+    is_concrete,
+    is_deferred,
+    is_torch,
+    peak,
+    python_number,
+)
 
 # Relative asymmetry that a Gram matrix formed in single precision stays well below.
 SYMMETRY_TOLERANCE = 1e-4
@@ -75,6 +84,15 @@ def check_scalar(name: str, value: Any, *, positive: bool = False) -> Any:
     return value
 
 
+def check_share(name: str, value: Any) -> Any:
+    """The number, refused outside [0, 1]; 0-d arrays pass unread."""
+    value = check_scalar(name, value)
+    if not is_array(value) and value > 1:
+        msg = f"{name} must be a share from 0 to 1, got {value}"
+        raise ValueError(msg)
+    return value
+
+
 def check_values(
     xp: Namespace,
     finite: dict[str, Array | None] | None = None,
@@ -84,6 +102,10 @@ def check_values(
 
     Nothing is read while a compiler traces the call or for arrays whose values are deferred.
     """
+    for name, x in (symmetric or {}).items():
+        if is_deferred(x):
+            msg = f"{name} is a dask array, which can carry moments only; call .compute() on it"
+            raise TypeError(msg)
     groups = [(finite or {}, False), (symmetric or {}, True)]
     present = [
         (name, x, even) for group, even in groups for name, x in group.items() if x is not None
@@ -114,9 +136,11 @@ def _fault(xp: Namespace, x: Array, symmetric: bool) -> Array:
     one = xp.astype(xp.all(finite), xp.int32)
     fault = 1 - one
     if symmetric:
-        x = xp.where(finite, x, xp.zeros_like(x))  # infinity minus itself would warn
+        if not is_torch(x):  # infinity minus itself warns in NumPy; torch is spared the copy
+            x = xp.where(finite, x, xp.zeros_like(x))
         tolerance = max(SYMMETRY_TOLERANCE, 8 * float(xp.finfo(x.dtype).eps))
-        gap = xp.max(xp.abs(x - x.mT), axis=(-2, -1))
-        uneven = xp.any(gap > tolerance * xp.max(xp.abs(x), axis=(-2, -1)))
+        # The difference is antisymmetric: its largest entry is its largest magnitude.
+        gap = xp.max(x - x.mT, axis=(-2, -1), keepdims=True)
+        uneven = xp.any(gap > tolerance * peak(xp, x))
         fault = fault + 2 * one * xp.astype(uneven, xp.int32)
     return fault

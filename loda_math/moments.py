@@ -10,6 +10,7 @@ from loda_math._arrays import (
     full_precision,
     namespace,
     symmetrise,
+    transposed,
     widest,
 )
 from loda_math._validation import check_real, check_values
@@ -183,6 +184,6 @@ def _guarded(xp: Namespace, tokens: Array) -> Array:
 
 def _gram(xp: Namespace, tokens: Array, wide: Any) -> Moments:
     with full_precision(tokens):
-        gram = xp.astype(symmetrise(tokens.mT @ tokens), wide)
+        gram = xp.astype(symmetrise(transposed(tokens) @ tokens), wide)
     compensated = xp.finfo(wide).bits < 64
     return Moments(gram, int(tokens.shape[-2]), gram * 0 if compensated else None)

@@ -1,27 +1,20 @@
 """Input directions of the branches: general, isolated and null subspaces (LoDA, Theorem 2.2)."""
 
-from typing import Any
-
-from loda_math._arrays import (
-    Array,
-    Namespace,
-    coarsest_eps,
-    descending_eigh,
-    eye_like,
-    fix_signs,
-    lower_cholesky,
-    namespace,
-    result_dtype,
-    rounding_share,
-    safe_divide,
-    symmetrise,
-    trace,
-    widen,
+from loda_math import _pencil, _trace_ratio
+from loda_math._arrays import Array, namespace
+from loda_math._validation import (
+    check_rank,
+    check_real,
+    check_scalar,
+    check_share,
+    check_square,
+    check_values,
 )
-from loda_math._validation import check_rank, check_real, check_scalar, check_square, check_values
 
 
-def general_subspace(new: Array, old: Array | None, rank: int, /) -> Array:
+def general_subspace(
+    new: Array, old: Array | None, rank: int, /, *, accumulation_eps: float = 0.0
+) -> Array:
     r"""Directions of most energy for old and new tasks together.
 
     Maximises :math:`E(U; S_{old}) + E(U; S_{new})` over orthonormal U: the leading eigenvectors
@@ -35,6 +28,10 @@ def general_subspace(new: Array, old: Array | None, rank: int, /) -> Array:
         History; ``None`` on the first task.
     rank : int
         Number of directions r, from 1 to D.
+    accumulation_eps : float, default 0
+        Rounding unit of the arithmetic that formed the moments, where it was coarser than their
+        dtype: 1.2e-7 for float64 sums of float32 Gram matrices, as ``second_moment`` makes of
+        float32 tokens. Directions below it are rounding noise and come out as zero columns.
 
     Returns
     -------
@@ -63,15 +60,21 @@ def general_subspace(new: Array, old: Array | None, rank: int, /) -> Array:
            [0., 1.],
            [1., 0.]])
     """
-    xp = _checked(new, old, rank)
-    (s,) = widen(xp, new)
-    if old is not None:
-        # Halving both keeps the sum of two large moments from overflowing.
-        s = 0.5 * s + 0.5 * widen(xp, old)[0]
-    return _leading(xp, _normalised(xp, s), new, old, rank)
+    formed = check_scalar("accumulation_eps", accumulation_eps)
+    xp = _pencil.checked(new, old, rank)
+    return _pencil.finish(xp, _pencil.general(xp, new, old, rank, formed), rank, new, old)
 
 
-def isolated_subspace(new: Array, old: Array | None, rank: int, /, *, ridge: float = 1e-2) -> Array:
+def isolated_subspace(
+    new: Array,
+    old: Array | None,
+    rank: int,
+    /,
+    *,
+    ridge: float = 1e-2,
+    energy_floor: float | None = None,
+    accumulation_eps: float = 0.0,
+) -> Array:
     r"""Directions of high energy for the new task and low energy for the old ones (Theorem 2.2).
 
     With each moment divided by its trace, :math:`R = \bar S_{old} + (\alpha / D) I = L L^\top` and
@@ -90,7 +93,15 @@ def isolated_subspace(new: Array, old: Array | None, rank: int, /, *, ridge: flo
         Number of directions r, from 1 to D.
     ridge : float, default 1e-2
         α, relative to the mean eigenvalue of the history. Never taken below 4·D·eps of the
-        inputs, which keeps the factorisation safe.
+        arithmetic that formed the inputs, which keeps the factorisation safe.
+    energy_floor : float, optional
+        τ in [0, 1]: maximise the ratio of traces instead, as :func:`trace_ratio_subspace` does,
+        over the bases U(κ) that carry at least τ of the new-task energy that r directions can
+        carry. The ratio without a floor is optimistic: on held-out images little of it is left.
+    accumulation_eps : float, default 0
+        Rounding unit of the arithmetic that formed the moments, where it was coarser than their
+        dtype: 1.2e-7 for float64 sums of float32 Gram matrices, as ``second_moment`` makes of
+        float32 tokens. The ridge is not taken below 4·D times it.
 
     Returns
     -------
@@ -126,27 +137,16 @@ def isolated_subspace(new: Array, old: Array | None, rank: int, /, *, ridge: flo
            [0., 0.]])
     """
     ridge = check_scalar("ridge", ridge)
-    xp = _checked(new, old, rank)
-    size = int(new.shape[-1])
-    s_new = _normalised(xp, *widen(xp, new))
-    if old is None:
-        return _leading(xp, s_new, new, old, rank)
-    floor = max(float(ridge), 4 * size * coarsest_eps(xp, new, old)) / size
-    s_old = _normalised(xp, *widen(xp, old))
-    factor = lower_cholesky(xp, s_old + floor * eye_like(xp, s_old, size), "old")
-    half = xp.linalg.solve(factor, s_new)
-    values, vectors = descending_eigh(xp, xp.linalg.solve(factor, half.mT))
-    directions = xp.linalg.solve(factor.mT, vectors[..., :rank])
-    # Householder QR keeps the span of leading columns whatever the conditioning of the factor.
-    basis, _ = xp.linalg.qr(directions)
-    # The ratio alone cannot tell noise: the ridge magnifies what rounding left in ``new``.
-    directions = directions / xp.sqrt(xp.sum(directions * directions, axis=-2, keepdims=True))
-    energy = xp.sum(directions * (s_new @ directions), axis=-2)
-    largest = xp.max(xp.linalg.eigvalsh(s_new), axis=-1)[..., None]
-    noise = rounding_share(xp, size, new, old) * largest
-    faint = rounding_share(xp, size, s_new) * values[..., :1]
-    inert = (energy <= noise) | (values[..., :rank] <= faint)
-    return _finish(xp, basis, inert, result_dtype(xp, new, old))
+    formed = check_scalar("accumulation_eps", accumulation_eps)
+    xp = _pencil.checked(new, old, rank)
+    if energy_floor is None:
+        found = _pencil.isolated(xp, new, old, rank, ridge, formed)
+        return _pencil.finish(xp, found, rank, new, old)
+    ridge = max(ridge, 4 * int(new.shape[-1]) * formed)
+    energy_floor = check_share("energy_floor", energy_floor)
+    history = xp.zeros_like(new) if old is None else old
+    best = _trace_ratio.maximise(xp, new, history, rank, ridge, energy_floor)
+    return _pencil.finish(xp, best.found, rank, new, old)
 
 
 def null_subspace(old: Array, rank: int, /) -> Array:
@@ -182,37 +182,8 @@ def null_subspace(old: Array, rank: int, /) -> Array:
     >>> null_subspace(np.diag([3.0, 0.0, 1.0]), 1).ravel()
     array([0., 1., 0.])
     """
-    xp = _checked(old, None, rank, name="old")
-    _, vectors = descending_eigh(xp, _normalised(xp, *widen(xp, old)))
-    tail = xp.flip(vectors[..., -rank:], axis=-1)
-    return xp.astype(fix_signs(xp, tail), old.dtype)
-
-
-def _checked(first: Array, second: Array | None, rank: int, name: str = "new") -> Namespace:
-    moments = {name: first, "old": second} if second is not None else {name: first}
-    xp = namespace(**moments)
-    check_real(xp, **moments)
-    check_rank(rank, check_square(**moments))
-    check_values(xp, symmetric=moments)
-    return xp
-
-
-def _normalised(xp: Namespace, moment: Array) -> Array:
-    """Moment of trace one; a zero moment stays zero."""
-    # A first division by the largest entry keeps the trace of huge or tiny moments in range.
-    largest = xp.max(xp.abs(moment), axis=(-2, -1), keepdims=True)
-    moment = safe_divide(xp, moment, largest)
-    # The trace of a true moment is positive; a negative one must not flip its sign.
-    return symmetrise(safe_divide(xp, moment, xp.abs(trace(xp, moment))))
-
-
-def _leading(xp: Namespace, s: Array, new: Array, old: Array | None, rank: int) -> Array:
-    values, vectors = descending_eigh(xp, s)
-    inert = values <= rounding_share(xp, int(s.shape[-1]), new, old) * values[..., :1]
-    return _finish(xp, vectors[..., :rank], inert[..., :rank], result_dtype(xp, new, old))
-
-
-def _finish(xp: Namespace, basis: Array, inert: Array, dtype: Any) -> Array:
-    """Zero the inert directions, fix the signs and return to the dtype of the inputs."""
-    basis = fix_signs(xp, basis) + 0.0  # turns -0 into 0
-    return xp.astype(xp.where(inert[..., None, :], xp.zeros_like(basis), basis), dtype)
+    xp = namespace(old=old)
+    check_real(xp, old=old)
+    check_rank(rank, check_square(old=old))
+    check_values(xp, symmetric={"old": old})
+    return _pencil.finish(xp, _pencil.null(xp, old, rank), rank, old)

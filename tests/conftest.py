@@ -1,19 +1,13 @@
 """Fixtures shared by all tests: array libraries, devices, and where recorded material lies."""
 
 import os
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import hypothesis
+import libraries
 import pytest
-
-# One thread a worker: the suite runs a worker a core, and results must not depend on threading.
-for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(name, "1")
-
-# Helper modules (strategies.py) lie beside the tests; importlib mode does not look there.
-sys.path.insert(0, str(Path(__file__).parent))
 
 hypothesis.settings.register_profile(
     "default",
@@ -31,13 +25,43 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-LIBRARIES = ("numpy", "torch", "array_api_strict")
+
+@pytest.fixture(params=libraries.chosen(), scope="session")
+def xp(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """An array library, as the namespace its users import; ``to_library`` knows its device.
+
+    Absent libraries give no parameter; ``test_libraries`` says which are absent and why.
+    """
+    with libraries.opened(request.param) as namespace:
+        yield namespace
 
 
-@pytest.fixture(params=LIBRARIES, scope="session")
-def xp(request: pytest.FixtureRequest) -> ModuleType:
-    """An array library, as the namespace its users import."""
-    return pytest.importorskip(request.param)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what uses JAX: it runs in a process of its own (see the Makefile).
+
+    JAX starts threads, and the loaders' worker processes are forked, which do not go together.
+    """
+    for item in items:
+        call = getattr(item, "callspec", None)
+        chosen = {} if call is None else call.params
+        if any(str(chosen.get(name)).startswith("jax") for name in ("xp", "jnp")):
+            item.add_marker("jax")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fewer examples on JAX: it compiles every operation anew for every shape."""
+    call = getattr(item, "callspec", None)
+    test = getattr(item, "function", None)
+    kept = getattr(test, "_hypothesis_internal_use_settings", None)
+    if call is None or kept is None or not str(call.params.get("xp")).startswith("jax"):
+        return (yield)
+    fewer = hypothesis.settings(kept, max_examples=max(2, kept.max_examples // 8))
+    test._hypothesis_internal_use_settings = fewer
+    try:
+        return (yield)
+    finally:
+        test._hypothesis_internal_use_settings = kept
 
 
 @pytest.fixture(autouse=True, scope="session")

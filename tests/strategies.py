@@ -9,6 +9,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import libraries
 import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 Matrix = NDArray[np.float64]
 
 seeds = st.integers(0, 2**32 - 1)
-dtypes = st.sampled_from(["float32", "float64"])
+# Draws float64 only where the library under test has it: JAX may be run without.
+dtypes = st.sampled_from(["float32", "float64"]).filter(libraries.has_dtype)
 
 SPECTRA: dict[str, Callable[[int, np.random.Generator], Matrix]] = {
     "random": lambda d, rng: rng.uniform(0.1, 1.0, d),
@@ -34,19 +36,15 @@ SPECTRA: dict[str, Callable[[int, np.random.Generator], Matrix]] = {
 
 
 def to_library(xp: ModuleType, x: Any, dtype: str = "float64") -> Any:
-    """``x`` as an array of the library, on its default device."""
+    """``x`` as an array of the library, on the device under test; skips if the dtype is missing."""
     x = np.array(x, dtype=dtype if dtype in ("float32", "float64") else None)
-    return xp.from_numpy(x) if xp.__name__ == "torch" else xp.asarray(x)
+    return libraries.from_numpy(xp, x)
 
 
 def to_numpy(x: Any) -> NDArray[Any]:
     """A NumPy array of the same values, floating point widened to float64."""
-    if hasattr(x, "detach"):
-        x = x.detach().cpu()
-        x = x.double() if x.is_floating_point() else x
-        return np.asarray(x.numpy())
-    x = np.asarray(x)
-    return x.astype(np.float64) if x.dtype.kind == "f" else x
+    x = libraries.to_host(x)
+    return x.astype(np.float64) if x.dtype.kind in "fV" else x
 
 
 def dtype_name(x: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from huggingface_hub.utils import HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from training.backbone import GLYPHS, Backbone, build_backbone, check_fits
@@ -137,8 +138,19 @@ def an_object(path: Path) -> None:
 def test_files_without_weights_are_refused(tmp_path: Path, make: Any, suffix: str) -> None:
     path = tmp_path / f"w{suffix}"
     make(path)
-    with pytest.raises(ValueError, match=rf"cannot read .*w\{suffix}"):
+    with pytest.raises(ValueError, match=rf"cannot read .*w\{suffix}") as caught:
         build_backbone(tiny(path))
+    assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [nothing, text, an_object])
+def test_a_pth_file_that_torch_will_not_read_is_not_to_be_trusted(
+    tmp_path: Path, make: Any
+) -> None:
+    make(tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"w\.pth .*more than tensors, or is damaged") as caught:
+        build_backbone(tiny(tmp_path / "w.pth"))
+    assert "torch.load" not in str(caught.value)
 
 
 def test_a_missing_weights_file_is_named(tmp_path: Path) -> None:
@@ -153,27 +165,72 @@ def test_unknown_models_and_options_are_refused() -> None:
         build_backbone(tiny(image_size=8))
 
 
-def test_weights_that_cannot_be_downloaded_say_how_to_give_them(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+class ForeignError(Exception):
+    """As httpx has them: neither an OSError nor a ValueError."""
+
+    __module__ = "httpx"
+
+
+def fail_to_download(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     create = timm.create_model
 
     def offline(name: str, *, pretrained: bool = False, **options: Any) -> torch.nn.Module:
         if pretrained:
-            msg = "no route"
-            raise OSError(msg)
+            raise error
         model: torch.nn.Module = create(name, pretrained=False, **options)
         return model
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(ConnectionError, match=r"no route.*backbone\.weights"):
-        build_backbone(BackboneConfig(NAME, options=TINY))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("no route"),
+        TimeoutError("no route"),
+        LocalEntryNotFoundError("no route"),
+        HFValidationError("no route"),
+        ForeignError("no route"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_weights_that_cannot_be_downloaded_say_how_to_give_them(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    fail_to_download(monkeypatch, error)
+    with pytest.raises(ConnectionError, match=r"fetched \(no route.*backbone\.weights"):
+        build_backbone(BackboneConfig(NAME))
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("size\n\tmismatch"), ValueError("size mismatch"), KeyError("size")]
+)
+def test_downloaded_weights_that_do_not_fit_are_no_matter_of_the_network(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    fail_to_download(monkeypatch, error)
+    with pytest.raises(ValueError, match=r"do not fit.*\{'img_size': 32\}.*size") as caught:
+        build_backbone(BackboneConfig(NAME, options={"img_size": 32}))
+    assert "\n" not in str(caught.value)
+
+
+def test_pretrained_weights_that_timm_reads_but_cannot_use_do_not_fit(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"cls_token": torch.zeros(1, 1, 12)})
+    overlay = {"pretrained_cfg_overlay": {"file": str(path)}}
+    with pytest.raises(ValueError, match=r"do not fit.*size mismatch for cls_token"):
+        build_backbone(BackboneConfig(NAME, options=overlay))
+
+
+def test_a_model_without_pretrained_weights_says_so() -> None:
+    with pytest.raises(ValueError, match=r"no pretrained weights for resnetblur18: give a file"):
+        build_backbone(BackboneConfig("resnetblur18"))
 
 
 def test_no_weights_are_needed_before_a_saved_model_is_loaded(tmp_path: Path) -> None:
     backbone = build_backbone(tiny(tmp_path / "none.pth"), initialise=False)
     assert backbone.weights_sha256 is None
-    build_backbone(BackboneConfig(NAME, options=TINY), initialise=False)  # nor a download
+    options = {"img_size": 32}
+    build_backbone(BackboneConfig(NAME, options=options), initialise=False)  # nor a download
 
 
 def test_images_must_fit_the_backbone() -> None:

@@ -57,6 +57,7 @@ def test_structured_values_on_the_command_line() -> None:
             "--backbone.name=vit_tiny_patch16_224",
             "--backbone.options={img_size: 32}",
             "--backbone.options.depth=6",
+            "--backbone.weights=w.pth",
             "--data.crop_scale=[0.2,0.9]",
             "--head.also=[ridge,heads]",
             "--data.cache=false",
@@ -165,7 +166,7 @@ def test_dump_and_read_round_trip(
 ) -> None:
     experiment = Experiment(
         data=DataConfig(root=root, flip=flip, crop_scale=(0.25, 0.5)),
-        backbone=BackboneConfig(name="any", options=options),
+        backbone=BackboneConfig(name="any", options=options, pretrained=False),
         method=MethodConfig(gamma=gamma),
         train=TrainConfig(lr=lr),
         head=HeadConfig(also=["heads", "ridge"]),
@@ -202,7 +203,10 @@ def test_resolve_config_prefers_files_and_lists_packaged_names(tmp_path: Path) -
     assert resolve_config(path) == Path(path)
     for name in packaged_configs():
         assert resolve_config(name).is_file()
-        assert isinstance(load_experiment(["--config", name, "--data.root=x"]), Experiment)
+        argv = ["--config", name, "--data.root=x"]
+        if name != "digits":
+            argv.append("--backbone.weights=w.pth")
+        assert isinstance(load_experiment(argv), Experiment)
     with pytest.raises(ValueError, match="no configuration 'nope'") as caught:
         resolve_config("nope")
     assert all(name in str(caught.value) for name in packaged_configs())
@@ -241,9 +245,11 @@ def test_resolve_config_prefers_files_and_lists_packaged_names(tmp_path: Path) -
         (BackboneConfig, {"weights": "a.pth"}),  # glyphs has its own
         (MethodConfig, {"rank": 0}),
         (MethodConfig, {"radius": -0.1}),
-        (MethodConfig, {"gamma": 0.0}),
         (MethodConfig, {"gamma": -3.0}),
-        (MethodConfig, {"ridge": 0.0}),
+        (MethodConfig, {"ridge": -0.1}),
+        (MethodConfig, {"general_weight": -0.1}),
+        (MethodConfig, {"isolated_weight": float("inf")}),
+        (MethodConfig, {"down_scale": 0.0}),
         (MethodConfig, {"target": " "}),
         (TrainConfig, {"epochs": -1}),
         (TrainConfig, {"batch_size": 0}),
@@ -274,9 +280,52 @@ def test_the_image_settings_of_the_experiments_are_accepted() -> None:
     DataConfig(image_size=16, resize=16)
 
 
-def test_zero_epochs_and_zero_radius_are_settings() -> None:
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({"name": "folder", "root": "x"}, "--data.resize 224 --data.image_size 224"),
+        ({"name": "folder", "root": "x", "resize": 32}, "--data.resize 32 --data.image_size 32"),
+        ({"name": "folder", "root": "x", "image_size": 96}, "--data.resize 96 --data.image_size 9"),
+        ({"name": "folder", "root": "x", "train_crop": "random_resized"}, "--data.resize 224 "),
+        ({"name": "cifar100", "root": "x"}, "--data.resize 32 --data.image_size 32"),
+        ({"image_size": 16}, "--data.resize 16 --data.image_size 16"),
+    ],
+)
+def test_sizes_that_do_not_meet_come_with_sizes_that_do(
+    settings: dict[str, object], advice: str
+) -> None:
+    with pytest.raises(ValueError, match="backbone reads") as caught:
+        DataConfig(**settings)  # type: ignore[arg-type]
+    said = str(caught.value)
+    assert advice in said
+    words = said.replace(",", " ").split()
+    sides = {key: int(words[words.index(f"--data.{key}") + 1]) for key in ("resize", "image_size")}
+    DataConfig(**{**settings, **sides})  # type: ignore[arg-type]
+
+
+def test_zeros_that_switch_something_off_are_settings() -> None:
     assert TrainConfig(epochs=0).epochs == 0
-    assert MethodConfig(radius=0.0).radius == 0.0
+    zeros = dict.fromkeys(("radius", "gamma", "ridge", "general_weight", "isolated_weight"), 0.0)
+    method = MethodConfig(**zeros)  # type: ignore[arg-type]
+    assert {key: getattr(method, key) for key in zeros} == zeros
+
+
+@pytest.mark.parametrize("option", ["depth", "embed_dim", "num_heads", "patch_size", "qkv_bias"])
+def test_another_architecture_needs_weights_of_its_own(option: str) -> None:
+    options = {option: 1, "img_size": 32}
+    with pytest.raises(ValueError, match=rf"\['{option}'\].*weights FILE.*pretrained false"):
+        BackboneConfig("any", options=options)
+    BackboneConfig("any", options=options, weights="w.pth")
+    BackboneConfig("any", options=options, pretrained=False)
+
+
+def test_options_that_pretrained_weights_are_adapted_to_need_none() -> None:
+    BackboneConfig("any", options={"img_size": 32, "in_chans": 1, "proj_drop_rate": 0.1})
+
+
+def test_the_packaged_caltech101_asks_for_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "--config=caltech101", "--data.root=x")
+    assert "--backbone.weights FILE" in " ".join(said.split())
 
 
 def test_the_parser_can_raise_instead_of_leaving() -> None:

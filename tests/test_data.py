@@ -19,7 +19,14 @@ from torchvision.datasets import CIFAR100
 from torchvision.transforms import v2
 
 from training.config import DataConfig
-from training.data import ImageSet, build_stream, loader, open_image, train_transform
+from training.data import (
+    ImageSet,
+    UnreadableImageError,
+    build_stream,
+    loader,
+    open_image,
+    train_transform,
+)
 from training.data import test_transform as evaluation_transform
 from training.data.dataset import SeededSampler
 from training.data.stream import cut_tasks
@@ -247,14 +254,48 @@ def test_an_unreadable_header_is_found_at_the_start(tree: Path, split: str) -> N
         build_stream(folder(tree), 0)
 
 
-def test_a_truncated_image_is_named_when_it_is_decoded(tree: Path) -> None:
+@pytest.fixture
+def truncated(tree: Path) -> Path:
     path = tree / "train" / "dog" / "1.png"
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)
     path.write_bytes(path.read_bytes()[:-400])
-    train = build_stream(folder(tree), 0).train  # the header is sound
-    with pytest.raises(ValueError, match=r"cannot read the image .*dog.1\.png"):
-        list(train)
+    return path
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_gives_the_same_sentence_for_any_number_of_workers(
+    tree: Path, truncated: Path, workers: int
+) -> None:
+    train = augmented(tree, workers)  # the headers are sound
+    with pytest.raises(ValueError, match="truncated") as caught:
+        list(loader(train, 4, shuffle=True, seed=0, workers=workers))
+    said = str(caught.value)
+    assert said.startswith(f"cannot read the image {truncated}: ")
+    assert said.endswith(". Repair it, or take it out.")
+    assert "\n" not in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_is_gone_is_named_for_any_number_of_workers(tree: Path, workers: int) -> None:
+    train = augmented(tree, workers)
+    path = tree / "train" / "dog" / "1.png"
+    path.unlink()
+    with pytest.raises(UnreadableImageError) as caught:
+        list(loader(train, 4, shuffle=True, seed=0, workers=workers))
+    assert str(caught.value) == f"there is no image file {path}."
+
+
+def test_paths_that_are_no_files_are_told_from_damaged_images(tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as missing:
+        open_image(tmp_path / "x.png", DataConfig())
+    assert str(missing.value) == f"there is no image file {tmp_path / 'x.png'}."
+    with pytest.raises(ValueError, match="is a folder, not an image: give") as a_folder:
+        open_image(tmp_path, DataConfig())
+    for caught in (missing, a_folder):
+        assert "Errno" not in str(caught.value)
+        assert "Repair" not in str(caught.value)
 
 
 def test_the_limit_on_image_size_stays_on(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,7 +390,7 @@ def test_decoded_images_are_kept_only_when_small_and_resized(tree: Path) -> None
     assert all(torch.equal(a, uncached[index][0]) for index, a in enumerate(first))
     lose_root(tree)
     assert all(torch.equal(a, kept.subset(range(5))[index][0]) for index, a in enumerate(first))
-    with pytest.raises(ValueError, match="cannot read"):
+    with pytest.raises(UnreadableImageError, match="no image file"):
         uncached[0]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from libraries import widest_dtype
 from strategies import to_library
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -38,14 +39,34 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
             lambda *a, form=form: lm.recalibration(*a, 1.0, form),
             ("up", "down", "new", "old"),
         )
-        for form in ("full", "diagonal", "direction", "scalar")
+        for form in ("full", "diagonal", "box", "direction", "scalar")
     },
+    "trace_ratio_solution": (lambda *a: lm.trace_ratio_solution(*a, 2), ("new", "old")),
+    "isolated_solution": (lambda *a: lm.isolated_solution(*a, 2), ("new", "old")),
+    "null_solution": (lambda a: lm.null_solution(a, 2), ("old",)),
+    "rank_for": (lambda *a: lm.rank_for(*a, 0.9), ("new", "old")),
+    "remember": (lambda a: lm.remember(None, a).total, ("moment",)),
+    "update_effect": (lm.update_effect, ("coefficients", "up", "down", "new", "old")),
+    "verify_subspace": (
+        lambda *a: lm.verify.verify_subspace(*a, "isolated"),
+        ("basis", "new", "old"),
+    ),
     "recalibration_loss": (
         lambda *a: lm.recalibration_loss(*a, 1.0),
         ("coefficients", "up", "down", "new", "old"),
     ),
 }
 CASES = [(name, argument) for name, (_, arguments) in CALLS.items() for argument in arguments]
+OPTIONAL = {
+    (name, "old")
+    for name in (
+        "general_subspace",
+        "isolated_subspace",
+        "isolated_solution",
+        "trace_ratio_solution",
+        "rank_for",
+    )
+}
 SQUARE = [case for case in CASES if case[1] in ("new", "old", "moment")]
 every_argument = pytest.mark.parametrize(("name", "argument"), CASES)
 every_moment = pytest.mark.parametrize(("name", "argument"), SQUARE)
@@ -55,7 +76,7 @@ every_call = pytest.mark.parametrize("name", CALLS)
 def call(xp: ModuleType, name: str, **changed: Any) -> Any:
     """Call a function with sound arguments but the changed ones."""
     function, arguments = CALLS[name]
-    values = {a: to_library(xp, MATRIX[a]) for a in arguments} | changed
+    values = {a: to_library(xp, MATRIX[a], widest_dtype(xp)) for a in arguments} | changed
     return function(*(values[a] for a in arguments))
 
 
@@ -78,7 +99,7 @@ def test_integers(xp: ModuleType, name: str, argument: str) -> None:
 
 @every_argument
 def test_what_is_no_array(xp: ModuleType, name: str, argument: str) -> None:
-    allows_none = argument == "old" and name in ("general_subspace", "isolated_subspace")
+    allows_none = (name, argument) in OPTIONAL
     for x in [MATRIX[argument].tolist(), "moment"] + [None] * (not allows_none):
         with pytest.raises(TypeError, match=rf"^{argument} must be an array.*{type(x).__name__}"):
             call(xp, name, **{argument: x})
@@ -117,7 +138,7 @@ def test_moments_that_are_not_symmetric(xp: ModuleType, name: str, argument: str
     call(xp, name, **{argument: to_library(xp, x)})
 
 
-@pytest.mark.parametrize(("name", "argument"), [c for c in SQUARE if c[0] != "null_subspace"])
+@pytest.mark.parametrize(("name", "argument"), [c for c in SQUARE if len(CALLS[c[0]][1]) > 1])
 def test_sizes_that_do_not_match(xp: ModuleType, name: str, argument: str) -> None:
     with pytest.raises(ValueError, match=r"moments|basis must have shape \(\.\.\., 4, r\)"):
         call(xp, name, **{argument: to_library(xp, np.eye(4))})

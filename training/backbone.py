@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import textwrap
 from collections.abc import Mapping
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from training.config import BackboneConfig
 
 GLYPHS = "glyphs_vit.safetensors"
+
+# Packages whose errors mean that the network failed; not all of them are OSErrors.
+_TRANSPORTS = {"huggingface_hub", "httpx", "httpcore", "requests", "urllib3"}
 
 
 class Backbone(NamedTuple):
@@ -141,19 +145,38 @@ def _create(name: str, options: Mapping[str, Any]) -> nn.Module:
 
 
 def _download(config: BackboneConfig) -> nn.Module:
-    # The model was already built without weights: what fails now is the download alone.
+    if not timm.is_model_pretrained(config.name):
+        msg = (
+            f"timm has no pretrained weights for {config.name}: give a file as backbone.weights, "
+            "or start from random weights by backbone.pretrained false."
+        )
+        raise ValueError(msg)
+    # The model was already built without weights: what fails now is the download or the loading.
     try:
         module: nn.Module = timm.create_model(
             config.name, pretrained=True, num_classes=0, **config.options
         )
-    except Exception as error:  # each transport has errors of its own
+    except Exception as error:  # each transport and each model has errors of its own
+        reason = textwrap.shorten(str(error) or type(error).__name__, 400, placeholder=" ...")
+        if _is_transport(error):
+            msg = (
+                f"the pretrained weights of {config.name} could not be fetched ({reason}). Without "
+                "a network, fetch them elsewhere and give the file as backbone.weights "
+                "(.safetensors or .pth); backbone.pretrained false starts from random weights."
+            )
+            raise ConnectionError(msg) from error
         msg = (
-            f"the pretrained weights of {config.name} could not be fetched ({error}). Without a "
-            "network, fetch them elsewhere and give the file as backbone.weights (.safetensors or "
-            ".pth); backbone.pretrained false starts from random weights."
+            f"the pretrained weights of {config.name} do not fit the model with backbone.options "
+            f"{config.options}, or their file is damaged: {reason} Change the options, give a file "
+            "as backbone.weights, or start from random weights by backbone.pretrained false."
         )
-        raise ConnectionError(msg) from error
+        raise ValueError(msg) from error
     return module
+
+
+def _is_transport(error: Exception) -> bool:
+    packages = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    return isinstance(error, OSError) or not packages.isdisjoint(_TRANSPORTS)
 
 
 def _load(module: nn.Module, path: Path) -> str:
@@ -193,7 +216,14 @@ def _read(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or foreign file provokes in the readers
-        raise _unusable(path, (str(error).splitlines() or [""])[0]) from error
+        reason = (str(error).splitlines() or [""])[0]
+        # torch's own words would advise to run whatever code the file holds.
+        if path.suffix != ".safetensors" and not isinstance(error, OSError):
+            reason = (
+                "it holds more than tensors, or is damaged. Save the model's state_dict() alone, "
+                "best as .safetensors."
+            )
+        raise _unusable(path, reason) from error
     for wrapper in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0 on success, 2 for what the user can mend (settings, data, files), with one clear line
+        0 on success, 1 where ``verify`` finds a difference, 2 for what the user can mend (settings, data, files), with one clear line
         on the standard error, 130 after Ctrl-C.
     """
     arguments, rest = _parser().parse_known_args(argv)
@@ -61,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _train(rest)
         elif arguments.command == "eval":
             _evaluate(arguments.run, arguments.root)
+        elif arguments.command == "verify":
+            return _verify(arguments.path, arguments.tolerance)
         elif arguments.command == "report":
             _report(arguments.runs, arguments.figure)
         else:
@@ -96,6 +98,13 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--top", type=int, default=3, help="classes an image (default: 3)")
     report = commands.add_parser("report", help="compare finished runs: mean and spread over seeds")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
+    verify = commands.add_parser(
+        "verify", help="solve every layer and task again from saved moments, and compare"
+    )
+    verify.add_argument(
+        "path", type=Path, metavar="RUN|FILE.npz", help="a run with kept moments, or saved arrays"
+    )
+    verify.add_argument("--tolerance", type=float, default=1e-5, help="default: 1e-5")
     report.add_argument("--figure", type=Path, help="also draw accuracy over tasks to this PNG")
     return parser
 
@@ -126,6 +135,14 @@ def _evaluate(run: Path, root: str | None) -> None:
         right, total = sum(result["correct"]), sum(result["total"])
         print(f"{kind}: accuracy {100 * result['accuracy']:.2f} % ({right} of {total} images)")
         print(f"  by task: {tasks}")
+
+
+def _verify(path: Path, tolerance: float) -> int:
+    from training.verify import verification_table, verify
+
+    checks = verify(path, tolerance=tolerance)
+    print(verification_table(checks))
+    return 0 if all(check.passed for check in checks) else 1
 
 
 def _report(runs: Sequence[Path], figure: Path | None) -> None:

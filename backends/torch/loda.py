@@ -118,7 +118,9 @@ class LoDA:
             # The model may have moved to another device since the last task.
             self.history = {n: m.to(self._new[n].device) for n, m in self.history.items()}
             if bases is None:
-                bases = solve_bases(self.settings, self._new, self.history or None)
+                bases = solve_bases(
+                    self.settings, self._new, self.history or None, self._gram_eps()
+                )
             for name, layer in self.layers.items():
                 for branch, basis in bases[name].items():
                     layer.add_branch(
@@ -339,6 +341,11 @@ class LoDA:
         for parameter, required in self._required_grad.items():
             parameter.requires_grad_(required)
         self.layers, self._new, self._required_grad = {}, {}, {}
+
+    def _gram_eps(self) -> float:
+        """Rounding unit of the collected Gram matrices: float32, or wider in a wider model."""
+        dtypes = [layer.base.weight.dtype for layer in self.layers.values()]
+        return max(torch.finfo(torch.promote_types(d, torch.float32)).eps for d in dtypes)
 
     def _pass(self, batches: Iterable[Any]) -> dict[str, Tensor]:
         moments = collect_moments(self.model, batches, self.settings.target, forward=self.forward)

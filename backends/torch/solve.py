@@ -19,7 +19,10 @@ Bases = dict[str, dict[str, Tensor]]
 
 
 def solve_bases(
-    settings: LoDASettings, new: Mapping[str, Tensor], old: Mapping[str, Tensor] | None
+    settings: LoDASettings,
+    new: Mapping[str, Tensor],
+    old: Mapping[str, Tensor] | None,
+    gram_eps: float,
 ) -> Bases:
     """Bases of the branches of every layer, from second moments.
 
@@ -31,6 +34,8 @@ def solve_bases(
         Moment of the current task by layer.
     old : mapping of str to Tensor, or None
         History by layer; ``None`` on the first task.
+    gram_eps : float
+        Rounding unit of the Gram matrices that were summed into the moments.
 
     Returns
     -------
@@ -41,7 +46,7 @@ def solve_bases(
         for group in _by_shape(new):
             s_new = torch.stack([new[name] for name in group])
             s_old = None if old is None else torch.stack([old[name] for name in group])
-            basis = _basis(settings, branch, s_new, s_old)
+            basis = _basis(settings, branch, s_new, s_old, gram_eps)
             for name, found in zip(group, basis, strict=True):
                 bases[name][branch] = found
     return bases
@@ -85,13 +90,17 @@ def solve_recalibration(
     return coefficients
 
 
-def _basis(settings: LoDASettings, branch: str, new: Tensor, old: Tensor | None) -> Tensor:
+def _basis(
+    settings: LoDASettings, branch: str, new: Tensor, old: Tensor | None, gram_eps: float
+) -> Tensor:
     if branch == "general":
-        basis = general_subspace(new, old, settings.rank)
+        basis = general_subspace(new, old, settings.rank, accumulation_eps=gram_eps)
     elif settings.isolated == "null" and old is not None:
         basis = null_subspace(old, settings.rank)
     else:
-        basis = isolated_subspace(new, old, settings.rank, ridge=settings.ridge)
+        basis = isolated_subspace(
+            new, old, settings.rank, ridge=settings.ridge, accumulation_eps=gram_eps
+        )
     return torch.as_tensor(basis)
 
 

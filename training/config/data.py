@@ -109,7 +109,8 @@ def _check_sides(data: DataConfig) -> None:
     if data.train_crop == "none" and side != size:
         msg = (
             f"training images would not have data.image_size {size} ({given}, data.train_crop "
-            f"none): set data.resize to data.image_size, or choose a data.train_crop."
+            f"none): set both to the side that the backbone reads, {_example(data, side)}, or "
+            "choose a data.train_crop."
         )
         raise ValueError(msg)
     if data.train_crop == "pad":
@@ -133,7 +134,15 @@ def _check_sides(data: DataConfig) -> None:
     if data.test_crop == "none" and (side is None or shorter != size):
         msg = (
             f"evaluation images would not have data.image_size {size} ({given}, data.test_resize "
-            f"{data.test_resize}, data.test_crop none): set data.resize or data.test_resize to "
-            f"{size}, or data.test_crop to center."
+            f"{data.test_resize}, data.test_crop none): set the side that the backbone reads, "
+            f"{_example(data, side)}, or cut it out by --data.test_resize and "
+            "--data.test_crop center."
         )
         raise ValueError(msg)
+
+
+def _example(data: DataConfig, side: int | None) -> str:
+    # The default image_size is that of the digits: no user of a folder has chosen it.
+    unchosen = data.name != "digits" and data.image_size == NATIVE_SIDE["digits"]
+    wanted = (side or 224) if unchosen else data.image_size
+    return f"for instance --data.resize {wanted} --data.image_size {wanted}"

@@ -88,7 +88,7 @@ def dump_experiment(experiment: Experiment) -> str:
     """
     values = asdict(experiment)
     values["data"]["crop_scale"] = list(experiment.data.crop_scale)
-    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return text
 
 
@@ -166,6 +166,21 @@ def _refuse_strangers(text: str) -> None:
     if strangers:
         msg = f"unknown settings {', '.join(strangers)}; known at the top: {', '.join(known)}."
         raise ValueError(msg)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what jsonargparse would read as a number, though plain YAML would not (1e5)."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    try:
+        float(text)
+    except ValueError:
+        return dumper.represent_str(text)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"')
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def _add_settings(target: Any, kind: type, prefix: str) -> None:

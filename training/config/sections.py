@@ -11,6 +11,18 @@ from training.config.data import DataConfig
 
 Readout = Literal["heads", "alignment", "nearest_mean", "ridge"]
 
+_KEEP_WEIGHTS = {
+    "cache_dir",
+    "dynamic_img_pad",
+    "dynamic_img_size",
+    "img_size",
+    "in_chans",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "strict_img_size",
+}
+"""Options of timm, beside drop rates, under which it still loads every pretrained weight."""
+
 
 @dataclass
 class BackboneConfig:
@@ -23,7 +35,8 @@ class BackboneConfig:
     weights
         A local .safetensors or .pth file with the weights; its classifier is dropped.
     options
-        Further arguments for timm.create_model, such as {img_size: 32, in_chans: 1}.
+        Further arguments for timm.create_model, such as {img_size: 32, in_chans: 1}. Those that
+        change the architecture need weights, or pretrained false.
     pretrained
         Start from pretrained weights, which timm downloads if no file is given; else random ones.
     """
@@ -48,6 +61,15 @@ class BackboneConfig:
             msg = (
                 "backbone.name glyphs comes with its own weights and options: to use others, give "
                 "the name of a timm model, for instance --backbone.name vit_tiny_patch16_224."
+            )
+            raise ValueError(msg)
+        # timm would download the weights first, and then drop or leave random what does not match.
+        changing = sorted(k for k in self.options if k not in _KEEP_WEIGHTS and "drop" not in k)
+        if changing and self.pretrained and self.weights is None:
+            msg = (
+                f"backbone.options {changing} change the architecture of {self.name}, which timm's "
+                "pretrained weights do not fit: give a file with weights for it as "
+                "--backbone.weights FILE, or start from random ones by --backbone.pretrained false."
             )
             raise ValueError(msg)
 
@@ -107,9 +129,9 @@ class MethodConfig:
 
     def __post_init__(self) -> None:
         at_least("method.rank", self.rank, 1)
-        for key in ("general_weight", "isolated_weight", "down_scale", "ridge", "gamma"):
-            positive(f"method.{key}", getattr(self, key))
-        not_negative("method.radius", self.radius)
+        positive("method.down_scale", self.down_scale)
+        for key in ("general_weight", "isolated_weight", "ridge", "radius", "gamma"):
+            not_negative(f"method.{key}", getattr(self, key))
         check(bool(self.target.strip()), "method.target", self.target, "a pattern of module names")
 
 

@@ -30,6 +30,24 @@ _DECODE_ERRORS = (
 )
 
 
+class UnreadableImageError(ValueError):
+    """An image file is missing or cannot be decoded; the message names it and says what to do.
+
+    The message is the same whether this process or a loading one met the file.
+
+    Examples
+    --------
+    >>> UnreadableImageError("there is no image file x.png.")
+    UnreadableImageError('there is no image file x.png.')
+    """
+
+    def __init__(self, message: str) -> None:
+        # From a loading process, torch raises the class anew with the whole traceback as message,
+        # which ends with the original message behind the name of the class.
+        name = f"{type(self).__module__}.{type(self).__qualname__}: "
+        super().__init__(message.rpartition(name)[2].rstrip("\n"))
+
+
 class Images(Protocol):
     """Images by position: uint8, or float in [0, 1], of shape (C, H, W)."""
 
@@ -42,7 +60,7 @@ class Images(Protocol):
         ...
 
     def check(self) -> None:
-        """Raise ValueError if an image cannot be read, as far as can be told quickly."""
+        """Raise UnreadableImageError for an image that cannot be read, if that shows quickly."""
         ...
 
 
@@ -123,7 +141,7 @@ class FileImages:
 
         Raises
         ------
-        ValueError
+        UnreadableImageError
             If one is no image that Pillow can read, or is too large; the message names it.
         """
         for path in self.paths:
@@ -153,8 +171,9 @@ def open_image(path: str | Path, config: DataConfig) -> Tensor:
 
     Raises
     ------
-    ValueError
-        If the file cannot be decoded or is too large; the message names it.
+    UnreadableImageError
+        A ValueError, if the file is missing, cannot be decoded or is too large; the message names
+        it.
     """
     try:
         with Image.open(path) as file:
@@ -186,5 +205,13 @@ def _resize_square(pixels: Tensor, side: int | None) -> Tensor:
     return resized.clamp(0, 1) if resized.is_floating_point() else resized
 
 
-def _unreadable(path: str | Path, error: Exception) -> ValueError:
-    return ValueError(f"cannot read the image {path}: {error} Repair it, or take it out.")
+def _unreadable(path: str | Path, error: Exception) -> UnreadableImageError:
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return UnreadableImageError(f"there is no image file {path}.")
+    if isinstance(error, OSError) and Path(path).is_dir():
+        return UnreadableImageError(f"{path} is a folder, not an image: give the files in it.")
+    # What the system says repeats the path; what Pillow says has no such short form.
+    reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+    return UnreadableImageError(
+        f"cannot read the image {path}: {reason.rstrip('.')}. Repair it, or take it out."
+    )

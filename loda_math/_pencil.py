@@ -1,0 +1,134 @@
+"""The solves behind the subspaces: directions with their eigenvalues, one more than is asked for.
+
+Basis functions keep the basis alone; the sibling functions in ``solutions`` report the rest.
+"""
+
+from typing import Any, NamedTuple
+
+from loda_math._arrays import (
+    Array,
+    Namespace,
+    coarsest_eps,
+    eye_like,
+    fix_signs,
+    namespace,
+    peak,
+    result_dtype,
+    rounding_share,
+    safe_divide,
+    symmetrise,
+    trace,
+    widen,
+)
+from loda_math._fast import largest_eigenvalue, leading_eigh, leading_pencil, trailing_eigh
+from loda_math._validation import check_rank, check_real, check_square, check_values
+
+
+class Directions(NamedTuple):
+    """Directions in order of merit, k = min(r + 1, D) of them, in the widest dtype."""
+
+    basis: Array  # (..., D, k), orthonormal
+    values: Array  # (..., k)
+    inert: Array  # (..., k), true where a direction is rounding noise
+    largest: Array  # (..., 1), the largest eigenvalue of the problem
+
+
+def checked(new: Array, old: Array | None, rank: int) -> Namespace:
+    """Namespace of the moments, after the checks that every subspace shares."""
+    moments = {"new": new} if old is None else {"new": new, "old": old}
+    xp = namespace(**moments)
+    check_real(xp, **moments)
+    check_rank(rank, check_square(**moments))
+    check_values(xp, symmetric=moments)
+    return xp
+
+
+def normalised(xp: Namespace, moment: Array) -> tuple[Array, Array]:
+    """Moment of trace one (a zero moment stays zero), and the trace, shape (..., 1, 1)."""
+    # A first division by the largest entry keeps the trace of huge or tiny moments in range.
+    largest = peak(xp, moment)
+    moment = safe_divide(xp, moment, largest)
+    # The trace of a true moment is positive; a negative one must not flip its sign.
+    total = xp.abs(trace(xp, moment))
+    return symmetrise(safe_divide(xp, moment, total)), total * largest
+
+
+def regularised(
+    xp: Namespace, new: Array, old: Array, ridge: Any, formed: float = 0.0
+) -> tuple[Array, Array]:
+    """Both moments of trace one, and the history with the ridge (α / D) I on it."""
+    size = int(new.shape[-1])
+    s_new, s_old = (normalised(xp, s)[0] for s in widen(xp, new, old))
+    floor = max(float(ridge), 4 * size * coarsest_eps(xp, new, old, formed=formed)) / size
+    return s_new, s_old + floor * eye_like(xp, s_old, size)
+
+
+def general(
+    xp: Namespace, new: Array, old: Array | None, rank: int, formed: float = 0.0
+) -> Directions:
+    """Leading eigenvectors of the sum of the moments, eigenvalues in the units of the moments."""
+    (s,) = widen(xp, new)
+    units = 1.0
+    if old is not None:
+        # Halving both keeps the sum of two large moments from overflowing.
+        s, units = 0.5 * s + 0.5 * widen(xp, old)[0], 2.0
+    s, total = normalised(xp, s)
+    noise = rounding_share(xp, int(s.shape[-1]), new, old, formed=formed)
+    found = leading(xp, s, rank, noise)
+    scale = units * total[..., 0]
+    return found._replace(values=found.values * scale, largest=found.largest * scale)
+
+
+def leading(xp: Namespace, s: Array, rank: int, noise: float) -> Directions:
+    """Leading eigenvectors of a moment; below ``noise`` times the largest they are inert."""
+    count = min(rank + 1, int(s.shape[-1]))
+    values, vectors = leading_eigh(xp, s, count)
+    largest = values[..., :1]
+    return Directions(vectors, values, values <= noise * largest, largest)
+
+
+def isolated(
+    xp: Namespace, new: Array, old: Array | None, rank: int, ridge: Any, formed: float = 0.0
+) -> Directions:
+    """Leading generalised eigenvectors of (new, old + ridge), orthonormalised in that order."""
+    size = int(new.shape[-1])
+    if old is None:
+        s_new, _ = normalised(xp, *widen(xp, new))
+        return leading(xp, s_new, rank, rounding_share(xp, size, new, formed=formed))
+    s_new, r = regularised(xp, new, old, ridge, formed)
+    noise = rounding_share(xp, size, new, old, formed=formed) * largest_eigenvalue(xp, s_new)
+    return ratio_order(xp, s_new, r, min(rank + 1, size), noise)
+
+
+def ratio_order(xp: Namespace, s_new: Array, r: Array, count: int, noise: Array) -> Directions:
+    """Leading generalised eigenvectors of (S_new, R), orthonormalised in that order."""
+    values, directions = leading_pencil(xp, s_new, r, count, "old")
+    # Householder QR keeps the span of leading columns whatever the conditioning of the factor.
+    basis, _ = xp.linalg.qr(directions)
+    # The ratio alone cannot tell noise: the ridge magnifies what rounding left in ``new``.
+    directions = directions / xp.sqrt(xp.sum(directions * directions, axis=-2, keepdims=True))
+    energy = xp.sum(directions * (s_new @ directions), axis=-2)
+    largest = values[..., :1]
+    faint = rounding_share(xp, int(s_new.shape[-1]), s_new) * largest
+    return Directions(basis, values, (energy <= noise) | (values <= faint), largest)
+
+
+def null(xp: Namespace, old: Array, rank: int) -> Directions:
+    """Trailing eigenvectors of the history, the quietest first; none counts as inert."""
+    count = min(rank + 1, int(old.shape[-1]))
+    s, total = normalised(xp, *widen(xp, old))
+    values, quiet, largest = trailing_eigh(xp, s, count)
+    tail, largest = (v * total[..., 0] for v in (values, largest))
+    return Directions(quiet, tail, xp.zeros_like(tail) > 0, largest)
+
+
+def finish(xp: Namespace, found: Directions, rank: int, *like: Array | None) -> Array:
+    """The basis alone: inert directions zero, signs fixed, in the dtype of the inputs."""
+    basis = fix_signs(xp, found.basis[..., :rank]) + 0.0  # turns -0 into 0
+    inert = found.inert[..., None, :rank]
+    return xp.astype(xp.where(inert, xp.zeros_like(basis), basis), result_dtype(xp, *like))
+
+
+def count(xp: Namespace, alive: Array) -> Array:
+    """How many entries of the last axis are true."""
+    return xp.sum(xp.astype(alive, xp.int32), axis=-1)

@@ -1,0 +1,111 @@
+"""How much faster the solvers are than the route that research code takes: ``make bench``.
+
+The naive route, per layer and in float32: a full SVD for the general subspace; for the isolated
+one a Cholesky factorisation, three explicit inverses and another full SVD. Both routes run in one
+process on one thread, in turn, so that a busy machine slows both; the ratios are of medians.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from threadpoolctl import threadpool_limits
+
+import loda_math as lm
+
+RANK, RIDGE = 32, 1e-2
+# Size, rounds, and the ratio that must be reached.
+TARGETS = [(384, 7, 1.0), (768, 7, 3.0), (3072, 3, 8.0)]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)
+    with threadpool_limits(1):
+        yield
+
+
+def moments(size: int) -> tuple[Any, Any]:
+    """Second moments of centred tokens whose features decay slowly, as float64."""
+    rng = np.random.default_rng(0)
+    both = []
+    for _ in range(2):
+        mix = rng.standard_normal((size, size), dtype=np.float32)
+        mix *= np.sqrt(np.arange(1, size + 1, dtype=np.float32))[:, None] ** -1
+        tokens = rng.standard_normal((2 * size, size), dtype=np.float32) @ mix
+        tokens -= tokens.mean(axis=1, keepdims=True)
+        tokens /= tokens.std(axis=1, keepdims=True)
+        gram = (tokens.T @ tokens).astype(np.float64) / len(tokens)
+        both.append(0.5 * (gram + gram.T))
+    return both[0], both[1]
+
+
+def naive(xp: ModuleType, new: Any, old: Any) -> Any:
+    """Both bases of one layer, the way that research code finds them."""
+    new, old = (m.astype(np.float32) if xp is np else m.float() for m in (new, old))
+    general = xp.linalg.svd(old + new)[0][:, :RANK]
+    size = len(old)
+    jitter = RIDGE * float(xp.trace(old)) / size * xp.eye(size, dtype=old.dtype)
+    factor = xp.linalg.cholesky(old + jitter)
+    inner = xp.linalg.inv(factor) @ new @ xp.linalg.inv(factor.T)
+    vectors = xp.linalg.svd(inner)[0][:, :RANK]
+    isolated, _ = xp.linalg.qr(xp.linalg.inv(factor.T) @ vectors)
+    return general, isolated
+
+
+def ours(new: Any, old: Any) -> Any:
+    general = lm.general_subspace(new, old, RANK)
+    return general, lm.isolated_subspace(new, old, RANK, ridge=RIDGE)
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize(("size", "rounds", "target"), TARGETS)
+def test_faster_than_the_naive_route(
+    benchmark: Any,
+    capsys: pytest.CaptureFixture[str],
+    library: str,
+    size: int,
+    rounds: int,
+    target: float,
+) -> None:
+    xp = pytest.importorskip(library)
+    new, old = (m if xp is np else xp.from_numpy(m) for m in moments(size))
+    ours(new[:192, :192], old[:192, :192])  # first calls import and start up
+    slow, fast = [], []
+    for _ in range(rounds):
+        slow.append(seconds(lambda: naive(xp, new, old)))
+        fast.append(seconds(lambda: ours(new, old)))
+    benchmark.pedantic(ours, (new, old), rounds=1)
+    ratio = statistics.median(slow) / statistics.median(fast)
+    benchmark.extra_info["ratio"] = ratio
+    with capsys.disabled():
+        print(
+            f"\n{library:6} D={size:5}  naive {statistics.median(slow):7.3f} s  "
+            f"ours {statistics.median(fast):7.3f} s  ratio {ratio:5.1f}"
+        )
+    assert ratio >= target
+
+
+def test_linear_in_the_number_of_layers(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    new, old = moments(384)
+    per_layer = {}
+    for layers in (1, 4, 12):
+        stacks = [np.broadcast_to(m, (layers, *m.shape)).copy() for m in (new, old)]
+        times = [seconds(lambda s=stacks: ours(*s)) for _ in range(3)]
+        per_layer[layers] = statistics.median(times) / layers
+    benchmark.pedantic(ours, (new, old), rounds=3)
+    with capsys.disabled():
+        shown = ", ".join(f"{k} layers {1e3 * v:.1f} ms" for k, v in per_layer.items())
+        print(f"\nper layer at D=384: {shown}")
+    assert per_layer[12] <= 1.5 * per_layer[1]

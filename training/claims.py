@@ -1,0 +1,148 @@
+"""What a run folder or somebody's ``.npz`` file claims, layer by layer, ready to be checked."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from loda_math import RecalibrationForm
+from loda_math.verify import Objective
+from training.config import read_experiment
+from training.run_folder import CONFIG, TASKS
+
+Array = NDArray[Any]
+
+
+class Claims(NamedTuple):
+    """The settings that a solution claims to have been computed under; the paper's by default."""
+
+    down_scale: float = 3**-0.5
+    general_weight: float = 0.25
+    isolated_weight: float = 0.5
+    gamma: float = 3.0
+    form: RecalibrationForm | Literal["none"] = "direction"
+    isolated: Objective = "isolated"
+    ridge: float = 0.0
+
+
+class Case(NamedTuple):
+    """One layer of one task: its arrays, under the names that `read_arrays` lists."""
+
+    task: str
+    layer: str
+    arrays: Mapping[str, Array]
+    claims: Claims
+
+
+def read_run(path: Path) -> Iterator[Case]:
+    """Cases of a run folder; the history is summed up from the passes that the run names.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder is no run, or kept no moments and branches.
+    ValueError
+        If the run used a method without subspaces.
+    """
+    if not (path / CONFIG).is_file():
+        msg = f"{path} is no run folder: no {CONFIG} in it"
+        raise FileNotFoundError(msg)
+    method = read_experiment(path / CONFIG).method
+    if method.name != "loda":
+        msg = f"{path} is a run of {method.name}, which chooses no subspaces: nothing to verify"
+        raise ValueError(msg)
+    halved = 0.5 if method.branches == "both" else 1.0
+    claims = Claims(
+        method.down_scale,
+        method.general_weight * halved,
+        method.isolated_weight * halved,
+        method.gamma,
+        method.recalibration,
+        "null" if method.isolated == "null" else "isolated",
+        method.ridge,
+    )
+    passes = [p for p in ("trained", "merged") if method.history in (p, "both")]
+    history: dict[str, Array] = {}
+    tasks = sorted(p for p in (path / TASKS).glob("*") if p.is_dir())
+    for number, folder in enumerate(tasks):
+        files = [folder / f"{name}.safetensors" for name in ("moments", "branches")]
+        if folder.name != f"{number:03d}" or not all(file.is_file() for file in files):
+            tasks = []
+            break
+        moments, branches = (load_file(file) for file in files)
+        for layer in (k.removeprefix("new/") for k in moments if k.startswith("new/")):
+            arrays = {"moment_new": moments[f"new/{layer}"]}
+            if layer in history:
+                arrays |= {"moment_old": history[layer], "moment_old_at_merge": history[layer]}
+            names = {"moment_new_trained": f"trained/{layer}"}
+            arrays |= {new: moments[old] for new, old in names.items() if old in moments}
+            names = {"coefficients": f"coefficients/{layer}"}
+            for branch in ("general", "isolated"):
+                names |= {f"A_{branch}": f"down/{branch}/{layer}"}
+                names |= {f"B_{branch}": f"up/{branch}/{layer}"}
+            arrays |= {new: branches[old] for new, old in names.items() if old in branches}
+            yield Case(folder.name, layer, arrays, claims)
+            for name in passes:
+                moment = moments[f"{name}/{layer}"]
+                history[layer] = history[layer] + moment if layer in history else moment
+    if not tasks:
+        msg = (
+            f"{path} kept no moments and branches of all its tasks: train with "
+            f"--keep.moments true --keep.branches true"
+        )
+        raise FileNotFoundError(msg)
+
+
+def read_arrays(path: Path) -> Iterator[Case]:
+    """Cases of an ``.npz`` file of arrays ``TASK/LAYER/NAME``, as any code can write it.
+
+    ==================================== ====================================================
+    ``moment_new``, ``moment_old``       (D, D); the bases were chosen from these. No
+                                         ``moment_old``, or zeros: the first task
+    ``A_general_init`` (or               (r, D); chosen down-projections, their scale included.
+    ``A_general``), ``A_isolated``       Without the former, ``A_general`` stands for it from the
+                                         second task on
+    ``A_general``, ``B_general``,        (r, D) and (O, r); the branches at the merge
+    ``A_isolated``, ``B_isolated``
+    ``moment_new_trained``,              (D, D); what the recalibration used
+    ``moment_old_at_merge``
+    ``coefficients``                     (r, r); Λ. Without it, it is recovered from the weights
+    ``qkv_before``, ``qkv_after``        (O, D); the weight around the merge
+    ==================================== ====================================================
+
+    What is not there is not checked. A string ``settings`` (JSON) may set any field of `Claims`;
+    other keys are ignored.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is no ``.npz`` file, or its settings are unknown.
+    """
+    if not path.is_file():
+        msg = f"no run folder and no file {path}"
+        raise FileNotFoundError(msg)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            content = dict(file)
+    except (ValueError, OSError, TypeError) as error:
+        msg = f"cannot read {path} as .npz: {error}"
+        raise ValueError(msg) from error
+    given = json.loads(str(content.pop("settings", "{}")))
+    if not isinstance(given, dict) or set(given) - set(Claims._fields):
+        msg = f"settings must be JSON with some of {Claims._fields}, got {given}"
+        raise ValueError(msg)
+    groups: dict[tuple[str, str], dict[str, Array]] = {}
+    for key, array in content.items():
+        place, _, name = key.rpartition("/")
+        task, _, layer = place.partition("/")
+        if task and layer:
+            groups.setdefault((task, layer), {})[name] = array
+    for (task, layer), arrays in sorted(groups.items()):
+        if "moment_new" in arrays:
+            yield Case(task, layer, arrays, Claims(**given))

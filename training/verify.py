@@ -1,0 +1,228 @@
+"""Every layer and task of a finished run solved again, from the moments that it saved."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from loda_math import RecalibrationForm, recalibration, stack_branches, update_effect
+from loda_math.verify import (
+    Objective,
+    implied_coefficients,
+    verify_merge,
+    verify_recalibration,
+    verify_subspace,
+)
+from training.claims import Array, Case, read_arrays, read_run
+
+
+class Check(NamedTuple):
+    """One line of the table; what does not apply is None.
+
+    Attributes
+    ----------
+    task, layer, what : str
+        Where, and which solution.
+    passed : bool
+        The verdict.
+    defect : float or None
+        Departure of the basis from orthonormality.
+    residual : float
+        Of the stationarity equation; for Λ the distance to the exact one, for a merge the part of
+        the update that is unexplained.
+    gap : float or None
+        Share of the optimum that is missed (for Λ: the optimum of the full form).
+    new, old : float or None
+        Relative energies of a basis; for Λ, how much of the update it keeps on new inputs and how
+        much of its interference on old ones.
+    directions : int or None
+        Directions with new-task energy above rounding.
+    """
+
+    task: str
+    layer: str
+    what: str
+    passed: bool
+    defect: float | None
+    residual: float
+    gap: float | None
+    new: float | None = None
+    old: float | None = None
+    directions: int | None = None
+
+
+def verify(path: Path, *, tolerance: float = 1e-5) -> list[Check]:
+    """Check what a run folder or an ``.npz`` file claims, in float64 NumPy.
+
+    Parameters
+    ----------
+    path : Path
+        A run trained with ``keep.moments`` and ``keep.branches``, or a file as
+        :func:`training.claims.read_arrays` takes.
+    tolerance : float
+        As in :func:`loda_math.verify.verify_subspace`.
+
+    Returns
+    -------
+    list of Check
+        In the order of tasks and layers.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such run or file.
+    ValueError
+        If nothing in it can be checked.
+    """
+    cases = read_run(path) if path.is_dir() else read_arrays(path)
+    checks = [check for case in cases for check in check_case(case, tolerance=tolerance)]
+    if not checks:
+        msg = f"{path} holds nothing to check: no bases beside the moments they were chosen from"
+        raise ValueError(msg)
+    return checks
+
+
+def check_case(case: Case, *, tolerance: float = 1e-5) -> Iterator[Check]:
+    """Every check that the arrays of a case allow."""
+    arrays, claims = case.arrays, case.claims
+    new = arrays["moment_new"]
+    old = arrays.get("moment_old", np.zeros_like(new))
+    first = not old.any()
+    general = arrays.get("A_general_init")
+    if general is None and not first:  # on the first task it may have been trained
+        general = arrays.get("A_general")
+    bases: list[tuple[Objective, Array | None]] = [("general", general)]
+    if not first:
+        bases.append((claims.isolated, arrays.get("A_isolated")))
+    for objective, down in bases:
+        if down is not None:
+            yield _basis(case, objective, down, new, old, tolerance)
+    if "B_general" not in arrays or "A_general" not in arrays:
+        return
+    coefficients = None
+    if not first and claims.form != "none":
+        coefficients = _coefficients(case)
+        if coefficients is not None and "moment_new_trained" in arrays:
+            yield _recalibration(case, claims.form, coefficients, tolerance)
+    if "qkv_before" in arrays and "qkv_after" in arrays:
+        if coefficients is not None and "coefficients" not in arrays:
+            # Implied coefficients would explain whatever was merged: the exact ones must.
+            coefficients = _exact(case)
+        if first or claims.form == "none" or coefficients is not None:
+            yield _merge(case, coefficients, first, tolerance)
+
+
+def _basis(
+    case: Case, objective: Objective, down: Array, new: Array, old: Array, tolerance: float
+) -> Check:
+    claims = case.claims
+    report = verify_subspace(
+        down.T / claims.down_scale, new, old, objective, ridge=claims.ridge, tolerance=tolerance
+    )
+    return Check(
+        case.task,
+        case.layer,
+        objective,
+        bool(report.passed),
+        float(report.orthonormality),
+        float(report.stationarity),
+        float(report.optimality_gap),
+        float(report.energy_new),
+        float(report.energy_old),
+        int(report.effective_rank),
+    )
+
+
+def _coefficients(case: Case) -> Array | None:
+    """Λ as given, or as the weights around the merge imply."""
+    arrays, claims = case.arrays, case.claims
+    if "coefficients" in arrays:
+        return arrays["coefficients"]
+    if "qkv_before" not in arrays or "qkv_after" not in arrays:
+        return None
+    change = arrays["qkv_after"].astype(np.float64) - arrays["qkv_before"]
+    if "B_isolated" in arrays:
+        change -= claims.isolated_weight * arrays["B_isolated"] @ arrays["A_isolated"]
+    up = claims.general_weight * arrays["B_general"].astype(np.float64)
+    found: Array = implied_coefficients(change, up, arrays["A_general"].astype(np.float64))
+    return found
+
+
+def _exact(case: Case) -> Array | None:
+    arrays, form = case.arrays, case.claims.form
+    if form == "none" or "moment_new_trained" not in arrays:
+        return None
+    found: Array = recalibration(*_branch(case), case.claims.gamma, form)
+    return found
+
+
+def _branch(case: Case) -> tuple[Array, Array, Array, Array]:
+    """What the recalibration takes: B, A and both moments at the merge."""
+    arrays = case.arrays
+    old = arrays.get("moment_old_at_merge", arrays.get("moment_old"))
+    if old is None:
+        old = np.zeros_like(arrays["moment_new"])
+    return arrays["B_general"], arrays["A_general"], arrays["moment_new_trained"], old
+
+
+def _recalibration(
+    case: Case, form: RecalibrationForm, coefficients: Array, tolerance: float
+) -> Check:
+    branch = _branch(case)
+    report = verify_recalibration(
+        coefficients, *branch, case.claims.gamma, form, tolerance=tolerance
+    )
+    effect = update_effect(coefficients, *branch)
+    return Check(
+        case.task,
+        case.layer,
+        f"Λ {form}",
+        bool(report.passed),
+        None,
+        float(report.deviation),
+        float(report.optimality_gap),
+        _share(effect.new_change - effect.new_loss, effect.new_change),
+        _share(effect.old_change, effect.old_change_before),
+    )
+
+
+def _merge(case: Case, coefficients: Array | None, first: bool, tolerance: float) -> Check:
+    arrays, claims = case.arrays, case.claims
+    ups, downs, weights = [arrays["B_general"]], [arrays["A_general"]], [claims.general_weight]
+    if coefficients is not None:
+        ups = [ups[0] @ coefficients.astype(ups[0].dtype)]
+    if not first and "B_isolated" in arrays:
+        ups.append(arrays["B_isolated"])
+        downs.append(arrays["A_isolated"])
+        weights.append(claims.isolated_weight)
+    up, down = stack_branches(ups, downs, weights)
+    report = verify_merge(arrays["qkv_before"], arrays["qkv_after"], up, down, tolerance=tolerance)
+    passed, error = bool(report.passed), float(report.error)
+    return Check(case.task, case.layer, "merge", passed, None, error, None)
+
+
+def _share(part: Array, whole: Array) -> float:
+    return float(part / whole) if whole > 0 else 0.0
+
+
+def verification_table(checks: list[Check]) -> str:
+    """Aligned plain text: a line a check, and the verdict over all below."""
+    header = ("task", "layer", "what", "defect", "residual", "gap", "new", "old", "rank", "verdict")
+    rows: list[tuple[str, ...]] = [header]
+    for c in checks:
+        small = ("" if x is None else f"{x:.1e}" for x in (c.defect, c.residual, c.gap))
+        shares = ("" if x is None else f"{x:.4f}" for x in (c.new, c.old))
+        rank = "" if c.directions is None else str(c.directions)
+        verdict = "ok" if c.passed else "OFF"
+        rows.append((c.task, c.layer, c.what, *small, *shares, rank, verdict))
+    widths = [max(len(row[k]) for row in rows) for k in range(len(header))]
+    lines = [
+        "  ".join(
+            x.ljust(w) if k < 3 else x.rjust(w)
+            for k, (x, w) in enumerate(zip(r, widths, strict=True))
+        )
+        for r in rows
+    ]
+    right = sum(c.passed for c in checks)
+    return "\n".join([*lines, f"{right} of {len(checks)} checks passed"])
