@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0 on success, 1 where ``verify`` finds a difference, 2 for what the user can mend (settings, data, files), with one clear line
-        on the standard error, 130 after Ctrl-C.
+        0 on success, 1 where ``verify`` finds a difference, 2 for what the user can mend
+        (settings, data, files), with one clear line on the standard error, 130 after Ctrl-C.
     """
     arguments, rest = _parser().parse_known_args(argv)
     if arguments.command is None:
