@@ -1,0 +1,34 @@
+"""Folder trees of small images in one colour each, and their settings, for the tests of data."""
+
+from pathlib import Path
+
+from PIL import Image
+
+from training.config import DataConfig
+from training.data import ImageSet, build_stream, train_transform
+
+CLASSES = ["ant", "bee", "cat", "dog", "eel"]
+CALTECH = {"image_size": 32, "resize": 32, "train_crop": "pad", "pad": 4, "flip": True}
+
+
+def colour(name: str, index: int = 0) -> tuple[int, int, int]:
+    return (40 * CLASSES.index(name) + 10, index, 7)
+
+
+def grow(root: Path, counts: dict[str, int], classes: list[str] = CLASSES) -> Path:
+    for split, count in counts.items():
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                image = Image.new("RGB", (12 + index, 10), colour(name, index))
+                image.save(root / split / name / f"{index}.png")
+    return root
+
+
+def folder(root: Path, **settings: object) -> DataConfig:
+    return DataConfig(name="folder", root=str(root), **{"resize": 8, **settings})  # type: ignore[arg-type]
+
+
+def augmented(tree: Path, workers: int) -> ImageSet:
+    config = folder(tree, image_size=8, train_crop="pad", pad=3, flip=True, workers=workers)
+    return build_stream(config, 0).train.with_transform(train_transform(config))
