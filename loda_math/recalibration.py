@@ -96,6 +96,9 @@ def recalibration(
     weight = core.check_weight(xp, "history_weight", history_weight)
     b, p, q = core.reduced(xp, up, down, new, old)
     kept, k = core.blend(xp, p, q, gamma, weight)
+    # Λ has the batch of all arguments, of ``up`` too where its form does not depend on it.
+    batch = xp.zeros_like(b[..., :1, :1])
+    kept, k = kept + batch, k + batch
     # Energies below this share of the largest are rounding of the moments; B and A are exact as
     # they are, be it in half precision.
     rank = int(down.shape[-2])

@@ -1,6 +1,7 @@
 """The command `loda`: what it prints, what it returns, and that errors are one line."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -260,3 +261,43 @@ def test_the_console_script_is_installed() -> None:
         [script, "--version"], capture_output=True, text=True, check=True, env={**os.environ}
     )
     assert done.stdout.strip() == f"loda {version('loda')}"
+
+
+@pytest.mark.parametrize("argv", [["train", "--data.foo", "3"], ["train", "--help"]])
+def test_settings_are_read_before_torch(argv: list[str]) -> None:
+    code = (
+        "import sys\nfrom training.cli import main\n"
+        f"try:\n    main({argv!r})\nexcept SystemExit:\n    pass\n"
+        "print('heavy:', sorted({'torch', 'timm', 'accelerate'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "heavy: []"
+
+
+def test_ctrl_c_ends_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.cli._train", interrupted)
+    assert cli.main(["train"]) == 130
+    assert capsys.readouterr().err == "loda train: interrupted\n"
+
+
+def test_data_that_moved_are_found(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = read_experiment(run / "config.yaml").data.root
+    moved = Path(shutil.copytree(str(root), tmp_path / "moved"))
+    assert cli.main(["eval", str(run)]) == 0
+    there = capsys.readouterr().out
+    assert cli.main(["eval", str(run), "--root", str(moved)]) == 0
+    assert capsys.readouterr().out == there
+
+
+def test_report_and_verify_print_tables(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", str(run)]) == 0
+    assert "| loda |" in capsys.readouterr().out
+    assert cli.main(["verify", str(run)]) == 0
+    assert "checks passed" in capsys.readouterr().out

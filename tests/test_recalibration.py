@@ -308,3 +308,15 @@ def test_empty_batches(xp: ModuleType, form: str) -> None:
     result = recalibration(*arrays, 1.0, form)
     assert result.shape == (0, 2, 2)
     assert recalibration_loss(result, *arrays, 1.0).shape == (0,)
+
+
+@pytest.mark.parametrize("form", ["full", "diagonal", "direction", "scalar", "box"])
+def test_every_form_has_the_batch_of_all_arguments(xp: ModuleType, form: str) -> None:
+    rng = np.random.default_rng(0)
+    up, down = rng.standard_normal((2, 3, 5, 2)), rng.standard_normal((2, 6))
+    new, old = (x.T @ x for x in rng.standard_normal((2, 9, 6)))
+    arrays = [to_library(xp, x, "float64") for x in (up, down, new, old)]
+    found = to_numpy(recalibration(*arrays, 1.5, form=form))
+    assert found.shape == (2, 3, 2, 2)
+    one = [to_library(xp, x, "float64") for x in (up[1, 2], down, new, old)]
+    np.testing.assert_allclose(found[1, 2], to_numpy(recalibration(*one, 1.5, form=form)), 1e-9)

@@ -41,8 +41,11 @@ def choose_folder(experiment: Experiment) -> Path:
         msg = f"out is {folder}, which is a file; give a folder"
         raise NotADirectoryError(msg)
     if folder.is_dir() and any(folder.iterdir()) and not experiment.overwrite:
+        begun = (folder / CONFIG).is_file() and not (folder / SUMMARY).is_file()
+        unfinished = " (it holds a run that did not finish)" if begun else ""
         msg = (
-            f"{folder} is not empty, and nothing is overwritten unasked: give another --out, or "
+            f"{folder} is not empty{unfinished}, and nothing is overwritten unasked: give another "
+            f"--out, or "
             f"--overwrite true to replace the run in it"
         )
         raise FileExistsError(msg)
