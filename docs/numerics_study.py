@@ -19,7 +19,7 @@ def table(title: str, header: str, rows: list[list[Any]]) -> None:
     cells = [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
     cells = [header.split(";"), ["---"] * len(rows[0]), *cells]
     lines = [f"| {' | '.join(line)} |" for line in cells]
-    sys.stdout.write("\n".join([title, "", *lines, "\n"]))
+    sys.stdout.write("\n".join([f"**{title}**", "", *lines, "\n"]))
 
 
 def unit(s: Any, ridge: float = 0.0) -> Any:
