@@ -65,7 +65,8 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     torch.set_num_threads(1)
 
 

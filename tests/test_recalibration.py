@@ -8,6 +8,7 @@ import scipy.optimize
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recalibration_oracle import EPS, gammas, loss, root
 from strategies import (
     Matrix,
     branches,
@@ -23,22 +24,7 @@ from strategies import (
 from loda_math import recalibration, recalibration_loss
 
 FORMS = ("full", "diagonal", "direction", "scalar")
-EPS = {"float32": 1.2e-7, "float64": 2.3e-16}
-gammas = st.sampled_from([1e-3, 0.5, 1.0, 3.0, 1e4])
 regular = branches(("random", "spiked", "flat"), dead=False)
-
-
-def root(m: Matrix) -> Matrix:
-    values, vectors = np.linalg.eigh(m)
-    return vectors * np.sqrt(np.clip(values, 0, None))
-
-
-def loss(coefficients: Matrix, branch: tuple, gamma: float) -> float:
-    """J by its definition, as squared norms of matrices (never negative by rounding)."""
-    up, down, new, old = branch
-    interference = up @ coefficients @ down @ root(old)
-    lost = up @ (coefficients - np.eye(len(coefficients))) @ down @ root(new)
-    return float(np.sum(interference**2) + gamma * np.sum(lost**2))
 
 
 def solve(xp: ModuleType, branch: tuple, gamma: float, form: str, dtype: str = "float64") -> Matrix:

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.optimize
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given
+from recalibration_oracle import EPS, few, gammas, loss, root
 from strategies import (
     Matrix,
     branches,
@@ -19,23 +19,6 @@ from strategies import (
 from loda_math import (
     recalibration,
 )
-
-EPS = {"float32": 1.2e-7, "float64": 2.3e-16}
-gammas = st.sampled_from([1e-3, 0.5, 1.0, 3.0, 1e4])
-FORMS = ("full", "diagonal", "box", "direction", "scalar")
-few = settings(max_examples=12)
-
-
-def root(m: Matrix) -> Matrix:
-    values, vectors = np.linalg.eigh(m)
-    return vectors * np.sqrt(np.clip(values, 0, None))
-
-
-def loss(coefficients: Matrix, branch: tuple, gamma: float) -> float:
-    up, down, new, old = branch
-    interference = up @ coefficients @ down @ root(old)
-    lost = up @ (coefficients - np.eye(len(coefficients))) @ down @ root(new)
-    return float(np.sum(interference**2) + gamma * np.sum(lost**2))
 
 
 def least_squares(branch: tuple, gamma: float) -> tuple[Matrix, Matrix]:

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from backends.torch.readouts import (
     AlignmentSettings,
     Readout,
-    align_heads,
+    alignment,
     heads,
-    load_readout,
     nearest_mean,
     ridge,
 )
@@ -80,10 +79,8 @@ def build_readouts(
                 shrinkage=config.alignment_shrinkage,
                 lr=config.alignment_lr,
             )
-            state.aligned = align_heads(
-                state.statistics, settings, generator=generator, weight=start
-            )
-            found[kind] = load_readout(kind, {"weight": state.aligned})
+            aligned = alignment(state.statistics, settings, generator=generator, weight=start)
+            state.aligned, found[kind] = aligned.weight, aligned
     return found
 
 

@@ -50,17 +50,19 @@ def prepare(experiment: Experiment) -> Run:
     method = build_method(experiment.method, model, derive(experiment.seed, 0, "method"))
     kinds = wanted_readouts(experiment.head)
     needs_statistics = experiment.keep.statistics or {"nearest_mean", "alignment"} & set(kinds)
-    ridge = RidgeStatistics(
-        backbone.features,
-        features=experiment.head.ridge_features,
-        seed=derive(experiment.seed, 0, "ridge"),
-    )
+    ridge = None
+    if "ridge" in kinds:  # its sums take the square of the number of features
+        ridge = RidgeStatistics(
+            backbone.features,
+            features=experiment.head.ridge_features,
+            seed=derive(experiment.seed, 0, "ridge"),
+        )
     state = RunState(
         model=model,
         method=method,
         heads=Heads(backbone.features).to(accelerator.device),
         statistics=ClassStatistics() if needs_statistics else None,
-        ridge=ridge if "ridge" in kinds else None,
+        ridge=ridge,
         matrices={kind: AccuracyMatrix() for kind in kinds},
     )
     folder = RunFolder(path, fresh=experiment.out is None)
