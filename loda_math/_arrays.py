@@ -104,9 +104,9 @@ def rounding_share(xp: Namespace, size: int, *arrays: Array | None, formed: floa
 
 
 def widen(xp: Namespace, *arrays: Array) -> tuple[Array, ...]:
-    """The arrays in the widest real dtype of their library."""
+    """The arrays in the widest real dtype of their library; those that have it, uncopied."""
     dtype = widest(xp, arrays[0])
-    return tuple(xp.astype(a, dtype) for a in arrays)
+    return tuple(xp.astype(a, dtype, copy=False) for a in arrays)
 
 
 def is_concrete(*arrays: Array | None) -> bool:
@@ -151,6 +151,17 @@ def full_precision(x: Array) -> AbstractContextManager[Any]:
 def eye_like(xp: Namespace, x: Array, size: int) -> Array:
     """Identity of the given size with the dtype and device of ``x``."""
     return xp.eye(size, dtype=x.dtype, device=compat.device(x))
+
+
+def raise_diagonal(xp: Namespace, x: Array, amount: Any) -> Array:
+    """``x`` with an amount added to its diagonal; ``x`` must be fresh, it may be changed."""
+    size = int(x.shape[-1])
+    if (is_numpy(x) or (is_torch(x) and not x.requires_grad)) and is_concrete(x):
+        # In place: two more matrices of this size cost as much as a step of the solve.
+        rows = xp.arange(size, device=compat.device(x))
+        x[..., rows, rows] += amount[..., 0] if is_array(amount) and amount.ndim else amount
+        return x
+    return x + amount * eye_like(xp, x, size)
 
 
 def transposed(x: Array) -> Array:
@@ -198,7 +209,8 @@ def lower_cholesky(xp: Namespace, x: Array, name: str) -> Array:
         f"or raise ridge."
     )
     try:
-        factor = xp.linalg.cholesky(x)
+        # Of torch's factors the upper one is laid out as LAPACK wants it next: without a copy.
+        factor = xp.linalg.cholesky(x, upper=True).mT if is_torch(x) else xp.linalg.cholesky(x)
     except Exception as error:
         raise ValueError(msg) from error
     # JAX and CuPy report a failure as NaN.

@@ -9,14 +9,14 @@ from loda_math._arrays import (
     Array,
     Namespace,
     coarsest_eps,
-    eye_like,
     fix_signs,
+    is_array,
     namespace,
     peak,
+    raise_diagonal,
     result_dtype,
     rounding_share,
     safe_divide,
-    symmetrise,
     trace,
     widen,
 )
@@ -33,14 +33,23 @@ class Directions(NamedTuple):
     largest: Array  # (..., 1), the largest eigenvalue of the problem
 
 
-def checked(new: Array, old: Array | None, rank: int) -> Namespace:
-    """Namespace of the moments, after the checks that every subspace shares."""
+def checked(new: Array, old: Array | None, rank: Any) -> tuple[Namespace, int]:
+    """Namespace of the moments and the rank, after the checks that every subspace shares."""
     moments = {"new": new} if old is None else {"new": new, "old": old}
     xp = namespace(**moments)
     check_real(xp, **moments)
-    check_rank(rank, check_square(**moments))
+    number = check_rank(rank, check_square(**moments))
     check_values(xp, symmetric=moments)
-    return xp
+    return xp, number
+
+
+def checked_history(old: Array, rank: Any) -> tuple[Namespace, int]:
+    """The same for the history alone."""
+    xp = namespace(old=old)
+    check_real(xp, old=old)
+    number = check_rank(rank, check_square(old=old))
+    check_values(xp, symmetric={"old": old})
+    return xp, number
 
 
 def normalised(xp: Namespace, moment: Array) -> tuple[Array, Array]:
@@ -50,7 +59,10 @@ def normalised(xp: Namespace, moment: Array) -> tuple[Array, Array]:
     moment = safe_divide(xp, moment, largest)
     # The trace of a true moment is positive; a negative one must not flip its sign.
     total = xp.abs(trace(xp, moment))
-    return symmetrise(safe_divide(xp, moment, total)), total * largest
+    # The symmetric part in one scaling: large moments are bound by memory, not by arithmetic.
+    moment = moment + moment.mT
+    moment *= safe_divide(xp, xp.full_like(total, 0.5), total)
+    return moment, total * largest
 
 
 def regularised(
@@ -59,8 +71,11 @@ def regularised(
     """Both moments of trace one, and the history with the ridge (α / D) I on it."""
     size = int(new.shape[-1])
     s_new, s_old = (normalised(xp, s)[0] for s in widen(xp, new, old))
-    floor = max(float(ridge), 4 * size * coarsest_eps(xp, new, old, formed=formed)) / size
-    return s_new, s_old + floor * eye_like(xp, s_old, size)
+    least = 4 * size * coarsest_eps(xp, new, old, formed=formed)
+    # An array is not read: it may be on an accelerator, or stand for a value that comes later.
+    traced = is_array(ridge)
+    alpha = xp.clip(xp.astype(ridge, s_old.dtype), least, None) if traced else max(ridge, least)
+    return s_new, raise_diagonal(xp, s_old, alpha / size)
 
 
 def general(
@@ -71,7 +86,8 @@ def general(
     units = 1.0
     if old is not None:
         # Halving both keeps the sum of two large moments from overflowing.
-        s, units = 0.5 * s + 0.5 * widen(xp, old)[0], 2.0
+        s, units = 0.5 * s, 2.0
+        s += 0.5 * widen(xp, old)[0]
     s, total = normalised(xp, s)
     noise = rounding_share(xp, int(s.shape[-1]), new, old, formed=formed)
     found = leading(xp, s, rank, noise)

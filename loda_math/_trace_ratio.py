@@ -27,7 +27,7 @@ class Optimum(NamedTuple):
     upper: Array  # no basis that meets the floor has a larger ratio
     residual: Array  # tr(Uᵀ(S − κR)U)
     energy: Array  # new-task energy of U(κ), over the most that r directions can carry
-    gap: Array  # (..., 1): (μ_r − μ_(r+1)) / μ_1 for the eigenvalues μ of S − κR
+    gap: Array  # (..., 1): of the eigenvalues of S − κR around r, over those of S and κR
 
 
 class _Point(NamedTuple):
@@ -37,17 +37,25 @@ class _Point(NamedTuple):
 
 
 def maximise(
-    xp: Namespace, new: Array, old: Array, rank: int, ridge: Any, energy_floor: Any
+    xp: Namespace,
+    new: Array,
+    old: Array | None,
+    rank: int,
+    ridge: Any,
+    energy_floor: Any,
+    formed: float = 0.0,
 ) -> Optimum:
     """κ = min(κ*, the last κ at which U(κ) carries its share of new-task energy)."""
     size = int(new.shape[-1])
-    s, r = regularised(xp, new, old, ridge)
+    old = xp.zeros_like(new) if old is None else old
+    s, r = regularised(xp, new, old, ridge, formed)
     spectrum, _ = leading_eigh(xp, s, rank)
-    share = rounding_share(xp, size, new, old)
+    share = rounding_share(xp, size, new, old, formed=formed)
     best = xp.sum(spectrum, axis=-1)[..., None, None]
     start = ratio_order(xp, s, r, rank, 0 * spectrum[..., :1]).basis
     peak, value = _newton(xp, s, r, start)
-    quiet = xp.sum(trailing_eigh(xp, r, rank)[0], axis=-1)[..., None, None]
+    quiet, _, loud = trailing_eigh(xp, r, rank)
+    quiet = xp.sum(quiet, axis=-1)[..., None, None]
     upper = peak + xp.where(value > 0, value, xp.zeros_like(value)) / quiet
     multiplier = peak
     if not (isinstance(energy_floor, (int, float)) and energy_floor == 0):
@@ -63,7 +71,9 @@ def maximise(
     basis = point.basis @ turn
     ratios = energies / xp.sum(basis * (r @ basis), axis=-2)
     inert = energies <= share * spectrum[..., :1]
-    behind = values[..., rank:] if rank < size else values[..., -1:] - values[..., :1]
+    # Not over the largest eigenvalue of S − κR: for one direction that is zero at the maximiser.
+    scale = spectrum[..., :1] + multiplier[..., 0] * loud
+    gap = scale if rank == size else values[..., rank - 1 : rank] - values[..., rank:]
     return Optimum(
         found=Directions(basis, ratios, inert, xp.max(ratios, axis=-1, keepdims=True)),
         multiplier=multiplier,
@@ -71,7 +81,7 @@ def maximise(
         upper=upper,
         residual=point.new - multiplier * point.old,
         energy=safe_divide(xp, point.new, best),
-        gap=safe_divide(xp, values[..., rank - 1 : rank] - behind, values[..., :1]),
+        gap=safe_divide(xp, gap, scale),
     )
 
 

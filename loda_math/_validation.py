@@ -1,6 +1,7 @@
 """Checks at the boundary: shapes, dtypes and scalars always, values only where they can be read."""
 
 import math
+import operator
 from typing import Any
 
 from loda_math._arrays import (
@@ -9,6 +10,7 @@ from loda_math._arrays import (
     is_array,
     is_concrete,
     is_deferred,
+    is_numpy,
     is_torch,
     peak,
     python_number,
@@ -16,6 +18,8 @@ from loda_math._arrays import (
 
 # Relative asymmetry that a Gram matrix formed in single precision stays well below.
 SYMMETRY_TOLERANCE = 1e-4
+# Rows compared at a time with their mirror image.
+STRIPE = 256
 
 
 def check_real(xp: Namespace, **arrays: Array | None) -> None:
@@ -56,14 +60,20 @@ def check_rows(name: str, matrix: Array, size: int) -> None:
         raise ValueError(msg)
 
 
-def check_rank(rank: int, size: int) -> None:
-    """Refuse a rank that is no integer from 1 to D."""
-    if isinstance(rank, bool) or not isinstance(rank, int):
-        msg = f"rank must be a Python int, got {type(rank).__name__}"
+def check_rank(rank: Any, size: int) -> int:
+    """The rank as a Python int; refused if it is no integer from 1 to D."""
+    msg = f"rank must be an integer, got {type(rank).__name__}"
+    # Libraries let a boolean of theirs pass for an index.
+    if isinstance(rank, bool) or "bool" in str(getattr(rank, "dtype", "")):
         raise TypeError(msg)
-    if not 1 <= rank <= size:
-        msg = f"rank must be from 1 to D = {size}, got {rank}"
+    try:
+        number = operator.index(rank)
+    except TypeError as error:
+        raise TypeError(msg) from error
+    if not 1 <= number <= size:
+        msg = f"rank must be from 1 to D = {size}, got {number}"
         raise ValueError(msg)
+    return number
 
 
 def check_scalar(name: str, value: Any, *, positive: bool = False) -> Any:
@@ -132,15 +142,28 @@ def check_values(
 
 def _fault(xp: Namespace, x: Array, symmetric: bool) -> Array:
     """0 for sound values, 1 for values that are not finite, 2 for an asymmetric matrix."""
-    finite = xp.isfinite(x)
-    one = xp.astype(xp.all(finite), xp.int32)
+    # Extremes carry NaN and infinity, and cost less than a mask of the size of x.
+    finite = xp.isfinite(xp.max(x)) & xp.isfinite(xp.min(x))
+    one = xp.astype(finite, xp.int32)
     fault = 1 - one
     if symmetric:
-        if not is_torch(x):  # infinity minus itself warns in NumPy; torch is spared the copy
-            x = xp.where(finite, x, xp.zeros_like(x))
+        if is_numpy(x):  # infinity minus itself warns in NumPy
+            if not finite:
+                return fault
+        elif not is_torch(x):
+            x = xp.where(xp.isfinite(x), x, xp.zeros_like(x))
         tolerance = max(SYMMETRY_TOLERANCE, 8 * float(xp.finfo(x.dtype).eps))
-        # The difference is antisymmetric: its largest entry is its largest magnitude.
-        gap = xp.max(x - x.mT, axis=(-2, -1), keepdims=True)
-        uneven = xp.any(gap > tolerance * peak(xp, x))
+        uneven = xp.any(_asymmetry(xp, x) > tolerance * peak(xp, x))
         fault = fault + 2 * one * xp.astype(uneven, xp.int32)
     return fault
+
+
+def _asymmetry(xp: Namespace, x: Array) -> Array:
+    """Largest entry of |x - xᵀ| in each matrix, kept as two axes of length one."""
+    gaps, size = [], int(x.shape[-1])
+    # By stripes, each against its mirror image: a large transpose is slow to read as a whole.
+    for start in range(0, size, STRIPE):
+        stripe = slice(start, min(start + STRIPE, size))
+        difference = x[..., stripe, start:] - x[..., start:, stripe].mT
+        gaps += [xp.max(difference, axis=(-2, -1)), -xp.min(difference, axis=(-2, -1))]
+    return xp.max(xp.stack(gaps), axis=0)[..., None, None]

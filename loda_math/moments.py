@@ -64,6 +64,10 @@ class Moments(NamedTuple):
         """``combine(self, other)``; a tuple would otherwise be concatenated."""
         return combine(self, other)
 
+    def __radd__(self, other: Any) -> "Moments":
+        """Let ``sum`` add moments up: it starts from the number 0."""
+        return self if isinstance(other, int) and other == 0 else combine(other, self)
+
 
 def second_moment(tokens: Array, /, *, check: bool = True) -> Moments:
     r"""Second moment of a set of tokens.
@@ -121,7 +125,8 @@ def second_moment(tokens: Array, /, *, check: bool = True) -> Moments:
 def combine(a: Moments, b: Moments, /) -> Moments:
     """Moments of the union of two disjoint sets of tokens.
 
-    Associative and commutative to rounding, with ``a.zero()`` as neutral element.
+    Associative and commutative to rounding, with ``a.zero()`` as neutral element. ``a + b`` is the
+    same, and ``sum`` adds up a list of moments.
 
     Parameters
     ----------

@@ -38,6 +38,7 @@ def rank_for(
     *,
     of: RankMeasure = "energy",
     ridge: float = 1e-2,
+    accumulation_eps: float = 0.0,
 ) -> RankChoice:
     r"""Smallest rank that reaches a share of what all D directions would, layer by layer.
 
@@ -61,6 +62,8 @@ def rank_for(
         What is shared out.
     ridge : float, default 1e-2
         As in :func:`isolated_subspace`; for the ratio only.
+    accumulation_eps : float, default 0
+        As in :func:`general_subspace` and :func:`isolated_subspace`.
 
     Returns
     -------
@@ -90,22 +93,23 @@ def rank_for(
         msg = f"of must be one of {get_args(RankMeasure)}, got {of!r}"
         raise ValueError(msg)
     share, ridge = check_share("share", share), check_scalar("ridge", ridge)
+    formed = check_scalar("accumulation_eps", accumulation_eps)
     moments = {"new": new} if old is None else {"new": new, "old": old}
     xp = namespace(**moments)
     check_real(xp, **moments)
     size = check_square(**moments)
     check_values(xp, symmetric=moments)
     if of == "energy":
-        found = _pencil.general(xp, new, old, size)
+        found = _pencil.general(xp, new, old, size, formed)
     else:
-        found = _pencil.isolated(xp, new, old, size, ridge)
+        found = _pencil.isolated(xp, new, old, size, ridge, formed)
     values = xp.where(found.inert, xp.zeros_like(found.values), found.values)
     # Shares of the largest first: sums of huge eigenvalues stay in range.
     sums = xp.cumulative_sum(safe_divide(xp, values, found.largest + 0 * values), axis=-1)
     curve = safe_divide(xp, sums, sums[..., -1:] + 0 * sums)
     # A share written in decimals is met by a sum that misses it by rounding.
     slack = 4 * size * float(xp.finfo(curve.dtype).eps)
-    short = xp.sum(xp.astype(curve < share - slack, xp.int64), axis=-1)
+    short = _pencil.count(xp, curve < share - slack)
     alive = _pencil.count(xp, ~found.inert)
     rank = xp.where(short + 1 < alive, short + 1, alive)
     return RankChoice(rank, xp.astype(curve, result_dtype(xp, new, old)))

@@ -6,15 +6,8 @@ Where the gap is small, only the energy of the basis is meaningful, not its dire
 from typing import Any, NamedTuple
 
 from loda_math import _pencil, _trace_ratio
-from loda_math._arrays import Array, Namespace, namespace, result_dtype, safe_divide
-from loda_math._validation import (
-    check_rank,
-    check_real,
-    check_scalar,
-    check_share,
-    check_square,
-    check_values,
-)
+from loda_math._arrays import Array, Namespace, result_dtype, safe_divide
+from loda_math._validation import check_scalar, check_share
 
 
 class SubspaceSolution(NamedTuple):
@@ -40,12 +33,14 @@ class SubspaceSolution(NamedTuple):
     gap: Array
 
 
-def general_solution(new: Array, old: Array | None, rank: int, /) -> SubspaceSolution:
+def general_solution(
+    new: Array, old: Array | None, rank: int, /, *, accumulation_eps: float = 0.0
+) -> SubspaceSolution:
     r"""Solve for the general subspace: basis, energies, effective rank and gap.
 
     Parameters
     ----------
-    new, old, rank
+    new, old, rank, accumulation_eps
         As in :func:`general_subspace`.
 
     Returns
@@ -69,8 +64,9 @@ def general_solution(new: Array, old: Array | None, rank: int, /) -> SubspaceSol
     >>> found.values, int(found.effective_rank), float(found.gap)
     (array([4., 2.]), 2, 0.25)
     """
-    xp = _pencil.checked(new, old, rank)
-    return _solution(xp, _pencil.general(xp, new, old, rank), rank, new, old)
+    formed = check_scalar("accumulation_eps", accumulation_eps)
+    xp, rank = _pencil.checked(new, old, rank)
+    return _solution(xp, _pencil.general(xp, new, old, rank, formed), rank, new, old)
 
 
 def isolated_solution(
@@ -81,12 +77,13 @@ def isolated_solution(
     *,
     ridge: float = 1e-2,
     energy_floor: float | None = None,
+    accumulation_eps: float = 0.0,
 ) -> SubspaceSolution:
     r"""Solve for the isolated subspace: basis, generalised eigenvalues, effective rank and gap.
 
     Parameters
     ----------
-    new, old, rank, ridge, energy_floor
+    new, old, rank, ridge, energy_floor, accumulation_eps
         As in :func:`isolated_subspace`.
 
     Returns
@@ -114,12 +111,12 @@ def isolated_solution(
     (array([10.591,  2.542,  0.648,  0.   ]), 3)
     """
     ridge = check_scalar("ridge", ridge)
-    xp = _pencil.checked(new, old, rank)
+    formed = check_scalar("accumulation_eps", accumulation_eps)
+    xp, rank = _pencil.checked(new, old, rank)
     if energy_floor is None:
-        return _solution(xp, _pencil.isolated(xp, new, old, rank, ridge), rank, new, old)
+        return _solution(xp, _pencil.isolated(xp, new, old, rank, ridge, formed), rank, new, old)
     energy_floor = check_share("energy_floor", energy_floor)
-    history = xp.zeros_like(new) if old is None else old
-    best = _trace_ratio.maximise(xp, new, history, rank, ridge, energy_floor)
+    best = _trace_ratio.maximise(xp, new, old, rank, ridge, energy_floor, formed)
     whole = _solution(xp, best.found, rank, new, old)
     return whole._replace(gap=xp.astype(best.gap[..., 0], result_dtype(xp, new, old)))
 
@@ -154,10 +151,7 @@ def null_solution(old: Array, rank: int, /) -> SubspaceSolution:
     >>> found.values, float(found.gap)
     (array([0.]), 0.5)
     """
-    xp = namespace(old=old)
-    check_real(xp, old=old)
-    check_rank(rank, check_square(old=old))
-    check_values(xp, symmetric={"old": old})
+    xp, rank = _pencil.checked_history(old, rank)
     found = _pencil.null(xp, old, rank)
     whole = _solution(xp, found, rank, old)
     size = int(old.shape[-1])

@@ -1,15 +1,8 @@
 """Input directions of the branches: general, isolated and null subspaces (LoDA, Theorem 2.2)."""
 
 from loda_math import _pencil, _trace_ratio
-from loda_math._arrays import Array, namespace
-from loda_math._validation import (
-    check_rank,
-    check_real,
-    check_scalar,
-    check_share,
-    check_square,
-    check_values,
-)
+from loda_math._arrays import Array
+from loda_math._validation import check_scalar, check_share
 
 
 def general_subspace(
@@ -27,7 +20,9 @@ def general_subspace(
     old : array, shape (..., D, D), or None
         History; ``None`` on the first task.
     rank : int
-        Number of directions r, from 1 to D.
+        Number of directions r, from 1 to D. Spans are nested in the rank, but not within a tie:
+        among equal eigenvalues SciPy's partial solver, which large moments in host memory go to,
+        may choose otherwise for another rank.
     accumulation_eps : float, default 0
         Rounding unit of the arithmetic that formed the moments, where it was coarser than their
         dtype: 1.2e-7 for float64 sums of float32 Gram matrices, as ``second_moment`` makes of
@@ -43,7 +38,7 @@ def general_subspace(
     Raises
     ------
     TypeError
-        If a moment is not a real floating-point array, or the rank no int.
+        If a moment is not a real floating-point array, or the rank no integer.
     ValueError
         If moments are not square, differ in shape, are not finite or not symmetric, or the rank
         is out of range.
@@ -61,7 +56,7 @@ def general_subspace(
            [1., 0.]])
     """
     formed = check_scalar("accumulation_eps", accumulation_eps)
-    xp = _pencil.checked(new, old, rank)
+    xp, rank = _pencil.checked(new, old, rank)
     return _pencil.finish(xp, _pencil.general(xp, new, old, rank, formed), rank, new, old)
 
 
@@ -90,7 +85,7 @@ def isolated_subspace(
         History. ``None`` or zero gives the leading directions of ``new``; a singular history
         gives, as the ridge shrinks, the best directions inside its null space.
     rank : int
-        Number of directions r, from 1 to D.
+        Number of directions r, from 1 to D; spans are nested as in :func:`general_subspace`.
     ridge : float, default 1e-2
         α, relative to the mean eigenvalue of the history. Never taken below 4·D·eps of the
         arithmetic that formed the inputs, which keeps the factorisation safe.
@@ -106,15 +101,15 @@ def isolated_subspace(
     Returns
     -------
     array, shape (..., D, r)
-        Orthonormal columns by falling generalised eigenvalue (the span is nested in r), the entry
-        of largest magnitude of each positive; zero columns where the new task has no energy left
-        (at the level of rounding: float64, D·eps of its largest eigenvalue). Invariant to the
-        scale of either moment.
+        Orthonormal columns by falling generalised eigenvalue, the entry of largest magnitude of
+        each positive; zero columns where the new task has no energy left (at the level of
+        rounding: float64, D·eps of its largest eigenvalue). Invariant to the scale of either
+        moment.
 
     Raises
     ------
     TypeError
-        If a moment is not a real floating-point array, or the rank no int.
+        If a moment is not a real floating-point array, or the rank no integer.
     ValueError
         If moments are not square, differ in shape, are not finite, symmetric and positive
         semi-definite, the rank is out of range or the ridge negative.
@@ -138,14 +133,12 @@ def isolated_subspace(
     """
     ridge = check_scalar("ridge", ridge)
     formed = check_scalar("accumulation_eps", accumulation_eps)
-    xp = _pencil.checked(new, old, rank)
+    xp, rank = _pencil.checked(new, old, rank)
     if energy_floor is None:
         found = _pencil.isolated(xp, new, old, rank, ridge, formed)
         return _pencil.finish(xp, found, rank, new, old)
-    ridge = max(ridge, 4 * int(new.shape[-1]) * formed)
     energy_floor = check_share("energy_floor", energy_floor)
-    history = xp.zeros_like(new) if old is None else old
-    best = _trace_ratio.maximise(xp, new, history, rank, ridge, energy_floor)
+    best = _trace_ratio.maximise(xp, new, old, rank, ridge, energy_floor, formed)
     return _pencil.finish(xp, best.found, rank, new, old)
 
 
@@ -160,7 +153,7 @@ def null_subspace(old: Array, rank: int, /) -> Array:
     old : array, shape (..., D, D)
         History, symmetric.
     rank : int
-        Number of directions r, from 1 to D.
+        Number of directions r, from 1 to D; spans are nested as in :func:`general_subspace`.
 
     Returns
     -------
@@ -182,8 +175,5 @@ def null_subspace(old: Array, rank: int, /) -> Array:
     >>> null_subspace(np.diag([3.0, 0.0, 1.0]), 1).ravel()
     array([0., 1., 0.])
     """
-    xp = namespace(old=old)
-    check_real(xp, old=old)
-    check_rank(rank, check_square(old=old))
-    check_values(xp, symmetric={"old": old})
+    xp, rank = _pencil.checked_history(old, rank)
     return _pencil.finish(xp, _pencil.null(xp, old, rank), rank, old)

@@ -31,8 +31,9 @@ class TraceRatioSolution(NamedTuple):
     effective_rank : array of int, shape (...)
         Columns that are not zero.
     gap : array, shape (...)
-        :math:`(\mu_r - \mu_{r+1}) / \mu_1` for the eigenvalues of
-        :math:`\bar S_{new} - \kappa R`; 1 for r = D.
+        :math:`(\mu_r - \mu_{r+1}) / (\|\bar S_{new}\|_2 + \kappa \|R\|_2)` for the eigenvalues of
+        :math:`\bar S_{new} - \kappa R`: relative noise in the moments far below it leaves the
+        span as it is. 1 for r = D.
     """
 
     basis: Array
@@ -46,7 +47,13 @@ class TraceRatioSolution(NamedTuple):
 
 
 def trace_ratio_subspace(
-    new: Array, old: Array | None, rank: int, /, *, ridge: float = 1e-2
+    new: Array,
+    old: Array | None,
+    rank: int,
+    /,
+    *,
+    ridge: float = 1e-2,
+    accumulation_eps: float = 0.0,
 ) -> Array:
     r"""Directions with the largest ratio of new-task to old-task energy.
 
@@ -59,7 +66,7 @@ def trace_ratio_subspace(
 
     Parameters
     ----------
-    new, old, rank, ridge
+    new, old, rank, ridge, accumulation_eps
         As in :func:`isolated_subspace`.
 
     Returns
@@ -78,13 +85,19 @@ def trace_ratio_subspace(
     LoDA, arXiv:2603.00191, Theorem 2.2; the iteration is Dinkelbach's. It carries less new-task
     energy than :func:`isolated_subspace`: give that an energy floor for a basis to train in.
 
+    On JAX compile the call (``jax.jit`` with the rank fixed): without, each of its hundred
+    different operations is compiled by itself, which takes several times as long for every new
+    shape.
+
     Examples
     --------
     >>> import numpy as np
     >>> trace_ratio_subspace(np.diag([4.0, 2.0, 1.0]), np.diag([8.0, 1.0, 0.1]), 1).ravel()
     array([0., 0., 1.])
     """
-    return isolated_subspace(new, old, rank, ridge=ridge, energy_floor=0.0)
+    return isolated_subspace(
+        new, old, rank, ridge=ridge, energy_floor=0.0, accumulation_eps=accumulation_eps
+    )
 
 
 def trace_ratio_solution(
@@ -95,12 +108,13 @@ def trace_ratio_solution(
     *,
     ridge: float = 1e-2,
     energy_floor: float = 0.0,
+    accumulation_eps: float = 0.0,
 ) -> TraceRatioSolution:
     r"""Solve for the best ratio of traces, and return the certificate beside the basis.
 
     Parameters
     ----------
-    new, old, rank, ridge
+    new, old, rank, ridge, accumulation_eps
         As in :func:`trace_ratio_subspace`.
     energy_floor : float, default 0
         τ in [0, 1]: share of the new-task energy that r directions can carry, to be kept.
@@ -131,9 +145,9 @@ def trace_ratio_solution(
     """
     ridge = check_scalar("ridge", ridge)
     energy_floor = check_share("energy_floor", energy_floor)
-    xp = _pencil.checked(new, old, rank)
-    history = xp.zeros_like(new) if old is None else old
-    best = _trace_ratio.maximise(xp, new, history, rank, ridge, energy_floor)
+    formed = check_scalar("accumulation_eps", accumulation_eps)
+    xp, rank = _pencil.checked(new, old, rank)
+    best = _trace_ratio.maximise(xp, new, old, rank, ridge, energy_floor, formed)
     dtype = result_dtype(xp, new, old)
     scalars = (best.ratio, best.upper, best.multiplier, best.residual, best.energy)
     ratio, upper, multiplier, residual, energy = (xp.astype(x[..., 0, 0], dtype) for x in scalars)

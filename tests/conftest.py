@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: array libraries, devices, and where recorded material lies."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +23,13 @@ hypothesis.settings.register_profile(
     parent=hypothesis.settings.get_profile("default"),
     max_examples=500,
     derandomize=False,
+)
+# The first example that fails is enough: shrinking it would take most of the time.
+hypothesis.settings.register_profile(
+    "mutants",
+    parent=hypothesis.settings.get_profile("default"),
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+    report_multiple_bugs=False,
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
@@ -65,9 +73,10 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    import torch
+    if "torch" in sys.modules or "torch" in libraries.chosen():
+        import torch
 
-    torch.set_num_threads(1)
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

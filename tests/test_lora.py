@@ -164,6 +164,20 @@ def test_coefficients_go_between_up_and_down() -> None:
     torch.testing.assert_close(layer.base.weight, weight, check_stride=False)
 
 
+def test_coefficients_of_all_branches_mix_them() -> None:
+    layer = two_branches(torch.float64)
+    between = random(R + 3, R + 3, seed=11, dtype=torch.float64)
+    general, isolated = layer.branch("general"), layer.branch("isolated")
+    up = torch.cat([0.25 * general.up, 0.5 * isolated.up], dim=1)
+    expected = up @ between @ torch.cat([general.down, isolated.down])
+    torch.testing.assert_close(layer.delta(between), expected)
+    whole = torch.eye(R + 3, dtype=torch.float64)
+    torch.testing.assert_close(layer.delta(whole), layer.delta())
+    weight = layer.base.weight + expected
+    layer.merge(between)
+    torch.testing.assert_close(layer.base.weight, weight, check_stride=False)
+
+
 def test_coefficients_that_do_not_fit_are_refused_and_nothing_is_written() -> None:
     layer = two_branches()
     before = layer.base.weight.clone()
@@ -171,6 +185,8 @@ def test_coefficients_that_do_not_fit_are_refused_and_nothing_is_written() -> No
         layer.merge({"genral": torch.eye(R)})
     with pytest.raises(ValueError, match="must be 2×2"):
         layer.merge({"general": torch.ones(R)})
+    with pytest.raises(ValueError, match=r"all branches must be 5×5, got \(2, 2\)"):
+        layer.merge(torch.eye(R))
     assert not layer.merged
     assert torch.equal(layer.base.weight, before)
 

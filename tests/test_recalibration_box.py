@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 import scipy.optimize
 from hypothesis import given
+from hypothesis import strategies as st
 from recalibration_oracle import EPS, few, gammas, loss, root
 from strategies import (
     Matrix,
     branches,
     dtypes,
+    seeds,
     to_library,
     to_numpy,
 )
 
-from loda_math import (
-    recalibration,
-)
+from loda_math import _recalibrate, recalibration
 
 
 def least_squares(branch: tuple, gamma: float) -> tuple[Matrix, Matrix]:
@@ -72,6 +72,20 @@ def test_box_is_the_diagonal_form_where_that_stays_inside(
     assert loss(box, seen, gamma) <= loss(direction, seen, gamma) + slack
     if np.all((np.diag(free) >= 0) & (np.diag(free) <= 1)):
         assert loss(box, seen, gamma) <= loss(free, seen, gamma) + slack
+
+
+@few
+@given(seed=seeds, pull=st.sampled_from([0.1, 1.0, 30.0]))
+def test_the_solver_on_any_quadratic(seed: int, pull: float) -> None:
+    """Far beyond what a recalibration asks for: the bounds push hard from both sides."""
+    rng = np.random.default_rng(seed)
+    root = rng.standard_normal((6, 4))
+    target = pull * rng.standard_normal(6)
+    matrices = np.stack([root.T @ root, 1e-3 * root.T @ root])
+    sides = np.stack([root.T @ target, 1e-3 * root.T @ target])
+    best = scipy.optimize.lsq_linear(root, target, (0, 1), method="bvls", tol=1e-14).x
+    found = to_numpy(_recalibrate.box(np, matrices, sides))
+    np.testing.assert_allclose(found, [best, best], atol=1e-9)
 
 
 def test_box_where_the_diagonal_form_leaves_it(xp: ModuleType) -> None:

@@ -5,7 +5,6 @@ from types import ModuleType
 import numpy as np
 import pytest
 import scipy.linalg
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from libraries import widest_dtype
@@ -379,17 +378,6 @@ def test_smallest_sizes(xp: ModuleType, size: int) -> None:
     one = to_library(xp, np.full((size, 1, 1), 5.0), "float32")
     for u in (general_subspace(one, one, 1), isolated_subspace(one, one, 1), null_subspace(one, 1)):
         np.testing.assert_array_equal(to_numpy(u), np.ones((size, 1, 1)))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_moments_keep_their_leading_directions(dtype: torch.dtype) -> None:
-    size = 300  # size·eps exceeds one in bfloat16
-    new = torch.diag(torch.linspace(0, 1, size)).to(dtype)
-    old = torch.eye(size, dtype=dtype)
-    for u in (general_subspace(new, old, 3), isolated_subspace(new, old, 3)):
-        assert u.dtype == dtype
-        assert torch.equal(u.float().sum(dim=0), torch.ones(3))
-    assert general_subspace(new, old.double(), 3).dtype == torch.float64
 
 
 def test_arguments_stay_as_they_are(xp: ModuleType) -> None:

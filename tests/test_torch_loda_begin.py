@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import MLP, WIDTHS, batches, breaking, fit, learn, means, mlp, same, snapshot
@@ -144,6 +145,7 @@ def test_settings_that_do_not_fit_are_refused_at_construction() -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
             LoDASettings(**wrong)  # type: ignore[arg-type]
+    assert type(LoDASettings(rank=np.int64(3)).rank) is int  # type: ignore[arg-type]
 
 
 def test_trainable_pattern_without_a_match_is_an_error() -> None:

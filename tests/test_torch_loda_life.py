@@ -173,7 +173,7 @@ def test_optimizer_holds_the_very_tensors_of_the_layers() -> None:
 def test_bfloat16_models_and_autocast_go_through_two_tasks(whole_model: bool) -> None:
     model = vit().to(torch.bfloat16 if whole_model else torch.float32)
     dtype = next(model.parameters()).dtype
-    loda = LoDA(model, LoDASettings(rank=3, history="both"))
+    loda = LoDA(model, LoDASettings(rank=3, history="both", joint=True, heldout=True))
     state = snapshot(model)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not whole_model):
         for task in range(2):

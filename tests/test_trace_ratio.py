@@ -274,6 +274,20 @@ def test_basis_functions_return_the_basis_alone(xp: ModuleType) -> None:
         isolated_subspace(new, old, 2, energy_floor=1.5)
 
 
+@few
+@given(pencil=pencils(), tau=floors)
+def test_the_gap_is_a_share_of_the_pencil(pencil: tuple, tau: float) -> None:
+    """Also for one direction, whose eigenvalue of S − κR is zero at the maximiser."""
+    for rank in {1, pencil[2]}:
+        found, s, r = solve(np, (*pencil[:2], rank), tau)
+        kappa = float(found.multiplier)
+        values = np.append(np.linalg.eigvalsh(s - kappa * r)[::-1], 0)
+        scale = np.linalg.norm(s, 2) + kappa * np.linalg.norm(r, 2)
+        gap = 1.0 if rank == len(s) else (values[rank - 1] - values[rank]) / scale
+        assert float(found.gap) == pytest.approx(gap, abs=1e-10)
+        assert -1e-10 <= float(found.gap) <= 1
+
+
 @pytest.mark.jax
 def test_under_a_compiler() -> None:
     import jax

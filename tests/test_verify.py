@@ -9,6 +9,7 @@ import scipy.linalg
 import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from libraries import needs_float64
 from strategies import (
     dtypes,
     from_spectrum,
@@ -179,6 +180,16 @@ def test_reports_over_layers(xp: ModuleType) -> None:
         assert np.all(to_numpy(report.passed))
     with pytest.raises(ValueError, match="objective must be one of"):
         verify.verify_subspace(new, new, old, "best")  # type: ignore[arg-type]
+
+
+def test_the_effective_rank_counts_what_is_above_rounding(xp: ModuleType) -> None:
+    """Rounding is a share of the largest eigenvalue: here 4e-4 of it, by what made the moment."""
+    needs_float64(xp)
+    eye = to_library(xp, np.eye(4))
+    for faint, rank in ((1e-3, 4), (1e-4, 3)):
+        new = to_library(xp, np.diag([1.0, 1.0, 1.0, faint]))
+        report = verify.verify_subspace(eye, new, eye, "general", accumulation_eps=1e-4)
+        assert int(report.effective_rank) == rank
 
 
 def test_a_floor_is_checked_under_the_floor(xp: ModuleType) -> None:

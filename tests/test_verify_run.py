@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,21 +25,13 @@ from training.verify import verification_table, verify
 LAYERS = ("0", "2")
 
 
-def write_run(folder: Path, history: str = "both", isolated: str = "pencil") -> Path:
+def write_run(folder: Path, **options: Any) -> Path:
     """A stream of three tasks through a small network, with the files that training writes."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 5))
-    settings = LoDASettings(target="[02]", rank=3, history=history, isolated=isolated)  # type: ignore[arg-type]
-    loda = LoDA(model, settings)
-    method = MethodConfig(
-        rank=3,
-        history=settings.history,
-        isolated=settings.isolated,
-        recalibration=settings.recalibration,
-        gamma=settings.gamma,
-        ridge=settings.ridge,
-        target="[02]",
-    )
+    options = {"target": "[02]", "rank": 3, "history": "both"} | options
+    loda = LoDA(model, LoDASettings(**options))
+    method = MethodConfig(**options)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.yaml", dump_experiment(replace(Experiment(), method=method)))
     for task in range(3):
@@ -60,7 +53,7 @@ def write_run(folder: Path, history: str = "both", isolated: str = "pencil") -> 
 @pytest.mark.parametrize("history", ["merged", "trained", "both"])
 @pytest.mark.parametrize("isolated", ["pencil", "null"])
 def test_a_run_of_our_own_passes(tmp_path: Path, history: str, isolated: str) -> None:
-    checks = verify(write_run(tmp_path / "run", history, isolated))
+    checks = verify(write_run(tmp_path / "run", history=history, isolated=isolated))
     assert all(check.passed for check in checks)
     name = "null" if isolated == "null" else "isolated"
     # On the first task the general A is trained, and nothing is recalibrated.
@@ -80,9 +73,40 @@ def test_a_run_of_our_own_passes(tmp_path: Path, history: str, isolated: str) ->
     assert len({len(line) for line in table[:-1]}) == 1
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "trace ratio": {"isolated": "trace_ratio"},
+    "energy floor": {"isolated": "trace_ratio", "energy_floor": 0.8},
+    "box": {"recalibration": "box"},
+    "joint": {"joint": True},
+    "joint box": {"joint": True, "recalibration": "box"},
+    "joint, one branch": {"joint": True, "branches": "isolated"},
+    "decay": {"history_decay": 0.4},
+    "weight": {"history_weight": 3.0},
+    "mean": {"history_weight": "mean", "history_decay": 0.4},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_run_under_other_settings_passes_as_what_it_is(tmp_path: Path, option: str) -> None:
+    run = write_run(tmp_path / "run", **OPTIONS[option])
+    checks = verify(run)
+    assert all(check.passed for check in checks)
+    assert sum(check.what.startswith("Λ") for check in checks) == 4
+    # Under the default settings its claims are wrong, so they do enter the checks.
+    default = replace(Experiment(), method=MethodConfig(rank=3, target="[02]", history="both"))
+    write_text(run / "config.yaml", dump_experiment(default))
+    if option == "joint, one branch":  # nothing of it is recalibrated by default
+        assert len(verify(run)) == len(checks) - 4
+    elif "joint" in option:
+        with pytest.raises(ValueError, match="coefficients must have shape"):
+            verify(run)
+    else:
+        assert not all(check.passed for check in verify(run))
+
+
 def test_the_history_is_that_of_the_named_passes(tmp_path: Path) -> None:
     """Read with another history than the run had, the later tasks fail."""
-    run = write_run(tmp_path / "run", "both")
+    run = write_run(tmp_path / "run")
     text = (run / "config.yaml").read_text("utf-8")
     assert "history: both" in text
     (run / "config.yaml").write_text(text.replace("history: both", "history: merged"), "utf-8")

@@ -56,6 +56,17 @@ def test_the_deviation_is_the_gap_of_the_full_form(
     assert not bool(report.passed)
 
 
+def test_nothing_to_lose_is_no_gap(xp: ModuleType) -> None:
+    eye, zero = (to_library(xp, m, "float32") for m in (np.eye(2), np.zeros((2, 2))))
+    kept = verify.verify_recalibration(eye, eye, eye, eye, zero, 1.0)
+    assert bool(kept.passed)
+    assert float(kept.loss) == float(kept.optimality_gap) == float(kept.deviation) == 0
+    # Nothing at all: neither inputs nor a loss.
+    empty = verify.verify_recalibration(zero, eye, eye, zero, zero, 1.0)
+    assert bool(empty.passed)
+    assert float(empty.loss) == float(empty.optimality_gap) == float(empty.deviation) == 0
+
+
 def test_the_wrong_order_of_the_factors_is_found(xp: ModuleType) -> None:
     rng = np.random.default_rng(0)
     new, old = (m @ m.T for m in rng.standard_normal((2, 4, 4)))
@@ -115,8 +126,33 @@ def test_implied_coefficients_leave_out_what_is_not_there(xp: ModuleType) -> Non
     arrays = [to_library(xp, a, "float32") for a in (change, up, down)]
     found = to_numpy(verify.implied_coefficients(*arrays))
     np.testing.assert_allclose(found, np.diag([0.5, 0.0]), atol=1e-5)
-    with pytest.raises(ValueError, match="shapes must be"):
-        verify.implied_coefficients(arrays[0], arrays[2], arrays[2])
+
+
+def test_updates_that_do_not_fit(xp: ModuleType) -> None:
+    sound = {"change": (3, 4), "up": (3, 2), "down": (2, 4)}
+    for name, shape in (
+        ("change", (4, 3)),
+        ("change", (3,)),
+        ("up", (2, 2)),
+        ("up", (3, 3)),
+        ("up", (2,)),
+        ("down", (2, 3)),
+        ("down", (3, 4)),
+        ("down", (4,)),
+    ):
+        arrays = [to_library(xp, np.ones(s), "float32") for s in (sound | {name: shape}).values()]
+        with pytest.raises(ValueError, match=r"^shapes must be \(\.\.\., O, D\), up"):
+            verify.implied_coefficients(*arrays)
+
+
+def test_no_update_passes_exactly(xp: ModuleType) -> None:
+    zero, up, down = (to_library(xp, np.zeros(s), "float32") for s in ((3, 4), (3, 2), (2, 4)))
+    report = verify.verify_merge(zero, zero, up, down)
+    assert bool(report.passed)
+    assert float(report.error) == float(report.update) == 0
+    still = verify.verify_perturbation(zero, zero, zero, 0.0)
+    assert bool(still.passed)
+    assert float(still.error) == float(still.length) == float(still.alignment) == 0
 
 
 @few

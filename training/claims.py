@@ -7,12 +7,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 
 from loda_math import RecalibrationForm
 from loda_math.verify import Objective
-from training.config import read_experiment
-from training.run_folder import CONFIG, TASKS
+from training.kept import kept_tasks, read_method
 
 Array = NDArray[Any]
 
@@ -27,6 +25,9 @@ class Claims(NamedTuple):
     form: RecalibrationForm | Literal["none"] = "direction"
     isolated: Objective = "isolated"
     ridge: float = 0.0
+    energy_floor: float = 0.0
+    joint: bool = False
+    history_weight: float = 1.0
 
 
 class Case(NamedTuple):
@@ -48,13 +49,7 @@ def read_run(path: Path) -> Iterator[Case]:
     ValueError
         If the run used a method without subspaces.
     """
-    if not (path / CONFIG).is_file():
-        msg = f"{path} is no run folder: no {CONFIG} in it"
-        raise FileNotFoundError(msg)
-    method = read_experiment(path / CONFIG).method
-    if method.name != "loda":
-        msg = f"{path} is a run of {method.name}, which chooses no subspaces: nothing to verify"
-        raise ValueError(msg)
+    method = read_method(path)
     halved = 0.5 if method.branches == "both" else 1.0
     claims = Claims(
         method.down_scale,
@@ -62,19 +57,17 @@ def read_run(path: Path) -> Iterator[Case]:
         method.isolated_weight * halved,
         method.gamma,
         method.recalibration,
-        "null" if method.isolated == "null" else "isolated",
+        "isolated" if method.isolated == "pencil" else method.isolated,
         method.ridge,
+        method.energy_floor or 0.0,
+        method.joint,
     )
-    passes = [p for p in ("trained", "merged") if method.history in (p, "both")]
-    history: dict[str, Array] = {}
-    tasks = sorted(p for p in (path / TASKS).glob("*") if p.is_dir())
-    for number, folder in enumerate(tasks):
-        files = [folder / f"{name}.safetensors" for name in ("moments", "branches")]
-        if folder.name != f"{number:03d}" or not all(file.is_file() for file in files):
-            tasks = []
-            break
-        moments, branches = (load_file(file) for file in files)
-        for layer in (k.removeprefix("new/") for k in moments if k.startswith("new/")):
+    for kept in kept_tasks(path, method, "branches"):
+        moments, branches, history = kept.moments, kept.others["branches"], kept.history
+        weight = method.history_weight
+        if weight == "mean":
+            weight = 1 / (kept.mass or 1.0)
+        for layer in kept.layers:
             arrays = {"moment_new": moments[f"new/{layer}"]}
             if layer in history:
                 arrays |= {"moment_old": history[layer], "moment_old_at_merge": history[layer]}
@@ -85,16 +78,7 @@ def read_run(path: Path) -> Iterator[Case]:
                 names |= {f"A_{branch}": f"down/{branch}/{layer}"}
                 names |= {f"B_{branch}": f"up/{branch}/{layer}"}
             arrays |= {new: branches[old] for new, old in names.items() if old in branches}
-            yield Case(folder.name, layer, arrays, claims)
-            for name in passes:
-                moment = moments[f"{name}/{layer}"]
-                history[layer] = history[layer] + moment if layer in history else moment
-    if not tasks:
-        msg = (
-            f"{path} kept no moments and branches of all its tasks: train with "
-            f"--keep.moments true --keep.branches true"
-        )
-        raise FileNotFoundError(msg)
+            yield Case(kept.task, layer, arrays, claims._replace(history_weight=weight))
 
 
 def read_arrays(path: Path) -> Iterator[Case]:

@@ -98,7 +98,7 @@ def check_case(case: Case, *, tolerance: float = 1e-5) -> Iterator[Check]:
     for objective, down in bases:
         if down is not None:
             yield _basis(case, objective, down, new, old, tolerance)
-    if "B_general" not in arrays or "A_general" not in arrays:
+    if not _recalibrated(case):
         return
     coefficients = None
     if not first and claims.form != "none":
@@ -118,7 +118,13 @@ def _basis(
 ) -> Check:
     claims = case.claims
     report = verify_subspace(
-        down.T / claims.down_scale, new, old, objective, ridge=claims.ridge, tolerance=tolerance
+        down.T / claims.down_scale,
+        new,
+        old,
+        objective,
+        ridge=claims.ridge,
+        energy_floor=claims.energy_floor,
+        tolerance=tolerance,
     )
     return Check(
         case.task,
@@ -142,10 +148,10 @@ def _coefficients(case: Case) -> Array | None:
     if "qkv_before" not in arrays or "qkv_after" not in arrays:
         return None
     change = arrays["qkv_after"].astype(np.float64) - arrays["qkv_before"]
-    if "B_isolated" in arrays:
+    if "B_isolated" in arrays and not claims.joint:
         change -= claims.isolated_weight * arrays["B_isolated"] @ arrays["A_isolated"]
-    up = claims.general_weight * arrays["B_general"].astype(np.float64)
-    found: Array = implied_coefficients(change, up, arrays["A_general"].astype(np.float64))
+    up, down = (factor.astype(np.float64) for factor in _stack(case, _recalibrated(case)))
+    found: Array = implied_coefficients(change, up, down)
     return found
 
 
@@ -153,8 +159,24 @@ def _exact(case: Case) -> Array | None:
     arrays, form = case.arrays, case.claims.form
     if form == "none" or "moment_new_trained" not in arrays:
         return None
-    found: Array = recalibration(*_branch(case), case.claims.gamma, form)
+    found: Array = recalibration(
+        *_branch(case), case.claims.gamma, form, history_weight=case.claims.history_weight
+    )
     return found
+
+
+def _recalibrated(case: Case) -> list[str]:
+    """Branches that Λ belongs to: the general one, or all of them jointly."""
+    names = ("general", "isolated") if case.claims.joint else ("general",)
+    return [n for n in names if f"B_{n}" in case.arrays and f"A_{n}" in case.arrays]
+
+
+def _stack(case: Case, names: list[str]) -> tuple[Array, Array]:
+    """B, the weights included, and A of some branches side by side."""
+    weights = {"general": case.claims.general_weight, "isolated": case.claims.isolated_weight}
+    ups, downs = ([case.arrays[f"{kind}_{name}"] for name in names] for kind in "BA")
+    up, down = stack_branches(ups, downs, [weights[name] for name in names])
+    return up, down
 
 
 def _branch(case: Case) -> tuple[Array, Array, Array, Array]:
@@ -163,7 +185,7 @@ def _branch(case: Case) -> tuple[Array, Array, Array, Array]:
     old = arrays.get("moment_old_at_merge", arrays.get("moment_old"))
     if old is None:
         old = np.zeros_like(arrays["moment_new"])
-    return arrays["B_general"], arrays["A_general"], arrays["moment_new_trained"], old
+    return *_stack(case, _recalibrated(case)), arrays["moment_new_trained"], old
 
 
 def _recalibration(
@@ -171,7 +193,12 @@ def _recalibration(
 ) -> Check:
     branch = _branch(case)
     report = verify_recalibration(
-        coefficients, *branch, case.claims.gamma, form, tolerance=tolerance
+        coefficients,
+        *branch,
+        case.claims.gamma,
+        form,
+        history_weight=case.claims.history_weight,
+        tolerance=tolerance,
     )
     effect = update_effect(coefficients, *branch)
     return Check(
@@ -188,15 +215,13 @@ def _recalibration(
 
 
 def _merge(case: Case, coefficients: Array | None, first: bool, tolerance: float) -> Check:
-    arrays, claims = case.arrays, case.claims
-    ups, downs, weights = [arrays["B_general"]], [arrays["A_general"]], [claims.general_weight]
+    arrays, names = case.arrays, _recalibrated(case)
+    up, down = _stack(case, names)
     if coefficients is not None:
-        ups = [ups[0] @ coefficients.astype(ups[0].dtype)]
-    if not first and "B_isolated" in arrays:
-        ups.append(arrays["B_isolated"])
-        downs.append(arrays["A_isolated"])
-        weights.append(claims.isolated_weight)
-    up, down = stack_branches(ups, downs, weights)
+        up = up @ coefficients.astype(up.dtype)
+    if not first and "B_isolated" in arrays and "isolated" not in names:
+        other_up, other_down = _stack(case, ["isolated"])
+        up, down = stack_branches([up, other_up], [down, other_down])
     report = verify_merge(arrays["qkv_before"], arrays["qkv_after"], up, down, tolerance=tolerance)
     passed, error = bool(report.passed), float(report.error)
     return Check(case.task, case.layer, "merge", passed, None, error, None)

@@ -8,6 +8,7 @@ from backends.torch.gao import (
     gradient_aligned_step,
     plain_step,
 )
+from backends.torch.gradient_memory import GradientMemory
 from backends.torch.loda import LoDA
 from backends.torch.lora import LoRABranch, LoRALinear
 from backends.torch.moments import MomentCollector, collect_moments
@@ -17,6 +18,7 @@ from backends.torch.settings import LoDASettings
 __all__ = [
     "TIMM_QKV",
     "AlignedStep",
+    "GradientMemory",
     "LoDA",
     "LoDASettings",
     "LoRABranch",

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from backends.torch.lora import LoRALinear
 from backends.torch.settings import LoDASettings
+from loda_math import HeldoutRatio
 
 Layers = Mapping[str, nn.Linear | LoRALinear]
 
@@ -49,7 +50,18 @@ def check_state(
             for branch in settings.names(tasks == 0):
                 wanted[f"down/{branch}/{name}"] = (settings.rank, size)
                 wanted[f"up/{branch}/{name}"] = (layer.out_features, settings.rank)
-    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    # Held-out ratios are there only if the open task measured them.
+    optional = {
+        f"heldout/{branch}/{name}": (len(HeldoutRatio._fields),)
+        for name in layers
+        for branch in settings.names(tasks == 0)
+        if is_open
+    }
+    shapes = {
+        key: tuple(value.shape)
+        for key, value in state.items()
+        if optional.get(key) != tuple(value.shape)
+    }
     if tasks < 0 or shapes != wanted:
         unlike = sorted(set(shapes.items()) ^ set(wanted.items()))
         msg = (

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -10,13 +9,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from backends.torch._checks import check_bases, check_state
-from backends.torch.adapt import adapt, check_rank, find_layers, restore
+from backends.torch.adapt import check_rank, find_layers
 from backends.torch.gao import AlignedStep, RowsLoss, draw_permutation, gradient_aligned_step
 from backends.torch.lora import LoRALinear
-from backends.torch.moments import Forward, collect_moments, default_forward
+from backends.torch.merging import MergePlan, plan_merge, remember
+from backends.torch.moments import Forward, default_forward
 from backends.torch.record import TaskRecord
+from backends.torch.session import OpenTask
 from backends.torch.settings import LoDASettings
-from backends.torch.solve import solve_bases, solve_recalibration
 
 
 class LoDA:
@@ -41,11 +41,10 @@ class LoDA:
     Attributes
     ----------
     history : dict of str to Tensor, shape (D, D)
-        Sum of the mean second moments of past tasks by layer; empty before the first.
+        Sum of the mean second moments of past tasks by layer, older ones weighing less if a decay
+        is set; empty before the first.
     tasks : int
         Tasks completed.
-    layers : dict of str to LoRALinear
-        The adapted layers during a task; empty between tasks.
 
     Examples
     --------
@@ -79,10 +78,13 @@ class LoDA:
         self.forward = forward
         self.history: dict[str, Tensor] = {}
         self.tasks = 0
-        self.layers: dict[str, LoRALinear] = {}
-        self._new: dict[str, Tensor] = {}
-        self._required_grad: dict[nn.Parameter, bool] = {}
+        self._open: OpenTask | None = None
         check_rank(find_layers(model, self.settings.target), self.settings.rank)
+
+    @property
+    def layers(self) -> dict[str, LoRALinear]:
+        """The adapted layers during a task; empty between tasks."""
+        return {} if self._open is None else self._open.layers
 
     def begin_task(
         self,
@@ -97,7 +99,8 @@ class LoDA:
         batches : iterable
             The task's training inputs, walked once to collect second moments.
         bases : mapping of str to mapping of str to Tensor, shape (D, r), optional
-            Bases by layer and branch to use instead of solving for them.
+            Bases by layer and branch to use instead of solving for them; held-out ratios are
+            then not measured.
 
         Raises
         ------
@@ -105,42 +108,34 @@ class LoDA:
             If a task is open already.
         ValueError
             If there is no batch, inputs are not finite, injected bases do not fit, or a pattern of
-            ``trainable`` matches no parameter. The model is then as it was before the call.
+            ``trainable`` matches no parameter; with ``heldout``, if there is one image only, or
+            images cannot be told apart. The model is then as it was before the call.
         """
-        self._require_open(False)
-        found = find_layers(self.model, self.settings.target)
+        self._require_closed()
         if bases is not None:
+            found = find_layers(self.model, self.settings.target)
             check_bases(self.settings, found, self.tasks, bases)
-        self._attach()
+        task = self._attach(first=self.tasks == 0)
+        # The model may have moved to another device since the last task.
+        self.history = {
+            name: moment.to(task.layers[name].base.weight.device)
+            for name, moment in self.history.items()
+        }
         try:
-            # Branches are not there yet, so this is a pass through the previous merged model.
-            self._new = self._pass(batches)
-            # The model may have moved to another device since the last task.
-            self.history = {n: m.to(self._new[n].device) for n, m in self.history.items()}
-            if bases is None:
-                bases = solve_bases(
-                    self.settings, self._new, self.history or None, self._gram_eps()
-                )
-            for name, layer in self.layers.items():
-                for branch, basis in bases[name].items():
-                    layer.add_branch(
-                        branch,
-                        basis.mT * self.settings.down_scale,
-                        scale=self.settings.weight(branch),
-                        train_down=self.tasks == 0,
-                    )
+            task.start(batches, self.history, bases)
         except BaseException:
-            self._detach()
+            task.close()
             raise
+        self._open = task
 
     def lora_parameters(self) -> list[nn.Parameter]:
         """The tensors of the branches that are trained in the open task."""
-        self._require_open(True)
-        return [p for layer in self.layers.values() for p in layer.parameters() if p.requires_grad]
+        layers = self._task().layers.values()
+        return [p for layer in layers for p in layer.parameters() if p.requires_grad]
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Everything of the model that is trained in the open task."""
-        self._require_open(True)
+        self._task()
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def step(
@@ -209,7 +204,7 @@ class LoDA:
         Returns
         -------
         TaskRecord
-            Moments, branches and coefficients of the task, by layer.
+            Moments, branches, coefficients and what they did, by layer.
 
         Raises
         ------
@@ -219,46 +214,38 @@ class LoDA:
             If there is no batch, or moments or merged weights are not finite. The task then stays
             open and the weights are as before the call.
         """
-        self._require_open(True)
-        first = self.tasks == 0
-        passes = self.settings.history
-        form = None if first or "general" not in self.settings.names(first) else self.settings.form
-        needs_trained = form is not None or passes in ("trained", "both")
-        needs_merged = passes in ("merged", "both")
-        if needs_trained and needs_merged and isinstance(batches, Iterator):
+        task, first = self._task(), self.tasks == 0
+        passes = self.settings.passes()
+        needs_trained = self.settings.form(first) is not None or "trained" in passes
+        if needs_trained and "merged" in passes and isinstance(batches, Iterator):
             msg = (
                 f"end_task walks the batches twice, but a {type(batches).__name__} is used up "
                 f"after one pass; pass a DataLoader or a list (the task stays open)"
             )
             raise ValueError(msg)
-        trained = self._pass(batches) if needs_trained else {}
-        coefficients: dict[str, Tensor] = {}
-        if form is not None:
-            factors = {
-                name: (layer.branch("general").up, layer.branch("general").down)
-                for name, layer in self.layers.items()
-            }
-            coefficients = solve_recalibration(
-                form, self.settings.gamma, factors, trained, self.history
-            )
+        trained = task.collect(batches) if needs_trained else {}
+        plan = MergePlan()
+        if not first:
+            new = trained or task.new
+            plan = plan_merge(self.settings, task.layers, new, self.history, self.tasks)
         try:
-            for name, layer in self.layers.items():
-                layer.merge({"general": coefficients[name]} if name in coefficients else None)
-            merged = self._pass(batches) if needs_merged else {}
-            record = TaskRecord.of(self.layers, self._new, trained, merged, coefficients)
-            history = {}
-            for name in self.layers:
-                parts = [trained[name]] if passes in ("trained", "both") else []
-                parts += [merged[name]] if needs_merged else []
-                past = self.history.get(name, torch.zeros_like(parts[0]))
-                history[name] = sum(parts, start=past)
+            task.merge(plan.coefficients)
+            merged = task.collect(batches) if "merged" in passes else {}
+            record = TaskRecord.of(
+                task.layers,
+                task.new,
+                trained,
+                merged,
+                plan.coefficients,
+                task.heldout,
+                plan.effects,
+            )
+            history = remember(self.settings, self.history, {"trained": trained, "merged": merged})
         except BaseException:
-            for layer in self.layers.values():
-                if layer.merged:
-                    layer.unmerge()
+            task.unmerge()
             raise
         self.history = history
-        self._detach()
+        self._close()
         self.tasks += 1
         return record
 
@@ -267,8 +254,7 @@ class LoDA:
 
         Parameters named by ``trainable`` keep what they learned.
         """
-        self._require_open(True)
-        self._detach()
+        self._close()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Flat state: tasks done, the history, and the branches of an open task.
@@ -277,12 +263,7 @@ class LoDA:
         """
         state = {"tasks": torch.tensor(self.tasks)}
         state.update({f"history/{name}": moment for name, moment in self.history.items()})
-        for name, layer in self.layers.items():
-            state[f"new/{name}"] = self._new[name]
-            for branch in layer.branches:
-                state[f"down/{branch}/{name}"] = layer.branch(branch).down.detach()
-                state[f"up/{branch}/{name}"] = layer.branch(branch).up.detach()
-        return state
+        return state if self._open is None else state | self._open.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over a state made by :meth:`state_dict` under the same settings.
@@ -299,63 +280,33 @@ class LoDA:
         ValueError
             If the state belongs to other layers, or an open task to other settings.
         """
-        self._require_open(False)
+        self._require_closed()
         found = find_layers(self.model, self.settings.target)
         tasks, is_open = check_state(self.settings, found, state)
-        device = {name: layer.weight.device for name, layer in found.items()}
-        history, new = (
-            {n: state[f"{kind}/{n}"].to(device[n], copy=True) for n in found if present}
-            for kind, present in (("history", tasks > 0), ("new", is_open))
-        )
         if is_open:
-            self._attach()
-            for name, layer in self.layers.items():
-                for branch in self.settings.names(tasks == 0):
-                    layer.add_branch(
-                        branch,
-                        state[f"down/{branch}/{name}"],
-                        up=state[f"up/{branch}/{name}"],
-                        scale=self.settings.weight(branch),
-                        train_down=tasks == 0,
-                    )
-        self.tasks, self.history, self._new = tasks, history, new
+            self._open = self._attach(first=tasks == 0)
+            self._open.load_state_dict(state)
+        self.history = {
+            name: state[f"history/{name}"].to(layer.weight.device, copy=True)
+            for name, layer in found.items()
+            if tasks > 0
+        }
+        self.tasks = tasks
 
-    def _attach(self) -> None:
-        """Put adapted layers in place, and freeze all but what ``trainable`` names."""
-        named = list(self.model.named_parameters(remove_duplicate=False))
-        for pattern in self.trainable:
-            if not any(fnmatchcase(name, pattern) for name, _ in named):
-                there = ", ".join(name for name, _ in named)
-                msg = f"trainable pattern {pattern!r} matches no parameter; parameters: {there}"
-                raise ValueError(msg)
-        kept = {p for n, p in named if any(fnmatchcase(n, pattern) for pattern in self.trainable)}
-        required = {parameter: parameter.requires_grad for _, parameter in named}
-        self.layers = adapt(self.model, self.settings.target)
-        self._required_grad = required
-        kept -= {p for layer in self.layers.values() for p in layer.base.parameters()}
-        for parameter, wanted in required.items():
-            parameter.requires_grad_(wanted and parameter in kept)
+    def _attach(self, *, first: bool) -> OpenTask:
+        return OpenTask(self.model, self.settings, self.trainable, self.forward, first=first)
 
-    def _detach(self) -> None:
-        restore(self.model, self.layers)
-        for parameter, required in self._required_grad.items():
-            parameter.requires_grad_(required)
-        self.layers, self._new, self._required_grad = {}, {}, {}
+    def _task(self) -> OpenTask:
+        if self._open is None:
+            msg = "no task is open: call begin_task first"
+            raise RuntimeError(msg)
+        return self._open
 
-    def _gram_eps(self) -> float:
-        """Rounding unit of the collected Gram matrices: float32, or wider in a wider model."""
-        dtypes = [layer.base.weight.dtype for layer in self.layers.values()]
-        return max(torch.finfo(torch.promote_types(d, torch.float32)).eps for d in dtypes)
+    def _close(self) -> None:
+        self._task().close()
+        self._open = None
 
-    def _pass(self, batches: Iterable[Any]) -> dict[str, Tensor]:
-        moments = collect_moments(self.model, batches, self.settings.target, forward=self.forward)
-        return {name: m.mean for name, m in moments.items()}
-
-    def _require_open(self, wanted: bool) -> None:
-        if bool(self.layers) != wanted:
-            msg = (
-                "no task is open: call begin_task first"
-                if wanted
-                else "a task is open already: call end_task (or abandon_task) first"
-            )
+    def _require_closed(self) -> None:
+        if self._open is not None:
+            msg = "a task is open already: call end_task (or abandon_task) first"
             raise RuntimeError(msg)

@@ -16,8 +16,8 @@ class LoRABranch(nn.Module):
         Down-projection A.
     up : Tensor, shape (len(rows) or out_features, r)
         Up-projection B.
-    scale : float
-        Weight of the branch.
+    scale : float or Tensor, 0-d
+        Weight of the branch; trained with it where it is an ``nn.Parameter``.
     rows : tuple of int, optional
         Half-open range of output rows that the branch writes to; ``None`` for all.
     train_down : bool
@@ -29,7 +29,7 @@ class LoRABranch(nn.Module):
         down: Tensor,
         up: Tensor,
         *,
-        scale: float = 1.0,
+        scale: float | Tensor = 1.0,
         rows: tuple[int, int] | None = None,
         train_down: bool = False,
     ) -> None:
@@ -126,7 +126,7 @@ class LoRALinear(nn.Module):
         down: Tensor,
         *,
         up: Tensor | None = None,
-        scale: float = 1.0,
+        scale: float | Tensor = 1.0,
         rows: tuple[int, int] | None = None,
         train_down: bool = False,
     ) -> LoRABranch:
@@ -140,8 +140,8 @@ class LoRALinear(nn.Module):
             Down-projection, copied to the layer's dtype and device.
         up : Tensor, shape (len(rows) or out_features, r), optional
             Up-projection, copied; zeros by default.
-        scale : float, default 1
-            Weight of the branch.
+        scale : float or Tensor, 0-d, default 1
+            Weight of the branch; an ``nn.Parameter`` may be shared by branches of many layers.
         rows : tuple of int, optional
             Half-open range of output rows, such as those of the values in a fused qkv.
         train_down : bool, default False
@@ -194,13 +194,14 @@ class LoRALinear(nn.Module):
         update: Tensor = F.linear(F.linear(x, down), up)
         return y + update
 
-    def delta(self, coefficients: Mapping[str, Tensor] | None = None) -> Tensor:
+    def delta(self, coefficients: Mapping[str, Tensor] | Tensor | None = None) -> Tensor:
         r"""Update of the weight, :math:`\sum_k w_k B_k \Lambda_k A_k`, in float32 or wider.
 
         Parameters
         ----------
-        coefficients : mapping of str to Tensor, shape (r, r), optional
-            Λ of the branches that have one; the identity for the others.
+        coefficients : mapping of str to Tensor, shape (r, r), or Tensor, shape (R, R), optional
+            Λ of the branches that have one, the identity for the others; or one Λ for the R
+            directions of all branches side by side, :math:`[w_1 B_1, \dots] \Lambda [A_1; \dots]`.
 
         Returns
         -------
@@ -211,15 +212,24 @@ class LoRALinear(nn.Module):
         KeyError
             If Λ is given for a branch that is not there.
         ValueError
-            If Λ is not r×r.
+            If Λ is not r×r, or R×R.
         """
+        dtype = torch.promote_types(self.base.weight.dtype, torch.float32)
+        if isinstance(coefficients, Tensor):
+            down, up = (factor.to(dtype) for factor in self._factors())
+            if tuple(coefficients.shape) != (len(down), len(down)):
+                msg = (
+                    f"coefficients of all branches must be {len(down)}×{len(down)}, got "
+                    f"{tuple(coefficients.shape)}"
+                )
+                raise ValueError(msg)
+            return up @ (coefficients.to(down) @ down)
         coefficients = coefficients or {}
         for name, given in coefficients.items():
             rank = self.branch(name).down.shape[0]
             if tuple(given.shape) != (rank, rank):
                 msg = f"coefficients of {name!r} must be {rank}×{rank}, got {tuple(given.shape)}"
                 raise ValueError(msg)
-        dtype = torch.promote_types(self.base.weight.dtype, torch.float32)
         total = torch.zeros_like(self.base.weight, dtype=dtype)
         for name in self.branches:
             branch = self.branch(name)
@@ -230,13 +240,13 @@ class LoRALinear(nn.Module):
         return total
 
     @torch.no_grad()
-    def merge(self, coefficients: Mapping[str, Tensor] | None = None) -> None:
+    def merge(self, coefficients: Mapping[str, Tensor] | Tensor | None = None) -> None:
         """Fold the branches into the weight; the weight before is kept, bit for bit.
 
         Parameters
         ----------
-        coefficients : mapping of str to Tensor, shape (r, r), optional
-            Λ by branch, as in :meth:`delta`.
+        coefficients : mapping of str to Tensor, shape (r, r), or Tensor, shape (R, R), optional
+            Λ by branch or of all branches, as in :meth:`delta`.
 
         Raises
         ------

@@ -67,14 +67,20 @@ class MomentCollector:
 
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def collect(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            tokens = args[0] if args else next(iter(kwargs.values()))
-            rows = tokens.detach().reshape(-1, tokens.shape[-1])
-            with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-                part = second_moment(rows, check=False)
-                seen = self.moments.get(name)
-                self.moments[name] = part if seen is None else combine(seen, part)
+            self._add(name, args[0] if args else next(iter(kwargs.values())))
 
         return collect
+
+    def _add(self, name: str, tokens: Tensor) -> None:
+        accumulate(self.moments, name, tokens)
+
+
+def accumulate(moments: dict[str, Moments], name: str, tokens: Tensor) -> None:
+    """Add tokens of shape (..., D) to the moments of a layer, read by nobody, off the graph."""
+    rows = tokens.detach().reshape(-1, tokens.shape[-1])
+    with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+        part = second_moment(rows, check=False)
+        moments[name] = combine(moments[name], part) if name in moments else part
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:
@@ -119,17 +125,25 @@ def collect_moments(
     ValueError
         If there was no batch, a layer saw no tokens, or its inputs were not finite.
     """
+    collector = MomentCollector(model, target)
+    walk(collector, model, batches, forward)
+    return collector.moments
+
+
+def walk(
+    collector: MomentCollector, model: nn.Module, batches: Iterable[Any], forward: Forward
+) -> None:
+    """Let a collector see all batches, as in :func:`collect_moments`."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad(), MomentCollector(model, target) as collector:
+        with torch.no_grad(), collector:
             for batch in batches:
                 forward(model, batch)
     finally:
         for module, mode in modes.items():
             module.training = mode
     _check(collector)
-    return collector.moments
 
 
 def _check(collector: MomentCollector) -> None:

@@ -1,11 +1,15 @@
 """What a finished task leaves for inspection: moments, branches and coefficients by layer."""
 
+import math
 from collections.abc import Mapping
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
+import torch
 from torch import Tensor
 
 from backends.torch.lora import LoRALinear
+from backends.torch.solve import HeldoutRatios
+from loda_math import UpdateEffect
 
 
 class TaskRecord(NamedTuple):
@@ -21,9 +25,17 @@ class TaskRecord(NamedTuple):
     downs, ups : dict of str to dict of str to Tensor
         A (r, D) and B (rows, r) by layer and branch, as trained.
     coefficients : dict of str to Tensor, shape (r, r)
-        Λ of the general branch; empty where nothing was recalibrated.
+        Λ of the general branch, or (R, R) of all branches jointly; empty where nothing was
+        recalibrated.
     weights : dict of str to float
         Weight of each branch.
+    heldout : dict of str to dict of str to HeldoutRatio
+        By layer and branch, what the choice of directions keeps on images that it was not made
+        on; empty where it was not measured.
+    effects : dict of str to UpdateEffect
+        What the merge does to the outputs of a layer, known before it: mean squares over the
+        tokens of the new task (through the trained model, or the previous one where no setting
+        asked for that pass) and of past tasks (their mean). Empty on the first task.
     """
 
     new: dict[str, Tensor]
@@ -33,6 +45,8 @@ class TaskRecord(NamedTuple):
     ups: dict[str, dict[str, Tensor]]
     coefficients: dict[str, Tensor]
     weights: dict[str, float]
+    heldout: HeldoutRatios
+    effects: dict[str, UpdateEffect]
 
     @classmethod
     def of(
@@ -41,9 +55,11 @@ class TaskRecord(NamedTuple):
         new: dict[str, Tensor],
         trained: dict[str, Tensor],
         merged: dict[str, Tensor],
-        coefficients: dict[str, Tensor],
+        coefficients: Mapping[str, Tensor],
+        heldout: HeldoutRatios | None = None,
+        effects: Mapping[str, UpdateEffect] | None = None,
     ) -> Self:
-        """Copy the branches of the adapted layers and put them beside the moments."""
+        """Copy the branches of the adapted layers and put them beside what was computed."""
         named = {
             name: [(b, layer.branch(b)) for b in layer.branches] for name, layer in layers.items()
         }
@@ -53,8 +69,10 @@ class TaskRecord(NamedTuple):
             merged=merged,
             downs={n: {b: x.down.detach().clone() for b, x in bs} for n, bs in named.items()},
             ups={n: {b: x.up.detach().clone() for b, x in bs} for n, bs in named.items()},
-            coefficients=coefficients,
-            weights={b: x.scale for bs in named.values() for b, x in bs},
+            coefficients=dict(coefficients),
+            weights={b: float(x.scale) for bs in named.values() for b, x in bs},
+            heldout=heldout or {},
+            effects=dict(effects or {}),
         )
 
     def branch_tensors(self) -> dict[str, Tensor]:
@@ -69,3 +87,25 @@ class TaskRecord(NamedTuple):
         """Moments under flat names, ready for a safetensors file."""
         passes = {"new": self.new, "trained": self.trained, "merged": self.merged}
         return {f"{p}/{n}": m for p, moments in passes.items() for n, m in moments.items()}
+
+    def diagnostics(self) -> dict[str, dict[str, Any]]:
+        """Effects and held-out ratios by layer as plain numbers, ready for JSON.
+
+        A ratio that is infinite, as on a direction without energy on old tasks, is ``None``.
+        """
+        entries: dict[tuple[str, ...], Tensor] = {}
+        for name, effect in self.effects.items():
+            entries |= {(name, "effect", field): x for field, x in effect._asdict().items()}
+        for name, ratios in self.heldout.items():
+            for branch, ratio in ratios.items():
+                place = (name, "heldout", branch)
+                entries |= {(*place, field): x for field, x in ratio._asdict().items()}
+        found: dict[str, dict[str, Any]] = {}
+        # One read for all layers.
+        values = torch.stack(list(entries.values())).tolist() if entries else []
+        for path, value in zip(entries, values, strict=True):
+            inner: dict[str, Any] = found
+            for part in path[:-1]:
+                inner = inner.setdefault(part, {})
+            inner[path[-1]] = value if math.isfinite(value) else None
+        return found

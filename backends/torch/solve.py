@@ -1,21 +1,24 @@
 """The solves of a task for all layers at once: layers of one size go through one batched call."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from backends.torch.settings import LoDASettings
 from loda_math import (
-    RecalibrationForm,
+    HeldoutRatio,
     general_subspace,
+    heldout_ratio,
     isolated_subspace,
     null_subspace,
-    recalibration,
 )
 
 Bases = dict[str, dict[str, Tensor]]
 """Orthonormal basis (D, r) by layer and branch."""
+
+HeldoutRatios = dict[str, dict[str, HeldoutRatio]]
+"""Ratios on data that a subspace was and was not chosen on, by layer and branch."""
 
 
 def solve_bases(
@@ -43,70 +46,75 @@ def solve_bases(
     """
     bases: Bases = {name: {} for name in new}
     for branch in settings.names(first_task=old is None):
-        for group in _by_shape(new):
+        choose = _rule(settings, branch, gram_eps)
+        for group in by_shape(new):
             s_new = torch.stack([new[name] for name in group])
             s_old = None if old is None else torch.stack([old[name] for name in group])
-            basis = _basis(settings, branch, s_new, s_old, gram_eps)
-            for name, found in zip(group, basis, strict=True):
+            for name, found in zip(group, choose(s_new, s_old), strict=True):
                 bases[name][branch] = found
     return bases
 
 
-def solve_recalibration(
-    form: RecalibrationForm,
-    gamma: float,
-    factors: Mapping[str, tuple[Tensor, Tensor]],
-    new: Mapping[str, Tensor],
+def solve_heldout(
+    settings: LoDASettings,
+    halves: Mapping[str, tuple[Tensor, Tensor]],
     old: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
-    """Λ of the general branch of every layer.
+    gram_eps: float,
+) -> HeldoutRatios:
+    """What the rule of every branch keeps on the half of a task that it did not choose on.
 
     Parameters
     ----------
-    form, gamma
-        As in :func:`loda_math.recalibration`.
-    factors : mapping of str to (up, down)
-        B (O, r) and A (r, D) of the general branch by layer.
-    new, old : mapping of str to Tensor, shape (D, D)
-        Moment through the trained model, and history, by layer.
+    settings, old, gram_eps
+        As in :func:`solve_bases`.
+    halves : mapping of str to two Tensors, shape (D, D)
+        Moments of two halves of the task's images by layer.
 
     Returns
     -------
-    dict of str to Tensor, shape (r, r)
-        In the dtype of the moments.
+    dict of str to dict of str to HeldoutRatio
+        Of scalars.
     """
-    coefficients: dict[str, Tensor] = {}
-    for group in _by_shape({name: up for name, (up, _) in factors.items()}, new):
-        dtype = new[group[0]].dtype
-        solved = recalibration(
-            torch.stack([factors[name][0].to(dtype) for name in group]),
-            torch.stack([factors[name][1].to(dtype) for name in group]),
-            torch.stack([new[name] for name in group]),
-            torch.stack([old[name] for name in group]),
-            gamma,
-            form=form,
-        )
-        coefficients.update(zip(group, solved, strict=True))
-    return coefficients
+    ratios: HeldoutRatios = {name: {} for name in halves}
+    for branch in settings.names(first_task=False):
+        choose = _rule(settings, branch, gram_eps)
+        for group in by_shape(old):
+            first, second = (torch.stack([halves[n][side] for n in group]) for side in (0, 1))
+            found = heldout_ratio(choose, first, second, torch.stack([old[n] for n in group]))
+            for name, *values in zip(group, *found, strict=True):
+                ratios[name][branch] = HeldoutRatio(*values)
+    return ratios
 
 
-def _basis(
-    settings: LoDASettings, branch: str, new: Tensor, old: Tensor | None, gram_eps: float
-) -> Tensor:
-    if branch == "general":
-        basis = general_subspace(new, old, settings.rank, accumulation_eps=gram_eps)
-    elif settings.isolated == "null" and old is not None:
-        basis = null_subspace(old, settings.rank)
-    else:
-        basis = isolated_subspace(
-            new, old, settings.rank, ridge=settings.ridge, accumulation_eps=gram_eps
-        )
-    return torch.as_tensor(basis)
-
-
-def _by_shape(*tensors: Mapping[str, Tensor]) -> list[list[str]]:
+def by_shape(*tensors: Mapping[str, Tensor]) -> list[list[str]]:
     """Layer names grouped by the shapes of all their tensors, in order of first appearance."""
     groups: dict[tuple[torch.Size, ...], list[str]] = {}
     for name in tensors[0]:
         groups.setdefault(tuple(t[name].shape for t in tensors), []).append(name)
     return list(groups.values())
+
+
+def _rule(
+    settings: LoDASettings, branch: str, gram_eps: float
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """How the directions of a branch are chosen from the new moments and the history."""
+    rank = settings.rank
+    floor = (settings.energy_floor or 0.0) if settings.isolated == "trace_ratio" else None
+
+    def choose(new: Tensor, old: Tensor | None) -> Tensor:
+        if branch == "general":
+            basis = general_subspace(new, old, rank, accumulation_eps=gram_eps)
+        elif settings.isolated == "null" and old is not None:
+            basis = null_subspace(old, rank)
+        else:
+            basis = isolated_subspace(
+                new,
+                old,
+                rank,
+                ridge=settings.ridge,
+                energy_floor=floor,
+                accumulation_eps=gram_eps,
+            )
+        return torch.as_tensor(basis)
+
+    return choose

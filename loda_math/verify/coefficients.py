@@ -84,6 +84,7 @@ def verify_recalibration(
     >>> bool(report.passed), float(report.loss), float(report.optimum)
     (True, 1.0, 1.0)
     """
+    gamma = check_scalar("gamma", gamma)
     tolerance = check_scalar("tolerance", tolerance, positive=True)
     arrays = {"up": up, "down": down, "new": new, "old": old, "coefficients": coefficients}
     xp, dtype = core.checked(**arrays)

@@ -70,6 +70,7 @@ def verify_subspace(
     *,
     ridge: float = 1e-2,
     energy_floor: float = 0.0,
+    accumulation_eps: float = 0.0,
     tolerance: float = 1e-5,
 ) -> SubspaceReport:
     r"""Check a basis against the exact optimum of its objective.
@@ -91,7 +92,7 @@ def verify_subspace(
         Second moments that the basis was chosen from; zeros where there was no history.
     objective : {"general", "isolated", "trace_ratio", "null"}
         What the basis claims to optimise.
-    ridge, energy_floor
+    ridge, energy_floor, accumulation_eps
         As in :func:`isolated_subspace`; a ridge of 0 checks an unregularised solution, down to
         the rounding of the moments.
     tolerance : float, default 1e-5
@@ -128,6 +129,7 @@ def verify_subspace(
         raise ValueError(msg)
     ridge = check_scalar("ridge", ridge)
     energy_floor = check_share("energy_floor", energy_floor)
+    formed = check_scalar("accumulation_eps", accumulation_eps)
     tolerance = check_scalar("tolerance", tolerance, positive=True)
     xp = namespace(basis=basis, new=new, old=old)
     check_real(xp, basis=basis, new=new, old=old)
@@ -140,16 +142,16 @@ def verify_subspace(
     if objective in ("general", "null"):
         value, best, gap, residual = _energy(xp, span, new, old, minimise=objective == "null")
     elif objective == "isolated":
-        value, best, residual = _isolated(xp, span, alive, new, old, ridge)
+        value, best, residual = _isolated(xp, span, alive, new, old, ridge, formed)
         gap = safe_divide(xp, best - value, best)
     else:
-        value, best, residual, live = _ratio(xp, span, new, old, ridge, energy_floor)
+        value, best, residual, live = _ratio(xp, span, new, old, ridge, energy_floor, formed)
         # What was left out as inert belongs to the stationary point: the rest alone is none.
         residual = xp.where(xp.all(alive, axis=-1), residual, xp.zeros_like(residual))
         gap = safe_divide(xp, best - value, best)
     energies = [xp.sum(span * (m @ span), axis=(-2, -1)) for m in (s_new, s_old)]
     carried, _ = descending_eigh(xp, span.mT @ (s_new @ span))
-    noise = rounding_share(xp, int(new.shape[-1]), new, old)
+    noise = rounding_share(xp, int(new.shape[-1]), new, old, formed=formed)
     effective = _pencil.count(
         xp, carried > noise * xp.max(xp.linalg.eigvalsh(s_new), axis=-1)[..., None]
     )
@@ -195,25 +197,25 @@ def _energy(
 
 
 def _isolated(
-    xp: Namespace, span: Array, alive: Array, new: Array, old: Array, ridge: float
+    xp: Namespace, span: Array, alive: Array, new: Array, old: Array, ridge: float, formed: float
 ) -> tuple[Array, Array, Array]:
-    s, r = _pencil.regularised(xp, new, old, ridge)
+    s, r = _pencil.regularised(xp, new, old, ridge, formed)
     rank = int(span.shape[-1])
     # A one on the diagonal for zero columns leaves their part of the pencil at zero.
     dead = xp.astype(~alive, span.dtype)[..., None] * eye_like(xp, span, rank)
     image = s @ span
     inner = xp.linalg.solve(span.mT @ (r @ span) + dead, span.mT @ image)
-    found = _pencil.isolated(xp, new, old, rank, ridge)
+    found = _pencil.isolated(xp, new, old, rank, ridge, formed)
     values = xp.where(found.inert, xp.zeros_like(found.values), found.values)
     residual = _relative(xp, image - r @ (span @ inner), s)
     return xp.linalg.trace(inner), xp.sum(values[..., :rank], axis=-1), residual
 
 
 def _ratio(
-    xp: Namespace, span: Array, new: Array, old: Array, ridge: float, energy_floor: float
+    xp: Namespace, span: Array, new: Array, old: Array, ridge: float, floor: float, formed: float
 ) -> tuple[Array, Array, Array, Array]:
-    s, r = _pencil.regularised(xp, new, old, ridge)
-    best = _trace_ratio.maximise(xp, new, old, int(span.shape[-1]), ridge, energy_floor)
+    s, r = _pencil.regularised(xp, new, old, ridge, formed)
+    best = _trace_ratio.maximise(xp, new, old, int(span.shape[-1]), ridge, floor, formed)
     top, bottom = (xp.sum(span * (m @ span), axis=(-2, -1), keepdims=True) for m in (s, r))
     kappa = best.multiplier
     image = s @ span - kappa * (r @ span)

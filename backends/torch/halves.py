@@ -1,0 +1,118 @@
+"""Moments of a task and of two halves of its images, in one pass."""
+
+from collections.abc import Iterable
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from backends.torch.adapt import TIMM_QKV, Target
+from backends.torch.moments import (
+    Forward,
+    MomentCollector,
+    accumulate,
+    default_forward,
+    walk,
+)
+from loda_math import Moments
+
+Halves = dict[str, tuple[Tensor, Tensor]]
+"""Second moments (D, D) of two halves of the images, by layer."""
+
+
+class HalvingCollector(MomentCollector):
+    """Sums a second moment over every other image beside the one over all of them.
+
+    The sums over all images are those of :class:`MomentCollector` bit for bit. The other half is
+    the difference, which costs half a Gram matrix a batch rather than a whole one.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Called on batches of images; images count up over all batches, and those of odd number
+        form the first half.
+    target : str or sequence of str
+        Patterns over module names. The layers' inputs have the images along their first axis,
+        each once, or several times in a row (windows of an image).
+    """
+
+    def __init__(self, model: nn.Module, target: Target = TIMM_QKV) -> None:
+        super().__init__(model, target)
+        self.half: dict[str, Moments] = {}
+        self._model = model
+        self._batch = self._before = 0
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self._handles.append(self._model.register_forward_pre_hook(self._count, with_kwargs=True))
+        return self
+
+    def halves(self) -> Halves:
+        """Mean second moments of both halves by layer.
+
+        Raises
+        ------
+        ValueError
+            If one half is empty.
+        """
+        halves: Halves = {}
+        for name, whole in self.moments.items():
+            half = self.half[name]
+            rest = whole.count - half.count
+            if half.count == 0 or rest == 0:
+                msg = (
+                    f"layer {name!r} saw one image only; two halves to choose directions on and "
+                    f"to measure them on take two"
+                )
+                raise ValueError(msg)
+            other = (whole.mean * whole.count - half.mean * half.count) / rest
+            halves[name] = (half.mean, other)
+        return halves
+
+    def _count(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._before += self._batch
+        given = [*args, *kwargs.values()]
+        self._batch = next((len(x) for x in given if isinstance(x, Tensor) and x.ndim), 0)
+
+    def _add(self, name: str, tokens: Tensor) -> None:
+        super()._add(name, tokens)
+        rows = tokens if tokens.ndim > 1 else tokens[None]
+        # A caller may run a part of the model; then the layer's own input says what a batch is.
+        images = self._batch or len(rows)
+        if len(rows) % images:
+            msg = (
+                f"the input of layer {name!r} has the shape {tuple(tokens.shape)} for {images} "
+                f"images; halves by images need the images along its first axis"
+            )
+            raise ValueError(msg)
+        by_image = rows.reshape(images, -1, rows.shape[-1])
+        accumulate(self.half, name, by_image[self._before % 2 :: 2])
+
+
+def collect_halves(
+    model: nn.Module,
+    batches: Iterable[Any],
+    target: Target = TIMM_QKV,
+    *,
+    forward: Forward = default_forward,
+) -> tuple[dict[str, Moments], Halves]:
+    """Second moments over all batches, as by :func:`collect_moments`, and those of two halves.
+
+    Parameters
+    ----------
+    model, batches, target, forward
+        As in :func:`collect_moments`.
+
+    Returns
+    -------
+    moments : dict of str to Moments
+    halves : dict of str to two Tensors, shape (D, D)
+
+    Raises
+    ------
+    ValueError
+        As in :func:`collect_moments`; and if there is one image only, or images cannot be told
+        apart in the input of a layer.
+    """
+    collector = HalvingCollector(model, target)
+    walk(collector, model, batches, forward)
+    return collector.moments, collector.halves()
