@@ -5,14 +5,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 from huggingface_hub.utils import HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from training.backbone import GLYPHS, Backbone, build_backbone, check_fits
-from training.config import BackboneConfig, DataConfig
+from training.backbone import Backbone, build_backbone, check_fits
+from training.config import PACKAGED_WEIGHTS, BackboneConfig, DataConfig
 from training.data import build_stream
 from training.data import test_transform as evaluation_transform
 
@@ -253,7 +254,7 @@ def test_the_recorded_backbone_loads(shared: Path) -> None:
 
 
 def test_the_packaged_backbone_takes_the_digits() -> None:
-    path = Path(str(files("training").joinpath("weights", GLYPHS)))
+    path = Path(str(files("training").joinpath("weights", PACKAGED_WEIGHTS["glyphs"])))
     backbone = build_backbone(BackboneConfig())
     assert holds(backbone, load_file(path))
     assert backbone.channels == 1
@@ -263,3 +264,124 @@ def test_the_packaged_backbone_takes_the_digits() -> None:
     check_fits(backbone, test[0][0])
     features = backbone.module.eval()(torch.stack([test[0][0], test[1][0]]))
     assert features.shape == (2, backbone.features)
+
+
+# --- published files: the original ViT's arrays, wrapped checkpoints, hashes
+
+
+def as_arrays(weights: dict[str, torch.Tensor], heads: int) -> dict[str, Any]:
+    """A ViT's weights under the names and in the layout of the original (augreg) .npz files."""
+    w = {key: value.numpy() for key, value in weights.items()}
+    width = w["cls_token"].shape[-1]
+    arrays = {
+        "cls": w["cls_token"],
+        "embedding/kernel": w["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
+        "embedding/bias": w["patch_embed.proj.bias"],
+        "Transformer/posembed_input/pos_embedding": w["pos_embed"],
+        "Transformer/encoder_norm/scale": w["norm.weight"],
+        "Transformer/encoder_norm/bias": w["norm.bias"],
+    }
+    for index in range(TINY["depth"]):
+        own, theirs = f"blocks.{index}", f"Transformer/encoderblock_{index}"
+        for number, norm in ((0, "norm1"), (2, "norm2")):
+            arrays[f"{theirs}/LayerNorm_{number}/scale"] = w[f"{own}.{norm}.weight"]
+            arrays[f"{theirs}/LayerNorm_{number}/bias"] = w[f"{own}.{norm}.bias"]
+        attention = f"{theirs}/MultiHeadDotProductAttention_1"
+        for part, name in enumerate(("query", "key", "value")):
+            rows = slice(part * width, (part + 1) * width)
+            kernel = w[f"{own}.attn.qkv.weight"][rows].T.reshape(width, heads, -1)
+            arrays[f"{attention}/{name}/kernel"] = kernel
+            arrays[f"{attention}/{name}/bias"] = w[f"{own}.attn.qkv.bias"][rows].reshape(heads, -1)
+        out = w[f"{own}.attn.proj.weight"].T.reshape(heads, -1, width)
+        arrays[f"{attention}/out/kernel"] = out
+        arrays[f"{attention}/out/bias"] = w[f"{own}.attn.proj.bias"]
+        for number, layer in enumerate(("fc1", "fc2")):
+            dense = f"{theirs}/MlpBlock_3/Dense_{number}"
+            arrays[f"{dense}/kernel"] = w[f"{own}.mlp.{layer}.weight"].T
+            arrays[f"{dense}/bias"] = w[f"{own}.mlp.{layer}.bias"]
+    return arrays
+
+
+def test_the_original_arrays_of_a_vit_are_read(
+    tmp_path: Path, trained: dict[str, torch.Tensor]
+) -> None:
+    path = tmp_path / "augreg.npz"
+    np.savez(path, **as_arrays(trained, TINY["num_heads"]))
+    backbone = build_backbone(tiny(path))
+    assert holds(backbone, trained)
+    assert backbone.weights_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda a: a.pop("cls"), "cls"),
+        (lambda a: a.update({"Transformer/encoderblock_2/x": a["cls"]}), "3 blocks, the model 2"),
+        (lambda a: a.update(cls=a["cls"][..., :9]), "size of tensor|shape"),
+        (lambda a: a["cls"].fill(np.nan), "NaN or infinite values: cls_token"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(
+    tmp_path: Path, trained: dict[str, torch.Tensor], spoil: Any, said: str
+) -> None:
+    arrays = as_arrays(trained, TINY["num_heads"])
+    spoil(arrays)
+    np.savez(tmp_path / "augreg.npz", **arrays)
+    with pytest.raises(ValueError, match=rf"augreg\.npz .*({said})") as caught:
+        build_backbone(tiny(tmp_path / "augreg.npz"))
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_arrays_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no file .*none\.npz"):
+        build_backbone(tiny(tmp_path / "none.npz"))
+    (tmp_path / "w.npz").write_text("text")
+    with pytest.raises(ValueError, match=r"w\.npz are not those of the original ViT"):
+        build_backbone(tiny(tmp_path / "w.npz"))
+    np.savez(tmp_path / "w.npz", a=np.zeros(1))
+    with pytest.raises(ValueError, match=r"timm reads no .npz file for this model"):
+        build_backbone(BackboneConfig("resnet18", weights=str(tmp_path / "w.npz")))
+
+
+def test_the_teacher_of_a_self_supervised_training_is_read(
+    tmp_path: Path, trained: dict[str, torch.Tensor]
+) -> None:
+    teacher = {f"module.backbone.{key}": value for key, value in trained.items()}
+    student = {key: value + 1 for key, value in teacher.items()}
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"student": student, "teacher": teacher, "epoch": 3}, path)
+    assert holds(build_backbone(tiny(path)), trained)
+
+
+def test_the_hash_of_the_weights_does_not_depend_on_their_file(
+    tmp_path: Path, trained: dict[str, torch.Tensor]
+) -> None:
+    np.savez(tmp_path / "a.npz", **as_arrays(trained, TINY["num_heads"]))
+    torch.save({"model": trained}, tmp_path / "a.pth")
+    paths = [saved(tmp_path, trained), tmp_path / "a.npz", tmp_path / "a.pth"]
+    backbones = [build_backbone(tiny(path)) for path in paths]
+    assert len({backbone.weights_sha256 for backbone in backbones}) == 3
+    assert len({backbone.tensors_sha256 for backbone in backbones}) == 1
+    trained["norm.bias"][3] += 1e-6
+    assert build_backbone(tiny(saved(tmp_path, trained))).tensors_sha256 not in {
+        backbones[0].tensors_sha256,
+        None,
+    }
+
+
+def test_the_exact_tag_of_downloaded_weights_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = timm.create_model
+
+    def downloaded(name: str, *, pretrained: bool = False, **options: Any) -> torch.nn.Module:
+        model: torch.nn.Module = create(name, pretrained=False, **options)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", downloaded)
+    backbone = build_backbone(BackboneConfig(NAME, options={"img_size": 16}))
+    tag = "augreg_in21k_ft_in1k"
+    assert backbone.tag == f"{NAME}.{tag} from timm/{NAME}.{tag}"
+    assert backbone.weights_sha256 is None
+    assert len(backbone.tensors_sha256 or "") == 64
+    assert build_backbone(tiny()).tag is None

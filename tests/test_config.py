@@ -218,6 +218,12 @@ def test_resolve_config_prefers_files_and_lists_packaged_names(tmp_path: Path) -
         (DataConfig, {"init_cls": 0}),
         (DataConfig, {"increment": 0}),
         (DataConfig, {"classes": 0}),
+        (DataConfig, {"task_sizes": []}),
+        (DataConfig, {"task_sizes": [3, 0]}),
+        (DataConfig, {"dataset": "torch/cifar10"}),  # for data.name timm alone
+        (DataConfig, {"name": "timm", "root": "x", "resize": 8}),
+        (DataConfig, {"name": "timm", "dataset": "torch/cifar10", "resize": 8}),  # no root
+        (DataConfig, {"verify": True}),  # digits lie in no folder
         (DataConfig, {"tasks": 0}),
         (DataConfig, {"validation": 0.95}),
         (DataConfig, {"validation": -0.1}),
@@ -251,6 +257,12 @@ def test_resolve_config_prefers_files_and_lists_packaged_names(tmp_path: Path) -
         (MethodConfig, {"isolated_weight": float("inf")}),
         (MethodConfig, {"down_scale": 0.0}),
         (MethodConfig, {"target": " "}),
+        (MethodConfig, {"isolated": "trace_ratio", "energy_floor": 1.1}),
+        (MethodConfig, {"energy_floor": 0.5}),  # the rule of the theorem has no floor
+        (MethodConfig, {"joint": True, "recalibration": "none"}),
+        (MethodConfig, {"history_decay": 1.01}),
+        (MethodConfig, {"history_decay": float("nan")}),
+        (MethodConfig, {"history_weight": -1.0}),
         (TrainConfig, {"epochs": -1}),
         (TrainConfig, {"batch_size": 0}),
         (TrainConfig, {"lr": 0.0}),
@@ -269,6 +281,15 @@ def test_values_out_of_range_are_refused(section: type, values: dict[str, object
     with pytest.raises(ValueError, match=r"\w") as caught:
         section(**values)
     assert any(key in str(caught.value) for key in (*values, "root"))
+
+
+def test_the_weight_of_the_history_is_a_number_or_a_word(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for word, expected in (("mean", "mean"), ("0.25", 0.25), ("2", 2.0)):
+        method = load_experiment([f"--method.history_weight={word}"]).method
+        assert method.history_weight == expected
+    assert "history_weight" in refused(capsys, "--method.history_weight=sum")
 
 
 def test_the_image_settings_of_the_experiments_are_accepted() -> None:

@@ -1,5 +1,6 @@
 """Folder trees: labels, what is refused at the start, and the decoding of images."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -147,9 +148,23 @@ def test_paths_that_are_no_files_are_told_from_damaged_images(tmp_path: Path) ->
 
 def test_the_limit_on_image_size_stays_on(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
-    Image.new("RGB", (40, 40)).save(tree / "train" / "dog" / "1.png")
-    with pytest.raises(ValueError, match=r"cannot read the image .*dog.1\.png.*exceeds limit"):
-        build_stream(folder(tree), 0)
+    path = tree / "train" / "dog" / "1.png"
+    for side in (20, 40):  # Pillow warns from the limit on, and refuses from twice the limit on
+        Image.new("RGB", (side, side)).save(path)
+        for warnings_are in ("error", "ignore"):
+            with warnings.catch_warnings():
+                warnings.simplefilter(warnings_are, Image.DecompressionBombWarning)  # type: ignore[arg-type]
+                with pytest.raises(
+                    ValueError, match=r"cannot read the image .*dog.1\.png"
+                ) as caught:
+                    build_stream(folder(tree), 0)
+                with pytest.raises(UnreadableImageError):
+                    open_image(path, folder(tree))
+            said = f"Image size ({side * side} pixels) exceeds limit of "
+            assert said in str(caught.value)
+            assert "Scale it down, or take it out" in str(caught.value)
+    Image.new("RGB", (15, 20)).save(path)
+    assert len(build_stream(folder(tree), 0).train) == 25
 
 
 # --- decoding

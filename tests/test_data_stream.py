@@ -85,6 +85,23 @@ def test_classes_and_tasks_cut_the_stream() -> None:
         assert images.labels.dtype == torch.int64
 
 
+def test_tasks_of_given_sizes_leave_out_what_follows() -> None:
+    stream = build_stream(DataConfig(task_sizes=[1, 4, 2]), 3)
+    assert stream.tasks == [(0,), (1, 2, 3, 4), (5, 6)]
+    assert set(stream.train.labels.tolist()) == set(range(7))
+    assert len(build_stream(DataConfig(task_sizes=[1, 4, 2], tasks=2), 3).tasks) == 2
+    with pytest.raises(ValueError, match=r"data.task_sizes \[6, 5\] are 11 classes.* only 10"):
+        build_stream(DataConfig(task_sizes=[6, 5]), 3)
+    with pytest.raises(ValueError, match=r"10 classes give 2 tasks \(data.task_sizes \[6, 4\]\)"):
+        build_stream(DataConfig(task_sizes=[6, 4], tasks=3), 3)
+
+
+def test_classes_stay_in_the_order_of_their_numbers_without_shuffle() -> None:
+    stream = build_stream(DataConfig(shuffle=False, classes=6), 3)
+    assert stream.order == list(range(6))
+    assert stream.class_names == list("012345")
+
+
 def test_subset_keeps_pairs_and_order() -> None:
     train = build_stream(DataConfig(), 0).train
     part = train.subset((3, 1))

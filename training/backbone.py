@@ -1,7 +1,6 @@
-"""The pretrained network: a timm model without classifier, its weights, and the images it takes."""
+"""The pretrained network: a model without classifier, its weights, and the images it takes."""
 
 import difflib
-import hashlib
 import json
 import textwrap
 from collections.abc import Mapping
@@ -10,14 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
-import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from training.config import BackboneConfig
-
-GLYPHS = "glyphs_vit.safetensors"
+import training.conv_vit  # noqa: F401  timm learns its name
+from training.config import HUGGING_FACE, PACKAGED_WEIGHTS, BackboneConfig
+from training.weight_files import load_weights, tensors_sha256
 
 # Packages whose errors mean that the network failed; not all of them are OSErrors.
 _TRANSPORTS = {"huggingface_hub", "httpx", "httpcore", "requests", "urllib3"}
@@ -33,13 +30,19 @@ class Backbone(NamedTuple):
     features
         Number of features D.
     timm_name, timm_options
-        What rebuilds the module: ``timm.create_model(timm_name, num_classes=0, **timm_options)``.
+        What rebuilds the module: ``timm.create_model(timm_name, num_classes=0, **timm_options)``,
+        or for a name that starts with hf: the library transformers.
     weights_sha256
         Hash of the weights file; None for random weights and for those that timm downloaded.
     channels
         Channels of the images.
     image_size
         Side of the images; None if the model takes any.
+    tag
+        The published weights that were downloaded, with their exact tag; None for others.
+    tensors_sha256
+        Hash of the loaded weights themselves, from wherever they came (see `tensors_sha256`); None
+        where a trained model is loaded afterwards.
     """
 
     module: nn.Module
@@ -49,6 +52,8 @@ class Backbone(NamedTuple):
     weights_sha256: str | None
     channels: int
     image_size: int | None
+    tag: str | None = None
+    tensors_sha256: str | None = None
 
 
 def build_backbone(config: BackboneConfig, *, initialise: bool = True) -> Backbone:
@@ -71,17 +76,10 @@ def build_backbone(config: BackboneConfig, *, initialise: bool = True) -> Backbo
     ConnectionError
         If the weights cannot be downloaded.
     """
-    if config.name == "glyphs":
-        with as_file(files("training").joinpath("weights", GLYPHS)) as path:
-            return _build_glyphs(path, config, initialise=initialise)
-    module = _create(config.name, config.options)
-    digest = None
-    if initialise and config.weights is not None:
-        path = Path(config.weights).expanduser()
-        digest = _load(module, path)
-    elif initialise and config.pretrained:
-        module = _download(config)
-    return _describe(module, config.name, config.options, digest)
+    backbone = _build(config, initialise=initialise)
+    if not initialise:
+        return backbone
+    return backbone._replace(tensors_sha256=tensors_sha256(backbone.module))
 
 
 def check_fits(backbone: Backbone, image: Tensor) -> None:
@@ -111,13 +109,26 @@ def check_fits(backbone: Backbone, image: Tensor) -> None:
         raise ValueError(msg)
 
 
-def file_sha256(path: Path) -> str:
-    """Hash a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _build(config: BackboneConfig, *, initialise: bool) -> Backbone:
+    if config.name in PACKAGED_WEIGHTS:
+        with as_file(files("training").joinpath("weights", PACKAGED_WEIGHTS[config.name])) as path:
+            return _build_packaged(path, config, initialise=initialise)
+    if config.name.startswith(HUGGING_FACE):
+        from training.backbone_hf import build_hugging_face
+
+        return build_hugging_face(config, initialise=initialise)
+    module = _create(config.name, config.options)
+    digest = tag = None
+    if initialise and config.weights is not None:
+        path = Path(config.weights).expanduser()
+        digest = load_weights(module, path)
+    elif initialise and config.pretrained:
+        module = _download(config)
+        tag = _tag(module)
+    return _describe(module, config.name, config.options, digest)._replace(tag=tag)
 
 
-def _build_glyphs(path: Path, config: BackboneConfig, *, initialise: bool) -> Backbone:
+def _build_packaged(path: Path, config: BackboneConfig, *, initialise: bool) -> Backbone:
     if not path.is_file():
         msg = f"the package lacks its own weights, {path}: install it again."
         raise FileNotFoundError(msg)
@@ -126,7 +137,7 @@ def _build_glyphs(path: Path, config: BackboneConfig, *, initialise: bool) -> Ba
     name, options = metadata["timm_model"], json.loads(metadata["timm_options"])
     options.pop("num_classes", None)  # no backbone here has a classifier
     module = _create(name, options)
-    digest = _load(module, path) if initialise and config.pretrained else None
+    digest = load_weights(module, path) if initialise and config.pretrained else None
     return _describe(module, name, options, digest)
 
 
@@ -161,8 +172,8 @@ def _download(config: BackboneConfig) -> nn.Module:
         if _is_transport(error):
             msg = (
                 f"the pretrained weights of {config.name} could not be fetched ({reason}). Without "
-                "a network, fetch them elsewhere and give the file as backbone.weights "
-                "(.safetensors or .pth); backbone.pretrained false starts from random weights."
+                "a network, fetch them elsewhere and give the file (.safetensors, .pth or .npz) as "
+                "backbone.weights; backbone.pretrained false starts from random weights."
             )
             raise ConnectionError(msg) from error
         msg = (
@@ -174,75 +185,17 @@ def _download(config: BackboneConfig) -> nn.Module:
     return module
 
 
+def _tag(module: nn.Module) -> str | None:
+    settings: Mapping[str, Any] = getattr(module, "pretrained_cfg", None) or {}
+    # A name without a tag means timm's default one, which may differ from version to version.
+    name = ".".join(str(settings[key]) for key in ("architecture", "tag") if settings.get(key))
+    places = (settings.get(key) for key in ("hf_hub_id", "url", "file"))
+    return f"{name} from {next((str(place) for place in places if place), 'timm')}"
+
+
 def _is_transport(error: Exception) -> bool:
     packages = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     return isinstance(error, OSError) or not packages.isdisjoint(_TRANSPORTS)
-
-
-def _load(module: nn.Module, path: Path) -> str:
-    weights = _read(path)
-    own = module.state_dict()
-    weights = {key: value for key, value in weights.items() if not _is_classifier(module, key, own)}
-    missing = [key for key in own if key not in weights]
-    unexpected = [key for key in weights if key not in own]
-    shapes = [
-        f"{key} is {_shape(weights[key])}, the model has {_shape(value)}"
-        for key, value in own.items()
-        if key in weights and weights[key].shape != value.shape
-    ]
-    found = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    if any(found.values()):
-        lists = " ".join(f"{kind}: {_some(names)}." for kind, names in found.items() if names)
-        msg = (
-            f"the weights in {path} do not fit the model. {lists} Check backbone.name and "
-            "backbone.options (img_size, patch_size, embed_dim, depth, in_chans) against what the "
-            "file was trained with."
-        )
-        raise ValueError(msg)
-    infinite = [key for key, value in weights.items() if not torch.isfinite(value).all()]
-    if infinite:
-        msg = f"the weights in {path} hold NaN or infinite values: {_some(infinite)}."
-        raise ValueError(msg)
-    module.load_state_dict(weights)
-    return file_sha256(path)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        msg = f"backbone.weights: no file {path}."
-        raise FileNotFoundError(msg)
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or foreign file provokes in the readers
-        reason = (str(error).splitlines() or [""])[0]
-        # torch's own words would advise to run whatever code the file holds.
-        if path.suffix != ".safetensors" and not isinstance(error, OSError):
-            reason = (
-                "it holds more than tensors, or is damaged. Save the model's state_dict() alone, "
-                "best as .safetensors."
-            )
-        raise _unusable(path, reason) from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    if not isinstance(content, Mapping) or not content:
-        raise _unusable(path, "it holds no named tensors.")
-    odd = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
-    if odd:
-        raise _unusable(path, f"entries that are no tensors: {_some(odd)}.")
-    # Models saved from a data-parallel wrapper carry its name in front of every parameter.
-    return {str(key).removeprefix("module."): value for key, value in content.items()}
-
-
-def _is_classifier(module: nn.Module, key: str, own: Mapping[str, Tensor]) -> bool:
-    if key in own:
-        return False
-    settings: Mapping[str, Any] = getattr(module, "default_cfg", None) or {}
-    named = settings.get("classifier") or ()
-    prefixes = {"head", "head_dist", "fc", *([named] if isinstance(named, str) else named)}
-    return any(key.startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def _describe(
@@ -256,16 +209,3 @@ def _describe(
     strict = getattr(getattr(module, "patch_embed", None), "strict_img_size", True)
     side = int(size[0]) if isinstance(size, tuple | list) and strict else None
     return Backbone(module, int(features), name, dict(options), digest, channels, side)
-
-
-def _unusable(path: Path, reason: str) -> ValueError:
-    return ValueError(f"backbone.weights: cannot read {path} as .safetensors or .pth: {reason}")
-
-
-def _shape(value: Tensor) -> str:
-    return "x".join(map(str, value.shape)) or "a scalar"
-
-
-def _some(names: list[str]) -> str:
-    rest = len(names) - 8
-    return ", ".join(names[:8]) + (f" and {rest} more" if rest > 0 else "")

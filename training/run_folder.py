@@ -18,8 +18,18 @@ from training.state import RunState
 CONFIG, CLASSES, ENVIRONMENT = "config.yaml", "classes.json", "environment.json"
 METRICS, SUMMARY, FIGURE = "metrics.jsonl", "summary.json", "accuracy.png"
 MODEL, READOUTS, TASKS = "model.safetensors", "readouts.safetensors", "tasks"
+ANALYSIS = "analysis.json"
 
-_PACKAGES = ("loda", "torch", "torchvision", "timm", "accelerate", "numpy", "safetensors")
+_PACKAGES = (
+    "loda",
+    "torch",
+    "torchvision",
+    "timm",
+    "transformers",
+    "accelerate",
+    "numpy",
+    "safetensors",
+)
 
 
 def choose_folder(experiment: Experiment) -> Path:
@@ -115,7 +125,7 @@ def _new_folder(path: Path) -> Path:
 
 
 def _remove_results(path: Path) -> None:
-    for name in (METRICS, SUMMARY, FIGURE, MODEL, READOUTS):
+    for name in (METRICS, SUMMARY, FIGURE, MODEL, READOUTS, ANALYSIS):
         (path / name).unlink(missing_ok=True)
         for half_written in path.glob(f".{name}.*.tmp"):
             half_written.unlink()
@@ -139,7 +149,9 @@ def _environment(backbone: Backbone) -> dict[str, Any]:
         "backbone": {
             "timm_name": backbone.timm_name,
             "options": backbone.timm_options,
+            "tag": backbone.tag,
             "weights_sha256": backbone.weights_sha256,
+            "tensors_sha256": backbone.tensors_sha256,
         },
     }
 

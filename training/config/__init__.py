@@ -8,17 +8,19 @@ help of the command line. A file may set any part of them, the command line over
 A relative path (``data.root``, ``backbone.weights``, ``out``) starts at the working directory.
 """
 
-from training.config.data import NATIVE_SIDE, DataConfig
+from training.config.data import CLASS_COUNTS, NATIVE_SIDE, DataConfig
+from training.config.layers import packaged_configs, resolve_config
 from training.config.parse import (
     as_recorded,
     dump_experiment,
+    experiment_of,
     load_experiment,
-    packaged_configs,
     parser,
     read_experiment,
-    resolve_config,
 )
 from training.config.sections import (
+    HUGGING_FACE,
+    PACKAGED_WEIGHTS,
     BackboneConfig,
     Experiment,
     HeadConfig,
@@ -29,7 +31,10 @@ from training.config.sections import (
 )
 
 __all__ = [
+    "CLASS_COUNTS",
+    "HUGGING_FACE",
     "NATIVE_SIDE",
+    "PACKAGED_WEIGHTS",
     "BackboneConfig",
     "DataConfig",
     "Experiment",
@@ -40,6 +45,7 @@ __all__ = [
     "TrainConfig",
     "as_recorded",
     "dump_experiment",
+    "experiment_of",
     "load_experiment",
     "packaged_configs",
     "parser",

@@ -9,6 +9,9 @@ from training.config._checks import at_least, check, check_seed, positive
 NATIVE_SIDE = {"digits": 8, "cifar100": 32}
 """Image side, in pixels, of the data sets whose images all have one size."""
 
+CLASS_COUNTS = {"imagenet-r": 200, "imagenet-a": 200, "cub": 200, "domainnet": 345}
+"""Number of classes of the published data sets that are read from folders under ``data.root``."""
+
 
 @dataclass
 class DataConfig:
@@ -17,17 +20,34 @@ class DataConfig:
     Parameters
     ----------
     name
-        digits (embedded, no download), folder (train/CLASS/* with test/ or val/), or cifar100.
+        digits (embedded, no download), folder (train/CLASS/* with test/ or val/), cifar100, one of
+        imagenet-r, imagenet-a, cub and domainnet (the folder of that name in root), or timm (what
+        data.dataset names).
     root
-        The folder tree, or the folder that holds (or receives) CIFAR-100.
+        The folder tree, the folder that holds such trees by name, or the one that holds (or
+        receives) what is downloaded.
+    dataset
+        For data.name timm: a name that timm's data set factory knows, such as torch/cifar10,
+        hfds/ORGANISATION/NAME or hfds/FOLDER.
+    train_split
+        For data.name timm: what the data set calls its training images.
+    test_split
+        For data.name timm: what the data set calls its evaluation images.
+    download
+        For data.name timm: let torchvision download the data set to root.
     classes
         Use only the first so many classes of the random order; all when not given.
     init_cls
         Number of classes of the first task.
     increment
         Number of classes of every later task; the last task may have fewer.
+    task_sizes
+        Number of classes of each task, instead of init_cls and increment; later classes are left
+        out.
     tasks
         Cut the stream to its first so many tasks; all when not given.
+    shuffle
+        Put the classes in a random order; otherwise they stay in that of their numbers.
     order_seed
         Seed of the class order; the seed of the run when not given.
     validation
@@ -57,14 +77,24 @@ class DataConfig:
         Keep decoded images in memory; when not given, if resize is set and they take under 1 GB.
     workers
         Processes that load images; 0 loads them in the main process. Results do not depend on it.
+    verify
+        Decode every image before training, and stop at what is unreadable or in both splits.
     """
 
-    name: Literal["digits", "folder", "cifar100"] = "digits"
+    name: Literal[
+        "digits", "folder", "cifar100", "imagenet-r", "imagenet-a", "cub", "domainnet", "timm"
+    ] = "digits"
     root: str | None = None
+    dataset: str | None = None
+    train_split: str = "train"
+    test_split: str = "validation"
+    download: bool = False
     classes: int | None = None
     init_cls: int = 2
     increment: int = 2
+    task_sizes: list[int] | None = None
     tasks: int | None = None
+    shuffle: bool = True
     order_seed: int | None = None
     validation: float = 0.0
     image_size: int = 8
@@ -79,6 +109,7 @@ class DataConfig:
     std: float = 1.0
     cache: bool | None = None
     workers: int = 0
+    verify: bool = False
 
     def __post_init__(self) -> None:
         for key in ("classes", "init_cls", "increment", "tasks"):
@@ -93,13 +124,31 @@ class DataConfig:
         positive("data.std", self.std)
         low, high = self.crop_scale
         check(0 < low <= high <= 1, "data.crop_scale", [low, high], "0 < smallest <= largest <= 1")
-        if self.name != "digits" and self.root is None:
-            msg = f"data.root must be given for data.name {self.name}: the folder with the images."
-            raise ValueError(msg)
-        if self.cache and self.resize is None and self.name == "folder":
-            msg = "data.cache true needs images of one size: set data.resize."
-            raise ValueError(msg)
+        sizes = self.task_sizes
+        allowed = sizes is None or (bool(sizes) and min(sizes) >= 1)
+        check(allowed, "data.task_sizes", sizes, "a list of sizes of at least 1")
+        _check_source(self)
         _check_sides(self)
+
+
+def _check_source(data: DataConfig) -> None:
+    if (data.name == "timm") != (data.dataset is not None):
+        msg = (
+            f"data.name is {data.name} and data.dataset is {data.dataset}: data.dataset names the "
+            "data set for data.name timm, and for no other."
+        )
+        raise ValueError(msg)
+    # Hugging Face keeps what it downloads in a cache of its own, unless a root is given.
+    cached = data.name == "digits" or (data.dataset or "").lower().startswith("hfds/")
+    if data.root is None and not cached:
+        msg = f"data.root must be given for data.name {data.name}: the folder with the images."
+        raise ValueError(msg)
+    if data.cache and data.resize is None and data.name not in NATIVE_SIDE:
+        msg = "data.cache true needs images of one size: set data.resize."
+        raise ValueError(msg)
+    if data.verify and data.name in {*NATIVE_SIDE, "timm"}:
+        msg = f"data.verify reads image folders, and data.name {data.name} is none."
+        raise ValueError(msg)
 
 
 def _check_sides(data: DataConfig) -> None:

@@ -4,14 +4,14 @@ import argparse
 import inspect
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
 import jsonargparse
 import yaml
 
-from training.config.sections import Experiment
+from training.config.layers import packaged_configs, read_layers, resolve_config
+from training.config.sections import HUGGING_FACE, Experiment
 
 T = TypeVar("T")
 
@@ -58,6 +58,21 @@ def load_experiment(argv: Sequence[str]) -> Experiment:
         cli.error(str(error))
 
 
+def experiment_of(argv: Sequence[str]) -> Experiment:
+    """The same as `load_experiment` inside a program: errors are ValueError.
+
+    Raises
+    ------
+    ValueError
+        If a setting is unknown, of the wrong type or out of range.
+    """
+    try:
+        values = parser(exit_on_error=False).parse_args(_resolve_names(argv))
+        return _build(Experiment, values.as_dict())
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
+
+
 def read_experiment(path: str | Path) -> Experiment:
     """Read an experiment from a YAML file, such as the ``config.yaml`` of a run folder.
 
@@ -69,9 +84,7 @@ def read_experiment(path: str | Path) -> Experiment:
         If it holds an unknown key, or a value of the wrong type or out of range.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        _refuse_strangers(text)
-        values = parser(exit_on_error=False).parse_string(text)
+        values = parser(exit_on_error=False).parse_args(_config_arguments(Path(path)))
         return _build(Experiment, values.as_dict())
     except (argparse.ArgumentError, ValueError) as error:
         msg = f"{path} is not a configuration: {error}"
@@ -83,8 +96,8 @@ def dump_experiment(experiment: Experiment) -> str:
 
     Examples
     --------
-    >>> dump_experiment(Experiment(seed=7)).splitlines()[-6:-4]
-    ['seed: 7', 'out: null']
+    >>> "seed: 7" in dump_experiment(Experiment(seed=7)).splitlines()
+    True
     """
     values = asdict(experiment)
     values["data"]["crop_scale"] = list(experiment.data.crop_scale)
@@ -98,37 +111,17 @@ def as_recorded(experiment: Experiment) -> Experiment:
     def absolute(path: str | None) -> str | None:
         return None if path is None else str(Path(path).expanduser().absolute())
 
+    backbone = experiment.backbone
+    local = backbone.name.removeprefix(HUGGING_FACE)
+    if local != backbone.name and Path(local).expanduser().is_dir():
+        backbone = replace(backbone, name=f"{HUGGING_FACE}{absolute(local)}")
     # Whoever runs a recorded configuration again has to ask anew for replacing its folder.
     return replace(
         experiment,
         overwrite=False,
         data=replace(experiment.data, root=absolute(experiment.data.root)),
-        backbone=replace(experiment.backbone, weights=absolute(experiment.backbone.weights)),
+        backbone=replace(backbone, weights=absolute(backbone.weights)),
     )
-
-
-def packaged_configs() -> list[str]:
-    """Names of the configurations in the package."""
-    folder = files("training").joinpath("configs")
-    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
-
-
-def resolve_config(name: str) -> Path:
-    """Find the file of a configuration: an existing path, else a packaged name.
-
-    Raises
-    ------
-    ValueError
-        If it is neither; the message lists the packaged names.
-    """
-    if Path(name).is_file():
-        return Path(name)
-    if name in packaged_configs():
-        return Path(str(files("training").joinpath("configs", f"{name}.yaml")))
-    known = ", ".join(packaged_configs()) or "none"
-    msg = f"no configuration {name!r}: give a YAML file, or a packaged one ({known})."
-    raise ValueError(msg)
 
 
 def _resolve_names(argv: Sequence[str]) -> list[str]:
@@ -143,10 +136,18 @@ def _resolve_names(argv: Sequence[str]) -> list[str]:
         elif name == argument:
             rest.append(argument)
             continue
-        path = resolve_config(name)
-        _refuse_strangers(path.read_text(encoding="utf-8"))
-        configs.append(f"--config={path}")
+        configs += _config_arguments(resolve_config(name))
     return configs + rest
+
+
+def _config_arguments(path: Path) -> list[str]:
+    layers = read_layers(path)
+    for text in layers:
+        _refuse_strangers(text)
+    if layers == [path.read_text(encoding="utf-8")]:
+        return [f"--config={path}"]
+    # jsonargparse takes the text of a file as well, and here there is no file of just that text.
+    return [f"--config={text}" for text in layers]
 
 
 def _refuse_strangers(text: str) -> None:

@@ -8,8 +8,15 @@ from typing import Any, Literal
 
 from training.config._checks import at_least, check, check_seed, not_negative, positive
 from training.config.data import DataConfig
+from training.config.methods import method_names
 
 Readout = Literal["heads", "alignment", "nearest_mean", "ridge"]
+
+PACKAGED_WEIGHTS = {"glyphs": "glyphs_vit.safetensors", "cifar_vit": "cifar_vit.safetensors"}
+"""Files of the backbones that come with the package, by the name of the backbone."""
+
+HUGGING_FACE = "hf:"
+"""What the name of a backbone starts with that the library transformers builds."""
 
 _KEEP_WEIGHTS = {
     "cache_dir",
@@ -31,9 +38,10 @@ class BackboneConfig:
     Parameters
     ----------
     name
-        glyphs (in the package, no download) or the name of any timm model.
+        glyphs or cifar_vit (in the package, no download), the name of any timm model, or
+        hf:ORGANISATION/NAME or hf:FOLDER for a vision transformer of transformers.
     weights
-        A local .safetensors or .pth file with the weights; its classifier is dropped.
+        A local .safetensors, .pth or .npz file with the weights; its classifier is dropped.
     options
         Further arguments for timm.create_model, such as {img_size: 32, in_chans: 1}. Those that
         change the architecture need weights, or pretrained false.
@@ -57,10 +65,16 @@ class BackboneConfig:
         if self.weights is not None and not self.pretrained:
             msg = "backbone.weights is given, but backbone.pretrained is false: set one of them."
             raise ValueError(msg)
-        if self.name == "glyphs" and (self.weights is not None or self.options):
+        if self.name in PACKAGED_WEIGHTS and (self.weights is not None or self.options):
             msg = (
-                "backbone.name glyphs comes with its own weights and options: to use others, give "
-                "the name of a timm model, for instance --backbone.name vit_tiny_patch16_224."
+                f"backbone.name {self.name} comes with its own weights and options: to use others, "
+                "give the name of a timm model, for instance --backbone.name vit_tiny_patch16_224."
+            )
+            raise ValueError(msg)
+        if self.name.startswith(HUGGING_FACE) and (self.weights is not None or self.options):
+            msg = (
+                f"backbone.name {self.name} takes weights and options from its own files: leave "
+                "out backbone.weights and backbone.options, or name a timm model."
             )
             raise ValueError(msg)
         # timm would download the weights first, and then drop or leave random what does not match.
@@ -81,7 +95,10 @@ class MethodConfig:
     Parameters
     ----------
     name
-        loda, seq_lora (one plain low-rank branch, merged after each task) or frozen.
+        loda; seq_lora (one plain low-rank branch, trained on); joint (the same on all tasks at
+        once, the upper bound); frozen; ncm and ranpac_frozen (frozen, with nearest class means and
+        ridge regression in place of training); null_lora, o_lora, inflora, sd_lora; or a method
+        that another package adds.
     rank
         Rank of each branch.
     general_weight
@@ -92,52 +109,85 @@ class MethodConfig:
         Factor c of the down-projections A = c U'.
     ridge
         Regularisation of the isolated subspace, relative to the mean energy of a direction.
+    energy_floor
+        With isolated trace_ratio: share (0 to 1) of the new-task energy within reach that the
+        directions must carry; no floor when not given.
     branches
         both, general or isolated.
     isolated
-        Directions of the isolated branch: pencil (generalised eigenvectors) or null (the null space
-        of the old tasks).
+        Directions of the isolated branch: pencil (generalised eigenvectors), trace_ratio (largest
+        ratio of new-task to old-task energy) or null (the null space of the old tasks).
     gao
-        Use gradient-aligned steps; otherwise plain ones.
+        Use gradient-aligned steps, or plain ones; when not given, as the method is published.
     radius
         Largest length of the look-ahead of a gradient-aligned step.
     recalibration
         Form of the factor of the general branch at the merge; none merges the branch as trained.
+    joint
+        Recalibrate both branches together rather than the general one alone.
     gamma
         Weight of the new task against the old ones in the recalibration.
+    history_weight
+        Weight of the old tasks in the recalibration, a number (as gamma divided by it), or mean:
+        the old tasks together weigh as much as one, however many there are.
     history
         The model through which a task's moment enters the history: merged, trained (before the
         merge), or both, which counts a task twice.
+    history_decay
+        Factor (0 to 1) of the history before a finished task is added; 1 keeps all tasks alike.
+    heldout
+        Log what the chosen directions keep on images that they were not chosen on.
     target
         Pattern of the names of the linear layers to adapt.
+    options
+        Settings that one method alone has, such as {penalty: 0.5} of o_lora.
     """
 
-    name: Literal["loda", "seq_lora", "frozen"] = "loda"
+    name: str = "loda"
     rank: int = 16
     general_weight: float = 0.5
     isolated_weight: float = 1.0
     down_scale: float = 3**-0.5
     ridge: float = 1e-2
+    energy_floor: float | None = None
     branches: Literal["both", "general", "isolated"] = "both"
-    isolated: Literal["pencil", "null"] = "pencil"
-    gao: bool = True
+    isolated: Literal["pencil", "trace_ratio", "null"] = "pencil"
+    gao: bool | None = None
     radius: float = 0.3
-    recalibration: Literal["full", "diagonal", "direction", "scalar", "none"] = "full"
+    recalibration: Literal["full", "diagonal", "box", "direction", "scalar", "none"] = "full"
+    joint: bool = False
     gamma: float = 1.5
+    history_weight: float | Literal["mean"] = 1.0
     history: Literal["merged", "trained", "both"] = "merged"
+    history_decay: float = 1.0
+    heldout: bool = False
     target: str = "*.attn.qkv"
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        names = method_names()
+        check(self.name in names, "method.name", self.name, ", ".join(names))
         at_least("method.rank", self.rank, 1)
         positive("method.down_scale", self.down_scale)
         for key in ("general_weight", "isolated_weight", "ridge", "radius", "gamma"):
             not_negative(f"method.{key}", getattr(self, key))
+        for key in ("energy_floor", "history_decay"):
+            value = getattr(self, key)
+            check(value is None or 0 <= value <= 1, f"method.{key}", value, "from 0 to 1")
+        if self.history_weight != "mean":
+            not_negative("method.history_weight", self.history_weight)
+        fits = self.energy_floor is None or self.isolated == "trace_ratio"
+        check(
+            fits, "method.energy_floor", self.energy_floor, "left out without isolated trace_ratio"
+        )
+        fits = not self.joint or self.recalibration != "none"
+        check(fits, "method.joint", self.joint, "false with recalibration none")
         check(bool(self.target.strip()), "method.target", self.target, "a pattern of module names")
 
 
 @dataclass
 class TrainConfig:
-    """How a task is trained: SGD, new for every task, with a cosine schedule per epoch.
+    """How a task is trained: an optimiser, new for every task, and a schedule per epoch.
 
     Parameters
     ----------
@@ -148,9 +198,13 @@ class TrainConfig:
     lr
         Learning rate of the first epoch.
     momentum
-        Momentum of SGD, at least 0 and below 1.
+        Momentum of SGD, at least 0 and below 1; Adam does not read it.
     weight_decay
-        L2 penalty of SGD.
+        L2 penalty.
+    optimizer
+        sgd or adam.
+    schedule
+        Learning rate over the epochs: cosine (down to zero) or constant.
     eval_batch_size
         Images a batch where no gradient is taken; changes the result by rounding at most.
     """
@@ -160,6 +214,8 @@ class TrainConfig:
     lr: float = 0.02
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    schedule: Literal["cosine", "constant"] = "cosine"
     eval_batch_size: int = 256
 
     def __post_init__(self) -> None:
@@ -265,6 +321,8 @@ class Experiment:
         CPU threads; torch's own choice when not given.
     overwrite
         Allow a run folder that is not empty: its files are replaced.
+    tracker
+        Also log to a tracker that Accelerate knows, such as tensorboard, wandb or mlflow.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -279,6 +337,7 @@ class Experiment:
     precision: Literal["no", "bf16"] = "no"
     threads: int | None = None
     overwrite: bool = False
+    tracker: str | None = None
 
     def __post_init__(self) -> None:
         check_seed("seed", self.seed)

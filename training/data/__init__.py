@@ -1,18 +1,22 @@
 """Class-incremental streams of images: the data sets, the class order, transforms and loaders."""
 
+from training.data.check import DataReport, check_data, verify_data
 from training.data.dataset import ImageSet, loader
-from training.data.images import UnreadableImageError, open_image
+from training.data.decode import UnreadableImageError, open_image
 from training.data.stream import Stream, build_stream
 from training.data.transforms import Transform, test_transform, train_transform
 
 __all__ = [
+    "DataReport",
     "ImageSet",
     "Stream",
     "Transform",
     "UnreadableImageError",
     "build_stream",
+    "check_data",
     "loader",
     "open_image",
     "test_transform",
     "train_transform",
+    "verify_data",
 ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -11,11 +12,22 @@ from training.config import DataConfig
 from training.data.cifar import cifar100_source
 from training.data.dataset import ImageSet
 from training.data.digits import digits_source
-from training.data.folder import folder_source
+from training.data.domainnet import domainnet_source
+from training.data.factory import timm_source
+from training.data.folder import folder_source, named_source
 from training.data.images import Images
 from training.data.source import Source, Split
 
-_SOURCES = {"digits": digits_source, "folder": folder_source, "cifar100": cifar100_source}
+_SOURCES = {
+    "digits": digits_source,
+    "folder": folder_source,
+    "cifar100": cifar100_source,
+    "imagenet-r": named_source,
+    "imagenet-a": named_source,
+    "cub": named_source,
+    "domainnet": domainnet_source,
+    "timm": timm_source,
+}
 
 _VALIDATION_SEED = 0
 
@@ -49,8 +61,8 @@ def build_stream(config: DataConfig, seed: int) -> Stream:
     """Open a data set and cut it into tasks; every image's header is read here.
 
     The classes are put in the order ``RandomState(seed).permutation(C)`` (with ``order_seed`` if
-    it is set), a class's new label is its position there, and the tasks are consecutive labels
-    (LoDA, arXiv:2603.00191, section 5).
+    it is set; as they are numbered without ``shuffle``), a class's new label is its position
+    there, and the tasks are consecutive labels (LoDA, arXiv:2603.00191, section 5).
 
     Raises
     ------
@@ -71,7 +83,10 @@ def build_stream(config: DataConfig, seed: int) -> Stream:
     source = _SOURCES[config.name](config)
     tasks = cut_tasks(config, len(source.class_names))
     chosen = seed if config.order_seed is None else config.order_seed
-    permutation = np.random.RandomState(chosen).permutation(len(source.class_names))
+    count = len(source.class_names)
+    permutation = (
+        np.random.RandomState(chosen).permutation(count) if config.shuffle else np.arange(count)
+    )
     order = permutation[: tasks[-1][-1] + 1].tolist()
     train, test = _splits(source, order, config)
     return Stream([source.class_names[index] for index in order], tasks, train, test, order)
@@ -89,16 +104,21 @@ def cut_tasks(config: DataConfig, available: int) -> list[tuple[int, ...]]:
     if count > available:
         msg = f"data.classes is {count}, but the data set has {available} classes."
         raise ValueError(msg)
-    if config.init_cls > count:
-        msg = f"data.init_cls is {config.init_cls}, but the stream has only {count} classes."
-        raise ValueError(msg)
-    ends = [*range(config.init_cls, count, config.increment), count]
+    if config.task_sizes is not None:
+        rule = f"data.task_sizes {config.task_sizes}"
+        ends = list(accumulate(config.task_sizes))
+        if ends[-1] > count:
+            msg = f"{rule} are {ends[-1]} classes, but the stream has only {count}."
+            raise ValueError(msg)
+    else:
+        rule = f"data.init_cls {config.init_cls}, data.increment {config.increment}"
+        if config.init_cls > count:
+            msg = f"data.init_cls is {config.init_cls}, but the stream has only {count} classes."
+            raise ValueError(msg)
+        ends = [*range(config.init_cls, count, config.increment), count]
     tasks = [tuple(range(a, b)) for a, b in zip([0, *ends], ends, strict=False)]
     if config.tasks is not None and config.tasks > len(tasks):
-        msg = (
-            f"data.tasks is {config.tasks}, but {count} classes give {len(tasks)} tasks "
-            f"(data.init_cls {config.init_cls}, data.increment {config.increment})."
-        )
+        msg = f"data.tasks is {config.tasks}, but {count} classes give {len(tasks)} tasks ({rule})."
         raise ValueError(msg)
     return tasks[: config.tasks]
 

@@ -1,0 +1,144 @@
+"""Looking through a folder of images: what is counted, what is found, and what the command says."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from image_folders import CLASSES, folder, grow
+from PIL import Image
+from small_runs import changed, tiny
+
+from training import cli
+from training.data import check_data, verify_data
+from training.setup import prepare
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Noise, so that no two images are the same."""
+    root = grow(tmp_path / "tree", {"train": 3, "test": 2})
+    rng = np.random.default_rng(0)
+    for number, path in enumerate(sorted(root.rglob("*.png"))):
+        size = (10 + number % 3, 20, 3)
+        Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(path)
+    return root
+
+
+def test_a_sound_folder_is_counted(tree: Path) -> None:
+    report = check_data(tree)
+    train, test = report.splits
+    assert (train.name, train.images, test.name, test.images) == ("train", 15, "test", 10)
+    assert train.classes == dict.fromkeys(CLASSES, 3)
+    assert {width for width, _ in train.sizes} == {20}
+    assert {height for _, height in train.sizes} == {10, 11, 12}
+    assert report.passed
+    first, second, *_ = str(report).splitlines()
+    columns = ["split", "classes", "images", "a class", "width", "height", "unreadable", "twice"]
+    assert [c for c in columns if c not in first] == []
+    assert second.split() == ["train", "5", "15", "3/3/3", "20/20/20", "10/11/12", "0", "0"]
+
+
+def test_val_serves_as_test_and_the_camera_turns_images(tree: Path) -> None:
+    (tree / "test").rename(tree / "val")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (30, 40)).save(tree / "val" / "ant" / "0.png", exif=exif)
+    report = check_data(tree)
+    assert report.splits[1].name == "val"
+    assert (40, 30) in report.splits[1].sizes
+
+
+def truncate(tree: Path) -> None:
+    path = tree / "test" / "dog" / "1.png"
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def no_image(tree: Path) -> None:
+    (tree / "train" / "dog" / "1.png").write_text("text")
+
+
+def other_format(tree: Path) -> None:
+    with Image.open(tree / "train" / "cat" / "0.png") as image:
+        image.save(tree / "test" / "bee" / "again.bmp")
+
+
+def other_mode(tree: Path) -> None:
+    with Image.open(tree / "train" / "cat" / "0.png") as image:
+        image.convert("RGBA").save(tree / "test" / "bee" / "again.png")
+
+
+def empty_class(tree: Path) -> None:
+    (tree / "train" / "fox").mkdir()
+
+
+def lost_class(tree: Path) -> None:
+    shutil.rmtree(tree / "test" / "eel")
+
+
+def lost_test(tree: Path) -> None:
+    shutil.rmtree(tree / "test")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said", "problems"),
+    [
+        (truncate, "cannot read the image {root}/test/dog/1.png: ", 1),
+        (no_image, "cannot read the image {root}/train/dog/1.png: ", 1),
+        (other_format, "{root}/test/bee/again.bmp has the pixels of {root}/train/cat/0.png", 1),
+        (other_mode, "{root}/test/bee/again.png has the pixels of {root}/train/cat/0.png", 1),
+        (empty_class, "train has no images of fox", 2),  # and the test split lacks it
+        (lost_class, "test lacks the classes eel", 1),
+        (lost_test, "lacks the classes ant, bee, cat, dog, eel", 1),
+    ],
+)
+def test_what_is_wrong_is_named_and_ends_with_status_1(
+    tree: Path,
+    spoil: Callable[[Path], None],
+    said: str,
+    problems: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["data", "check", str(tree)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{tree}: sound"
+    spoil(tree)
+    assert cli.main(["data", "check", str(tree), "--workers", "2"]) == 1
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert said.format(root=tree) in printed.out
+    plural = "s" if problems > 1 else ""
+    assert printed.out.splitlines()[-1] == f"{tree}: {problems} problem{plural}"
+    assert len(check_data(tree).problems) == problems
+
+
+def test_a_folder_without_images_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["data", "check", str(tmp_path)]) == 2
+    assert "train; expected ROOT/train/CLASS" in capsys.readouterr().err
+
+
+def test_long_lists_of_problems_are_cut(tree: Path) -> None:
+    for path in (tree / "train").rglob("*.png"):
+        path.write_text("text")
+    lines = str(check_data(tree)).splitlines()
+    assert lines[-2:] == ["and 5 more", f"{tree}: 15 problems"]
+    assert lines[1].split()[-4:] == ["-", "-", "15", "0"]
+
+
+def test_a_run_can_ask_for_the_check(tree: Path, tmp_path: Path) -> None:
+    experiment = tiny(tree, tmp_path / "run", data={"verify": True}, overwrite=True)
+    prepare(experiment)
+    truncate(tree)
+    with pytest.raises(
+        ValueError, match=r"data\.verify: cannot read .*dog.1\.png.*loda data check"
+    ):
+        prepare(experiment)
+    assert not (tmp_path / "other").exists()
+    # On held-out training images the test split is not opened, whatever is in it.
+    held_out = changed(experiment, data={"validation": 0.3})
+    prepare(held_out)
+    no_image(tree)
+    with pytest.raises(ValueError, match=r"cannot read .*train.dog.1\.png"):
+        verify_data(folder(tree, validation=0.3))

@@ -1,0 +1,97 @@
+"""Backbones of Hugging Face's transformers: ``hf:ORGANISATION/NAME`` or ``hf:FOLDER``."""
+
+import textwrap
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from training.backbone import Backbone
+from training.config import HUGGING_FACE, BackboneConfig
+
+
+class ClassToken(nn.Module):
+    """A vision model that gives its class token: the first one of its last hidden state.
+
+    Parameters
+    ----------
+    model
+        A ViTModel, say: images (N, C, H, W) to an output with ``last_hidden_state`` (N, T, D).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features (N, D) of images (N, C, H, W)."""
+        tokens: Tensor = self.model(images).last_hidden_state
+        return tokens[:, 0]
+
+
+def build_hugging_face(config: BackboneConfig, *, initialise: bool = True) -> Backbone:
+    """Build a vision transformer of transformers by ``AutoModel``, without its pooler.
+
+    The name is that of a model on the Hugging Face hub, or of a folder that ``save_pretrained``
+    wrote. No code that comes with a model is run.
+
+    Raises
+    ------
+    ValueError
+        If transformers is not installed, the model reads no images, or weights are missing.
+    ConnectionError
+        If the model is neither a folder nor can be fetched.
+    """
+    if find_spec("transformers") is None:
+        msg = f"backbone.name {config.name} is built by transformers: pip install 'loda[hf]'"
+        raise ValueError(msg)
+    from transformers import AutoConfig, AutoModel
+
+    # A folder has to be told from a name on the hub: the library only takes it as it stands.
+    given = config.name.removeprefix(HUGGING_FACE)
+    place = str(Path(given).expanduser()) if Path(given).expanduser().is_dir() else given
+    try:
+        settings: Any = AutoConfig.from_pretrained(place)
+        missing: list[str] = []
+        if initialise and config.pretrained:
+            module, report = AutoModel.from_pretrained(place, output_loading_info=True)
+            missing = [name for name in report["missing_keys"] if not name.startswith("pooler.")]
+        else:
+            unloaded: Any = AutoModel
+            module = unloaded.from_config(settings)
+    except OSError as error:
+        msg = (
+            f"backbone.name {config.name}: there is no such folder with a config.json and weights, "
+            f"and it could not be fetched: {_one_line(error)}"
+        )
+        raise ConnectionError(msg) from error
+    except Exception as error:  # each model and each file format has errors of its own
+        msg = f"backbone.name {config.name}: transformers cannot build it: {_one_line(error)}"
+        raise ValueError(msg) from error
+    if missing:
+        msg = f"backbone.name {config.name}: its files lack the weights {', '.join(missing[:8])}"
+        raise ValueError(msg)
+    channels, features = (getattr(settings, key, None) for key in ("num_channels", "hidden_size"))
+    if channels is None or features is None:
+        msg = f"backbone.name {config.name}: a {settings.model_type} model reads no images alone"
+        raise ValueError(msg)
+    if hasattr(module, "pooler"):
+        module.pooler = None  # a layer after the class token, which is the feature here
+    size = settings.image_size
+    side = int(size if isinstance(size, int) else size[0])
+    tag = getattr(settings, "_commit_hash", None) if initialise and config.pretrained else None
+    return Backbone(
+        ClassToken(module),
+        int(features),
+        config.name,
+        {},
+        None,
+        int(channels),
+        side,
+        tag=f"{given} at {tag}" if tag else None,
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return textwrap.shorten(str(error) or type(error).__name__, 400, placeholder=" ...")

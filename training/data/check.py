@@ -1,0 +1,227 @@
+"""Look through a folder of images before training on it: what is there, and what is wrong."""
+
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import blake2b
+from os import cpu_count
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+
+from training.config import DataConfig
+from training.data.decode import UnreadableImageError, decode
+from training.data.domainnet import listed_domains, read_lists
+from training.data.folder import LAYOUT, Classes, class_folders, named_folder, some, test_folder
+
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """What one split holds.
+
+    Parameters
+    ----------
+    name
+        train, test or val.
+    classes
+        Number of images of each class; unreadable ones count.
+    sizes
+        Width and height of every image that could be read, in pixels.
+    unreadable
+        What is wrong with every other image.
+    """
+
+    name: str
+    classes: dict[str, int]
+    sizes: list[tuple[int, int]]
+    unreadable: list[str]
+
+    @property
+    def images(self) -> int:
+        """Number of image files."""
+        return sum(self.classes.values())
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What a folder of images holds; ``str`` of it is a table with the problems below.
+
+    Parameters
+    ----------
+    root
+        The folder.
+    splits
+        The training split, then the evaluation split.
+    duplicates
+        Pairs of a training and an evaluation image with the same pixels.
+    missing
+        What the folders themselves lack.
+    """
+
+    root: Path
+    splits: list[SplitReport]
+    duplicates: list[tuple[Path, Path]]
+    missing: list[str]
+
+    @property
+    def problems(self) -> list[str]:
+        """Everything that is wrong, one line each; empty if nothing is."""
+        found = list(self.missing)
+        for split in self.splits:
+            found += split.unreadable
+        return found + [f"{b} has the pixels of {a}" for a, b in self.duplicates]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        header = ["split", "classes", "images", "a class", "width", "height", "unreadable", "twice"]
+        rows = [header, *(self._row(split) for split in self.splits)]
+        widths = [max(len(row[k]) for row in rows) for k in range(len(header))]
+        lines = [
+            "  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        lines.append("ranges are smallest/median/largest; twice: the same pixels in both splits")
+        problems = self.problems
+        lines += problems[:_SHOWN]
+        if len(problems) > _SHOWN:
+            lines.append(f"and {len(problems) - _SHOWN} more")
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}" if problems else "sound"
+        lines.append(f"{self.root}: {count}")
+        return "\n".join(lines)
+
+    def _row(self, split: SplitReport) -> list[str]:
+        side = 0 if split is self.splits[0] else 1
+        return [
+            split.name,
+            str(len(split.classes)),
+            str(split.images),
+            _range(split.classes.values()),
+            _range(width for width, _ in split.sizes),
+            _range(height for _, height in split.sizes),
+            str(len(split.unreadable)),
+            str(len({pair[side] for pair in self.duplicates})),
+        ]
+
+
+class _Scan(NamedTuple):
+    size: tuple[int, int]
+    digest: bytes
+
+
+def check_data(
+    root: str | Path, *, workers: int | None = None, train_only: bool = False
+) -> DataReport:
+    """Decode every image of a folder tree, or of DomainNet's lists, and compare the splits.
+
+    Parameters
+    ----------
+    root
+        The folder with ``train`` and ``test`` (or ``val``), or with DomainNet's lists.
+    workers
+        Threads that decode; one a core when not given.
+    train_only
+        Leave the evaluation split alone.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder or its training split is missing.
+    ValueError
+        If DomainNet's lists are malformed.
+    """
+    folder = Path(root).expanduser()
+    listing, missing = _listing(folder, train_only=train_only)
+    scans: dict[str, dict[Path, _Scan | str]] = {}
+    with ThreadPoolExecutor(workers or cpu_count()) as pool:
+        for name, classes in listing.items():
+            paths = [path for files in classes.values() for path in files]
+            scans[name] = dict(zip(paths, pool.map(_scan, paths), strict=True))
+    splits = [
+        SplitReport(
+            name,
+            {label: len(files) for label, files in classes.items()},
+            [scan.size for scan in scans[name].values() if isinstance(scan, _Scan)],
+            [scan for scan in scans[name].values() if isinstance(scan, str)],
+        )
+        for name, classes in listing.items()
+    ]
+    return DataReport(folder, splits, _duplicates(*scans.values()), missing)
+
+
+def verify_data(config: DataConfig) -> None:
+    """Check the folder of an experiment; a run on held-out images leaves its test split alone.
+
+    Raises
+    ------
+    ValueError
+        If something is wrong; the message holds the first problems.
+    """
+    report = check_data(
+        named_folder(config), workers=config.workers or None, train_only=config.validation > 0
+    )
+    if not report.passed:
+        shown, rest = report.problems[:_SHOWN], len(report.problems) - _SHOWN
+        more = f" and {rest} more" if rest > 0 else ""
+        msg = f"data.verify: {'; '.join(shown)}{more}. See loda data check {report.root}"
+        raise ValueError(msg)
+
+
+def _listing(root: Path, *, train_only: bool) -> tuple[dict[str, Classes], list[str]]:
+    domains = listed_domains(root)
+    if domains:
+        names = ["train"] if train_only else ["train", "test"]
+        listing = {name: read_lists(root, domains, name) for name in names}
+    else:
+        folders = [root / "train"] if train_only else [root / "train", test_folder(root)]
+        if not folders[0].is_dir():
+            msg = f"no folder {folders[0]}; {LAYOUT}"
+            raise FileNotFoundError(msg)
+        listing = {f.name: class_folders(f) if f.is_dir() else {} for f in folders}
+    missing = []
+    for name, classes in listing.items():
+        empty = [label for label, files in classes.items() if not files]
+        others = set().union(*listing.values()) - set(classes)
+        if empty:
+            missing.append(f"{name} has no images of {some(empty)}")
+        if others:
+            missing.append(f"{name} lacks the classes {some(others)}")
+    return listing, missing
+
+
+def _scan(path: Path) -> _Scan | str:
+    try:
+        image = decode(path)
+    except UnreadableImageError as error:
+        return str(error)
+    # Decoded pixels, not bytes: the same picture saved again, or with other metadata, is found.
+    digest = blake2b(np.asarray(image).data, digest_size=16)
+    digest.update(repr(image.size).encode())
+    return _Scan(image.size, digest.digest())
+
+
+def _duplicates(
+    train: Mapping[Path, _Scan | str], test: Mapping[Path, _Scan | str] | None = None
+) -> list[tuple[Path, Path]]:
+    known: dict[bytes, list[Path]] = {}
+    for path, scan in train.items():
+        if isinstance(scan, _Scan):
+            known.setdefault(scan.digest, []).append(path)
+    return [
+        (twin, path)
+        for path, scan in (test or {}).items()
+        if isinstance(scan, _Scan)
+        for twin in known.get(scan.digest, [])
+    ]
+
+
+def _range(values: Iterable[int]) -> str:
+    found = sorted(values)
+    return f"{found[0]}/{median(found):g}/{found[-1]}" if found else "-"
