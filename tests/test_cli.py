@@ -28,7 +28,7 @@ sys.meta_path.insert(0, Hidden())
 from training.cli import main
 sys.exit(main(sys.argv[1:]))
 """
-EXTRA = (*cli._TRAIN, "numpy", "scipy")
+EXTRA = tuple(dict.fromkeys((*cli._TRAIN, "numpy", "scipy")))
 
 
 @pytest.fixture(autouse=True)

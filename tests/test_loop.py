@@ -85,8 +85,9 @@ def test_another_seed_gives_another_class_order_and_other_weights(
         {"keep": dict.fromkeys(("branches", "moments", "heads", "statistics"), False)},
         {"data": {"workers": 2}},
         {"data": {"cache": False}},
+        {"method": {"heldout": True}},
     ],
-    ids=["heads only", "other read-outs", "keep nothing", "workers", "no cache"],
+    ids=["heads only", "other read-outs", "keep nothing", "workers", "no cache", "held-out"],
 )
 def test_what_only_looks_on_does_not_change_the_weights(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any]

@@ -14,12 +14,14 @@ _TRAIN = (
     "torchvision",
     "timm",
     "accelerate",
+    "jinja2",
     "jsonargparse",
     "matplotlib",
     "numpy",
     "PIL",
     "rich",
     "safetensors",
+    "scipy",
     "sklearn",
     "yaml",
 )
@@ -39,14 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0 on success, 1 where ``verify`` finds a difference, 2 for what the user can mend
-        (settings, data, files), with one clear line on the standard error, 130 after Ctrl-C.
+        0 on success, 1 where ``verify`` or ``data check`` finds something wrong or a run of a
+        sweep fails, 2 for what the user can mend (settings, data, files), with one clear line on
+        the standard error, 130 after Ctrl-C.
     """
     arguments, rest = _parser().parse_known_args(argv)
     if arguments.command is None:
         _parser().print_help()
         return 0
-    if rest and arguments.command != "train":
+    if rest and arguments.command not in ("train", "sweep"):
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     missing = [name for name in _TRAIN if find_spec(name) is None]
     if missing:
@@ -59,12 +62,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "train":
             _train(rest)
+        elif arguments.command == "sweep":
+            return _sweep(arguments, rest)
         elif arguments.command == "eval":
             _evaluate(arguments.run, arguments.root)
+        elif arguments.command == "data":
+            return _check_data(arguments.root, arguments.workers)
         elif arguments.command == "verify":
             return _verify(arguments.path, arguments.tolerance)
+        elif arguments.command == "ranks":
+            _ranks(arguments.run, arguments.share)
         elif arguments.command == "report":
-            _report(arguments.runs, arguments.figure)
+            _report(arguments)
+        elif arguments.command == "analyse":
+            _analyse(arguments)
         else:
             _predict(arguments.run, arguments.images, arguments.top)
     except KeyboardInterrupt:
@@ -89,6 +100,21 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     # The settings of an experiment have a parser of their own, which also prints their help.
     commands.add_parser("train", help="train on a stream of tasks", add_help=False)
+    sweep = commands.add_parser(
+        "sweep",
+        help="train many runs: methods times seeds, skipping what is done",
+        epilog="Further arguments are settings of loda train, for every run.",
+    )
+    sweep.add_argument("sweep", metavar="SWEEP", help="a YAML file, or the name of a packaged one")
+    sweep.add_argument("--out", type=Path, required=True, help="folder of the sweep")
+    sweep.add_argument("--workers", type=int, default=1, help="runs at a time (default: 1)")
+    sweep.add_argument(
+        "--engine",
+        choices=["processes", "slurm", "local"],
+        default="processes",
+        help="processes on this machine, jobs of a SLURM cluster, or its stand-in for trials",
+    )
+    sweep.add_argument("--dry-run", action="store_true", help="only list the runs")
     evaluate = commands.add_parser("eval", help="evaluate the saved model of a run again")
     evaluate.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     evaluate.add_argument("--root", help="where the data are now, if they moved since the training")
@@ -96,8 +122,13 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
     predict.add_argument("--top", type=int, default=3, help="classes an image (default: 3)")
-    report = commands.add_parser("report", help="compare finished runs: mean and spread over seeds")
-    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
+    _add_report(commands)
+    data = commands.add_parser("data", help="look through a folder of images")
+    check = data.add_subparsers(dest="action", metavar="ACTION", required=True).add_parser(
+        "check", help="decode every image, compare the splits, and say what is wrong"
+    )
+    check.add_argument("root", type=Path, metavar="ROOT", help="holds train/ and test/ or val/")
+    check.add_argument("--workers", type=int, help="threads that decode (default: one a core)")
     verify = commands.add_parser(
         "verify", help="solve every layer and task again from saved moments, and compare"
     )
@@ -105,8 +136,44 @@ def _parser() -> argparse.ArgumentParser:
         "path", type=Path, metavar="RUN|FILE.npz", help="a run with kept moments, or saved arrays"
     )
     verify.add_argument("--tolerance", type=float, default=1e-5, help="default: 1e-5")
-    report.add_argument("--figure", type=Path, help="also draw accuracy over tasks to this PNG")
+    ranks = commands.add_parser(
+        "ranks", help="ranks that the layers of a run need, from saved moments"
+    )
+    ranks.add_argument("run", type=Path, metavar="RUN", help="a run with kept moments")
+    ranks.add_argument(
+        "--share",
+        type=float,
+        nargs="+",
+        default=[0.9, 0.99],
+        help="shares of the energy and of the ratio to reach (default: 0.9 0.99)",
+    )
     return parser
+
+
+def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    report = commands.add_parser(
+        "report", help="compare finished runs: tables, figures, and a page that holds them all"
+    )
+    report.add_argument(
+        "runs", nargs="+", metavar="[NAME=]RUN", help="run folders, or folders that hold runs"
+    )
+    report.add_argument("--out", type=Path, help="write everything to this folder")
+    report.add_argument("--overwrite", action="store_true", help="replace the report in --out")
+    report.add_argument("--figure", type=Path, help="draw accuracy over tasks to this PNG or SVG")
+    report.add_argument("--against", help="whose lead over the others is given (default: loda)")
+    report.add_argument("--baseline", help="relative to whom accuracies are drawn")
+    analyse = commands.add_parser(
+        "analyse", help="compute what the report's figures of LoDA need from what a run kept"
+    )
+    analyse.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="finished runs of LoDA")
+    analyse.add_argument(
+        "--parts", nargs="+", choices=("subspaces", "losses"), default=("subspaces", "losses")
+    )
+    analyse.add_argument(
+        "--tasks", type=int, nargs="+", help="take losses of these (default: 2, middle and last)"
+    )
+    analyse.add_argument("--points", type=int, default=16, help="steps from 0 to 1.5 (default: 16)")
+    analyse.add_argument("--root", help="where the data are now, if they moved since the training")
 
 
 def _version() -> str:
@@ -124,6 +191,32 @@ def _train(argv: Sequence[str]) -> None:
     from training.loop import train
 
     train(experiment)
+
+
+def _sweep(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    from training.sweeps import finished, plan, read_sweep, run_sweep
+
+    if arguments.workers < 1:
+        msg = f"--workers is {arguments.workers}; allowed: at least 1"
+        raise ValueError(msg)
+    sweep = read_sweep(arguments.sweep)
+    jobs = plan(sweep, arguments.out, rest)
+    if arguments.dry_run:
+        for job in jobs:
+            print(f"{job.name}: {'done' if finished(job) else 'to do'} ({job.folder})")
+        return 0
+    outcomes = run_sweep(
+        jobs,
+        arguments.out,
+        workers=arguments.workers,
+        engine=arguments.engine,
+        slurm=sweep.slurm,
+    )
+    failed = [outcome.job.name for outcome in outcomes if outcome.status == "failed"]
+    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} runs are done")
+    if failed:
+        print(f"failed: {'; '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _evaluate(run: Path, root: str | None) -> None:
@@ -145,13 +238,50 @@ def _verify(path: Path, tolerance: float) -> int:
     return 0 if all(check.passed for check in checks) else 1
 
 
-def _report(runs: Sequence[Path], figure: Path | None) -> None:
-    from training.figures import comparison_figure
-    from training.report import comparison_curves, comparison_table
+def _check_data(root: Path, workers: int | None) -> int:
+    from training.data import check_data
 
-    print(comparison_table(runs))
-    if figure is not None:
-        comparison_figure(comparison_curves(runs), figure, title="Accuracy over all classes seen")
+    report = check_data(root, workers=workers)
+    print(report)
+    return 0 if report.passed else 1
+
+
+def _ranks(run: Path, shares: Sequence[float]) -> None:
+    _require_run(run)
+    from training.ranks import layer_ranks, rank_table
+
+    print(rank_table(*layer_ranks(run, shares)))
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from training.report import Report, comparison_curves, write_report
+
+    report = Report.over(arguments.runs, against=arguments.against, baseline=arguments.baseline)
+    if arguments.out is None:
+        print(report.markdown(), end="")
+    else:
+        print(f"report: {write_report(report, arguments.out, overwrite=arguments.overwrite)}")
+    if arguments.figure is not None:
+        from training.figures import comparison_figure
+
+        title = "Accuracy over all classes seen"
+        comparison_figure(comparison_curves(report.sections), arguments.figure, title=title)
+
+
+def _analyse(arguments: argparse.Namespace) -> None:
+    from training.analyse import analyse
+
+    for run in arguments.runs:
+        written, notes = analyse(
+            run,
+            parts=arguments.parts,
+            tasks=arguments.tasks,
+            points=arguments.points,
+            root=arguments.root,
+        )
+        for note in notes:
+            print(f"loda analyse: {note}", file=sys.stderr)
+        print(f"analysis: {written}")
 
 
 def _predict(run: Path, images: Sequence[Path], top: int) -> None:

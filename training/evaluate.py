@@ -1,6 +1,7 @@
 """Features of images, read-outs from them, and right predictions by class."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -18,14 +19,22 @@ from backends.torch.readouts import (
 from training.config import Experiment, HeadConfig
 from training.metrics import class_counts
 from training.state import RunState
+from training.trackers import require_tracker
 
 
-def make_accelerator(experiment: Experiment) -> Accelerator:
-    """Device and precision of an experiment."""
+def make_accelerator(experiment: Experiment, folder: Path | None = None) -> Accelerator:
+    """Device, precision and tracker of an experiment; the tracker writes into the folder."""
+    if experiment.tracker is not None:
+        require_tracker(experiment.tracker)
     # Accelerate holds a process to the settings of its first Accelerator; one process may well
     # run several experiments.
     AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(cpu=experiment.device == "cpu", mixed_precision=experiment.precision)
+    accelerator = Accelerator(
+        cpu=experiment.device == "cpu",
+        mixed_precision=experiment.precision,
+        log_with=experiment.tracker,
+        project_dir=folder,
+    )
     if accelerator.device.type == "cuda" and experiment.precision == "no":
         # float32 is meant: by default convolutions on recent GPUs would use TF32.
         torch.backends.cudnn.allow_tf32 = False
@@ -85,10 +94,25 @@ def build_readouts(
 
 
 def count_correct(
-    readouts: Mapping[str, Readout], features: Tensor, labels: Tensor, classes: int
+    readouts: Mapping[str, Readout],
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    *,
+    task_sizes: Sequence[int] | None = None,
 ) -> dict[str, tuple[list[int], list[int]]]:
-    """Right predictions and images by class, for each read-out."""
-    return {
-        kind: class_counts(readout.logits(features).argmax(dim=1).cpu(), labels, classes)
-        for kind, readout in readouts.items()
-    }
+    """Right predictions and images by class, for each read-out.
+
+    With ``task_sizes``, the number of classes of each task, the task of an image is given: only
+    its classes are candidates.
+    """
+    foreign = torch.zeros(len(labels), classes, dtype=torch.bool)
+    if task_sizes is not None:
+        task_of = torch.repeat_interleave(torch.arange(len(task_sizes)), torch.tensor(task_sizes))
+        foreign = task_of[labels][:, None] != task_of
+    found = {}
+    for kind, readout in readouts.items():
+        logits = readout.logits(features)
+        chosen = logits.masked_fill(foreign.to(logits.device), -torch.inf).argmax(dim=1)
+        found[kind] = class_counts(chosen.cpu(), labels, classes)
+    return found

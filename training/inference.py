@@ -186,7 +186,7 @@ def evaluate_run(folder: Path, *, root: str | None = None) -> dict[str, dict[str
     if (stream.class_names, stream.order) != _read_classes(folder):
         msg = f"the data set has other classes now than when {folder} was trained"
         raise ValueError(msg)
-    accelerator = make_accelerator(experiment)
+    accelerator = make_accelerator(replace(experiment, tracker=None))
     classifier.model.to(accelerator.device)
     batches = loader(
         stream.test.with_transform(test_transform(experiment.data)),

@@ -3,9 +3,8 @@
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from training.config import Experiment
 from training.data import loader, test_transform, train_transform
@@ -15,12 +14,14 @@ from training.evaluate import (
     extract_features,
 )
 from training.figures import accuracy_figure
+from training.fit import fit
 from training.heads import class_mean_start
-from training.losses import cosface
-from training.progress import Meter, Progress
+from training.memory import peak_memory, reset_peak
+from training.progress import Progress
 from training.randomness import derive, seeded
 from training.run_folder import FIGURE
 from training.setup import Run, prepare
+from training.state import stored_bytes
 
 
 def train(experiment: Experiment, *, quiet: bool = False) -> Path:
@@ -46,14 +47,20 @@ def train(experiment: Experiment, *, quiet: bool = False) -> Path:
         If training diverges; the message says where.
     """
     run = prepare(experiment)
-    with Progress(len(run.stream.tasks), quiet=quiet) as progress:
-        for task in range(run.state.tasks, len(run.stream.tasks)):
-            run_task(run, task, progress)
+    experiment = run.experiment
+    try:
+        with Progress(len(run.stream.tasks), quiet=quiet) as progress:
+            for task in range(run.state.tasks, len(run.stream.tasks)):
+                run_task(run, task, progress)
+    finally:
+        run.accelerator.end_training()
     primary = run.state.matrices[experiment.head.readout]
     summary = {
         "readout": experiment.head.readout,
         "readouts": {kind: m.summary() for kind, m in run.state.matrices.items()},
         "counts": {kind: m.to_dict() for kind, m in run.state.matrices.items()},
+        "task_given": {kind: m.summary() for kind, m in run.state.task_given.items()},
+        "stored_bytes": stored_bytes(run.state),
         "trainable_parameters": progress.trainable,
         "seconds": progress.seconds,
     }
@@ -80,6 +87,7 @@ def run_task(run: Run, task: int, progress: Progress) -> None:
         seed=derive(experiment.seed, task, "moments"),
         workers=experiment.data.workers,
     )
+    reset_peak(run.accelerator.device)
     clock = time.perf_counter()
     seconds = {}
 
@@ -88,7 +96,7 @@ def run_task(run: Run, task: int, progress: Progress) -> None:
     seconds["begin"], clock = _lap(clock)
 
     with seeded(derive(experiment.seed, task, "dropout")):
-        _train(run, task, progress)
+        fit(run, task, progress)
     seconds["train"], clock = _lap(clock)
 
     record = state.method.end_task(passes)
@@ -111,7 +119,19 @@ def run_task(run: Run, task: int, progress: Progress) -> None:
     )
     accuracy = {kind: m.curve[-1] for kind, m in state.matrices.items()}
     counts = {kind: [m.correct[-1], m.total[-1]] for kind, m in state.matrices.items()}
-    run.folder.log("task", task=task, accuracy=accuracy, counts=counts, seconds=seconds)
+    layers = {"layers": record.diagnostics()} if record and record.effects else {}
+    memory = peak_memory(run.accelerator.device)
+    run.folder.log(
+        "task",
+        task=task,
+        accuracy=accuracy,
+        counts=counts,
+        seconds=seconds,
+        memory=memory,
+        **layers,
+    )
+    tracked = {f"accuracy/{kind}": value for kind, value in accuracy.items()}
+    run.accelerator.log(tracked, step=(task + 1) * config.epochs)
     progress.end_task(task, accuracy[experiment.head.readout], seconds)
 
 
@@ -125,79 +145,6 @@ def _add_head(run: Run, task: int) -> None:
     generator = torch.Generator().manual_seed(derive(run.experiment.seed, task, "head"))
     head = run.state.heads.add(len(classes), start=start, generator=generator)
     head.to(run.accelerator.device)
-
-
-def _train(run: Run, task: int, progress: Progress) -> None:
-    """Train the method's tensors and the task's head; the optimiser is new for every task."""
-    experiment, config, state = run.experiment, run.experiment.train, run.state
-    accelerator, device = run.accelerator, run.accelerator.device
-    first = run.stream.tasks[task][0]
-    images = run.stream.train.subset(run.stream.tasks[task])
-    batches = loader(
-        images.with_transform(train_transform(experiment.data)),
-        config.batch_size,
-        shuffle=True,
-        seed=derive(experiment.seed, task, "batches"),
-        workers=experiment.data.workers,
-    )
-    head = state.heads.current
-    adapted = state.method.parameters()
-    parameters = [*adapted, *head.parameters()]
-    progress.begin_task(task, config.epochs * len(batches), parameters)
-    optimizer = torch.optim.SGD(
-        parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-    )
-    generator = torch.Generator().manual_seed(derive(experiment.seed, task, "steps"))
-    for epoch in range(config.epochs):
-        # Cosine over the epochs, down to zero after the last one.
-        lr = config.lr * (1 + np.cos(np.pi * epoch / config.epochs)) / 2
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        _training_mode(state.model)
-        meter = Meter()
-        for pixels, labels in batches:
-            inputs, targets = pixels.to(device, non_blocking=True), labels - first
-
-            def loss(
-                rows: Tensor,
-                inputs: Tensor = inputs,
-                targets: Tensor = targets,
-                meter: Meter = meter,
-            ) -> Tensor:
-                with accelerator.autocast():
-                    features = state.model(inputs[rows.to(device)])
-                cosines = head(features.float())
-                wanted = targets[rows].to(device)
-                meter.count(cosines, wanted)
-                return cosface(
-                    cosines, wanted, scale=experiment.head.scale, margin=experiment.head.margin
-                )
-
-            step = state.method.step(
-                loss, targets, optimizer, generator=generator, backward=accelerator.backward
-            )
-            meter.add(step.loss, len(labels))
-            progress.advance(meter)
-        values = meter.read()
-        # The last step may have broken the weights after the last loss was taken.
-        sound = all(bool(parameter.isfinite().all()) for parameter in parameters)
-        if not (sound and np.isfinite(values["loss"])):
-            msg = (
-                f"training diverged: in task {task + 1}, epoch {epoch + 1} the loss is "
-                f"{values['loss']:.4g} and the trained weights are "
-                f"{'finite' if sound else 'not finite'}; nothing was merged. Lower train.lr or "
-                f"method.radius"
-            )
-            raise FloatingPointError(msg)
-        run.folder.log("epoch", task=task, epoch=epoch, lr=float(lr), **values)
-
-
-def _training_mode(model: nn.Module) -> None:
-    """Enable drop-out, if any, but keep the running statistics of batch norms: they are frozen."""
-    model.train()
-    for module in model.modules():
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
-            module.eval()
 
 
 def _task_features(run: Run, task: int) -> tuple[Tensor, Tensor]:
@@ -236,10 +183,11 @@ def _evaluate(run: Run, task: int) -> None:
         workers=run.experiment.data.workers,
     )
     features, labels = extract_features(run.state.model, batches, run.accelerator)
-    counts = count_correct(run.state.readouts, features, labels, len(seen))
-    for kind, (correct, total) in counts.items():
-        matrix = run.state.matrices[kind]
-        run.state.matrices[kind] = matrix.extended(len(run.stream.tasks[task]), correct, total)
+    state, sizes = run.state, [len(labels) for labels in run.stream.tasks[: task + 1]]
+    for matrices, given in ((state.matrices, None), (state.task_given, sizes)):
+        counts = count_correct(state.readouts, features, labels, len(seen), task_sizes=given)
+        for kind, (correct, total) in counts.items():
+            matrices[kind] = matrices[kind].extended(sizes[-1], correct, total)
 
 
 def _lap(clock: float) -> tuple[float, float]:

@@ -8,14 +8,16 @@ from accelerate import Accelerator
 from backends.torch.readouts import ClassStatistics, RidgeStatistics
 from training.backbone import Backbone, build_backbone, check_fits
 from training.config import Experiment
-from training.data import Stream, build_stream, test_transform, train_transform
+from training.data import Stream, build_stream, test_transform, train_transform, verify_data
 from training.evaluate import make_accelerator, wanted_readouts
 from training.heads import Heads
-from training.methods import build_method
+from training.methods import Context, build_method
 from training.metrics import AccuracyMatrix
+from training.presets import effective, method_stream
 from training.randomness import derive, seeded
 from training.run_folder import RunFolder, choose_folder
 from training.state import RunState
+from training.trackers import start_tracker
 
 
 @dataclass
@@ -32,14 +34,18 @@ class Run:
 
 def prepare(experiment: Experiment) -> Run:
     """Set a run up, in the order in which mistakes are cheapest to find."""
+    experiment = effective(experiment)
     if experiment.threads is not None:
         torch.set_num_threads(experiment.threads)
     path = choose_folder(experiment)
-    accelerator = make_accelerator(experiment)
+    accelerator = make_accelerator(experiment, path)
     if experiment.device == "cuda" and accelerator.device.type != "cuda":
         msg = f"device is cuda, but torch sees none here; it would use {accelerator.device}"
         raise ValueError(msg)
+    if experiment.data.verify:
+        verify_data(experiment.data)
     stream = build_stream(experiment.data, experiment.seed)
+    stream = method_stream(experiment, stream)
     with seeded(derive(experiment.seed, 0, "backbone")):
         backbone = build_backbone(experiment.backbone)
         train_image, _ = stream.train.with_transform(train_transform(experiment.data))[0]
@@ -47,7 +53,8 @@ def prepare(experiment: Experiment) -> Run:
     check_fits(backbone, train_image)
     check_fits(backbone, test_image)
     model = backbone.module.to(accelerator.device)
-    method = build_method(experiment.method, model, derive(experiment.seed, 0, "method"))
+    context = Context(seed=derive(experiment.seed, 0, "method"), tasks=len(stream.tasks))
+    method = build_method(experiment.method, model, context)
     kinds = wanted_readouts(experiment.head)
     needs_statistics = experiment.keep.statistics or {"nearest_mean", "alignment"} & set(kinds)
     ridge = None
@@ -64,7 +71,9 @@ def prepare(experiment: Experiment) -> Run:
         statistics=ClassStatistics() if needs_statistics else None,
         ridge=ridge,
         matrices={kind: AccuracyMatrix() for kind in kinds},
+        task_given={kind: AccuracyMatrix() for kind in kinds},
     )
     folder = RunFolder(path, fresh=experiment.out is None)
     folder.begin(experiment, stream, backbone)
+    start_tracker(accelerator, experiment, folder.path)
     return Run(experiment, stream, backbone, accelerator, state, folder)

@@ -39,6 +39,8 @@ class RunState:
         Tasks completed.
     matrices : dict of str to AccuracyMatrix
         Accuracy so far by read-out.
+    task_given : dict of str to AccuracyMatrix
+        The same where the task of every image is given, so that only its classes compete.
     readouts : dict of str to Readout
         The classifiers after the last task; derived from the rest, not part of the state.
     """
@@ -51,6 +53,7 @@ class RunState:
     aligned: Tensor | None = None
     tasks: int = 0
     matrices: dict[str, AccuracyMatrix] = field(default_factory=dict)
+    task_given: dict[str, AccuracyMatrix] = field(default_factory=dict)
     readouts: dict[str, Readout] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -74,12 +77,16 @@ class RunState:
             "tasks": self.tasks,
             "head_sizes": list(self.heads.sizes),
             "matrices": {kind: matrix.to_dict() for kind, matrix in self.matrices.items()},
+            "task_given": {kind: matrix.to_dict() for kind, matrix in self.task_given.items()},
         }
 
     def load(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Take over a state; this object must be a fresh one of the same experiment."""
         self.tasks = int(record["tasks"])
-        self.matrices = {k: AccuracyMatrix.from_dict(m) for k, m in record["matrices"].items()}
+        self.matrices, self.task_given = (
+            {kind: AccuracyMatrix.from_dict(m) for kind, m in record[group].items()}
+            for group in ("matrices", "task_given")
+        )
         self.model.load_state_dict(nested(tensors, "model"))
         self.method.load_state_dict(nested(tensors, "method"))
         for size in record["head_sizes"]:
@@ -91,3 +98,16 @@ class RunState:
         if self.ridge is not None:
             self.ridge.load_state_dict(nested(tensors, "ridge"))
         self.aligned = nested(tensors, "aligned").get("weight")
+
+
+def stored_bytes(state: RunState) -> dict[str, int]:
+    """Bytes that a run carries from task to task beside the weights of the model and the heads."""
+    groups: dict[str, Mapping[str, Tensor]] = {"method": state.method.state_dict()}
+    if state.statistics is not None and state.tasks:
+        groups["statistics"] = state.statistics.state_dict()
+    if state.ridge is not None:
+        groups["ridge"] = state.ridge.state_dict()
+    return {
+        group: sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        for group, tensors in groups.items()
+    }

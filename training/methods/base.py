@@ -1,13 +1,29 @@
-"""What the training loop asks of a method."""
+"""What the training loop asks of a method, and what it tells it."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from backends.torch import AlignedStep, RowsLoss, TaskRecord
+from training.config import MethodConfig
+
+
+class Context(NamedTuple):
+    """What a method may know of the run beside its settings.
+
+    Attributes
+    ----------
+    seed : int
+        Seed of the method's own randomness.
+    tasks : int
+        Number of tasks of the stream.
+    """
+
+    seed: int
+    tasks: int
 
 
 class Method(Protocol):
@@ -42,3 +58,7 @@ class Method(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over a state made by ``state_dict`` between two tasks."""
+
+
+MethodFactory = Callable[[MethodConfig, nn.Module, Context], Method]
+"""Makes a method over a model, which it may adapt in place; what an entry point names."""

@@ -1,4 +1,9 @@
-"""The frozen backbone: only the heads are trained. What every adaptation has to beat."""
+"""The frozen backbone: only the heads are trained. What every adaptation has to beat.
+
+With their own read-outs and no training at all it is also ``ncm`` (nearest class mean, SimpleCIL,
+arXiv:2303.07338) and ``ranpac_frozen`` (ridge regression on random features, arXiv:2307.02251,
+without its adapter of the first task).
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -9,13 +14,16 @@ from torch.optim import Optimizer
 
 from backends.torch import AlignedStep, RowsLoss, plain_step
 from training.config import MethodConfig
+from training.methods.base import Context
+from training.methods.options import NoOptions, read_options
 
 
 class Frozen:
     """No adaptation at all."""
 
-    def __init__(self, config: MethodConfig, model: nn.Module, seed: int) -> None:
-        del config, seed
+    def __init__(self, config: MethodConfig, model: nn.Module, context: Context) -> None:
+        del context
+        read_options(config, NoOptions)
         model.requires_grad_(False)
 
     def begin_task(self, batches: Iterable[Any]) -> None:

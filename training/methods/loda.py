@@ -1,21 +1,26 @@
 """LoDA and its ablations."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from backends.torch import AlignedStep, LoDA, LoDASettings, RowsLoss, TaskRecord, plain_step
+from backends.torch import AlignedStep, LoDA, LoDASettings, RowsLoss, TaskRecord
 from training.config import MethodConfig
+from training.methods.base import Context
+from training.methods.options import NoOptions, read_options
+from training.methods.steps import look_ahead, take_step
 
 
 class LoDAMethod:
     """LoDA (arXiv:2603.00191); the settings of ``method`` switch its parts off one by one."""
 
-    def __init__(self, config: MethodConfig, model: nn.Module, seed: int) -> None:
-        del seed
+    def __init__(self, config: MethodConfig, model: nn.Module, context: Context) -> None:
+        del context
+        read_options(config, NoOptions)
         model.requires_grad_(False)
         settings = LoDASettings(
             target=config.target,
@@ -26,12 +31,17 @@ class LoDAMethod:
             branches=config.branches,
             isolated=config.isolated,
             ridge=config.ridge,
+            energy_floor=config.energy_floor,
             recalibration=config.recalibration,
+            joint=config.joint,
             gamma=config.gamma,
+            history_weight=config.history_weight,
             history=config.history,
+            history_decay=config.history_decay,
+            heldout=config.heldout,
         )
         self.loda = LoDA(model, settings)
-        self.radius = config.radius if config.gao else None
+        self.radius = look_ahead(config, default=True)
 
     def begin_task(self, batches: Iterable[Any]) -> None:
         """Solve for the directions of the branches."""
@@ -51,10 +61,14 @@ class LoDAMethod:
         backward: Callable[[Tensor], None],
     ) -> AlignedStep:
         """A gradient-aligned step, or a plain one with ``method.gao`` off."""
-        if self.radius is None:
-            return plain_step(loss, labels, optimizer, backward=backward)
-        return self.loda.step(
-            loss, labels, optimizer, radius=self.radius, generator=generator, backward=backward
+        return take_step(
+            self.radius,
+            self.parameters(),
+            loss,
+            labels,
+            optimizer,
+            generator=generator,
+            backward=backward,
         )
 
     def end_task(self, batches: Iterable[Any]) -> TaskRecord:
@@ -68,3 +82,14 @@ class LoDAMethod:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over the history."""
         self.loda.load_state_dict(state)
+
+
+def null_lora(config: MethodConfig, model: nn.Module, context: Context) -> LoDAMethod:
+    """The isolated branch alone, in the null space of the old tasks: what LoDA argues against.
+
+    The update leaves outputs on old inputs as they are, as far as their moment has a null space.
+    As in LoDA the first task, which has no past, trains a general branch.
+    """
+    gao = False if config.gao is None else config.gao
+    settings = replace(config, branches="isolated", isolated="null", gao=gao)
+    return LoDAMethod(settings, model, context)

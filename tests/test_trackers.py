@@ -1,0 +1,39 @@
+"""Trackers: what a run reports, and clear errors where one is not there."""
+
+from pathlib import Path
+
+import pytest
+from small_runs import squares, tiny
+
+from training.loop import train
+from training.setup import prepare
+
+
+def test_tensorboard_receives_losses_accuracies_and_settings(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    experiment = tiny(squares(tmp_path / "data"), tmp_path / "run", tracker="tensorboard")
+    run = train(experiment, quiet=True)
+    (scalars,) = {path.parent for path in (run / "loda").glob("events.out.*")}
+    events = EventAccumulator(str(scalars)).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events.Scalars("accuracy/nearest_mean")] == [2, 4, 6]
+    settings = (run / "loda").rglob("hparams.yml")
+    assert any("method.rank: 4" in path.read_text() for path in settings)
+
+
+def test_no_tracker_leaves_nothing_behind(tmp_path: Path) -> None:
+    run = train(tiny(squares(tmp_path / "data"), tmp_path / "run"), quiet=True)
+    assert not list(run.rglob("*tfevents*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("tensorbord", "known: .*tensorboard, trackio, wandb"), ("aim", "pip install aim")],
+)
+def test_a_tracker_that_is_not_there_is_named_before_training(
+    name: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare(tiny(squares(tmp_path / "data"), tmp_path / "run", tracker=name))
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,142 @@
+"""InfLoRA: the input directions of a task avoid what the gradients of old tasks span.
+
+Liang and Li, "InfLoRA: Interference-Free Low-Rank Adaptation for Continual Learning",
+arXiv:2404.00228.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from backends.torch import (
+    AlignedStep,
+    GradientMemory,
+    LoRALinear,
+    RowsLoss,
+    TaskRecord,
+    adapt,
+    collect_moments,
+    restore,
+)
+from training.config import MethodConfig
+from training.methods.base import Context
+from training.methods.branches import Parts, freeze, output_rows
+from training.methods.options import read_options
+from training.methods.steps import look_ahead, take_step
+
+
+@dataclass(frozen=True)
+class InfLoRAOptions:
+    """Settings of InfLoRA.
+
+    Parameters
+    ----------
+    lamb
+        Share of the energy of a task's inputs that is protected, after the first task.
+    lame
+        The same at the end of the stream; in between it grows linearly.
+    parts
+        Parts of a fused qkv that are adapted.
+    """
+
+    lamb: float = 0.95
+    lame: float = 1.0
+    parts: Parts = "all"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lamb <= self.lame <= 1:
+            msg = (
+                f"method.options lamb and lame are {self.lamb} and {self.lame}; "
+                "allowed: 0 < lamb <= lame <= 1"
+            )
+            raise ValueError(msg)
+
+
+class InfLoRA:
+    """B of the task's branch is trained; A is solved from the task's inputs and then frozen."""
+
+    def __init__(self, config: MethodConfig, model: nn.Module, context: Context) -> None:
+        self.options = read_options(config, InfLoRAOptions)
+        freeze(model, config.target, config.rank, self.options.parts)
+        self.model, self.config, self.stream_tasks = model, config, context.tasks
+        self.radius = look_ahead(config, default=False)
+        self.layers: dict[str, LoRALinear] = {}
+        self.memories: dict[str, GradientMemory] = {}
+        self.tasks = 0
+
+    def begin_task(self, batches: Iterable[Any]) -> None:
+        """Solve for the directions from the task's inputs, and put the branches in place."""
+        moments = collect_moments(self.model, batches, self.config.target)
+        self.layers = adapt(self.model, self.config.target)
+        for name, layer in self.layers.items():
+            memory = self.memories.get(name) or GradientMemory.empty(moments[name].mean)
+            basis = memory.free_directions(moments[name].mean, self.config.rank)
+            for part, rows in output_rows(layer.out_features, self.options.parts).items():
+                layer.add_branch(part, basis.mT * self.config.down_scale, rows=rows)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """B of the task, in every layer."""
+        return [layer.branch(part).up for layer in self.layers.values() for part in layer.branches]
+
+    def step(
+        self,
+        loss: RowsLoss,
+        labels: Tensor,
+        optimizer: Optimizer,
+        *,
+        generator: torch.Generator,
+        backward: Callable[[Tensor], None],
+    ) -> AlignedStep:
+        """One plain step, or a gradient-aligned one with ``method.gao`` on."""
+        return take_step(
+            self.radius,
+            self.parameters(),
+            loss,
+            labels,
+            optimizer,
+            generator=generator,
+            backward=backward,
+        )
+
+    def end_task(self, batches: Iterable[Any]) -> TaskRecord:
+        """Merge for good, and protect the inputs of the task, taken through the trained model."""
+        record = TaskRecord.of(self.layers, {}, {}, {}, {})
+        for layer in self.layers.values():
+            layer.merge()
+        restore(self.model, self.layers)
+        self.layers = {}
+        moments = collect_moments(self.model, batches, self.config.target)
+        share = self._share()
+        for name, found in moments.items():
+            memory = self.memories.get(name) or GradientMemory.empty(found.mean)
+            self.memories[name] = memory.updated(found.mean, share)
+        self.tasks += 1
+        return record
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The memory of every layer: a basis, and whether it is what is kept or what is free."""
+        state = {"tasks": torch.tensor(self.tasks)}
+        for name, memory in self.memories.items():
+            state[f"basis/{name}"] = memory.basis
+            state[f"free/{name}"] = torch.tensor(memory.free)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the memories."""
+        device = next(self.model.parameters()).device
+        self.tasks = int(state["tasks"])
+        self.memories = {
+            name.removeprefix("basis/"): GradientMemory(
+                basis.to(device, copy=True), bool(state[name.replace("basis/", "free/", 1)])
+            )
+            for name, basis in state.items()
+            if name.startswith("basis/")
+        }
+
+    def _share(self) -> float:
+        progress = self.tasks / self.stream_tasks
+        return (self.options.lame - self.options.lamb) * progress + self.options.lamb
