@@ -16,6 +16,7 @@ from training.loop import train
 from training.methods import Context, Method, build_method
 from training.methods.branches import output_rows
 from training.methods.inflora import InfLoRA
+from training.methods.loda import LoDAMethod
 from training.methods.o_lora import OLoRA, overlap
 from training.methods.sd_lora import SDLoRA
 from training.setup import prepare
@@ -220,6 +221,26 @@ def test_read_outs_without_training_are_those_of_the_frozen_backbone(
     assert summary["counts"][kind] == expected
 
 
+# Controls
+
+
+def test_random_directions_know_nothing_of_the_images(model: nn.Module) -> None:
+    method = made("loda", model, options={"directions": "random"})
+    assert isinstance(method, LoDAMethod)
+    learn(method, model, 0)
+    found = []
+    for pixels in (images(1), 3 * images(2).abs()):
+        method.begin_task([(pixels, LABELS)])
+        layer = method.loda.layers["blocks.1.attn.qkv"]
+        downs = [layer.branch(b).down.detach() for b in ("general", "isolated")]
+        for down in downs:
+            torch.testing.assert_close(3 * down @ down.mT, torch.eye(3))
+        assert not torch.equal(*downs)
+        found.append(downs)
+        method.loda.abandon_task()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 # What all of them share
 
 
@@ -244,7 +265,8 @@ def test_baselines_can_take_gradient_aligned_steps(name: str, model: nn.Module) 
         ("inflora", {"lamb": 0.9, "lame": 0.8}, "lamb <= lame"),
         ("inflora", {"parts": "kq"}, "allowed: all, q, k, v, qk, kv, qv"),
         ("seq_lora", {"penalty": 1.0}, "no options at all"),
-        ("loda", {"gamma": 1.0}, "no options at all"),
+        ("loda", {"gamma": 1.0}, "it has directions"),
+        ("loda", {"directions": "best"}, "solved, random"),
     ],
 )
 def test_wrong_options_are_named(

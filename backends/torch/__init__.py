@@ -12,6 +12,7 @@ from backends.torch.gradient_memory import GradientMemory
 from backends.torch.loda import LoDA
 from backends.torch.lora import LoRABranch, LoRALinear
 from backends.torch.moments import MomentCollector, collect_moments
+from backends.torch.random_bases import random_bases
 from backends.torch.record import TaskRecord
 from backends.torch.settings import LoDASettings
 
@@ -34,5 +35,6 @@ __all__ = [
     "find_layers",
     "gradient_aligned_step",
     "plain_step",
+    "random_bases",
     "restore",
 ]

@@ -1,26 +1,55 @@
 """LoDA and its ablations."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from backends.torch import AlignedStep, LoDA, LoDASettings, RowsLoss, TaskRecord
+from backends.torch import (
+    AlignedStep,
+    LoDA,
+    LoDASettings,
+    RowsLoss,
+    TaskRecord,
+    find_layers,
+    random_bases,
+)
 from training.config import MethodConfig
 from training.methods.base import Context
-from training.methods.options import NoOptions, read_options
+from training.methods.options import read_options
 from training.methods.steps import look_ahead, take_step
+from training.randomness import derive
+
+Directions = Literal["solved", "random"]
+
+
+@dataclass(frozen=True)
+class LoDAOptions:
+    """What is no part of LoDA, but shows what a part of it is worth.
+
+    Parameters
+    ----------
+    directions
+        solved from the second moments, or random ones in their place.
+    """
+
+    directions: Directions = "solved"
+
+    def __post_init__(self) -> None:
+        if self.directions not in get_args(Directions):
+            allowed = ", ".join(get_args(Directions))
+            msg = f"method.options directions is {self.directions!r}; allowed: {allowed}"
+            raise ValueError(msg)
 
 
 class LoDAMethod:
     """LoDA (arXiv:2603.00191); the settings of ``method`` switch its parts off one by one."""
 
     def __init__(self, config: MethodConfig, model: nn.Module, context: Context) -> None:
-        del context
-        read_options(config, NoOptions)
+        self.options, self.context = read_options(config, LoDAOptions), context
         model.requires_grad_(False)
         settings = LoDASettings(
             target=config.target,
@@ -45,7 +74,16 @@ class LoDAMethod:
 
     def begin_task(self, batches: Iterable[Any]) -> None:
         """Solve for the directions of the branches."""
-        self.loda.begin_task(batches)
+        bases = None
+        if self.options.directions == "random":
+            loda, seed = self.loda, derive(self.context.seed, self.loda.tasks, "method")
+            bases = random_bases(
+                loda.settings,
+                find_layers(loda.model, loda.settings.target),
+                first_task=loda.tasks == 0,
+                generator=torch.Generator().manual_seed(seed),
+            )
+        self.loda.begin_task(batches, bases=bases)
 
     def parameters(self) -> list[nn.Parameter]:
         """The tensors of the branches."""
