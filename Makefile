@@ -5,14 +5,26 @@ BIN := $(VENV)/bin
 # A worker a core, and one thread a worker.
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: run test bench lint types clean
+# JAX compiles for every shape: what says most about it in little time. CONTRIBUTING.md has the rest.
+JAX_TESTS := $(addprefix tests/test_,libraries.py jax_compiled.py theory_page.py frameworks_page.py)
+
+.PHONY: run test test-numpy mutants bench lint types clean
 
 run: $(VENV)/.train
 	$(BIN)/loda train
 
 test: $(VENV)/.test
 	$(ONE_THREAD) $(BIN)/pytest -n auto
-	$(ONE_THREAD) LODA_LIBRARIES=jax,jax-x32 $(BIN)/pytest -n auto -m jax tests/test_libraries.py tests/test_trace_ratio.py
+	$(ONE_THREAD) LODA_LIBRARIES=jax,jax-x32 $(BIN)/pytest -n auto -m jax $(JAX_TESTS)
+
+# The mathematics on NumPy alone, without torch: seconds.
+test-numpy: $(VENV)/.test
+	$(ONE_THREAD) LODA_LIBRARIES=numpy $(BIN)/pytest @tests/numpy_only.txt -p no:xdist
+
+# An interrupted run goes on where it stopped; `make clean` starts anew. JOBS=8 for eight at a time.
+mutants: $(VENV)/.dev
+	$(ONE_THREAD) LODA_LIBRARIES=numpy HYPOTHESIS_PROFILE=mutants $(BIN)/mutmut run --max-children $(or $(JOBS),1)
+	$(BIN)/python docs/mutation_table.py
 
 # One thread and one worker: the ratios are printed as they are measured.
 bench: $(VENV)/.test
@@ -32,4 +44,4 @@ $(VENV)/.%: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist mutants

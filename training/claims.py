@@ -28,6 +28,7 @@ class Claims(NamedTuple):
     energy_floor: float = 0.0
     joint: bool = False
     history_weight: float = 1.0
+    accumulation_eps: float = 0.0
 
 
 class Case(NamedTuple):
@@ -61,6 +62,8 @@ def read_run(path: Path) -> Iterator[Case]:
         method.ridge,
         method.energy_floor or 0.0,
         method.joint,
+        # Runs are trained in float32, and so are the Gram matrices in their moments.
+        accumulation_eps=float(np.finfo(np.float32).eps),
     )
     for kept in kept_tasks(path, method, "branches"):
         moments, branches, history = kept.moments, kept.others["branches"], kept.history

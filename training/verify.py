@@ -124,6 +124,7 @@ def _basis(
         objective,
         ridge=claims.ridge,
         energy_floor=claims.energy_floor,
+        accumulation_eps=claims.accumulation_eps,
         tolerance=tolerance,
     )
     return Check(
