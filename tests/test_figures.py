@@ -1,14 +1,24 @@
-"""Figures are whole PNG files that show the numbers, and leave nothing else behind."""
+"""Figures are whole PNG or SVG files that show the numbers, and leave nothing else behind."""
 
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from training.figures import accuracy_figure, comparison_figure
+from training.figures import (
+    Curve,
+    Panel,
+    accuracy_figure,
+    comparison_figure,
+    line_figure,
+    matrix_figure,
+    spread_curves,
+)
+from training.figures.style import line_style
 from training.metrics import AccuracyMatrix
 
 
@@ -55,6 +65,33 @@ def test_comparison(tmp_path: Path) -> None:
     assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} <= colours
 
 
+def test_an_svg_depends_on_the_numbers_alone(tmp_path: Path) -> None:
+    first = comparison_figure({"a": [[1.0, 0.9]]}, tmp_path / "a.svg").read_bytes()
+    assert comparison_figure({"a": [[1.0, 0.9]]}, tmp_path / "b.svg").read_bytes() == first
+    assert comparison_figure({"a": [[1.0, 0.8]]}, tmp_path / "c.svg").read_bytes() != first
+    assert ElementTree.fromstring(first).tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_mean_and_band_over_seeds() -> None:
+    first, single = spread_curves({"a": [[0.5, 0.7], [0.7, 0.9]], "none": [], "b": [[0.4]]})
+    assert first.label == "a (n = 2)"
+    np.testing.assert_allclose(first.centre, [0.6, 0.8])
+    np.testing.assert_allclose(np.subtract(first.high, first.low), [2 * np.sqrt(0.02)] * 2)
+    # One value, of a method that learns all at once, stands at the end; colours stay put.
+    assert (single.x, single.low, single.style) == ([2], [], 2)
+
+
+def test_curves_differ_without_colour(tmp_path: Path) -> None:
+    styles = [tuple(line_style(k)[key] for key in ("marker", "ls")) for k in range(36)]
+    assert len(set(styles)) == 36
+    curves = [
+        Curve(f"a method with a rather long name {k}", [1, 2], [1, k + 1], style=k)
+        for k in range(9)
+    ]
+    image = pixels(line_figure([Panel(curves, "x", "y", log=True)] * 2, tmp_path / "a.png"))
+    assert image.shape[0] > image.shape[1]  # panels one above the other
+
+
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = accuracy_figure(decaying(2), tmp_path / "a.png")
     before = path.read_bytes()
@@ -76,8 +113,12 @@ def test_errors(tmp_path: Path) -> None:
         accuracy_figure(AccuracyMatrix(), path)
     with pytest.raises(ValueError, match="1 task labels for 2 tasks"):
         accuracy_figure(decaying(2), path, task_labels=["one"])
-    with pytest.raises(ValueError, match="PNG"):
+    with pytest.raises(ValueError, match=r"\.png or \.svg"):
         accuracy_figure(decaying(2), tmp_path / "a.pdf")
+    with pytest.raises(ValueError, match="at least one panel"):
+        line_figure([Panel([], "x", "y")], path)
+    with pytest.raises(ValueError, match=r"1, 2, \.\.\. entries; got \[1, 1\]"):
+        matrix_figure([[0.5], [0.5]], path)
     with pytest.raises(ValueError, match="at least one method"):
         comparison_figure({}, path)
     with pytest.raises(ValueError, match=r"lengths \[1, 2\]"):

@@ -87,6 +87,8 @@ def test_the_environment_says_what_ran(run: Path) -> None:
     assert environment["backbone"]["timm_name"] == "vit_tiny_patch16_224"
     assert environment["backbone"]["options"] == VIT
     assert environment["backbone"]["weights_sha256"] is None  # random weights
+    assert environment["backbone"]["tag"] is None
+    assert len(environment["backbone"]["tensors_sha256"]) == 64
 
 
 def test_the_hash_of_the_weights_is_recorded(tmp_path: Path) -> None:

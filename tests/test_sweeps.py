@@ -71,6 +71,13 @@ def test_every_variant_runs_with_every_seed(tmp_path: Path) -> None:
     assert {j.experiment.method.rank for j in jobs} == {4}
 
 
+def test_a_part_of_the_variants_can_be_chosen(tmp_path: Path) -> None:
+    jobs = plan(SWEEP, tmp_path, short(tmp_path), only=["plain"])
+    assert [job.name for job in jobs] == ["plain, seed 3", "plain, seed 4"]
+    with pytest.raises(ValueError, match=r"\['other'\]; it has loda, plain"):
+        plan(SWEEP, tmp_path, only=["other"])
+
+
 def test_the_command_line_wins_over_the_file_and_the_variant_over_both(tmp_path: Path) -> None:
     sweep = Sweep(
         {"a": {}, "b": {"train.lr": 0.5, "method.options": {"parts": "kv"}}},

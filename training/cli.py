@@ -114,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         default="processes",
         help="processes on this machine, jobs of a SLURM cluster, or its stand-in for trials",
     )
+    sweep.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants alone")
     sweep.add_argument("--dry-run", action="store_true", help="only list the runs")
     evaluate = commands.add_parser("eval", help="evaluate the saved model of a run again")
     evaluate.add_argument("run", type=Path, metavar="RUN", help="a run folder")
@@ -200,7 +201,7 @@ def _sweep(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         msg = f"--workers is {arguments.workers}; allowed: at least 1"
         raise ValueError(msg)
     sweep = read_sweep(arguments.sweep)
-    jobs = plan(sweep, arguments.out, rest)
+    jobs = plan(sweep, arguments.out, rest, only=arguments.only)
     if arguments.dry_run:
         for job in jobs:
             print(f"{job.name}: {'done' if finished(job) else 'to do'} ({job.folder})")

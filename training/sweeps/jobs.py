@@ -22,7 +22,9 @@ class Job(NamedTuple):
     folder: Path
 
 
-def plan(sweep: Sweep, out: Path, extra: Sequence[str] = ()) -> list[Job]:
+def plan(
+    sweep: Sweep, out: Path, extra: Sequence[str] = (), *, only: Sequence[str] | None = None
+) -> list[Job]:
     """The runs of a sweep, their settings checked; seeds change slowest.
 
     Parameters
@@ -33,13 +35,21 @@ def plan(sweep: Sweep, out: Path, extra: Sequence[str] = ()) -> list[Job]:
         Folder of the sweep; a run goes to ``out/VARIANT/seedN``.
     extra : sequence of str
         Further arguments of ``loda train`` for every run.
+    only : sequence of str, optional
+        Variants to run; all by default.
 
     Raises
     ------
     ValueError
-        If settings of a variant are wrong, or a run's folder holds a run of other settings.
+        If there is no such variant, settings of one are wrong, or a run's folder holds a run of
+        other settings.
     """
-    variants = {name: _experiment(sweep, name, extra) for name in sweep.variants}
+    unknown = sorted(set(only or ()) - set(sweep.variants))
+    if unknown:
+        msg = f"the sweep has no variants {unknown}; it has {', '.join(sweep.variants)}"
+        raise ValueError(msg)
+    chosen = [name for name in sweep.variants if only is None or name in only]
+    variants = {name: _experiment(sweep, name, extra) for name in chosen}
     jobs = []
     for seed in sweep.seeds:
         for name, experiment in variants.items():

@@ -1,0 +1,43 @@
+"""Run folders with made-up results: what `loda report` reads of a finished run."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from training.config import Experiment, dump_experiment
+from training.metrics import AccuracyMatrix
+
+IMAGES = 100  # of each class; one class a task
+
+
+def fake_run(
+    folder: Path, rows: Sequence[Sequence[int]] = ((90,), (60, 80)), **settings: Any
+) -> Path:
+    """A run whose accuracy on task j after task i is ``rows[i][j]`` per cent, on every read-out."""
+    folder.mkdir(parents=True)
+    experiment = Experiment(**settings)
+    matrix = AccuracyMatrix()
+    for row in rows:  # a first row of several is one task with all classes
+        size = len(row) - sum(matrix.sizes)
+        matrix = matrix.extended(size, row, [IMAGES] * len(row))
+    kinds = [experiment.head.readout, *experiment.head.also]
+    summary = {
+        "counts": {kind: matrix.to_dict() for kind in kinds},
+        "task_given": {kind: {"last": 0.95} for kind in kinds},
+        "stored_bytes": {"method": 2**20, "statistics": 2**19},
+        "trainable_parameters": [1000, 2000],
+    }
+    (folder / "config.yaml").write_text(dump_experiment(experiment), encoding="utf-8")
+    (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    events = [
+        {
+            "event": "task",
+            "seconds": {"train": 2.0 + task, "end": 1.0},
+            "memory": {"process": (300 + task) * 2**20},
+        }
+        for task in range(len(rows))
+    ]
+    text = "".join(json.dumps(event) + "\n" for event in [{"event": "epoch"}, *events])
+    (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+    return folder

@@ -1,0 +1,151 @@
+"""A written report: every file is there, nothing comes from outside, and it fits a phone."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import measured
+from fake_runs import fake_run
+
+from training.config import BackboneConfig, MethodConfig
+from training.report import Report, write_report
+
+PHONE = 390  # CSS pixels
+NAME = 'LoDA <b>&"50 %"_{x}</b> with a name that is far too long for a column of a table'
+
+
+def measures(scale: float) -> dict[str, float]:
+    kinds = (f"{age}_{what}" for age in ("new", "old") for what in ("energy", "magnitude"))
+    return {"ratio": scale, **dict.fromkeys(kinds, 0.5 * scale)}
+
+
+def analysis() -> dict[str, Any]:
+    """As `loda analyse` writes it: three layers, in one of them old tasks have no energy."""
+    names = ("null", "general", "isolated")
+    layers = {f"blocks.{k}": {n: measures(0.3 * (k + 1)) for n in names} for k in range(3)}
+    layers["blocks.0"]["null"]["ratio"] = None
+    losses = {"old": [0.1, 0.2, 0.4], "new": [0.9, 0.5, 0.4]}
+    point = {"old": 0.15, "new": 0.6}
+    mark = {"step": 0.7, "own": point, "seen": point}
+    task = {"task": 1, "step": [0.0, 0.75, 1.5], "own": losses, "seen": losses}
+    return {
+        "subspaces": [{"task": 1, "layers": layers}],
+        "losses": [{**task, "marks": {"recalibrated": mark, "merged": mark}}],
+    }
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two methods with two seeds, an upper bound, another backbone, and an unfinished run."""
+    folder = tmp_path_factory.mktemp("runs")
+    sources = []
+    for seed in (1, 2):
+        rows = ((90,), (60 + seed, 80))
+        sources.append(f"{NAME}={fake_run(folder / f'loda{seed}', rows, seed=seed)}")
+        frozen = MethodConfig("frozen")
+        sources.append(fake_run(folder / f"frozen{seed}", seed=seed, method=frozen))
+    (folder / "loda1" / "analysis.json").write_text(json.dumps(analysis()))
+    joint = MethodConfig("joint")
+    sources.append(fake_run(folder / "joint", ((99, 99),), seed=1, method=joint))
+    other = BackboneConfig("cifar_vit")
+    sources.append(fake_run(folder / "other", seed=1, method=frozen, backbone=other))
+    (fake_run(folder / "half", seed=3) / "summary.json").unlink()
+    out = tmp_path_factory.mktemp("out") / "report"
+    report = Report.over([*sources, folder / "half"])
+    assert write_report(report, out) == out / "report.html"
+    return out
+
+
+class Reader(HTMLParser):
+    """Start tags of a page, by name."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+
+def test_every_figure_is_there_in_both_formats(written: Path) -> None:
+    first = written / "figures" / "digits-2-tasks-glyphs"
+    slug = "loda-b-50-x-b-with-a-name-that-is-far-too-long-for-a-column-of-a-table"
+    assert {path.stem for path in first.glob("*.svg")} == {
+        "accuracy-alignment", "relative", "forgetting", "costs", "matrix-frozen", f"matrix-{slug}",
+        f"ratio-{slug}", f"energy-{slug}", f"loss-{slug}-task2",
+    }  # fmt: skip
+    assert {p.stem for p in first.glob("*.png")} == {p.stem for p in first.glob("*.svg")}
+    assert {p.name for p in written.iterdir()} == {
+        "tables.md", "tables.tex", "figures", "report.html",
+    }  # fmt: skip
+
+
+def test_the_page_needs_nothing_from_outside(written: Path) -> None:
+    tags = Reader(written / "report.html").tags
+    assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in tags}
+    sources = [a for _, attrs in tags for k, a in attrs.items() if k in {"src", "href", "srcset"}]
+    assert all(str(source).startswith(("data:", "#")) for source in sources)
+    assert "url(" not in (written / "report.html").read_text()
+    images = [attrs for tag, attrs in tags if tag == "img"]
+    assert len(images) == len(list(written.glob("figures/*/*.svg")))
+    assert all(len(str(attrs["alt"])) > 20 for attrs in images)
+
+
+def test_labels_are_text(written: Path) -> None:
+    assert not [tag for tag, _ in Reader(written / "report.html").tags if tag == "b"]
+    assert "LoDA &lt;b&gt;" in (written / "report.html").read_text()
+    assert r"\_\{x\}" in (written / "tables.tex").read_text()
+
+
+def test_the_unfinished_run_is_named(written: Path) -> None:
+    for name in ("report.html", "tables.md"):
+        assert re.search(r"not counted: \S+/half\.", (written / name).read_text())
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_the_page_on_a_phone(written: Path, tmp_path: Path, dark: bool) -> None:
+    found = measured(written / "report.html", tmp_path, width=PHONE, dark=dark)
+    assert PHONE - 20 <= found["width"] <= PHONE  # less a scroll bar
+    assert found["scrolled"] == found["width"]
+    assert found["wider"] == []
+    assert found["scrolling"] >= 2  # wide tables move inside their boxes
+    assert found["images"]
+    for loaded, alt, width in found["images"]:
+        assert loaded, alt
+        assert 250 < width <= found["width"]
+    light = ["rgb(27, 27, 27)", "rgb(255, 255, 255)"]
+    assert ([found["ink"], found["paper"]] == light) is not dark
+    assert found["headings"][1] == "Side by side"
+
+
+def test_tables_in_latex_are_whole(written: Path) -> None:
+    text = (written / "tables.tex").read_text()
+    tables = re.findall(r"\\begin\{table\}.*?\\end\{table\}", text, re.DOTALL)
+    assert len(tables) >= 4
+    for table in tables:
+        (columns,) = re.findall(r"\\begin\{tabular\}\{(\w+)\}", table)
+        rows = [line for line in table.splitlines() if line.endswith(r"\\")]
+        assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(columns) - 1}
+        assert all(r"\%" in f" {row}" or "%" not in row for row in rows)
+        assert table.isascii()
+
+
+def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
+    report = Report.over([fake_run(tmp_path / "run", ((99, 99),))])
+    out = tmp_path / "out"
+    stale, mine = out / "figures" / "old.png", out / "mine.txt"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    mine.touch()
+    with pytest.raises(FileExistsError, match="not empty"):
+        write_report(report, out)
+    assert [p.name for p in out.iterdir() if p.is_file()] == ["mine.txt"]
+    write_report(report, out, overwrite=True)
+    assert mine.exists()
+    assert not stale.exists()
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        write_report(report, mine)
