@@ -97,7 +97,14 @@ def test_the_wheel_holds_code_and_package_data_alone(wheel: Path) -> None:
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert shipped == own
-    expected = {"training/weights/glyphs_vit.safetensors", "training/configs/digits.yaml"}
+    expected = {
+        "training/weights/glyphs_vit.safetensors",
+        "training/weights/cifar_vit.safetensors",
+        "training/configs/digits.yaml",
+        "training/configs/paper/_protocol.yaml",
+        "training/configs/sweeps/digits.yaml",
+        "training/report/page.html",
+    }
     assert expected <= shipped
     markers = {n for n in shipped if n.endswith("py.typed")}
     assert {n.partition("/")[0] for n in markers} == set(PACKAGES)

@@ -128,7 +128,8 @@ def _load_npz(module: nn.Module, path: Path) -> None:
         if blocks and len(blocks) != len(own):  # timm would leave out what is too much
             msg = f"it has {len(blocks)} blocks, the model {len(own)}"
             raise ValueError(msg)
-        loader(str(path))
+        with path.open("rb") as file:  # timm would leave the file open
+            loader(file)
     except Exception as error:  # timm's loader raises whatever a foreign file provokes in it
         reason = " ".join(str(error).split())
         msg = f"the weights in {path} are not those of the original ViT for this model: {reason}"
