@@ -159,7 +159,7 @@ def raise_diagonal(xp: Namespace, x: Array, amount: Any) -> Array:
     if (is_numpy(x) or (is_torch(x) and not x.requires_grad)) and is_concrete(x):
         # In place: two more matrices of this size cost as much as a step of the solve.
         rows = xp.arange(size, device=compat.device(x))
-        x[..., rows, rows] += amount[..., 0] if is_array(amount) and amount.ndim else amount
+        x[..., rows, rows] += amount
         return x
     return x + amount * eye_like(xp, x, size)
 

@@ -92,7 +92,7 @@ def isolated_subspace(
     energy_floor : float, optional
         τ in [0, 1]: maximise the ratio of traces instead, as :func:`trace_ratio_subspace` does,
         over the bases U(κ) that carry at least τ of the new-task energy that r directions can
-        carry. The ratio without a floor is optimistic: on held-out images little of it is left.
+        carry. Without a floor the best ratio may be one of directions that carry next to none.
     accumulation_eps : float, default 0
         Rounding unit of the arithmetic that formed the moments, where it was coarser than their
         dtype: 1.2e-7 for float64 sums of float32 Gram matrices, as ``second_moment`` makes of
@@ -111,8 +111,9 @@ def isolated_subspace(
     TypeError
         If a moment is not a real floating-point array, or the rank no integer.
     ValueError
-        If moments are not square, differ in shape, are not finite, symmetric and positive
-        semi-definite, the rank is out of range or the ridge negative.
+        If moments are not square, differ in shape, are not finite or not symmetric, the history
+        has eigenvalues below -ridge/D of its trace, the rank is out of range or the ridge
+        negative. Negative eigenvalues of ``new`` are not looked for.
 
     Notes
     -----

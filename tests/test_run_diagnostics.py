@@ -88,10 +88,12 @@ def test_the_log_holds_what_the_directions_keep_held_out(run: Path) -> None:
             assert ratios["isolated"]["chosen"] > ratios["general"]["chosen"]
 
 
-def test_ratios_are_measured_only_when_asked_for(tmp_path_factory: pytest.TempPathFactory) -> None:
-    for found in layers(finished(tmp_path_factory))[1:]:
-        assert found is not None
-        assert all(set(layer) == {"effect"} for layer in found.values())
+def test_ratios_can_be_left_out(tmp_path_factory: pytest.TempPathFactory) -> None:
+    out = tmp_path_factory.mktemp("plain") / "run"
+    settings = {"method": {"heldout": False}, "data": {"tasks": 2}, "train": {"epochs": 0}}
+    first, second = layers(train(tiny(tree(tmp_path_factory), out, **settings), quiet=True))
+    assert first is None
+    assert all(set(layer) == {"effect"} for layer in second.values())
     assert layers(finished(tmp_path_factory, "seq_lora")) == [None] * 3
 
 

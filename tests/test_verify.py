@@ -9,7 +9,7 @@ import scipy.linalg
 import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from libraries import needs_float64
+from libraries import needs_float64, widest_dtype
 from strategies import (
     dtypes,
     from_spectrum,
@@ -202,10 +202,9 @@ def test_a_floor_is_checked_under_the_floor(xp: ModuleType) -> None:
 
 
 def test_the_recorded_run(xp: ModuleType, shared: Any) -> None:
-    """Float32 Cholesky with jitter leaves gaps of 1e-6 to 1e-4; all else is exact."""
+    """Its directions are the best without a ridge; with ours, and for other objectives, not."""
     with np.load(shared / "reference" / "trace.npz") as file:
         trace = {k: file[k] for k in file.files if "layer" in k}
-    gaps = []
     for key in ("task1/layer0", "task1/layer1", "task2/layer0", "task2/layer1"):
         part = {
             name: to_library(xp, trace[f"{key}/{name}"], "float32")
@@ -215,8 +214,8 @@ def test_the_recorded_run(xp: ModuleType, shared: Any) -> None:
         general, isolated = (part[f"A_{b}"].mT * 3**0.5 for b in ("general_init", "isolated"))
         assert bool(verify.verify_subspace(general, *moments, "general").passed)
         report = verify.verify_subspace(isolated, *moments, "isolated", ridge=0.0)
-        gaps.append(float(report.optimality_gap))
+        # Solved in float32 the least ridge is not small enough to tell.
+        assert float(report.optimality_gap) < (1e-6 if widest_dtype(xp) == "float64" else 5e-4)
         assert float(report.orthonormality) < 1e-6
+        assert not bool(verify.verify_subspace(isolated, *moments, "isolated").passed)
         assert not bool(verify.verify_subspace(isolated, *moments, "trace_ratio").passed)
-    assert min(gaps) > 1e-6
-    assert 5e-5 < max(gaps) < 5e-4

@@ -1,9 +1,12 @@
 """What a run folder or somebody's ``.npz`` file claims, layer by layer, ready to be checked."""
 
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,22 +90,8 @@ def read_run(path: Path) -> Iterator[Case]:
 def read_arrays(path: Path) -> Iterator[Case]:
     """Cases of an ``.npz`` file of arrays ``TASK/LAYER/NAME``, as any code can write it.
 
-    ==================================== ====================================================
-    ``moment_new``, ``moment_old``       (D, D); the bases were chosen from these. No
-                                         ``moment_old``, or zeros: the first task
-    ``A_general_init`` (or               (r, D); chosen down-projections, their scale included.
-    ``A_general``), ``A_isolated``       Without the former, ``A_general`` stands for it from the
-                                         second task on
-    ``A_general``, ``B_general``,        (r, D) and (O, r); the branches at the merge
-    ``A_isolated``, ``B_isolated``
-    ``moment_new_trained``,              (D, D); what the recalibration used
-    ``moment_old_at_merge``
-    ``coefficients``                     (r, r); Λ. Without it, it is recovered from the weights
-    ``qkv_before``, ``qkv_after``        (O, D); the weight around the merge
-    ==================================== ====================================================
-
-    What is not there is not checked. A string ``settings`` (JSON) may set any field of `Claims`;
-    other keys are ignored.
+    ``docs/verify.md`` lists the names. What is not there is not checked. A string ``settings``
+    (JSON) may set any field of `Claims`; other keys are ignored.
 
     Raises
     ------
@@ -115,21 +104,50 @@ def read_arrays(path: Path) -> Iterator[Case]:
         msg = f"no run folder and no file {path}"
         raise FileNotFoundError(msg)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            content = dict(file)
-    except (ValueError, OSError, TypeError) as error:
+        # NumPy leaves a file that it cannot read open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            content = dict(arrays)
+    except (ValueError, OSError, TypeError, EOFError, BadZipFile) as error:
         msg = f"cannot read {path} as .npz: {error}"
         raise ValueError(msg) from error
-    given = json.loads(str(content.pop("settings", "{}")))
-    if not isinstance(given, dict) or set(given) - set(Claims._fields):
-        msg = f"settings must be JSON with some of {Claims._fields}, got {given}"
-        raise ValueError(msg)
+    claims = _read_claims(path, str(content.pop("settings", "{}")))
     groups: dict[tuple[str, str], dict[str, Array]] = {}
     for key, array in content.items():
         place, _, name = key.rpartition("/")
         task, _, layer = place.partition("/")
         if task and layer:
             groups.setdefault((task, layer), {})[name] = array
-    for (task, layer), arrays in sorted(groups.items()):
+    for (task, layer), arrays in sorted(groups.items(), key=_natural):
         if "moment_new" in arrays:
-            yield Case(task, layer, arrays, Claims(**given))
+            yield Case(task, layer, arrays, claims)
+
+
+def _read_claims(path: Path, text: str) -> Claims:
+    """The string ``settings`` of a file, every value checked."""
+    try:
+        given = json.loads(text)
+    except ValueError as error:
+        msg = f"{path}: settings is no JSON: {error}"
+        raise ValueError(msg) from error
+    if not isinstance(given, dict) or set(given) - set(Claims._fields):
+        msg = f"{path}: settings must be JSON with some of {Claims._fields}, got {given}"
+        raise ValueError(msg)
+    words = {"form": (*get_args(RecalibrationForm), "none"), "isolated": get_args(Objective)}
+    for key, value in given.items():
+        if key in words:
+            sound, allowed = value in words[key], ", ".join(words[key])
+        elif key == "joint":
+            sound, allowed = isinstance(value, bool), "true or false"
+        else:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            sound, allowed = number and 0 <= value < math.inf, "a number of at least 0"
+        if not sound:
+            msg = f"{path}: settings has {key} {value!r}; allowed: {allowed}"
+            raise ValueError(msg)
+    return Claims(**given)
+
+
+def _natural(item: tuple[tuple[str, str], object]) -> list[list[tuple[int, str]]]:
+    """Task 2 before task 10."""
+    parts = [re.split(r"(\d+)", text) for text in item[0]]
+    return [[(int(x), "") if x.isdigit() else (-1, x) for x in part] for part in parts]

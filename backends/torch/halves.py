@@ -39,6 +39,7 @@ class HalvingCollector(MomentCollector):
         super().__init__(model, target)
         self.half: dict[str, Moments] = {}
         self._model = model
+        self._joined: set[str] = set()  # layers whose inputs mix the images
         self._batch = self._before = 0
 
     def __enter__(self) -> Self:
@@ -47,23 +48,17 @@ class HalvingCollector(MomentCollector):
         return self
 
     def halves(self) -> Halves:
-        """Mean second moments of both halves by layer.
+        """Mean second moments of both halves, of the layers that have two.
 
-        Raises
-        ------
-        ValueError
-            If one half is empty.
+        Left out are layers that saw one image only, or in whose input the images cannot be told
+        apart.
         """
         halves: Halves = {}
         for name, whole in self.moments.items():
-            half = self.half[name]
-            rest = whole.count - half.count
-            if half.count == 0 or rest == 0:
-                msg = (
-                    f"layer {name!r} saw one image only; two halves to choose directions on and "
-                    f"to measure them on take two"
-                )
-                raise ValueError(msg)
+            half = self.half.get(name)
+            rest = whole.count - half.count if half is not None else 0
+            if half is None or name in self._joined or half.count == 0 or rest == 0:
+                continue
             other = (whole.mean * whole.count - half.mean * half.count) / rest
             halves[name] = (half.mean, other)
         return halves
@@ -79,11 +74,8 @@ class HalvingCollector(MomentCollector):
         # A caller may run a part of the model; then the layer's own input says what a batch is.
         images = self._batch or len(rows)
         if len(rows) % images:
-            msg = (
-                f"the input of layer {name!r} has the shape {tuple(tokens.shape)} for {images} "
-                f"images; halves by images need the images along its first axis"
-            )
-            raise ValueError(msg)
+            self._joined.add(name)
+            return
         by_image = rows.reshape(images, -1, rows.shape[-1])
         accumulate(self.half, name, by_image[self._before % 2 :: 2])
 
@@ -106,12 +98,12 @@ def collect_halves(
     -------
     moments : dict of str to Moments
     halves : dict of str to two Tensors, shape (D, D)
+        Of the layers that saw two images and more, along the first axis of their inputs.
 
     Raises
     ------
     ValueError
-        As in :func:`collect_moments`; and if there is one image only, or images cannot be told
-        apart in the input of a layer.
+        As in :func:`collect_moments`.
     """
     collector = HalvingCollector(model, target)
     walk(collector, model, batches, forward)

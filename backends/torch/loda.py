@@ -108,8 +108,7 @@ class LoDA:
             If a task is open already.
         ValueError
             If there is no batch, inputs are not finite, injected bases do not fit, or a pattern of
-            ``trainable`` matches no parameter; with ``heldout``, if there is one image only, or
-            images cannot be told apart. The model is then as it was before the call.
+            ``trainable`` matches no parameter. The model is then as it was before the call.
         """
         self._require_closed()
         if bases is not None:

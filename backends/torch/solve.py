@@ -78,7 +78,7 @@ def solve_heldout(
     ratios: HeldoutRatios = {name: {} for name in halves}
     for branch in settings.names(first_task=False):
         choose = _rule(settings, branch, gram_eps)
-        for group in by_shape(old):
+        for group in by_shape({name: old[name] for name in halves}):
             first, second = (torch.stack([halves[n][side] for n in group]) for side in (0, 1))
             found = heldout_ratio(choose, first, second, torch.stack([old[n] for n in group]))
             for name, *values in zip(group, *found, strict=True):

@@ -160,7 +160,7 @@ class MethodConfig:
     history_weight: float | Literal["mean"] = 1.0
     history: Literal["merged", "trained", "both"] = "merged"
     history_decay: float = 1.0
-    heldout: bool = False
+    heldout: bool = True
     target: str = "*.attn.qkv"
     options: dict[str, Any] = field(default_factory=dict)
 
