@@ -147,8 +147,10 @@ def test_a_folder_with_another_run_is_left_alone(tmp_path: Path) -> None:
     root, out = squares(tmp_path / "data"), tmp_path / "out"
     (job,) = plan(Sweep({"loda": {}}, [0]), out, short(root))
     run_job(job, out)
-    with pytest.raises(ValueError, match=r"other settings \(train differ\)"):
+    with pytest.raises(ValueError, match=r"other settings \(train.lr differ\)"):
         plan(Sweep({"loda": {"train.lr": 0.7}}, [0]), out, short(root))
+    # What does not decide what is learned may differ.
+    assert finished(plan(Sweep({"loda": {"method.heldout": False}}, [0]), out, short(root))[0])
 
 
 def test_submitit_runs_a_sweep(tmp_path: Path) -> None:

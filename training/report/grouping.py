@@ -7,19 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from training.config import Experiment
+from training.config.neutral import NEUTRAL
 from training.report.runs import Finished
 
 # Settings that tell runs of one experiment apart without making them different experiments.
 _RUN_ONLY = ("seed", "out", "threads", "overwrite", "device", "keep", "tracker")
-_RUN_ONLY_KEYS = (
-    "data.workers",
-    "data.cache",
-    "data.root",
-    "data.download",
-    "data.verify",
-    "head.also",
-    "train.eval_batch_size",
-)
+_RUN_ONLY_KEYS = (*NEUTRAL, "head.also")
 
 # Accuracies under other values of these are about other images, tasks or networks.
 _SECTION_KEYS = (

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from training.config import Experiment, as_recorded, experiment_of, read_experiment
+from training.config.neutral import NEUTRAL
 from training.presets import effective
 from training.run_folder import CONFIG, SUMMARY
 from training.sweeps.files import Sweep
+from training.trackers import flat_settings
 
 _MAPPINGS = ("method.options", "backbone.options")  # settings that are mappings themselves
 
@@ -82,11 +84,9 @@ def finished(job: Job) -> bool:
     if not (job.folder / SUMMARY).is_file() or not (job.folder / CONFIG).is_file():
         return False
     found, wanted = read_experiment(job.folder / CONFIG), as_recorded(effective(job.experiment))
-    differing = [
-        key
-        for key in ("data", "backbone", "method", "train", "head", "keep", "seed", "precision")
-        if getattr(found, key) != getattr(wanted, key)
-    ]
+    there, here = flat_settings(found), flat_settings(wanted)
+    alike = (*NEUTRAL, "out", "device", "threads", "overwrite", "tracker")
+    differing = [key for key in here if key not in alike and there.get(key) != here[key]]
     if differing:
         msg = (
             f"{job.folder} holds a run with other settings ({', '.join(differing)} differ): give "

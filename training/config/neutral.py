@@ -1,0 +1,12 @@
+"""Settings that do not decide what a run learns."""
+
+NEUTRAL = (
+    "data.workers",
+    "data.cache",
+    "data.root",
+    "data.download",
+    "data.verify",
+    "method.heldout",
+    "train.eval_batch_size",
+)
+"""They decide where data lie, how fast a run is, or what it looks at on the way."""
