@@ -57,6 +57,7 @@ CLASSES: tuple[tuple[str, str, Rule], ...] = (
         like(
             r"_arrays\.py:(is_concrete|_is_traced|full_precision|is_\w+|transposed|widest) "
             r"|_fast\.py:_thread|torch|jax|dask|compensated|is_concrete\(|is_deferred"
+            r"|a\.numpy\(\)|widest\(xp, None\)|is_numpy\(None\)|__module__"
         ),
     ),
     (
@@ -70,14 +71,25 @@ CLASSES: tuple[tuple[str, str, Rule], ...] = (
         alike(r"(?<=[<>])="),
     ),
     (
+        "Where nothing is read",
+        "The value stands in entries that the next step does not look at, or is what the call does "
+        "by itself, or a bound that the argument never reaches.",
+        like(r"[01] \* (spectrum|chosen)|clip\(xp\.linalg\.diagonal|clean="),
+    ),
+    (
         "A zero that carries a shape",
-        "`0 * x` spreads a value over the shape of x; its sign changes nothing.",
-        alike(r"[+-](?= 0(\.0)? \* )"),
+        "`0 * x`, or zeros of a batch, spread a value over a shape; the sign changes nothing.",
+        like(r"0(\.0)? \* |[+-] batch"),
+    ),
+    (
+        "An estimate",
+        "Its order of magnitude counts; normalised moments in a batch share it.",
+        like(r"largest_eigenvalue"),
     ),
     (
         "Rows or columns of a square",
         "The matrix is square.",
-        alike(r"shape\[-[12]\]", "shape"),
+        alike(r"shape\[[-+][12]\]|\[-[12]\]", "shape"),
     ),
     (
         "More than is read",
@@ -96,6 +108,7 @@ CLASSES: tuple[tuple[str, str, Rule], ...] = (
         "uses: the answer is the same, later or sooner.",
         like(
             r"_spectral|_recalibrate\.py:box \| pairs"
+            r"|range\(0, size"
             r"|_lanczos\.py:leading \| (start|operator|options|steps|if \"rng\")"
             r"|_fast\.py.*(check_finite|overwrite|clean=|ascontiguousarray|\.copy\(\))"
         ),

@@ -11,7 +11,11 @@ from libraries import needs_float64
 from numpy.typing import NDArray
 from strategies import to_library
 
-from loda_math import general_subspace, isolated_subspace, recalibration
+from loda_math import (
+    general_subspace,
+    isolated_subspace,
+    recalibration,
+)
 from loda_math.verify import verify_subspace
 
 
@@ -85,8 +89,9 @@ def test_the_residual_is_a_share_of_the_moment(xp: ModuleType) -> None:
 
 def test_weights_that_are_no_numbers_are_refused() -> None:
     eye = np.eye(2)
-    with pytest.raises(ValueError, match="history_weight"):
-        recalibration(eye, eye, eye, eye, 1.0, history_weight=np.asarray(np.nan))
+    for weight in (np.asarray(np.nan), np.asarray([1.0, np.nan])):
+        with pytest.raises(ValueError, match="history_weight"):
+            recalibration(eye, eye, eye, eye, 1.0, history_weight=weight)
 
 
 def test_a_branch_in_other_units_is_recalibrated_alike() -> None:
@@ -97,3 +102,28 @@ def test_a_branch_in_other_units_is_recalibrated_alike() -> None:
     expected = recalibration(np.eye(3), down, new, old, 1.5, form="direction")
     found = recalibration(np.diag([1.0, 1e-9, 1e-5]), down, new, old, 1.5, form="diagonal")
     np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
+def test_every_layer_has_a_verdict_of_its_own(xp: ModuleType) -> None:
+    """Three layers of very different conditioning and energy, judged together and apart."""
+    needs_float64(xp)
+    rng = np.random.default_rng(0)
+    tokens = rng.standard_normal((3, 200, 8)) * 0.5 ** np.arange(8)
+    histories = rng.standard_normal((3, 200, 8)) * 0.7 ** np.arange(8)
+    histories[0] = tokens[0][:, :4] @ rng.standard_normal((4, 8))
+    new = np.stack([gram(x) for x in tokens])
+    old = np.stack([gram(x) for x in histories])
+    bases = np.stack([np.linalg.qr(rng.standard_normal((8, 2)))[0] for _ in range(3)])
+    bases[1] = isolated_subspace(new[1], old[1], 2, energy_floor=0.9)
+    for objective, settings in (
+        ("isolated", {"ridge": 0.0}),
+        ("trace_ratio", {"energy_floor": 0.9}),
+        ("null", {}),
+    ):
+        arrays = [to_library(xp, a) for a in (bases, new, old)]
+        together = verify_subspace(*arrays, objective, **settings)
+        for layer in range(3):
+            apart = verify_subspace(*(a[layer, ...] for a in arrays), objective, **settings)
+            for name in ("passed", "optimality_gap", "stationarity", "optimum"):
+                found = float(getattr(together, name)[layer])
+                assert found == pytest.approx(float(getattr(apart, name)), rel=1e-6, abs=1e-9)
