@@ -159,7 +159,7 @@ def test_ranks_of_what_has_none(
     for path, message in (
         (tmp_path / "nowhere", "no run folder"),
         (tmp_path, "is no run folder"),
-        (finished(tmp_path_factory, "frozen"), "a run of frozen, which chooses no subspaces"),
+        (finished(tmp_path_factory, "frozen"), "a run of frozen; what is asked for"),
         (incomplete, "did not keep moments of all its tasks: train with --keep.moments true"),
     ):
         assert main(["ranks", str(path)]) == 2

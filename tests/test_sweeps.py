@@ -168,6 +168,9 @@ def test_submitit_runs_a_sweep(tmp_path: Path) -> None:
         ({"variants": ["loda"], "seeds": [1], "seed": 1}, "found"),
         ({"variants": {}, "seeds": [1]}, "variants is"),
         ({"variants": {"../up": {}}, "seeds": [1]}, "letters, digits"),
+        ({"variants": {"-a": {}}, "seeds": [1]}, "letters, digits"),
+        ({"variants": {"loda": {}, "LoDA": {}}, "seeds": [1]}, "different names"),
+        ({"variants": [["loda"]], "seeds": [1]}, "variants is"),
         ({"variants": ["loda"], "seeds": [1, 1]}, "different whole numbers"),
         ({"variants": ["loda"], "seeds": [-1]}, "different whole numbers"),
         ({"variants": ["loda"], "seeds": [True]}, "different whole numbers"),
@@ -185,6 +188,7 @@ def test_a_file_that_is_no_sweep_is_refused(content: object, message: str, write
         ({"method.nme": "loda"}, "variant v: .*nme"),
         ({"method.name": "nothing"}, "variant v: .*loda, seq_lora"),
         ({"train.lr": "fast"}, "variant v: .*lr"),
+        ({"seed": 7}, "variant v: --seed=7.*own to set"),
     ],
 )
 def test_wrong_settings_are_found_before_anything_runs(

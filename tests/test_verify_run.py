@@ -124,7 +124,7 @@ def test_runs_that_cannot_be_verified(tmp_path: Path) -> None:
         list(read_run(run))
     method = MethodConfig(name="seq_lora")
     write_text(run / "config.yaml", dump_experiment(replace(Experiment(), method=method)))
-    with pytest.raises(ValueError, match="a run of seq_lora, which chooses no subspaces"):
+    with pytest.raises(ValueError, match="a run of seq_lora; what is asked for"):
         verify(run)
 
 

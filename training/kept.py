@@ -55,7 +55,9 @@ def read_method(path: Path) -> MethodConfig:
         raise FileNotFoundError(msg)
     method = read_experiment(path / CONFIG).method
     if method.name != "loda":
-        msg = f"{path} is a run of {method.name}, which chooses no subspaces: nothing to verify"
+        msg = (
+            f"{path} is a run of {method.name}; what is asked for is defined for runs of loda alone"
+        )
         raise ValueError(msg)
     return method
 

@@ -102,7 +102,9 @@ class RunState:
 
 def stored_bytes(state: RunState) -> dict[str, int]:
     """Bytes that a run carries from task to task beside the weights of the model and the heads."""
-    groups: dict[str, Mapping[str, Tensor]] = {"method": state.method.state_dict()}
+    # Folded methods hold the weights without their branches too: those are the model's own.
+    own = {k: v for k, v in state.method.state_dict().items() if not k.startswith("weight/")}
+    groups: dict[str, Mapping[str, Tensor]] = {"method": own}
     if state.statistics is not None and state.tasks:
         groups["statistics"] = state.statistics.state_dict()
     if state.ridge is not None:

@@ -74,7 +74,8 @@ def read_sweep(source: str | Path) -> Sweep:
         )
         raise ValueError(msg)
     variants = content["variants"]
-    if isinstance(variants, list):  # plain names are names of methods
+    if isinstance(variants, list) and all(isinstance(name, str) for name in variants):
+        # Plain names are names of methods.
         variants = {name: {"method.name": name} for name in variants}
     sweep = Sweep(**{**content, "variants": variants})
     _check(sweep, path)
@@ -87,7 +88,8 @@ def _check(sweep: Sweep, path: Path) -> None:
         and bool(sweep.variants)
         and all(isinstance(own, dict | None) for own in sweep.variants.values())
         # A name becomes the name of a folder.
-        and all(isinstance(name, str) and _plain(name) for name in sweep.variants),
+        and all(isinstance(name, str) and _plain(name) for name in sweep.variants)
+        and len({str(name).casefold() for name in sweep.variants}) == len(sweep.variants),
         "seeds": isinstance(sweep.seeds, list)
         and len(set(map(str, sweep.seeds))) == len(sweep.seeds) > 0
         and all(type(seed) is int and 0 <= seed <= _SEED_MAX for seed in sweep.seeds),
@@ -97,7 +99,7 @@ def _check(sweep: Sweep, path: Path) -> None:
         "slurm": isinstance(sweep.slurm, dict | None),
     }
     rules = {
-        "variants": "names (letters, digits, . _ -) with a mapping of settings each",
+        "variants": "different names (letters, digits, . _ -) with a mapping of settings each",
         "seeds": f"a list of different whole numbers from 0 to {_SEED_MAX}",
         "configs": "a list of configurations",
         "settings": "a mapping of settings",
@@ -110,4 +112,5 @@ def _check(sweep: Sweep, path: Path) -> None:
 
 
 def _plain(name: str) -> bool:
-    return name not in ("", ".", "..", "logs") and all(c.isalnum() or c in "._-" for c in name)
+    fine = all(c.isalnum() or c in "._-" for c in name)
+    return fine and name.casefold() not in ("", ".", "..", "logs") and not name.startswith("-")

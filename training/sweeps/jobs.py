@@ -66,6 +66,10 @@ def _experiment(sweep: Sweep, name: str, extra: Sequence[str]) -> Experiment:
     argv = [f"--config={config}" for config in sweep.configs]
     # What the command line says wins over the file, but a variant is what it is.
     argv += [*_flags(sweep.settings or {}), *extra, *_flags(sweep.variants[name] or {})]
+    fixed = [x for x in argv if x.partition("=")[0] in ("--seed", "--out")]
+    if fixed:
+        msg = f"variant {name}: {', '.join(fixed)}: seeds and folders are the sweep's own to set"
+        raise ValueError(msg)
     try:
         return experiment_of(argv)
     except ValueError as error:

@@ -102,7 +102,8 @@ def run_job(job: Job, out: Path, threads: int | None = None) -> Outcome:
     environment = dict(os.environ)
     if threads is not None:
         environment.setdefault("OMP_NUM_THREADS", str(threads))
-    command = [sys.executable, "-m", "training.cli", "train", "--config", str(config)]
+    # -P: a folder called training where the sweep was started is not ours.
+    command = [sys.executable, "-P", "-m", "training.cli", "train", "--config", str(config)]
     with log.open("w", encoding="utf-8") as file:
         done = subprocess.run(  # noqa: S603 - our own command on a file that was just written
             command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False
