@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_runs import READOUTS, changed, finished, squares, tiny, tree
 
+from training.checkpoints import newest_checkpoint
 from training.config import Experiment, TrainConfig, read_experiment
 from training.files import read_json
 from training.loop import run_task, train
@@ -227,7 +228,10 @@ def test_divergence_is_an_error_that_says_where(
     with pytest.raises(FloatingPointError, match=r"task 1, epoch 1 .*train\.lr"):
         train(experiment, quiet=True)
     left = {p.name for p in (tmp_path / "run").iterdir()}
-    assert left <= {"config.yaml", "classes.json", "environment.json", "metrics.jsonl"}
+    begun = {"config.yaml", "classes.json", "environment.json", "metrics.jsonl", "checkpoints"}
+    assert left <= begun
+    left_behind = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert all(bool(tensor.isfinite().all()) for tensor in left_behind.tensors.values())
 
 
 def test_weights_broken_by_the_very_last_step_are_found(

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import yaml
+from interrupted import at_step, stopped
 from small_runs import flags, squares, tiny
 
 from training.config import read_experiment
 from training.files import read_json
-from training.loop import train
+from training.loop import resume, train
 from training.sweeps import (
     Job,
     Sweep,
@@ -22,6 +23,7 @@ from training.sweeps import (
     run_job,
     run_sweep,
 )
+from training.sweeps.jobs import can_go_on
 
 Write = Callable[[object], Path]
 
@@ -47,7 +49,10 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run(command: Sequence[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
         try:
-            train(read_experiment(command[-1]), quiet=True)
+            if "--resume" in command:
+                resume(Path(command[-1]), quiet=True)
+            else:
+                train(read_experiment(command[-1]), quiet=True)
         except ValueError:
             return subprocess.CompletedProcess(command, 2)
         return subprocess.CompletedProcess(command, 0)
@@ -140,6 +145,22 @@ def test_an_unfinished_run_starts_again(tmp_path: Path) -> None:
     assert run_job(job, out).status == "finished"
     assert finished(job)
     assert not read_experiment(job.folder / "config.yaml").overwrite
+
+
+@pytest.mark.usefixtures("in_process")
+def test_an_interrupted_run_goes_on_unless_its_settings_are_others(tmp_path: Path) -> None:
+    root, out = squares(tmp_path / "data"), tmp_path / "out"
+    (job,) = plan(Sweep({"loda": {"checkpoint.steps": 2}}, [0]), out, short(root))
+    stopped(job.experiment, 5)
+    assert can_go_on(job)
+    (other,) = plan(
+        Sweep({"loda": {"checkpoint.steps": 2, "train.lr": 0.7}}, [0]), out, short(root)
+    )
+    assert not can_go_on(other)
+    with at_step(3, lambda: pytest.fail("it began anew")):  # two steps of six are left
+        assert run_job(job, out).status == "finished"
+    assert finished(job)
+    assert not can_go_on(job)
 
 
 @pytest.mark.usefixtures("in_process")

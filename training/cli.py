@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         0 on success, 1 where ``verify`` or ``data check`` finds something wrong or a run of a
         sweep fails, 2 for what the user can mend (settings, data, files), with one clear line on
-        the standard error, 130 after Ctrl-C.
+        the standard error, 130 after Ctrl-C (143 after SIGTERM, by SystemExit).
     """
     arguments, rest = _parser().parse_known_args(argv)
     if arguments.command is None:
@@ -78,8 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             _analyse(arguments)
         else:
             _predict(arguments.run, arguments.images, arguments.top)
-    except KeyboardInterrupt:
-        print(f"loda {arguments.command}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        said = f"; {stop}" if str(stop) else ""
+        print(f"loda {arguments.command}: interrupted{said}", file=sys.stderr)
         return _INTERRUPTED
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("LODA_DEBUG"):
@@ -185,6 +186,12 @@ def _version() -> str:
 
 
 def _train(argv: Sequence[str]) -> None:
+    resuming = argparse.ArgumentParser(prog="loda train", add_help=False, allow_abbrev=False)
+    resuming.add_argument("--resume", type=Path, metavar="RUN")
+    found, settings = resuming.parse_known_args(argv)
+    if found.resume is not None:
+        _resume(found.resume, settings)
+        return
     from training.config import load_experiment
 
     # Settings first: help and mistakes need not wait for torch to be imported.
@@ -192,6 +199,29 @@ def _train(argv: Sequence[str]) -> None:
     from training.loop import train
 
     train(experiment)
+
+
+def _resume(run: Path, argv: Sequence[str]) -> None:
+    _require_run(run)
+    from training.config import as_recorded, differing_settings, load_experiment
+    from training.presets import effective
+    from training.run_folder import CONFIG, begun_experiment, is_finished
+
+    recorded = begun_experiment(run)
+    given = load_experiment([f"--config={run / CONFIG}", *argv])
+    differing = differing_settings(as_recorded(effective(given)), recorded)
+    if differing:
+        msg = (
+            f"{run} was begun with other settings ({', '.join(differing)} differ): go on with it "
+            f"without them, or begin another run"
+        )
+        raise ValueError(msg)
+    if is_finished(run):
+        print(f"the run in {run} is finished")
+        return
+    from training.loop import resume
+
+    resume(run)
 
 
 def _sweep(arguments: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,6 +32,11 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: _write_text(temporary, text))
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically."""
+    write_atomically(path, lambda temporary: _write_bytes(temporary, content))
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file atomically."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
@@ -48,10 +54,20 @@ def read_json(path: Path) -> Any:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file atomically; tensors are copied to the CPU."""
+    """Write a safetensors file atomically; tensors are copied to the CPU.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written, for instance on a full disk.
+    """
     # Tensors that share memory (views, a weight tied to another) are not allowed in the file.
     flat = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(flat, temporary))
+    try:
+        write_atomically(path, lambda temporary: save_file(flat, temporary))
+    except SafetensorError as error:  # what the system says is in its text alone
+        msg = f"cannot write {path}: {error}"
+        raise OSError(msg) from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -86,3 +102,7 @@ def flattened(**groups: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content)

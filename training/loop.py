@@ -1,13 +1,14 @@
 """The training loop, from the configuration to the finished run folder, top to bottom."""
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from training.config import Experiment
-from training.data import loader, test_transform, train_transform
+from training.data import loader, passes_begun, start_at, test_transform, train_transform
 from training.evaluate import (
     build_readouts,
     count_correct,
@@ -19,7 +20,7 @@ from training.heads import class_mean_start
 from training.memory import peak_memory, reset_peak
 from training.progress import Progress
 from training.randomness import derive, seeded
-from training.run_folder import FIGURE
+from training.run_folder import FIGURE, begun_experiment, is_finished
 from training.setup import Run, prepare
 from training.state import stored_bytes
 
@@ -46,14 +47,62 @@ def train(experiment: Experiment, *, quiet: bool = False) -> Path:
     FloatingPointError
         If training diverges; the message says where.
     """
-    run = prepare(experiment)
-    experiment = run.experiment
+    return _run(prepare(experiment), quiet=quiet)
+
+
+def resume(path: Path, *, quiet: bool = False) -> Path:
+    """Go on with a run that was interrupted, from its newest sound checkpoint.
+
+    On the CPU of the same machine the result is the same, bit for bit, as without interruption.
+
+    Parameters
+    ----------
+    path : Path
+        The run folder.
+    quiet : bool
+        Show no progress bars and no table.
+
+    Returns
+    -------
+    Path
+        The run folder.
+
+    Raises
+    ------
+    ValueError, OSError
+        If the folder holds no run that can go on, or another process is at it.
+    FloatingPointError
+        If training diverges.
+    """
+    if is_finished(path):
+        msg = f"the run in {path} is finished: there is nothing to go on with"
+        raise ValueError(msg)
+    return _run(prepare(begun_experiment(path), resume=path), quiet=quiet)
+
+
+def _run(run: Run, *, quiet: bool) -> Path:
+    experiment, saver, tasks = run.experiment, run.saver, len(run.stream.tasks)
+    catching = saver.stop if experiment.checkpoint.keep else nullcontext()
     try:
-        with Progress(len(run.stream.tasks), quiet=quiet) as progress:
-            for task in range(run.state.tasks, len(run.stream.tasks)):
+        with catching, Progress(tasks, quiet=quiet) as progress:
+            saver.restore_progress(progress)
+            if not saver.resumes_in_task and run.state.tasks == 0:
+                saver.between_tasks(progress)
+            for task in range(run.state.tasks, tasks):
                 run_task(run, task, progress)
+                if task + 1 < tasks:  # after the last one comes the result itself
+                    saver.between_tasks(progress)
+            _finish(run, progress)
     finally:
         run.accelerator.end_training()
+        run.folder.close()
+    progress.table(run.state.matrices[experiment.head.readout], run.folder.path)
+    return run.folder.path
+
+
+def _finish(run: Run, progress: Progress) -> None:
+    """Draw the figure and write the results."""
+    experiment = run.experiment
     primary = run.state.matrices[experiment.head.readout]
     summary = {
         "readout": experiment.head.readout,
@@ -64,14 +113,12 @@ def train(experiment: Experiment, *, quiet: bool = False) -> Path:
         "trainable_parameters": progress.trainable,
         "seconds": progress.seconds,
     }
-    run.folder.finish(run.state, summary)
     data = experiment.data.root if experiment.data.name == "folder" else experiment.data.name
     title = (
         f"{experiment.method.name} on {Path(str(data)).name}, read-out {experiment.head.readout}"
     )
     accuracy_figure(primary, run.folder.path / FIGURE, title=title)
-    progress.table(primary, run.folder.path)
-    return run.folder.path
+    run.folder.finish(run.state, summary)
 
 
 def run_task(run: Run, task: int, progress: Progress) -> None:
@@ -89,15 +136,19 @@ def run_task(run: Run, task: int, progress: Progress) -> None:
     )
     reset_peak(run.accelerator.device)
     clock = time.perf_counter()
-    seconds = {}
+    seconds: dict[str, float] = {}
 
-    state.method.begin_task(passes)
-    _add_head(run, task)
-    seconds["begin"], clock = _lap(clock)
+    # Every pass has augmentations of its own: those of an earlier process count.
+    start_at(passes, run.saver.passes, 0)
+    if not run.saver.resumes_in_task:
+        state.method.begin_task(passes)
+        run.saver.passes = passes_begun(passes)
+        _add_head(run, task)
+        seconds["begin"], clock = _lap(clock)
 
     with seeded(derive(experiment.seed, task, "dropout")):
-        fit(run, task, progress)
-    seconds["train"], clock = _lap(clock)
+        seconds = fit(run, task, progress, seconds)
+    clock = time.perf_counter()
 
     record = state.method.end_task(passes)
     seconds["end"], clock = _lap(clock)
@@ -106,7 +157,7 @@ def run_task(run: Run, task: int, progress: Progress) -> None:
     seconds["readouts"], clock = _lap(clock)
 
     _evaluate(run, task)
-    state.tasks = task + 1
+    state.tasks, run.saver.passes = task + 1, 0
     seconds["evaluate"], clock = _lap(clock)
 
     keep = experiment.keep

@@ -95,8 +95,8 @@ class Progress:
         title = f"task {task + 1}/{self.tasks}"
         self._bar = self._bars.add_task(title, total=steps, status="")
 
-    def advance(self, meter: Meter) -> None:
-        """One mini-batch done; loss and accuracy are refreshed a few times a second."""
+    def advance(self, meter: Meter, steps: int = 1) -> None:
+        """Mini-batches are done; loss and accuracy are refreshed a few times a second."""
         if self._bar is None:
             return
         now = time.monotonic()
@@ -105,7 +105,7 @@ class Progress:
             status = f"loss {values['loss']:.3f}  accuracy {100 * values['accuracy']:.1f} %"
             self._bars.update(self._bar, status=status)
             self._shown = now
-        self._bars.advance(self._bar)
+        self._bars.advance(self._bar, steps)
 
     def end_task(self, task: int, accuracy: float, seconds: dict[str, float]) -> None:
         """Close the bar and print the line of the task."""

@@ -10,15 +10,24 @@ from typing import Any
 import torch
 
 from training.backbone import Backbone
-from training.config import Experiment, as_recorded, dump_experiment
+from training.checkpoints import remove_checkpoints, remove_leftovers
+from training.config import Experiment, as_recorded, dump_experiment, read_experiment
 from training.data import Stream
-from training.files import flattened, write_json, write_tensors, write_text
+from training.files import (
+    flattened,
+    read_json,
+    write_bytes,
+    write_json,
+    write_tensors,
+    write_text,
+)
+from training.lock import LOCK, FolderLock
 from training.state import RunState
 
 CONFIG, CLASSES, ENVIRONMENT = "config.yaml", "classes.json", "environment.json"
 METRICS, SUMMARY, FIGURE = "metrics.jsonl", "summary.json", "accuracy.png"
 MODEL, READOUTS, TASKS = "model.safetensors", "readouts.safetensors", "tasks"
-ANALYSIS = "analysis.json"
+ANALYSIS, CHECKPOINTS = "analysis.json", "checkpoints"
 
 _PACKAGES = (
     "loda",
@@ -50,20 +59,40 @@ def choose_folder(experiment: Experiment) -> Path:
     if folder.exists() and not folder.is_dir():
         msg = f"out is {folder}, which is a file; give a folder"
         raise NotADirectoryError(msg)
-    if folder.is_dir() and any(folder.iterdir()) and not experiment.overwrite:
+    filled = folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
+    if filled and not experiment.overwrite:
         begun = (folder / CONFIG).is_file() and not (folder / SUMMARY).is_file()
         unfinished = " (it holds a run that did not finish)" if begun else ""
+        resume = f", --resume {folder} to go on with it" if begun else ""
         msg = (
             f"{folder} is not empty{unfinished}, and nothing is overwritten unasked: give another "
-            f"--out, or "
-            f"--overwrite true to replace the run in it"
+            f"--out{resume}, or --overwrite true to replace the run in it"
         )
         raise FileExistsError(msg)
     return folder
 
 
+def is_finished(path: Path) -> bool:
+    """Whether a folder holds a run with its results."""
+    return (path / CONFIG).is_file() and (path / SUMMARY).is_file()
+
+
+def begun_experiment(path: Path) -> Experiment:
+    """The settings of a run that began in a folder.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    """
+    if not (path / CONFIG).is_file():
+        msg = f"{path} is no run folder: no {CONFIG} in it"
+        raise FileNotFoundError(msg)
+    return read_experiment(path / CONFIG)
+
+
 class RunFolder:
-    """Writes the files of one run.
+    """Writes the files of one run; no other process can do so until it is closed.
 
     Parameters
     ----------
@@ -72,29 +101,63 @@ class RunFolder:
     fresh : bool
         Make a new folder in any case, numbered if the name is taken: runs that begin in the same
         second get one each.
+    resume : bool
+        Go on with the run in the folder: nothing is removed.
+
+    Raises
+    ------
+    OSError
+        If the folder cannot be written to, or another process is writing to it.
     """
 
-    def __init__(self, path: Path, *, fresh: bool = False) -> None:
-        self.path = _new_folder(path) if fresh else path
-        self.path.mkdir(parents=True, exist_ok=True)
-        _remove_results(self.path)
+    def __init__(self, path: Path, *, fresh: bool = False, resume: bool = False) -> None:
+        try:
+            self.path = _new_folder(path) if fresh else path
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(self.path)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            msg = f"cannot write to the run folder {path}: {error.strerror or error}"
+            raise OSError(msg) from error
+        if not resume:
+            _remove_results(self.path)
+            remove_checkpoints(self.path / CHECKPOINTS)
+        remove_leftovers(self.path / CHECKPOINTS)
+
+    def close(self) -> None:
+        """Let other processes write to the folder."""
+        self._lock.release()
 
     def begin(self, experiment: Experiment, stream: Stream, backbone: Backbone) -> None:
         """Write what is known before training: configuration, classes and environment."""
         write_text(self.path / CONFIG, dump_experiment(as_recorded(experiment)))
-        classes = {
-            "class_names": stream.class_names,
-            "order": stream.order,
-            "tasks": [list(task) for task in stream.tasks],
-        }
-        write_json(self.path / CLASSES, classes)
+        write_json(self.path / CLASSES, _classes(stream))
         write_json(self.path / ENVIRONMENT, _environment(backbone))
+
+    def check_stream(self, stream: Stream) -> None:
+        """Refuse to go on with other classes than the run began with."""
+        if read_json(self.path / CLASSES) != _classes(stream):
+            msg = (
+                f"the classes or tasks of the data are not those in {self.path / CLASSES}: the "
+                f"data have changed since the run began, and it cannot go on"
+            )
+            raise ValueError(msg)
 
     def log(self, event: str, **values: Any) -> None:
         """Append one line to the metrics, on disk at once."""
         line = json.dumps({"event": event, **values}, ensure_ascii=False)
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+    def read_log(self) -> bytes:
+        """The metrics so far."""
+        path = self.path / METRICS
+        return path.read_bytes() if path.is_file() else b""
+
+    def restore_log(self, content: bytes) -> None:
+        """Make the metrics what they were at a checkpoint."""
+        write_bytes(self.path / METRICS, content)
 
     def keep(self, task: int, **groups: dict[str, torch.Tensor]) -> None:
         """Write groups of tensors of a task, a file a group; empty groups are left out."""
@@ -105,11 +168,12 @@ class RunFolder:
                 write_tensors(folder / f"{name}.safetensors", tensors)
 
     def finish(self, state: RunState, summary: dict[str, Any]) -> None:
-        """Write the merged model, the read-outs and the summary, the summary last."""
+        """Write the merged model, the read-outs and the summary; drop the checkpoints then."""
         write_tensors(self.path / MODEL, state.model.state_dict())
         readouts = {kind: readout.tensors() for kind, readout in state.readouts.items()}
         write_tensors(self.path / READOUTS, flattened(**readouts))
         write_json(self.path / SUMMARY, summary)
+        remove_checkpoints(self.path / CHECKPOINTS)
 
 
 def _new_folder(path: Path) -> Path:
@@ -134,6 +198,14 @@ def _remove_results(path: Path) -> None:
     for folder in [*(path / TASKS).glob("*"), path / TASKS]:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def _classes(stream: Stream) -> dict[str, Any]:
+    return {
+        "class_names": list(stream.class_names),
+        "order": list(stream.order),
+        "tasks": [list(task) for task in stream.tasks],
+    }
 
 
 def _environment(backbone: Backbone) -> dict[str, Any]:

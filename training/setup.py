@@ -1,6 +1,7 @@
 """Setting a run up: everything that can be wrong at the start is found here."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +17,7 @@ from training.metrics import AccuracyMatrix
 from training.presets import effective, method_stream
 from training.randomness import derive, seeded
 from training.run_folder import RunFolder, choose_folder
+from training.saver import Saver
 from training.state import RunState
 from training.trackers import start_tracker
 
@@ -30,14 +32,23 @@ class Run:
     accelerator: Accelerator
     state: RunState
     folder: RunFolder
+    saver: Saver
 
 
-def prepare(experiment: Experiment) -> Run:
-    """Set a run up, in the order in which mistakes are cheapest to find."""
+def prepare(experiment: Experiment, resume: Path | None = None) -> Run:
+    """Set a run up, in the order in which mistakes are cheapest to find.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        All settings.
+    resume : Path, optional
+        Folder of a run of these settings to go on with, from its newest checkpoint.
+    """
     experiment = effective(experiment)
     if experiment.threads is not None:
         torch.set_num_threads(experiment.threads)
-    path = choose_folder(experiment)
+    path = choose_folder(experiment) if resume is None else resume
     accelerator = make_accelerator(experiment, path)
     if experiment.device == "cuda" and accelerator.device.type != "cuda":
         msg = f"device is cuda, but torch sees none here; it would use {accelerator.device}"
@@ -73,7 +84,17 @@ def prepare(experiment: Experiment) -> Run:
         matrices={kind: AccuracyMatrix() for kind in kinds},
         task_given={kind: AccuracyMatrix() for kind in kinds},
     )
-    folder = RunFolder(path, fresh=experiment.out is None)
-    folder.begin(experiment, stream, backbone)
-    start_tracker(accelerator, experiment, folder.path)
-    return Run(experiment, stream, backbone, accelerator, state, folder)
+    new = resume is None
+    folder = RunFolder(path, fresh=new and experiment.out is None, resume=not new)
+    saver = Saver(experiment.checkpoint, folder, state)
+    try:
+        if new:
+            folder.begin(experiment, stream, backbone)
+        else:
+            folder.check_stream(stream)
+            saver.load()
+        start_tracker(accelerator, experiment, folder.path)
+    except BaseException:
+        folder.close()
+        raise
+    return Run(experiment, stream, backbone, accelerator, state, folder, saver)

@@ -1,4 +1,4 @@
-"""The whole state of a run between two tasks, as one object that can be written and read."""
+"""The whole state of a run, as one object that can be written and read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from backends.torch import plain_state
 from backends.torch.readouts import ClassStatistics, Readout, RidgeStatistics
 from training.files import flattened, nested
 from training.heads import Heads
@@ -19,7 +20,8 @@ class RunState:
     """Everything that a run carries from one task to the next.
 
     All randomness of a task follows from the seed and the task's number, so no generator is part
-    of it.
+    of it. Inside a task it is complete for methods that save an open task; where training stands
+    in it is a `training.position.Position`.
 
     Parameters
     ----------
@@ -59,7 +61,7 @@ class RunState:
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the state under flat names."""
         groups: dict[str, Mapping[str, Tensor]] = {
-            "model": self.model.state_dict(),
+            "model": plain_state(self.model),
             "method": self.method.state_dict(),
             "heads": self.heads.state_dict(),
         }

@@ -1,6 +1,14 @@
 """LoDA for PyTorch: adapt any ``nn.Module`` to a stream of tasks without forgetting."""
 
-from backends.torch.adapt import TIMM_QKV, adapt, attach, check_rank, find_layers, restore
+from backends.torch.adapt import (
+    TIMM_QKV,
+    adapt,
+    attach,
+    check_rank,
+    find_layers,
+    plain_state,
+    restore,
+)
 from backends.torch.gao import (
     AlignedStep,
     RowsLoss,
@@ -34,6 +42,7 @@ __all__ = [
     "draw_permutation",
     "find_layers",
     "gradient_aligned_step",
+    "plain_state",
     "plain_step",
     "random_bases",
     "restore",

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from backends.torch.lora import LoRALinear
@@ -165,6 +165,34 @@ def restore(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
         What :func:`adapt` returned.
     """
     _replace(model, {layer: layer.base for layer in layers.values()})
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model under the names that it has without branches, which are left out.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Adapted or not; between tasks this is its ``state_dict()``.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+    >>> _ = adapt(model, "0")
+    >>> list(model.state_dict()), list(plain_state(model))
+    (['0.base.weight', '0.base.bias'], ['0.weight', '0.bias'])
+    """
+    named = model.named_modules(remove_duplicate=False)
+    adapted = [f"{name}." for name, module in named if isinstance(module, LoRALinear)]
+    plain: dict[str, Tensor] = {}
+    for key, tensor in model.state_dict().items():
+        owner = next((prefix for prefix in adapted if key.startswith(prefix)), None)
+        if owner is None:
+            plain[key] = tensor
+        elif key.startswith(f"{owner}base."):
+            plain[owner + key.removeprefix(f"{owner}base.")] = tensor
+    return plain
 
 
 def _replace(model: nn.Module, swap: Mapping[nn.Module, nn.Module]) -> None:

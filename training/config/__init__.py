@@ -12,6 +12,7 @@ from training.config.data import CLASS_COUNTS, NATIVE_SIDE, DataConfig
 from training.config.layers import packaged_configs, resolve_config
 from training.config.parse import (
     as_recorded,
+    differing_settings,
     dump_experiment,
     experiment_of,
     load_experiment,
@@ -22,6 +23,7 @@ from training.config.sections import (
     HUGGING_FACE,
     PACKAGED_WEIGHTS,
     BackboneConfig,
+    CheckpointConfig,
     Experiment,
     HeadConfig,
     KeepConfig,
@@ -36,6 +38,7 @@ __all__ = [
     "NATIVE_SIDE",
     "PACKAGED_WEIGHTS",
     "BackboneConfig",
+    "CheckpointConfig",
     "DataConfig",
     "Experiment",
     "HeadConfig",
@@ -44,6 +47,7 @@ __all__ = [
     "Readout",
     "TrainConfig",
     "as_recorded",
+    "differing_settings",
     "dump_experiment",
     "experiment_of",
     "load_experiment",

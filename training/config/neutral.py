@@ -8,5 +8,8 @@ NEUTRAL = (
     "data.verify",
     "method.heldout",
     "train.eval_batch_size",
+    "checkpoint.steps",
+    "checkpoint.minutes",
+    "checkpoint.keep",
 )
-"""They decide where data lie, how fast a run is, or what it looks at on the way."""
+"""They decide where data lie, how fast or safe a run is, or what it looks at on the way."""

@@ -28,8 +28,9 @@ def parser(prog: str = "loda train", *, exit_on_error: bool = True) -> jsonargpa
     """
     result = jsonargparse.ArgumentParser(
         prog=prog,
-        description="Train one class-incremental experiment and write its run folder.",
-        usage=f"{prog} [--config CONFIG] [--SETTING VALUE ...]",
+        description="Train one class-incremental experiment and write its run folder, or go on "
+        "with one that was interrupted.",
+        usage=f"{prog} [--config CONFIG] [--SETTING VALUE ...] | --resume RUN",
         allow_abbrev=False,
         exit_on_error=exit_on_error,
     )
@@ -122,6 +123,29 @@ def as_recorded(experiment: Experiment) -> Experiment:
         data=replace(experiment.data, root=absolute(experiment.data.root)),
         backbone=replace(backbone, weights=absolute(backbone.weights)),
     )
+
+
+def differing_settings(one: Experiment, other: Experiment) -> list[str]:
+    """Dotted names of the settings in which two recorded experiments differ, the folder aside.
+
+    Examples
+    --------
+    >>> differing_settings(Experiment(seed=1, out="a"), Experiment(seed=2, out="b"))
+    ['seed']
+    """
+    found = []
+    for item in fields(Experiment):
+        ours, theirs = getattr(one, item.name), getattr(other, item.name)
+        if item.name in ("out", "overwrite") or ours == theirs:
+            continue
+        if is_dataclass(ours):
+            inner = [
+                f.name for f in fields(ours) if getattr(ours, f.name) != getattr(theirs, f.name)
+            ]
+            found += [f"{item.name}.{name}" for name in inner]
+        else:
+            found.append(item.name)
+    return found
 
 
 def _resolve_names(argv: Sequence[str]) -> list[str]:

@@ -304,6 +304,31 @@ class KeepConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """How a run is saved while it goes on, so that it can be resumed; at every task in any case.
+
+    Parameters
+    ----------
+    steps
+        Also after this many mini-batches since the last checkpoint.
+    minutes
+        Also after this many minutes since the last checkpoint.
+    keep
+        The last checkpoints that are kept; 0 writes none.
+    """
+
+    steps: int | None = None
+    minutes: float | None = 5.0
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        at_least("checkpoint.steps", self.steps, 1)
+        if self.minutes is not None:
+            positive("checkpoint.minutes", self.minutes)
+        at_least("checkpoint.keep", self.keep, 0)
+
+
+@dataclass
 class Experiment:
     """One run: everything that decides its result, and where it goes.
 
@@ -331,6 +356,7 @@ class Experiment:
     train: TrainConfig = field(default_factory=TrainConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     keep: KeepConfig = field(default_factory=KeepConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     seed: int = 1993
     out: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"

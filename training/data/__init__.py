@@ -1,7 +1,7 @@
 """Class-incremental streams of images: the data sets, the class order, transforms and loaders."""
 
 from training.data.check import DataReport, check_data, verify_data
-from training.data.dataset import ImageSet, loader
+from training.data.dataset import ImageSet, loader, passes_begun, start_at
 from training.data.decode import UnreadableImageError, open_image
 from training.data.stream import Stream, build_stream
 from training.data.transforms import Transform, test_transform, train_transform
@@ -16,6 +16,8 @@ __all__ = [
     "check_data",
     "loader",
     "open_image",
+    "passes_begun",
+    "start_at",
     "test_transform",
     "train_transform",
     "verify_data",

@@ -95,7 +95,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
 class SeededSampler(Sampler[tuple[int, int]]):
     """Order of an epoch and a seed for each of its images, from the seed and the epoch's number.
 
-    Each pass is the next epoch; `set_epoch` continues from a given one.
+    Each pass is the next epoch; `set_epoch` continues from a given one, and inside it.
     """
 
     def __init__(self, length: int, *, shuffle: bool, seed: int) -> None:
@@ -103,20 +103,22 @@ class SeededSampler(Sampler[tuple[int, int]]):
         self.shuffle = shuffle
         self.seed = seed
         self.epoch = 0
+        self.skip = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Make the next pass this epoch, counted from 0."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """Make the next pass this epoch, counted from 0, without its first ``skip`` images."""
+        self.epoch, self.skip = epoch, skip
 
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         rng = np.random.default_rng((self.seed, self.epoch))
+        skip, self.skip = self.skip, 0
         self.epoch += 1
         order = rng.permutation(self.length) if self.shuffle else np.arange(self.length)
         seeds = rng.integers(2**63, size=self.length, dtype=np.uint64)
-        return iter(zip(order.tolist(), seeds.tolist(), strict=True))
+        return iter(zip(order[skip:].tolist(), seeds[skip:].tolist(), strict=True))
 
 
 def loader(
@@ -150,3 +152,20 @@ def loader(
         generator=torch.Generator().manual_seed(seed),
     )
     return cast("DataLoader[tuple[Tensor, Tensor]]", batches)
+
+
+def start_at(batches: DataLoader[tuple[Tensor, Tensor]], epoch: int, batch: int) -> None:
+    """Make the next pass over a `loader` this epoch, without its first batches."""
+    _sampler(batches).set_epoch(epoch, batch * (batches.batch_size or 1))
+
+
+def passes_begun(batches: DataLoader[tuple[Tensor, Tensor]]) -> int:
+    """Number of the epoch that the next pass over a `loader` is."""
+    return _sampler(batches).epoch
+
+
+def _sampler(batches: DataLoader[tuple[Tensor, Tensor]]) -> SeededSampler:
+    if not isinstance(batches.sampler, SeededSampler):
+        msg = "only the loaders of training.data.loader can start anywhere"
+        raise TypeError(msg)
+    return batches.sampler

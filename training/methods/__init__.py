@@ -7,7 +7,7 @@ from torch import nn
 
 from training.config import MethodConfig
 from training.config.methods import GROUP
-from training.methods.base import Context, Method, MethodFactory
+from training.methods.base import Context, Method, MethodFactory, saves_open_task
 from training.methods.frozen import Frozen
 from training.methods.inflora import InfLoRA
 from training.methods.loda import LoDAMethod, null_lora
@@ -28,7 +28,7 @@ METHODS: dict[str, MethodFactory] = {
     "sd_lora": SDLoRA,
 }
 
-__all__ = ["METHODS", "Context", "Method", "MethodFactory", "build_method"]
+__all__ = ["METHODS", "Context", "Method", "MethodFactory", "build_method", "saves_open_task"]
 
 
 def build_method(config: MethodConfig, model: nn.Module, context: Context) -> Method:

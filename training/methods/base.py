@@ -31,6 +31,10 @@ class Method(Protocol):
 
     Between tasks the model has its original modules and parameter names, so that it can be
     evaluated and saved as it is.
+
+    A class that also sets ``saves_open_task = True`` promises that its ``state_dict`` is valid
+    inside a task too: loaded into a fresh method, over a model with the weights it has then, it
+    puts the open task back as it was. Runs of others can be resumed at task boundaries only.
     """
 
     def begin_task(self, batches: Iterable[Any]) -> None:
@@ -58,6 +62,11 @@ class Method(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over a state made by ``state_dict`` between two tasks."""
+
+
+def saves_open_task(method: Method) -> bool:
+    """Whether the state of a method is complete inside a task too."""
+    return bool(getattr(method, "saves_open_task", False))
 
 
 MethodFactory = Callable[[MethodConfig, nn.Module, Context], Method]

@@ -79,6 +79,31 @@ def freeze(model: nn.Module, target: str, rank: int, parts: Parts = "all") -> No
     model.requires_grad_(False)
 
 
+AddBranch = Callable[[LoRALinear, str, Tensor, Tensor], object]
+"""``add(layer, branch, down, up)`` puts a branch in place."""
+
+
+def branch_state(layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
+    """A and B of every branch, by branch and layer."""
+    state: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        for branch in layer.branches:
+            state[f"down/{branch}/{name}"] = layer.branch(branch).down.detach()
+            state[f"up/{branch}/{name}"] = layer.branch(branch).up.detach()
+    return state
+
+
+def load_branches(
+    layers: Mapping[str, LoRALinear], state: Mapping[str, Tensor], add: AddBranch
+) -> None:
+    """Add the branches of a state to layers, in the order of the state."""
+    for key, down in state.items():
+        kind, _, rest = key.partition("/")
+        branch, _, name = rest.partition("/")
+        if kind == "down":
+            add(layers[name], branch, down, state[f"up/{branch}/{name}"])
+
+
 class FoldedLayers:
     """Adapted layers whose branches live on from task to task.
 
@@ -93,9 +118,11 @@ class FoldedLayers:
             name: layer.base.weight.detach().clone() for name, layer in self.layers.items()
         }
         restore(model, self.layers)
+        self.is_open = False
 
     def open(self) -> None:
         """Take the branches out of the weights again and put them in place."""
+        self.is_open = True
         attach(self.model, self.layers)
         for layer in self.layers.values():
             if layer.merged:
@@ -106,6 +133,7 @@ class FoldedLayers:
         for layer in self.layers.values():
             layer.merge()
         restore(self.model, self.layers)
+        self.is_open = False
 
     def parameters(self, branches: Iterable[str]) -> list[nn.Parameter]:
         """A and B of the named branches, in every layer."""
@@ -113,22 +141,15 @@ class FoldedLayers:
         return [p for branch in found for p in (branch.down, branch.up)]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The branches and the weights without them, by layer."""
-        state: dict[str, Tensor] = {}
-        for name, layer in self.layers.items():
-            state[f"weight/{name}"] = self.weights[name]
-            for branch in layer.branches:
-                state[f"down/{branch}/{name}"] = layer.branch(branch).down.detach()
-                state[f"up/{branch}/{name}"] = layer.branch(branch).up.detach()
-        return state
+        """The branches and the weights without them, by layer, and whether a task is open."""
+        state = {f"weight/{name}": weight for name, weight in self.weights.items()}
+        if self.is_open:
+            state["open"] = torch.tensor(True)
+        return state | branch_state(self.layers)
 
     @torch.no_grad()
-    def load_state_dict(
-        self,
-        state: Mapping[str, Tensor],
-        add: Callable[[LoRALinear, str, Tensor, Tensor], None],
-    ) -> None:
-        """Take over weights and branches; ``add(layer, branch, down, up)`` puts one in place."""
+    def load_state_dict(self, state: Mapping[str, Tensor], add: AddBranch) -> None:
+        """Take over weights and branches, and attach them if a task is open."""
         for name, layer in self.layers.items():
             if layer.merged:
                 layer.unmerge()
@@ -136,10 +157,10 @@ class FoldedLayers:
             layer.base.weight.copy_(self.weights[name])
             for branch in list(layer.branches):
                 layer.drop_branch(branch)
-            for key, down in state.items():
-                kind, _, rest = key.partition("/")
-                branch, _, owner = rest.partition("/")
-                if kind == "down" and owner == name:
-                    add(layer, branch, down, state[f"up/{branch}/{name}"])
+        load_branches(self.layers, state, add)
+        if "open" in state:
+            self.open()
+            return
+        for layer in self.layers.values():
             if layer.branches:
                 layer.merge()

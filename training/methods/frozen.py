@@ -21,6 +21,8 @@ from training.methods.options import NoOptions, read_options
 class Frozen:
     """No adaptation at all."""
 
+    saves_open_task = True
+
     def __init__(self, config: MethodConfig, model: nn.Module, context: Context) -> None:
         del context
         read_options(config, NoOptions)

@@ -24,7 +24,7 @@ from backends.torch import (
 )
 from training.config import MethodConfig
 from training.methods.base import Context
-from training.methods.branches import Parts, freeze, output_rows
+from training.methods.branches import Parts, branch_state, freeze, load_branches, output_rows
 from training.methods.options import read_options
 from training.methods.steps import look_ahead, take_step
 
@@ -59,6 +59,8 @@ class InfLoRAOptions:
 class InfLoRA:
     """B of the task's branch is trained; A is solved from the task's inputs and then frozen."""
 
+    saves_open_task = True
+
     def __init__(self, config: MethodConfig, model: nn.Module, context: Context) -> None:
         self.options = read_options(config, InfLoRAOptions)
         freeze(model, config.target, config.rank, self.options.parts)
@@ -75,8 +77,8 @@ class InfLoRA:
         for name, layer in self.layers.items():
             memory = self.memories.get(name) or GradientMemory.empty(moments[name].mean)
             basis = memory.free_directions(moments[name].mean, self.config.rank)
-            for part, rows in output_rows(layer.out_features, self.options.parts).items():
-                layer.add_branch(part, basis.mT * self.config.down_scale, rows=rows)
+            for part in output_rows(layer.out_features, self.options.parts):
+                self._add(layer, part, basis.mT * self.config.down_scale)
 
     def parameters(self) -> list[nn.Parameter]:
         """B of the task, in every layer."""
@@ -118,15 +120,18 @@ class InfLoRA:
         return record
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The memory of every layer: a basis, and whether it is what is kept or what is free."""
+        """The memory of every layer (a basis, and whether it is what is kept or what is free).
+
+        In an open task also its branches.
+        """
         state = {"tasks": torch.tensor(self.tasks)}
         for name, memory in self.memories.items():
             state[f"basis/{name}"] = memory.basis
             state[f"free/{name}"] = torch.tensor(memory.free)
-        return state
+        return state | branch_state(self.layers)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the memories."""
+        """Take over the memories, and the branches of an open task."""
         device = next(self.model.parameters()).device
         self.tasks = int(state["tasks"])
         self.memories = {
@@ -136,6 +141,13 @@ class InfLoRA:
             for name, basis in state.items()
             if name.startswith("basis/")
         }
+        if any(key.startswith("down/") for key in state):
+            self.layers = adapt(self.model, self.config.target)
+            load_branches(self.layers, state, self._add)
+
+    def _add(self, layer: LoRALinear, part: str, down: Tensor, up: Tensor | None = None) -> None:
+        rows = output_rows(layer.out_features, self.options.parts)[part]
+        layer.add_branch(part, down, up=up, rows=rows)
 
     def _share(self) -> float:
         progress = self.tasks / self.stream_tasks

@@ -48,6 +48,8 @@ class LoDAOptions:
 class LoDAMethod:
     """LoDA (arXiv:2603.00191); the settings of ``method`` switch its parts off one by one."""
 
+    saves_open_task = True
+
     def __init__(self, config: MethodConfig, model: nn.Module, context: Context) -> None:
         self.options, self.context = read_options(config, LoDAOptions), context
         model.requires_grad_(False)
@@ -114,11 +116,11 @@ class LoDAMethod:
         return self.loda.end_task(batches)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The history of second moments."""
+        """The history of second moments, and the branches of an open task."""
         return self.loda.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the history."""
+        """Take over the history, and an open task."""
         self.loda.load_state_dict(state)
 
 

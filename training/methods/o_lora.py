@@ -16,7 +16,14 @@ from torch.optim import Optimizer
 from backends.torch import AlignedStep, LoRALinear, RowsLoss, TaskRecord, adapt, restore
 from training.config import MethodConfig
 from training.methods.base import Context
-from training.methods.branches import Parts, freeze, kaiming, output_rows
+from training.methods.branches import (
+    Parts,
+    branch_state,
+    freeze,
+    kaiming,
+    load_branches,
+    output_rows,
+)
 from training.methods.options import read_options
 from training.methods.steps import look_ahead, take_step
 from training.randomness import derive
@@ -66,6 +73,8 @@ def overlap(new: Tensor, old: Tensor) -> Tensor:
 class OLoRA:
     """A and B of the task are trained with a penalty; the old ones are merged, their A kept."""
 
+    saves_open_task = True
+
     def __init__(self, config: MethodConfig, model: nn.Module, context: Context) -> None:
         self.options = read_options(config, OLoRAOptions)
         freeze(model, config.target, config.rank, self.options.parts)
@@ -78,15 +87,12 @@ class OLoRA:
     def begin_task(self, batches: Iterable[Any]) -> None:
         """Start a new branch."""
         del batches
-        rank, alpha = self.config.rank, self.options.alpha
         # Every task draws anew, and a run that goes on draws as the uninterrupted one.
         generator = torch.Generator().manual_seed(derive(self.context.seed, self.tasks, "method"))
         self.layers = adapt(self.model, self.config.target)
         for layer in self.layers.values():
-            for part, rows in output_rows(layer.out_features, self.options.parts).items():
-                scale = 1.0 if alpha is None else alpha / rank
-                down = kaiming(rank, layer, generator)
-                layer.add_branch(part, down, rows=rows, scale=scale, train_down=True)
+            for part in output_rows(layer.out_features, self.options.parts):
+                self._add(layer, part, kaiming(self.config.rank, layer, generator))
 
     def parameters(self) -> list[nn.Parameter]:
         """A and B of the task."""
@@ -139,12 +145,12 @@ class OLoRA:
         return record
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The down-projections of all past tasks; the rank grows with them."""
+        """The down-projections of all past tasks, whose rank grows; branches of an open one."""
         kept = {f"old/{key}": rows for key, rows in self.old.items()}
-        return {"tasks": torch.tensor(self.tasks), **kept}
+        return {"tasks": torch.tensor(self.tasks), **kept, **branch_state(self.layers)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the past down-projections."""
+        """Take over the past down-projections, and the branches of an open task."""
         device = next(self.model.parameters()).device
         self.tasks = int(state["tasks"])
         self.old = {
@@ -152,3 +158,12 @@ class OLoRA:
             for key, rows in state.items()
             if key.startswith("old/")
         }
+        if any(key.startswith("down/") for key in state):
+            self.layers = adapt(self.model, self.config.target)
+            load_branches(self.layers, state, self._add)
+
+    def _add(self, layer: LoRALinear, part: str, down: Tensor, up: Tensor | None = None) -> None:
+        alpha = self.options.alpha
+        scale = 1.0 if alpha is None else alpha / self.config.rank
+        rows = output_rows(layer.out_features, self.options.parts)[part]
+        layer.add_branch(part, down, up=up, rows=rows, scale=scale, train_down=True)

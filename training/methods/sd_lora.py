@@ -50,6 +50,8 @@ class SDLoRA:
     directions of past tasks stay as they are, and the rank grows with the tasks.
     """
 
+    saves_open_task = True
+
     def __init__(self, config: MethodConfig, model: nn.Module, context: Context) -> None:
         self.options = read_options(config, SDLoRAOptions)
         freeze(model, config.target, config.rank, self.options.parts)
@@ -127,12 +129,16 @@ class SDLoRA:
     def state_dict(self) -> dict[str, Tensor]:
         """Weights without branches, the directions so far, and the number of tasks.
 
-        The magnitudes start again with every task, so none is carried over.
+        The magnitudes start again with every task, so none is carried over; those of an open task
+        are in its state.
         """
-        return {"tasks": torch.tensor(len(self.magnitudes)), **self.folded.state_dict()}
+        state = {"tasks": torch.tensor(len(self.magnitudes)), **self.folded.state_dict()}
+        if self.folded.is_open:
+            state["magnitudes"] = torch.stack([m.detach() for m in self.magnitudes])
+        return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over a state; the model holds the folded weights already."""
+        """Take over a state; the model holds the weights of that time already."""
         tasks = int(state["tasks"])
         layers = self.folded.layers
         folded = {name: layer.base.weight.detach().clone() for name, layer in layers.items()}
@@ -146,10 +152,21 @@ class SDLoRA:
             layer.add_branch(branch, down, up=up, rows=rows, scale=scale).requires_grad_(False)
 
         self.folded.load_state_dict(state, add)
+        if self.folded.is_open:
+            self._open_again(state["magnitudes"])
+            return
         with torch.no_grad():
             # The lengths of the last task are in the folded weights alone.
             for name, layer in layers.items():
                 layer.base.weight.copy_(folded[name])
+
+    @torch.no_grad()
+    def _open_again(self, values: Tensor) -> None:
+        for magnitude, value in zip(self.magnitudes, values, strict=True):
+            magnitude.copy_(value)
+            magnitude.requires_grad_(True)
+        for parameter in self.parameters():
+            parameter.requires_grad_(True)
 
     def _branches(self) -> list[str]:
         return list(next(iter(self.folded.layers.values())).branches)

@@ -27,6 +27,8 @@ class SequentialLoRA:
     branch is 1 and it is never dropped.
     """
 
+    saves_open_task = True
+
     def __init__(self, config: MethodConfig, model: nn.Module, context: Context) -> None:
         read_options(config, NoOptions)
         freeze(model, config.target, config.rank)

@@ -6,10 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from training.config import Experiment, as_recorded, experiment_of, read_experiment
+from training.checkpoints import has_checkpoint
+from training.config import (
+    Experiment,
+    as_recorded,
+    differing_settings,
+    experiment_of,
+    read_experiment,
+)
 from training.config.neutral import NEUTRAL
 from training.presets import effective
-from training.run_folder import CONFIG, SUMMARY
+from training.run_folder import CHECKPOINTS, CONFIG, is_finished
 from training.sweeps.files import Sweep
 from training.trackers import flat_settings
 
@@ -85,7 +92,7 @@ def finished(job: Job) -> bool:
     ValueError
         If the folder holds a finished run of other settings.
     """
-    if not (job.folder / SUMMARY).is_file() or not (job.folder / CONFIG).is_file():
+    if not is_finished(job.folder):
         return False
     found, wanted = read_experiment(job.folder / CONFIG), as_recorded(effective(job.experiment))
     there, here = flat_settings(found), flat_settings(wanted)
@@ -98,6 +105,14 @@ def finished(job: Job) -> bool:
         )
         raise ValueError(msg)
     return True
+
+
+def can_go_on(job: Job) -> bool:
+    """Whether the folder of a job holds an unfinished run of its settings with a checkpoint."""
+    if is_finished(job.folder) or not (job.folder / CONFIG).is_file():
+        return False
+    found, wanted = read_experiment(job.folder / CONFIG), as_recorded(effective(job.experiment))
+    return not differing_settings(found, wanted) and has_checkpoint(job.folder / CHECKPOINTS)
 
 
 def _flags(values: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from training.config import dump_experiment
 from training.files import write_text
-from training.sweeps.jobs import Job, finished
+from training.sweeps.jobs import Job, can_go_on, finished
 
 Engine = Literal["processes", "slurm", "local"]
 Status = Literal["done before", "finished", "failed", "not started"]
@@ -36,8 +36,8 @@ def run_sweep(
 ) -> list[Outcome]:
     """Run every job that is not done yet, each in a process of its own.
 
-    A run that was begun and not finished starts again. A failed run leaves its log, and the
-    others go on.
+    A run that was begun and not finished goes on from its newest checkpoint. A failed run leaves
+    its log, and the others go on.
 
     Parameters
     ----------
@@ -96,15 +96,20 @@ def run_job(job: Job, out: Path, threads: int | None = None) -> Outcome:
     log.parent.mkdir(parents=True, exist_ok=True)
     if finished(job):
         return Outcome(job, "done before", log)
-    config = log.with_suffix(".yaml")
-    # The folder is the sweep's own: what an interrupted run left there is replaced.
-    write_text(config, dump_experiment(replace(job.experiment, overwrite=True)))
+    resumed = can_go_on(job)
+    if resumed:
+        what = ["--resume", str(job.folder)]
+    else:
+        # The folder is the sweep's own: what a run left there that cannot go on is replaced.
+        config = log.with_suffix(".yaml")
+        write_text(config, dump_experiment(replace(job.experiment, overwrite=True)))
+        what = ["--config", str(config)]
     environment = dict(os.environ)
     if threads is not None:
         environment.setdefault("OMP_NUM_THREADS", str(threads))
     # -P: a folder called training where the sweep was started is not ours.
-    command = [sys.executable, "-P", "-m", "training.cli", "train", "--config", str(config)]
-    with log.open("w", encoding="utf-8") as file:
+    command = [sys.executable, "-P", "-m", "training.cli", "train", *what]
+    with log.open("a" if resumed else "w", encoding="utf-8") as file:
         done = subprocess.run(  # noqa: S603 - our own command on a file that was just written
             command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False
         )

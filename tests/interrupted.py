@@ -1,0 +1,75 @@
+"""Runs that are cut off, and what must be the same in the end."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training.config import Experiment
+from training.loop import resume, train
+from training.saver import Saver
+
+
+class CutOff(Exception):  # noqa: N818 - no error, an event
+    """Stands for the end of the process."""
+
+
+@contextmanager
+def at_step(number: int, act: Callable[[], object]) -> Iterator[None]:
+    """Do something right before a run looks whether to save itself after its ``number``-th step."""
+    inside, done = Saver.inside_task, 0
+
+    def counted(*arguments: Any) -> bool:
+        nonlocal done
+        done += 1
+        if done == number:
+            act()
+        return inside(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Saver, "inside_task", counted)
+        yield
+
+
+def stopped(experiment: Experiment, steps: int) -> Path:
+    """The folder of a run that ends abruptly after so many steps, unsaved since the last time."""
+    with at_step(steps, _end), pytest.raises(CutOff):
+        train(experiment, quiet=True)
+    return Path(str(experiment.out))
+
+
+def cut_off(experiment: Experiment, steps: Sequence[int]) -> Path:
+    """Train, end abruptly after so many steps of each process, and go on to the end."""
+    path = stopped(experiment, steps[0])
+    for limit in steps[1:]:
+        with at_step(limit, _end), pytest.raises(CutOff):
+            resume(path, quiet=True)
+    return resume(path, quiet=True)
+
+
+def _end() -> None:
+    raise CutOff
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """All that a run leaves, times and memory aside: bytes of files, and parsed records."""
+    clocks = ("seconds", "memory")
+    found: dict[str, Any] = {
+        str(path.relative_to(run)): path.read_bytes()
+        for path in sorted(run.rglob("*"))
+        if path.is_file() and (path.suffix == ".safetensors" or path.name == "classes.json")
+    }
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found["metrics"] = [{k: v for k, v in x.items() if k not in clocks} for x in lines]
+    summary = json.loads((run / "summary.json").read_text())
+    found["summary"] = {k: v for k, v in summary.items() if k not in clocks}
+    return found
+
+
+def differences(run: Path, wanted: Path) -> list[str]:
+    """Names of what is not the same in two runs."""
+    ours, theirs = outcome(run), outcome(wanted)
+    return [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]

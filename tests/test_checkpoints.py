@@ -1,0 +1,146 @@
+"""Checkpoints are whole or not there, damage is found, and a full disk harms nothing."""
+
+import errno
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from interrupted import at_step, differences, stopped
+from small_runs import tiny, tree
+
+from training.checkpoints import (
+    has_checkpoint,
+    newest_checkpoint,
+    remove_checkpoints,
+    write_checkpoint,
+)
+from training.loop import resume, train
+
+FILES = ("state.safetensors", "metrics.jsonl", "checkpoint.json")
+
+
+@pytest.fixture(autouse=True)
+def _no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.loop.accuracy_figure", lambda *_, **__: None)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `tiny` that nothing interrupted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.loop.accuracy_figure", lambda *_, **__: None)
+        experiment = tiny(tree(tmp_path_factory), tmp_path_factory.mktemp("whole") / "run")
+        return train(experiment, quiet=True)
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Path:
+    """A folder with two checkpoints."""
+    folder = tmp_path / "checkpoints"
+    for number in range(3):
+        tensors = {"b": torch.full((40,), float(number)), "a": torch.arange(3)}
+        write_checkpoint(folder, tensors, {"number": number}, b"{}\n" * number, keep=2)
+    return folder
+
+
+def test_the_last_are_kept_and_come_back_as_they_were(two: Path) -> None:
+    assert sorted(p.name for p in two.iterdir()) == ["000002", "000003"]
+    assert sorted(p.name for p in (two / "000003").iterdir()) == sorted(FILES)
+    found = newest_checkpoint(two)
+    assert list(found.tensors) == ["b", "a"]  # branches are summed in their order
+    assert torch.equal(found.tensors["b"], torch.full((40,), 2.0))
+    assert (found.record, found.metrics, found.path) == ({"number": 2}, b"{}\n{}\n", two / "000003")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["truncated", "empty", "gone", "flipped"])
+def test_a_damaged_checkpoint_is_passed_over(two: Path, name: str, damage: str) -> None:
+    path = two / "000003" / name
+    content = path.read_bytes()
+    # Every place of a bit is tried for one that reads like something else, not for a crash.
+    places = range(0, 8 * len(content), 41) if damage == "flipped" else [0]
+    for place in places:
+        if damage == "gone":
+            path.unlink()
+        elif damage == "flipped":
+            spoilt = bytearray(content)
+            spoilt[place // 8] ^= 1 << place % 8
+            path.write_bytes(spoilt)
+        else:
+            path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
+        with pytest.warns(RuntimeWarning, match=r"000003 is damaged: .*000002 is used"):
+            assert newest_checkpoint(two).record == {"number": 1}
+
+
+def test_when_none_is_sound_that_is_an_error(two: Path) -> None:
+    for folder in two.iterdir():
+        (folder / "state.safetensors").write_bytes(b"")
+    assert not has_checkpoint(two)
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be used: .*000003.*000002"):
+        newest_checkpoint(two)
+
+
+def test_what_a_killed_process_left_is_no_checkpoint(two: Path) -> None:
+    for name in (".new-000004", ".old-000001"):
+        (two / name).mkdir()
+        (two / name / "state.safetensors").write_bytes(b"half")
+    assert newest_checkpoint(two).path.name == "000003"
+    write_checkpoint(two, {}, {}, b"", keep=2)
+    assert sorted(p.name for p in two.iterdir()) == ["000003", "000004"]
+    remove_checkpoints(two)
+    assert not two.exists()
+
+
+def test_a_full_disk_harms_nothing(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for function in ("write_tensors", "write_bytes"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"training.checkpoints.{function}", full)
+            with pytest.raises(OSError, match=r"No space left on device; .*unharmed.*--resume"):
+                write_checkpoint(two, {"a": torch.zeros(2)}, {}, b"", keep=2)
+        assert sorted(p.name for p in two.iterdir()) == ["000002", "000003"]
+        assert newest_checkpoint(two).record == {"number": 2}
+
+
+def test_a_run_whose_files_cannot_grow_stops_and_goes_on(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, whole: Path
+) -> None:
+    # The system itself refuses to write, as it does on a full disk.
+    root = tree(tmp_path_factory)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    experiment = tiny(root, tmp_path / "cut", checkpoint={"steps": 4})
+    try:
+        with (
+            at_step(8, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))),
+            pytest.raises(OSError, match=r"cannot write a checkpoint .*File too large"),
+        ):
+            train(experiment, quiet=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert differences(resume(tmp_path / "cut", quiet=True), whole) == []
+
+
+def test_a_damaged_checkpoint_of_a_run_costs_only_time(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, whole: Path
+) -> None:
+    root = tree(tmp_path_factory)
+    path = stopped(tiny(root, tmp_path / "cut", checkpoint={"steps": 2}), 10)
+    newest = sorted((path / "checkpoints").iterdir())[-1] / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    with pytest.warns(RuntimeWarning, match="is damaged"):
+        resume(path, quiet=True)
+    assert differences(path, whole) == []
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    (tmp_path / "file").write_text("")
+    experiment = tiny(tree(tmp_path_factory), tmp_path / "file" / "run")
+    with pytest.raises(
+        OSError, match=r"cannot write to the run folder .*file.run: Not a directory"
+    ):
+        train(experiment, quiet=True)

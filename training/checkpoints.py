@@ -1,0 +1,200 @@
+"""Checkpoints of a run: a folder each, whole or not there, with checksums of all that it holds."""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from training.files import read_tensors, write_bytes, write_tensors
+
+SCHEMA = 1
+STATE, METRICS, RECORD = "state.safetensors", "metrics.jsonl", "checkpoint.json"
+_BEGUN, _DROPPED = ".new-", ".old-"
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes
+    ----------
+    tensors : dict of str to Tensor
+        In the order in which they were written.
+    record : dict
+        The rest, as JSON holds it.
+    metrics : bytes
+        The log of the run as it was.
+    path : Path
+        Its folder.
+    """
+
+    tensors: dict[str, Tensor]
+    record: dict[str, Any]
+    metrics: bytes
+    path: Path
+
+
+def write_checkpoint(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    record: Mapping[str, Any],
+    metrics: bytes,
+    *,
+    keep: int,
+) -> Path:
+    """Write the next checkpoint of a folder and drop all but the last ``keep``.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; the checkpoints before it are then as they were.
+    """
+    number = max((int(path.name) for path in _numbered(folder)), default=0) + 1
+    begun, path = folder / f"{_BEGUN}{number:06d}", folder / f"{number:06d}"
+    try:
+        folder.mkdir(exist_ok=True)
+        remove_leftovers(folder)
+        begun.mkdir()
+        write_tensors(begun / STATE, tensors)
+        write_bytes(begun / METRICS, metrics)
+        content = {
+            "schema": SCHEMA,
+            "files": {name: _digest(begun / name) for name in (STATE, METRICS)},
+            "tensors": list(tensors),  # a safetensors file has an order of its own
+            "record": record,
+        }
+        sealed = {"sha256": _seal(content), **content}
+        write_bytes(begun / RECORD, json.dumps(sealed, indent=1).encode())
+        _sync(begun)
+        begun.rename(path)
+        _sync(folder)
+    except OSError as error:
+        shutil.rmtree(begun, ignore_errors=True)
+        msg = (
+            f"cannot write a checkpoint to {folder}: {error.strerror or error}; the checkpoints "
+            f"before it are unharmed, and once this is mended loda train --resume "
+            f"{folder.parent} goes on"
+        )
+        raise OSError(msg) from error
+    for old in sorted(_numbered(folder))[:-keep]:
+        _drop(old)
+    return path
+
+
+def newest_checkpoint(folder: Path) -> Checkpoint:
+    """The newest checkpoint that is sound; damaged ones are passed over with a warning.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none at all.
+    ValueError
+        If every one is damaged, or written by another version of this format.
+    """
+    found = sorted(_numbered(folder), reverse=True)
+    if not found:
+        msg = f"{folder.parent} holds no checkpoint to go on from"
+        raise FileNotFoundError(msg)
+    reasons: list[str] = []
+    for path in found:
+        try:
+            sound = read_checkpoint(path)
+        except ValueError as error:
+            reasons.append(str(error))
+            continue
+        for reason in reasons:
+            warnings.warn(f"{reason}; {path} is used", RuntimeWarning, stacklevel=2)
+        return sound
+    msg = f"no checkpoint in {folder} can be used: {'; '.join(reasons)}"
+    raise ValueError(msg)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint, and all its checksums.
+
+    Raises
+    ------
+    ValueError
+        If it is damaged, or of another schema.
+    """
+    try:
+        content = json.loads((path / RECORD).read_bytes())
+        seal = content.pop("sha256")
+        if seal != _seal(content):
+            msg = f"{RECORD} does not have its checksum"
+            raise ValueError(msg)
+        if content["schema"] != SCHEMA:
+            msg = f"schema {content['schema']}, and this version reads {SCHEMA}"
+            raise ValueError(msg)
+        for name in (STATE, METRICS):
+            if _digest(path / name) != content["files"][name]:
+                msg = f"{name} does not have its checksum"
+                raise ValueError(msg)
+        tensors = read_tensors(path / STATE)
+        ordered = {name: tensors[name] for name in content["tensors"]}
+        return Checkpoint(ordered, content["record"], (path / METRICS).read_bytes(), path)
+    except (ValueError, OSError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        msg = f"checkpoint {path} is damaged: {error}"
+        raise ValueError(msg) from error
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run can go on from one of its checkpoints."""
+    for path in _numbered(folder):
+        try:
+            read_checkpoint(path)
+        except ValueError:
+            continue
+        return True
+    return False
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove all checkpoints of a run, and the folder with them if nothing else is in it."""
+    for path in sorted(_numbered(folder)):
+        _drop(path)
+    remove_leftovers(folder)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed had half written or half removed."""
+    for prefix in (_BEGUN, _DROPPED):
+        for path in folder.glob(f"{prefix}*"):
+            shutil.rmtree(path)
+
+
+def _numbered(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir())
+
+
+def _drop(path: Path) -> None:
+    # Under another name first: a checkpoint that is half removed must not look like a damaged one.
+    dropped = path.with_name(f"{_DROPPED}{path.name}")
+    path.rename(dropped)
+    shutil.rmtree(dropped)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

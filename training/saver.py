@@ -1,0 +1,134 @@
+"""When a run is saved, what is then written, and how it is taken up again."""
+
+import time
+from typing import Any
+
+from torch import Tensor
+
+from training.checkpoints import Checkpoint, newest_checkpoint, write_checkpoint
+from training.config import CheckpointConfig
+from training.files import flattened, nested
+from training.methods import saves_open_task
+from training.position import Position
+from training.progress import Progress
+from training.run_folder import CHECKPOINTS, RunFolder
+from training.signals import StopSignals
+from training.state import RunState
+
+
+class Saver:
+    """Writes the checkpoints of a run, and stops it where a signal asks for that.
+
+    Parameters
+    ----------
+    config : CheckpointConfig
+        How often.
+    folder : RunFolder
+        Gets the checkpoints.
+    state : RunState
+        The state of the run.
+
+    Attributes
+    ----------
+    stop : StopSignals
+        To be entered around the run.
+    passes : int
+        Passes over its images that the method has made in the open task.
+    """
+
+    def __init__(self, config: CheckpointConfig, folder: RunFolder, state: RunState) -> None:
+        self.config, self.folder, self.state = config, folder, state
+        self.stop = StopSignals()
+        self.passes = 0
+        self._open: Checkpoint | None = None
+        self._progress: dict[str, Any] = {"trainable": [], "seconds": {}}
+        self._steps, self._written = 0, time.monotonic()
+
+    @property
+    def resumes_in_task(self) -> bool:
+        """Whether the task that comes next was open when the run was saved."""
+        return self._open is not None
+
+    def load(self) -> None:
+        """Take over the newest sound checkpoint; the state must be a fresh one."""
+        found = newest_checkpoint(self.folder.path / CHECKPOINTS)
+        self.state.load(nested(found.tensors, "run"), found.record["run"])
+        self._progress = found.record["progress"]
+        self.passes = int(found.record["passes"])
+        self.folder.restore_log(found.metrics)
+        self._open = found if found.record["open"] is not None else None
+
+    def restore_progress(self, progress: Progress) -> None:
+        """Give a fresh display what it knew of the tasks that are done."""
+        progress.trainable = list(self._progress["trainable"][: self.state.tasks])
+        progress.seconds = dict(self._progress["seconds"])
+
+    def restore_position(self, position: Position) -> dict[str, float]:
+        """Put a fresh position where training stood, if it did; seconds that the task had taken."""
+        if self._open is None:
+            return {}
+        found, self._open = self._open, None
+        position.load(nested(found.tensors, "open"), found.record["open"])
+        seconds: dict[str, float] = found.record["task_seconds"]
+        return seconds
+
+    def between_tasks(self, progress: Progress) -> None:
+        """Save the run at the boundary of a task."""
+        self._write(progress, {}, None, {})
+        self._leave_if_asked(saved=True)
+
+    def inside_task(
+        self, progress: Progress, position: Position, seconds: dict[str, float]
+    ) -> bool:
+        """Save the run after a step, if it is time or a signal came; whether it was saved.
+
+        Raises
+        ------
+        KeyboardInterrupt, SystemExit
+            After it was saved, if a signal came.
+        """
+        self._steps += 1
+        asked = self.stop.wish is not None
+        if not (asked or self._due()):
+            return False
+        able = saves_open_task(self.state.method) and position.sound()
+        if able:
+            self._write(progress, position.tensors(), position.record(), seconds)
+        self._leave_if_asked(saved=able)
+        return able
+
+    def _due(self) -> bool:
+        steps, minutes = self.config.steps, self.config.minutes
+        return (steps is not None and self._steps >= steps) or (
+            minutes is not None and time.monotonic() - self._written >= 60 * minutes
+        )
+
+    def _write(
+        self,
+        progress: Progress,
+        position: dict[str, Tensor],
+        record: dict[str, Any] | None,
+        seconds: dict[str, float],
+    ) -> None:
+        self._steps = 0
+        if self.config.keep:
+            write_checkpoint(
+                self.folder.path / CHECKPOINTS,
+                flattened(run=self.state.tensors(), open=position),
+                {
+                    "run": self.state.record(),
+                    "open": record,
+                    "passes": self.passes,
+                    "progress": {"trainable": progress.trainable, "seconds": progress.seconds},
+                    "task_seconds": seconds,
+                },
+                self.folder.read_log(),
+                keep=self.config.keep,
+            )
+        self._written = time.monotonic()
+
+    def _leave_if_asked(self, *, saved: bool) -> None:
+        if self.stop.wish is None:
+            return
+        what = "a checkpoint was written" if saved else "the checkpoint of the last task is there"
+        self.stop.leave(f"{what}: loda train --resume {self.folder.path} goes on")

@@ -1,0 +1,58 @@
+"""SIGTERM and Ctrl-C as a wish that is granted where the run can be saved."""
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any, NoReturn, Self
+
+
+class StopSignals:
+    """Within a ``with`` block, notes the first of the two signals; the second acts at once.
+
+    Attributes
+    ----------
+    wish : signal.Signals or None
+        The signal that has arrived.
+    """
+
+    def __init__(self) -> None:
+        self.wish: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before = signal.getsignal(number)
+                # One that is ignored (nohup, a job in the background) stays so.
+                if before is not None and before != signal.SIG_IGN:
+                    self._before[number] = before
+                    signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    def leave(self, said: str) -> NoReturn:
+        """End as the signal asks: KeyboardInterrupt, or SystemExit with status 143."""
+        if self.wish == signal.SIGTERM:
+            os.write(2, f"{said}\n".encode())
+            raise SystemExit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt(said)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self.wish = signal.Signals(number)
+        self._restore()
+        # Not by print: the signal may have come in the middle of one.
+        os.write(2, f"{self.wish.name}: stopping as soon as the run is saved\n".encode())
+
+    def _restore(self) -> None:
+        while self._before:
+            number, before = self._before.popitem()
+            signal.signal(number, before)
