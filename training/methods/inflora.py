@@ -4,19 +4,16 @@ Liang and Li, "InfLoRA: Interference-Free Low-Rank Adaptation for Continual Lear
 arXiv:2404.00228.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from backends.torch import (
-    AlignedStep,
     GradientMemory,
     LoRALinear,
-    RowsLoss,
     TaskRecord,
     adapt,
     collect_moments,
@@ -26,7 +23,7 @@ from training.config import MethodConfig
 from training.methods.base import Context
 from training.methods.branches import Parts, branch_state, freeze, load_branches, output_rows
 from training.methods.options import read_options
-from training.methods.steps import look_ahead, take_step
+from training.methods.steps import Stepper, look_ahead
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class InfLoRAOptions:
             raise ValueError(msg)
 
 
-class InfLoRA:
+class InfLoRA(Stepper):
     """B of the task's branch is trained; A is solved from the task's inputs and then frozen."""
 
     saves_open_task = True
@@ -83,26 +80,6 @@ class InfLoRA:
     def parameters(self) -> list[nn.Parameter]:
         """B of the task, in every layer."""
         return [layer.branch(part).up for layer in self.layers.values() for part in layer.branches]
-
-    def step(
-        self,
-        loss: RowsLoss,
-        labels: Tensor,
-        optimizer: Optimizer,
-        *,
-        generator: torch.Generator,
-        backward: Callable[[Tensor], None],
-    ) -> AlignedStep:
-        """One plain step, or a gradient-aligned one with ``method.gao`` on."""
-        return take_step(
-            self.radius,
-            self.parameters(),
-            loss,
-            labels,
-            optimizer,
-            generator=generator,
-            backward=backward,
-        )
 
     def end_task(self, batches: Iterable[Any]) -> TaskRecord:
         """Merge for good, and protect the inputs of the task, taken through the trained model."""

@@ -1,18 +1,15 @@
 """LoDA and its ablations."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from backends.torch import (
-    AlignedStep,
     LoDA,
     LoDASettings,
-    RowsLoss,
     TaskRecord,
     find_layers,
     random_bases,
@@ -20,7 +17,7 @@ from backends.torch import (
 from training.config import MethodConfig
 from training.methods.base import Context
 from training.methods.options import read_options
-from training.methods.steps import look_ahead, take_step
+from training.methods.steps import Stepper, look_ahead
 from training.randomness import derive
 
 Directions = Literal["solved", "random"]
@@ -45,7 +42,7 @@ class LoDAOptions:
             raise ValueError(msg)
 
 
-class LoDAMethod:
+class LoDAMethod(Stepper):
     """LoDA (arXiv:2603.00191); the settings of ``method`` switch its parts off one by one."""
 
     saves_open_task = True
@@ -90,26 +87,6 @@ class LoDAMethod:
     def parameters(self) -> list[nn.Parameter]:
         """The tensors of the branches."""
         return self.loda.lora_parameters()
-
-    def step(
-        self,
-        loss: RowsLoss,
-        labels: Tensor,
-        optimizer: Optimizer,
-        *,
-        generator: torch.Generator,
-        backward: Callable[[Tensor], None],
-    ) -> AlignedStep:
-        """A gradient-aligned step, or a plain one with ``method.gao`` off."""
-        return take_step(
-            self.radius,
-            self.parameters(),
-            loss,
-            labels,
-            optimizer,
-            generator=generator,
-            backward=backward,
-        )
 
     def end_task(self, batches: Iterable[Any]) -> TaskRecord:
         """Recalibrate and merge."""

@@ -4,15 +4,14 @@ Wu et al., "SD-LoRA: Scalable Decoupled Low-Rank Adaptation for Class Incrementa
 arXiv:2501.13198.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from backends.torch import AlignedStep, LoRALinear, RowsLoss, TaskRecord
+from backends.torch import LoRALinear, TaskRecord
 from training.config import MethodConfig
 from training.methods.base import Context
 from training.methods.branches import (
@@ -23,7 +22,7 @@ from training.methods.branches import (
     output_rows,
 )
 from training.methods.options import read_options
-from training.methods.steps import look_ahead, take_step
+from training.methods.steps import Stepper, look_ahead
 from training.randomness import derive
 
 
@@ -43,7 +42,7 @@ class SDLoRAOptions:
     parts: Parts = "all"
 
 
-class SDLoRA:
+class SDLoRA(Stepper):
     r"""The update of task t is :math:`\sum_{i<t} α_i B_i A_i / (\|B_i\| \|A_i\|) + α_t B_t A_t`.
 
     A and B of the task and all α are trained, each α shared by all layers; the normalised
@@ -83,26 +82,6 @@ class SDLoRA:
         current = len(self.magnitudes) - 1
         branches = [b for b in self._branches() if _task(b) == current]
         return [*self.magnitudes, *self.folded.parameters(branches)]
-
-    def step(
-        self,
-        loss: RowsLoss,
-        labels: Tensor,
-        optimizer: Optimizer,
-        *,
-        generator: torch.Generator,
-        backward: Callable[[Tensor], None],
-    ) -> AlignedStep:
-        """One plain step, or a gradient-aligned one with ``method.gao`` on."""
-        return take_step(
-            self.radius,
-            self.parameters(),
-            loss,
-            labels,
-            optimizer,
-            generator=generator,
-            backward=backward,
-        )
 
     @torch.no_grad()
     def end_task(self, batches: Iterable[Any]) -> TaskRecord:

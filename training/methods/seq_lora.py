@@ -3,24 +3,23 @@
 On a stream whose tasks are joined into one it is the upper bound ``joint``.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from backends.torch import AlignedStep, LoRALinear, RowsLoss, TaskRecord
+from backends.torch import LoRALinear, TaskRecord
 from training.config import MethodConfig
 from training.methods.base import Context
 from training.methods.branches import FoldedLayers, freeze, kaiming
 from training.methods.options import NoOptions, read_options
-from training.methods.steps import look_ahead, take_step
+from training.methods.steps import Stepper, look_ahead
 
 _BRANCH = "lora"
 
 
-class SequentialLoRA:
+class SequentialLoRA(Stepper):
     """The baseline without any protection against forgetting.
 
     A starts Kaiming-uniform and B at zero, both are trained on every task, the weight of the
@@ -47,26 +46,6 @@ class SequentialLoRA:
     def parameters(self) -> list[nn.Parameter]:
         """A and B of every layer."""
         return self.folded.parameters([_BRANCH])
-
-    def step(
-        self,
-        loss: RowsLoss,
-        labels: Tensor,
-        optimizer: Optimizer,
-        *,
-        generator: torch.Generator,
-        backward: Callable[[Tensor], None],
-    ) -> AlignedStep:
-        """One plain step, or a gradient-aligned one with ``method.gao`` on."""
-        return take_step(
-            self.radius,
-            self.parameters(),
-            loss,
-            labels,
-            optimizer,
-            generator=generator,
-            backward=backward,
-        )
 
     def end_task(self, batches: Iterable[Any]) -> TaskRecord:
         """Fold the branch into the weights until the next task."""

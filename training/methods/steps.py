@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from backends.torch import (
@@ -54,3 +54,39 @@ def take_step(
         permutation=permutation,
         backward=backward,
     )
+
+
+class Stepper:
+    """What methods without a rule of their own for a mini-batch do with it.
+
+    Attributes
+    ----------
+    radius : float or None
+        As :func:`look_ahead` gives it.
+    """
+
+    radius: float | None
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Tensors that are trained, and moved by the look-ahead; none, unless a method has some."""
+        return []
+
+    def step(
+        self,
+        loss: RowsLoss,
+        labels: Tensor,
+        optimizer: Optimizer,
+        *,
+        generator: torch.Generator,
+        backward: Callable[[Tensor], None],
+    ) -> AlignedStep:
+        """A gradient-aligned step or a plain one, as ``method.gao`` says."""
+        return take_step(
+            self.radius,
+            self.parameters(),
+            loss,
+            labels,
+            optimizer,
+            generator=generator,
+            backward=backward,
+        )
