@@ -5,23 +5,22 @@ arXiv:2303.07338) and ``ranpac_frozen`` (ridge regression on random features, ar
 without its adapter of the first task).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from backends.torch import AlignedStep, RowsLoss, plain_step
 from training.config import MethodConfig
 from training.methods.base import Context
 from training.methods.options import NoOptions, read_options
+from training.methods.steps import Stepper
 
 
-class Frozen:
-    """No adaptation at all."""
+class Frozen(Stepper):
+    """No adaptation at all: plain steps of the head."""
 
     saves_open_task = True
+    radius = None  # no tensor of the backbone that a look-ahead could move
 
     def __init__(self, config: MethodConfig, model: nn.Module, context: Context) -> None:
         del context
@@ -30,23 +29,6 @@ class Frozen:
 
     def begin_task(self, batches: Iterable[Any]) -> None:
         """Nothing to prepare."""
-
-    def parameters(self) -> list[nn.Parameter]:
-        """No tensors of the backbone are trained."""
-        return []
-
-    def step(
-        self,
-        loss: RowsLoss,
-        labels: Tensor,
-        optimizer: Optimizer,
-        *,
-        generator: torch.Generator,
-        backward: Callable[[Tensor], None],
-    ) -> AlignedStep:
-        """One plain step of the head."""
-        del generator
-        return plain_step(loss, labels, optimizer, backward=backward)
 
     def end_task(self, batches: Iterable[Any]) -> None:
         """Nothing to fold in."""

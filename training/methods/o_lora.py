@@ -25,7 +25,7 @@ from training.methods.branches import (
     output_rows,
 )
 from training.methods.options import read_options
-from training.methods.steps import look_ahead, take_step
+from training.methods.steps import Stepper, look_ahead
 from training.randomness import derive
 
 
@@ -70,7 +70,7 @@ def overlap(new: Tensor, old: Tensor) -> Tensor:
     return (new @ old.mT).abs().sum() / len(new)
 
 
-class OLoRA:
+class OLoRA(Stepper):
     """A and B of the task are trained with a penalty; the old ones are merged, their A kept."""
 
     saves_open_task = True
@@ -118,15 +118,7 @@ class OLoRA:
     ) -> AlignedStep:
         """One step on the loss with the penalty; from the second task on."""
         total = (lambda rows: loss(rows) + self.penalty()) if self.old else loss
-        return take_step(
-            self.radius,
-            self.parameters(),
-            total,
-            labels,
-            optimizer,
-            generator=generator,
-            backward=backward,
-        )
+        return super().step(total, labels, optimizer, generator=generator, backward=backward)
 
     def end_task(self, batches: Iterable[Any]) -> TaskRecord:
         """Merge the branch for good and keep its down-projection."""
