@@ -1,35 +1,23 @@
 """What a run leaves behind, and what it never touches."""
 
 import json
-import shutil
 import stat
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from PIL import Image
+from run_contents import FILES, below
 from safetensors.torch import load_file
 from small_runs import READOUTS, VIT, finished, squares, tiny, tree
 
 from training.config import Experiment, dump_experiment, read_experiment
-from training.files import read_json, read_tensors, write_atomically, write_json, write_tensors
+from training.files import read_json
 from training.loop import train
 from training.metrics import AccuracyMatrix
-from training.run_folder import RunFolder, choose_folder
+from training.run_folder import RunFolder
 from training.setup import prepare
-
-FILES = {
-    "accuracy.png",
-    "classes.json",
-    "config.yaml",
-    "environment.json",
-    "metrics.jsonl",
-    "model.safetensors",
-    "readouts.safetensors",
-    "summary.json",
-}
 
 
 @pytest.fixture(scope="session")
@@ -40,14 +28,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tiny(tree(tmp_path_factory), tmp_path_factory.mktemp("bare")), quiet=True)
-
-
-def below(folder: Path) -> set[str]:
-    return {str(p.relative_to(folder)) for p in folder.rglob("*")}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_a_run_leaves_these_files_and_no_others(bare: Path) -> None:
@@ -250,158 +230,3 @@ def test_branches_of_sequential_lora_are_kept(
     kept = load_file(run / "tasks" / "002" / "branches.safetensors")
     assert {key.partition("/")[0] for key in kept} == {"down", "up"}
     assert len(kept) == 4
-
-
-def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path, run: Path) -> None:
-    copy = shutil.copytree(run, tmp_path / "run")
-    (copy / "notes.txt").write_text("mine")
-    before = contents(copy)
-    experiment = read_experiment(run / "config.yaml")
-    experiment.out = str(copy)
-    with pytest.raises(FileExistsError, match=r"is not empty.*--overwrite true"):
-        train(experiment, quiet=True)
-    assert contents(copy) == before
-
-
-def test_a_hidden_file_is_content_too(tmp_path: Path) -> None:
-    (tmp_path / ".keep").write_text("")
-    with pytest.raises(FileExistsError, match="not empty"):
-        choose_folder(Experiment(out=str(tmp_path)))
-
-
-def test_overwriting_leaves_nothing_of_the_old_run(
-    tmp_path: Path, run: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    copy = shutil.copytree(run, tmp_path / "run")
-    (copy / "notes.txt").write_text("mine")
-    before = contents(copy)
-    (copy / ".model.safetensors.123.tmp").write_text("half of a file, left by a crash")
-    experiment = tiny(tree(tmp_path_factory), copy, overwrite=True, data={"tasks": 1}, seed=5)
-    train(experiment, quiet=True)
-    assert below(copy) == FILES | {"notes.txt"}  # a file that is not ours stays
-    after = contents(copy)
-    assert after.pop("notes.txt") == b"mine"
-    assert {name for name, content in after.items() if content == before[name]} == set()
-
-
-def test_overwriting_removes_results_before_training_begins(tmp_path: Path, run: Path) -> None:
-    copy = shutil.copytree(run, tmp_path / "run")
-    experiment = read_experiment(run / "config.yaml")
-    experiment.out, experiment.overwrite = str(copy), True
-    prepare(experiment)
-    assert below(copy) == {"config.yaml", "classes.json", "environment.json"}
-
-
-def test_bad_settings_leave_the_old_run_whole_even_with_overwrite(
-    tmp_path: Path, run: Path
-) -> None:
-    copy = shutil.copytree(run, tmp_path / "run")
-    before = contents(copy)
-    experiment = read_experiment(run / "config.yaml")
-    experiment.out, experiment.overwrite = str(copy), True
-    experiment.method.target = "*.nothing"
-    with pytest.raises(ValueError, match="matches no linear layer"):
-        prepare(experiment)
-    assert contents(copy) == before
-
-
-def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("mine")
-    with pytest.raises(NotADirectoryError, match="which is a file"):
-        choose_folder(Experiment(out=str(tmp_path / "out"), overwrite=True))
-    assert (tmp_path / "out").read_text() == "mine"
-
-
-def test_the_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert choose_folder(Experiment(out="~/run")) == tmp_path / "run"
-
-
-def test_runs_that_begin_in_the_same_second_do_not_share_a_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    # Both ask before either has made its folder, as two processes would.
-    wanted = [choose_folder(Experiment()) for _ in range(2)]
-    made = [RunFolder(path, fresh=True).path for path in (wanted[0], wanted[0])]
-    assert len(set(made)) == 2
-    assert all(path.is_dir() and path.parent.name == "runs" for path in made)
-    assert wanted[0].name.startswith("digits-loda-seed1993-")
-
-
-def test_unnamed_runs_get_folders_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    root = tree(tmp_path_factory)
-    monkeypatch.chdir(tmp_path)
-    made = [prepare(tiny(root, None)).folder.path for _ in range(3)]
-    assert len(set(made)) == 3
-    assert {p.name for p in (tmp_path / "runs").iterdir()} == {p.name for p in made}
-
-
-def half(path: Path) -> None:
-    path.write_bytes(b"half of i")
-    msg = "disk full"
-    raise OSError(msg)
-
-
-def test_a_failing_writer_leaves_the_file_before_it(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    write_json(path, {"a": 1})
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, half)
-    assert read_json(path) == {"a": 1}
-    assert below(tmp_path) == {"file"}
-
-
-def test_tensors_are_written_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "t.safetensors"
-    write_tensors(path, {"a": torch.ones(3)})
-
-    def failing(tensors: object, target: Path) -> None:
-        half(Path(target))
-
-    monkeypatch.setattr("training.files.save_file", failing)
-    with pytest.raises(OSError, match="disk full"):
-        write_tensors(path, {"a": torch.zeros(3)})
-    assert read_tensors(path)["a"].tolist() == [1, 1, 1]
-    assert below(tmp_path) == {"t.safetensors"}
-
-
-def test_json_that_cannot_be_written_leaves_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    write_json(path, [1])
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-    assert read_json(path) == [1]
-    assert below(tmp_path) == {"a.json"}
-
-
-def test_views_and_shared_tensors_can_be_written(tmp_path: Path) -> None:
-    base = torch.arange(6.0).reshape(2, 3)
-    write_tensors(tmp_path / "t", {"a": base.mT, "b": base[0], "c": base})
-    back = read_tensors(tmp_path / "t")
-    assert torch.equal(back["a"], base.mT)
-    assert torch.equal(back["b"], base[0])
-    assert torch.equal(back["c"], base)
-
-
-@pytest.mark.parametrize(
-    ("read", "content"),
-    [(read_json, b"{"), (read_json, b"\xff\xfe"), (read_tensors, b""), (read_tensors, b"x" * 90)],
-)
-def test_damaged_files_are_named(
-    tmp_path: Path, read: Callable[[Path], object], content: bytes
-) -> None:
-    path = tmp_path / "damaged"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"cannot read .*damaged"):
-        read(path)
-
-
-def test_missing_files_are_named(tmp_path: Path) -> None:
-    for read in (read_json, read_tensors):
-        with pytest.raises(FileNotFoundError, match="none"):
-            read(tmp_path / "none")
