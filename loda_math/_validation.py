@@ -18,6 +18,8 @@ from loda_math._arrays import (
 
 # Relative asymmetry that a Gram matrix formed in single precision stays well below.
 SYMMETRY_TOLERANCE = 1e-4
+# Above the rounding unit of every floating-point type that tokens come in.
+COARSEST = 1e-2
 # Rows compared at a time with their mirror image.
 STRIPE = 256
 
@@ -99,6 +101,18 @@ def check_share(name: str, value: Any) -> Any:
     value = check_scalar(name, value)
     if not is_array(value) and value > 1:
         msg = f"{name} must be a share from 0 to 1, got {value}"
+        raise ValueError(msg)
+    return value
+
+
+def check_eps(name: str, value: Any) -> Any:
+    """The rounding unit, refused where no arithmetic is that coarse (bfloat16 has 7.8e-3)."""
+    value = check_scalar(name, value)
+    if not is_array(value) and value > COARSEST:
+        msg = (
+            f"{name} must be a rounding unit, at most {COARSEST}, got {value}; float32 has 1.2e-7 "
+            "and bfloat16 7.8e-3"
+        )
         raise ValueError(msg)
     return value
 

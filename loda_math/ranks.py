@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple, get_args
 from loda_math import _pencil
 from loda_math._arrays import Array, namespace, result_dtype, safe_divide
 from loda_math._validation import (
+    check_eps,
     check_real,
     check_scalar,
     check_share,
@@ -93,7 +94,7 @@ def rank_for(
         msg = f"of must be one of {get_args(RankMeasure)}, got {of!r}"
         raise ValueError(msg)
     share, ridge = check_share("share", share), check_scalar("ridge", ridge)
-    formed = check_scalar("accumulation_eps", accumulation_eps)
+    formed = check_eps("accumulation_eps", accumulation_eps)
     moments = {"new": new} if old is None else {"new": new, "old": old}
     xp = namespace(**moments)
     check_real(xp, **moments)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from loda_math import _pencil, _trace_ratio
 from loda_math._arrays import Array, Namespace, result_dtype, safe_divide
-from loda_math._validation import check_scalar, check_share
+from loda_math._validation import check_eps, check_scalar, check_share
 
 
 class SubspaceSolution(NamedTuple):
@@ -64,7 +64,7 @@ def general_solution(
     >>> found.values, int(found.effective_rank), float(found.gap)
     (array([4., 2.]), 2, 0.25)
     """
-    formed = check_scalar("accumulation_eps", accumulation_eps)
+    formed = check_eps("accumulation_eps", accumulation_eps)
     xp, rank = _pencil.checked(new, old, rank)
     return _solution(xp, _pencil.general(xp, new, old, rank, formed), rank, new, old)
 
@@ -111,7 +111,7 @@ def isolated_solution(
     (array([10.591,  2.542,  0.648,  0.   ]), 3)
     """
     ridge = check_scalar("ridge", ridge)
-    formed = check_scalar("accumulation_eps", accumulation_eps)
+    formed = check_eps("accumulation_eps", accumulation_eps)
     xp, rank = _pencil.checked(new, old, rank)
     if energy_floor is None:
         return _solution(xp, _pencil.isolated(xp, new, old, rank, ridge, formed), rank, new, old)

@@ -2,7 +2,7 @@
 
 from loda_math import _pencil, _trace_ratio
 from loda_math._arrays import Array
-from loda_math._validation import check_scalar, check_share
+from loda_math._validation import check_eps, check_scalar, check_share
 
 
 def general_subspace(
@@ -55,7 +55,7 @@ def general_subspace(
            [0., 1.],
            [1., 0.]])
     """
-    formed = check_scalar("accumulation_eps", accumulation_eps)
+    formed = check_eps("accumulation_eps", accumulation_eps)
     xp, rank = _pencil.checked(new, old, rank)
     return _pencil.finish(xp, _pencil.general(xp, new, old, rank, formed), rank, new, old)
 
@@ -133,7 +133,7 @@ def isolated_subspace(
            [0., 0.]])
     """
     ridge = check_scalar("ridge", ridge)
-    formed = check_scalar("accumulation_eps", accumulation_eps)
+    formed = check_eps("accumulation_eps", accumulation_eps)
     xp, rank = _pencil.checked(new, old, rank)
     if energy_floor is None:
         found = _pencil.isolated(xp, new, old, rank, ridge, formed)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from loda_math import _pencil, _trace_ratio
 from loda_math._arrays import Array, result_dtype
-from loda_math._validation import check_scalar, check_share
+from loda_math._validation import check_eps, check_scalar, check_share
 from loda_math.subspaces import isolated_subspace
 
 
@@ -145,7 +145,7 @@ def trace_ratio_solution(
     """
     ridge = check_scalar("ridge", ridge)
     energy_floor = check_share("energy_floor", energy_floor)
-    formed = check_scalar("accumulation_eps", accumulation_eps)
+    formed = check_eps("accumulation_eps", accumulation_eps)
     xp, rank = _pencil.checked(new, old, rank)
     best = _trace_ratio.maximise(xp, new, old, rank, ridge, energy_floor, formed)
     dtype = result_dtype(xp, new, old)

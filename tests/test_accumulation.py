@@ -108,7 +108,7 @@ def test_the_check_knows_the_same_rounding(
     assert not bool(verify_subspace(basis, new, old, objective, **settings).passed)
 
 
-def test_a_negative_unit_is_refused(xp: ModuleType) -> None:
+def test_a_negative_or_a_coarse_unit_is_refused(xp: ModuleType) -> None:
     m = to_library(xp, np.eye(3), "float32")
     for call in (
         lambda e: lm.general_subspace(m, m, 2, accumulation_eps=e),
@@ -120,5 +120,7 @@ def test_a_negative_unit_is_refused(xp: ModuleType) -> None:
         lambda e: lm.rank_for(m, m, 0.5, accumulation_eps=e),
         lambda e: verify_subspace(m[:, :2], m, m, "general", accumulation_eps=e),
     ):
+        with pytest.raises(ValueError, match=r"accumulation_eps must be a rounding unit.*got 0.02"):
+            call(0.02)
         with pytest.raises(ValueError, match="accumulation_eps must be finite and at least 0"):
             call(-1e-7)

@@ -16,8 +16,9 @@ import training
 from training.config import read_experiment
 from training.data import build_stream
 from training.data import test_transform as evaluation_transform
+from training.evaluate_run import evaluate_run
 from training.files import read_json
-from training.inference import Classifier, evaluate_run, load_classifier
+from training.inference import Classifier, load_classifier
 
 METHODS = ("loda", "seq_lora", "frozen")
 
@@ -318,3 +319,24 @@ def test_the_configuration_of_a_run_is_that_of_its_classifier(
 ) -> None:
     assert classifier.experiment == read_experiment(run / "config.yaml")
     assert not list(run.glob(".*"))
+
+
+def test_a_device_that_is_not_there_is_named(run: Path) -> None:
+    with pytest.raises(ValueError, match="cannot use the device 'nonsense'"):
+        training.load(run, device="nonsense")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="cannot use the device 'cuda'"):
+            training.load(run, device="cuda")
+
+
+def test_model_and_readouts_move_together(run: Path) -> None:
+    images = torch.zeros(2, 3, 16, 16)
+    classifier = training.load(run)
+    before = {kind: classifier.logits(images, kind) for kind in classifier.readouts}
+    assert classifier.to(torch.device("cpu")) is classifier
+    for kind, logits in before.items():
+        torch.testing.assert_close(classifier.logits(images, kind), logits, rtol=0, atol=0)
+    if torch.cuda.is_available():
+        classifier.to("cuda")
+        for kind, logits in before.items():
+            torch.testing.assert_close(classifier.logits(images, kind).cpu(), logits)

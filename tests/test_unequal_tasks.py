@@ -4,7 +4,7 @@ import pytest
 from small_runs import READOUTS, finished
 
 from training.files import read_json
-from training.inference import evaluate_run
+from training.evaluate_run import evaluate_run
 
 SIZES = [3, 1, 2]
 

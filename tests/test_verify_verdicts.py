@@ -15,6 +15,7 @@ from loda_math import (
     general_subspace,
     isolated_subspace,
     recalibration,
+    trace_ratio_subspace,
 )
 from loda_math.verify import verify_subspace
 
@@ -127,3 +128,12 @@ def test_every_layer_has_a_verdict_of_its_own(xp: ModuleType) -> None:
             for name in ("passed", "optimality_gap", "stationarity", "optimum"):
                 found = float(getattr(together, name)[layer])
                 assert found == pytest.approx(float(getattr(apart, name)), rel=1e-6, abs=1e-9)
+
+
+def test_inert_directions_leave_no_negative_gap(xp: ModuleType) -> None:
+    """One direction with energy and two without: alone it has a larger ratio than three have."""
+    new, old = (to_library(xp, m, "float32") for m in (np.diag([1.0, 0, 0, 0]), np.eye(4)))
+    report = verify_subspace(trace_ratio_subspace(new, old, 3), new, old, "trace_ratio")
+    assert bool(report.passed)
+    assert float(report.objective) > float(report.optimum)
+    assert float(report.optimality_gap) == 0

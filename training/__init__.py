@@ -12,13 +12,15 @@ if TYPE_CHECKING:
 __all__ = ["load"]
 
 
-def load(run: str | Path) -> "Classifier":
+def load(run: str | Path, *, device: str = "cpu") -> "Classifier":
     """Load the trained classifier of a finished run.
 
     Parameters
     ----------
     run : str or Path
         A run folder.
+    device : str, default "cpu"
+        Where the model and its read-outs go, ``"cuda"`` say.
 
     Returns
     -------
@@ -29,6 +31,8 @@ def load(run: str | Path) -> "Classifier":
     ------
     FileNotFoundError
         If the folder holds no finished run.
+    ValueError
+        If there is no such device here, or files of the run are damaged.
 
     Examples
     --------
@@ -39,4 +43,4 @@ def load(run: str | Path) -> "Classifier":
     """
     from training.inference import load_classifier
 
-    return load_classifier(Path(run))
+    return load_classifier(Path(run)).to(device)

@@ -252,7 +252,7 @@ def _sweep(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _evaluate(run: Path, root: str | None) -> None:
     _require_run(run)
-    from training.inference import evaluate_run
+    from training.evaluate_run import evaluate_run
 
     for kind, result in evaluate_run(run, root=root).items():
         tasks = "  ".join(f"{100 * share:.2f}" for share in result["by_task"])

@@ -1,9 +1,9 @@
-"""A finished run as a classifier: evaluate it again, or predict images of one's own."""
+"""A finished run as a classifier: predict images of one's own."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from backends.torch.readouts import Readout, load_readout
 from training.backbone import Backbone, build_backbone, check_fits
 from training.config import Experiment, read_experiment
-from training.data import build_stream, loader, open_image, test_transform
-from training.evaluate import count_correct, extract_features, make_accelerator
+from training.data import open_image, test_transform
 from training.files import nested, read_json, read_tensors
 from training.randomness import seeded
 from training.run_folder import CLASSES, CONFIG, MODEL, READOUTS
@@ -53,6 +52,24 @@ class Classifier:
     def model(self) -> nn.Module:
         """The merged backbone: images (N, C, H, W) to features (N, D)."""
         return self.backbone.module
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the model and its read-outs to a device, in place.
+
+        Raises
+        ------
+        ValueError
+            If there is no such device here.
+        """
+        try:
+            self.model.to(device)
+        except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+            msg = f"cannot use the device {str(device)!r}: {_one_line(error)}"
+            raise ValueError(msg) from error
+        for kind, readout in self.readouts.items():
+            stored = {name: tensor.to(device) for name, tensor in readout.tensors().items()}
+            self.readouts[kind] = load_readout(kind, stored)
+        return self
 
     @torch.no_grad()
     def logits(self, images: Tensor, readout: str | None = None) -> Tensor:
@@ -141,7 +158,7 @@ def load_classifier(folder: Path) -> Classifier:
         msg = f"{folder} holds no finished run: {', '.join(missing)} not there"
         raise FileNotFoundError(msg)
     experiment = read_experiment(folder / CONFIG)
-    classes, _ = _read_classes(folder)
+    classes, _ = read_classes(folder)
     with seeded(0):  # the random weights of the new model are overwritten at once
         backbone = build_backbone(experiment.backbone, initialise=False)
     weights = _read_finite(folder / MODEL)
@@ -157,63 +174,8 @@ def load_classifier(folder: Path) -> Classifier:
     return Classifier(classes, experiment, backbone, readouts)
 
 
-def evaluate_run(folder: Path, *, root: str | None = None) -> dict[str, dict[str, Any]]:
-    """Evaluate the saved model of a run on all its classes, from weights and data alone.
-
-    Parameters
-    ----------
-    folder : Path
-        A finished run.
-    root : str, optional
-        Where the data are now, if they moved since the training.
-
-    Returns
-    -------
-    dict
-        By read-out: ``accuracy`` per image, ``by_task``, and ``correct`` and ``total`` by class.
-
-    Raises
-    ------
-    ValueError
-        If the data set no longer has the classes of the run.
-    """
-    classifier = load_classifier(folder)
-    experiment = classifier.experiment
-    if experiment.threads is not None:
-        torch.set_num_threads(experiment.threads)
-    data = experiment.data if root is None else replace(experiment.data, root=root)
-    stream = build_stream(data, experiment.seed)
-    if (stream.class_names, stream.order) != _read_classes(folder):
-        msg = f"the data set has other classes now than when {folder} was trained"
-        raise ValueError(msg)
-    accelerator = make_accelerator(replace(experiment, tracker=None))
-    classifier.model.to(accelerator.device)
-    batches = loader(
-        stream.test.with_transform(test_transform(experiment.data)),
-        experiment.train.eval_batch_size,
-        shuffle=False,
-        seed=0,
-        workers=experiment.data.workers,
-    )
-    features, labels = extract_features(classifier.model, batches, accelerator)
-    counts = count_correct(classifier.readouts, features, labels, len(stream.order))
-    results: dict[str, dict[str, Any]] = {}
-    primary = experiment.head.readout
-    for kind in sorted(counts, key=lambda kind: kind != primary):
-        correct, total = counts[kind]
-        by_task = [
-            sum(correct[c] for c in task) / sum(total[c] for c in task) for task in stream.tasks
-        ]
-        results[kind] = {
-            "accuracy": sum(correct) / sum(total),
-            "by_task": by_task,
-            "correct": correct,
-            "total": total,
-        }
-    return results
-
-
-def _read_classes(folder: Path) -> tuple[list[str], list[int]]:
+def read_classes(folder: Path) -> tuple[list[str], list[int]]:
+    """Names of the classes of a run, and their order in the data set."""
     content = read_json(folder / CLASSES)
     try:
         return list(content["class_names"]), list(content["order"])

@@ -15,6 +15,7 @@ from loda_math._arrays import (
     widen,
 )
 from loda_math._validation import (
+    check_eps,
     check_real,
     check_rows,
     check_scalar,
@@ -39,7 +40,8 @@ class SubspaceReport(NamedTuple):
         measured, and 0, for the ratio of traces of a basis with zero columns.
     optimality_gap : array, shape (...)
         Share of the optimum that the span misses; for the null space, the surplus energy as a
-        share of the trace.
+        share of the trace. At least 0 for the ratio of traces of a basis with zero columns, whose
+        objective may exceed the optimum for r directions.
     objective, optimum : array, shape (...)
         Value of the objective at the span of the basis, and its best value for r directions.
     energy_new, energy_old : array, shape (...)
@@ -134,7 +136,7 @@ def verify_subspace(
         raise ValueError(msg)
     ridge = check_scalar("ridge", ridge)
     energy_floor = check_share("energy_floor", energy_floor)
-    formed = check_scalar("accumulation_eps", accumulation_eps)
+    formed = check_eps("accumulation_eps", accumulation_eps)
     tolerance = check_scalar("tolerance", tolerance, positive=True)
     xp = namespace(basis=basis, new=new, old=old)
     check_real(xp, basis=basis, new=new, old=old)
@@ -161,7 +163,9 @@ def verify_subspace(
         whole = whole & enough
         # What was left out as inert belongs to the stationary point: the rest alone is none.
         residual = xp.where(xp.all(alive, axis=-1), residual, xp.zeros_like(residual))
+        # Without its inert directions a span may have more than r directions can have.
         gap = safe_divide(xp, best - value, best)
+        gap = xp.where(xp.all(alive, axis=-1), gap, xp.maximum(gap, 0 * gap))
     energies = [xp.sum(span * (m @ span), axis=(-2, -1)) for m in (s_new, s_old)]
     carried, _ = descending_eigh(xp, span.mT @ (s_new @ span))
     noise = rounding_share(xp, int(new.shape[-1]), new, old, formed=formed)
