@@ -16,7 +16,7 @@ _BASE = re.compile(r"(?m)^base:.*$")
 def packaged_configs() -> list[str]:
     """Names of the experiments in the package, such as digits and paper/cub."""
     folder = Path(str(files("training").joinpath("configs")))
-    paths = [*folder.glob("*.yaml"), *folder.glob("paper/*.yaml")]
+    paths = [p for part in ("", "paper/", "native/") for p in folder.glob(f"{part}*.yaml")]
     names = [path.relative_to(folder).with_suffix("") for path in paths]
     return sorted(name.as_posix() for name in names if not name.name.startswith("_"))
 
