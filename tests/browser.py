@@ -19,6 +19,7 @@ width: {width}px; height: {height}px"></iframe><pre id="found"></pre>
 <script>
 addEventListener("load", async () => {{
   const inside = document.getElementById("page").contentDocument;
+  inside.querySelectorAll("details").forEach(x => {{ x.open = true; }});
   await Promise.all([...inside.images].map(image => image.decode().catch(() => null)));
   const root = inside.documentElement;
   const name = x => x.tagName.toLowerCase() + (x.className ? "." + x.className : "");

@@ -33,6 +33,7 @@ def fake_run(
     events = [
         {
             "event": "task",
+            "task": task,
             "seconds": {"train": 2.0 + task, "end": 1.0},
             "memory": {"process": (300 + task) * 2**20},
         }

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from small_runs import finished, tiny, tree
+from small_runs import finished, flags, tiny, tree
 from torch import nn
 
 from training import cli
@@ -20,9 +20,12 @@ from training.config import Experiment, read_experiment
 from training.data import build_stream, loader, test_transform
 from training.evaluate import extract_features, make_accelerator
 from training.inference import load_classifier
+from training.kept import keeps_nothing
 from training.loop import train
 from training.randomness import derive, seeded
+from training.ranks import layer_ranks
 from training.run_folder import RunFolder
+from training.sweeps import plan, read_sweep
 from training.verify import verify
 
 STEPS = 4  # 0, 0.5, 1, 1.5
@@ -210,3 +213,66 @@ def test_runs_that_cannot_be_analysed(
     isolated = trained(tmp_path_factory, {"branches": "isolated"})
     with pytest.raises(ValueError, match="no general branch"):
         analyse(isolated, parts=["losses"])
+
+
+def test_a_later_analysis_keeps_what_an_earlier_one_found(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    path, _ = analyse(copy, parts=["losses"], points=2, tasks=[2])
+    first = json.loads(path.read_text())
+    assert first["subspaces"] is None
+    analyse(copy, parts=["subspaces"])
+    second = json.loads(path.read_text())
+    assert second["losses"] == first["losses"]
+    assert len(second["subspaces"]) == 2
+    analyse(copy, parts=["losses"], points=3, tasks=[3])
+    third = json.loads(path.read_text())
+    assert third["subspaces"] == second["subspaces"]
+    assert third["losses"][0] == first["losses"][0]
+    assert [(task["task"], len(task["step"])) for task in third["losses"]] == [(1, 2), (2, 3)]
+    path.write_text("[]")
+    with pytest.raises(ValueError, match=r"it is \[\]; expected a mapping"):
+        analyse(copy, parts=["subspaces"])
+
+
+def test_runs_of_null_lora_are_read_as_what_they_are(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    null = finished(tmp_path_factory, "null_lora")
+    checks = verify(null)
+    assert all(check.passed for check in checks)
+    assert {check.what for check in checks} == {"null"}
+    rank, lines = layer_ranks(null, [0.9])
+    assert rank == read(null).method.rank
+    assert len(lines) == 3 * 2
+    copy = shutil.copytree(null, tmp_path / "run")
+    path, notes = analyse(copy, points=STEPS)
+    assert notes == [
+        f"losses left out: {copy} has no general branch after its first task: no direction to "
+        "follow"
+    ]
+    measures = json.loads(path.read_text())["subspaces"][0]["layers"][LAYER]
+    assert measures["isolated"]["old_energy"] == pytest.approx(measures["null"]["old_energy"])
+    other = finished(tmp_path_factory, "inflora")
+    for ask in (verify, analyse, lambda run: layer_ranks(run, [0.9])):
+        with pytest.raises(ValueError, match=r"run of inflora; .* loda and null_lora alone"):
+            ask(other)
+
+
+def test_switches_that_keep_nothing_are_named(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep = ["--keep.moments=true", "--keep.branches=true", "--keep.heads=true"]
+    settings = flags(tiny(tree(tmp_path_factory), tmp_path / "run"))
+    assert cli.main(["train", *settings, *keep, "--method.name=ncm", "--data.tasks=1"]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "loda train: keep.branches keeps nothing: ncm has no branches",
+        "loda train: keep.moments keeps nothing: ncm has no moments",
+    ]
+    (tmp_path / "sweep.yaml").write_text(
+        "seeds: [0]\nvariants: {loda: {}, o_lora: {method.name: o_lora}}\n"
+    )
+    jobs = plan(read_sweep(tmp_path / "sweep.yaml"), tmp_path / "out", keep)
+    assert [keeps_nothing(job.experiment) for job in jobs] == [
+        [],
+        ["keep.moments keeps nothing: o_lora has no moments"],
+    ]

@@ -277,10 +277,10 @@ def test_settings_are_read_before_torch(argv: list[str]) -> None:
 def test_ctrl_c_ends_with_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(_: object) -> None:
+    def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("training.cli._train", interrupted)
+    monkeypatch.setattr("training.commands.runs.train", interrupted)
     assert cli.main(["train"]) == 130
     assert capsys.readouterr().err == "loda train: interrupted\n"
 

@@ -12,6 +12,7 @@ from small_runs import changed, tiny
 
 from training import cli
 from training.data import check_data, verify_data
+from training.data.folder import class_folders
 from training.setup import prepare
 
 
@@ -36,8 +37,43 @@ def test_a_sound_folder_is_counted(tree: Path) -> None:
     assert report.passed
     first, second, *_ = str(report).splitlines()
     columns = ["split", "classes", "images", "a class", "width", "height", "unreadable", "twice"]
-    assert [c for c in columns if c not in first] == []
-    assert second.split() == ["train", "5", "15", "3/3/3", "20/20/20", "10/11/12", "0", "0"]
+    assert first.split() == " ".join([*columns, "ignored", "loops"]).split()
+    expected = ["train", "5", "15", "3/3/3", "20/20/20", "10/11/12", "0", "0", "0", "0"]
+    assert second.split() == expected
+
+
+def test_files_that_are_not_read_and_links_in_circles_are_counted(tree: Path) -> None:
+    for name in ("a.gif", "b.GIF", "notes", ".hidden"):
+        (tree / "train" / "ant" / name).write_text("x")
+    (tree / "train" / "beside.png").write_text("x")
+    (tree / "train" / "ant" / "more").mkdir()
+    (tree / "train" / "ant" / "more" / "up").symlink_to(tree / "train" / "ant")
+    (tree / "train" / "all").symlink_to(tree)
+    # A link to another folder is no circle: its images are read.
+    (tree.parent / "elsewhere").mkdir()
+    shutil.copy(tree / "train" / "ant" / "0.png", tree.parent / "elsewhere")
+    (tree / "train" / "ant" / "linked").symlink_to(tree.parent / "elsewhere")
+    report = check_data(tree)
+    train, test = report.splits
+    assert report.passed
+    assert (train.images, train.classes["ant"], set(train.classes)) == (16, 4, set(CLASSES))
+    assert len(train.ignored) == 4
+    assert {path.name for path in train.loops} == {"up", "all"}
+    assert (test.ignored, test.loops) == ((), ())
+    lines = str(report).splitlines()
+    assert lines[1].split()[-2:] == ["4", "2"]
+    assert lines[2].split()[-2:] == ["0", "0"]
+    assert f"train: ignored .gif 2, .png 1, no extension 1, such as {tree}/train/" in lines[4]
+    # A training reads the same.
+    assert {name: len(found) for name, found in class_folders(tree / "train").items()} == (
+        train.classes
+    )
+
+
+def test_numbers_of_workers_are_checked(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in ("0", "-1"):
+        assert cli.main(["data", "check", str(tree), "--workers", number]) == 2
+        assert f"workers is {number}; allowed: at least 1" in capsys.readouterr().err
 
 
 def test_val_serves_as_test_and_the_camera_turns_images(tree: Path) -> None:
@@ -124,7 +160,7 @@ def test_long_lists_of_problems_are_cut(tree: Path) -> None:
         path.write_text("text")
     lines = str(check_data(tree)).splitlines()
     assert lines[-2:] == ["and 5 more", f"{tree}: 15 problems"]
-    assert lines[1].split()[-4:] == ["-", "-", "15", "0"]
+    assert lines[1].split()[-6:] == ["-", "-", "15", "0", "0", "0"]
 
 
 def test_a_run_can_ask_for_the_check(tree: Path, tmp_path: Path) -> None:

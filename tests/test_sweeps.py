@@ -1,16 +1,23 @@
 """Sweeps: what is planned, what is run, what is left alone."""
 
-import subprocess
+import os
+import shutil
 from collections.abc import Callable, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import yaml
 from interrupted import at_step, stopped
-from small_runs import flags, squares, tiny
+from safetensors.torch import save_file
+from small_runs import VIT, flags, squares, tiny
 
+from training import cli
+from training.children import Children
 from training.config import read_experiment
+from training.cpus import usable_cpus
 from training.files import read_json
 from training.loop import resume, train
 from training.sweeps import (
@@ -19,9 +26,12 @@ from training.sweeps import (
     finished,
     packaged_sweeps,
     plan,
+    read_groups,
     read_sweep,
     run_job,
     run_sweep,
+    standing,
+    write_groups,
 )
 from training.sweeps.jobs import can_go_on
 
@@ -47,17 +57,17 @@ def short(root: Path) -> list[str]:
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Train in this process: a fresh one spends seconds on imports. One test below does it."""
 
-    def run(command: Sequence[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
+    def run(_: Children, command: Sequence[str], *__: Any, **___: Any) -> int:
         try:
             if "--resume" in command:
                 resume(Path(command[-1]), quiet=True)
             else:
                 train(read_experiment(command[-1]), quiet=True)
         except ValueError:
-            return subprocess.CompletedProcess(command, 2)
-        return subprocess.CompletedProcess(command, 0)
+            return 2
+        return 0
 
-    monkeypatch.setattr("training.sweeps.run.subprocess.run", run)
+    monkeypatch.setattr("training.sweeps.run.Children.run", run)
     monkeypatch.setattr("training.loop.accuracy_figure", lambda *_, **__: None)
 
 
@@ -85,7 +95,7 @@ def test_a_part_of_the_variants_can_be_chosen(tmp_path: Path) -> None:
 
 def test_the_command_line_wins_over_the_file_and_the_variant_over_both(tmp_path: Path) -> None:
     sweep = Sweep(
-        {"a": {}, "b": {"train.lr": 0.5, "method.options": {"parts": "kv"}}},
+        {"a": {}, "b": {"train.lr": 0.5, "method.options": {"directions": "random"}}},
         [0],
         ["digits"],
         {"train": {"lr": 0.3, "epochs": 4}},
@@ -93,7 +103,7 @@ def test_the_command_line_wins_over_the_file_and_the_variant_over_both(tmp_path:
     a, b = plan(sweep, tmp_path, ["--train.lr=0.4"])
     assert (a.experiment.train.lr, b.experiment.train.lr) == (0.4, 0.5)
     assert a.experiment.train.epochs == 4
-    assert b.experiment.method.options == {"parts": "kv"}
+    assert b.experiment.method.options == {"directions": "random"}
 
 
 def test_runs_have_processes_of_their_own_and_logs(tmp_path: Path) -> None:
@@ -233,8 +243,174 @@ def test_packaged_sweeps_are_sound(name: str, tmp_path: Path) -> None:
     )
     assert len({job.folder for job in jobs}) == len(jobs) >= 10
     assert all(isinstance(job, Job) for job in jobs)
+    sweep = read_sweep(name)
+    if sweep.groups:
+        assert {variant for part in sweep.groups.values() for variant in part} == {*sweep.variants}
 
 
 def test_an_unknown_sweep_is_refused_with_those_that_exist() -> None:
-    with pytest.raises(ValueError, match="caltech101, digits"):
+    with pytest.raises(ValueError, match=r"a packaged one \(caltech101, .*digits\)"):
         read_sweep("nothing")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("variants: {a: {}, b: {}, a: {}}\nseeds: [1]\n", "key 'a' stands twice, on line 1"),
+        (
+            "variants:\n  a: {}\n  b: {}\n  a: {}\nseeds: [1]\n",
+            "'a' .* on lines 2 and 4",
+        ),
+        ("seeds: [1]\nvariants: [loda]\nseeds: [2]\n", "'seeds' stands twice, on lines 1 and 3"),
+        (
+            "variants:\n  a:\n    method.rank: 1\n    method: {rank: 2}\nseeds: [1]\n",
+            r"'variants\.a\.method\.rank' stands twice, on lines 3 and 4",
+        ),
+        ("variants: [", "is not YAML"),
+    ],
+)
+def test_keys_that_stand_twice_are_refused(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text, "utf-8")
+    with pytest.raises(ValueError, match=said):
+        read_sweep(path)
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"method.options": {"alpha": "big"}}, "method.options has alpha 'big'.*a finite number"),
+        ({"method.options": {"penalty": None}}, "penalty None"),
+        ({"method.options": {"start": 1.0}}, r"has \['start'\], which o_lora does not know"),
+        ({"method": {"name": "sd_lora", "options": {"start": "high"}}}, "start 'high'"),
+        ({"method.name": "sd_lora", "method.options": {"parts": "qqq"}}, "all, q, k"),
+        ({"method.name": "frozen", "method.gao": True}, "method.gao is true, but frozen trains no"),
+        ({"tracker": date(2020, 1, 2)}, "tracker is .*2020.*put in quotes"),
+    ],
+)
+def test_options_of_methods_are_checked_before_anything_runs(
+    own: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    sweep = Sweep({"fine": {}, "v": own}, [0], settings={"method.name": "o_lora"})
+    with pytest.raises(ValueError, match=f"variant v: .*{said}"):
+        plan(sweep, tmp_path)
+
+
+def test_groups_name_variants(write: Write, tmp_path: Path) -> None:
+    content = {"variants": ["loda", "frozen"], "seeds": [1]}
+    groups = {"all": ["loda", "frozen"], "one": ["loda"]}
+    sweep = read_sweep(write({**content, "groups": groups}))
+    write_groups(tmp_path / "out", sweep.groups)
+    assert read_groups(tmp_path / "out") == groups
+    write_groups(tmp_path / "out", None)  # another sweep on the folder, which has none
+    assert read_groups(tmp_path / "out") == groups
+    for wrong in ({"a": ["ncm"]}, {"a": ["loda", "loda"]}, {"a": []}, ["loda"], {"a": "loda"}):
+        with pytest.raises(ValueError, match="lists of different variants"):
+            read_sweep(write({**content, "groups": wrong}))
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_finished_run_that_cannot_be_read_stops_no_other(tmp_path: Path) -> None:
+    root, out = squares(tmp_path / "data"), tmp_path / "out"
+    sweep = Sweep({"broken": {}, "frozen": {"method.name": "frozen"}}, [0])
+    jobs = plan(sweep, out, short(root))
+    jobs[0].folder.mkdir(parents=True)
+    (jobs[0].folder / "config.yaml").write_text("method: {", "utf-8")
+    (jobs[0].folder / "summary.json").write_text("{}", "utf-8")
+    jobs = plan(sweep, out, short(root))
+    assert [standing(job) for job in jobs] == ["unreadable", "to do"]
+    said: list[str] = []
+    found = run_sweep(jobs, out, tell=said.append)
+    assert [o.status for o in found] == ["unreadable", "finished"]
+    assert f"{jobs[0].folder} holds a finished run that cannot be read" in said[0]
+    assert (jobs[0].folder / "config.yaml").read_text("utf-8") == "method: {"
+
+
+@pytest.mark.usefixtures("in_process")
+def test_weights_and_data_by_another_path_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, out = squares(tmp_path / "data"), tmp_path / "out"
+    weights = tmp_path / "weights.safetensors"
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **VIT)
+    save_file(model.state_dict(), weights)
+    settings = [*short(root), "--method.name=frozen", "--backbone.pretrained=true"]
+    sweep = Sweep({"a": {}}, [0])
+    (job,) = plan(sweep, out, [*settings, f"--backbone.weights={weights}"])
+    assert run_job(job, out).status == "finished"
+
+    (tmp_path / "deep").mkdir()
+    monkeypatch.chdir(tmp_path / "deep")
+    (tmp_path / "link").symlink_to(weights)
+    copy = shutil.copy(weights, tmp_path / "copy.safetensors")
+    for path in ("../weights.safetensors", "../link", copy):
+        found = plan(sweep, out, [*settings, "--data.root=../data", f"--backbone.weights={path}"])
+        assert finished(found[0])
+    save_file({k: v + 1 for k, v in model.state_dict().items()}, copy)
+    with pytest.raises(ValueError, match=r"other settings \(backbone.weights differ\)"):
+        plan(sweep, out, [*settings, f"--backbone.weights={copy}"])
+
+
+def test_an_unfinished_run_goes_on_with_data_by_another_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, out = squares(tmp_path / "data"), tmp_path / "out"
+    (job,) = plan(Sweep({"loda": {"checkpoint.steps": 2}}, [0]), out, short(root))
+    stopped(job.experiment, 5)
+    monkeypatch.chdir(tmp_path)
+    again = [*short(root), "--data.root=./data/../data"]
+    assert can_go_on(plan(Sweep({"loda": {"checkpoint.steps": 2}}, [0]), out, again)[0])
+
+
+def test_the_last_line_that_says_anything_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(_: Children, __: Sequence[str], log: Path, *___: Any, **____: Any) -> int:
+        log.write_bytes(b"first\nno space left on \xff device  \n\n   \n")
+        return 1
+
+    monkeypatch.setattr("training.sweeps.run.Children.run", run)
+    said: list[str] = []
+    run_sweep(plan(Sweep({"loda": {}}, [0]), tmp_path), tmp_path, tell=said.append)
+    assert said[0].startswith("loda, seed 0: failed (no space left on \ufffd device; log: ")
+
+
+def test_a_sweep_without_a_cluster_ends_with_one_line(
+    tmp_path: Path,
+    write: Write,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("training.sweeps.run.shutil.which", lambda _: None)
+    sweep = {"variants": ["loda"], "seeds": [1]}
+    arguments = ["sweep", str(write(sweep)), "--out", str(tmp_path / "out")]
+    assert cli.main([*arguments, "--engine", "slurm"]) == 2
+    assert "no srun here" in capsys.readouterr().err
+    for wrong in ({"timeout": 3}, {"timeout_min": "long"}):
+        write({**sweep, "slurm": wrong})
+        assert cli.main([*arguments, "--engine", "local"]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("loda sweep: slurm is {'timeout")
+        assert len(said.splitlines()) == 1
+
+
+def test_the_processors_that_may_be_used_are_shared_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[str] = []
+
+    def run(_: Children, __: object, ___: Path, environment: dict[str, str], **____: Any) -> int:
+        given.append(environment["OMP_NUM_THREADS"])
+        return 0
+
+    monkeypatch.setattr("training.sweeps.run.Children.run", run)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.setattr(os, "process_cpu_count", lambda: 6, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert usable_cpus() == 6
+    jobs = plan(Sweep({"loda": {}}, [0]), tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    run_sweep(jobs, tmp_path, workers=2, tell=lambda _: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")  # what is inherited wins
+    run_sweep(jobs, tmp_path, workers=2, tell=lambda _: None)
+    assert given == ["3", "5"]

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +15,23 @@ from loda_math.verify import Objective
 from training.kept import kept_tasks, read_method
 
 Array = NDArray[Any]
+
+_SQUARE = ("D", "D")
+# Axes of the arrays by name; a letter is one size in all of them.
+_AXES = {
+    "moment_new": _SQUARE,
+    "moment_old": _SQUARE,
+    "moment_new_trained": _SQUARE,
+    "moment_old_at_merge": _SQUARE,
+    "A_general_init": ("r", "D"),
+    "A_general": ("r", "D"),
+    "B_general": ("O", "r"),
+    "A_isolated": ("s", "D"),
+    "B_isolated": ("O", "s"),
+    "coefficients": ("k", "k"),
+    "qkv_before": ("O", "D"),
+    "qkv_after": ("O", "D"),
+}
 
 
 class Claims(NamedTuple):
@@ -107,8 +123,8 @@ def read_arrays(path: Path) -> Iterator[Case]:
         # NumPy leaves a file that it cannot read open.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             content = dict(arrays)
-    except (ValueError, OSError, TypeError, EOFError, BadZipFile) as error:
-        msg = f"cannot read {path} as .npz: {error}"
+    except Exception as error:  # whatever a damaged or foreign archive provokes in the readers
+        msg = f"cannot read {path} as .npz: {' '.join(str(error).split()) or repr(error)}"
         raise ValueError(msg) from error
     claims = _read_claims(path, str(content.pop("settings", "{}")))
     groups: dict[tuple[str, str], dict[str, Array]] = {}
@@ -119,14 +135,37 @@ def read_arrays(path: Path) -> Iterator[Case]:
             groups.setdefault((task, layer), {})[name] = array
     for (task, layer), arrays in sorted(groups.items(), key=_natural):
         if "moment_new" in arrays:
-            yield Case(task, layer, arrays, claims)
+            known = {name: array for name, array in arrays.items() if name in _AXES}
+            _check_shapes(f"{path}: {task}/{layer}", known)
+            yield Case(task, layer, known, claims)
+
+
+def _check_shapes(place: str, arrays: Mapping[str, Array]) -> None:
+    """Real and finite matrices whose axes agree."""
+    sizes: dict[str, int] = {}
+    for name, array in arrays.items():
+        if array.dtype.kind not in "fiu" or array.ndim != 2 or not np.isfinite(array).all():
+            kind = f"{array.dtype} of shape {array.shape}"
+            msg = f"{place}/{name} is {kind}; expected a matrix of finite real numbers"
+            raise ValueError(msg)
+        for axis, size in zip(_AXES[name], array.shape, strict=True):
+            known = sizes.setdefault(axis, size)
+            if size < 1 or known != size:
+                msg = (
+                    f"{place}/{name} has the shape {array.shape}, expected {_AXES[name]} of at "
+                    f"least 1; {axis} is {known} in other arrays"
+                )
+                raise ValueError(msg)
+    if "B_isolated" in arrays and "A_isolated" not in arrays:
+        msg = f"{place} has B_isolated without A_isolated"
+        raise ValueError(msg)
 
 
 def _read_claims(path: Path, text: str) -> Claims:
     """The string ``settings`` of a file, every value checked."""
     try:
         given = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         msg = f"{path}: settings is no JSON: {error}"
         raise ValueError(msg) from error
     if not isinstance(given, dict) or set(given) - set(Claims._fields):

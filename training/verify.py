@@ -15,6 +15,7 @@ from loda_math.verify import (
     verify_subspace,
 )
 from training.claims import Array, Case, read_arrays, read_run
+from training.files import understanding
 
 
 class Check(NamedTuple):
@@ -76,7 +77,10 @@ def verify(path: Path, *, tolerance: float = 1e-5) -> list[Check]:
         If nothing in it can be checked.
     """
     cases = read_run(path) if path.is_dir() else read_arrays(path)
-    checks = [check for case in cases for check in check_case(case, tolerance=tolerance)]
+    checks: list[Check] = []
+    for case in cases:
+        with understanding(path):
+            checks += check_case(case, tolerance=tolerance)
     if not checks:
         msg = f"{path} holds nothing to check: no bases beside the moments they were chosen from"
         raise ValueError(msg)

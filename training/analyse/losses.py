@@ -17,6 +17,7 @@ from training.evaluate import make_accelerator
 from training.files import nested, read_tensors
 from training.heads import Heads
 from training.inference import load_classifier
+from training.kept import read_method
 from training.losses import cosface
 from training.run_folder import TASKS
 
@@ -78,7 +79,7 @@ def losses(
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     final = {name: layer.weight for name, layer in linear.items()}
     found = []
-    for update in task_updates(path, experiment.method, final, len(stream.tasks)):
+    for update in task_updates(path, read_method(path), final, len(stream.tasks)):
         if update.task in tasks:
             if not update.general:
                 msg = f"{path} has no general branch after its first task: no direction to follow"

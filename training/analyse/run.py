@@ -6,9 +6,10 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from training.analyse.losses import losses
 from training.analyse.subspaces import subspaces
-from training.files import read_json, write_json
+from training.files import write_json
 from training.kept import read_method
 from training.run_folder import ANALYSIS, CLASSES, SUMMARY, TASKS
+from training.shapes import ANALYSIS_SHAPE, CLASSES_SHAPE, read_shaped
 
 Part = Literal["subspaces", "losses"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -36,13 +37,16 @@ def analyse(
 ) -> Analysis:
     """Write ``analysis.json`` beside a run: energies of its subspaces, losses along its updates.
 
+    What an earlier analysis found of other parts and tasks stays in the file.
+
     Parameters
     ----------
     path : Path
-        A finished run of LoDA. Both parts need what ``keep.branches`` and ``keep.moments`` keep,
-        ``losses`` also what ``keep.heads`` keeps, and the data.
+        A finished run of ``loda`` or ``null_lora``. Both parts need what ``keep.branches`` and
+        ``keep.moments`` keep, ``losses`` also what ``keep.heads`` keeps, and the data.
     parts : sequence of str
-        ``subspaces``, ``losses`` or both. One for which the run kept too little is left out.
+        ``subspaces``, ``losses`` or both. One for which the run kept too little, or has no
+        direction to follow, is left out.
     tasks : sequence of int, optional
         Tasks to take losses of, counted from 1 as in the figures; by default the second, the
         middle and the last one.
@@ -62,29 +66,30 @@ def analyse(
     ValueError
         If the run used another method, or has no such task.
     """
-    read_method(path)
+    method = read_method(path)
     if not (path / SUMMARY).is_file():
         msg = f"{path} holds no finished run: {SUMMARY} not there"
         raise FileNotFoundError(msg)
-    count = len(read_json(path / CLASSES)["tasks"])
+    count = len(read_shaped(path / CLASSES, CLASSES_SHAPE)["tasks"])
     chosen = _tasks(path, count, tasks)
     if points < 2:
         msg = f"points must be at least 2, got {points}"
         raise ValueError(msg)
-    missing = {part: _missing(path, _NEEDS[part], count) for part in parts}
-    notes = [
-        f"{part} left out: {path} was trained without {' '.join(f'--keep.{m} true' for m in lacks)}"
-        for part, lacks in missing.items()
-        if lacks
-    ]
+    lacks = {part: " ".join(_missing(path, _NEEDS[part], count)) for part in parts}
+    why = {part: f"was trained without {lacking}" for part, lacking in lacks.items() if lacking}
+    if "losses" in parts and method.branches == "isolated":
+        why["losses"] = "has no general branch after its first task: no direction to follow"
+    notes = [f"{part} left out: {path} {reason}" for part, reason in why.items()]
     if len(notes) == len(parts):
-        raise FileNotFoundError("; ".join(notes))
-    content: dict[str, Any] = dict.fromkeys(PARTS)
-    if "subspaces" in parts and not missing["subspaces"]:
+        raise (FileNotFoundError if all(lacks.values()) else ValueError)("; ".join(notes))
+    content: dict[str, Any] = {**dict.fromkeys(PARTS), **_earlier(path)}
+    if "subspaces" in parts and "subspaces" not in why:
         content["subspaces"] = subspaces(path)
-    if "losses" in parts and not missing["losses"]:
+    if "losses" in parts and "losses" not in why:
         steps = [_LAST_STEP * k / (points - 1) for k in range(points)]
-        content["losses"] = losses(path, chosen, steps, root=root)
+        before = {task["task"]: task for task in content["losses"] or []}
+        now = {task["task"]: task for task in losses(path, chosen, steps, root=root)}
+        content["losses"] = [task for _, task in sorted({**before, **now}.items())]
     write_json(path / ANALYSIS, content)
     return Analysis(path / ANALYSIS, notes)
 
@@ -102,7 +107,16 @@ def _tasks(path: Path, count: int, tasks: Sequence[int] | None) -> list[int]:
     return sorted({task - 1 for task in tasks})
 
 
+def _earlier(path: Path) -> dict[str, Any]:
+    """What the file of an earlier analysis holds."""
+    if not (path / ANALYSIS).is_file():
+        return {}
+    found: dict[str, Any] = read_shaped(path / ANALYSIS, ANALYSIS_SHAPE)
+    return found
+
+
 def _missing(path: Path, names: Sequence[str], count: int) -> list[str]:
     """Switches of ``keep`` that were off: some task lacks its file."""
     folders = [path / TASKS / f"{task:03d}" for task in range(count)]
-    return [n for n in names if not all((f / f"{n}.safetensors").is_file() for f in folders)]
+    lacking = [n for n in names if not all((f / f"{n}.safetensors").is_file() for f in folders)]
+    return [f"--keep.{name} true" for name in lacking]

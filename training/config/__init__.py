@@ -8,26 +8,23 @@ help of the command line. A file may set any part of them, the command line over
 A relative path (``data.root``, ``backbone.weights``, ``out``) starts at the working directory.
 """
 
+from training.config.backbone import HUGGING_FACE, PACKAGED_WEIGHTS, BackboneConfig
 from training.config.data import CLASS_COUNTS, NATIVE_SIDE, DataConfig
 from training.config.layers import packaged_configs, resolve_config
+from training.config.method import MethodConfig
 from training.config.parse import (
-    as_recorded,
-    differing_settings,
     dump_experiment,
     experiment_of,
     load_experiment,
     parser,
     read_experiment,
 )
+from training.config.recorded import as_recorded, differing_settings
 from training.config.sections import (
-    HUGGING_FACE,
-    PACKAGED_WEIGHTS,
-    BackboneConfig,
     CheckpointConfig,
     Experiment,
     HeadConfig,
     KeepConfig,
-    MethodConfig,
     Readout,
     TrainConfig,
 )

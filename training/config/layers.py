@@ -10,6 +10,8 @@ from pathlib import Path
 
 import yaml
 
+from training.config.yaml_text import require_simple_yaml
+
 _BASE = re.compile(r"(?m)^base:.*$")
 
 
@@ -44,7 +46,8 @@ def read_layers(path: Path) -> list[str]:
     Raises
     ------
     ValueError
-        If a base is no file beside it and no packaged configuration, or leads back to the file.
+        If a base is no file beside it and no packaged configuration, or leads back to the file, or
+        a key stands twice.
     """
     return _layers(path, ())
 
@@ -54,10 +57,15 @@ def _layers(path: Path, above: tuple[Path, ...]) -> list[str]:
         msg = f"{path}: its base leads back to itself."
         raise ValueError(msg)
     text = path.read_text(encoding="utf-8")
+    require_simple_yaml(text, path)
     found = _BASE.search(text)
     if found is None:
         return [text]
-    name = yaml.safe_load(found[0])["base"]
+    try:
+        name = yaml.safe_load(found[0])["base"]
+    except yaml.YAMLError as error:
+        msg = f"{path}: {found[0]} does not name a configuration"
+        raise ValueError(msg) from error
     if not isinstance(name, str):
         msg = f"{path}: base must be the name of a configuration, got {name}."
         raise ValueError(msg)  # noqa: TRY004 - wrong content of a file, not a wrong call

@@ -14,6 +14,9 @@ BUILT_IN = (
     "inflora",
     "sd_lora",
 )
+UNTRAINED = ("frozen", "ncm", "ranpac_frozen")
+"""Those that train no tensor of the backbone."""
+
 GROUP = "loda.methods"
 """Entry-point group in which another package names its methods."""
 

@@ -3,15 +3,15 @@
 import argparse
 import inspect
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 import jsonargparse
 import yaml
 
 from training.config.layers import packaged_configs, read_layers, resolve_config
-from training.config.sections import HUGGING_FACE, Experiment
+from training.config.sections import Experiment
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ def load_experiment(argv: Sequence[str]) -> Experiment:
     cli = parser()
     try:
         return _build(Experiment, cli.parse_args(_resolve_names(argv)).as_dict())
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         cli.error(str(error))
 
 
@@ -70,7 +70,7 @@ def experiment_of(argv: Sequence[str]) -> Experiment:
     try:
         values = parser(exit_on_error=False).parse_args(_resolve_names(argv))
         return _build(Experiment, values.as_dict())
-    except argparse.ArgumentError as error:
+    except (argparse.ArgumentError, OverflowError) as error:
         raise ValueError(str(error)) from error
 
 
@@ -87,8 +87,8 @@ def read_experiment(path: str | Path) -> Experiment:
     try:
         values = parser(exit_on_error=False).parse_args(_config_arguments(Path(path)))
         return _build(Experiment, values.as_dict())
-    except (argparse.ArgumentError, ValueError) as error:
-        msg = f"{path} is not a configuration: {error}"
+    except (argparse.ArgumentError, ValueError, OverflowError) as error:
+        msg = f"{path} is not a configuration: {str(error).removeprefix(f'{path}: ')}"
         raise ValueError(msg) from error
 
 
@@ -104,48 +104,6 @@ def dump_experiment(experiment: Experiment) -> str:
     values["data"]["crop_scale"] = list(experiment.data.crop_scale)
     text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return text
-
-
-def as_recorded(experiment: Experiment) -> Experiment:
-    """The experiment as a run records it: absolute paths, and no leave to overwrite."""
-
-    def absolute(path: str | None) -> str | None:
-        return None if path is None else str(Path(path).expanduser().absolute())
-
-    backbone = experiment.backbone
-    local = backbone.name.removeprefix(HUGGING_FACE)
-    if local != backbone.name and Path(local).expanduser().is_dir():
-        backbone = replace(backbone, name=f"{HUGGING_FACE}{absolute(local)}")
-    # Whoever runs a recorded configuration again has to ask anew for replacing its folder.
-    return replace(
-        experiment,
-        overwrite=False,
-        data=replace(experiment.data, root=absolute(experiment.data.root)),
-        backbone=replace(backbone, weights=absolute(backbone.weights)),
-    )
-
-
-def differing_settings(one: Experiment, other: Experiment) -> list[str]:
-    """Dotted names of the settings in which two recorded experiments differ, the folder aside.
-
-    Examples
-    --------
-    >>> differing_settings(Experiment(seed=1, out="a"), Experiment(seed=2, out="b"))
-    ['seed']
-    """
-    found = []
-    for item in fields(Experiment):
-        ours, theirs = getattr(one, item.name), getattr(other, item.name)
-        if item.name in ("out", "overwrite") or ours == theirs:
-            continue
-        if is_dataclass(ours):
-            inner = [
-                f.name for f in fields(ours) if getattr(ours, f.name) != getattr(theirs, f.name)
-            ]
-            found += [f"{item.name}.{name}" for name in inner]
-        else:
-            found.append(item.name)
-    return found
 
 
 def _resolve_names(argv: Sequence[str]) -> list[str]:
@@ -244,5 +202,9 @@ def _build(kind: type[T], values: object, name: str = "") -> T:
     arguments = {}
     for key, hint in get_type_hints(kind).items():
         value = values[key]
+        # jsonargparse lets null pass for any type.
+        if value is None and hint is not Any and type(None) not in get_args(hint):
+            msg = f"{name}{'.' if name else ''}{key} must have a value, got null."
+            raise ValueError(msg)
         arguments[key] = _build(cast("type", hint), value, key) if is_dataclass(hint) else value
     return kind(**arguments)

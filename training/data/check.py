@@ -1,10 +1,10 @@
 """Look through a folder of images before training on it: what is there, and what is wrong."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
-from os import cpu_count
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -12,11 +12,15 @@ from typing import NamedTuple
 import numpy as np
 
 from training.config import DataConfig
+from training.cpus import usable_cpus
 from training.data.decode import UnreadableImageError, decode
 from training.data.domainnet import listed_domains, read_lists
-from training.data.folder import LAYOUT, Classes, class_folders, named_folder, some, test_folder
+from training.data.folder import LAYOUT, Classes, named_folder, some, test_folder
+from training.data.walk import walk_classes
 
 _SHOWN = 10
+_HEADER = ["split", "classes", "images", "a class", "width", "height"]
+_HEADER += ["unreadable", "twice", "ignored", "loops"]
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,18 @@ class SplitReport:
         Width and height of every image that could be read, in pixels.
     unreadable
         What is wrong with every other image.
+    ignored
+        Files that are not read, since their names do not end like that of an image.
+    loops
+        Links to a folder that they lie in, which are not followed.
     """
 
     name: str
     classes: dict[str, int]
     sizes: list[tuple[int, int]]
     unreadable: list[str]
+    ignored: tuple[Path, ...] = ()
+    loops: tuple[Path, ...] = ()
 
     @property
     def images(self) -> int:
@@ -81,14 +91,14 @@ class DataReport:
         return not self.problems
 
     def __str__(self) -> str:
-        header = ["split", "classes", "images", "a class", "width", "height", "unreadable", "twice"]
-        rows = [header, *(self._row(split) for split in self.splits)]
-        widths = [max(len(row[k]) for row in rows) for k in range(len(header))]
+        rows = [_HEADER, *(self._row(split) for split in self.splits)]
+        widths = [max(len(row[k]) for row in rows) for k in range(len(_HEADER))]
         lines = [
             "  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip()
             for row in rows
         ]
         lines.append("ranges are smallest/median/largest; twice: the same pixels in both splits")
+        lines += [_ignored(split) for split in self.splits if split.ignored]
         problems = self.problems
         lines += problems[:_SHOWN]
         if len(problems) > _SHOWN:
@@ -108,12 +118,20 @@ class DataReport:
             _range(height for _, height in split.sizes),
             str(len(split.unreadable)),
             str(len({pair[side] for pair in self.duplicates})),
+            str(len(split.ignored)),
+            str(len(split.loops)),
         ]
 
 
 class _Scan(NamedTuple):
     size: tuple[int, int]
     digest: bytes
+
+
+class _Listed(NamedTuple):
+    classes: Classes
+    ignored: list[Path]
+    loops: list[Path]
 
 
 def check_data(
@@ -135,23 +153,28 @@ def check_data(
     FileNotFoundError
         If the folder or its training split is missing.
     ValueError
-        If DomainNet's lists are malformed.
+        If DomainNet's lists are malformed, or there are no workers.
     """
+    if workers is not None and workers < 1:
+        msg = f"workers is {workers}; allowed: at least 1"
+        raise ValueError(msg)
     folder = Path(root).expanduser()
     listing, missing = _listing(folder, train_only=train_only)
     scans: dict[str, dict[Path, _Scan | str]] = {}
-    with ThreadPoolExecutor(workers or cpu_count()) as pool:
-        for name, classes in listing.items():
-            paths = [path for files in classes.values() for path in files]
+    with ThreadPoolExecutor(workers or usable_cpus()) as pool:
+        for name, listed in listing.items():
+            paths = [path for files in listed.classes.values() for path in files]
             scans[name] = dict(zip(paths, pool.map(_scan, paths), strict=True))
     splits = [
         SplitReport(
             name,
-            {label: len(files) for label, files in classes.items()},
+            {label: len(files) for label, files in listed.classes.items()},
             [scan.size for scan in scans[name].values() if isinstance(scan, _Scan)],
             [scan for scan in scans[name].values() if isinstance(scan, str)],
+            tuple(listed.ignored),
+            tuple(listed.loops),
         )
-        for name, classes in listing.items()
+        for name, listed in listing.items()
     ]
     return DataReport(folder, splits, _duplicates(*scans.values()), missing)
 
@@ -174,26 +197,35 @@ def verify_data(config: DataConfig) -> None:
         raise ValueError(msg)
 
 
-def _listing(root: Path, *, train_only: bool) -> tuple[dict[str, Classes], list[str]]:
+def _listing(root: Path, *, train_only: bool) -> tuple[dict[str, _Listed], list[str]]:
     domains = listed_domains(root)
     if domains:
         names = ["train"] if train_only else ["train", "test"]
-        listing = {name: read_lists(root, domains, name) for name in names}
+        listing = {name: _Listed(read_lists(root, domains, name), [], []) for name in names}
     else:
         folders = [root / "train"] if train_only else [root / "train", test_folder(root)]
         if not folders[0].is_dir():
             msg = f"no folder {folders[0]}; {LAYOUT}"
             raise FileNotFoundError(msg)
-        listing = {f.name: class_folders(f) if f.is_dir() else {} for f in folders}
+        listing = {f.name: _list_split(f) for f in folders}
     missing = []
-    for name, classes in listing.items():
-        empty = [label for label, files in classes.items() if not files]
-        others = set().union(*listing.values()) - set(classes)
+    for name, listed in listing.items():
+        empty = [label for label, files in listed.classes.items() if not files]
+        others = set().union(*(x.classes for x in listing.values())) - set(listed.classes)
         if empty:
             missing.append(f"{name} has no images of {some(empty)}")
         if others:
             missing.append(f"{name} lacks the classes {some(others)}")
     return listing, missing
+
+
+def _list_split(folder: Path) -> _Listed:
+    if not folder.is_dir():
+        return _Listed({}, [], [])
+    classes, beside = walk_classes(folder)
+    trees = [beside, *classes.values()]
+    ignored, loops = ([p for tree in trees for p in getattr(tree, k)] for k in ("others", "loops"))
+    return _Listed({name: tree.images for name, tree in classes.items()}, ignored, loops)
 
 
 def _scan(path: Path) -> _Scan | str:
@@ -220,6 +252,13 @@ def _duplicates(
         if isinstance(scan, _Scan)
         for twin in known.get(scan.digest, [])
     ]
+
+
+def _ignored(split: SplitReport) -> str:
+    """How many files of which kinds were not read, and the first of them."""
+    kinds = Counter(path.suffix.lower() or "no extension" for path in split.ignored)
+    named = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
+    return f"{split.name}: ignored {named}, such as {split.ignored[0]}"
 
 
 def _range(values: Iterable[int]) -> str:

@@ -1,6 +1,5 @@
 """Folder trees of images: ``train/CLASS/*`` with ``test/CLASS/*`` or ``val/CLASS/*``."""
 
-import os
 from itertools import chain
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from training.config import CLASS_COUNTS, DataConfig
 from training.data.decode import open_image
 from training.data.images import LazyImages
 from training.data.source import Source, Split
+from training.data.walk import walk_classes
 
 LAYOUT = "expected ROOT/train/CLASS/IMAGE with ROOT/test/CLASS/IMAGE or ROOT/val/CLASS/IMAGE."
 
@@ -21,8 +21,9 @@ Classes = dict[str, list[Path]]
 def folder_source(config: DataConfig) -> Source:
     """List a folder tree; classes are numbered in the order of their sorted folder names.
 
-    Images may lie in further folders under a class; files with another extension and names that
-    start with a dot are ignored. Of ``test`` and ``val``, ``test`` is used if both are there.
+    Images may lie in further folders under a class; files with another extension, names that
+    start with a dot and links back to a folder above are ignored. Of ``test`` and ``val``,
+    ``test`` is used if both are there.
 
     Raises
     ------
@@ -119,8 +120,7 @@ def file_split(classes: Classes, config: DataConfig) -> Split:
 
 def class_folders(folder: Path) -> Classes:
     """The images of every class folder, sorted by name; classes without any are included."""
-    names = sorted(e.name for e in folder.iterdir() if e.is_dir() and not e.name.startswith("."))
-    return {name: _list_images(folder / name) for name in names}
+    return {name: found.images for name, found in walk_classes(folder)[0].items()}
 
 
 def check_same(root: Path, train: set[str], test: set[str], name: str) -> None:
@@ -157,12 +157,3 @@ def _list_classes(folder: Path) -> Classes:
         msg = f"{folder}: no images ({kinds}) for {some(empty)}: add some or remove the folders."
         raise ValueError(msg)
     return classes
-
-
-def _list_images(folder: Path) -> list[Path]:
-    return [
-        Path(parent, name)
-        for parent, _, names in sorted(os.walk(folder, followlinks=True))
-        for name in sorted(names)
-        if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
-    ]

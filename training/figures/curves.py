@@ -7,6 +7,7 @@ from statistics import fmean, stdev
 from textwrap import wrap
 from typing import TYPE_CHECKING, NamedTuple
 
+from training.figures.axes import label_ends, logarithmic, style_tasks
 from training.figures.style import line_style, new_figure, plain, save
 
 if TYPE_CHECKING:
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
 _WIDTH, _HEIGHT = 5.4, 3.1  # inches of a panel: legible when a phone shows the whole width
 _LEGEND = 64  # letters that a line of the legend holds
-_TICKS = 12
 
 
 class Curve(NamedTuple):
@@ -203,7 +203,7 @@ def _draw(axes: "Axes", panel: Panel) -> None:
                 curve.x, curve.low, curve.high, color=style["color"], alpha=0.16, lw=0
             )
     if panel.log:
-        _logarithmic(axes)
+        logarithmic(axes)
     if panel.level is not None:
         axes.axhline(panel.level, color="#555555", lw=0.8, zorder=0)
     last = max(max(curve.x) for curve in panel.curves)
@@ -218,38 +218,3 @@ def _draw(axes: "Axes", panel: Panel) -> None:
     axes.grid(axis="y", color="#dddddd", lw=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _logarithmic(axes: "Axes") -> None:
-    """Values in decades, with plain numbers beside the ticks."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def style_tasks(axes: "Axes", last: float, first: float = 1, *, room: bool = True) -> None:
-    """Whole numbers along the bottom, and room on the right for the values at the ends."""
-    low, high = int(first), int(last)
-    axes.set_xticks(range(low, high + 1, -(-(high - low + 1) // _TICKS)))
-    width = max(high - low, 1)
-    axes.set_xlim(low - 0.06 * width, high + (0.14 if room else 0.06) * width)
-    axes.set_xlabel("tasks learned")
-    axes.grid(axis="y", color="#dddddd", lw=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def label_ends(axes: "Axes", last: float, ends: list[tuple[float, str]], form: str) -> None:
-    """Write each curve's last value at its end, moved apart where they would overlap."""
-    low, high = axes.get_ylim()
-    gap = 0.06 * max(high - low, 1e-9)
-    placed = -float("inf")
-    for value, colour in sorted(ends):
-        placed = max(value, placed + gap)
-        axes.annotate(
-            f"{value:{form}}", (last, placed), xytext=(8, 0), textcoords="offset points",
-            va="center", color=colour, fontsize=9, fontweight="bold", annotation_clip=False,
-        )  # fmt: skip

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training.figures.curves import label_ends, style_tasks
+from training.figures.axes import label_ends, style_tasks
 from training.figures.style import COLOURS, new_figure, plain, save, shorten
 
 if TYPE_CHECKING:

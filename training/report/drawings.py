@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 from training.figures import Panel, comparison_figure, line_figure, matrix_figure, spread_curves
 from training.metrics import AccuracyMatrix
+from training.report.costs import task_memory, task_seconds
 from training.report.grouping import Section, slug, tasks_of
 from training.report.inside import inside_drawings
+from training.report.measures import reference
 from training.report.runs import Finished
-from training.report.summary import reference, task_memory, task_seconds
 
 Seeds = dict[str, list[list[float]]]
 _AGES = {"old": "old tasks", "new": "the new task", "all": "all classes seen"}
@@ -30,6 +31,8 @@ class Drawing(NamedTuple):
         What it shows, in words.
     draw : callable
         Draws it to a path.
+    folded : bool
+        The page shows it when it is asked for: there is one for every method.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Drawing(NamedTuple):
     caption: str
     alt: str
     draw: Callable[[Path], Path]
+    folded: bool = False
 
 
 def drawings(
@@ -69,8 +73,8 @@ def drawings(
     yield from _forgetting(section)
     yield from _costs(section)
     yield from _matrices(section)
-    for label, runs in section.groups.items():
-        yield from (Drawing(*parts) for parts in inside_drawings(label, runs))
+    for label in section.fresh:
+        yield from (Drawing(*x) for x in inside_drawings(label, section.groups[label]))
 
 
 def age_curves(matrix: AccuracyMatrix) -> dict[str, list[float]]:
@@ -165,7 +169,8 @@ def _costs(section: Section) -> Iterator[Drawing]:
 
 
 def _matrices(section: Section) -> Iterator[Drawing]:
-    for label, runs in section.groups.items():
+    for label in section.fresh:
+        runs = section.groups[label]
         matrices = [_primary(run).matrix for run in runs]
         if len(matrices[0]) < 2:
             continue
@@ -181,6 +186,7 @@ def _matrices(section: Section) -> Iterator[Drawing]:
             "Row: after learning a task; column: on the classes of a task. Mean over seeds.",
             f"Heat map of accuracies. Last row, by task: {last} per cent.",
             partial(matrix_figure, mean),
+            folded=True,
         )
 
 

@@ -33,25 +33,42 @@ _SECTION_KEYS = (
 )
 
 
+REST = "others"
+"""Title of the methods that a sweep with titles puts nowhere."""
+
+
 class Section(NamedTuple):
     """Runs on the same data, cut into the same tasks, from the same backbone.
 
+    Where a sweep says which of its variants belong together, each such part is a section.
+
     Attributes
     ----------
-    title : str
+    base : str
         Data and backbone.
+    part : str
+        Title of the part; empty where there is one alone.
     slug : str
-        The same as a file name.
+        Both as a file name.
     groups : dict of str to list of Finished
         Runs that differ by their seed alone, under a label; by seed.
     labels : tuple of str
         Labels of all sections, so that a method has one colour in all of them.
+    fresh : tuple of str
+        Labels that no earlier section on the same data and backbone has.
     """
 
-    title: str
+    base: str
+    part: str
     slug: str
     groups: dict[str, list[Finished]]
     labels: tuple[str, ...]
+    fresh: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        """Data, backbone and part."""
+        return f"{self.base}: {self.part}" if self.part else self.base
 
     def all_groups(self) -> dict[str, list[Finished]]:
         """The groups under the labels of all sections; one that is not here has no runs."""
@@ -73,6 +90,8 @@ class Section(NamedTuple):
 def by_section(runs: Sequence[Finished]) -> list[Section]:
     """Sections in the order of their first run, each with its groups in that order.
 
+    Parts of a sweep are in the order of its file, and so are their groups.
+
     Raises
     ------
     ValueError
@@ -81,14 +100,45 @@ def by_section(runs: Sequence[Finished]) -> list[Section]:
     found: dict[str, list[Finished]] = {}
     for run in runs:
         found.setdefault(_key(_identity(run)), []).append(run)
-    titles = _distinct(
+    bases = _distinct(
         [_title(part) for part in found.values()], [_identity(part[0]) for part in found.values()]
     )
-    slugs = [slug(title) for title in titles]
-    names = [slug if slugs.count(slug) == 1 else f"{slug}-{k}" for k, slug in enumerate(slugs, 1)]
     groups = [_groups(part) for part in found.values()]
     labels = tuple(dict.fromkeys(label for part in groups for label in part))
-    return [Section(*fields, labels) for fields in zip(titles, names, groups, strict=True)]
+    titles = dict.fromkeys(title for run in runs for title in run.groups)
+    sections: list[Section] = []
+    for base, part in zip(bases, groups, strict=True):
+        shown: set[str] = set()
+        for title, inner in _parts(part, list(titles)).items():
+            fresh = tuple(label for label in inner if label not in shown)
+            sections.append(Section(base, title, "", inner, labels, fresh))
+            shown |= set(inner)
+    slugs = [slug(section.title) for section in sections]
+    return [
+        section._replace(slug=name if slugs.count(name) == 1 else f"{name}-{number}")
+        for number, (section, name) in enumerate(zip(sections, slugs, strict=True), 1)
+    ]
+
+
+def _parts(
+    groups: dict[str, list[Finished]], titles: Sequence[str]
+) -> dict[str, dict[str, list[Finished]]]:
+    """Groups by the part that they are in; one may be in several."""
+    places = {label: _places(runs) for label, runs in groups.items()}
+    found = {}
+    for title in titles:
+        inner = [label for label in groups if title in places[label]]
+        inner.sort(key=lambda label: places[label][title])
+        if inner:
+            found[title] = {label: groups[label] for label in inner}
+    rest = {label: runs for label, runs in groups.items() if not places[label]}
+    if rest:
+        found[REST if found else ""] = rest
+    return found
+
+
+def _places(runs: Sequence[Finished]) -> dict[str, int]:
+    return {title: place for run in runs for title, place in run.places.items()}
 
 
 def shared_readouts(runs: Sequence[Finished]) -> list[str]:

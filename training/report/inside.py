@@ -116,7 +116,7 @@ def _by_layer(
     """A measure of a subspace over the layers, and whether it is there for all of them."""
     x, centre, low, high, complete = [], [], [], [], True
     for place, layer in enumerate(tasks[0]["layers"], 1):
-        having = [task["layers"][layer][name] for task in tasks if name in task["layers"][layer]]
+        having = [m[name] for m in (task["layers"].get(layer, {}) for task in tasks) if name in m]
         found = [m[measure] for m in having if m[measure] is not None]
         complete &= len(found) == len(having)
         if found:

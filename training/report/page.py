@@ -16,7 +16,10 @@ _PIXELS_A_POINT = 4 / 3
 
 
 class Figure(NamedTuple):
-    """A figure of the page; ``source`` is a data URI, sizes are in CSS pixels."""
+    """A figure of the page; ``source`` is a data URI, sizes are in CSS pixels.
+
+    One that is folded is opened by the reader.
+    """
 
     title: str
     caption: str
@@ -24,6 +27,7 @@ class Figure(NamedTuple):
     source: str
     width: int
     height: int
+    folded: bool = False
 
 
 class Part(NamedTuple):
@@ -48,16 +52,15 @@ def embed(path: Path, title: str, caption: str, alt: str) -> Figure:
     if size is None:
         msg = f"{path} does not say its size"
         raise ValueError(msg)
-    sides = (round(_PIXELS_A_POINT * float(side)) for side in size.groups())
+    width, height = (round(_PIXELS_A_POINT * float(side)) for side in size.groups())
     source = f"data:image/svg+xml;base64,{b64encode(content).decode('ascii')}"
-    return Figure(title, caption, alt, source, *sides)
+    return Figure(title, caption, alt, source, width, height)
 
 
 def page(
     title: str,
     count: str,
     notes: Sequence[str],
-    overview: Sequence[Table],
     parts: Sequence[Part],
     runs: Table,
 ) -> str:
@@ -69,8 +72,6 @@ def page(
         Its title, and how much it covers.
     notes : sequence of str
         What the reader should know first.
-    overview : sequence of Table
-        Tables over several sections.
     parts : sequence of Part
         The sections.
     runs : Table
@@ -82,5 +83,5 @@ def page(
         autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
     )
     return environment.from_string(text).render(
-        title=title, count=count, notes=notes, overview=overview, parts=parts, runs=runs
+        title=title, count=count, notes=notes, parts=parts, runs=runs
     )

@@ -1,15 +1,16 @@
 """Writing a report: tables, figures, and the page that holds them all."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from training.files import write_text
-from training.report.drawings import drawings
+from training.report.drawings import Drawing, drawings
 from training.report.grouping import Section, by_section
 from training.report.page import Figure, Part, embed, page
 from training.report.runs import Found, find_runs
-from training.report.summary import report_tables, side_by_side
+from training.report.side import lead_drawing, side_by_side, side_drawings
+from training.report.summary import report_tables
 from training.report.tables import Cell, Table, latex, markdown
 
 MARKDOWN, LATEX, PAGE, FIGURES = "tables.md", "tables.tex", "report.html", "figures"
@@ -26,12 +27,15 @@ class Report(NamedTuple):
         Data and backbones, each with its methods.
     unfinished : list of Path
         Runs that are named but not counted.
+    others : list of Path
+        What was given and holds no run.
     against, baseline : str or None
         Whose lead is given, and relative to whom accuracies are drawn.
     """
 
     sections: list[Section]
     unfinished: list[Path]
+    others: list[Path]
     against: str | None
     baseline: str | None
 
@@ -59,16 +63,21 @@ class Report(NamedTuple):
             if label is not None and label not in labels:
                 msg = f"--{option} {label}: no such method among {', '.join(labels)}"
                 raise ValueError(msg)
-        return cls(sections, found.unfinished, against, baseline)
+        return cls(sections, found.unfinished, found.others, against, baseline)
 
     def notes(self) -> list[str]:
         """What the reader should know first."""
-        named = ", ".join(str(path) for path in self.unfinished)
-        return [f"Unfinished runs, not counted: {named}."] if named else []
+        # What a sweep puts beside its runs is met wherever runs are given by a pattern.
+        strange = [p for p in self.others if "logs" not in (p.name, p.parent.name)]
+        found = {
+            "Unfinished runs, not counted": self.unfinished,
+            "No run is in": [path for path in strange if path.suffix != ".json"],
+        }
+        return [f"{k}: {', '.join(map(str, paths))}." for k, paths in found.items() if paths]
 
     def overview(self) -> list[Table]:
-        """Tables over several sections."""
-        return side_by_side(self.sections, self.against) if len(self.sections) > 1 else []
+        """Tables over several data sets or backbones."""
+        return side_by_side(self.sections, self.against)
 
     def markdown(self) -> str:
         """All tables as Markdown."""
@@ -119,15 +128,21 @@ def write_report(report: Report, out: Path, *, overwrite: bool = False) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / MARKDOWN, report.markdown())
     write_text(out / LATEX, report.latex())
+    overview = Part(
+        "side-by-side",
+        "Side by side",
+        report.overview(),
+        _figures(side_drawings(report.sections, report.against), out / FIGURES),
+    )
     parts = [_part(report, section, out) for section in report.sections]
-    count = sum(len(runs) for section in report.sections for runs in section.groups.values())
+    runs = _runs(report.sections)
+    methods = _plural(len(report.sections[0].labels), "method")
     text = page(
         _TITLE,
-        f"{_plural(count, 'finished run')} of {_plural(len(report.sections[0].labels), 'method')}.",
+        f"{_plural(len(runs.rows), 'finished run')} of {methods}.",
         report.notes(),
-        report.overview(),
-        parts,
-        _runs(report.sections),
+        [*([overview] if overview.tables else []), *parts],
+        runs,
     )
     write_text(out / PAGE, text)
     return out / PAGE
@@ -138,30 +153,39 @@ def _part(report: Report, section: Section, out: Path) -> Part:
     if len(report.sections) > 1:
         folder /= section.slug
     baseline = report.baseline if report.baseline in section.groups else None
+    drawn = [
+        *lead_drawing(section, report.against),
+        *drawings(section, against=report.against, baseline=baseline),
+    ]
+    tables = report_tables(section, report.against)
+    return Part(section.slug, section.title, tables, _figures(drawn, folder))
+
+
+def _figures(drawn: Iterable[Drawing], folder: Path) -> list[Figure]:
     figures: dict[str, Figure] = {}
-    for drawing in drawings(section, against=report.against, baseline=baseline):
+    for drawing in drawn:
         name = drawing.name
         while name in figures:  # labels that differ in punctuation alone
             name += "-"
         for ending in _ENDINGS:
-            drawn = drawing.draw(folder / f"{name}{ending}")
-        figures[name] = embed(drawn, drawing.title, drawing.caption, drawing.alt)
-    tables = report_tables(section, report.against)
-    return Part(section.slug, section.title, tables, list(figures.values()))
+            path = drawing.draw(folder / f"{name}{ending}")
+        found = embed(path, drawing.title, drawing.caption, drawing.alt)
+        figures[name] = found._replace(folded=drawing.folded)
+    return list(figures.values())
 
 
 def _runs(sections: Sequence[Section]) -> Table:
     rows = [
         [
             Cell(label),
-            Cell(section.title),
+            Cell(section.base),
             Cell(str(run.experiment.seed)),
             Cell("yes" if run.analysis else "no"),
             Cell(str(run.path)),
         ]
         for section in sections
-        for label, runs in section.groups.items()
-        for run in runs
+        for label in section.fresh
+        for run in section.groups[label]
     ]
     return Table("Finished runs", ["method", "section", "seed", "analysed", "folder"], rows)
 

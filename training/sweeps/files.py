@@ -6,9 +6,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
+from training.config.yaml_text import read_yaml
 
-_KEYS = {"configs", "settings", "variants", "seeds", "slurm"}
+_KEYS = {"configs", "settings", "variants", "groups", "seeds", "slurm"}
 _SEED_MAX = 2**32 - 1
 
 
@@ -31,6 +31,8 @@ class Sweep:
         Settings of all runs, over those of the configurations.
     slurm
         What submitit asks the cluster for, such as {timeout_min: 600, gpus_per_node: 1}.
+    groups
+        By title: the variants that a report shows together; one may be in several.
     """
 
     variants: Mapping[str, Mapping[str, Any]]
@@ -38,6 +40,7 @@ class Sweep:
     configs: Sequence[str] = ()
     settings: Mapping[str, Any] | None = None
     slurm: Mapping[str, Any] | None = None
+    groups: Mapping[str, Sequence[str]] | None = None
 
 
 def packaged_sweeps() -> list[str]:
@@ -52,7 +55,7 @@ def read_sweep(source: str | Path) -> Sweep:
     Raises
     ------
     ValueError
-        If there is no such sweep, or the file does not hold one.
+        If there is no such sweep, or the file does not hold one, or holds a key twice.
     """
     path = Path(source)
     if not path.is_file():
@@ -61,16 +64,12 @@ def read_sweep(source: str | Path) -> Sweep:
             msg = f"no sweep {str(source)!r}: give a YAML file, or a packaged one ({known})"
             raise ValueError(msg)
         path = Path(str(files("training").joinpath("configs", "sweeps", f"{source}.yaml")))
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        msg = f"{path} is not YAML: {error}"
-        raise ValueError(msg) from error
+    content = read_yaml(path)
     if not isinstance(content, dict) or not {"variants", "seeds"} <= set(content) <= _KEYS:
         there = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
         msg = (
-            f"{path}: a sweep has variants and seeds, and may have configs, settings and slurm; "
-            f"found {there}"
+            f"{path}: a sweep has variants and seeds, and may have configs, settings, groups and "
+            f"slurm; found {there}"
         )
         raise ValueError(msg)
     variants = content["variants"]
@@ -97,6 +96,13 @@ def _check(sweep: Sweep, path: Path) -> None:
         and all(isinstance(name, str) for name in sweep.configs),
         "settings": isinstance(sweep.settings, dict | None),
         "slurm": isinstance(sweep.slurm, dict | None),
+        "groups": sweep.groups is None
+        or (
+            isinstance(sweep.groups, dict)
+            and all(isinstance(title, str) and title.strip() for title in sweep.groups)
+            and all(isinstance(part, list) and part for part in sweep.groups.values())
+            and all(_known(part, sweep.variants) for part in sweep.groups.values())
+        ),
     }
     rules = {
         "variants": "different names (letters, digits, . _ -) with a mapping of settings each",
@@ -104,6 +110,7 @@ def _check(sweep: Sweep, path: Path) -> None:
         "configs": "a list of configurations",
         "settings": "a mapping of settings",
         "slurm": "a mapping of job parameters",
+        "groups": "lists of different variants of the sweep, each under a title",
     }
     for key, sound in fine.items():
         if not sound:
@@ -111,6 +118,15 @@ def _check(sweep: Sweep, path: Path) -> None:
             raise ValueError(msg)
 
 
+def _known(names: Sequence[Any], variants: Any) -> bool:
+    fine = all(isinstance(name, str) and name in variants for name in names)
+    return fine and len(set(names)) == len(names)
+
+
 def _plain(name: str) -> bool:
     fine = all(c.isalnum() or c in "._-" for c in name)
-    return fine and name.casefold() not in ("", ".", "..", "logs") and not name.startswith("-")
+    return (
+        fine
+        and name.casefold() not in ("", ".", "..", "logs", "groups.json")
+        and not name.startswith("-")
+    )

@@ -3,8 +3,9 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from training.checkpoints import has_checkpoint
 from training.config import (
@@ -15,11 +16,16 @@ from training.config import (
     read_experiment,
 )
 from training.config.neutral import NEUTRAL
+from training.files import read_json
+from training.lock import held_by
+from training.methods import check_method
 from training.presets import effective
-from training.run_folder import CHECKPOINTS, CONFIG, is_finished
+from training.run_folder import CHECKPOINTS, CONFIG, ENVIRONMENT, is_finished
 from training.sweeps.files import Sweep
 from training.trackers import flat_settings
+from training.weight_files import file_sha256
 
+Standing = Literal["done", "to do", "running elsewhere", "unreadable"]
 _MAPPINGS = ("method.options", "backbone.options")  # settings that are mappings themselves
 
 
@@ -29,6 +35,10 @@ class Job(NamedTuple):
     name: str
     experiment: Experiment
     folder: Path
+
+
+class UnreadableRunError(ValueError):
+    """A run is finished, but the record of its settings cannot be read."""
 
 
 def plan(
@@ -51,7 +61,7 @@ def plan(
     ------
     ValueError
         If there is no such variant, settings of one are wrong, or a run's folder holds a run of
-        other settings.
+        other settings. A finished run that cannot be read stops nothing: it fails in its turn.
     """
     unknown = sorted(set(only or ()) - set(sweep.variants))
     if unknown:
@@ -65,23 +75,42 @@ def plan(
             folder = out / name / f"seed{seed}"
             own = replace(experiment, seed=seed, out=str(folder))
             jobs.append(Job(f"{name}, seed {seed}", own, folder))
-            finished(jobs[-1])
+            standing(jobs[-1])
     return jobs
 
 
 def _experiment(sweep: Sweep, name: str, extra: Sequence[str]) -> Experiment:
     argv = [f"--config={config}" for config in sweep.configs]
-    # What the command line says wins over the file, but a variant is what it is.
-    argv += [*_flags(sweep.settings or {}), *extra, *_flags(sweep.variants[name] or {})]
-    fixed = [x for x in argv if x.partition("=")[0] in ("--seed", "--out")]
-    if fixed:
-        msg = f"variant {name}: {', '.join(fixed)}: seeds and folders are the sweep's own to set"
-        raise ValueError(msg)
     try:
-        return experiment_of(argv)
+        # What the command line says wins over the file, but a variant is what it is.
+        argv += [*_flags(sweep.settings or {}), *extra, *_flags(sweep.variants[name] or {})]
+        fixed = [x for x in argv if x.partition("=")[0] in ("--seed", "--out")]
+        if fixed:
+            msg = f"{', '.join(fixed)}: seeds and folders are the sweep's own to set"
+            raise ValueError(msg)
+        experiment = experiment_of(argv)
+        check_method(experiment.method)
     except ValueError as error:
         msg = f"variant {name}: {error}"
         raise ValueError(msg) from error
+    return experiment
+
+
+def standing(job: Job) -> Standing:
+    """Where the run of a job stands.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds a finished run of other settings.
+    """
+    try:
+        done = finished(job)
+    except UnreadableRunError:
+        return "unreadable"
+    if done:
+        return "done"
+    return "to do" if held_by(job.folder) is None else "running elsewhere"
 
 
 def finished(job: Job) -> bool:
@@ -89,15 +118,26 @@ def finished(job: Job) -> bool:
 
     Raises
     ------
+    UnreadableRunError
+        If the folder holds a finished run whose settings cannot be read.
     ValueError
         If the folder holds a finished run of other settings.
     """
     if not is_finished(job.folder):
         return False
-    found, wanted = read_experiment(job.folder / CONFIG), as_recorded(effective(job.experiment))
+    try:
+        found = read_experiment(job.folder / CONFIG)
+    except (ValueError, OSError) as error:
+        msg = f"{job.folder} holds a finished run that cannot be read, move it away: {error}"
+        raise UnreadableRunError(msg) from error
+    wanted = as_recorded(effective(job.experiment))
+    # Where two paths lead to the same file, it does not matter how they are written.
+    apart = differing_settings(found, wanted)
     there, here = flat_settings(found), flat_settings(wanted)
     alike = (*NEUTRAL, "out", "device", "threads", "overwrite", "tracker")
-    differing = [key for key in here if key not in alike and there.get(key) != here[key]]
+    differing = [k for k in here if k in apart and k not in alike and there.get(k) != here[k]]
+    if "backbone.weights" in differing and _same_weights(job.folder, wanted):
+        differing.remove("backbone.weights")
     if differing:
         msg = (
             f"{job.folder} holds a run with other settings ({', '.join(differing)} differ): give "
@@ -111,8 +151,28 @@ def can_go_on(job: Job) -> bool:
     """Whether the folder of a job holds an unfinished run of its settings with a checkpoint."""
     if is_finished(job.folder) or not (job.folder / CONFIG).is_file():
         return False
-    found, wanted = read_experiment(job.folder / CONFIG), as_recorded(effective(job.experiment))
+    try:
+        found = read_experiment(job.folder / CONFIG)
+    except ValueError:
+        return False
+    wanted = as_recorded(effective(job.experiment))
     return not differing_settings(found, wanted) and has_checkpoint(job.folder / CHECKPOINTS)
+
+
+def _same_weights(folder: Path, wanted: Experiment) -> bool:
+    """Whether the file of weights has the content that the run in a folder recorded."""
+    path = Path(wanted.backbone.weights or "")
+    if not path.is_file() or not (folder / ENVIRONMENT).is_file():
+        return False
+    recorded = read_json(folder / ENVIRONMENT).get("backbone", {}).get("weights_sha256")
+    return recorded is not None and recorded == _digest(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _digest(path: Path, modified: int) -> str:
+    """Hash of a file: many runs ask for that of the same one."""
+    del modified
+    return file_sha256(path)
 
 
 def _flags(values: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -122,7 +182,11 @@ def _flags(values: Mapping[str, Any], prefix: str = "") -> list[str]:
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and name not in _MAPPINGS:
             flags += _flags(value, f"{name}.")
-        else:
+            continue
+        try:
             text = value if isinstance(value, str) else json.dumps(value)
-            flags.append(f"--{name}={text}")
+        except TypeError as error:  # YAML has dates, sets and bytes too
+            msg = f"{name} is {value!r}, which no setting can be; text is put in quotes"
+            raise ValueError(msg) from error
+        flags.append(f"--{name}={text}")
     return flags
