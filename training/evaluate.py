@@ -18,6 +18,7 @@ from backends.torch.readouts import (
 )
 from training.config import Experiment, HeadConfig
 from training.metrics import class_counts
+from training.processes import started_with
 from training.state import RunState
 from training.trackers import require_tracker
 
@@ -26,11 +27,13 @@ def make_accelerator(experiment: Experiment, folder: Path | None = None) -> Acce
     """Device, precision and tracker of an experiment; the tracker writes into the folder."""
     if experiment.tracker is not None:
         require_tracker(experiment.tracker)
+    # Several processes without a GPU are for Accelerate one, unless it is told.
+    cpu = experiment.device == "cpu" or (started_with() > 1 and not torch.cuda.is_available())
     # Accelerate holds a process to the settings of its first Accelerator; one process may well
     # run several experiments.
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
-        cpu=experiment.device == "cpu",
+        cpu=cpu,
         mixed_precision=experiment.precision,
         log_with=experiment.tracker,
         project_dir=folder,
@@ -53,7 +56,14 @@ def extract_features(
         with accelerator.autocast():
             features.append(model(images.to(accelerator.device)).float())
         labels.append(targets)
-    return torch.cat(features), torch.cat(labels)
+    found = torch.cat(features)
+    if not bool(found.isfinite().all()):
+        msg = (
+            "the model gives features that are not finite: its weights have grown too large. "
+            "Lower train.lr or method.radius"
+        )
+        raise FloatingPointError(msg)
+    return found, torch.cat(labels)
 
 
 def wanted_readouts(config: HeadConfig) -> list[str]:

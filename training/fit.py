@@ -6,7 +6,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from training.data import loader, start_at, train_transform
+from backends.torch import RowsLoss
+from training.data import cut_loader, start_at, train_transform
+from training.files import nested, not_finite
 from training.losses import cosface
 from training.optimizers import learning_rate, make_optimizer
 from training.position import Position
@@ -41,15 +43,16 @@ def fit(run: Run, task: int, progress: Progress, began: dict[str, float]) -> dic
     """
     clock = time.perf_counter()
     experiment, config, state = run.experiment, run.experiment.train, run.state
-    accelerator, device = run.accelerator, run.accelerator.device
+    accelerator, processes = run.accelerator, run.processes
     first = run.stream.tasks[task][0]
     images = run.stream.train.subset(run.stream.tasks[task])
-    batches = loader(
+    batches = cut_loader(
         images.with_transform(train_transform(experiment.data)),
         config.batch_size,
         shuffle=True,
         seed=derive(experiment.seed, task, "batches"),
         workers=experiment.data.workers,
+        share=processes.share,
     )
     head = state.heads.current
     adapted = state.method.parameters()
@@ -60,6 +63,8 @@ def fit(run: Run, task: int, progress: Progress, began: dict[str, float]) -> dic
         torch.Generator().manual_seed(derive(experiment.seed, task, "steps")),
     )
     before = run.saver.restore_position(at) or {**began, "train": 0.0}
+    if processes.rank:  # drop-out: other images, other masks
+        torch.manual_seed(derive(experiment.seed, task, "dropout") + processes.rank)
     progress.advance(at.meter, at.epoch * len(batches) + at.batch)
 
     def seconds() -> dict[str, float]:
@@ -72,31 +77,16 @@ def fit(run: Run, task: int, progress: Progress, began: dict[str, float]) -> dic
             group["lr"] = lr
         _training_mode(state.model)
         for pixels, labels in batches:
-            inputs, targets = pixels.to(device, non_blocking=True), labels - first
-
-            def loss(
-                rows: Tensor,
-                inputs: Tensor = inputs,
-                targets: Tensor = targets,
-                meter: Meter = at.meter,
-            ) -> Tensor:
-                with accelerator.autocast():
-                    features = state.model(inputs[rows.to(device)])
-                cosines = head(features.float())
-                wanted = targets[rows].to(device)
-                meter.count(cosines, wanted)
-                return cosface(
-                    cosines, wanted, scale=experiment.head.scale, margin=experiment.head.margin
-                )
-
+            targets, seen = labels - first, Meter()
             step = state.method.step(
-                loss,
+                _loss(run, pixels, targets, seen),
                 targets,
                 at.optimizer,
                 generator=at.generator,
                 backward=accelerator.backward,
             )
             at.meter.add(step.loss, len(labels))
+            _join_counts(run, seen, at.meter)
             at.batch += 1
             progress.advance(at.meter)
             run.saver.inside_task(progress, at, seconds())
@@ -111,8 +101,48 @@ def fit(run: Run, task: int, progress: Progress, began: dict[str, float]) -> dic
     return seconds()
 
 
+def _loss(run: Run, pixels: Tensor, targets: Tensor, seen: Meter) -> RowsLoss:
+    """The mean loss over rows of a mini-batch, or the part of it that this process holds.
+
+    ``pixels`` are those of the process, ``targets`` of the whole mini-batch.
+    """
+    accelerator, head, config = run.accelerator, run.state.heads.current, run.experiment.head
+    inputs = pixels.to(accelerator.device, non_blocking=True)
+    start, stop = run.processes.share.bounds(len(targets))
+
+    def loss(rows: Tensor) -> Tensor:
+        alone = run.processes.count == 1
+        own = rows if alone else rows[(rows >= start) & (rows < stop)]
+        # Right ones among the rows of the others are added later, the rows themselves here.
+        seen.predicted += len(rows) - len(own)
+        if len(own) == 0:
+            return 0 * head.weight.sum()
+        with accelerator.autocast():
+            features = run.state.model(inputs[(own - start).to(accelerator.device)])
+        cosines = head(features.float())
+        wanted = targets[own].to(accelerator.device)
+        seen.count(cosines, wanted)
+        value = cosface(cosines, wanted, scale=config.scale, margin=config.margin)
+        return value if alone else value * (len(own) / len(rows))
+
+    return loss
+
+
+def _join_counts(run: Run, seen: Meter, meter: Meter) -> None:
+    """Add what all processes have counted in a step to the meter of the epoch."""
+    if run.processes.count > 1:
+        right = torch.as_tensor(seen.right, device=run.accelerator.device).clone()
+        run.processes.sum([right])
+        seen.right = right
+    meter.right = meter.right + seen.right
+    meter.predicted += seen.predicted
+
+
 def _raise_diverged(task: int, at: Position, loss: float) -> NoReturn:
     weights = "finite" if at.finite_weights() else "not finite"
+    # Squares of large gradients may overflow in Adam before anything else does.
+    if not_finite(nested(at.tensors(), "optimizer")):
+        weights += ", the state of the optimiser is not"
     msg = (
         f"training diverged: in task {task + 1}, epoch {at.epoch + 1} the loss is {loss:.4g} and "
         f"the trained weights are {weights}; nothing was merged. "

@@ -8,13 +8,21 @@ import torch
 from torch import Tensor
 
 from training.config import Experiment
-from training.data import loader, passes_begun, start_at, test_transform, train_transform
+from training.data import (
+    ImageSet,
+    loader,
+    passes_begun,
+    start_at,
+    test_transform,
+    train_transform,
+)
 from training.evaluate import (
     build_readouts,
     count_correct,
     extract_features,
 )
 from training.figures import accuracy_figure
+from training.files import flattened, not_finite
 from training.fit import fit
 from training.heads import class_mean_start
 from training.memory import peak_memory, reset_peak
@@ -84,6 +92,7 @@ def _run(run: Run, *, quiet: bool) -> Path:
     experiment, saver, tasks = run.experiment, run.saver, len(run.stream.tasks)
     catching = saver.stop if experiment.checkpoint.keep else nullcontext()
     try:
+        quiet = quiet or not run.processes.writes
         with catching, Progress(tasks, quiet=quiet) as progress:
             saver.restore_progress(progress)
             if not saver.resumes_in_task and run.state.tasks == 0:
@@ -92,7 +101,8 @@ def _run(run: Run, *, quiet: bool) -> Path:
                 run_task(run, task, progress)
                 if task + 1 < tasks:  # after the last one comes the result itself
                     saver.between_tasks(progress)
-            _finish(run, progress)
+            if run.processes.writes:
+                _finish(run, progress)
     finally:
         run.accelerator.end_training()
         run.folder.close()
@@ -133,6 +143,7 @@ def run_task(run: Run, task: int, progress: Progress) -> None:
         shuffle=True,
         seed=derive(experiment.seed, task, "moments"),
         workers=experiment.data.workers,
+        share=run.processes.share,
     )
     reset_peak(run.accelerator.device)
     clock = time.perf_counter()
@@ -143,6 +154,7 @@ def run_task(run: Run, task: int, progress: Progress) -> None:
     if not run.saver.resumes_in_task:
         state.method.begin_task(passes)
         run.saver.passes = passes_begun(passes)
+        _agree_on_weights(run)
         _add_head(run, task)
         seconds["begin"], clock = _lap(clock)
 
@@ -151,6 +163,7 @@ def run_task(run: Run, task: int, progress: Progress) -> None:
     clock = time.perf_counter()
 
     record = state.method.end_task(passes)
+    _agree_on_weights(run)
     seconds["end"], clock = _lap(clock)
 
     _update_readouts(run, task)
@@ -159,6 +172,7 @@ def run_task(run: Run, task: int, progress: Progress) -> None:
     _evaluate(run, task)
     state.tasks, run.saver.passes = task + 1, 0
     seconds["evaluate"], clock = _lap(clock)
+    _require_finite(run, task)
 
     keep = experiment.keep
     run.folder.keep(
@@ -186,6 +200,19 @@ def run_task(run: Run, task: int, progress: Progress) -> None:
     progress.end_task(task, accuracy[experiment.head.readout], seconds)
 
 
+def _require_finite(run: Run, task: int) -> None:
+    """Stop before anything of a task is written that left NaN or infinite values."""
+    readouts = {kind: readout.tensors() for kind, readout in run.state.readouts.items()}
+    broken = not_finite(run.state.tensors() | flattened(readouts=flattened(**readouts)))
+    if broken:
+        more = f" and {len(broken) - 4} more" if len(broken) > 4 else ""
+        msg = (
+            f"task {task + 1} left values that are not finite in {', '.join(broken[:4])}{more}; "
+            f"nothing of it was saved, the task before it is. Lower train.lr or method.radius"
+        )
+        raise FloatingPointError(msg)
+
+
 def _add_head(run: Run, task: int) -> None:
     classes = run.stream.tasks[task]
     start = None
@@ -196,19 +223,37 @@ def _add_head(run: Run, task: int) -> None:
     generator = torch.Generator().manual_seed(derive(run.experiment.seed, task, "head"))
     head = run.state.heads.add(len(classes), start=start, generator=generator)
     head.to(run.accelerator.device)
+    run.processes.copy_first([head.weight])
+
+
+def _agree_on_weights(run: Run) -> None:
+    """Solves of the same moments may round otherwise in another process."""
+    model = run.state.model
+    run.processes.copy_first([*model.parameters(), *model.buffers()])
 
 
 def _task_features(run: Run, task: int) -> tuple[Tensor, Tensor]:
     """Features of the task's training images under the test transform, and their labels."""
-    images = run.stream.train.subset(run.stream.tasks[task])
+    return _features(run, run.stream.train.subset(run.stream.tasks[task]))
+
+
+def _features(run: Run, images: ImageSet) -> tuple[Tensor, Tensor]:
+    """Features under the test transform, in the order of the images, and labels."""
+    share, device = run.processes.share, run.accelerator.device
     batches = loader(
         images.with_transform(test_transform(run.experiment.data)),
         run.experiment.train.eval_batch_size,
         shuffle=False,
         seed=0,
         workers=run.experiment.data.workers,
+        share=share,
     )
-    return extract_features(run.state.model, batches, run.accelerator)
+    if share.count == 1:
+        return extract_features(run.state.model, batches, run.accelerator)
+    part = torch.zeros(0, run.backbone.features, device=device)
+    if len(batches):
+        part, _ = extract_features(run.state.model, batches, run.accelerator)
+    return run.processes.rows(part, len(images)), images.labels
 
 
 def _update_readouts(run: Run, task: int) -> None:
@@ -225,15 +270,7 @@ def _update_readouts(run: Run, task: int) -> None:
 
 def _evaluate(run: Run, task: int) -> None:
     seen = [label for labels in run.stream.tasks[: task + 1] for label in labels]
-    images = run.stream.test.subset(seen).with_transform(test_transform(run.experiment.data))
-    batches = loader(
-        images,
-        run.experiment.train.eval_batch_size,
-        shuffle=False,
-        seed=0,
-        workers=run.experiment.data.workers,
-    )
-    features, labels = extract_features(run.state.model, batches, run.accelerator)
+    features, labels = _features(run, run.stream.test.subset(seen))
     state, sizes = run.state, [len(labels) for labels in run.stream.tasks[: task + 1]]
     for matrices, given in ((state.matrices, None), (state.task_given, sizes)):
         counts = count_correct(state.readouts, features, labels, len(seen), task_sizes=given)

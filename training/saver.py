@@ -1,19 +1,25 @@
 """When a run is saved, what is then written, and how it is taken up again."""
 
+import signal
 import time
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from training.checkpoints import Checkpoint, newest_checkpoint, write_checkpoint
 from training.config import CheckpointConfig
-from training.files import flattened, nested
+from training.files import flattened, nested, understanding
 from training.methods import saves_open_task
 from training.position import Position
+from training.processes import Processes
 from training.progress import Progress
 from training.run_folder import CHECKPOINTS, RunFolder
+from training.shapes import require_shape
 from training.signals import StopSignals
 from training.state import RunState
+
+_PROGRESS = {"trainable": [int], "seconds": {str: float}}
 
 
 class Saver:
@@ -27,6 +33,9 @@ class Saver:
         Gets the checkpoints.
     state : RunState
         The state of the run.
+    processes : Processes
+        Those of the run. The first writes, which is enough: between two steps all have the same
+        state. A signal to one stops all.
 
     Attributes
     ----------
@@ -36,8 +45,11 @@ class Saver:
         Passes over its images that the method has made in the open task.
     """
 
-    def __init__(self, config: CheckpointConfig, folder: RunFolder, state: RunState) -> None:
-        self.config, self.folder, self.state = config, folder, state
+    def __init__(
+        self, config: CheckpointConfig, folder: RunFolder, state: RunState, processes: Processes
+    ) -> None:
+        self.config = config if processes.writes else replace(config, keep=0)
+        self.folder, self.state, self.processes = folder, state, processes
         self.stop = StopSignals()
         self.passes = 0
         self._open: Checkpoint | None = None
@@ -52,9 +64,18 @@ class Saver:
     def load(self) -> None:
         """Take over the newest sound checkpoint; the state must be a fresh one."""
         found = newest_checkpoint(self.folder.path / CHECKPOINTS)
-        self.state.load(nested(found.tensors, "run"), found.record["run"])
-        self._progress = found.record["progress"]
-        self.passes = int(found.record["passes"])
+        with understanding(found.path):
+            self.state.load(nested(found.tensors, "run"), found.record["run"])
+            require_shape(found.record["progress"], _PROGRESS, "progress")
+            self._progress = found.record["progress"]
+            self.passes = int(found.record["passes"])
+            if (found.record["open"] is not None) != (
+                len(self.state.heads.sizes) > self.state.tasks
+            ):
+                msg = "it does not say where in its open task it stands"
+                raise ValueError(msg)
+            if found.record["open"] is not None:
+                require_shape(found.record["task_seconds"], {"train": float, str: float}, "seconds")
         self.folder.restore_log(found.metrics)
         self._open = found if found.record["open"] is not None else None
 
@@ -68,12 +89,14 @@ class Saver:
         if self._open is None:
             return {}
         found, self._open = self._open, None
-        position.load(nested(found.tensors, "open"), found.record["open"])
+        with understanding(found.path):
+            position.load(nested(found.tensors, "open"), found.record["open"])
         seconds: dict[str, float] = found.record["task_seconds"]
         return seconds
 
     def between_tasks(self, progress: Progress) -> None:
         """Save the run at the boundary of a task."""
+        self._agree()
         self._write(progress, {}, None, {})
         self._leave_if_asked(saved=True)
 
@@ -88,6 +111,7 @@ class Saver:
             After it was saved, if a signal came.
         """
         self._steps += 1
+        self._agree()
         asked = self.stop.wish is not None
         if not (asked or self._due()):
             return False
@@ -96,6 +120,11 @@ class Saver:
             self._write(progress, position.tensors(), position.record(), seconds)
         self._leave_if_asked(saved=able)
         return able
+
+    def _agree(self) -> None:
+        """Let a signal that one process got be one to all."""
+        number = self.processes.largest(int(self.stop.wish or 0))
+        self.stop.wish = signal.Signals(number) if number else None
 
     def _due(self) -> bool:
         steps, minutes = self.config.steps, self.config.minutes
@@ -130,5 +159,6 @@ class Saver:
     def _leave_if_asked(self, *, saved: bool) -> None:
         if self.stop.wish is None:
             return
+        self.processes.wait()  # the launcher ends the others as soon as one has ended
         what = "a checkpoint was written" if saved else "the checkpoint of the last task is there"
         self.stop.leave(f"{what}: loda train --resume {self.folder.path} goes on")

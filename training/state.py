@@ -91,9 +91,11 @@ class RunState:
         )
         self.model.load_state_dict(nested(tensors, "model"))
         self.method.load_state_dict(nested(tensors, "method"))
+        heads = nested(tensors, "heads")
+        _check(record, [len(weight) for weight in heads.values()])
         for size in record["head_sizes"]:
             self.heads.add(int(size), generator=torch.Generator())  # overwritten below
-        self.heads.load_state_dict(nested(tensors, "heads"))
+        self.heads.load_state_dict(heads)
         self.heads.to(next(self.model.parameters()).device)
         if self.statistics is not None and self.tasks:
             self.statistics.load_state_dict(nested(tensors, "statistics"))
@@ -115,3 +117,15 @@ def stored_bytes(state: RunState) -> dict[str, int]:
         group: sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         for group, tensors in groups.items()
     }
+
+
+def _check(record: Mapping[str, Any], weights: list[int]) -> None:
+    """Refuse a record whose parts are of different tasks, before anything is made of it."""
+    sizes, tasks = list(record["head_sizes"]), int(record["tasks"])
+    matrices = [m for group in ("matrices", "task_given") for m in record[group].values()]
+    if weights != sizes or not 0 <= len(sizes) - tasks <= 1:
+        msg = f"{tasks} tasks are done, with heads of {sizes} classes and weights of {weights}"
+        raise ValueError(msg)
+    if any(list(matrix["sizes"]) != sizes[:tasks] for matrix in matrices):
+        msg = f"accuracies are not those of {tasks} tasks with {sizes[:tasks]} classes"
+        raise ValueError(msg)

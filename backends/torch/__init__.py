@@ -9,6 +9,7 @@ from backends.torch.adapt import (
     plain_state,
     restore,
 )
+from backends.torch.branch import LoRABranch
 from backends.torch.gao import (
     AlignedStep,
     RowsLoss,
@@ -18,8 +19,9 @@ from backends.torch.gao import (
 )
 from backends.torch.gradient_memory import GradientMemory
 from backends.torch.loda import LoDA
-from backends.torch.lora import LoRABranch, LoRALinear
+from backends.torch.lora import LoRALinear
 from backends.torch.moments import MomentCollector, collect_moments
+from backends.torch.processes import Reduce, sum_over_processes
 from backends.torch.random_bases import random_bases
 from backends.torch.record import TaskRecord
 from backends.torch.settings import LoDASettings
@@ -33,6 +35,7 @@ __all__ = [
     "LoRABranch",
     "LoRALinear",
     "MomentCollector",
+    "Reduce",
     "RowsLoss",
     "TaskRecord",
     "adapt",
@@ -46,4 +49,5 @@ __all__ = [
     "plain_step",
     "random_bases",
     "restore",
+    "sum_over_processes",
 ]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from backends.torch.processes import Reduce
 from loda_math import class_split, lookahead
 
 RowsLoss = Callable[[Tensor], Tensor]
@@ -41,6 +42,7 @@ def gradient_aligned_step(
     permutation: Tensor,
     backward: Callable[[Tensor], None] | None = None,
     skip_nonfinite: bool = False,
+    reduce: Reduce | None = None,
 ) -> AlignedStep:
     r"""Two optimiser steps on two class-disjoint halves, each at parameters moved for the other.
 
@@ -72,6 +74,12 @@ def gradient_aligned_step(
     skip_nonfinite : bool, default False
         Check each gradient (one read of the device a step) and take no step with one that is not
         finite, that of the shift included; the parameters are then put back bit for bit.
+    reduce : callable, optional
+        Sums tensors over the processes that share the mini-batch
+        (:func:`sum_over_processes`). Every process then passes the labels of the whole
+        mini-batch and the same permutation and radius, and ``loss(rows)`` is its part of the
+        mean: the sum over those of the rows that it holds, divided by ``len(rows)``. Where it
+        holds none, that is a zero that still hangs on a trained tensor.
 
     Returns
     -------
@@ -110,21 +118,25 @@ def gradient_aligned_step(
     backward = backward or _backward
     if min(half.numel() for half in halves) == 0:
         rows = torch.arange(labels.shape[0], device=labels.device)
-        value, stepped = _plain_step(loss, rows, optimizer, backward, skip_nonfinite)
+        value, stepped = _plain_step(loss, rows, optimizer, backward, skip_nonfinite, reduce)
         return AlignedStep(value, int(stepped))
     losses, steps = [], 0
     for source, goal in (halves, halves[::-1]):
         gradients = torch.autograd.grad(loss(source), perturbed, allow_unused=True)
         home = [p.detach().clone() for p in perturbed]
-        moved = lookahead(
-            home,
-            [torch.zeros_like(p) if g is None else g for p, g in zip(home, gradients, strict=True)],
-            radius,
-        )
+        pairs = zip(home, gradients, strict=True)
+        whole = [torch.zeros_like(p) if g is None else g for p, g in pairs]
+        if reduce is not None:
+            # Autograd may hand out views, which cannot be written to.
+            whole = [g.clone(memory_format=torch.contiguous_format) for g in whole]
+            reduce(whole)
+        moved = lookahead(home, whole, radius)
         stepped = False
         try:
             _copy(perturbed, moved)
-            value, stepped = _plain_step(loss, goal, optimizer, backward, skip_nonfinite, moved)
+            value, stepped = _plain_step(
+                loss, goal, optimizer, backward, skip_nonfinite, reduce, moved
+            )
         finally:
             if not stepped:
                 _copy(perturbed, home)
@@ -142,12 +154,13 @@ def plain_step(
     *,
     backward: Callable[[Tensor], None] | None = None,
     skip_nonfinite: bool = False,
+    reduce: Reduce | None = None,
 ) -> AlignedStep:
     """One ordinary optimiser step on the whole mini-batch, with the same interface.
 
     Parameters
     ----------
-    loss, labels, optimizer, backward, skip_nonfinite
+    loss, labels, optimizer, backward, skip_nonfinite, reduce
         As in :func:`gradient_aligned_step`.
 
     Returns
@@ -155,7 +168,9 @@ def plain_step(
     AlignedStep
     """
     rows = torch.arange(labels.shape[0], device=labels.device)
-    value, stepped = _plain_step(loss, rows, optimizer, backward or _backward, skip_nonfinite)
+    value, stepped = _plain_step(
+        loss, rows, optimizer, backward or _backward, skip_nonfinite, reduce
+    )
     return AlignedStep(value, int(stepped))
 
 
@@ -189,20 +204,37 @@ def _plain_step(
     optimizer: Optimizer,
     backward: Callable[[Tensor], None],
     skip_nonfinite: bool,
+    reduce: Reduce | None,
     moved: Sequence[Tensor] = (),
 ) -> tuple[Tensor, bool]:
     optimizer.zero_grad(set_to_none=True)
     value = loss(rows)
     backward(value)
+    value = value.detach()
+    if reduce is not None:
+        value = value.clone()
+        reduce([*_all_gradients(optimizer), value])
     if skip_nonfinite and not _gradients_finite(optimizer, moved):
         optimizer.zero_grad(set_to_none=True)
-        return value.detach(), False
+        return value, False
     optimizer.step()
-    return value.detach(), True
+    return value, True
 
 
 def _backward(value: Tensor) -> None:
     value.backward()  # type: ignore[no-untyped-call]
+
+
+def _all_gradients(optimizer: Optimizer) -> list[Tensor]:
+    """Gradients of all trained tensors; zero where this process has nothing to say."""
+    found = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                found.append(parameter.grad)
+    return found
 
 
 def _gradients_finite(optimizer: Optimizer, moved: Sequence[Tensor]) -> bool:

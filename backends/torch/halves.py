@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from backends.torch.adapt import TIMM_QKV, Target
@@ -13,6 +14,7 @@ from backends.torch.moments import (
     default_forward,
     walk,
 )
+from backends.torch.processes import Reduce, sum_moments
 from loda_math import Moments
 
 Halves = dict[str, tuple[Tensor, Tensor]]
@@ -63,6 +65,20 @@ class HalvingCollector(MomentCollector):
             halves[name] = (half.mean, other)
         return halves
 
+    def share(self, reduce: Reduce) -> None:
+        """Replace the sums by those over all processes.
+
+        The halves are those of one process where each walks a run of images that begins at an even
+        number of all of them.
+        """
+        super().share(reduce)
+        device = next(iter(self.layers.values())).weight.device
+        joined = torch.tensor([name in self._joined for name in self.layers], device=device).int()
+        reduce([joined])
+        pairs = zip(self.layers, joined.tolist(), strict=True)
+        self._joined = {name for name, count in pairs if count}
+        self.half = sum_moments(self.half, self.layers, reduce)
+
     def _count(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._before += self._batch
         given = [*args, *kwargs.values()]
@@ -86,12 +102,13 @@ def collect_halves(
     target: Target = TIMM_QKV,
     *,
     forward: Forward = default_forward,
+    reduce: Reduce | None = None,
 ) -> tuple[dict[str, Moments], Halves]:
     """Second moments over all batches, as by :func:`collect_moments`, and those of two halves.
 
     Parameters
     ----------
-    model, batches, target, forward
+    model, batches, target, forward, reduce
         As in :func:`collect_moments`.
 
     Returns
@@ -106,5 +123,5 @@ def collect_halves(
         As in :func:`collect_moments`.
     """
     collector = HalvingCollector(model, target)
-    walk(collector, model, batches, forward)
+    walk(collector, model, batches, forward, reduce)
     return collector.moments, collector.halves()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from backends.torch.adapt import TIMM_QKV, Target, find_layers
+from backends.torch.processes import Reduce, sum_moments
 from loda_math import Moments, combine, second_moment
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -65,6 +66,10 @@ class MomentCollector:
             handle.remove()
         self._handles.clear()
 
+    def share(self, reduce: Reduce) -> None:
+        """Replace the sums by those over all processes."""
+        self.moments = sum_moments(self.moments, self.layers, reduce)
+
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def collect(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             self._add(name, args[0] if args else next(iter(kwargs.values())))
@@ -102,6 +107,7 @@ def collect_moments(
     target: Target = TIMM_QKV,
     *,
     forward: Forward = default_forward,
+    reduce: Reduce | None = None,
 ) -> dict[str, Moments]:
     """Second moments of the target layers over all batches, in evaluation mode.
 
@@ -115,6 +121,9 @@ def collect_moments(
         Patterns over module names.
     forward : callable, optional
         ``forward(model, batch)``.
+    reduce : callable, optional
+        Sums tensors over the processes that share the batches (:func:`sum_over_processes`). Each
+        walks its own; one that has none takes part all the same.
 
     Returns
     -------
@@ -126,12 +135,16 @@ def collect_moments(
         If there was no batch, a layer saw no tokens, or its inputs were not finite.
     """
     collector = MomentCollector(model, target)
-    walk(collector, model, batches, forward)
+    walk(collector, model, batches, forward, reduce)
     return collector.moments
 
 
 def walk(
-    collector: MomentCollector, model: nn.Module, batches: Iterable[Any], forward: Forward
+    collector: MomentCollector,
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward: Forward,
+    reduce: Reduce | None = None,
 ) -> None:
     """Let a collector see all batches, as in :func:`collect_moments`."""
     modes = {module: module.training for module in model.modules()}
@@ -143,6 +156,8 @@ def walk(
     finally:
         for module, mode in modes.items():
             module.training = mode
+    if reduce is not None:
+        collector.share(reduce)
     _check(collector)
 
 

@@ -11,6 +11,7 @@ from backends.torch.adapt import adapt, restore
 from backends.torch.halves import collect_halves
 from backends.torch.lora import LoRALinear
 from backends.torch.moments import Forward, collect_moments
+from backends.torch.processes import Reduce
 from backends.torch.settings import LoDASettings
 from backends.torch.solve import HeldoutRatios, solve_bases, solve_heldout
 from loda_math import HeldoutRatio
@@ -31,6 +32,8 @@ class OpenTask:
         ``forward(model, batch)``.
     first : bool
         Whether it is the first task, whose down-projections are trained too.
+    reduce : callable, optional
+        Sums moments over processes.
 
     Attributes
     ----------
@@ -50,6 +53,7 @@ class OpenTask:
         forward: Forward,
         *,
         first: bool,
+        reduce: Reduce | None = None,
     ) -> None:
         named = list(model.named_parameters(remove_duplicate=False))
         for pattern in trainable:
@@ -64,6 +68,7 @@ class OpenTask:
         self.heldout: HeldoutRatios = {}
         self._model = model
         self._forward = forward
+        self._reduce = reduce
         self._required_grad = {parameter: parameter.requires_grad for _, parameter in named}
         self.layers: dict[str, LoRALinear] = adapt(model, settings.target)
         kept -= {p for layer in self.layers.values() for p in layer.base.parameters()}
@@ -72,7 +77,13 @@ class OpenTask:
 
     def collect(self, batches: Iterable[Any]) -> dict[str, Tensor]:
         """Mean second moments of the inputs of the layers, as the model is now."""
-        found = collect_moments(self._model, batches, self.settings.target, forward=self._forward)
+        found = collect_moments(
+            self._model,
+            batches,
+            self.settings.target,
+            forward=self._forward,
+            reduce=self._reduce,
+        )
         return {name: m.mean for name, m in found.items()}
 
     def start(
@@ -86,7 +97,11 @@ class OpenTask:
         # Branches are not there yet, so this is a pass through the previous merged model.
         if settings.heldout and bases is None and not self.first:
             moments, halves = collect_halves(
-                self._model, batches, settings.target, forward=self._forward
+                self._model,
+                batches,
+                settings.target,
+                forward=self._forward,
+                reduce=self._reduce,
             )
             self.new = {name: m.mean for name, m in moments.items()}
             self.heldout = solve_heldout(settings, halves, history, eps)

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from training.data.images import Images
+from training.data.shares import Share
+from training.data.shielded import ShieldedLoader
 from training.data.transforms import Transform
 
 Key = int | tuple[int, int]
@@ -95,13 +97,17 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
 class SeededSampler(Sampler[tuple[int, int]]):
     """Order of an epoch and a seed for each of its images, from the seed and the epoch's number.
 
-    Each pass is the next epoch; `set_epoch` continues from a given one, and inside it.
+    Each pass is the next epoch; `set_epoch` continues from a given one, and inside it. Of several
+    processes each walks its `Share.even_bounds` of the order that one would walk.
     """
 
-    def __init__(self, length: int, *, shuffle: bool, seed: int) -> None:
+    def __init__(
+        self, length: int, *, shuffle: bool, seed: int, share: Share | None = None
+    ) -> None:
         self.length = length
         self.shuffle = shuffle
         self.seed = seed
+        self.first, self.stop = (share or Share()).even_bounds(length)
         self.epoch = 0
         self.skip = 0
 
@@ -110,7 +116,7 @@ class SeededSampler(Sampler[tuple[int, int]]):
         self.epoch, self.skip = epoch, skip
 
     def __len__(self) -> int:
-        return self.length
+        return self.stop - self.first
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         rng = np.random.default_rng((self.seed, self.epoch))
@@ -118,11 +124,18 @@ class SeededSampler(Sampler[tuple[int, int]]):
         self.epoch += 1
         order = rng.permutation(self.length) if self.shuffle else np.arange(self.length)
         seeds = rng.integers(2**63, size=self.length, dtype=np.uint64)
-        return iter(zip(order[skip:].tolist(), seeds[skip:].tolist(), strict=True))
+        mine = slice(self.first + skip, self.stop)
+        return iter(zip(order[mine].tolist(), seeds[mine].tolist(), strict=True))
 
 
 def loader(
-    dataset: ImageSet, batch_size: int, *, shuffle: bool, seed: int, workers: int = 0
+    dataset: ImageSet,
+    batch_size: int,
+    *,
+    shuffle: bool,
+    seed: int,
+    workers: int = 0,
+    share: Share | None = None,
 ) -> DataLoader[tuple[Tensor, Tensor]]:
     """Load batches of images (B, C, H, W) and labels (B,); the last short batch is kept.
 
@@ -142,11 +155,13 @@ def loader(
         Decides order and augmentations; at least 0.
     workers
         Processes that load; 0 loads in this one.
+    share
+        This process, where several walk a pass together, each its own part of it.
     """
-    batches = DataLoader(
+    batches = ShieldedLoader(
         dataset,
         batch_size=batch_size,
-        sampler=SeededSampler(len(dataset), shuffle=shuffle, seed=seed),
+        sampler=SeededSampler(len(dataset), shuffle=shuffle, seed=seed, share=share),
         num_workers=workers,
         # Without it, every pass would take one draw from the global generator.
         generator=torch.Generator().manual_seed(seed),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from backends.torch import AlignedStep, RowsLoss, TaskRecord
+from backends.torch import AlignedStep, Reduce, RowsLoss, TaskRecord
 from training.config import MethodConfig
 
 
@@ -20,10 +20,16 @@ class Context(NamedTuple):
         Seed of the method's own randomness.
     tasks : int
         Number of tasks of the stream.
+    processes : int
+        Number of processes that train together.
+    reduce : callable or None
+        Sums tensors over them; None where there is one.
     """
 
     seed: int
     tasks: int
+    processes: int = 1
+    reduce: Reduce | None = None
 
 
 class Method(Protocol):
@@ -35,6 +41,10 @@ class Method(Protocol):
     A class that also sets ``saves_open_task = True`` promises that its ``state_dict`` is valid
     inside a task too: loaded into a fresh method, over a model with the weights it has then, it
     puts the open task back as it was. Runs of others can be resumed at task boundaries only.
+
+    One that sets ``sums_over_processes = True`` promises that gradients, moments and whatever else
+    is a sum over images go through ``context.reduce``, and that a term of the loss which is not of
+    images is divided by ``context.processes``. Only such methods run in several processes.
     """
 
     def begin_task(self, batches: Iterable[Any]) -> None:
@@ -67,6 +77,11 @@ class Method(Protocol):
 def saves_open_task(method: Method) -> bool:
     """Whether the state of a method is complete inside a task too."""
     return bool(getattr(method, "saves_open_task", False))
+
+
+def sums_over_processes(method: Method) -> bool:
+    """Whether several processes may train a method together."""
+    return bool(getattr(method, "sums_over_processes", False))
 
 
 MethodFactory = Callable[[MethodConfig, nn.Module, Context], Method]

@@ -20,10 +20,11 @@ class Frozen(Stepper):
     """No adaptation at all: plain steps of the head."""
 
     saves_open_task = True
+    sums_over_processes = True
     radius = None  # no tensor of the backbone that a look-ahead could move
 
     def __init__(self, config: MethodConfig, model: nn.Module, context: Context) -> None:
-        del context
+        self.reduce = context.reduce
         read_options(config, NoOptions)
         model.requires_grad_(False)
 

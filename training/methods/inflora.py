@@ -57,19 +57,21 @@ class InfLoRA(Stepper):
     """B of the task's branch is trained; A is solved from the task's inputs and then frozen."""
 
     saves_open_task = True
+    sums_over_processes = True
 
     def __init__(self, config: MethodConfig, model: nn.Module, context: Context) -> None:
         self.options = read_options(config, InfLoRAOptions)
         freeze(model, config.target, config.rank, self.options.parts)
         self.model, self.config, self.stream_tasks = model, config, context.tasks
         self.radius = look_ahead(config, default=False)
+        self.reduce = context.reduce
         self.layers: dict[str, LoRALinear] = {}
         self.memories: dict[str, GradientMemory] = {}
         self.tasks = 0
 
     def begin_task(self, batches: Iterable[Any]) -> None:
         """Solve for the directions from the task's inputs, and put the branches in place."""
-        moments = collect_moments(self.model, batches, self.config.target)
+        moments = collect_moments(self.model, batches, self.config.target, reduce=self.reduce)
         self.layers = adapt(self.model, self.config.target)
         for name, layer in self.layers.items():
             memory = self.memories.get(name) or GradientMemory.empty(moments[name].mean)
@@ -88,7 +90,7 @@ class InfLoRA(Stepper):
             layer.merge()
         restore(self.model, self.layers)
         self.layers = {}
-        moments = collect_moments(self.model, batches, self.config.target)
+        moments = collect_moments(self.model, batches, self.config.target, reduce=self.reduce)
         share = self._share()
         for name, found in moments.items():
             memory = self.memories.get(name) or GradientMemory.empty(found.mean)

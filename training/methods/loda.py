@@ -46,6 +46,7 @@ class LoDAMethod(Stepper):
     """LoDA (arXiv:2603.00191); the settings of ``method`` switch its parts off one by one."""
 
     saves_open_task = True
+    sums_over_processes = True
 
     def __init__(self, config: MethodConfig, model: nn.Module, context: Context) -> None:
         self.options, self.context = read_options(config, LoDAOptions), context
@@ -68,8 +69,9 @@ class LoDAMethod(Stepper):
             history_decay=config.history_decay,
             heldout=config.heldout,
         )
-        self.loda = LoDA(model, settings)
+        self.loda = LoDA(model, settings, reduce=context.reduce)
         self.radius = look_ahead(config, default=True)
+        self.reduce = context.reduce
 
     def begin_task(self, batches: Iterable[Any]) -> None:
         """Solve for the directions of the branches."""
@@ -107,6 +109,26 @@ def null_lora(config: MethodConfig, model: nn.Module, context: Context) -> LoDAM
     The update leaves outputs on old inputs as they are, as far as their moment has a null space.
     As in LoDA the first task, which has no past, trains a general branch.
     """
+    return LoDAMethod(as_loda(config), model, context)
+
+
+def as_loda(config: MethodConfig) -> MethodConfig:
+    """Settings of LoDA under which it is the method of the settings: ``loda`` or ``null_lora``.
+
+    Raises
+    ------
+    ValueError
+        If the method is another one.
+
+    Examples
+    --------
+    >>> as_loda(MethodConfig("null_lora")).isolated
+    'null'
+    """
+    if config.name == "loda":
+        return config
+    if config.name != "null_lora":
+        msg = f"{config.name} is not LoDA under other settings"
+        raise ValueError(msg)
     gao = False if config.gao is None else config.gao
-    settings = replace(config, branches="isolated", isolated="null", gao=gao)
-    return LoDAMethod(settings, model, context)
+    return replace(config, branches="isolated", isolated="null", gao=gao)

@@ -51,6 +51,9 @@ class OLoRAOptions:
         if not self.penalty >= 0:
             msg = f"method.options penalty is {self.penalty}; allowed: at least 0"
             raise ValueError(msg)
+        if self.alpha is not None and not self.alpha > 0:
+            msg = f"method.options alpha is {self.alpha}; allowed: above 0"
+            raise ValueError(msg)
 
 
 def overlap(new: Tensor, old: Tensor) -> Tensor:
@@ -74,12 +77,14 @@ class OLoRA(Stepper):
     """A and B of the task are trained with a penalty; the old ones are merged, their A kept."""
 
     saves_open_task = True
+    sums_over_processes = True
 
     def __init__(self, config: MethodConfig, model: nn.Module, context: Context) -> None:
         self.options = read_options(config, OLoRAOptions)
         freeze(model, config.target, config.rank, self.options.parts)
         self.model, self.config, self.context = model, config, context
         self.radius = look_ahead(config, default=False)
+        self.reduce = context.reduce
         self.layers: dict[str, LoRALinear] = {}
         self.old: dict[str, Tensor] = {}  # rows of all past A, by layer and part
         self.tasks = 0
@@ -117,7 +122,9 @@ class OLoRA(Stepper):
         backward: Callable[[Tensor], None],
     ) -> AlignedStep:
         """One step on the loss with the penalty; from the second task on."""
-        total = (lambda rows: loss(rows) + self.penalty()) if self.old else loss
+        # Losses are summed over the processes, and the penalty counts once.
+        share = 1 / self.context.processes
+        total = (lambda rows: loss(rows) + share * self.penalty()) if self.old else loss
         return super().step(total, labels, optimizer, generator=generator, backward=backward)
 
     def end_task(self, batches: Iterable[Any]) -> TaskRecord:

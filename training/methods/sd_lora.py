@@ -50,12 +50,14 @@ class SDLoRA(Stepper):
     """
 
     saves_open_task = True
+    sums_over_processes = True
 
     def __init__(self, config: MethodConfig, model: nn.Module, context: Context) -> None:
         self.options = read_options(config, SDLoRAOptions)
         freeze(model, config.target, config.rank, self.options.parts)
         self.config, self.context = config, context
         self.radius = look_ahead(config, default=False)
+        self.reduce = context.reduce
         self.folded = FoldedLayers(model, config.target)
         self.magnitudes: list[nn.Parameter] = []
 

@@ -27,12 +27,14 @@ class SequentialLoRA(Stepper):
     """
 
     saves_open_task = True
+    sums_over_processes = True
 
     def __init__(self, config: MethodConfig, model: nn.Module, context: Context) -> None:
         read_options(config, NoOptions)
         freeze(model, config.target, config.rank)
         self.folded = FoldedLayers(model, config.target)
         self.radius = look_ahead(config, default=False)
+        self.reduce = context.reduce
         generator = torch.Generator().manual_seed(context.seed)
         for layer in self.folded.layers.values():
             layer.add_branch(_BRANCH, kaiming(config.rank, layer, generator), train_down=True)

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from backends.torch import (
     AlignedStep,
+    Reduce,
     RowsLoss,
     draw_permutation,
     gradient_aligned_step,
@@ -39,10 +40,11 @@ def take_step(
     *,
     generator: torch.Generator,
     backward: Callable[[Tensor], None],
+    reduce: Reduce | None = None,
 ) -> AlignedStep:
     """A gradient-aligned step with a random share of the radius, or a plain one without radius."""
     if radius is None or not perturbed:
-        return plain_step(loss, labels, optimizer, backward=backward)
+        return plain_step(loss, labels, optimizer, backward=backward, reduce=reduce)
     permutation = draw_permutation(labels, generator).to(labels.device)
     draw = float(torch.rand((), generator=generator))
     return gradient_aligned_step(
@@ -53,6 +55,7 @@ def take_step(
         radius=radius * draw,
         permutation=permutation,
         backward=backward,
+        reduce=reduce,
     )
 
 
@@ -63,9 +66,12 @@ class Stepper:
     ----------
     radius : float or None
         As :func:`look_ahead` gives it.
+    reduce : callable or None
+        As the context gives it.
     """
 
     radius: float | None
+    reduce: Reduce | None = None
 
     def parameters(self) -> list[nn.Parameter]:
         """Tensors that are trained, and moved by the look-ahead; none, unless a method has some."""
@@ -89,4 +95,5 @@ class Stepper:
             optimizer,
             generator=generator,
             backward=backward,
+            reduce=self.reduce,
         )
