@@ -14,6 +14,7 @@ from backends.torch.gao import AlignedStep, RowsLoss, draw_permutation, gradient
 from backends.torch.lora import LoRALinear
 from backends.torch.merging import MergePlan, plan_merge, remember
 from backends.torch.moments import Forward, default_forward
+from backends.torch.processes import Reduce
 from backends.torch.record import TaskRecord
 from backends.torch.session import OpenTask
 from backends.torch.settings import LoDASettings
@@ -37,6 +38,10 @@ class LoDA:
     forward : callable, optional
         ``forward(model, batch)`` for the passes that collect moments; by default the model is
         called on the batch, or on the first element of a tuple.
+    reduce : callable, optional
+        Sums tensors over the processes that train the model together
+        (:func:`sum_over_processes`): each passes batches of its own to ``begin_task`` and
+        ``end_task``, and to ``step`` what :func:`gradient_aligned_step` says.
 
     Attributes
     ----------
@@ -71,11 +76,13 @@ class LoDA:
         *,
         trainable: Sequence[str] = (),
         forward: Forward = default_forward,
+        reduce: Reduce | None = None,
     ) -> None:
         self.model = model
         self.settings = settings or LoDASettings()
         self.trainable = tuple(trainable)
         self.forward = forward
+        self.reduce = reduce
         self.history: dict[str, Tensor] = {}
         self.tasks = 0
         self._open: OpenTask | None = None
@@ -188,6 +195,7 @@ class LoDA:
             permutation=permutation,
             backward=backward,
             skip_nonfinite=skip_nonfinite,
+            reduce=self.reduce,
         )
 
     @torch.no_grad()
@@ -293,7 +301,14 @@ class LoDA:
         self.tasks = tasks
 
     def _attach(self, *, first: bool) -> OpenTask:
-        return OpenTask(self.model, self.settings, self.trainable, self.forward, first=first)
+        return OpenTask(
+            self.model,
+            self.settings,
+            self.trainable,
+            self.forward,
+            first=first,
+            reduce=self.reduce,
+        )
 
     def _task(self) -> OpenTask:
         if self._open is None:

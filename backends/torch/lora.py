@@ -6,45 +6,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, nn
 
-
-class LoRABranch(nn.Module):
-    """One low-rank update ``scale · up @ down`` of (some rows of) a linear layer.
-
-    Parameters
-    ----------
-    down : Tensor, shape (r, in_features)
-        Down-projection A.
-    up : Tensor, shape (len(rows) or out_features, r)
-        Up-projection B.
-    scale : float or Tensor, 0-d
-        Weight of the branch; trained with it where it is an ``nn.Parameter``.
-    rows : tuple of int, optional
-        Half-open range of output rows that the branch writes to; ``None`` for all.
-    train_down : bool
-        Whether the down-projection is trained too; the up-projection always is.
-    """
-
-    def __init__(
-        self,
-        down: Tensor,
-        up: Tensor,
-        *,
-        scale: float | Tensor = 1.0,
-        rows: tuple[int, int] | None = None,
-        train_down: bool = False,
-    ) -> None:
-        super().__init__()
-        self.down = nn.Parameter(down, requires_grad=train_down)
-        self.up = nn.Parameter(up)
-        self.scale = scale
-        self.rows = rows
-
-    def full_up(self, out_features: int) -> Tensor:
-        """Scaled up-projection over all output rows, shape (out_features, r)."""
-        up = self.scale * self.up
-        if self.rows is None:
-            return up
-        return F.pad(up, (0, 0, self.rows[0], out_features - self.rows[1]))
+from backends.torch.branch import LoRABranch, side_by_side
 
 
 class LoRALinear(nn.Module):
@@ -187,12 +149,16 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Output of the layer for inputs of shape (..., in_features)."""
-        y: Tensor = self.base(x)
         if self.merged or not self.branches:
-            return y
+            plain: Tensor = self.base(x)
+            return plain
         down, up = self._factors()
-        update: Tensor = F.linear(F.linear(x, down), up)
-        return y + update
+        rows = x.reshape(-1, x.shape[-1])
+        y: Tensor = self.base(rows)
+        # The product is added while it is formed: writing it out and reading it again would cost
+        # more than the thin products do. Not in place, which a hook on the layer may forbid.
+        y = torch.addmm(y, F.linear(rows, down), up.mT)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def delta(self, coefficients: Mapping[str, Tensor] | Tensor | None = None) -> Tensor:
         r"""Update of the weight, :math:`\sum_k w_k B_k \Lambda_k A_k`, in float32 or wider.
@@ -279,12 +245,7 @@ class LoRALinear(nn.Module):
         return f"branches={named}, merged={self.merged}"
 
     def _factors(self) -> tuple[Tensor, Tensor]:
-        branches = [self.branch(name) for name in self.branches]
-        downs: list[Tensor] = [branch.down for branch in branches]
-        ups = [branch.full_up(self.out_features) for branch in branches]
-        if len(branches) == 1:
-            return downs[0], ups[0]
-        return torch.cat(downs), torch.cat(ups, dim=1)
+        return side_by_side([self.branch(name) for name in self.branches], self.out_features)
 
     def _require_unmerged(self, action: str) -> None:
         if self.merged:

@@ -1,0 +1,95 @@
+"""What a task costs does not grow with the tasks before it, and nothing is computed in vain.
+
+Operators are counted rather than timed, so a busy machine changes nothing; ``make bench`` times.
+"""
+
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from timm.models.vision_transformer import VisionTransformer
+from tiny_models import batches, inputs, vit
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from backends.torch import LoDA, LoDASettings
+
+SETTINGS = LoDASettings(rank=3, heldout=False)
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators by name and the shapes of their tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[tuple[Any, ...]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        shapes = tuple(tuple(a.shape) for a in args if isinstance(a, Tensor))
+        self.found[str(func), *shapes] += 1
+        return result
+
+
+def cost(loda: LoDA, task: int) -> Counter[tuple[Any, ...]]:
+    """Everything that torch does in a task of two steps."""
+    images, labels = inputs(task, loda.model)
+    with Operators() as operators:
+        loda.begin_task(batches(task, loda.model))
+        optimizer = torch.optim.SGD(loda.trainable_parameters(), lr=0.01, momentum=0.9)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(2):
+            loda.step(
+                lambda rows: F.cross_entropy(loda.model(images[rows]), labels[rows]),
+                labels,
+                optimizer,
+                radius=0.3,
+                generator=generator,
+            )
+        loda.end_task(batches(task, loda.model))
+    return operators.found
+
+
+def test_the_fourth_task_does_what_the_second_did() -> None:
+    loda = LoDA(vit(), SETTINGS)
+    costs = [cost(loda, task) for task in range(4)]
+    assert costs[0] != costs[1]  # the first has one branch, and no past
+    assert sum(costs[1].values()) > 1000
+    assert costs[1] == costs[3]
+
+
+def open_second_task(model: VisionTransformer) -> LoDA:
+    loda = LoDA(model, LoDASettings(rank=3, target="blocks.1.attn.qkv"))
+    for task in range(2):
+        loda.begin_task(batches(task, model))
+        if task == 0:
+            loda.end_task(batches(task, model))
+    return loda
+
+
+def test_gradients_stop_at_the_first_adapted_layer() -> None:
+    model = vit().requires_grad_(requires_grad=False)
+    loda = open_second_task(model)
+    images, labels = inputs(1, model)
+    reached: list[str] = []
+    for name, module in model.named_modules():
+        module.register_full_backward_pre_hook(lambda *_, name=name: reached.append(name))
+    outside = model.blocks[0](model.patch_embed(images[:2]))
+    assert not outside.requires_grad  # below it nothing is recorded,
+    with Operators() as operators:
+        F.cross_entropy(model(images), labels).backward()
+    below = [name for name in reached if name.startswith(("patch_embed", "blocks.0", "pos_drop"))]
+    assert reached
+    assert not below  # nothing goes back,
+    trained = {id(p) for p in loda.trainable_parameters()}
+    for parameter in model.parameters():
+        assert (parameter.grad is not None) == (id(parameter) in trained)
+    # and no product makes the gradient of a frozen weight.
+    frozen = {tuple(p.shape) for p in model.parameters() if id(p) not in trained and p.ndim == 2}
+    width, rank = 12, 3
+    assert (3 * width, width) in frozen
+    products = [shapes for name, *shapes in operators.found if name == "aten.mm.default"]
+    made = {(a[0], b[1]) for a, b in products}
+    assert (3 * width, 2 * rank) in made or (2 * rank, 3 * width) in made
+    assert not made & (frozen | {shape[::-1] for shape in frozen})
