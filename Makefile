@@ -8,7 +8,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 # JAX compiles for every shape: what says most about it in little time. CONTRIBUTING.md has the rest.
 JAX_TESTS := $(addprefix tests/test_,libraries.py jax_compiled.py theory_page.py frameworks_page.py)
 
-.PHONY: run test test-numpy mutants bench lint types clean
+.PHONY: run test test-numpy mutants bench soak lint types clean
 
 run: $(VENV)/.train
 	$(BIN)/loda train
@@ -29,6 +29,10 @@ mutants: $(VENV)/.dev
 # One thread and one worker: the ratios are printed as they are measured.
 bench: $(VENV)/.test
 	$(ONE_THREAD) $(BIN)/pytest tests/benchmarks -p no:xdist
+
+# Fifty tasks, ended at random moments: ten minutes on an idle core. `make clean` before the next.
+soak: $(VENV)/.test
+	$(ONE_THREAD) $(BIN)/python tests/soak.py build/soak
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

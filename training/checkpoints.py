@@ -75,11 +75,13 @@ def write_checkpoint(
         _sync(folder)
     except OSError as error:
         shutil.rmtree(begun, ignore_errors=True)
-        msg = (
-            f"cannot write a checkpoint to {folder}: {error.strerror or error}; the checkpoints "
-            f"before it are unharmed, and once this is mended loda train --resume "
+        rest = (
+            f"the checkpoints before it are unharmed, and once this is mended loda train --resume "
             f"{folder.parent} goes on"
+            if number > 1
+            else "there is none before it"
         )
+        msg = f"cannot write a checkpoint to {folder}: {error.strerror or error}; {rest}"
         raise OSError(msg) from error
     for old in sorted(_numbered(folder))[:-keep]:
         _drop(old)

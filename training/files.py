@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,17 @@ from torch import Tensor
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then put it in place in one step."""
+    """Let ``write`` fill a temporary file beside ``path``, then put it in place in one step.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written, for instance on a full disk; the message names it, and what was
+        there before is as it was.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.unlink(missing_ok=True)  # it might be a link to somewhere else
         # Some writers make their files private; the rights are those of any new file instead.
         temporary.touch()
         rights = temporary.stat().st_mode
@@ -23,8 +32,12 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:  # of a full disk, the system does not name the file
+        msg = f"cannot write {path}: {error.strerror or error}"
+        raise OSError(msg) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -35,6 +48,16 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically."""
     write_atomically(path, lambda temporary: _write_bytes(temporary, content))
+
+
+def append_line(path: Path, line: str) -> None:
+    """Write one more line to a text file; the error of a full disk names it."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        msg = f"cannot write {path}: {error.strerror or error}"
+        raise OSError(msg) from error
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -48,8 +71,45 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         msg = f"cannot read {path} as JSON: {error}"
+        raise ValueError(msg) from error
+
+
+@contextmanager
+def understanding(path: Path) -> Iterator[None]:
+    """Name a file whose content turns out not to be what this package writes.
+
+    For code that takes values from a file apart; whatever they provoke becomes one clear error.
+
+    Raises
+    ------
+    ValueError
+        Names the file and the reason.
+
+    Examples
+    --------
+    >>> with understanding(Path("a.json")):
+    ...     {"b": 1}["c"]
+    Traceback (most recent call last):
+    ...
+    ValueError: a.json does not hold what a run writes there: KeyError('c')
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        MemoryError,
+    ) as error:
+        reason = " ".join(str(error).split()) if isinstance(error, ValueError) else repr(error)
+        msg = f"{path} does not hold what a run writes there: {reason}"
         raise ValueError(msg) from error
 
 
@@ -80,6 +140,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except Exception as error:
         msg = f"cannot read {path} as safetensors: {error}"
         raise ValueError(msg) from error
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or infinite values.
+
+    Examples
+    --------
+    >>> import torch
+    >>> not_finite({"a": torch.ones(2), "b": torch.tensor([1.0, torch.nan])})
+    ['b']
+    """
+    return [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
 
 
 def nested(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

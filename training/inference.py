@@ -12,9 +12,10 @@ from backends.torch.readouts import Readout, load_readout
 from training.backbone import Backbone, build_backbone, check_fits
 from training.config import Experiment, read_experiment
 from training.data import open_image, test_transform
-from training.files import nested, read_json, read_tensors
+from training.files import nested, not_finite, read_tensors
 from training.randomness import seeded
 from training.run_folder import CLASSES, CONFIG, MODEL, READOUTS
+from training.shapes import CLASSES_SHAPE, read_shaped
 
 
 class Prediction(NamedTuple):
@@ -110,7 +111,7 @@ class Classifier:
         Parameters
         ----------
         images : sequence of paths
-            Files in any format that Pillow reads.
+            BMP, GIF, JPEG, JPEG 2000, PNG, PPM, TIFF or WebP files.
         top : int, default 1
             Classes an image.
         readout : str, optional
@@ -176,17 +177,13 @@ def load_classifier(folder: Path) -> Classifier:
 
 def read_classes(folder: Path) -> tuple[list[str], list[int]]:
     """Names of the classes of a run, and their order in the data set."""
-    content = read_json(folder / CLASSES)
-    try:
-        return list(content["class_names"]), list(content["order"])
-    except (KeyError, TypeError) as error:
-        msg = f"{folder / CLASSES} does not hold the classes of a run: {error!r}"
-        raise ValueError(msg) from error
+    content = read_shaped(folder / CLASSES, CLASSES_SHAPE)
+    return list(content["class_names"]), list(content["order"])
 
 
 def _read_finite(path: Path) -> dict[str, Tensor]:
     tensors = read_tensors(path)
-    broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    broken = not_finite(tensors)
     if broken:
         msg = f"{path} holds NaN or infinite values: {', '.join(broken[:8])}"
         raise ValueError(msg)
@@ -200,8 +197,8 @@ def _read_readouts(folder: Path, classes: int, features: int) -> dict[str, Reado
     try:
         readouts = {kind: load_readout(kind, nested(tensors, kind)) for kind in kinds}
         found = {k: r.logits(torch.ones(1, features)).shape[1] for k, r in readouts.items()}
-    except ValueError as error:
-        msg = f"{path} does not fit the model of {folder / CONFIG}: {error}"
+    except (ValueError, RuntimeError, LookupError, TypeError) as error:
+        msg = f"{path} does not fit the model of {folder / CONFIG}: {_one_line(error)}"
         raise ValueError(msg) from error
     if set(found.values()) != {classes}:
         msg = f"{path} holds read-outs of {found} classes, {folder / CLASSES} {classes}"

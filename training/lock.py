@@ -34,14 +34,14 @@ class FolderLock:
             return
         path = folder / LOCK
         while True:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # Whoever held it may have removed the file since it was opened here.
                 if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
                     break
             except BlockingIOError as error:
-                owner = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
+                owner = _owner(handle)
                 os.close(handle)
                 msg = (
                     f"{folder} is in use by another run (process {owner}): wait for its end, or "
@@ -61,6 +61,28 @@ class FolderLock:
         """Let others use the folder; does nothing the second time."""
         if fcntl is not None:
             self._end()
+
+
+def held_by(folder: Path) -> str | None:
+    """Number of the process that holds a folder; None where none does."""
+    if fcntl is None:
+        return None
+    try:
+        handle = os.open(folder / LOCK, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        # Shared, so that those who only ask do not find one another.
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _owner(handle)
+    finally:
+        os.close(handle)
+    return None
+
+
+def _owner(handle: int) -> str:
+    return os.read(handle, 32).decode(errors="replace").strip() or "unknown"
 
 
 def _release(handle: int, path: Path, owner: int) -> None:

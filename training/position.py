@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from training.files import nested
+from training.files import nested, not_finite
 from training.progress import Meter
 
 
@@ -44,8 +44,8 @@ class Position:
         return all(bool(p.isfinite().all()) for group in groups for p in group["params"])
 
     def sound(self) -> bool:
-        """Whether all trained tensors and the loss so far are finite; waits for the device."""
-        return self.finite_weights() and bool(torch.as_tensor(self.meter.loss).isfinite())
+        """Whether trained tensors, loss so far and optimiser are finite; waits for the device."""
+        return not not_finite(self.tensors()) and self.finite_weights()
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors under flat names."""

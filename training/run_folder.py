@@ -14,6 +14,7 @@ from training.checkpoints import remove_checkpoints, remove_leftovers
 from training.config import Experiment, as_recorded, dump_experiment, read_experiment
 from training.data import Stream
 from training.files import (
+    append_line,
     flattened,
     read_json,
     write_bytes,
@@ -115,6 +116,7 @@ class RunFolder:
             self.path = _new_folder(path) if fresh else path
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(self.path)
+            _refuse_links(self.path)
         except BlockingIOError:
             raise
         except OSError as error:
@@ -137,7 +139,9 @@ class RunFolder:
 
     def check_stream(self, stream: Stream) -> None:
         """Refuse to go on with other classes than the run began with."""
-        if read_json(self.path / CLASSES) != _classes(stream):
+        recorded, now = read_json(self.path / CLASSES), _classes(stream)
+        # An older version did not count the images.
+        if {**now, **recorded} != now:
             msg = (
                 f"the classes or tasks of the data are not those in {self.path / CLASSES}: the "
                 f"data have changed since the run began, and it cannot go on"
@@ -147,8 +151,7 @@ class RunFolder:
     def log(self, event: str, **values: Any) -> None:
         """Append one line to the metrics, on disk at once."""
         line = json.dumps({"event": event, **values}, ensure_ascii=False)
-        with (self.path / METRICS).open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        append_line(self.path / METRICS, line)
 
     def read_log(self) -> bytes:
         """The metrics so far."""
@@ -176,6 +179,15 @@ class RunFolder:
         remove_checkpoints(self.path / CHECKPOINTS)
 
 
+def _refuse_links(path: Path) -> None:
+    """Nothing outside the folder is written or removed by way of a link that somebody put in it."""
+    for name in (TASKS, CHECKPOINTS):
+        for inner in (path / name, *(path / name).glob("*")):
+            if inner.is_symlink():
+                msg = f"{inner} is a link; put what it stands for there, or give another folder"
+                raise OSError(msg)
+
+
 def _new_folder(path: Path) -> Path:
     candidate, number = path, 1
     while True:
@@ -201,10 +213,13 @@ def _remove_results(path: Path) -> None:
 
 
 def _classes(stream: Stream) -> dict[str, Any]:
+    labels = stream.train.labels
+    images = [int(torch.isin(labels, torch.tensor(task)).sum()) for task in stream.tasks]
     return {
         "class_names": list(stream.class_names),
         "order": list(stream.order),
         "tasks": [list(task) for task in stream.tasks],
+        "images": images,
     }
 
 

@@ -1,6 +1,7 @@
 """Decoding of image files: every kind becomes upright RGB, and what cannot be read is named."""
 
 import struct
+import zlib
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,10 +19,22 @@ _DECODE_ERRORS = (
     EOFError,
     SyntaxError,
     ValueError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    MemoryError,
+    NotImplementedError,
+    RecursionError,
     struct.error,
+    zlib.error,
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
+
+
+# Pillow goes by the content of a file, not by its name. Of what it reads, some formats start other
+# programs (EPS starts Ghostscript) and many are hardly ever met.
+_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 
 class UnreadableImageError(ValueError):
@@ -70,7 +83,7 @@ def decode(file: str | Path | BinaryIO, mode: str = "RGB", *, name: object = Non
         As `open_image`; ``name`` is what the message calls a file without a path.
     """
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=_FORMATS) as image:
             _refuse_huge(image)
             return upright(image, mode)
     except _DECODE_ERRORS as error:
@@ -86,7 +99,7 @@ def read_header(path: Path) -> None:
         If it is no image that Pillow can read, or is too large; the message names it.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             _refuse_huge(image)
     except _DECODE_ERRORS as error:
         raise _unreadable(path, error) from error

@@ -1,0 +1,147 @@
+"""A value that is not finite stops a run before it is saved, wherever it comes from."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from interrupted import differences
+from small_runs import READOUTS, tiny, tree
+
+from training import fit, loop
+from training.checkpoints import newest_checkpoint
+from training.loop import resume, train
+from training.setup import Run
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tree(tmp_path_factory)
+
+
+@pytest.fixture(autouse=True)
+def _no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.loop.accuracy_figure", lambda *_, **__: None)
+
+
+def everything(root: Path, out: Path) -> Any:
+    keep = dict.fromkeys(("branches", "moments", "heads", "statistics"), True)
+    head = {"also": list(READOUTS[1:]), "alignment_epochs": 1}
+    return tiny(root, out, head=head, keep=keep, data={"tasks": 2})
+
+
+_wholes: list[Path] = []
+
+
+@pytest.fixture
+def whole(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
+    if not _wholes:
+        out = tmp_path_factory.mktemp("whole") / "run"
+        _wholes.append(train(everything(root, out), quiet=True))
+    return _wholes[0]
+
+
+def weight(run: Run) -> None:
+    next(run.state.model.parameters()).data.view(-1)[3] = torch.inf
+
+
+def history(run: Run) -> None:
+    moments: Any = run.state.method
+    next(iter(moments.loda.history.values()))[0, 0] = torch.nan
+
+
+def ridge(run: Run) -> None:
+    assert run.state.ridge is not None
+    for tensor in run.state.ridge.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.view(-1)[0] = torch.nan
+            break
+
+
+def head(run: Run) -> None:
+    run.state.heads.current.weight.data[0, 0] = torch.nan
+
+
+def aligned(run: Run) -> None:
+    assert run.state.aligned is not None
+    run.state.aligned[0, 0] = torch.nan
+
+
+def readout(run: Run) -> None:
+    for tensor in run.state.readouts["nearest_mean"].tensors().values():
+        tensor.view(-1)[0] = torch.nan
+
+
+@pytest.mark.parametrize("spoil", [weight, history, ridge, head, aligned, readout])
+def test_what_a_task_leaves_is_looked_at_before_it_is_written(
+    tmp_path: Path, root: Path, whole: Path, spoil: Callable[[Run], None]
+) -> None:
+    evaluate = loop._evaluate
+
+    def spoilt(run: Run, task: int) -> None:
+        evaluate(run, task)
+        if task == 1:
+            spoil(run)
+
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_evaluate", spoilt)
+        with pytest.raises(FloatingPointError, match=r"task 2 left values .* not finite in \w+"):
+            train(everything(root, out), quiet=True)
+    assert not (out / "tasks" / "001").exists()
+    assert not (out / "model.safetensors").exists()
+    newest = newest_checkpoint(out / "checkpoints")
+    assert newest.record["run"]["tasks"] == 1
+    assert all(bool(tensor.isfinite().all()) for tensor in newest.tensors.values())
+    assert differences(resume(out, quiet=True), whole) == []
+
+
+def test_a_model_whose_features_overflow_is_not_evaluated(tmp_path: Path, root: Path) -> None:
+    update = loop._update_readouts
+
+    def grown(run: Run, task: int) -> None:
+        update(run, task)
+        for parameter in run.state.model.parameters():
+            parameter.data.mul_(1e30)  # finite, but its products are not
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_update_readouts", grown)
+        with pytest.raises(FloatingPointError, match="features that are not finite"):
+            train(tiny(root, tmp_path / "run", head={"readout": "heads"}), quiet=True)
+    assert newest_checkpoint(tmp_path / "run" / "checkpoints").record["run"]["tasks"] == 0
+
+
+def test_the_state_of_the_optimiser_counts_too(tmp_path: Path, root: Path) -> None:
+    make = fit.make_optimizer
+
+    def overflowing(*arguments: Any) -> torch.optim.Optimizer:
+        made = make(*arguments)
+        first = made.param_groups[0]["params"][0]
+        made.register_step_post_hook(
+            lambda own, *_: own.state[first]["exp_avg_sq"].view(-1)[:1].fill_(torch.inf)
+        )
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "make_optimizer", overflowing)
+        settings = {"train": {"optimizer": "adam"}, "checkpoint": {"steps": 1}}
+        experiment = tiny(root, tmp_path / "run", **settings)
+        with pytest.raises(FloatingPointError, match="state of the optimiser is not"):
+            train(experiment, quiet=True)
+    newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest.record["open"] is None
+    assert all(bool(tensor.isfinite().all()) for tensor in newest.tensors.values())
+
+
+@pytest.mark.parametrize("method", ["loda", "seq_lora", "inflora", "o_lora", "sd_lora"])
+def test_every_method_stops_where_training_diverges(
+    tmp_path: Path, root: Path, method: str
+) -> None:
+    out = tmp_path / "run"
+    experiment = tiny(root, out, method={"name": method}, train={"lr": 1e30})
+    with pytest.raises(FloatingPointError, match=r"in task 1, epoch \d"):
+        train(experiment, quiet=True)
+    newest = newest_checkpoint(out / "checkpoints")
+    assert all(bool(tensor.isfinite().all()) for tensor in newest.tensors.values())
+    assert not (out / "model.safetensors").exists()
