@@ -59,7 +59,9 @@ def assert_close(run: Path, expected: Path) -> None:
         for name, tensor in theirs.items():
             scale = float(tensor.double().norm()) or 1.0
             apart = float((ours[name].double() - tensor.double()).norm())
-            rounding = 1e-3 if name.startswith("ridge") else 2e-5  # a regression magnifies it
+            # Single directions of a subspace and regressions magnify what both are made from.
+            sensitive = file.name == "branches.safetensors" or name.startswith("ridge")
+            rounding = 1e-3 if sensitive else 2e-5
             assert apart <= rounding * scale, f"{file}, {name}: {apart / scale}"
 
 

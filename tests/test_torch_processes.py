@@ -94,8 +94,9 @@ def test_a_step_is_that_of_one_process(aligned: bool, cuts: list[list[int]]) -> 
             seen.append(step.loss)
         return [*seen, *(p.detach() for p in parameters)]
 
-    expected = steps(mlp(), range(7), None)
-    for found in together(2, lambda rank, reduce: steps(mlp(), cuts[rank], reduce)):
+    models = [mlp() for _ in range(3)]  # threads share torch's generator
+    expected = steps(models[2], range(7), None)
+    for found in together(2, lambda rank, reduce: steps(models[rank], cuts[rank], reduce)):
         for one, other in zip(expected, found, strict=True):
             torch.testing.assert_close(other, one, rtol=1e-11, atol=1e-13)
 
@@ -103,9 +104,10 @@ def test_a_step_is_that_of_one_process(aligned: bool, cuts: list[list[int]]) -> 
 def test_a_gradient_that_is_not_finite_anywhere_stops_the_step_everywhere() -> None:
     x, y = torch.randn(4, 6).double(), torch.tensor([0, 1, 0, 1])
     x[3] = torch.nan
+    models = [mlp() for _ in range(2)]
 
     def step(rank: int, reduce: Reduce) -> tuple[int, bool]:
-        model = mlp()
+        model = models[rank]
         before = copy.deepcopy(model.state_dict())
         loss = share_loss(model, x, y, [2 * rank, 2 * rank + 1], next(model.parameters()))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -124,10 +126,11 @@ def test_moments_and_halves_are_those_of_one_process(cuts: tuple[int, int]) -> N
 
     def collect(rank: int, reduce: Reduce) -> Any:
         mine = [part for part in parts[rank].split(3) if len(part)]
-        plain = collect_moments(mlp(), mine, target, reduce=reduce)
-        return plain, *collect_halves(mlp(), mine, target, reduce=reduce)
+        plain = collect_moments(models[rank], mine, target, reduce=reduce)
+        return plain, *collect_halves(models[rank], mine, target, reduce=reduce)
 
-    whole, halves = collect_halves(mlp(), x.split(4), target)
+    models = [mlp() for _ in range(3)]
+    whole, halves = collect_halves(models[2], x.split(4), target)
     for plain, moments, found in together(2, collect):
         assert list(plain) == list(moments) == list(whole) == list(found)
         for name, expected in whole.items():
@@ -141,21 +144,21 @@ def test_moments_and_halves_are_those_of_one_process(cuts: tuple[int, int]) -> N
 def test_without_a_batch_anywhere_every_process_says_so() -> None:
     def collect(rank: int, reduce: Reduce) -> str:
         with pytest.raises(ValueError, match="no tokens went through") as caught:
-            collect_moments(mlp(), [], MLP["target"], reduce=reduce)
+            collect_moments(models[rank], [], MLP["target"], reduce=reduce)
         return str(caught.value)
 
+    models = [mlp() for _ in range(2)]
     first, second = together(2, collect)
     assert first == second
 
 
 def test_tasks_are_those_of_one_process() -> None:
     def images(task: int) -> tuple[Tensor, Tensor]:
-        torch.manual_seed(10 + task)
-        scale = torch.rand(6).double() ** 3 * 3
-        return torch.randn(20, 6).double() * scale, torch.arange(20) % 4
+        own = torch.Generator().manual_seed(10 + task)  # threads share torch's
+        scale = torch.rand(6, generator=own).double() ** 3 * 3
+        return torch.randn(20, 6, generator=own).double() * scale, torch.arange(20) % 4
 
-    def learn(mine: range, reduce: Reduce | None) -> dict[str, Tensor]:
-        model = mlp()
+    def learn(model: nn.Module, mine: range, reduce: Reduce | None) -> dict[str, Tensor]:
         loda = LoDA(model, LoDASettings(**MLP, heldout=True), reduce=reduce)  # type: ignore[arg-type]
         for task in range(2):
             x, y = images(task)
@@ -168,8 +171,9 @@ def test_tasks_are_those_of_one_process() -> None:
             loda.end_task(list(x[mine.start : mine.stop].split(3)))
         return {**model.state_dict(), **loda.state_dict()}
 
-    expected = learn(range(20), None)
+    models = [mlp() for _ in range(3)]
+    expected = learn(models[2], range(20), None)
     parts = [range(6), range(6, 20)]
-    for found in together(2, lambda rank, reduce: learn(parts[rank], reduce)):
+    for found in together(2, lambda rank, reduce: learn(models[rank], parts[rank], reduce)):
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-8, atol=1e-10)
