@@ -217,9 +217,11 @@ def test_downloaded_weights_that_do_not_fit_are_no_matter_of_the_network(
 
 def test_pretrained_weights_that_timm_reads_but_cannot_use_do_not_fit(tmp_path: Path) -> None:
     path = saved(tmp_path, {"cls_token": torch.zeros(1, 1, 12)})
-    overlay = {"pretrained_cfg_overlay": {"file": str(path)}}
+    config = BackboneConfig(NAME)
+    # Refused in a configuration: stands in for the file that timm would download.
+    config.options["pretrained_cfg_overlay"] = {"file": str(path)}
     with pytest.raises(ValueError, match=r"do not fit.*size mismatch for cls_token"):
-        build_backbone(BackboneConfig(NAME, options=overlay))
+        build_backbone(config)
 
 
 def test_a_model_without_pretrained_weights_says_so() -> None:

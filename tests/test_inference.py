@@ -286,8 +286,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no configuration": (write("config.yaml", "train: [1"), r"config\.yaml is not a configuration"),
     "an unknown setting": (write("config.yaml", "tran: {lr: 1}"), "is not a configuration"),
     "no JSON": (write("classes.json", "{"), r"cannot read .*classes\.json as JSON"),
-    "a list": (write("classes.json", [1]), r"classes\.json does not hold the classes"),
-    "no names": (write("classes.json", {"order": [1]}), "does not hold the classes.*class_names"),
+    "a list": (write("classes.json", [1]), r"classes\.json: it is \[1\]; expected a mapping"),
+    "no names": (write("classes.json", {"order": [1]}), r"classes\.json: it lacks 'class_names'"),
 }
 
 

@@ -346,3 +346,19 @@ def test_copy_in_the_middle_of_a_merge_is_independent() -> None:
     assert layer.merged
     assert torch.equal(twin.base.weight, before)
     assert not torch.equal(layer.base.weight, before)
+
+
+def test_a_backward_hook_on_the_frozen_layer_changes_nothing() -> None:
+    plain, hooked = two_branches(), two_branches()
+    seen = []
+    hooked.base.register_full_backward_hook(lambda *_: seen.append(1))
+    found = []
+    for layer in (plain, hooked):
+        x = random(2, 3, D, seed=7).requires_grad_()
+        y = layer(x)
+        y.square().sum().backward()
+        ups = [layer.branch(name).up.grad for name in layer.branches]
+        found.append([y, x.grad, *ups])
+    assert seen
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)

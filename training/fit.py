@@ -118,9 +118,10 @@ def _loss(run: Run, pixels: Tensor, targets: Tensor, seen: Meter) -> RowsLoss:
         if len(own) == 0:
             return 0 * head.weight.sum()
         with accelerator.autocast():
-            features = run.state.model(inputs[(own - start).to(accelerator.device)])
+            mine = (own - start).to(accelerator.device, non_blocking=True)
+            features = run.state.model(inputs[mine])
         cosines = head(features.float())
-        wanted = targets[own].to(accelerator.device)
+        wanted = targets[own].to(accelerator.device, non_blocking=True)
         seen.count(cosines, wanted)
         value = cosface(cosines, wanted, scale=config.scale, margin=config.margin)
         return value if alone else value * (len(own) / len(rows))

@@ -1,26 +1,22 @@
 """LoDA over a model: adapt it to one task after another without keeping old data."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from backends.torch._checks import check_bases, check_state
-from backends.torch.adapt import check_rank, find_layers
+from backends.torch._checks import check_bases
+from backends.torch.adapt import find_layers
+from backends.torch.finish import finish
 from backends.torch.gao import AlignedStep, RowsLoss, draw_permutation, gradient_aligned_step
-from backends.torch.lora import LoRALinear
-from backends.torch.merging import MergePlan, plan_merge, remember
-from backends.torch.moments import Forward, default_forward
-from backends.torch.processes import Reduce
 from backends.torch.record import TaskRecord
-from backends.torch.session import OpenTask
-from backends.torch.settings import LoDASettings
+from backends.torch.state import LoDAState
 
 
-class LoDA:
+class LoDA(LoDAState):
     """Low-rank decomposition and adaptation of a model to a stream of tasks.
 
     Between tasks the model has its original modules, parameter names and size. During a task its
@@ -55,6 +51,7 @@ class LoDA:
     --------
     >>> import torch
     >>> from torch import nn
+    >>> from backends.torch import LoDASettings
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
     >>> x, y = torch.randn(32, 8), torch.randint(4, (32,))
@@ -68,30 +65,6 @@ class LoDA:
     >>> loda.tasks, model[0]
     (2, Linear(in_features=8, out_features=8, bias=True))
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        settings: LoDASettings | None = None,
-        *,
-        trainable: Sequence[str] = (),
-        forward: Forward = default_forward,
-        reduce: Reduce | None = None,
-    ) -> None:
-        self.model = model
-        self.settings = settings or LoDASettings()
-        self.trainable = tuple(trainable)
-        self.forward = forward
-        self.reduce = reduce
-        self.history: dict[str, Tensor] = {}
-        self.tasks = 0
-        self._open: OpenTask | None = None
-        check_rank(find_layers(model, self.settings.target), self.settings.rank)
-
-    @property
-    def layers(self) -> dict[str, LoRALinear]:
-        """The adapted layers during a task; empty between tasks."""
-        return {} if self._open is None else self._open.layers
 
     def begin_task(
         self,
@@ -133,16 +106,6 @@ class LoDA:
             task.close()
             raise
         self._open = task
-
-    def lora_parameters(self) -> list[nn.Parameter]:
-        """The tensors of the branches that are trained in the open task."""
-        layers = self._task().layers.values()
-        return [p for layer in layers for p in layer.parameters() if p.requires_grad]
-
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """Everything of the model that is trained in the open task."""
-        self._task()
-        return [p for p in self.model.parameters() if p.requires_grad]
 
     def step(
         self,
@@ -221,37 +184,7 @@ class LoDA:
             If there is no batch, or moments or merged weights are not finite. The task then stays
             open and the weights are as before the call.
         """
-        task, first = self._task(), self.tasks == 0
-        passes = self.settings.passes()
-        needs_trained = self.settings.form(first) is not None or "trained" in passes
-        if needs_trained and "merged" in passes and isinstance(batches, Iterator):
-            msg = (
-                f"end_task walks the batches twice, but a {type(batches).__name__} is used up "
-                f"after one pass; pass a DataLoader or a list (the task stays open)"
-            )
-            raise ValueError(msg)
-        trained = task.collect(batches) if needs_trained else {}
-        plan = MergePlan()
-        if not first:
-            new = trained or task.new
-            plan = plan_merge(self.settings, task.layers, new, self.history, self.tasks)
-        try:
-            task.merge(plan.coefficients)
-            merged = task.collect(batches) if "merged" in passes else {}
-            record = TaskRecord.of(
-                task.layers,
-                task.new,
-                trained,
-                merged,
-                plan.coefficients,
-                task.heldout,
-                plan.effects,
-            )
-            history = remember(self.settings, self.history, {"trained": trained, "merged": merged})
-        except BaseException:
-            task.unmerge()
-            raise
-        self.history = history
+        record, self.history = finish(self._task(), self.history, self.tasks, batches)
         self._close()
         self.tasks += 1
         return record
@@ -262,65 +195,3 @@ class LoDA:
         Parameters named by ``trainable`` keep what they learned.
         """
         self._close()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Flat state: tasks done, the history, and the branches of an open task.
-
-        The model's own weights are not in it; save them beside it.
-        """
-        state = {"tasks": torch.tensor(self.tasks)}
-        state.update({f"history/{name}": moment for name, moment in self.history.items()})
-        return state if self._open is None else state | self._open.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over a state made by :meth:`state_dict` under the same settings.
-
-        Parameters
-        ----------
-        state : mapping of str to Tensor
-            Copied to the device of the model.
-
-        Raises
-        ------
-        RuntimeError
-            If a task is open.
-        ValueError
-            If the state belongs to other layers, or an open task to other settings.
-        """
-        self._require_closed()
-        found = find_layers(self.model, self.settings.target)
-        tasks, is_open = check_state(self.settings, found, state)
-        if is_open:
-            self._open = self._attach(first=tasks == 0)
-            self._open.load_state_dict(state)
-        self.history = {
-            name: state[f"history/{name}"].to(layer.weight.device, copy=True)
-            for name, layer in found.items()
-            if tasks > 0
-        }
-        self.tasks = tasks
-
-    def _attach(self, *, first: bool) -> OpenTask:
-        return OpenTask(
-            self.model,
-            self.settings,
-            self.trainable,
-            self.forward,
-            first=first,
-            reduce=self.reduce,
-        )
-
-    def _task(self) -> OpenTask:
-        if self._open is None:
-            msg = "no task is open: call begin_task first"
-            raise RuntimeError(msg)
-        return self._open
-
-    def _close(self) -> None:
-        self._task().close()
-        self._open = None
-
-    def _require_closed(self) -> None:
-        if self._open is not None:
-            msg = "a task is open already: call end_task (or abandon_task) first"
-            raise RuntimeError(msg)

@@ -155,9 +155,12 @@ class LoRALinear(nn.Module):
         down, up = self._factors()
         rows = x.reshape(-1, x.shape[-1])
         y: Tensor = self.base(rows)
-        # The product is added while it is formed: writing it out and reading it again would cost
-        # more than the thin products do. Not in place, which a hook on the layer may forbid.
-        y = torch.addmm(y, F.linear(rows, down), up.mT)
+        thin, up = F.linear(rows, down).to(y.dtype), up.mT.to(y.dtype)
+        # Added while it is formed, and in place: another array of the size of the output would
+        # cost more than the thin products do. Backward hooks make a view, which forbids it, and a
+        # compiler finds out for itself.
+        in_place = not (torch.compiler.is_compiling() or y._is_view())
+        y = y.addmm_(thin, up) if in_place else torch.addmm(y, thin, up)
         return y.view(*x.shape[:-1], self.out_features)
 
     def delta(self, coefficients: Mapping[str, Tensor] | Tensor | None = None) -> Tensor:

@@ -2,11 +2,10 @@
 
 The pass over the images forms half a Gram matrix more a layer; the solves choose directions on two
 halves beside the whole. Both are measured apart, since the one grows with the number of images and
-the other does not, with one thread and in turn.
+the other does not, with one thread and in turn, in processor time.
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 import timm
 import torch
 from threadpoolctl import threadpool_limits
+from turns import in_turn
 
 from backends.torch import LoDASettings, collect_moments
 from backends.torch.halves import collect_halves
@@ -24,14 +24,9 @@ TARGET = "*.attn.qkv"
 EPS = torch.finfo(torch.float32).eps
 
 
-def medians(*functions: Callable[[], Any]) -> list[float]:
-    times: list[list[float]] = [[] for _ in functions]
-    for _ in range(ROUNDS):
-        for function, found in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function()
-            found.append(time.perf_counter() - start)
-    return [statistics.median(found) for found in times]
+def medians(*routes: Callable[[], Any]) -> list[float]:
+    times = in_turn({str(number): route for number, route in enumerate(routes)}, rounds=ROUNDS)
+    return [statistics.median(found) for found in times.values()]
 
 
 def test_heldout_ratios_are_cheap_beside_the_pass_and_the_training(

@@ -7,14 +7,14 @@ little; the ratios are of medians.
 """
 
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
+from turns import seconds
 
 import loda_math as lm
 
@@ -67,12 +67,6 @@ def naive(xp: ModuleType, new: Any, old: Any) -> Any:
 def ours(new: Any, old: Any) -> Any:
     general = lm.general_subspace(new, old, RANK)
     return general, lm.isolated_subspace(new, old, RANK, ridge=RIDGE)
-
-
-def seconds(function: Callable[[], Any]) -> float:
-    start = time.process_time()
-    function()
-    return time.process_time() - start
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch"])
