@@ -141,7 +141,7 @@ def stop(
     [
         (signal.SIGINT, "process", 0),
         (signal.SIGTERM, "group", 2),
-        (signal.SIGINT, "group", 2),
+        pytest.param(signal.SIGINT, "group", 2, marks=pytest.mark.slow),
     ],
 )
 def test_a_stopped_process_saves_itself_and_leaves_nobody_behind(

@@ -1,27 +1,49 @@
 """A loader whose processes leave signals to the process that trains."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 T = TypeVar("T")
 
+_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+
 
 class ShieldedLoader(DataLoader[T]):
-    """torch's loader, with workers that SIGINT and SIGTERM do not reach.
+    """torch's loader, with workers that heed SIGTERM from their own parent alone, and no SIGINT.
 
     A terminal and most schedulers send them to every process of a run. The one that trains then
     still has to finish its step, for which it needs its workers; they end with it.
     """
 
+    def __init__(self, dataset: Dataset[T], **settings: Any) -> None:
+        settings["worker_init_fn"] = _heed_parent
+        super().__init__(dataset, **settings)
+
     def __iter__(self) -> Any:
         """Start a pass; its workers are forked with the signals blocked."""
         with _blocked():
             return super().__iter__()
+
+
+def _heed_parent(worker: int) -> None:
+    """End where the parent says so, as it does when it ends with a pass still open."""
+    del worker
+    if hasattr(signal, "sigwaitinfo"):
+        threading.Thread(target=_wait_for_parent, args=(os.getppid(),), daemon=True).start()
+    elif hasattr(signal, "pthread_sigmask"):  # macOS does not tell who sent a signal
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _wait_for_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 @contextmanager
@@ -33,7 +55,7 @@ def _blocked() -> Iterator[None]:
     ):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
     finally:

@@ -1,0 +1,34 @@
+"""Workers of a loader: deaf to signals from elsewhere, and gone when their parent says so."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_runs import tiny, tree
+
+from training.data import build_stream, loader, train_transform
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells who sent a signal")
+def test_workers_heed_their_parent_alone(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    data = tiny(tree(tmp_path_factory), None).data
+    images = build_stream(data, seed=0).train.with_transform(train_transform(data))
+    batches = iter(loader(images, 4, shuffle=True, seed=0, workers=1))
+    next(batches)
+    (worker,) = batches._workers  # type: ignore[attr-defined]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        subprocess.run(["kill", f"-{int(number)}", str(worker.pid)], check=True)
+        worker.join(0.3)
+        assert worker.is_alive()
+    assert len(list(batches)) > 1  # it still works
+    again = iter(loader(images, 4, shuffle=True, seed=0, workers=1))
+    (worker,) = again._workers  # type: ignore[attr-defined]
+    next(again)
+    worker.terminate()  # as Python does at its end, where a pass is still open
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        list(again)
+    assert worker.exitcode == 0
