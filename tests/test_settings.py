@@ -119,7 +119,11 @@ def test_settings_are_refused_under_their_name(xp: ModuleType, name: str, settin
     if setting in SHARES:
         with pytest.raises(ValueError, match=rf"^{setting} must be a share from 0 to 1, got 1.5"):
             run(xp, name, **{setting: 1.5})
-    for value in (1, np.float64(0.5), np.float32(0.5)) + (0, 0.0) * (setting != "tolerance"):
+    if setting == ROUNDING:
+        with pytest.raises(ValueError, match=rf"^{setting} must be a rounding unit, at most 0.01"):
+            run(xp, name, **{setting: 0.5})
+    large = (1, np.float64(0.5), np.float32(0.5)) if setting != ROUNDING else (np.float32(1e-7),)
+    for value in large + (0, 0.0) * (setting != "tolerance"):
         run(xp, name, **{setting: value})
 
 
