@@ -3,11 +3,12 @@
 import os
 import signal
 import subprocess
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
+
+from training.signals import handle
 
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
@@ -30,14 +31,7 @@ class Children:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            for name in _SIGNALS:
-                number = getattr(signal, name, None)  # not all of them on every system
-                before = None if number is None else signal.getsignal(number)
-                # One that is ignored (nohup, a job in the background) stays so.
-                if number is not None and before is not None and before != signal.SIG_IGN:
-                    self._before[number] = before
-                    signal.signal(number, self._stop)
+        self._before = handle(_SIGNALS, self._stop)
         return self
 
     def __exit__(

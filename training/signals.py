@@ -3,8 +3,28 @@
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterable
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
+
+Handler = Callable[[int, FrameType | None], None]
+
+
+def handle(names: Iterable[str], handler: Handler) -> dict[signal.Signals, Any]:
+    """Install a handler for those signals that this system has; returns the handlers before it.
+
+    Nothing is done outside the main thread, where Python allows no handlers.
+    """
+    found: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is not threading.main_thread():
+        return found
+    for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
+        before = signal.getsignal(number)
+        # One that is ignored (nohup, a job in the background) stays so.
+        if before is not None and before != signal.SIG_IGN:
+            found[number] = before
+            signal.signal(number, handler)
+    return found
 
 
 class StopSignals:
@@ -21,13 +41,7 @@ class StopSignals:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before = signal.getsignal(number)
-                # One that is ignored (nohup, a job in the background) stays so.
-                if before is not None and before != signal.SIG_IGN:
-                    self._before[number] = before
-                    signal.signal(number, self._note)
+        self._before = handle(("SIGINT", "SIGTERM"), self._note)
         return self
 
     def __exit__(
