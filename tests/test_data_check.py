@@ -46,6 +46,8 @@ def test_files_that_are_not_read_and_links_in_circles_are_counted(tree: Path) ->
     for name in ("a.gif", "b.GIF", "notes", ".hidden"):
         (tree / "train" / "ant" / name).write_text("x")
     (tree / "train" / "beside.png").write_text("x")
+    (tree / "train" / "ant" / ".ipynb_checkpoints").mkdir()
+    shutil.copy(tree / "train" / "ant" / "0.png", tree / "train" / "ant" / ".ipynb_checkpoints")
     (tree / "train" / "ant" / "more").mkdir()
     (tree / "train" / "ant" / "more" / "up").symlink_to(tree / "train" / "ant")
     (tree / "train" / "all").symlink_to(tree)

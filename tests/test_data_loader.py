@@ -5,12 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from image_folders import augmented, folder, grow
 from PIL import Image
 
-from training.data import loader, train_transform
-from training.data.dataset import SeededSampler
+from training.data import build_stream, loader, passes_begun, start_at, train_transform
+from training.data.batches import SeededBatches
 
 
 def epochs(
@@ -62,18 +61,66 @@ def test_every_image_comes_once_and_the_last_batch_is_short(noisy: Path) -> None
 def test_a_pass_can_be_repeated_by_its_number(noisy: Path) -> None:
     batches = loader(augmented(noisy, 0), 4, shuffle=True, seed=5)
     second = epochs(noisy)[1]
-    assert isinstance(batches.sampler, SeededSampler)
-    batches.sampler.set_epoch(1)
+    start_at(batches, 1, 0)
     assert torch.equal(torch.cat([images for images, _ in batches]), second)
 
 
-def test_accelerate_gives_the_same_batches(noisy: Path) -> None:
-    plain = loader(augmented(noisy, 0), 4, shuffle=True, seed=5)
-    prepared = Accelerator(cpu=True).prepare(loader(augmented(noisy, 0), 4, shuffle=True, seed=5))
-    for _ in range(2):
-        for (a, x), (b, y) in zip(plain, prepared, strict=True):
-            assert torch.equal(a, b)
-            assert torch.equal(x, y)
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_pass_over_several_epochs_is_theirs_in_a_row(noisy: Path, workers: int) -> None:
+    one_by_one = loader(augmented(noisy, workers), 4, shuffle=True, seed=5, workers=workers)
+    expected = [images for _ in range(3) for images, _ in one_by_one][2:]
+    batches = loader(augmented(noisy, workers), 4, shuffle=True, seed=5, workers=workers)
+    start_at(batches, 0, 2, epochs=3)
+    found = [images for images, _ in batches]
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert passes_begun(batches) == 3
+    assert len(list(batches)) == len(batches) == 7  # the next pass is one epoch again
+
+
+@pytest.mark.parametrize("pad", [0, 3])
+def test_batches_hold_what_the_transform_gives_image_by_image(noisy: Path, pad: int) -> None:
+    config = folder(noisy, image_size=8, train_crop="pad", pad=pad, flip=True, mean=0.4, std=0.3)
+    images = build_stream(config, 0).train
+    transform = train_transform(config)
+    batches = loader(images.with_transform(transform), 4, shuffle=True, seed=5)
+    for keys, (pixels, labels) in zip(
+        SeededBatches(25, 4, shuffle=True, seed=5), batches, strict=True
+    ):
+        for (position, seed), one, label in zip(keys, pixels, labels, strict=True):
+            torch.manual_seed(seed)
+            assert torch.equal(one, transform(images[position][0]))
+            assert images[position][1] == label
+
+
+def test_bytes_go_to_the_device_and_are_augmented_there(noisy: Path) -> None:
+    # The meta device holds no numbers: what is computed on the CPU could not get there and back.
+    train = augmented(noisy, 0)
+    pixels, draws, _ = train.prepared([(0, 1), (3, 2)])
+    assert pixels.dtype == torch.uint8
+    assert draws.shape == (2, 3)
+    images, labels = next(iter(loader(train, 4, shuffle=True, seed=0, device="meta")))
+    assert images.device.type == "meta"
+    assert images.shape == (4, 3, 8, 8)
+    assert images.dtype == torch.float32
+    assert labels.device.type == "cpu"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_gpu_augments_as_the_processor_does(noisy: Path, workers: int) -> None:
+    settings = {"shuffle": True, "seed": 5, "workers": workers}
+    here = loader(augmented(noisy, workers), 4, **settings)  # type: ignore[arg-type]
+    there = loader(augmented(noisy, workers), 4, **settings, device="cuda")  # type: ignore[arg-type]
+    for (pixels, labels), (moved, same) in zip(here, there, strict=True):
+        assert moved.device.type == "cuda"
+        torch.testing.assert_close(moved.cpu(), pixels, rtol=1e-6, atol=1e-6)  # a division rounds
+        assert torch.equal(labels, same)
+
+
+def test_batches_need_a_transform(noisy: Path) -> None:
+    with pytest.raises(TypeError, match="use with_transform"):
+        loader(augmented(noisy, 0).with_transform(None), 4, shuffle=True, seed=0)
 
 
 def test_augmenting_does_not_write_into_kept_images(noisy: Path) -> None:

@@ -1,6 +1,7 @@
 """A run that is cut off anywhere and goes on ends with the same bits as one that is left alone."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from interrupted import at_step, cut_off, differences, stopped
-from small_runs import READOUTS, changed, finished, tiny, tree
+from small_runs import READOUTS, changed, finished, tiny
 
 from training import cli
 from training.config import Experiment
@@ -17,15 +18,7 @@ from training.loop import resume, train
 from training.methods import METHODS
 from training.setup import prepare
 
-
-@pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tree(tmp_path_factory)
-
-
-@pytest.fixture(autouse=True)
-def _no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.loop.accuracy_figure", lambda *_, **__: None)
+pytestmark = pytest.mark.usefixtures("no_figure")
 
 
 def compared(experiment: Experiment, tmp_path: Path, steps: list[int]) -> list[str]:
@@ -160,6 +153,18 @@ def test_other_settings_are_refused(
     assert "other settings (train.lr, seed differ)" in said
     assert cli.main(["train", f"--resume={path}", "--train.lr=0.05"]) == 0  # as it was begun
     assert "task 3/3" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_with_moved_data_and_other_workers(
+    tmp_path: Path, root: Path, whole: Path
+) -> None:
+    shutil.copytree(root, tmp_path / "moved")
+    path = stopped(tiny(tmp_path / "moved", tmp_path / "cut"), 8)
+    (tmp_path / "moved").rename(tmp_path / "there")
+    moved = [f"--data.root={tmp_path / 'there'}", "--data.workers=1", "--checkpoint.steps=2"]
+    assert cli.main(["train", "--resume", str(path)]) == 2
+    assert cli.main(["train", "--resume", str(path), *moved]) == 0
+    assert differences(path, whole) == []
 
 
 def test_other_data_are_refused(tmp_path: Path, root: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file
 from small_runs import finished, tiny, tree
 
 from training.cli import main
+from training.data import ImageSet
 from training.loop import train
 from training.ranks import layer_ranks, rank_table
 
@@ -166,3 +168,26 @@ def test_ranks_of_what_has_none(
         assert message in capsys.readouterr().err
     assert main(["ranks", str(run), "--share", "1.5"]) == 2
     assert "share must be a share from 0 to 1" in capsys.readouterr().err
+
+
+def test_the_log_says_how_long_training_waited_for_images(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = ImageSet.prepared
+
+    def slowly(self: ImageSet, keys: Any) -> Any:
+        time.sleep(0.02)
+        return prepared(self, keys)
+
+    monkeypatch.setattr("training.loop.accuracy_figure", lambda *_, **__: None)
+    monkeypatch.setattr(ImageSet, "prepared", slowly)
+    experiment = tiny(tree(tmp_path_factory), tmp_path_factory.mktemp("slow") / "run")
+    start = time.perf_counter()
+    lines = (train(experiment, quiet=True) / "metrics.jsonl").read_text("utf-8").splitlines()
+    wall = time.perf_counter() - start
+    tasks = [line for line in map(json.loads, lines) if line["event"] == "task"]
+    assert len(tasks) > 1
+    for task in tasks:
+        assert task["seconds"]["load"] >= 0.02 * experiment.train.epochs
+        assert task["seconds"]["train"] > 0
+    assert sum(sum(task["seconds"].values()) for task in tasks) <= wall

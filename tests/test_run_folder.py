@@ -8,9 +8,9 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from run_contents import FILES, below
+from run_contents import FILES, below, events
 from safetensors.torch import load_file
-from small_runs import READOUTS, VIT, finished, squares, tiny, tree
+from small_runs import READOUTS, VIT, finished, small_vit, squares, tiny, tree
 
 from training.config import Experiment, dump_experiment, read_experiment
 from training.files import read_json
@@ -18,11 +18,6 @@ from training.loop import train
 from training.metrics import AccuracyMatrix
 from training.run_folder import RunFolder
 from training.setup import prepare
-
-
-@pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finished(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -91,14 +86,14 @@ def test_the_classes_are_in_the_order_of_learning(run: Path) -> None:
 
 
 def test_the_metrics_hold_a_line_an_epoch_and_a_task(run: Path) -> None:
-    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [e["event"] for e in events] == ["epoch", "epoch", "task"] * 3
-    epochs = [e for e in events if e["event"] == "epoch"]
+    told = events(run)
+    assert [e["event"] for e in told] == ["epoch", "epoch", "task"] * 3
+    epochs = [e for e in told if e["event"] == "epoch"]
     assert [(e["task"], e["epoch"]) for e in epochs] == [(t, e) for t in range(3) for e in range(2)]
     assert [e["lr"] for e in epochs] == pytest.approx([0.05, 0.025] * 3)  # cosine
     assert all(e["loss"] > 0 and 0 <= e["accuracy"] <= 1 for e in epochs)
     summary = read_json(run / "summary.json")
-    for task, event in enumerate(e for e in events if e["event"] == "task"):
+    for task, event in enumerate(e for e in told if e["event"] == "task"):
         for kind in READOUTS:
             correct, total = event["counts"][kind]
             assert correct == summary["counts"][kind]["correct"][task]
@@ -132,11 +127,12 @@ def test_the_summary_holds_every_metric_of_every_readout(run: Path) -> None:
         assert AccuracyMatrix.from_dict(summary["counts"][kind]).summary() == values
     # 2 layers: A (4x16) and B (48x4) of the general branch, then B of two; a head of 2x16.
     assert summary["trainable_parameters"] == [2 * (64 + 192) + 32, *[2 * 2 * 192 + 32] * 2]
-    assert set(summary["seconds"]) == {"begin", "train", "end", "readouts", "evaluate"}
+    parts = {"begin", "load", "train", "end", "readouts", "evaluate"}
+    assert set(summary["seconds"]) == parts
 
 
 def test_the_model_loads_strictly_into_the_original_architecture(run: Path) -> None:
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **VIT)
+    model = small_vit()
     weights = load_file(run / "model.safetensors")
     assert list(weights) == sorted(model.state_dict())
     model.load_state_dict(weights, strict=True)

@@ -48,6 +48,7 @@ def evaluate_run(folder: Path, *, root: str | None = None) -> dict[str, dict[str
         shuffle=False,
         seed=0,
         workers=experiment.data.workers,
+        device=accelerator.device,
     )
     features, labels = extract_features(classifier.model, batches, accelerator)
     counts = count_correct(classifier.readouts, features, labels, len(stream.order))

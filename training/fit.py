@@ -1,12 +1,14 @@
 """Training on one task: epochs of mini-batches over the method's tensors and the task's head."""
 
 import time
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from backends.torch import RowsLoss
+from training.compiled import training_model
 from training.data import cut_loader, start_at, train_transform
 from training.files import nested, not_finite
 from training.losses import cosface
@@ -34,7 +36,8 @@ def fit(run: Run, task: int, progress: Progress, began: dict[str, float]) -> dic
     Returns
     -------
     dict of str to float
-        The same with this part, over all processes that took part in it.
+        The same with this part, over all processes that took part in it: ``load``, while training
+        waited for images, and ``train``.
 
     Raises
     ------
@@ -53,6 +56,7 @@ def fit(run: Run, task: int, progress: Progress, began: dict[str, float]) -> dic
         seed=derive(experiment.seed, task, "batches"),
         workers=experiment.data.workers,
         share=processes.share,
+        device=accelerator.device,
     )
     head = state.heads.current
     adapted = state.method.parameters()
@@ -62,24 +66,31 @@ def fit(run: Run, task: int, progress: Progress, began: dict[str, float]) -> dic
         make_optimizer(config, parameters),
         torch.Generator().manual_seed(derive(experiment.seed, task, "steps")),
     )
-    before = run.saver.restore_position(at) or {**began, "train": 0.0}
+    before = {**began, "load": 0.0, "train": 0.0, **run.saver.restore_position(at)}
+    waited = 0.0
     if processes.rank:  # drop-out: other images, other masks
         torch.manual_seed(derive(experiment.seed, task, "dropout") + processes.rank)
     progress.advance(at.meter, at.epoch * len(batches) + at.batch)
 
     def seconds() -> dict[str, float]:
-        return {**before, "train": round(before["train"] + time.perf_counter() - clock, 3)}
+        spent = {"load": waited, "train": time.perf_counter() - clock - waited}
+        return {**before, **{part: round(before[part] + spent[part], 3) for part in spent}}
 
-    start_at(batches, at.epoch, at.batch)
+    start_at(batches, at.epoch, at.batch, epochs=config.epochs - at.epoch)
+    loading = iter(batches)
+    forward = training_model(state.model, compiled=config.compile)
     while at.epoch < config.epochs:
         lr = learning_rate(config, at.epoch)
         for group in at.optimizer.param_groups:
             group["lr"] = lr
         _training_mode(state.model)
-        for pixels, labels in batches:
+        for _ in range(len(batches) - at.batch):
+            halt = time.perf_counter()
+            pixels, labels = next(loading)
+            waited += time.perf_counter() - halt
             targets, seen = labels - first, Meter()
             step = state.method.step(
-                _loss(run, pixels, targets, seen),
+                _loss(run, forward, pixels, targets, seen),
                 targets,
                 at.optimizer,
                 generator=at.generator,
@@ -101,13 +112,18 @@ def fit(run: Run, task: int, progress: Progress, began: dict[str, float]) -> dic
     return seconds()
 
 
-def _loss(run: Run, pixels: Tensor, targets: Tensor, seen: Meter) -> RowsLoss:
+def _loss(
+    run: Run,
+    forward: Callable[[Tensor], Tensor],
+    pixels: Tensor,
+    targets: Tensor,
+    seen: Meter,
+) -> RowsLoss:
     """The mean loss over rows of a mini-batch, or the part of it that this process holds.
 
     ``pixels`` are those of the process, ``targets`` of the whole mini-batch.
     """
     accelerator, head, config = run.accelerator, run.state.heads.current, run.experiment.head
-    inputs = pixels.to(accelerator.device, non_blocking=True)
     start, stop = run.processes.share.bounds(len(targets))
 
     def loss(rows: Tensor) -> Tensor:
@@ -119,7 +135,7 @@ def _loss(run: Run, pixels: Tensor, targets: Tensor, seen: Meter) -> RowsLoss:
             return 0 * head.weight.sum()
         with accelerator.autocast():
             mine = (own - start).to(accelerator.device, non_blocking=True)
-            features = run.state.model(inputs[mine])
+            features = forward(pixels[mine])
         cosines = head(features.float())
         wanted = targets[own].to(accelerator.device, non_blocking=True)
         seen.count(cosines, wanted)

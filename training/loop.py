@@ -4,27 +4,12 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
+from training.classifiers import add_head, evaluate_task, update_readouts
 from training.config import Experiment
-from training.data import (
-    ImageSet,
-    loader,
-    passes_begun,
-    start_at,
-    test_transform,
-    train_transform,
-)
-from training.evaluate import (
-    build_readouts,
-    count_correct,
-    extract_features,
-)
+from training.data import loader, passes_begun, start_at, train_transform
 from training.figures import accuracy_figure
 from training.files import flattened, not_finite
 from training.fit import fit
-from training.heads import class_mean_start
 from training.memory import peak_memory, reset_peak
 from training.progress import Progress
 from training.randomness import derive, seeded
@@ -58,7 +43,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> Path:
     return _run(prepare(experiment), quiet=quiet)
 
 
-def resume(path: Path, *, quiet: bool = False) -> Path:
+def resume(path: Path, experiment: Experiment | None = None, *, quiet: bool = False) -> Path:
     """Go on with a run that was interrupted, from its newest sound checkpoint.
 
     On the CPU of the same machine the result is the same, bit for bit, as without interruption.
@@ -67,6 +52,8 @@ def resume(path: Path, *, quiet: bool = False) -> Path:
     ----------
     path : Path
         The run folder.
+    experiment : Experiment, optional
+        Its settings, with other folders of data, workers or checkpoints than it began with.
     quiet : bool
         Show no progress bars and no table.
 
@@ -85,7 +72,7 @@ def resume(path: Path, *, quiet: bool = False) -> Path:
     if is_finished(path):
         msg = f"the run in {path} is finished: there is nothing to go on with"
         raise ValueError(msg)
-    return _run(prepare(begun_experiment(path), resume=path), quiet=quiet)
+    return _run(prepare(experiment or begun_experiment(path), resume=path), quiet=quiet)
 
 
 def _run(run: Run, *, quiet: bool) -> Path:
@@ -144,6 +131,7 @@ def run_task(run: Run, task: int, progress: Progress) -> None:
         seed=derive(experiment.seed, task, "moments"),
         workers=experiment.data.workers,
         share=run.processes.share,
+        device=run.accelerator.device,
     )
     reset_peak(run.accelerator.device)
     clock = time.perf_counter()
@@ -155,7 +143,7 @@ def run_task(run: Run, task: int, progress: Progress) -> None:
         state.method.begin_task(passes)
         run.saver.passes = passes_begun(passes)
         _agree_on_weights(run)
-        _add_head(run, task)
+        add_head(run, task)
         seconds["begin"], clock = _lap(clock)
 
     with seeded(derive(experiment.seed, task, "dropout")):
@@ -166,10 +154,10 @@ def run_task(run: Run, task: int, progress: Progress) -> None:
     _agree_on_weights(run)
     seconds["end"], clock = _lap(clock)
 
-    _update_readouts(run, task)
+    update_readouts(run, task)
     seconds["readouts"], clock = _lap(clock)
 
-    _evaluate(run, task)
+    evaluate_task(run, task)
     state.tasks, run.saver.passes = task + 1, 0
     seconds["evaluate"], clock = _lap(clock)
     _require_finite(run, task)
@@ -213,69 +201,10 @@ def _require_finite(run: Run, task: int) -> None:
         raise FloatingPointError(msg)
 
 
-def _add_head(run: Run, task: int) -> None:
-    classes = run.stream.tasks[task]
-    start = None
-    if run.experiment.head.start == "class_mean":
-        features, labels = _task_features(run, task)
-        means = [features[(labels == label).to(features.device)].mean(dim=0) for label in classes]
-        start = class_mean_start(torch.stack(means))
-    generator = torch.Generator().manual_seed(derive(run.experiment.seed, task, "head"))
-    head = run.state.heads.add(len(classes), start=start, generator=generator)
-    head.to(run.accelerator.device)
-    run.processes.copy_first([head.weight])
-
-
 def _agree_on_weights(run: Run) -> None:
     """Solves of the same moments may round otherwise in another process."""
     model = run.state.model
     run.processes.copy_first([*model.parameters(), *model.buffers()])
-
-
-def _task_features(run: Run, task: int) -> tuple[Tensor, Tensor]:
-    """Features of the task's training images under the test transform, and their labels."""
-    return _features(run, run.stream.train.subset(run.stream.tasks[task]))
-
-
-def _features(run: Run, images: ImageSet) -> tuple[Tensor, Tensor]:
-    """Features under the test transform, in the order of the images, and labels."""
-    share, device = run.processes.share, run.accelerator.device
-    batches = loader(
-        images.with_transform(test_transform(run.experiment.data)),
-        run.experiment.train.eval_batch_size,
-        shuffle=False,
-        seed=0,
-        workers=run.experiment.data.workers,
-        share=share,
-    )
-    if share.count == 1:
-        return extract_features(run.state.model, batches, run.accelerator)
-    part = torch.zeros(0, run.backbone.features, device=device)
-    if len(batches):
-        part, _ = extract_features(run.state.model, batches, run.accelerator)
-    return run.processes.rows(part, len(images)), images.labels
-
-
-def _update_readouts(run: Run, task: int) -> None:
-    """Statistics of the task's classes through the merged model; old ones are never refreshed."""
-    state, classes = run.state, len(run.stream.tasks[task])
-    gathering = [s for s in (state.statistics, state.ridge) if s is not None]
-    if gathering:
-        features, labels = _task_features(run, task)
-        for statistics in gathering:
-            statistics.add_task(features, labels, classes)
-    generator = torch.Generator().manual_seed(derive(run.experiment.seed, task, "alignment"))
-    state.readouts = build_readouts(state, run.experiment.head, generator)
-
-
-def _evaluate(run: Run, task: int) -> None:
-    seen = [label for labels in run.stream.tasks[: task + 1] for label in labels]
-    features, labels = _features(run, run.stream.test.subset(seen))
-    state, sizes = run.state, [len(labels) for labels in run.stream.tasks[: task + 1]]
-    for matrices, given in ((state.matrices, None), (state.task_given, sizes)):
-        counts = count_correct(state.readouts, features, labels, len(seen), task_sizes=given)
-        for kind, (correct, total) in counts.items():
-            matrices[kind] = matrices[kind].extended(sizes[-1], correct, total)
 
 
 def _lap(clock: float) -> tuple[float, float]:

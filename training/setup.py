@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from backends.torch.readouts import ClassStatistics, RidgeStatistics
 from training.backbone import Backbone, build_backbone, check_fits
+from training.compiled import require_compiler
 from training.config import Experiment
 from training.config.neutral import NEUTRAL
 from training.data import Stream, build_stream, test_transform, train_transform, verify_data
@@ -60,6 +61,8 @@ def prepare(experiment: Experiment, resume: Path | None = None) -> Run:
     if experiment.device == "cuda" and accelerator.device.type != "cuda":
         msg = f"device is cuda, but torch sees none here; it would use {accelerator.device}"
         raise ValueError(msg)
+    if experiment.train.compile:
+        require_compiler(accelerator.device)
     if experiment.data.verify:
         verify_data(experiment.data)
     with processes.first_of_each_machine():
@@ -67,6 +70,7 @@ def prepare(experiment: Experiment, resume: Path | None = None) -> Run:
         with seeded(derive(experiment.seed, 0, "backbone")):
             backbone = build_backbone(experiment.backbone)
     processes.require_same("images", _fingerprint(stream))
+    processes.require_same("backbone", backbone.tensors_sha256)
     with seeded(derive(experiment.seed, 0, "backbone")):
         train_image, _ = stream.train.with_transform(train_transform(experiment.data))[0]
     test_image, _ = stream.test.with_transform(test_transform(experiment.data))[0]
@@ -121,7 +125,7 @@ def prepare(experiment: Experiment, resume: Path | None = None) -> Run:
 
 def _settings(experiment: Experiment) -> dict[str, object]:
     """What all processes of a run must have in common."""
-    own = {*NEUTRAL, "out", "overwrite", "threads"}
+    own = {*NEUTRAL, "out", "overwrite", "threads", "backbone.weights"}  # a path
     return {name: value for name, value in flat_settings(experiment).items() if name not in own}
 
 

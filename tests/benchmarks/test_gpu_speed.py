@@ -67,7 +67,9 @@ def test_the_device_does_not_wait_for_images(
         workers=workers,
     )
     images = build_stream(data, 0).train.with_transform(train_transform(data))
-    batches = loader(images, SETTING.batch, shuffle=True, seed=0, workers=workers)
+    batches = loader(
+        images, SETTING.batch, shuffle=True, seed=0, workers=workers, device=SETTING.device
+    )
     share = waiting(SETTING, "bf16", batches)
     with capsys.disabled():
         print(f"\n  {workers} workers: training waits {100 * share:.0f} % of the time for images")

@@ -21,6 +21,7 @@ from turns import seconds
 from backends.torch import gao
 from training import loop
 from training.config import load_experiment
+from training.data.transforms import Transform
 from training.methods.steps import Stepper
 
 GROUPS = {
@@ -136,6 +137,7 @@ def test_where_the_time_of_a_run_goes(
         clock.watch("fit", loop, "fit")
         clock.watch("step", Stepper, "step")
         clock.watch("loading, augmenting", _BaseDataLoaderIter, "__next__", inside="fit")
+        clock.watch("loading, augmenting", Transform, "finish", inside="fit")
         clock.watch("backward", torch.autograd, "grad", inside="step")
         clock.watch("backward", torch.autograd, "backward", inside="step")
         clock.watch("optimiser", torch.optim.SGD, "step", inside="step")

@@ -129,10 +129,10 @@ class _Line:
             shuffle=False,
             seed=0,
             workers=experiment.data.workers,
+            device=self.accelerator.device,
         )
         self.model.eval()
-        for images, labels in batches:
-            pixels = images.to(self.accelerator.device)
+        for pixels, labels in batches:
             new = labels >= stream.tasks[self.task][0]
             for age, rows in (("old", ~new), ("new", new)):
                 if bool(rows.any()):

@@ -78,13 +78,14 @@ def predict(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 def _resume(run: Path, argv: Sequence[str]) -> None:
     require_run(run)
     from training.config import as_recorded, differing_settings, load_experiment
+    from training.config.neutral import FREE
     from training.presets import effective
     from training.run_folder import CONFIG, begun_experiment, is_finished
 
     recorded = begun_experiment(run)
     given = load_experiment([f"--config={run / CONFIG}", *argv])
-    differing = differing_settings(as_recorded(effective(given)), recorded)
-    if differing:
+    found = differing_settings(as_recorded(effective(given)), recorded)
+    if differing := [name for name in found if name not in FREE]:
         msg = (
             f"{run} was begun with other settings ({', '.join(differing)} differ): go on with it "
             f"without them, or begin another run"
@@ -95,4 +96,4 @@ def _resume(run: Path, argv: Sequence[str]) -> None:
         return
     from training.loop import resume
 
-    resume(run)
+    resume(run, given)

@@ -13,3 +13,6 @@ NEUTRAL = (
     "checkpoint.keep",
 )
 """They decide where data lie, how fast or safe a run is, or what it looks at on the way."""
+
+FREE = tuple(name for name in NEUTRAL if name not in ("method.heldout", "train.eval_batch_size"))
+"""Those that decide no bit of a run either: one that goes on may have others than it began with."""

@@ -36,6 +36,9 @@ class TrainConfig:
         Learning rate over the epochs: cosine (down to zero) or constant.
     eval_batch_size
         Images a batch where no gradient is taken; changes the result by rounding at most.
+    compile
+        Train through torch.compile, which costs the first two tasks some time and needs a C++
+        compiler; rounds otherwise.
     """
 
     epochs: int = 5
@@ -46,6 +49,7 @@ class TrainConfig:
     optimizer: Literal["sgd", "adam"] = "sgd"
     schedule: Literal["cosine", "constant"] = "cosine"
     eval_batch_size: int = 256
+    compile: bool = False
 
     def __post_init__(self) -> None:
         at_least("train.epochs", self.epochs, 0)

@@ -1,14 +1,15 @@
 """Class-incremental streams of images: the data sets, the class order, transforms and loaders."""
 
+from training.data.batches import Batches, cut_loader, loader, passes_begun, start_at
 from training.data.check import DataReport, check_data, verify_data
-from training.data.cut_batches import cut_loader
-from training.data.dataset import ImageSet, loader, passes_begun, start_at
+from training.data.dataset import ImageSet
 from training.data.decode import UnreadableImageError, open_image
 from training.data.shares import Share
 from training.data.stream import Stream, build_stream
 from training.data.transforms import Transform, test_transform, train_transform
 
 __all__ = [
+    "Batches",
     "DataReport",
     "ImageSet",
     "Share",

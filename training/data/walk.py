@@ -56,6 +56,8 @@ def walk(folder: Path) -> Walk:
         way = ways.pop(parent)
         entered = []
         for name in folders:
+            if name.startswith("."):
+                continue
             path = Path(parent, name)
             identity = _identity(path)
             if identity in way:

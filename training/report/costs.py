@@ -13,6 +13,9 @@ from training.report.measures import DASH, mean_text
 from training.report.runs import Finished
 from training.report.tables import Cell, Table
 
+TRAINING = ("load", "train")
+"""Parts of a task that are its training; older runs have the first in the second."""
+
 
 class Compute(NamedTuple):
     """How often a run has stepped, and how many images went forth and back through the model."""
@@ -50,7 +53,7 @@ def controls_table(section: Section) -> Table:
         kept = [k for run in runs if (k := run.summary.get("stored_bytes")) is not None]
         method = [k.get("method", 0) for k in kept]
         readouts = [sum(k.values()) - k.get("method", 0) for k in kept]
-        seconds = [sum(s) for run in runs if (s := task_seconds(run, "train"))]
+        seconds = [sum(s) for run in runs if (s := task_seconds(run, *TRAINING))]
         spent = [c for run in runs if (c := compute(run)) is not None]
         texts = [
             label,
@@ -78,7 +81,7 @@ def cost_table(section: Section) -> Table:
     rows = []
     for label, runs in section.groups.items():
         total = [fmean(s) for run in runs if (s := task_seconds(run))]
-        train = [fmean(s) for run in runs if (s := task_seconds(run, "train"))]
+        train = [fmean(s) for run in runs if (s := task_seconds(run, *TRAINING))]
         memory = [[m for run in runs for m in task_memory(run, k)] for k in ("process", "device")]
         peaks = [f"{max(m):.0f}" if m else DASH for m in memory]
         texts = [label, mean_text(total, 1), mean_text(train, 1), *peaks]
@@ -86,10 +89,10 @@ def cost_table(section: Section) -> Table:
     return Table("Costs", header, rows, "Peak memory: the largest of all tasks.")
 
 
-def task_seconds(run: Finished, part: str | None = None) -> list[float]:
-    """Seconds of each task, in all or of one part."""
-    parts = [event["seconds"] for event in run.log]
-    return [sum(p.values()) if part is None else p.get(part, 0.0) for p in parts]
+def task_seconds(run: Finished, *parts: str) -> list[float]:
+    """Seconds of each task, in all or of some parts."""
+    logged = [event["seconds"] for event in run.log]
+    return [sum(s for name, s in found.items() if not parts or name in parts) for found in logged]
 
 
 def task_memory(run: Finished, kind: str) -> list[float]:
