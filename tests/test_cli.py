@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from small_runs import finished, flags, tiny, tree
+from small_runs import flags, tiny, tree
 
 from training import cli
 from training.config import load_experiment, read_experiment
@@ -34,11 +34,6 @@ EXTRA = tuple(dict.fromkeys((*cli._TRAIN, "numpy", "scipy")))
 @pytest.fixture(autouse=True)
 def _no_debug(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LODA_DEBUG", raising=False)
-
-
-@pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finished(tmp_path_factory)
 
 
 @pytest.fixture
@@ -283,6 +278,17 @@ def test_ctrl_c_ends_with_one_line(
     monkeypatch.setattr("training.commands.runs.train", interrupted)
     assert cli.main(["train"]) == 130
     assert capsys.readouterr().err == "loda train: interrupted\n"
+
+
+def test_a_reader_that_has_enough_is_no_error(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)  # as head does after its last line
+    with os.fdopen(writing, "w", buffering=1) as out:
+        monkeypatch.setattr("sys.stdout", out)
+        assert cli.main(["report", str(run)]) == 141
+    assert capsys.readouterr().err == ""
 
 
 def test_data_that_moved_are_found(

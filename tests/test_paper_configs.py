@@ -17,6 +17,7 @@ from torchvision.datasets import CIFAR100
 from training.config import Experiment, load_experiment, packaged_configs, resolve_config
 from training.files import read_json
 from training.loop import train
+from training.methods import steps_a_batch
 
 CONFIGS = [name for name in packaged_configs() if name.startswith("paper/")]
 VIT: dict[str, Any] = {"img_size": 32, "patch_size": 16, "embed_dim": 96, "depth": 1}
@@ -168,7 +169,7 @@ def test_heads_say_the_command_the_time_the_number_and_the_origin(name: str) -> 
     # no gradient of weights costs as much as a forward one. At 10 TFLOP/s in float32.
     training, test, classes = IMAGES[found.data.name]
     tasks = classes / found.data.increment
-    passes = found.train.epochs * (4 if found.method.gao else 2) + 3
+    passes = found.train.epochs * 2 * (steps_a_batch(found.method) or 0) + 3
     passes += found.head.readout == "alignment"
     images = training * passes + test * (tasks + 1) / 2
     hours = images * flops_of_an_image() / 10e12 / 3600

@@ -1,6 +1,5 @@
 """Training in two processes: the weights of one, and an end of all when one ends."""
 
-import json
 import os
 import signal
 import socket
@@ -11,11 +10,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import timm
 import torch
-from forked import status, wait_until
-from safetensors.torch import load_file
-from several import start
-from small_runs import flags, squares, tiny, tree
+from forked import status, together, wait_until
+from run_contents import events
+from safetensors.torch import load_file, save_file
+from small_runs import VIT, flags, squares, tiny, tree
 
 from training.cli import main
 from training.data import Share, build_stream, cut_loader, loader, train_transform
@@ -45,10 +45,6 @@ def command(root: Path, out: Path, *settings: str) -> list[str]:
     return ["train", *flags(tiny(root, out)), "--threads=1", *settings]
 
 
-def events(run: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def assert_close(run: Path, expected: Path) -> None:
     """Whether all tensors of two runs are the same to rounding."""
     files = sorted(path.relative_to(expected) for path in expected.rglob("*.safetensors"))
@@ -74,7 +70,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def in_two(wanted: dict[str, list[str]], factory: pytest.TempPathFactory) -> Path:
     root, folder = tree(factory), factory.mktemp("two")
     commands = [command(root, folder / name, *settings) for name, settings in wanted.items()]
-    for process in start(commands, folder, watched=folder):
+    for process in together(commands, folder, watched=folder):
         code = status(process)
         assert code == 0, (folder / "0.log").read_text() + (folder / "1.log").read_text()
     return folder
@@ -120,11 +116,16 @@ def test_one_process_writes_and_talks(runs: Path) -> None:
     assert second == ""
 
 
+def saved(run: Path) -> int:
+    """Number of the newest checkpoint; older ones are gone soon."""
+    return max((int(path.name) for path in (run / "checkpoints").glob("[0-9]*")), default=0)
+
+
 def test_a_killed_process_ends_the_run(tmp_path: Path) -> None:
     root, run = squares(tmp_path / "data"), tmp_path / "run"
     long = command(root, run, "--train.epochs=6", "--checkpoint.steps=1")
-    first, second = start([long], tmp_path)
-    wait_until(first, (run / "checkpoints" / "000003").is_dir)
+    first, second = together([long], tmp_path)
+    wait_until(first, lambda: saved(run) >= 3)
     os.kill(second.pid or 0, signal.SIGKILL)
     assert status(first, 60) == 2
     said = (tmp_path / "0.log").read_text()
@@ -138,13 +139,13 @@ def test_a_killed_process_ends_the_run(tmp_path: Path) -> None:
 
 def test_a_signal_to_one_process_saves_and_ends_all(tmp_path: Path) -> None:
     root, run = squares(tmp_path / "data"), tmp_path / "run"
-    first, second = start([command(root, run, "--train.epochs=6")], tmp_path)
+    first, second = together([command(root, run, "--train.epochs=6")], tmp_path)
     wait_until(first, lambda: (run / "metrics.jsonl").is_file())
     os.kill(second.pid or 0, signal.SIGTERM)
     assert [status(first, 60), status(second, 60)] == [143, 143]
     assert "a checkpoint was written" in (tmp_path / "0.log").read_text()
     assert not (run / "summary.json").exists()
-    for process in start([["train", "--resume", str(run)]], tmp_path):
+    for process in together([["train", "--resume", str(run)]], tmp_path):
         assert status(process) == 0
     assert main(command(root, tmp_path / "whole", "--train.epochs=6")) == 0
     assert_close(run, tmp_path / "whole")
@@ -155,9 +156,17 @@ def test_what_differs_between_processes_is_refused(tmp_path: Path) -> None:
     fewer = squares(tmp_path / "fewer", train=5)
     settings = [command(root, tmp_path / "run", f"--seed={seed}") for seed in (1, 2)]
     images = [command(data, tmp_path / "run") for data in (root, fewer)]
-    for (ours, theirs), what in ((settings, "settings"), (images, "images")):
+    weights = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **VIT)
+        save_file(model.state_dict(), tmp_path / f"{seed}.safetensors")
+        own = f"--backbone.weights={tmp_path / f'{seed}.safetensors'}"
+        weights.append(command(root, tmp_path / "run", "--backbone.pretrained=true", own))
+    pairs = ((settings, "settings"), (images, "images"), (weights, "backbone"))
+    for (ours, theirs), what in pairs:
         (tmp_path / what).mkdir()
-        for rank, process in enumerate(start([ours], tmp_path / what, others=[theirs])):
+        for rank, process in enumerate(together([ours], tmp_path / what, others=[theirs])):
             assert status(process, 60) == 2
             assert f"have not the same {what}" in (tmp_path / what / f"{rank}.log").read_text()
     assert not (tmp_path / "run").exists()
@@ -167,7 +176,7 @@ def test_a_mistake_that_the_first_process_finds_ends_all(tmp_path: Path) -> None
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("mine")
     root = squares(tmp_path / "data")
-    for process in start([command(root, tmp_path / "run")], tmp_path):
+    for process in together([command(root, tmp_path / "run")], tmp_path):
         assert status(process, 60) == 2
     first, second = ((tmp_path / f"{rank}.log").read_text() for rank in range(2))
     assert "is not empty" in first
@@ -247,7 +256,7 @@ def test_torchrun_ends_when_a_process_does_not_answer(sent: signal.Signals, tmp_
     long = command(root, run, "--train.epochs=50", "--checkpoint.steps=1")
     whole = launched(TORCHRUN, long, 10)
     end = time.monotonic() + 120
-    while not (run / "checkpoints" / "000003").is_dir() and time.monotonic() < end:
+    while saved(run) < 3 and time.monotonic() < end:
         time.sleep(0.01)
     (second,) = (
         child

@@ -9,17 +9,12 @@ from pathlib import Path
 import pytest
 from forked import holds, loda, members, status, wait_until
 from interrupted import differences
-from small_runs import flags, tiny, tree
+from small_runs import flags, tiny
 
 from training.checkpoints import newest_checkpoint
 from training.loop import resume, train
 
 EPOCHS = 4  # long enough to be hit inside
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tree(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +104,13 @@ def test_two_processes_on_one_folder(tmp_path: Path, root: Path, whole: Path) ->
     run, log, other = tmp_path / "run", tmp_path / "log", tmp_path / "other"
     first = loda(arguments(root, run, "--checkpoint.steps=3"), log)
     wait_until(first, lambda: events(run) > 0)
-    for attempt in (["train", "--resume", str(run)], arguments(root, run, "--overwrite=true")):
-        assert status(loda(attempt, other)) == 2
+    assert first.pid is not None
+    os.kill(first.pid, signal.SIGSTOP)  # it would be done before them on a busy machine
+    try:
+        for attempt in (["train", "--resume", str(run)], arguments(root, run, "--overwrite=true")):
+            assert status(loda(attempt, other)) == 2
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
     assert said(other).count(f"in use by another run (process {first.pid})") == 2
     assert status(first) == 0, said(log)
     assert differences(run, whole) == []

@@ -29,6 +29,7 @@ _TRAIN = (
 
 _USAGE_ERROR = 2
 _INTERRUPTED = 130
+_BROKEN_PIPE = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 on success, 1 where ``verify`` or ``data check`` finds something wrong or a run of a
         sweep fails, 2 for what the user can mend (settings, data, files), with one clear line on
         the standard error, 130 after Ctrl-C (143 after SIGTERM and 129 after SIGHUP, by
-        SystemExit).
+        SystemExit), 141 if nobody reads the output any more.
     """
     arguments, rest = _parser().parse_known_args(argv)
     if arguments.command not in (None, "train") and os.environ.get("WORLD_SIZE", "1") != "1":
@@ -69,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = f"; {stop}" if str(stop) else ""
         print(f"loda {arguments.command}: interrupted{said}", file=sys.stderr)
         return _INTERRUPTED
+    except BrokenPipeError:  # whoever read the output (head, say) has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left in it
+        return _BROKEN_PIPE
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         if os.environ.get("LODA_DEBUG"):
             raise

@@ -1,6 +1,7 @@
 """One process on a run folder at a time."""
 
 import os
+import time
 import weakref
 from pathlib import Path
 
@@ -10,6 +11,7 @@ except ImportError:  # not on Windows: there the folder is not guarded
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
+_TRIES, _PAUSE = 20, 0.01  # seconds; who asks for the owner holds the file for a moment too
 
 _held: set[int] = set()
 
@@ -32,17 +34,20 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         if fcntl is None:
             return
-        path = folder / LOCK
+        path, tries = folder / LOCK, 0
         while True:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Whoever held it may have removed the file since it was opened here.
-                if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                if _is(handle, path):
                     break
             except BlockingIOError as error:
                 owner = _owner(handle)
                 os.close(handle)
+                tries += 1
+                if tries < _TRIES:
+                    time.sleep(_PAUSE)
+                    continue
                 msg = (
                     f"{folder} is in use by another run (process {owner}): wait for its end, or "
                     f"give another folder"
@@ -79,6 +84,14 @@ def held_by(folder: Path) -> str | None:
     finally:
         os.close(handle)
     return None
+
+
+def _is(handle: int, path: Path) -> bool:
+    """Whether a path leads to an open file, or has been removed since by whoever held it."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _owner(handle: int) -> str:

@@ -29,6 +29,8 @@ CONFIG, CLASSES, ENVIRONMENT = "config.yaml", "classes.json", "environment.json"
 METRICS, SUMMARY, FIGURE = "metrics.jsonl", "summary.json", "accuracy.png"
 MODEL, READOUTS, TASKS = "model.safetensors", "readouts.safetensors", "tasks"
 ANALYSIS, CHECKPOINTS = "analysis.json", "checkpoints"
+_RESULTS = (METRICS, SUMMARY, FIGURE, MODEL, READOUTS, ANALYSIS)
+_FILES = (CONFIG, CLASSES, ENVIRONMENT, *_RESULTS)
 
 _PACKAGES = (
     "loda",
@@ -122,6 +124,7 @@ class RunFolder:
         except OSError as error:
             msg = f"cannot write to the run folder {path}: {error.strerror or error}"
             raise OSError(msg) from error
+        _remove_half_written(self.path)
         if not resume:
             _remove_results(self.path)
             remove_checkpoints(self.path / CHECKPOINTS)
@@ -201,15 +204,20 @@ def _new_folder(path: Path) -> Path:
 
 
 def _remove_results(path: Path) -> None:
-    for name in (METRICS, SUMMARY, FIGURE, MODEL, READOUTS, ANALYSIS):
+    for name in _RESULTS:
         (path / name).unlink(missing_ok=True)
-        for half_written in path.glob(f".{name}.*.tmp"):
-            half_written.unlink()
     for stale in (path / TASKS).glob("*/*.safetensors"):
         stale.unlink()
     for folder in [*(path / TASKS).glob("*"), path / TASKS]:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def _remove_half_written(path: Path) -> None:
+    """Remove what a process that was killed was just writing."""
+    half_written = [half for name in _FILES for half in path.glob(f".{name}.*.tmp")]
+    for half in [*half_written, *(path / TASKS).glob("*/.*.safetensors.*.tmp")]:
+        half.unlink()
 
 
 def _classes(stream: Stream) -> dict[str, Any]:

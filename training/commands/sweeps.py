@@ -53,9 +53,13 @@ def sweep(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     )
     failed = [o.job.name for o in outcomes if o.status in ("failed", "unreadable")]
     elsewhere = [o.job.name for o in outcomes if o.status == "running elsewhere"]
-    print(f"{len(outcomes) - len(failed) - len(elsewhere)} of {len(outcomes)} runs are done")
+    # A job of a cluster may be stopped there, and the sweep not.
+    stopped = [o.job.name for o in outcomes if o.status in ("stopped", "not started")]
+    done = len(outcomes) - len(failed) - len(elsewhere) - len(stopped)
+    print(f"{done} of {len(outcomes)} runs are done")
     if elsewhere:
         print(f"running elsewhere: {'; '.join(elsewhere)}")
-    if failed:
-        say([f"failed: {'; '.join(failed)}"])
-    return 1 if failed else 0
+    for what, names in (("stopped", stopped), ("failed", failed)):
+        if names:
+            say([f"{what}: {'; '.join(names)}"])
+    return 1 if failed or stopped else 0

@@ -9,8 +9,9 @@ from typing import NamedTuple
 from training.figures import Panel, comparison_figure, line_figure, matrix_figure, spread_curves
 from training.metrics import AccuracyMatrix
 from training.report.costs import task_memory, task_seconds
-from training.report.grouping import Section, slug, tasks_of
+from training.report.grouping import Section, tasks_of
 from training.report.inside import inside_drawings
+from training.report.labels import slug
 from training.report.measures import reference
 from training.report.runs import Finished
 
@@ -153,7 +154,9 @@ def _costs(section: Section) -> Iterator[Drawing]:
         ("peak GPU memory (MiB)", lambda run: task_memory(run, "device")),
     ):
         values = {
-            k: [x for run in runs if (x := read(run))] for k, runs in section.all_groups().items()
+            # A run that went on elsewhere may have measured only some of its tasks.
+            k: [x for run in runs if len(x := read(run)) == tasks_of(run)]
+            for k, runs in section.all_groups().items()
         }
         if any(values.values()):
             panels.append(Panel(spread_curves(values), "task", unit))

@@ -7,7 +7,7 @@ from statistics import fmean, median
 from typing import Any
 
 from training.figures import Curve, Panel, line_figure, spread_curves
-from training.report.grouping import slug
+from training.report.labels import slug
 from training.report.runs import Finished
 
 Parts = tuple[str, str, str, str, Callable[[Path], Path]]
@@ -20,7 +20,7 @@ def inside_drawings(label: str, runs: Sequence[Finished]) -> Iterator[Parts]:
     """Name, title, caption, words and drawing of each figure that the analyses of a group allow."""
     tasks = [task for run in runs for task in run.analysis.get("subspaces") or []]
     if tasks:
-        yield _ratios(label, tasks)
+        yield from _ratios(label, tasks)
         yield _energies(label, tasks)
     found = [task for run in runs for task in run.analysis.get("losses") or []]
     for number in sorted({task["task"] for task in found}):
@@ -30,16 +30,18 @@ def inside_drawings(label: str, runs: Sequence[Finished]) -> Iterator[Parts]:
         yield _losses(label, number, same)
 
 
-def _ratios(label: str, tasks: Sequence[dict[str, Any]]) -> Parts:
+def _ratios(label: str, tasks: Sequence[dict[str, Any]]) -> Iterator[Parts]:
     curves, missing = [], False
     for style, (name, title) in enumerate(_SUBSPACES.items()):
         curve, complete = _by_layer(tasks, name, "ratio", title, style)
         missing |= not complete
         if curve.x:
             curves.append(curve)
+    if not curves:  # old tasks have no energy anywhere
+        return
     panel = Panel(curves, "layer", "energy ratio r(U)", log=True, level=1)
     infinite = " Left out: layers and tasks where old tasks have no energy." if missing else ""
-    return (
+    yield (
         f"ratio-{slug(label)}",
         f"Energy ratio of the null space and of the isolated subspace, {label}",
         "Relative energy on the new task over that on the old tasks: 1 where both use the "

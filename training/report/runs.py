@@ -192,7 +192,8 @@ def read_run(path: Path, name: str = "") -> Finished:
         tuple(classes.get("class_names", ())),
         backbone.get("weights_sha256") or backbone.get("tag"),
         tuple(classes.get("images", ())),
-        read_groups(path.absolute().parent.parent),
+        # Only a sweep puts its runs so deep; elsewhere a file of that name is somebody else's.
+        read_groups(path.absolute().parent.parent) if _variant(path) else {},
     )
 
 

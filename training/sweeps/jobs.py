@@ -148,15 +148,48 @@ def finished(job: Job) -> bool:
 
 
 def can_go_on(job: Job) -> bool:
-    """Whether the folder of a job holds an unfinished run of its settings with a checkpoint."""
+    """Whether the folder of a job holds an unfinished run of its settings with a checkpoint.
+
+    It then goes on as it was begun: settings that do not decide what is learned may differ.
+    """
     if is_finished(job.folder) or not (job.folder / CONFIG).is_file():
         return False
     try:
-        found = read_experiment(job.folder / CONFIG)
+        return not _others(job) and has_checkpoint(job.folder / CHECKPOINTS)
     except ValueError:
         return False
-    wanted = as_recorded(effective(job.experiment))
-    return not differing_settings(found, wanted) and has_checkpoint(job.folder / CHECKPOINTS)
+
+
+def require_replaceable(job: Job) -> None:
+    """Refuse to begin anew where an unfinished run of other settings could still go on.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds one, or one whose settings cannot be read.
+    """
+    if not (job.folder / CONFIG).is_file() or not has_checkpoint(job.folder / CHECKPOINTS):
+        return
+    try:
+        others = _others(job)
+    except ValueError as error:
+        msg = f"{job.folder} holds an unfinished run that cannot be read, move it away: {error}"
+        raise ValueError(msg) from error
+    if others:
+        msg = (
+            f"{job.folder} holds an unfinished run with other settings ({', '.join(others)} "
+            "differ): give another --out, or move that run away"
+        )
+        raise ValueError(msg)
+
+
+def _others(job: Job) -> list[str]:
+    """Settings of the job other than those that an unfinished run was begun with."""
+    found = read_experiment(job.folder / CONFIG)
+    # It would look for its data where they were.
+    alike = {*NEUTRAL} - {"data.root"}
+    differing = differing_settings(found, as_recorded(effective(job.experiment)))
+    return [name for name in differing if name not in alike]
 
 
 def _same_weights(folder: Path, wanted: Experiment) -> bool:

@@ -14,7 +14,13 @@ from training.config import dump_experiment
 from training.cpus import usable_cpus
 from training.files import write_text
 from training.lock import held_by
-from training.sweeps.jobs import Job, UnreadableRunError, can_go_on, finished
+from training.sweeps.jobs import (
+    Job,
+    UnreadableRunError,
+    can_go_on,
+    finished,
+    require_replaceable,
+)
 
 Engine = Literal["processes", "slurm", "local"]
 Status = Literal[
@@ -129,6 +135,7 @@ def _train(job: Job, log: Path, threads: int | None, children: Children) -> Outc
     if resumed:
         what = ["--resume", str(job.folder)]
     else:
+        require_replaceable(job)
         # The folder is the sweep's own: what a run left there that cannot go on is replaced.
         config = log.with_suffix(".yaml")
         write_text(config, dump_experiment(replace(job.experiment, overwrite=True)))
