@@ -1,6 +1,7 @@
-"""Fixtures shared by all tests: array libraries, devices, and where recorded material lies."""
+"""Fixtures shared by all tests: array libraries, small runs, and where recorded material lies."""
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -82,6 +83,34 @@ def _one_thread() -> None:
         import torch
 
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images that all small runs are trained on."""
+    from small_runs import tree
+
+    return tree(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished small run, which no test may change."""
+    from small_runs import finished
+
+    return finished(tmp_path_factory)
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
+    """A copy of the finished small run, to be changed."""
+    return shutil.copytree(run, tmp_path / "copy")
+
+
+@pytest.fixture
+def no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw nothing, which takes longer than small ones train; test_run_folder looks at one."""
+    monkeypatch.setattr("training.loop.accuracy_figure", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="session")

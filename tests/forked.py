@@ -1,7 +1,8 @@
 """Real processes of the command line, forked from a server that has imported torch for all.
 
-A fresh interpreter would take seconds for every one of them. Each leads a process group of its
-own, as one that a shell started.
+A fresh interpreter would take seconds for every one of them. `loda` is one that leads a process
+group of its own, as one that a shell started; `together` are those of one run, as torchrun would
+start them.
 """
 
 import ctypes
@@ -9,17 +10,22 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from training.cli import main
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["training.loop", "training.inference"])
 _CAPABILITIES_V3 = 0x20080522
+
+Command = Sequence[str]
 
 
 def loda(
@@ -33,6 +39,31 @@ def loda(
     process = _server.Process(target=_run, args=(list(arguments), log, file_size, ordinary))
     process.start()
     return process
+
+
+def together(
+    commands: Sequence[Command],
+    logs: Path,
+    *,
+    count: int = 2,
+    others: Sequence[Command] | None = None,
+    watched: Path | None = None,
+    timeout: int = 60,
+) -> list[BaseProcess]:
+    """Processes of one run each time, which run the commands one after another until one fails.
+
+    All but the first run the ``others``, if there are some. Each writes a log of its own, which
+    also says what it changed in a folder that is ``watched``.
+    """
+    ports = _free_ports(len(commands))
+    found = []
+    for rank in range(count):
+        given = [*((others or commands) if rank else commands)]
+        arguments = (rank, count, ports, given, logs / f"{rank}.log", watched, timeout)
+        process = _server.Process(target=_run_together, args=arguments)
+        process.start()
+        found.append(process)
+    return found
 
 
 def status(process: BaseProcess, timeout: float = 300) -> int:
@@ -77,10 +108,7 @@ def members(group: int) -> list[int]:
 
 def _run(arguments: list[str], log: Path, file_size: int | None, ordinary: bool) -> None:
     os.setpgid(0, 0)
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
+    _write_to(log)
     # As in the foreground of a shell, however the tests were started.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if file_size is not None:
@@ -88,6 +116,60 @@ def _run(arguments: list[str], log: Path, file_size: int | None, ordinary: bool)
     if ordinary and os.geteuid() == 0:
         _drop_capabilities()
     sys.exit(main(arguments))
+
+
+def _run_together(
+    rank: int,
+    count: int,
+    ports: list[int],
+    commands: list[Command],
+    log: Path,
+    watched: Path | None,
+    timeout: int,
+) -> None:
+    # Loaders fork here as they do elsewhere, not from another server.
+    multiprocessing.set_start_method("fork", force=True)
+    _write_to(log)
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    settings = {**names, "OMP_NUM_THREADS": 1, "LODA_TIMEOUT": timeout, "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update({name: str(value) for name, value in settings.items()})
+    if watched is not None:
+        _watch(watched)
+    for port, command in zip(ports, commands, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        failed = main(command)
+        if failed:
+            sys.exit(failed)
+
+
+def _write_to(log: Path) -> None:
+    """Send all output of this process to the end of a file, line by line."""
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
+
+
+def _free_ports(number: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def _watch(folder: Path) -> None:
+    """Say on the standard error what this process writes, makes, renames or removes there."""
+
+    def audit(event: str, values: tuple[Any, ...]) -> None:
+        changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
+        if event == "open":
+            flags = values[2] if isinstance(values[2], int) else 0
+            changes = bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        if changes and str(values[0]).startswith(str(folder)):
+            os.write(2, f"changed {values[0]}\n".encode())
+
+    sys.addaudithook(audit)
 
 
 def _drop_capabilities() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_contents import events, untimed
 
 from training.config import Experiment
 from training.loop import resume, train
@@ -56,16 +57,13 @@ def _end() -> None:
 
 def outcome(run: Path) -> dict[str, Any]:
     """All that a run leaves, times and memory aside: bytes of files, and parsed records."""
-    clocks = ("seconds", "memory")
     found: dict[str, Any] = {
         str(path.relative_to(run)): path.read_bytes()
         for path in sorted(run.rglob("*"))
         if path.is_file() and (path.suffix == ".safetensors" or path.name == "classes.json")
     }
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    found["metrics"] = [{k: v for k, v in x.items() if k not in clocks} for x in lines]
-    summary = json.loads((run / "summary.json").read_text())
-    found["summary"] = {k: v for k, v in summary.items() if k not in clocks}
+    found["metrics"] = [untimed(event) for event in events(run)]
+    found["summary"] = untimed(json.loads((run / "summary.json").read_text()))
     return found
 
 

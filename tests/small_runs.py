@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
+import torch
 from PIL import Image
+from torch import nn
 
 from training.config import (
     BackboneConfig,
@@ -35,6 +38,14 @@ VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads"
 
 _trees: dict[str, Path] = {}
 _runs: dict[str, Path] = {}
+
+
+def small_vit() -> nn.Module:
+    """The network of small runs, always with the same random weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made: nn.Module = timm.create_model("vit_tiny_patch16_224", num_classes=0, **VIT)
+    return made
 
 
 def squares(folder: Path, *, train: int = 6, test: int = 3, seed: int = 0) -> Path:

@@ -3,9 +3,8 @@
 from typing import Any
 
 import pytest
-import timm
 import torch
-from small_runs import VIT, squares, tiny
+from small_runs import small_vit, squares, tiny
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -26,10 +25,7 @@ LABELS = torch.arange(12) % 3
 
 @pytest.fixture
 def model() -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        made: nn.Module = timm.create_model("vit_tiny_patch16_224", num_classes=0, **VIT)
-    return made
+    return small_vit()
 
 
 def images(task: int) -> Tensor:

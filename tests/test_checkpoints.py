@@ -18,11 +18,7 @@ from training.checkpoints import (
 from training.loop import resume, train
 
 FILES = ("state.safetensors", "metrics.jsonl", "checkpoint.json")
-
-
-@pytest.fixture(autouse=True)
-def _no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.loop.accuracy_figure", lambda *_, **__: None)
+pytestmark = pytest.mark.usefixtures("no_figure")
 
 
 @pytest.fixture(scope="module")

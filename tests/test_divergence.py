@@ -7,22 +7,15 @@ from typing import Any
 import pytest
 import torch
 from interrupted import differences
-from small_runs import READOUTS, tiny, tree
+from small_runs import READOUTS, tiny
 
 from training import fit, loop
 from training.checkpoints import newest_checkpoint
-from training.loop import resume, train
-from training.setup import Run
+from training.loop import resume, run_task, train
+from training.progress import Progress
+from training.setup import Run, prepare
 
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tree(tmp_path_factory)
-
-
-@pytest.fixture(autouse=True)
-def _no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.loop.accuracy_figure", lambda *_, **__: None)
+pytestmark = pytest.mark.usefixtures("no_figure")
 
 
 def everything(root: Path, out: Path) -> Any:
@@ -77,7 +70,7 @@ def readout(run: Run) -> None:
 def test_what_a_task_leaves_is_looked_at_before_it_is_written(
     tmp_path: Path, root: Path, whole: Path, spoil: Callable[[Run], None]
 ) -> None:
-    evaluate = loop._evaluate
+    evaluate = loop.evaluate_task
 
     def spoilt(run: Run, task: int) -> None:
         evaluate(run, task)
@@ -86,7 +79,7 @@ def test_what_a_task_leaves_is_looked_at_before_it_is_written(
 
     out = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_evaluate", spoilt)
+        patch.setattr(loop, "evaluate_task", spoilt)
         with pytest.raises(FloatingPointError, match=r"task 2 left values .* not finite in \w+"):
             train(everything(root, out), quiet=True)
     assert not (out / "tasks" / "001").exists()
@@ -98,7 +91,7 @@ def test_what_a_task_leaves_is_looked_at_before_it_is_written(
 
 
 def test_a_model_whose_features_overflow_is_not_evaluated(tmp_path: Path, root: Path) -> None:
-    update = loop._update_readouts
+    update = loop.update_readouts
 
     def grown(run: Run, task: int) -> None:
         update(run, task)
@@ -106,7 +99,7 @@ def test_a_model_whose_features_overflow_is_not_evaluated(tmp_path: Path, root: 
             parameter.data.mul_(1e30)  # finite, but its products are not
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_update_readouts", grown)
+        patch.setattr(loop, "update_readouts", grown)
         with pytest.raises(FloatingPointError, match="features that are not finite"):
             train(tiny(root, tmp_path / "run", head={"readout": "heads"}), quiet=True)
     assert newest_checkpoint(tmp_path / "run" / "checkpoints").record["run"]["tasks"] == 0
@@ -134,6 +127,26 @@ def test_the_state_of_the_optimiser_counts_too(tmp_path: Path, root: Path) -> No
     assert all(bool(tensor.isfinite().all()) for tensor in newest.tensors.values())
 
 
+@pytest.mark.parametrize("method", ["loda", "seq_lora", "frozen"])
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_divergence_is_an_error_that_says_where(
+    tmp_path: Path, root: Path, method: str, epochs: int
+) -> None:
+    experiment = tiny(
+        root,
+        tmp_path / "run",
+        method={"name": method},
+        train={"lr": 1e30, "epochs": epochs, "momentum": 0.99, "weight_decay": 1e10},
+    )
+    with pytest.raises(FloatingPointError, match=r"task 1, epoch 1 .*train\.lr"):
+        train(experiment, quiet=True)
+    left = {p.name for p in (tmp_path / "run").iterdir()}
+    begun = {"config.yaml", "classes.json", "environment.json", "metrics.jsonl", "checkpoints"}
+    assert left <= begun
+    left_behind = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert all(bool(tensor.isfinite().all()) for tensor in left_behind.tensors.values())
+
+
 @pytest.mark.parametrize("method", ["loda", "seq_lora", "inflora", "o_lora", "sd_lora"])
 def test_every_method_stops_where_training_diverges(
     tmp_path: Path, root: Path, method: str
@@ -145,3 +158,38 @@ def test_every_method_stops_where_training_diverges(
     newest = newest_checkpoint(out / "checkpoints")
     assert all(bool(tensor.isfinite().all()) for tensor in newest.tensors.values())
     assert not (out / "model.safetensors").exists()
+
+
+def test_weights_broken_by_the_very_last_step_are_found(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = tiny(root, tmp_path / "run", method={"name": "seq_lora"}, train={"epochs": 1})
+    run = prepare(experiment)
+    step, steps = run.state.method.step, []
+
+    def spoiling(*args: Any, **kwargs: Any) -> Any:
+        done = step(*args, **kwargs)
+        steps.append(done)
+        if len(steps) == 3:  # 12 images in batches of 5: the last one
+            with torch.no_grad():
+                run.state.method.parameters()[0][0, 0] = float("nan")
+        return done
+
+    monkeypatch.setattr(run.state.method, "step", spoiling)
+    with (
+        pytest.raises(FloatingPointError, match=r"task 1, epoch 1 .*not finite"),
+        Progress(3, quiet=True) as progress,
+    ):
+        run_task(run, 0, progress)
+    assert len(steps) == 3
+
+
+def test_activations_that_overflow_are_named(tmp_path: Path, root: Path) -> None:
+    run = prepare(tiny(root, tmp_path / "run"))
+    with torch.no_grad():
+        run.state.model.get_parameter("patch_embed.proj.weight").mul_(1e38)
+    with (
+        pytest.raises(ValueError, match=r"inputs of .*blocks\.0\.attn\.qkv.*NaN or infinite"),
+        Progress(3, quiet=True) as progress,
+    ):
+        run_task(run, 0, progress)

@@ -1,116 +1,23 @@
-"""Finished runs as classifiers: evaluated again from the weights alone, and used on images."""
+"""Finished runs as classifiers of images."""
 
-import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from small_runs import COLOURS, READOUTS, finished, tree
+from small_runs import COLOURS, READOUTS
 
 import training
 from training.config import read_experiment
 from training.data import build_stream
 from training.data import test_transform as evaluation_transform
-from training.evaluate_run import evaluate_run
 from training.files import read_json
 from training.inference import Classifier, load_classifier
-
-METHODS = ("loda", "seq_lora", "frozen")
-
-
-@pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finished(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def classifier(run: Path) -> Classifier:
     return training.load(run)
-
-
-@pytest.fixture
-def copy(run: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(run, tmp_path / "copy")
-
-
-def recorded(run: Path) -> dict[str, tuple[list[int], list[int]]]:
-    counts = read_json(run / "summary.json")["counts"]
-    return {kind: (c["correct"][-1], c["total"][-1]) for kind, c in counts.items()}
-
-
-def evaluated(run: Path) -> dict[str, tuple[list[int], list[int]]]:
-    return {kind: (r["correct"], r["total"]) for kind, r in evaluate_run(run).items()}
-
-
-def set_in_config(run: Path, section: str, **values: object) -> None:
-    path = run / "config.yaml"
-    content = yaml.safe_load(path.read_text("utf-8"))
-    content[section].update(values)
-    path.write_text(yaml.safe_dump(content), "utf-8")
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_evaluation_reproduces_the_recorded_counts(
-    method: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    run = finished(tmp_path_factory, method)
-    expected = recorded(run)
-    copy = shutil.copytree(run, tmp_path / "copy")
-    for name in ("metrics.jsonl", "summary.json", "accuracy.png", "environment.json"):
-        (copy / name).unlink()
-    shutil.rmtree(copy / "tasks")
-    assert evaluated(copy) == expected
-    results = evaluate_run(copy)
-    assert next(iter(results)) == "nearest_mean"  # the primary read-out first
-    for kind, result in results.items():
-        correct, total = expected[kind]
-        assert result["accuracy"] == sum(correct) / sum(total)
-        assert result["by_task"] == [sum(correct[k : k + 2]) / 6 for k in (0, 2, 4)]
-
-
-def test_evaluation_changes_nothing_in_the_run(run: Path) -> None:
-    before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in run.rglob("*")}
-    evaluate_run(run)
-    assert {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in run.rglob("*")} == before
-
-
-@pytest.mark.parametrize("size", [1, 5, 18, 1000])
-def test_evaluation_does_not_depend_on_the_batch_size(run: Path, copy: Path, size: int) -> None:
-    set_in_config(copy, "train", eval_batch_size=size)
-    assert evaluated(copy) == recorded(run)
-
-
-def test_evaluation_does_not_depend_on_the_order_of_the_images(
-    run: Path, classifier: Classifier
-) -> None:
-    test = build_stream(classifier.experiment.data, classifier.experiment.seed).test
-    images = test.with_transform(evaluation_transform(classifier.experiment.data))
-    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(3)).tolist()
-    for kind, (correct, total) in recorded(run).items():
-        hits, seen = [0] * 6, [0] * 6
-        for first in range(0, len(order), 4):
-            items = [images[k] for k in order[first : first + 4]]
-            scores = classifier.logits(torch.stack([pixels for pixels, _ in items]), kind)
-            for best, (_, label) in zip(scores.argmax(1).tolist(), items, strict=True):
-                hits[label] += int(best == label)
-                seen[label] += 1
-        assert (hits, seen) == (correct, total)
-
-
-def test_a_run_on_held_out_images_is_evaluated_without_the_test_split(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    data = shutil.copytree(tree(tmp_path_factory), tmp_path / "data")
-    run = finished(
-        tmp_path_factory, "frozen", data={"root": str(data), "validation": 0.34}, keep={}
-    )
-    shutil.rmtree(data / "test")
-    assert evaluated(run) == recorded(run)
 
 
 def test_predictions_name_classes_best_first(classifier: Classifier, run: Path) -> None:
@@ -211,107 +118,6 @@ def test_a_run_that_is_not_there(tmp_path: Path) -> None:
         training.load(tmp_path / "none")
     with pytest.raises(FileNotFoundError, match=r"no finished run: config\.yaml, classes\.json"):
         training.load(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "name", ["config.yaml", "classes.json", "model.safetensors", "readouts.safetensors"]
-)
-def test_an_unfinished_run_is_refused(copy: Path, name: str) -> None:
-    (copy / name).unlink()
-    with pytest.raises(FileNotFoundError, match=f"no finished run: {name} not there"):
-        evaluate_run(copy)
-
-
-def change(name: str, edit: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
-    def apply(run: Path) -> None:
-        tensors = load_file(run / name)
-        edit(tensors)
-        save_file(tensors, run / name)
-
-    return apply
-
-
-def write(name: str, content: object) -> Callable[[Path], None]:
-    text = content if isinstance(content, str) else json.dumps(content)
-    return lambda run: (run / name).write_text(text, "utf-8") and None
-
-
-def truncate(name: str) -> Callable[[Path], None]:
-    def apply(run: Path) -> None:
-        content = (run / name).read_bytes()
-        (run / name).write_bytes(content[: len(content) // 2])
-
-    return apply
-
-
-def to_nan(tensors: dict[str, torch.Tensor]) -> None:
-    next(iter(tensors.values())).fill_(float("nan"))
-
-
-MODEL, READOUT_FILE = "model.safetensors", "readouts.safetensors"
-DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "half a model": (truncate(MODEL), rf"cannot read .*{MODEL}"),
-    "a model without a tensor": (
-        change(MODEL, lambda t: t.pop("norm.bias")),
-        rf"{MODEL} does not fit the model .*norm\.bias",
-    ),
-    "a model of another width": (
-        change(MODEL, lambda t: t.update({"norm.bias": torch.zeros(8)})),
-        rf"{MODEL} does not fit the model .*norm\.bias",
-    ),
-    "a model with more tensors": (
-        change(MODEL, lambda t: t.update({"head.weight": torch.zeros(8)})),
-        rf"{MODEL} does not fit the model .*head\.weight",
-    ),
-    "a model that is not finite": (change(MODEL, to_nan), rf"{MODEL} holds NaN"),
-    "half of the read-outs": (truncate(READOUT_FILE), rf"cannot read .*{READOUT_FILE}"),
-    "read-outs that are not finite": (change(READOUT_FILE, to_nan), rf"{READOUT_FILE} holds NaN"),
-    "no read-outs": (change(READOUT_FILE, dict.clear), "lacks the read-out|of {} classes"),
-    "no primary read-out": (
-        change(READOUT_FILE, lambda t: t.pop("nearest_mean/weight")),
-        "lacks the read-out 'nearest_mean'",
-    ),
-    "an unknown read-out": (
-        change(READOUT_FILE, lambda t: t.update({"magic/weight": torch.zeros(6, 16)})),
-        rf"{READOUT_FILE} does not fit .*'magic'",
-    ),
-    "a read-out of other features": (
-        change(READOUT_FILE, lambda t: t.update({"heads/weight": torch.ones(6, 8)})),
-        rf"{READOUT_FILE} does not fit",
-    ),
-    "a read-out of fewer classes": (
-        change(READOUT_FILE, lambda t: t.update({"nearest_mean/weight": torch.ones(4, 16)})),
-        rf"{READOUT_FILE} holds read-outs of .*classes",
-    ),
-    "no configuration": (write("config.yaml", "train: [1"), r"config\.yaml is not a configuration"),
-    "an unknown setting": (write("config.yaml", "tran: {lr: 1}"), "is not a configuration"),
-    "no JSON": (write("classes.json", "{"), r"cannot read .*classes\.json as JSON"),
-    "a list": (write("classes.json", [1]), r"classes\.json: it is \[1\]; expected a mapping"),
-    "no names": (write("classes.json", {"order": [1]}), r"classes\.json: it lacks 'class_names'"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_runs_are_refused_and_the_file_is_named(copy: Path, damage: str) -> None:
-    apply, said = DAMAGES[damage]
-    apply(copy)
-    with pytest.raises(ValueError, match=said):
-        evaluate_run(copy)
-
-
-def test_other_classes_than_those_trained_on_are_refused(
-    copy: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    data = shutil.copytree(tree(tmp_path_factory), tmp_path / "data")
-    for split in ("train", "test"):
-        (data / split / "red").rename(data / split / "zinnober")
-    set_in_config(copy, "data", root=str(data))
-    with pytest.raises(ValueError, match=r"other classes now than when .*copy was trained"):
-        evaluate_run(copy)
-    shutil.rmtree(data)
-    with pytest.raises(FileNotFoundError, match=r"data\.root: no folder"):
-        evaluate_run(copy)
-    assert load_classifier(copy).classes  # prediction needs no data
 
 
 def test_the_configuration_of_a_run_is_that_of_its_classifier(

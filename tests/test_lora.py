@@ -7,45 +7,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from hypothesis import given
 from hypothesis import strategies as st
+from lora_oracle import D, O, R, dense, linear, random, two_branches
 from strategies import seeds
-from torch import Tensor, nn
+from torch import nn
 
 from backends.torch import LoRALinear
 
-D, O, R = 6, 9, 2  # noqa: E741 - the shapes of the method: inputs, outputs, rank
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 5e-2}
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def linear(seed: int = 0, *, bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Linear:
-    layer = nn.Linear(D, O, bias=bias, dtype=dtype)
-    with torch.no_grad():
-        layer.weight.copy_(random(O, D, seed=seed))
-        if bias:
-            layer.bias.copy_(random(O, seed=seed + 1))
-    return layer
-
-
-def two_branches(dtype: torch.dtype = torch.float32) -> LoRALinear:
-    layer = LoRALinear(linear(dtype=dtype))
-    layer.add_branch("general", random(R, D, seed=2), up=random(O, R, seed=3), scale=0.25)
-    layer.add_branch("isolated", random(3, D, seed=4), up=random(O, 3, seed=5), scale=0.5)
-    return layer
-
-
-def dense(layer: LoRALinear) -> Tensor:
-    """W + Σ w B A in float64, rows placed by hand."""
-    weight = layer.base.weight.detach().double().clone()
-    for name in layer.branches:
-        branch = layer.branch(name)
-        first, last = branch.rows or (0, O)
-        update = branch.up.detach().double() @ branch.down.detach().double()
-        weight[first:last] += branch.scale * update
-    return weight
 
 
 @given(
@@ -153,97 +121,6 @@ def test_branch_works_under_autocast() -> None:
     assert {p.grad.dtype for p in layer.parameters() if p.grad is not None} == {torch.float32}
 
 
-def test_coefficients_go_between_up_and_down() -> None:
-    layer = two_branches(torch.float64)
-    between = random(R, R, seed=11, dtype=torch.float64)
-    general, isolated = layer.branch("general"), layer.branch("isolated")
-    expected = 0.25 * general.up @ between @ general.down + 0.5 * isolated.up @ isolated.down
-    torch.testing.assert_close(layer.delta({"general": between}), expected)
-    weight = layer.base.weight + expected
-    layer.merge({"general": between})
-    torch.testing.assert_close(layer.base.weight, weight, check_stride=False)
-
-
-def test_coefficients_of_all_branches_mix_them() -> None:
-    layer = two_branches(torch.float64)
-    between = random(R + 3, R + 3, seed=11, dtype=torch.float64)
-    general, isolated = layer.branch("general"), layer.branch("isolated")
-    up = torch.cat([0.25 * general.up, 0.5 * isolated.up], dim=1)
-    expected = up @ between @ torch.cat([general.down, isolated.down])
-    torch.testing.assert_close(layer.delta(between), expected)
-    whole = torch.eye(R + 3, dtype=torch.float64)
-    torch.testing.assert_close(layer.delta(whole), layer.delta())
-    weight = layer.base.weight + expected
-    layer.merge(between)
-    torch.testing.assert_close(layer.base.weight, weight, check_stride=False)
-
-
-def test_coefficients_that_do_not_fit_are_refused_and_nothing_is_written() -> None:
-    layer = two_branches()
-    before = layer.base.weight.clone()
-    with pytest.raises(KeyError, match=r"no branch 'genral'.*general.*isolated"):
-        layer.merge({"genral": torch.eye(R)})
-    with pytest.raises(ValueError, match="must be 2×2"):
-        layer.merge({"general": torch.ones(R)})
-    with pytest.raises(ValueError, match=r"all branches must be 5×5, got \(2, 2\)"):
-        layer.merge(torch.eye(R))
-    assert not layer.merged
-    assert torch.equal(layer.base.weight, before)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_unmerge_is_bit_exact(dtype: torch.dtype) -> None:
-    layer = two_branches(dtype)
-    with torch.no_grad():
-        layer.base.weight.mul_(1e4)  # adding and subtracting the update would lose digits here
-    before, storage = layer.base.weight.clone(), layer.base.weight.data_ptr()
-    layer.merge()
-    assert layer.merged
-    assert not torch.equal(layer.base.weight, before)
-    layer.unmerge()
-    assert not layer.merged
-    assert torch.equal(layer.base.weight, before)
-    assert layer.base.weight.data_ptr() == storage
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_merge_refuses_values_that_are_not_finite(value: float) -> None:
-    layer = two_branches()
-    before = layer.base.weight.clone()
-    with torch.no_grad():
-        layer.branch("isolated").up[0, 0] = value
-    with pytest.raises(FloatingPointError, match="NaN or infinite"):
-        layer.merge()
-    assert not layer.merged
-    assert torch.equal(layer.base.weight, before)
-
-
-def test_merge_refuses_an_update_that_overflows_the_dtype_of_the_weight() -> None:
-    layer = LoRALinear(linear(dtype=torch.float16))
-    layer.add_branch("big", torch.full((1, D), 300.0), up=torch.full((O, 1), 300.0))
-    with pytest.raises(FloatingPointError):
-        layer.merge()
-    assert bool(layer.base.weight.isfinite().all())
-
-
-def test_a_merged_layer_can_only_be_unmerged() -> None:
-    layer = two_branches()
-    layer.merge()
-    weight = layer.base.weight.clone()
-    for act in (
-        lambda: layer.add_branch("third", random(R, D)),
-        lambda: layer.drop_branch("general"),
-        layer.merge,
-    ):
-        with pytest.raises(ValueError, match="unmerge first"):
-            act()
-    assert torch.equal(layer.base.weight, weight)
-    assert list(layer.branches) == ["general", "isolated"]
-    layer.unmerge()
-    with pytest.raises(ValueError, match="not merged"):
-        layer.unmerge()
-
-
 @pytest.mark.parametrize("train_down", [False, True])
 def test_gradients_are_those_of_the_dense_formulation(train_down: bool) -> None:
     layer = LoRALinear(linear(dtype=torch.float64))
@@ -335,17 +212,6 @@ def test_only_linear_layers_with_a_weight_of_their_own_can_be_adapted() -> None:
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(D, O))
     with pytest.raises(TypeError, match="remove the parametrisation"):
         LoRALinear(normed)
-
-
-def test_copy_in_the_middle_of_a_merge_is_independent() -> None:
-    layer = two_branches()
-    before = layer.base.weight.clone()
-    layer.merge()
-    twin = copy.deepcopy(layer)
-    twin.unmerge()
-    assert layer.merged
-    assert torch.equal(twin.base.weight, before)
-    assert not torch.equal(layer.base.weight, before)
 
 
 def test_a_backward_hook_on_the_frozen_layer_changes_nothing() -> None:

@@ -4,10 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import timm
 import torch
 from safetensors.torch import load_file
-from small_runs import VIT, finished, tiny, tree
+from small_runs import finished, small_vit, tiny, tree
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -25,10 +24,7 @@ LABELS = torch.arange(12) % 3
 
 @pytest.fixture
 def model() -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        made: nn.Module = timm.create_model("vit_tiny_patch16_224", num_classes=0, **VIT)
-    return made
+    return small_vit()
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -105,8 +101,9 @@ def test_a_state_carries_a_method_over(name: str, model: nn.Module) -> None:
     state = {key: value.clone() for key, value in method.state_dict().items()}
     expected = learn(method, model, seed=1)
 
-    other: nn.Module = timm.create_model("vit_tiny_patch16_224", num_classes=0, **VIT)
-    # Other weights: the state and the experiment decide.
+    other = small_vit()
+    for weight in other.parameters():  # the state and the experiment decide
+        nn.init.normal_(weight)
     taking_over = build_method(MethodConfig(name=name, rank=4), other, Context(0, 2))
     other.load_state_dict(between)
     taking_over.load_state_dict(state)

@@ -5,17 +5,12 @@ from pathlib import Path
 
 import pytest
 from run_contents import FILES, below, contents
-from small_runs import finished, tiny, tree
+from small_runs import tiny, tree
 
 from training.config import Experiment, read_experiment
 from training.loop import train
 from training.run_folder import RunFolder, choose_folder
 from training.setup import prepare
-
-
-@pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finished(tmp_path_factory)
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path, run: Path) -> None:

@@ -1,18 +1,16 @@
-"""Sweeps: what is planned, what is run, what is left alone."""
+"""Sweeps: what is run, what goes on, what is left alone."""
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from datetime import date
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
-import yaml
 from interrupted import at_step, stopped
 from safetensors.torch import save_file
-from small_runs import VIT, flags, squares, tiny
+from small_runs import small_vit, squares
+from small_sweeps import short, sweep_file
 
 from training import cli
 from training.children import Children
@@ -20,41 +18,12 @@ from training.config import read_experiment
 from training.cpus import usable_cpus
 from training.files import read_json
 from training.loop import resume, train
-from training.sweeps import (
-    Job,
-    Sweep,
-    finished,
-    packaged_sweeps,
-    plan,
-    read_groups,
-    read_sweep,
-    run_job,
-    run_sweep,
-    standing,
-    write_groups,
-)
+from training.sweeps import Sweep, finished, plan, run_job, run_sweep, standing
 from training.sweeps.jobs import can_go_on
 
-Write = Callable[[object], Path]
-
 
 @pytest.fixture
-def write(tmp_path: Path) -> Write:
-    def write(content: object) -> Path:
-        path = tmp_path / "sweep.yaml"
-        path.write_text(yaml.safe_dump(content))
-        return path
-
-    return write
-
-
-def short(root: Path) -> list[str]:
-    """Settings of runs of about a second."""
-    return [*[f for f in flags(tiny(root, "x")) if not f.startswith("--out")], "--data.tasks=1"]
-
-
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_process(monkeypatch: pytest.MonkeyPatch, no_figure: None) -> None:
     """Train in this process: a fresh one spends seconds on imports. One test below does it."""
 
     def run(_: Children, command: Sequence[str], *__: Any, **___: Any) -> int:
@@ -68,42 +37,6 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         return 0
 
     monkeypatch.setattr("training.sweeps.run.Children.run", run)
-    monkeypatch.setattr("training.loop.accuracy_figure", lambda *_, **__: None)
-
-
-SWEEP = Sweep({"loda": {}, "plain": {"method": {"name": "seq_lora"}}}, [3, 4])
-
-
-def test_every_variant_runs_with_every_seed(tmp_path: Path) -> None:
-    jobs = plan(SWEEP, tmp_path, short(tmp_path))
-    found = [(j.experiment.method.name, j.experiment.seed, j.folder) for j in jobs]
-    assert found == [
-        ("loda", 3, tmp_path / "loda" / "seed3"),
-        ("seq_lora", 3, tmp_path / "plain" / "seed3"),
-        ("loda", 4, tmp_path / "loda" / "seed4"),
-        ("seq_lora", 4, tmp_path / "plain" / "seed4"),
-    ]
-    assert {j.experiment.method.rank for j in jobs} == {4}
-
-
-def test_a_part_of_the_variants_can_be_chosen(tmp_path: Path) -> None:
-    jobs = plan(SWEEP, tmp_path, short(tmp_path), only=["plain"])
-    assert [job.name for job in jobs] == ["plain, seed 3", "plain, seed 4"]
-    with pytest.raises(ValueError, match=r"\['other'\]; it has loda, plain"):
-        plan(SWEEP, tmp_path, only=["other"])
-
-
-def test_the_command_line_wins_over_the_file_and_the_variant_over_both(tmp_path: Path) -> None:
-    sweep = Sweep(
-        {"a": {}, "b": {"train.lr": 0.5, "method.options": {"directions": "random"}}},
-        [0],
-        ["digits"],
-        {"train": {"lr": 0.3, "epochs": 4}},
-    )
-    a, b = plan(sweep, tmp_path, ["--train.lr=0.4"])
-    assert (a.experiment.train.lr, b.experiment.train.lr) == (0.4, 0.5)
-    assert a.experiment.train.epochs == 4
-    assert b.experiment.method.options == {"directions": "random"}
 
 
 def test_runs_have_processes_of_their_own_and_logs(tmp_path: Path) -> None:
@@ -191,124 +124,6 @@ def test_submitit_runs_a_sweep(tmp_path: Path) -> None:
     assert "matches no linear layer" in found[0].log.read_text()
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ([1], "found list"),
-        ({"variants": ["loda"]}, "has variants and seeds"),
-        ({"variants": ["loda"], "seeds": [1], "seed": 1}, "found"),
-        ({"variants": {}, "seeds": [1]}, "variants is"),
-        ({"variants": {"../up": {}}, "seeds": [1]}, "letters, digits"),
-        ({"variants": {"-a": {}}, "seeds": [1]}, "letters, digits"),
-        ({"variants": {"loda": {}, "LoDA": {}}, "seeds": [1]}, "different names"),
-        ({"variants": [["loda"]], "seeds": [1]}, "variants is"),
-        ({"variants": ["loda"], "seeds": [1, 1]}, "different whole numbers"),
-        ({"variants": ["loda"], "seeds": [-1]}, "different whole numbers"),
-        ({"variants": ["loda"], "seeds": [True]}, "different whole numbers"),
-        ({"variants": ["loda"], "seeds": [1], "settings": 3}, "settings is 3"),
-    ],
-)
-def test_a_file_that_is_no_sweep_is_refused(content: object, message: str, write: Write) -> None:
-    with pytest.raises(ValueError, match=message):
-        read_sweep(write(content))
-
-
-@pytest.mark.parametrize(
-    ("own", "message"),
-    [
-        ({"method.nme": "loda"}, "variant v: .*nme"),
-        ({"method.name": "nothing"}, "variant v: .*loda, seq_lora"),
-        ({"train.lr": "fast"}, "variant v: .*lr"),
-        ({"seed": 7}, "variant v: --seed=7.*own to set"),
-    ],
-)
-def test_wrong_settings_are_found_before_anything_runs(
-    own: dict[str, object], message: str, tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        plan(Sweep({"v": own}, [0]), tmp_path)
-
-
-def test_plain_names_are_methods(write: Write) -> None:
-    sweep = read_sweep(write({"variants": ["frozen"], "seeds": [1]}))
-    assert sweep.variants == {"frozen": {"method.name": "frozen"}}
-
-
-@pytest.mark.parametrize("name", packaged_sweeps())
-def test_packaged_sweeps_are_sound(name: str, tmp_path: Path) -> None:
-    jobs = plan(
-        read_sweep(name),
-        tmp_path,
-        ["--data.root=x", "--backbone.weights=y"][: 2 * (name != "digits")],
-    )
-    assert len({job.folder for job in jobs}) == len(jobs) >= 10
-    assert all(isinstance(job, Job) for job in jobs)
-    sweep = read_sweep(name)
-    if sweep.groups:
-        assert {variant for part in sweep.groups.values() for variant in part} == {*sweep.variants}
-
-
-def test_an_unknown_sweep_is_refused_with_those_that_exist() -> None:
-    with pytest.raises(ValueError, match=r"a packaged one \(caltech101, .*digits\)"):
-        read_sweep("nothing")
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("variants: {a: {}, b: {}, a: {}}\nseeds: [1]\n", "key 'a' stands twice, on line 1"),
-        (
-            "variants:\n  a: {}\n  b: {}\n  a: {}\nseeds: [1]\n",
-            "'a' .* on lines 2 and 4",
-        ),
-        ("seeds: [1]\nvariants: [loda]\nseeds: [2]\n", "'seeds' stands twice, on lines 1 and 3"),
-        (
-            "variants:\n  a:\n    method.rank: 1\n    method: {rank: 2}\nseeds: [1]\n",
-            r"'variants\.a\.method\.rank' stands twice, on lines 3 and 4",
-        ),
-        ("variants: [", "is not YAML"),
-    ],
-)
-def test_keys_that_stand_twice_are_refused(text: str, said: str, tmp_path: Path) -> None:
-    path = tmp_path / "sweep.yaml"
-    path.write_text(text, "utf-8")
-    with pytest.raises(ValueError, match=said):
-        read_sweep(path)
-
-
-@pytest.mark.parametrize(
-    ("own", "said"),
-    [
-        ({"method.options": {"alpha": "big"}}, "method.options has alpha 'big'.*a finite number"),
-        ({"method.options": {"penalty": None}}, "penalty None"),
-        ({"method.options": {"start": 1.0}}, r"has \['start'\], which o_lora does not know"),
-        ({"method": {"name": "sd_lora", "options": {"start": "high"}}}, "start 'high'"),
-        ({"method.name": "sd_lora", "method.options": {"parts": "qqq"}}, "all, q, k"),
-        ({"method.name": "frozen", "method.gao": True}, "method.gao is true, but frozen trains no"),
-        ({"tracker": date(2020, 1, 2)}, "tracker is .*2020.*put in quotes"),
-    ],
-)
-def test_options_of_methods_are_checked_before_anything_runs(
-    own: dict[str, Any], said: str, tmp_path: Path
-) -> None:
-    sweep = Sweep({"fine": {}, "v": own}, [0], settings={"method.name": "o_lora"})
-    with pytest.raises(ValueError, match=f"variant v: .*{said}"):
-        plan(sweep, tmp_path)
-
-
-def test_groups_name_variants(write: Write, tmp_path: Path) -> None:
-    content = {"variants": ["loda", "frozen"], "seeds": [1]}
-    groups = {"all": ["loda", "frozen"], "one": ["loda"]}
-    sweep = read_sweep(write({**content, "groups": groups}))
-    write_groups(tmp_path / "out", sweep.groups)
-    assert read_groups(tmp_path / "out") == groups
-    write_groups(tmp_path / "out", None)  # another sweep on the folder, which has none
-    assert read_groups(tmp_path / "out") == groups
-    for wrong in ({"a": ["ncm"]}, {"a": ["loda", "loda"]}, {"a": []}, ["loda"], {"a": "loda"}):
-        with pytest.raises(ValueError, match="lists of different variants"):
-            read_sweep(write({**content, "groups": wrong}))
-
-
 @pytest.mark.usefixtures("in_process")
 def test_a_finished_run_that_cannot_be_read_stops_no_other(tmp_path: Path) -> None:
     root, out = squares(tmp_path / "data"), tmp_path / "out"
@@ -332,7 +147,7 @@ def test_weights_and_data_by_another_path_are_the_same(
 ) -> None:
     root, out = squares(tmp_path / "data"), tmp_path / "out"
     weights = tmp_path / "weights.safetensors"
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **VIT)
+    model = small_vit()
     save_file(model.state_dict(), weights)
     settings = [*short(root), "--method.name=frozen", "--backbone.pretrained=true"]
     sweep = Sweep({"a": {}}, [0])
@@ -377,17 +192,16 @@ def test_the_last_line_that_says_anything_is_shown(
 
 def test_a_sweep_without_a_cluster_ends_with_one_line(
     tmp_path: Path,
-    write: Write,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("training.sweeps.run.shutil.which", lambda _: None)
     sweep = {"variants": ["loda"], "seeds": [1]}
-    arguments = ["sweep", str(write(sweep)), "--out", str(tmp_path / "out")]
+    arguments = ["sweep", str(sweep_file(tmp_path, sweep)), "--out", str(tmp_path / "out")]
     assert cli.main([*arguments, "--engine", "slurm"]) == 2
     assert "no srun here" in capsys.readouterr().err
     for wrong in ({"timeout": 3}, {"timeout_min": "long"}):
-        write({**sweep, "slurm": wrong})
+        sweep_file(tmp_path, {**sweep, "slurm": wrong})
         assert cli.main([*arguments, "--engine", "local"]) == 2
         said = capsys.readouterr().err
         assert said.startswith("loda sweep: slurm is {'timeout")

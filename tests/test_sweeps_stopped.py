@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small_runs import flags, squares, tiny
+from small_runs import squares
+from small_sweeps import settings
 
 from training.children import Children
 from training.lock import FolderLock, held_by
@@ -95,8 +96,7 @@ def test_an_error_leaves_no_child_behind(tmp_path: Path) -> None:
 
 def test_a_stopped_sweep_leaves_runs_that_go_on(tmp_path: Path) -> None:
     root, out = squares(tmp_path / "data"), tmp_path / "out"
-    settings = [f for f in flags(tiny(root, "x")) if not f.startswith("--out")]
-    long = [*settings, "--train.epochs=5000"]
+    long = [*settings(root), "--train.epochs=5000"]
     path = tmp_path / "sweep.yaml"
     path.write_text("variants: [loda, frozen]\nseeds: [0]\n", "utf-8")
     process = subprocess.Popen(
@@ -125,8 +125,7 @@ def test_a_run_at_which_another_process_is_has_not_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, out = squares(tmp_path / "data"), tmp_path / "out"
-    settings = [f for f in flags(tiny(root, "x")) if not f.startswith("--out")]
-    jobs = plan(Sweep({"a": {}, "b": {}, "c": {}, "d": {}}, [0]), out, settings)
+    jobs = plan(Sweep({"a": {}, "b": {}, "c": {}, "d": {}}, [0]), out, settings(root))
     locks = {}
     for job in jobs[:2]:
         job.folder.mkdir(parents=True)

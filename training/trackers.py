@@ -1,7 +1,5 @@
 """Experiment trackers (TensorBoard, Weights & Biases, MLflow and others) through Accelerate."""
 
-from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import LoggerType
 
 from training.config import Experiment
+from training.config.dotted import dotted_settings
 
 
 def require_tracker(name: str) -> None:
@@ -45,13 +44,7 @@ def flat_settings(experiment: Experiment) -> dict[str, Any]:
     >>> flat_settings(Experiment(seed=3))["method.rank"]
     16
     """
-    flat: dict[str, Any] = {}
-    for section, values in asdict(experiment).items():
-        named: Mapping[str, Any] = (
-            {f"{section}.{key}": value for key, value in values.items()}
-            if isinstance(values, dict)
-            else {section: values}
-        )
-        for key, value in named.items():
-            flat[key] = value if isinstance(value, bool | int | float | str) else str(value)
-    return flat
+    return {
+        key: value if isinstance(value, bool | int | float | str) else str(value)
+        for key, value in dotted_settings(experiment).items()
+    }

@@ -10,13 +10,7 @@ from backends.torch.adapt import (
     restore,
 )
 from backends.torch.branch import LoRABranch
-from backends.torch.gao import (
-    AlignedStep,
-    RowsLoss,
-    draw_permutation,
-    gradient_aligned_step,
-    plain_step,
-)
+from backends.torch.gao import draw_permutation, gradient_aligned_step
 from backends.torch.gradient_memory import GradientMemory
 from backends.torch.loda import LoDA
 from backends.torch.lora import LoRALinear
@@ -25,6 +19,7 @@ from backends.torch.processes import Reduce, sum_over_processes
 from backends.torch.random_bases import random_bases
 from backends.torch.record import TaskRecord
 from backends.torch.settings import LoDASettings
+from backends.torch.step import AlignedStep, RowsLoss, plain_step
 
 __all__ = [
     "TIMM_QKV",

@@ -1,10 +1,13 @@
-"""One low-rank update of a linear layer, and several of them side by side."""
+"""One low-rank update of a linear layer, several of them side by side, and what they add up to."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, nn
+
+Coefficients = Mapping[str, Tensor] | Tensor
+"""Λ by branch, shape (r, r) each, or one Λ of all branches side by side, shape (R, R)."""
 
 
 class LoRABranch(nn.Module):
@@ -57,3 +60,38 @@ def side_by_side(branches: Sequence[LoRABranch], out_features: int) -> tuple[Ten
     if len(branches) == 1:
         return downs[0], ups[0]
     return torch.cat(downs), torch.cat(ups, dim=1)
+
+
+def weight_update(
+    branches: Mapping[str, LoRABranch], weight: Tensor, coefficients: Coefficients | None = None
+) -> Tensor:
+    """What branches add to a weight (out, in), in float32 or wider; Λ goes between up and down.
+
+    Raises
+    ------
+    ValueError
+        If Λ is not r×r, or R×R.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    if isinstance(coefficients, Tensor):
+        down, up = (f.to(dtype) for f in side_by_side([*branches.values()], len(weight)))
+        if tuple(coefficients.shape) != (len(down), len(down)):
+            msg = (
+                f"coefficients of all branches must be {len(down)}×{len(down)}, got "
+                f"{tuple(coefficients.shape)}"
+            )
+            raise ValueError(msg)
+        return up @ (coefficients.to(down) @ down)
+    coefficients = coefficients or {}
+    for name, given in coefficients.items():
+        rank = branches[name].down.shape[0]
+        if tuple(given.shape) != (rank, rank):
+            msg = f"coefficients of {name!r} must be {rank}×{rank}, got {tuple(given.shape)}"
+            raise ValueError(msg)
+    total = torch.zeros_like(weight, dtype=dtype)
+    for name, branch in branches.items():
+        down = branch.down.to(dtype)
+        if name in coefficients:
+            down = coefficients[name].to(down) @ down
+        total = total + branch.full_up(len(weight)).to(dtype) @ down
+    return total

@@ -2,34 +2,14 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from backends.torch.processes import Reduce
+from backends.torch.step import AlignedStep, RowsLoss, plain_step, step_on_rows
 from loda_math import class_split, lookahead
-
-RowsLoss = Callable[[Tensor], Tensor]
-"""Mean loss over the rows of the mini-batch whose indices it is given."""
-
-
-class AlignedStep(NamedTuple):
-    """What a gradient-aligned step did.
-
-    Attributes
-    ----------
-    loss : Tensor, 0-d
-        Mean loss over the rows, at the parameters where gradients for the optimiser were taken;
-        detached, on the device.
-    steps : int
-        Optimiser steps taken: 2, or 1 for a mini-batch of one class, fewer if gradients that were
-        not finite were skipped.
-    """
-
-    loss: Tensor
-    steps: int
 
 
 def gradient_aligned_step(
@@ -115,11 +95,15 @@ def gradient_aligned_step(
         msg = f"radius must be finite and at least 0, got {radius}"
         raise ValueError(msg)
     halves = [mask.nonzero().flatten() for mask in class_split(labels, permutation)]
-    backward = backward or _backward
     if min(half.numel() for half in halves) == 0:
-        rows = torch.arange(labels.shape[0], device=labels.device)
-        value, stepped = _plain_step(loss, rows, optimizer, backward, skip_nonfinite, reduce)
-        return AlignedStep(value, int(stepped))
+        return plain_step(
+            loss,
+            labels,
+            optimizer,
+            backward=backward,
+            skip_nonfinite=skip_nonfinite,
+            reduce=reduce,
+        )
     losses, steps = [], 0
     for source, goal in (halves, halves[::-1]):
         gradients = torch.autograd.grad(loss(source), perturbed, allow_unused=True)
@@ -134,7 +118,7 @@ def gradient_aligned_step(
         stepped = False
         try:
             _copy(perturbed, moved)
-            value, stepped = _plain_step(
+            value, stepped = step_on_rows(
                 loss, goal, optimizer, backward, skip_nonfinite, reduce, moved
             )
         finally:
@@ -145,33 +129,6 @@ def gradient_aligned_step(
         losses.append(value * (goal.numel() / labels.shape[0]))
         steps += int(stepped)
     return AlignedStep(losses[0] + losses[1], steps)
-
-
-def plain_step(
-    loss: RowsLoss,
-    labels: Tensor,
-    optimizer: Optimizer,
-    *,
-    backward: Callable[[Tensor], None] | None = None,
-    skip_nonfinite: bool = False,
-    reduce: Reduce | None = None,
-) -> AlignedStep:
-    """One ordinary optimiser step on the whole mini-batch, with the same interface.
-
-    Parameters
-    ----------
-    loss, labels, optimizer, backward, skip_nonfinite, reduce
-        As in :func:`gradient_aligned_step`.
-
-    Returns
-    -------
-    AlignedStep
-    """
-    rows = torch.arange(labels.shape[0], device=labels.device)
-    value, stepped = _plain_step(
-        loss, rows, optimizer, backward or _backward, skip_nonfinite, reduce
-    )
-    return AlignedStep(value, int(stepped))
 
 
 def draw_permutation(labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -196,52 +153,6 @@ def draw_permutation(labels: Tensor, generator: torch.Generator | None = None) -
     """
     classes: Tensor = labels.cpu().unique()  # type: ignore[no-untyped-call]
     return classes[torch.randperm(classes.numel(), generator=generator)]
-
-
-def _plain_step(
-    loss: RowsLoss,
-    rows: Tensor,
-    optimizer: Optimizer,
-    backward: Callable[[Tensor], None],
-    skip_nonfinite: bool,
-    reduce: Reduce | None,
-    moved: Sequence[Tensor] = (),
-) -> tuple[Tensor, bool]:
-    optimizer.zero_grad(set_to_none=True)
-    value = loss(rows)
-    backward(value)
-    value = value.detach()
-    if reduce is not None:
-        value = value.clone()
-        reduce([*_all_gradients(optimizer), value])
-    if skip_nonfinite and not _gradients_finite(optimizer, moved):
-        optimizer.zero_grad(set_to_none=True)
-        return value, False
-    optimizer.step()
-    return value, True
-
-
-def _backward(value: Tensor) -> None:
-    value.backward()  # type: ignore[no-untyped-call]
-
-
-def _all_gradients(optimizer: Optimizer) -> list[Tensor]:
-    """Gradients of all trained tensors; zero where this process has nothing to say."""
-    found = []
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.requires_grad:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                found.append(parameter.grad)
-    return found
-
-
-def _gradients_finite(optimizer: Optimizer, moved: Sequence[Tensor]) -> bool:
-    """Whether gradients, and tensors moved along a gradient, are finite: one read for all."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-    flags = [g.isfinite().all() for g in (*gradients, *moved) if g is not None]
-    return not flags or bool(torch.stack(flags).all())
 
 
 @torch.no_grad()

@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 from backends.torch._checks import check_bases
 from backends.torch.adapt import find_layers
 from backends.torch.finish import finish
-from backends.torch.gao import AlignedStep, RowsLoss, draw_permutation, gradient_aligned_step
+from backends.torch.gao import draw_permutation, gradient_aligned_step
 from backends.torch.record import TaskRecord
 from backends.torch.state import LoDAState
+from backends.torch.step import AlignedStep, RowsLoss
 
 
 class LoDA(LoDAState):

@@ -1,12 +1,10 @@
 """A frozen linear layer with named low-rank branches, computed as one fused low-rank path."""
 
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, nn
 
-from backends.torch.branch import LoRABranch, side_by_side
+from backends.torch.branch import Coefficients, LoRABranch, side_by_side, weight_update
 
 
 class LoRALinear(nn.Module):
@@ -163,7 +161,7 @@ class LoRALinear(nn.Module):
         y = y.addmm_(thin, up) if in_place else torch.addmm(y, thin, up)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def delta(self, coefficients: Mapping[str, Tensor] | Tensor | None = None) -> Tensor:
+    def delta(self, coefficients: Coefficients | None = None) -> Tensor:
         r"""Update of the weight, :math:`\sum_k w_k B_k \Lambda_k A_k`, in float32 or wider.
 
         Parameters
@@ -183,33 +181,14 @@ class LoRALinear(nn.Module):
         ValueError
             If Λ is not r×r, or R×R.
         """
-        dtype = torch.promote_types(self.base.weight.dtype, torch.float32)
-        if isinstance(coefficients, Tensor):
-            down, up = (factor.to(dtype) for factor in self._factors())
-            if tuple(coefficients.shape) != (len(down), len(down)):
-                msg = (
-                    f"coefficients of all branches must be {len(down)}×{len(down)}, got "
-                    f"{tuple(coefficients.shape)}"
-                )
-                raise ValueError(msg)
-            return up @ (coefficients.to(down) @ down)
-        coefficients = coefficients or {}
-        for name, given in coefficients.items():
-            rank = self.branch(name).down.shape[0]
-            if tuple(given.shape) != (rank, rank):
-                msg = f"coefficients of {name!r} must be {rank}×{rank}, got {tuple(given.shape)}"
-                raise ValueError(msg)
-        total = torch.zeros_like(self.base.weight, dtype=dtype)
-        for name in self.branches:
-            branch = self.branch(name)
-            down = branch.down.to(dtype)
-            if name in coefficients:
-                down = coefficients[name].to(down) @ down
-            total = total + branch.full_up(self.out_features).to(dtype) @ down
-        return total
+        if not isinstance(coefficients, Tensor):
+            for name in coefficients or ():
+                self.branch(name)  # raises if there is none
+        branches = {name: self.branch(name) for name in self.branches}
+        return weight_update(branches, self.base.weight, coefficients)
 
     @torch.no_grad()
-    def merge(self, coefficients: Mapping[str, Tensor] | Tensor | None = None) -> None:
+    def merge(self, coefficients: Coefficients | None = None) -> None:
         """Fold the branches into the weight; the weight before is kept, bit for bit.
 
         Parameters

@@ -7,10 +7,9 @@ hour. The same settings give the same weights on the same machine.
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from training.conv_vit import NAME, fold
 from training.files import write_atomically
 from training.pretrain.cifar_images import Images, epoch, read, scaled, split_off
+from training.pretrain.recipes import add_settings, command_line, say
 from training.weight_files import tensors_sha256
 
 PROGRAM = "python -m training.pretrain.cifar10"
@@ -106,16 +106,11 @@ def digest(tensors: dict[str, Tensor], options: dict[str, Any] = OPTIONS) -> str
     return tensors_sha256(load(features, {**options, "num_classes": 0}))
 
 
-def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
-
-
 def train(
     recipe: Recipe,
     images: Images,
     test: Images,
-    log: Callable[[str], None] = _say,
+    log: Callable[[str], None] = say,
     *,
     options: dict[str, Any] = OPTIONS,
 ) -> Result:
@@ -169,8 +164,7 @@ def train(
 
 def command(recipe: Recipe) -> str:
     """Return the command line that trains by ``recipe``, all settings spelt out."""
-    words = [f"--{name.replace('_', '-')} {value}" for name, value in asdict(recipe).items()]
-    return " ".join([PROGRAM, *words])
+    return command_line(PROGRAM, recipe)
 
 
 def save(result: Result, recipe: Recipe, out: Path) -> None:
@@ -192,9 +186,7 @@ def save(result: Result, recipe: Recipe, out: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the recipe from the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.pretrain.cifar10", description=__doc__
-    )
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with SPLIT_CLASS.webp")
     parser.add_argument("--out", type=Path, help="safetensors file to write; must not exist")
     parser.add_argument(
@@ -203,10 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="train on nine tenths of the training images, print the accuracy on the others, write "
         "nothing and never open the test images",
     )
-    for field in fields(Recipe):
-        flag = f"--{field.name.replace('_', '-')}"
-        kind = type(field.default)
-        parser.add_argument(flag, type=kind, default=field.default, help="default: %(default)s")
+    add_settings(parser, Recipe)
     options = vars(parser.parse_args(arguments))
     data, out, trial = (options.pop(name) for name in ("data", "out", "trial"))
     if trial == (out is not None):
@@ -222,9 +211,9 @@ def main(arguments: list[str] | None = None) -> None:
     if not trial:
         save(result, recipe, out)
     count = sum(value.numel() for value in result.tensors.values())
-    _say(f"{count} weights, {time.process_time() - start:.0f} s of processor time")
-    _say(f"SHA-256 of the backbone's tensors: {digest(result.tensors)}")
-    _say(f"accuracy on {'held-out training' if trial else 'test'} images: {result.accuracy:.4f}")
+    say(f"{count} weights, {time.process_time() - start:.0f} s of processor time")
+    say(f"SHA-256 of the backbone's tensors: {digest(result.tensors)}")
+    say(f"accuracy on {'held-out training' if trial else 'test'} images: {result.accuracy:.4f}")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,9 @@ VisionTransformer to tell them apart and writes its weights. No digit takes part
 import argparse
 import json
 import math
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from training.files import write_atomically
 from training.pretrain.forbidden import glyph_classes
 from training.pretrain.glyphs import LEVELS, Glyphs, handwrite
+from training.pretrain.recipes import add_settings, command_line, say
 
+PROGRAM = "python -m training.pretrain.train"
 TIMM_MODEL = "vit_tiny_patch16_224"
 TIMM_OPTIONS: dict[str, Any] = {
     "img_size": 8,
@@ -148,13 +149,8 @@ def few_shot_accuracy(
     return hits / episodes
 
 
-def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
-
-
 def train(
-    recipe: Recipe, log: Callable[[str], None] = _say, *, episodes: int = FEW_SHOT_EPISODES
+    recipe: Recipe, log: Callable[[str], None] = say, *, episodes: int = FEW_SHOT_EPISODES
 ) -> Result:
     """Train a backbone by ``recipe``, with a cosine classifier that is thrown away.
 
@@ -201,8 +197,7 @@ def train(
 
 def command(recipe: Recipe) -> str:
     """Return the command line that trains by ``recipe``, all settings spelt out."""
-    words = [f"--{name.replace('_', '-')} {value}" for name, value in asdict(recipe).items()]
-    return " ".join(["python -m training.pretrain.train", *words])
+    return command_line(PROGRAM, recipe)
 
 
 def save(result: Result, recipe: Recipe, out: Path) -> None:
@@ -217,28 +212,19 @@ def save(result: Result, recipe: Recipe, out: Path) -> None:
         "few_shot_accuracy": f"{result.few_shot:.4f}",
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        save_file(result.model.state_dict(), partial, metadata=metadata)
-        # safetensors makes files that only their owner can read; this one is shipped.
-        partial.chmod(0o644)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+    tensors = result.model.state_dict()
+    write_atomically(out, lambda path: save_file(tensors, path, metadata=metadata))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the recipe from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m training.pretrain.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
     parser.add_argument(
         "--episodes", type=int, default=FEW_SHOT_EPISODES, help="few-shot episodes to measure"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
-    for field in fields(Recipe):
-        flag = f"--{field.name.replace('_', '-')}"
-        kind = type(field.default)
-        parser.add_argument(flag, type=kind, default=field.default, help="default: %(default)s")
+    add_settings(parser, Recipe)
     options = vars(parser.parse_args(arguments))
     out, overwrite, episodes = (options.pop(name) for name in ("out", "overwrite", "episodes"))
     if out.exists() and not overwrite:
@@ -249,9 +235,9 @@ def main(arguments: list[str] | None = None) -> None:
     result = train(recipe, episodes=episodes)
     save(result, recipe, out)
     count = sum(p.numel() for p in result.model.parameters())
-    _say(f"{count} parameters, {time.perf_counter() - start:.0f} s, {out}")
-    _say(f"held-out samples of {recipe.classes} glyph classes: {result.held_out:.4f}")
-    _say(f"unseen glyph classes, 10 ways, 5 shots, nearest mean: {result.few_shot:.4f}")
+    say(f"{count} parameters, {time.perf_counter() - start:.0f} s, {out}")
+    say(f"held-out samples of {recipe.classes} glyph classes: {result.held_out:.4f}")
+    say(f"unseen glyph classes, 10 ways, 5 shots, nearest mean: {result.few_shot:.4f}")
 
 
 if __name__ == "__main__":

@@ -1,37 +1,17 @@
 """Which runs are compared: sections by data and backbone, in them groups that differ by seed."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from training.config import Experiment
-from training.config.neutral import NEUTRAL
-from training.report.runs import Finished
-
-# Settings that tell runs of one experiment apart without making them different experiments.
-_RUN_ONLY = ("seed", "out", "threads", "overwrite", "device", "keep", "tracker")
-_RUN_ONLY_KEYS = (*NEUTRAL, "head.also")
-
-# Accuracies under other values of these are about other images, tasks or networks.
-_SECTION_KEYS = (
-    "data.name",
-    "data.dataset",
-    "data.train_split",
-    "data.test_split",
-    "data.classes",
-    "data.init_cls",
-    "data.increment",
-    "data.task_sizes",
-    "data.tasks",
-    "data.validation",
-    "data.image_size",
-    "backbone.name",
-    "backbone.options",
-    "backbone.pretrained",
+from training.report.labels import (
+    distinct,
+    group_settings,
+    section_settings,
+    section_title,
+    settings_key,
+    slug,
 )
-
+from training.report.runs import Finished
 
 REST = "others"
 """Title of the methods that a sweep with titles puts nowhere."""
@@ -99,11 +79,17 @@ def by_section(runs: Sequence[Finished]) -> list[Section]:
     """
     found: dict[str, list[Finished]] = {}
     for run in runs:
-        found.setdefault(_key(_identity(run)), []).append(run)
-    bases = _distinct(
-        [_title(part) for part in found.values()], [_identity(part[0]) for part in found.values()]
+        found.setdefault(settings_key(section_settings(run)), []).append(run)
+    parts = list(found.values())
+    tasks = [max(tasks_of(run) for run in part) for part in parts]
+    bases = distinct(
+        [
+            section_title(part[0].experiment, number)
+            for part, number in zip(parts, tasks, strict=True)
+        ],
+        [section_settings(part[0]) for part in parts],
     )
-    groups = [_groups(part) for part in found.values()]
+    groups = [_groups(part) for part in parts]
     labels = tuple(dict.fromkeys(label for part in groups for label in part))
     titles = dict.fromkeys(title for run in runs for title in run.groups)
     sections: list[Section] = []
@@ -154,8 +140,8 @@ def tasks_of(run: Finished) -> int:
 def _groups(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
     groups: dict[str, list[Finished]] = {}
     for run in runs:
-        settings = _key(_settings(run.experiment))
-        groups.setdefault(_key({"name": run.name, "settings": settings}), []).append(run)
+        settings = settings_key(group_settings(run.experiment))
+        groups.setdefault(settings_key({"name": run.name, "settings": settings}), []).append(run)
     for part in groups.values():
         if len({run.experiment.seed for run in part}) < len(part):
             again = ", ".join(str(run.path) for run in part)
@@ -174,83 +160,4 @@ def _groups(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
 def _labels(runs: Sequence[Finished]) -> list[str]:
     """Given names, or those of methods; with the settings in which groups of one name differ."""
     names = [run.name or run.experiment.method.name for run in runs]
-    return _distinct(names, [_settings(run.experiment) for run in runs])
-
-
-def _distinct(names: Sequence[str], settings: Sequence[dict[str, Any]]) -> list[str]:
-    """Names, each with the settings in which others of the same name differ."""
-    labels = []
-    for name, own in zip(names, settings, strict=True):
-        rivals = [other for rival, other in zip(names, settings, strict=True) if rival == name]
-        differing = [k for k in own if any(other[k] != own[k] for other in rivals)]
-        extra = ", ".join(f"{key} {own[key]}" for key in differing)
-        labels.append(f"{name} ({extra})" if extra else name)
-    # A given name may be that of a method with the same settings.
-    return [
-        label if labels.count(label) == 1 else f"{label} [{number}]"
-        for number, label in enumerate(labels, 1)
-    ]
-
-
-def _flat(experiment: Experiment) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for section, value in asdict(experiment).items():
-        if isinstance(value, dict):
-            flat.update({f"{section}.{key}": item for key, item in value.items()})
-        else:
-            flat[section] = value
-    return flat
-
-
-def _settings(experiment: Experiment) -> dict[str, Any]:
-    """What tells groups of a section apart."""
-    apart = (*_RUN_ONLY_KEYS, *_SECTION_KEYS, "backbone.weights")
-    return {
-        key: value
-        for key, value in _flat(experiment).items()
-        if key not in apart and key.partition(".")[0] not in _RUN_ONLY
-    }
-
-
-def _identity(run: Finished) -> dict[str, Any]:
-    """What tells sections apart; folders and files that moved do not count."""
-    flat = _flat(run.experiment)
-    weights = flat["backbone.weights"]
-    return {
-        **{key: flat[key] for key in _SECTION_KEYS},
-        "data": _data_name(run.experiment),
-        "backbone.weights": run.weights or (weights and Path(weights).name),
-    }
-
-
-def _title(runs: Sequence[Finished]) -> str:
-    experiment, tasks = runs[0].experiment, max(tasks_of(run) for run in runs)
-    data, backbone = experiment.data, experiment.backbone
-    held_out = ", held-out training images" if data.validation else ""
-    weights = f" ({Path(backbone.weights).stem})" if backbone.weights else ""
-    name = backbone.name.removeprefix("hf:").rstrip("/").rpartition("/")[2]
-    plural = "s" if tasks > 1 else ""
-    return f"{_data_name(experiment)}{held_out}, {tasks} task{plural}, {name}{weights}"
-
-
-def _data_name(experiment: Experiment) -> str:
-    data = experiment.data
-    if data.name == "folder" and data.root:
-        return Path(data.root).name
-    return data.dataset or data.name
-
-
-def slug(text: str) -> str:
-    """Text as part of a file name.
-
-    Examples
-    --------
-    >>> slug("loda (method.gao False)")
-    'loda-method-gao-false'
-    """
-    words = "".join(c if c.isascii() and c.isalnum() else " " for c in text.lower()).split()
-    return "-".join(words) or "runs"
-
-
-def _key(settings: dict[str, Any]) -> str:
-    return json.dumps(settings, sort_keys=True)
+    return distinct(names, [group_settings(run.experiment) for run in runs])

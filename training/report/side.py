@@ -6,7 +6,8 @@ from itertools import takewhile
 
 from training.figures import Interval, interval_figure
 from training.report.drawings import Drawing
-from training.report.grouping import Section, slug
+from training.report.grouping import Section
+from training.report.labels import slug
 from training.report.measures import lead, lead_text, measured, reference, spread_text
 from training.report.pairs import Paired
 from training.report.tables import Cell, Table

@@ -16,12 +16,13 @@ from backends.torch.readouts._checks import (
     finite,
     task_end,
 )
+from backends.torch.readouts.tasks import TaskStatistics
 
 RIDGE_STRENGTHS = tuple(10.0**k for k in range(-8, 9))
 _ROWS = 2048  # images projected at a time
 
 
-class RidgeStatistics:
+class RidgeStatistics(TaskStatistics):
     """Accumulators of ridge regression on random ReLU features h = relu(x P).
 
     Kept are the Gram matrix Σ h hᵀ (M, M) and Σ h yᵀ (M, C), y one-hot, in float64: sums, so
@@ -52,18 +53,13 @@ class RidgeStatistics:
         if dim < 1 or features < 1:
             msg = f"Ridge needs at least 1 input and 1 random feature; given {dim} and {features}."
             raise ValueError(msg)
+        super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.projection = torch.randn(dim, features, generator=generator)
         self.gram = torch.zeros(features, features, dtype=torch.float64)
         self.cross = torch.zeros(features, 0, dtype=torch.float64)
         self.strength = 1.0
-        self.task_sizes: tuple[int, ...] = ()
         self._open: list[tuple[Tensor, Tensor]] = []
-
-    @property
-    def classes(self) -> int:
-        """Number of classes of the finished tasks."""
-        return sum(self.task_sizes)
 
     def collect(self, features: Tensor, labels: Tensor) -> None:
         """Add a batch of features (N, D) of the open task; they are held until `end_task`.
@@ -101,11 +97,6 @@ class RidgeStatistics:
         self.cross = torch.cat([self.cross.to(device), cross], dim=1)
         self.task_sizes = (*self.task_sizes, end - first)
         self._open = []
-
-    def add_task(self, features: Tensor, labels: Tensor, classes: int | None = None) -> None:
-        """`collect` one batch and `end_task`."""
-        self.collect(features, labels)
-        self.end_task(classes)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Flat tensors of the finished tasks, ready for safetensors."""

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from backends.torch.readouts._checks import check_batch, check_closed, check_keys, task_end
+from backends.torch.readouts.tasks import TaskStatistics
 
 
-class ClassStatistics:
+class ClassStatistics(TaskStatistics):
     """Count, mean and covariance of the features of each class.
 
     Sums run in float64 on the features' device, merged batch by batch in the form of Chan,
@@ -45,18 +46,13 @@ class ClassStatistics:
         if dtype not in (torch.float32, torch.float64):
             msg = f"Class statistics are kept in float32 or float64, not {dtype}."
             raise ValueError(msg)
+        super().__init__()
         self.dtype = dtype
         self.count = torch.zeros(0, dtype=torch.int64)
         self.mean = torch.zeros(0, 0, dtype=dtype)
         self.covariance = torch.zeros(0, 0, 0, dtype=dtype)
-        self.task_sizes: tuple[int, ...] = ()
         # Of the open task: class -> (images, mean, scatter), in float64.
         self._open: dict[int, tuple[int, Tensor, Tensor]] = {}
-
-    @property
-    def classes(self) -> int:
-        """Number of classes of the finished tasks."""
-        return sum(self.task_sizes)
 
     def collect(self, features: Tensor, labels: Tensor) -> None:
         """Add a batch of features (N, D) with labels (N,) of the open task.
@@ -98,11 +94,6 @@ class ClassStatistics:
         self.count, self.mean, self.covariance = count, mean, covariance
         self.task_sizes = (*self.task_sizes, end - first)
         self._open = {}
-
-    def add_task(self, features: Tensor, labels: Tensor, classes: int | None = None) -> None:
-        """`collect` one batch and `end_task`."""
-        self.collect(features, labels)
-        self.end_task(classes)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Flat tensors of the finished tasks, ready for safetensors."""
