@@ -31,3 +31,14 @@ def test_ratios_that_are_all_infinite_have_no_figure(tmp_path: Path) -> None:
     found = {path.stem for path in (out / "figures").glob("*.png")}
     assert "energy-loda" in found
     assert "ratio-loda" not in found
+
+
+def test_a_figure_says_which_runs_it_leaves_out(tmp_path: Path) -> None:
+    runs = [fake_run(tmp_path / "runs" / str(seed), seed=seed) for seed in (1, 2, 3)]
+    for run, steps in zip(runs, ([0.0, 1.0], [0.0, 1.0], [0.0, 0.5, 1.0]), strict=True):
+        curves = {age: [1.0 for _ in steps] for age in ("old", "new")}
+        losses = [{"task": 1, "step": steps, "own": curves, "seen": curves, "marks": {}}]
+        (run / "analysis.json").write_text(json.dumps({"losses": losses}), "utf-8")
+    named = [f"loda={run}" for run in runs]
+    assert cli.main(["report", *named, "--out", str(tmp_path / "report")]) == 0
+    assert "1 analysed at other steps" in (tmp_path / "report" / "report.html").read_text("utf-8")

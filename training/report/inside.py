@@ -25,9 +25,9 @@ def inside_drawings(label: str, runs: Sequence[Finished]) -> Iterator[Parts]:
     found = [task for run in runs for task in run.analysis.get("losses") or []]
     for number in sorted({task["task"] for task in found}):
         # Runs that were analysed at other steps cannot be averaged with the first one.
-        same = [task for task in found if task["task"] == number]
-        same = [task for task in same if task["step"] == same[0]["step"]]
-        yield _losses(label, number, same)
+        here = [task for task in found if task["task"] == number]
+        same = [task for task in here if task["step"] == here[0]["step"]]
+        yield _losses(label, number, same, left_out=len(here) - len(same))
 
 
 def _ratios(label: str, tasks: Sequence[dict[str, Any]]) -> Iterator[Parts]:
@@ -75,8 +75,9 @@ def _energies(label: str, tasks: Sequence[dict[str, Any]]) -> Parts:
     )
 
 
-def _losses(label: str, number: int, found: Sequence[dict[str, Any]]) -> Parts:
+def _losses(label: str, number: int, found: Sequence[dict[str, Any]], *, left_out: int) -> Parts:
     steps = found[0]["step"]
+    missing = f" Left out: {left_out} analysed at other steps." if left_out else ""
     panels = []
     for among, title in _AMONG.items():
         ages = {"old tasks": "old", "new task": "new"}
@@ -95,7 +96,7 @@ def _losses(label: str, number: int, found: Sequence[dict[str, Any]]) -> Parts:
         "Mean loss of evaluation images at W + α·w·BA of the general branch, from the weights W "
         "before the task (α = 0) past the trained branch (α = 1); heads as after the task. Marked: "
         "the recalibrated general branch, and the model as merged with both branches, above the "
-        "nearest point of the line. The paper's figure 3.",
+        f"nearest point of the line.{missing} The paper's figure 3.",
         "Two panels of the loss of old and of new tasks along the update. "
         + " ".join(
             f"{c.label}, {panel.title}: {c.centre[0]:.3g} at 0, {c.centre[-1]:.3g} at "
