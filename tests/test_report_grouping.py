@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from fake_runs import fake_run
-from read_reports import FROZEN, sections
+from read_reports import FROZEN, sections, texts
 
 from training.config import BackboneConfig, HeadConfig, KeepConfig, MethodConfig
 from training.report import Report, find_runs, write_report
@@ -144,12 +144,27 @@ def test_a_sweep_says_what_belongs_together(tmp_path: Path) -> None:
     assert titles == [
         "Side by side (methods): last accuracy, read-out alignment (%)",
         "Side by side (methods): lead of loda, read-out alignment (points)",
-        "Side by side (others): last accuracy, read-out alignment (%)",
-        "Side by side (others): lead of aligned, read-out alignment (points)",
+        "Side by side (others): last accuracy, read-out alignment (%)",  # "aligned" alone
     ]
+    (other / "groups.json").unlink()
+    accuracy, lead = Report.over([out, other]).overview()  # only one has parts: all with all
+    assert accuracy.title == "Side by side: last accuracy, read-out alignment (%)"
+    assert [row[0] for row in texts(accuracy)] == ["loda", "frozen", "plain", "aligned"]
+    assert [row[0] for row in texts(lead)] == ["frozen", "plain", "aligned"]
     (out / "groups.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"it is \[1\]; expected a mapping"):
         find_runs([out])
+
+
+def test_some_variants_of_a_sweep_are_not_shown_again_in_a_part_that_is_cut(tmp_path: Path) -> None:
+    out = swept(tmp_path / "sweep", VARIANTS)
+    other = swept(tmp_path / "other", VARIANTS, backbone=BackboneConfig("cifar_vit"))
+    groups = {"methods": ["loda", "frozen"], "parts": ["loda", "plain"], "one": ["loda"]}
+    write_groups(out, groups)
+    report = Report.over([out / "loda", out / "frozen", other])
+    assert [section.part for section in report.sections] == ["methods", "one", ""]
+    accuracy, _ = report.overview()
+    assert [row[0] for row in texts(accuracy)] == ["loda", "frozen"]  # what both have
 
 
 def test_labels_are_checked(tmp_path: Path) -> None:

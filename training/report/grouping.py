@@ -91,12 +91,14 @@ def by_section(runs: Sequence[Finished]) -> list[Section]:
     )
     groups = [_groups(part) for part in parts]
     labels = tuple(dict.fromkeys(label for part in groups for label in part))
-    titles = dict.fromkeys(title for run in runs for title in run.groups)
+    sizes = {title: len(names) for run in runs for title, names in run.groups.items()}
     sections: list[Section] = []
     for base, part in zip(bases, groups, strict=True):
         shown: set[str] = set()
-        for title, inner in _parts(part, list(titles)).items():
+        for title, inner in _parts(part, list(sizes)).items():
             fresh = tuple(label for label in inner if label not in shown)
+            if not fresh and len(inner) < sizes.get(title, 0):
+                continue  # what was given of it adds nothing to an earlier part
             sections.append(Section(base, title, "", inner, labels, fresh))
             shown |= set(inner)
     slugs = [slug(section.title) for section in sections]

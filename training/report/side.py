@@ -16,12 +16,13 @@ from training.report.tables import Cell, Table
 def side_by_side(sections: Sequence[Section], against: str | None = None) -> list[Table]:
     """Last accuracy by method, and the lead of one of them, with a column a section.
 
-    Parts of a sweep are compared with the same parts of the others. Differences are paired within
-    a section alone.
+    Parts of a sweep are compared with the same parts of the others; where some have no parts, all
+    that a sweep holds is compared with all of the others. Differences are paired within a section
+    alone.
     """
     tables = []
     for part, columns in _parts(sections).items():
-        labels = list(dict.fromkeys(k for section in columns.values() for k in section.groups))
+        labels = _in_two([section.groups for section in columns.values()])
         for kind in _readouts(columns.values()):
             rows = []
             for label in labels:
@@ -96,7 +97,8 @@ def _lead_tables(
         name: {} if chosen[name] is None else _leads(section, kind, str(chosen[name]))
         for name, section in columns.items()
     }
-    labels = list(dict.fromkeys(label for leads in found.values() for label in leads))
+    labels = _in_two([section.groups for section in columns.values()])
+    labels = [label for label in labels if any(label in leads for leads in found.values())]
     if not labels:
         return
     rows = [
@@ -120,21 +122,34 @@ def _leads(section: Section, kind: str, first: str) -> dict[str, Paired]:
 
 
 def _parts(sections: Sequence[Section]) -> dict[str, dict[str, Section]]:
-    """Sections by part and the name of their column; parts that stand alone are left out."""
+    """Sections by part and the name of their column, where two of them share a method."""
     words = [section.base.split(", ") for section in sections]
     alike = takewhile(lambda column: len(set(column)) == 1, zip(*words, strict=False))
     common = min(len(list(alike)), *(len(own) - 1 for own in words))
+    titled = all(section.part for section in sections)
     found: dict[str, dict[str, Section]] = {}
     for section in sections:
         name = ", ".join(section.base.split(", ")[common:])
-        found.setdefault(section.part, {})[name] = section
-    return {part: columns for part, columns in found.items() if len(columns) > 1}
+        columns = found.setdefault(section.part if titled else "", {})
+        earlier = columns[name].groups if name in columns else {}
+        columns[name] = section._replace(groups={**earlier, **section.groups})
+    return {
+        part: columns
+        for part, columns in found.items()
+        if _in_two([section.groups for section in columns.values()])
+    }
+
+
+def _in_two(columns: Sequence[Iterable[str]]) -> list[str]:
+    """What at least two of the columns hold, in its order there."""
+    found = [label for column in columns for label in column]
+    return [label for label in dict.fromkeys(found) if found.count(label) > 1]
 
 
 def _readouts(sections: Iterable[Section]) -> list[str]:
     """Read-outs that at least two of the sections have, in their order."""
-    kinds = [kind for section in sections for kind in section.readouts]
-    return [kind for kind in dict.fromkeys(kinds) if kinds.count(kind) > 1] or kinds[:1]
+    kinds = [section.readouts for section in sections]
+    return _in_two(kinds) or kinds[0][:1]
 
 
 def _counted(found: Paired | None) -> str:
