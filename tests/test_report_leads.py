@@ -30,8 +30,9 @@ def test_other_data_and_backbones_are_other_sections(tmp_path: Path) -> None:
     assert accuracy.title == "Side by side: last accuracy, read-out alignment (%)"
     assert accuracy.header == ["method", "glyphs", "cifar_vit"]
     assert texts(accuracy)[1] == ["loda", "75.75 ± 0.35", "75.75 ± 0.35"]
-    assert lead.header == ["over", "glyphs", "cifar_vit"]
-    assert texts(lead) == [["frozen", *["+10.00 [+10.00, +10.00] (2)"] * 2]]
+    assert lead.header == ["over", "glyphs", "cifar_vit", "change"]
+    same = "+10.00 [+10.00, +10.00] (2)"
+    assert texts(lead) == [["frozen", same, same, "+0.00 [+0.00, +0.00] (2)"]]
 
 
 def test_differences_are_paired_within_one_backbone(tmp_path: Path) -> None:
@@ -50,11 +51,36 @@ def test_differences_are_paired_within_one_backbone(tmp_path: Path) -> None:
             fake_run(folder, rows, backbone=BackboneConfig(backbone), **settings)
     report = Report.over([tmp_path / "glyphs", tmp_path / "cifar_vit"])
     _, lead = report.overview()
-    assert texts(lead) == [["frozen", "+5.00 (1)", "+5.00 (1)"]]
+    assert texts(lead) == [["frozen", "+5.00 (1)", "+5.00 (1)"]]  # no seed has all four: no change
     (drawing,) = side_drawings(report.sections)
     assert drawing.alt.count("over frozen +5.00") == 2
     path = drawing.draw(tmp_path / "a.svg")
     assert path.stat().st_size > 1000
+
+
+def test_how_a_lead_moves_is_paired_by_seed(tmp_path: Path) -> None:
+    lasts = {
+        ("glyphs", "loda"): (70, 72, 75),
+        ("glyphs", "frozen"): (60, 65, 63),
+        ("cifar_vit", "loda"): (90, 88, 91),
+        ("cifar_vit", "frozen"): (70, 73, 70),
+    }
+    for (backbone, name), values in lasts.items():
+        for seed, last in enumerate(values):
+            settings = {"backbone": BackboneConfig(backbone), "method": MethodConfig(name)}
+            folder = tmp_path / backbone / f"{name}{seed}"
+            fake_run(folder, ((90,), (last, last)), seed=seed, **settings)
+    _, lead = Report.over([tmp_path / "glyphs", tmp_path / "cifar_vit"]).overview()
+    glyphs, cifar = (
+        np.subtract(lasts[backbone, "loda"], lasts[backbone, "frozen"])
+        for backbone in ("glyphs", "cifar_vit")
+    )
+    low, high = stats.ttest_rel(cifar, glyphs).confidence_interval(0.95)
+    expected = f"{(cifar - glyphs).mean():+.2f} [{low:+.2f}, {high:+.2f}] (3)".replace("-", "−")
+    assert texts(lead)[0][-1] == expected
+    assert lead.note.endswith(
+        "Change: the lead with cifar_vit less that with glyphs, seed by seed."
+    )
 
 
 def test_leads_are_paired_by_seed(tmp_path: Path) -> None:

@@ -48,6 +48,14 @@ def lead(
     return paired(measured(ours, kind, name), measured(theirs, kind, name))
 
 
+def gain(
+    ours: Sequence[Finished], theirs: Sequence[Finished], kind: str, name: str
+) -> dict[Hashable, float]:
+    """A metric of some runs minus that of others, for each seed and class order of both."""
+    own, other = measured(ours, kind, name), measured(theirs, kind, name)
+    return {key: value - other[key] for key, value in own.items() if key in other}
+
+
 def lead_text(found: Paired | None) -> str:
     """A lead with its interval.
 

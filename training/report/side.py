@@ -8,8 +8,8 @@ from training.figures import Interval, interval_figure
 from training.report.drawings import Drawing
 from training.report.grouping import Section
 from training.report.labels import slug
-from training.report.measures import lead, lead_text, measured, reference, spread_text
-from training.report.pairs import Paired
+from training.report.measures import gain, lead, lead_text, measured, reference, spread_text
+from training.report.pairs import Paired, paired
 from training.report.tables import Cell, Table
 
 
@@ -107,12 +107,29 @@ def _lead_tables(
     ]
     names = dict.fromkeys(str(name) for name in chosen.values() if name is not None)
     header = [c if len(names) == 1 else f"{c}: {chosen[c] or ''}" for c in columns]
-    title = f"Side by side{_of(part)}: lead of {' or '.join(names)}, read-out {kind} (points)"
     note = (
         "Last accuracy less that of the method, paired over the seeds that both have on the same "
         "data and backbone; in brackets the 95 % interval of Student's t, and the number of pairs."
     )
+    moves: list[Paired | None] = []
+    if len(columns) == 2 and len(names) == 1:
+        before, after = columns.values()
+        moves = [_moved(before, after, next(iter(names)), label, kind) for label in labels]
+    if any(moves):
+        rows = [[*row, Cell(_counted(move))] for row, move in zip(rows, moves, strict=True)]
+        header.append("change")
+        note += f" Change: the lead with {header[1]} less that with {header[0]}, seed by seed."
+    title = f"Side by side{_of(part)}: lead of {' or '.join(names)}, read-out {kind} (points)"
     yield Table(title, ["over", *header], rows, note)
+
+
+def _moved(before: Section, after: Section, first: str, label: str, kind: str) -> Paired | None:
+    """How a lead differs between two columns, over the seeds and class orders of all four."""
+    then, now = (
+        gain(section.groups.get(first, []), section.groups.get(label, []), kind, "last")
+        for section in (before, after)
+    )
+    return paired(now, then)
 
 
 def _leads(section: Section, kind: str, first: str) -> dict[str, Paired]:
