@@ -8,7 +8,7 @@ from small_runs import small_vit, squares, tiny
 from torch import Tensor, nn
 from torch.nn import functional
 
-from backends.torch import LoRALinear, collect_moments, find_layers
+from backends.torch import GradientMemory, LoRALinear, collect_moments, find_layers
 from training.config import MethodConfig
 from training.files import read_json
 from training.loop import train
@@ -133,6 +133,22 @@ def test_inflora_directions_avoid_what_is_kept(model: nn.Module) -> None:
         method.end_task([(images(task), LABELS)])
 
 
+def test_inflora_protects_a_share_that_grows_over_the_stream(model: nn.Module) -> None:
+    method = made("inflora", model, tasks=4, options={"lamb": 0.6, "lame": 0.9})
+    assert isinstance(method, InfLoRA)
+    expected: dict[str, GradientMemory] = {}
+    for task, share in enumerate((0.6, 0.675, 0.75, 0.825)):
+        learn(method, model, task)
+        for name, found in collect_moments(model, [images(task)], "*.attn.qkv").items():
+            # Through the trained and merged model, to rounding.
+            memory = expected.get(name) or GradientMemory.empty(found.mean)
+            expected[name] = memory.updated(found.mean, share)
+            ours, theirs = method.memories[name], expected[name]
+            assert (ours.free, ours.basis.shape) == (theirs.free, theirs.basis.shape)
+            spans = [m.basis @ m.basis.mT for m in (ours, theirs)]
+            torch.testing.assert_close(*spans, atol=1e-3, rtol=0)
+
+
 def test_inflora_updates_do_not_reach_protected_inputs(model: nn.Module) -> None:
     name = "blocks.0.attn.qkv"
     method = made("inflora", model, target=name, options={"lamb": 0.9, "lame": 0.9})
@@ -179,6 +195,21 @@ def test_old_directions_stay_and_magnitudes_are_learned(model: nn.Module) -> Non
         rest = change[:16] - method.magnitudes[0].detach() * old
         assert torch.linalg.matrix_rank(change[:16], atol=1e-6) > 3
         assert torch.linalg.matrix_rank(rest, atol=1e-6) == 3
+
+
+def test_all_magnitudes_start_again_and_are_trained_on_every_task(model: nn.Module) -> None:
+    method = made("sd_lora", model)
+    assert isinstance(method, SDLoRA)
+    for task in range(3):
+        method.begin_task([(images(task), LABELS)])
+        assert [float(m.detach()) for m in method.magnitudes] == [pytest.approx(0.8)] * (task + 1)
+        trained = {id(p) for p in method.parameters() if p.requires_grad}
+        assert {id(m) for m in method.magnitudes} <= trained
+        assert len(trained) == task + 1 + 2 * len(qkv(model))  # and A and B of the task alone
+        with torch.no_grad():
+            for m in method.magnitudes:
+                m.fill_(3.0)
+        method.end_task([(images(task), LABELS)])
 
 
 # Upper bound and read-outs without training
@@ -240,7 +271,7 @@ def test_random_directions_know_nothing_of_the_images(model: nn.Module) -> None:
 # What all of them share
 
 
-@pytest.mark.parametrize("name", ["seq_lora", "o_lora", "inflora", "sd_lora"])
+@pytest.mark.parametrize("name", ["seq_lora", "null_lora", "o_lora", "inflora", "sd_lora"])
 def test_baselines_can_take_gradient_aligned_steps(name: str, model: nn.Module) -> None:
     state = {key: w.clone() for key, w in model.state_dict().items()}
     found = []

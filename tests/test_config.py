@@ -196,6 +196,14 @@ def test_recorded_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert recorded.data.root == str(tmp_path / "images")
     assert recorded.backbone.weights == str(tmp_path / "w.pth")
     assert as_recorded(Experiment()) == Experiment()
+    (tmp_path / "tree").mkdir()
+    for dataset, expected in (
+        ("hfds/tree", f"hfds/{tmp_path / 'tree'}"),
+        ("hfds/some/name", "hfds/some/name"),  # on the hub
+        ("hfds//no/such", "hfds//no/such"),
+    ):
+        data = DataConfig(name="timm", dataset=dataset, resize=8)
+        assert as_recorded(Experiment(data=data)).data.dataset == expected
 
 
 def test_resolve_config_prefers_files_and_lists_packaged_names(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from training.config import (
         (DataConfig, {"dataset": "torch/cifar10"}),  # for data.name timm alone
         (DataConfig, {"name": "timm", "root": "x", "resize": 8}),
         (DataConfig, {"name": "timm", "dataset": "torch/cifar10", "resize": 8}),  # no root
+        (DataConfig, {"label_key": "fine_label"}),  # digits have no columns
         (DataConfig, {"verify": True}),  # digits lie in no folder
         (DataConfig, {"tasks": 0}),
         (DataConfig, {"validation": 0.95}),

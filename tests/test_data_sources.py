@@ -265,6 +265,21 @@ def test_readers_of_encoded_images_are_decoded_as_files_are(hugging: Path) -> No
         assert torch.equal(a, b)
 
 
+def test_columns_are_passed_on_where_they_are_named(
+    hugging: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def create_dataset(name: str, root: str | None, **settings: Any) -> Any:
+        given.append({key: settings[key] for key in settings if key not in ("split", "download")})
+        return ImageDataset(root, reader=Reader(hugging, settings["split"]))
+
+    monkeypatch.setattr("timm.data.dataset_factory.create_dataset", create_dataset)
+    build_stream(by_timm("hfds/any/name"), 2)
+    build_stream(by_timm("hfds/any/name", image_key="img", label_key="fine_label"), 2)
+    assert given == [{}] * 2 + [{"input_key": "img", "target_key": "fine_label"}] * 2
+
+
 def test_a_damaged_image_is_named_and_never_replaced_by_another(hugging: Path) -> None:
     sorted((hugging / "train").rglob("*.png"))[3].write_text("text")
     source = timm_source(by_timm("hfds/any/name"))

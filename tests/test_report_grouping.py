@@ -7,7 +7,7 @@ import pytest
 from fake_runs import fake_run
 from read_reports import FROZEN, sections, texts
 
-from training.config import BackboneConfig, HeadConfig, KeepConfig, MethodConfig
+from training.config import BackboneConfig, DataConfig, HeadConfig, KeepConfig, MethodConfig
 from training.report import Report, find_runs, write_report
 from training.sweeps import write_groups
 
@@ -28,6 +28,16 @@ def test_what_is_kept_or_read_out_besides_does_not_split_seeds(tmp_path: Path) -
     (section,) = sections(tmp_path)
     assert {k: len(runs) for k, runs in section.groups.items()} == {"loda": 2}
     assert section.readouts == ["alignment"]  # the other one is that of a single seed
+
+
+def test_a_folder_of_hugging_face_is_known_by_its_name(tmp_path: Path) -> None:
+    places = ("hfds//here/Images", "hfds//there/Images", "hfds/some/Images")
+    for seed, place in enumerate(places):
+        data = DataConfig(name="timm", dataset=place, resize=8)
+        fake_run(tmp_path / str(seed), seed=seed, data=data)
+    folders, hub = sections(tmp_path)
+    assert [run.experiment.seed for run in folders.groups["loda"]] == [0, 1]
+    assert [s.title.partition(",")[0] for s in (folders, hub)] == ["Images", "hfds/some/Images"]
 
 
 def test_a_seed_counts_once(tmp_path: Path) -> None:

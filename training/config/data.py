@@ -33,6 +33,10 @@ class DataConfig:
         For data.name timm: what the data set calls its training images.
     test_split
         For data.name timm: what the data set calls its evaluation images.
+    image_key
+        For data.dataset hfds/...: the column of the images, image when not given.
+    label_key
+        For data.dataset hfds/...: the column of the classes, label when not given.
     download
         For data.name timm: let torchvision download the data set to root.
     classes
@@ -88,6 +92,8 @@ class DataConfig:
     dataset: str | None = None
     train_split: str = "train"
     test_split: str = "validation"
+    image_key: str | None = None
+    label_key: str | None = None
     download: bool = False
     classes: int | None = None
     init_cls: int = 2
@@ -139,9 +145,12 @@ def _check_source(data: DataConfig) -> None:
         )
         raise ValueError(msg)
     # Hugging Face keeps what it downloads in a cache of its own, unless a root is given.
-    cached = data.name == "digits" or (data.dataset or "").lower().startswith("hfds/")
-    if data.root is None and not cached:
+    columns = (data.dataset or "").lower().startswith("hfds/")
+    if data.root is None and data.name != "digits" and not columns:
         msg = f"data.root must be given for data.name {data.name}: the folder with the images."
+        raise ValueError(msg)
+    if not columns and (data.image_key, data.label_key) != (None, None):
+        msg = "data.image_key and data.label_key name columns, which hfds/ data sets alone have."
         raise ValueError(msg)
     if data.cache and data.resize is None and data.name not in NATIVE_SIDE:
         msg = "data.cache true needs images of one size: set data.resize."

@@ -19,11 +19,15 @@ def as_recorded(experiment: Experiment) -> Experiment:
     local = backbone.name.removeprefix(HUGGING_FACE)
     if local != backbone.name and Path(local).expanduser().is_dir():
         backbone = replace(backbone, name=f"{HUGGING_FACE}{absolute(local)}")
+    data = replace(experiment.data, root=absolute(experiment.data.root))
+    kind, _, place = (data.dataset or "").partition("/")
+    if kind.lower() == "hfds" and Path(place).is_dir():
+        data = replace(data, dataset=f"{kind}/{absolute(place)}")
     # Whoever runs a recorded configuration again has to ask anew for replacing its folder.
     return replace(
         experiment,
         overwrite=False,
-        data=replace(experiment.data, root=absolute(experiment.data.root)),
+        data=data,
         backbone=replace(backbone, weights=absolute(backbone.weights)),
     )
 

@@ -64,8 +64,11 @@ def _open(config: DataConfig, split: str) -> Any:
     from timm.data.dataset_factory import create_dataset
 
     root = None if config.root is None else str(Path(config.root).expanduser())
+    # Keywords of timm's own; it has defaults for those that are not given.
+    columns = {"input_key": config.image_key, "target_key": config.label_key}
+    named: dict[str, Any] = {key: name for key, name in columns.items() if name is not None}
     try:
-        return create_dataset(name, root, split=split, download=config.download)
+        return create_dataset(name, root, split=split, download=config.download, **named)
     except FileNotFoundError as error:
         msg = f"data.dataset {name}, split {split}, root {root}: {_reason(error)}"
         raise FileNotFoundError(msg) from error
@@ -79,6 +82,7 @@ def _targets(data: Any, config: DataConfig) -> NDArray[np.int64]:
     reader: Any = getattr(data, "reader", None)
     found: Any
     if hasattr(reader, "iter_targets"):
+        _require_columns(reader, config)
         found = list(reader.iter_targets())
     elif _samples(data) is not None:
         found = [target for _, target in _samples(data) or ()]
@@ -92,6 +96,26 @@ def _targets(data: Any, config: DataConfig) -> NDArray[np.int64]:
         msg = f"data.dataset {config.dataset} has images without a class (number below 0)"
         raise ValueError(msg)
     return targets.astype(np.int64)
+
+
+def _require_columns(reader: Any, config: DataConfig) -> None:
+    """Raise ValueError where the columns of a Hugging Face data set have other names."""
+    rows = getattr(reader, "dataset", None)
+    if rows is None or not len(rows):
+        return
+    # timm casts the column of the images, which adds one of nothing where there is none.
+    there = [name for name, value in rows[0].items() if value is not None]
+    wanted = {
+        "data.image_key": config.image_key or "image",
+        "data.label_key": config.label_key or "label",
+    }
+    for setting, key in wanted.items():
+        if key.partition(".")[0] not in there:
+            msg = (
+                f"data.dataset {config.dataset} has no column {key}; it has {', '.join(there)}: "
+                f"name one by {setting}"
+            )
+            raise ValueError(msg)
 
 
 def _samples(data: Any) -> Sequence[tuple[Any, int]] | None:

@@ -12,7 +12,7 @@ from training.report.costs import task_memory, task_seconds
 from training.report.grouping import Section, tasks_of
 from training.report.inside import inside_drawings
 from training.report.labels import slug
-from training.report.measures import reference
+from training.report.measures import reference, signed
 from training.report.runs import Finished
 
 Seeds = dict[str, list[list[float]]]
@@ -121,7 +121,13 @@ def _relative(section: Section, baseline: str | None) -> Iterator[Drawing]:
         f"Accuracy minus that of {baseline} with the same seed, on the old tasks, the task just "
         "learned and all classes seen. Mean over seeds; the band is one sample standard deviation. "
         "The paper's figure 4.",
-        f"Three panels of accuracy differences to {baseline} over the tasks learned.",
+        f"Three panels of accuracy differences to {baseline} over the tasks learned. At the end: "
+        + "; ".join(
+            f"{panel.title.lower()} "
+            + ", ".join(f"{c.label} {signed(c.centre[-1])}" for c in panel.curves)
+            for panel in panels
+        )
+        + ".",
         partial(line_figure, panels),
     )
 

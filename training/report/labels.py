@@ -17,9 +17,10 @@ _RUN_ONLY_KEYS = (*NEUTRAL, "head.also")
 # Accuracies under other values of these are about other images, tasks or networks.
 _SECTION_KEYS = (
     "data.name",
-    "data.dataset",
     "data.train_split",
     "data.test_split",
+    "data.image_key",
+    "data.label_key",
     "data.classes",
     "data.init_cls",
     "data.increment",
@@ -35,7 +36,7 @@ _SECTION_KEYS = (
 
 def group_settings(experiment: Experiment) -> dict[str, Any]:
     """What tells groups of a section apart."""
-    apart = (*_RUN_ONLY_KEYS, *_SECTION_KEYS, "backbone.weights")
+    apart = (*_RUN_ONLY_KEYS, *_SECTION_KEYS, "data.dataset", "backbone.weights")
     return {
         key: value
         for key, value in dotted_settings(experiment).items()
@@ -100,4 +101,5 @@ def _data_name(experiment: Experiment) -> str:
     data = experiment.data
     if data.name == "folder" and data.root:
         return Path(data.root).name
-    return data.dataset or data.name
+    place = Path((data.dataset or "").partition("/")[2])  # a folder, or a name on the hub
+    return place.name if place.is_absolute() else data.dataset or data.name

@@ -22,7 +22,17 @@ _LATEX = {
     "—": "---",
     "·": r"$\cdot$",
     "×": r"$\times$",
+    "≤": r"$\leq$",
+    "≥": r"$\geq$",
+    "|": r"\textbar{}",
+    "\n": " ",
 }
+_GREEK = (
+    "αalpha βbeta γgamma δdelta εepsilon ζzeta ηeta θtheta ιiota κkappa λlambda μmu νnu ξxi πpi "
+    "ρrho σsigma τtau υupsilon φphi χchi ψpsi ωomega ΓGamma ΔDelta ΘTheta ΛLambda ΞXi ΠPi ΣSigma "
+    "ΦPhi ΨPsi ΩOmega"
+)
+_LATEX |= {name[0]: rf"$\{name[1:]}$" for name in _GREEK.split()}
 
 
 class Cell(NamedTuple):
@@ -128,4 +138,6 @@ def _escape(text: str) -> str:
 
 
 def _latex_row(texts: Sequence[str]) -> str:
-    return " & ".join(texts) + r" \\"
+    # The command that ends the line above would take these for an argument of its own.
+    guard = "{}" if texts[0].startswith(("[", "*")) else ""
+    return guard + " & ".join(texts) + r" \\"
