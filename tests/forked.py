@@ -10,11 +10,10 @@ import multiprocessing
 import os
 import resource
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -48,21 +47,24 @@ def together(
     count: int = 2,
     others: Sequence[Command] | None = None,
     watched: Path | None = None,
-    timeout: int = 60,
+    timeout: int = 240,
 ) -> list[BaseProcess]:
     """Processes of one run each time, which run the commands one after another until one fails.
 
     All but the first run the ``others``, if there are some. Each writes a log of its own, which
     also says what it changed in a folder that is ``watched``.
     """
-    ports = _free_ports(len(commands))
+    pipes = [_server.Pipe(duplex=False) for _ in range(count - 1)]
+    ends = [[send for _, send in pipes], *([receive] for receive, _ in pipes)]
     found = []
     for rank in range(count):
         given = [*((others or commands) if rank else commands)]
-        arguments = (rank, count, ports, given, logs / f"{rank}.log", watched, timeout)
+        arguments = (rank, count, ends[rank], given, logs / f"{rank}.log", watched, timeout)
         process = _server.Process(target=_run_together, args=arguments)
         process.start()
         found.append(process)
+    for end in (end for pair in pipes for end in pair):
+        end.close()
     return found
 
 
@@ -89,8 +91,23 @@ def wait_until(process: BaseProcess, ready: Callable[[], bool], timeout: float =
 
 def holds(process: BaseProcess, run: Path) -> bool:
     """Whether a process has the lock of a run folder."""
-    lock = run / ".lock"
-    return lock.is_file() and lock.read_text() == f"{process.pid}\n"
+    try:
+        # A killed one leaves the file, but not its number.
+        return (run / ".lock").read_text() == f"{process.pid}\n"
+    except FileNotFoundError:
+        return False
+
+
+def saves_itself(process: BaseProcess, run: Path) -> bool:
+    """Whether a process holds a run folder, and has come to where signals make it save the run."""
+    if sys.platform != "linux":
+        return holds(process, run)
+    try:
+        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    except OSError:  # it has just ended
+        return False
+    (caught,) = (line.split()[1] for line in lines if line.startswith("SigCgt:"))
+    return holds(process, run) and bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def members(group: int) -> list[int]:
@@ -108,6 +125,7 @@ def members(group: int) -> list[int]:
 
 def _run(arguments: list[str], log: Path, file_size: int | None, ordinary: bool) -> None:
     os.setpgid(0, 0)
+    _fork_loaders()
     _write_to(log)
     # As in the foreground of a shell, however the tests were started.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -121,18 +139,22 @@ def _run(arguments: list[str], log: Path, file_size: int | None, ordinary: bool)
 def _run_together(
     rank: int,
     count: int,
-    ports: list[int],
+    others: list[Connection],
     commands: list[Command],
     log: Path,
     watched: Path | None,
     timeout: int,
 ) -> None:
-    # Loaders fork here as they do elsewhere, not from another server.
-    multiprocessing.set_start_method("fork", force=True)
+    _fork_loaders()
     _write_to(log)
+    stores = [] if rank else _stores(len(commands))
+    ports = others[0].recv() if rank else [store.port for store in stores]
+    for other in [] if rank else others:
+        other.send(ports)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     settings = {**names, "OMP_NUM_THREADS": 1, "LODA_TIMEOUT": timeout, "MASTER_ADDR": "127.0.0.1"}
     os.environ.update({name: str(value) for name, value in settings.items()})
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # torchrun serves the stores itself
     if watched is not None:
         _watch(watched)
     for port, command in zip(ports, commands, strict=True):
@@ -140,6 +162,11 @@ def _run_together(
         failed = main(command)
         if failed:
             sys.exit(failed)
+
+
+def _fork_loaders() -> None:
+    """Let loaders fork their workers as elsewhere, not from a server of the server."""
+    multiprocessing.set_start_method("fork", force=True)
 
 
 def _write_to(log: Path) -> None:
@@ -150,12 +177,11 @@ def _write_to(log: Path) -> None:
     sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
 
 
-def _free_ports(number: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+def _stores(number: int) -> list[Any]:
+    """Where the processes meet, one place a command; no port is chosen before it is in use."""
+    from torch.distributed import TCPStore
+
+    return [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(number)]
 
 
 def _watch(folder: Path) -> None:

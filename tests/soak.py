@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from forked import holds, loda, status, wait_until
+from forked import holds, loda, saves_itself, status, wait_until
 from interrupted import differences
 from PIL import Image
 
@@ -114,7 +114,7 @@ def end(process: BaseProcess, run: Path, kind: str, draw: random.Random) -> End 
     if process.pid is not None and process.is_alive():
         os.kill(process.pid, signal.Signals[name])
     left = status(process)
-    if left == 0:
+    if left == 0 or (run / "summary.json").is_file():  # or it was just leaving
         return None
     if left != STATUS.get(name, -signal.SIGKILL):
         msg = f"{kind} in {where}: the process ended with {left}"
@@ -142,13 +142,15 @@ def interrupted(
     found: list[End] = []
     begun, process = time.time(), loda(["train", *arguments, f"--out={run}"], log)
     while len(found) < ends:
-        wait_until(process, lambda process=process: holds(process, run) and bool(sound(run)))
+        wait_until(process, lambda process=process: saves_itself(process, run) and bool(sound(run)))
         target = len(events(run)) + draw.uniform(0, 1.8 * lines / ends)
         wait_until(process, lambda target=target: len(events(run)) >= target, 3600)
         process.join(draw.uniform(0, pace))
         kind = draw.choices(list(KINDS), list(KINDS.values()))[0]
         last = end(process, run, kind, draw)
         if last is None:
+            if process.exitcode != 0:
+                process = loda(["train", "--resume", str(run)], log)
             break
         found.append(last)
         process = loda(["train", "--resume", str(run)], log)

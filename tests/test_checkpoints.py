@@ -1,17 +1,24 @@
 """Checkpoints are whole or not there, damage is found, and a full disk harms nothing."""
 
 import errno
+import json
+import os
 import resource
+import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from interrupted import at_step, differences, stopped
+from run_contents import write_sealed
 from small_runs import tiny, tree
 
 from training.checkpoints import (
     has_checkpoint,
     newest_checkpoint,
+    read_checkpoint,
     remove_checkpoints,
     write_checkpoint,
 )
@@ -47,6 +54,56 @@ def test_the_last_are_kept_and_come_back_as_they_were(two: Path) -> None:
     assert list(found.tensors) == ["b", "a"]  # branches are summed in their order
     assert torch.equal(found.tensors["b"], torch.full((40,), 2.0))
     assert (found.record, found.metrics, found.path) == ({"number": 2}, b"{}\n{}\n", two / "000003")
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, seen = tmp_path / "checkpoints", list[str]()
+    fsync, replace, rename = os.fsync, Path.replace, Path.rename
+
+    def synced(handle: int) -> None:
+        identity = os.fstat(handle)
+        (path,) = (p for p in tmp_path.rglob("*") if os.path.samestat(p.stat(), identity))
+        seen.append(f"synced {path.name.replace(f'.{os.getpid()}.tmp', '').lstrip('.')}")
+        fsync(handle)
+
+    def named(give: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
+        return lambda path, to: seen.append(f"named {to.name}") or give(path, to)
+
+    folder.mkdir()
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", named(replace))
+    monkeypatch.setattr(Path, "rename", named(rename))
+    write_checkpoint(folder, {"a": torch.zeros(2)}, {}, b"", keep=1)
+    files = [f"{what} {name}" for name in FILES for what in ("synced", "named", "then")]
+    wanted = ["synced new-000001" if what.startswith("then") else what for what in files]
+    assert seen == [*wanted, "named 000001", "synced checkpoints"]
+
+
+def test_ten_is_newer_than_nine(tmp_path: Path) -> None:
+    for number in range(2):
+        write_checkpoint(tmp_path, {}, {"number": number}, b"", keep=2)
+    (tmp_path / "000002").rename(tmp_path / "9")
+    for number in range(2, 4):
+        write_checkpoint(tmp_path, {}, {"number": number}, b"", keep=2)
+        assert newest_checkpoint(tmp_path).record == {"number": number}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000010", "000011"]
+
+
+def test_another_schema_is_not_read(two: Path) -> None:
+    path = two / "000003" / "checkpoint.json"
+    write_sealed(path, {**json.loads(path.read_bytes()), "schema": 2})
+    with pytest.raises(ValueError, match=r"000003 .*schema 2, and this version reads 1"):
+        read_checkpoint(two / "000003")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lists what is mapped")
+def test_what_was_read_is_no_part_of_the_file(two: Path) -> None:
+    found = newest_checkpoint(two)
+    assert str(found.path) not in Path("/proc/self/maps").read_text()  # network disks keep it
+    shutil.rmtree(found.path)
+    assert torch.equal(found.tensors["b"], torch.full((40,), 2.0))
 
 
 @pytest.mark.parametrize("name", FILES)

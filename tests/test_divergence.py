@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from interrupted import differences
+from interrupted import at_step, differences
 from small_runs import READOUTS, tiny
 
 from training import fit, loop
@@ -145,6 +145,26 @@ def test_divergence_is_an_error_that_says_where(
     assert left <= begun
     left_behind = newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert all(bool(tensor.isfinite().all()) for tensor in left_behind.tensors.values())
+
+
+@pytest.mark.parametrize("gao", [True, False])
+def test_a_run_that_diverges_does_not_finish_the_epoch(
+    tmp_path: Path, root: Path, gao: bool
+) -> None:
+    experiment = tiny(
+        root,
+        tmp_path / "run",
+        method={"gao": gao},
+        train={"lr": 1e30, "batch_size": 1},  # an epoch of twelve steps
+        checkpoint={"steps": 2},
+    )
+    with (
+        at_step(7, lambda: pytest.fail("it trains on")),
+        pytest.raises(FloatingPointError, match=r"task 1, epoch 1 .*train\.lr"),
+    ):
+        train(experiment, quiet=True)
+    newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert all(bool(tensor.isfinite().all()) for tensor in newest.tensors.values())
 
 
 @pytest.mark.parametrize("method", ["loda", "seq_lora", "inflora", "o_lora", "sd_lora"])

@@ -1,5 +1,8 @@
 """Files are written whole or not at all, and damaged ones are named."""
 
+import errno
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +51,24 @@ def test_json_that_cannot_be_written_leaves_the_file(tmp_path: Path) -> None:
         write_json(path, {"a": object()})
     assert read_json(path) == [1]
     assert below(tmp_path) == {"a.json"}
+
+
+def test_a_folder_that_cannot_be_synced_is_passed_over_but_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(number: int, folders: bool) -> Callable[[int], None]:
+        def fsync(handle: int) -> None:
+            if stat.S_ISDIR(os.fstat(handle).st_mode) == folders:
+                raise OSError(number, os.strerror(number))
+
+        return fsync
+
+    monkeypatch.setattr(os, "fsync", refuse(errno.EINVAL, folders=True))
+    write_json(tmp_path / "a.json", 1)  # as on some network disks
+    for number, folders in ((errno.ENOSPC, True), (errno.EINVAL, False)):
+        monkeypatch.setattr(os, "fsync", refuse(number, folders))
+        with pytest.raises(OSError, match=os.strerror(number)):
+            write_json(tmp_path / "a.json", 2)
 
 
 def test_views_and_shared_tensors_can_be_written(tmp_path: Path) -> None:

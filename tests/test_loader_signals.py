@@ -1,5 +1,6 @@
 """Workers of a loader: deaf to signals from elsewhere, and gone when their parent says so."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -7,8 +8,11 @@ from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
-from small_runs import tiny, tree
+from interrupted import at_step
+from small_runs import flags, tiny, tree
 
+from training import cli
+from training.checkpoints import newest_checkpoint
 from training.data import build_stream, loader, train_transform
 
 
@@ -33,3 +37,25 @@ def test_workers_heed_their_parent_alone(
     worker.terminate()  # as Python does at its end, where a pass is still open
     worker.join(30)
     assert worker.exitcode == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the children of a process are read in /proc")
+def test_a_run_whose_loading_process_is_killed_says_so(
+    tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # As the system does when memory runs out.
+    run, others = tmp_path / "run", {*active_children()}
+
+    def kill() -> None:
+        for worker in {*active_children()} - others:
+            os.kill(worker.pid or 0, signal.SIGKILL)
+            worker.join(30)
+
+    arguments = [*flags(tiny(root, run)), "--data.workers=1", "--train.epochs=3"]
+    with at_step(8, kill):
+        assert cli.main(["train", *arguments, "--checkpoint.steps=2"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("loda train: a process that loads images has ended (DataLoader worker")
+    assert f"loda train --resume {run} goes on from the newest checkpoint" in said
+    assert newest_checkpoint(run / "checkpoints").record["open"] is not None
+    assert cli.main(["train", "--resume", str(run)]) == 0

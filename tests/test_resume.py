@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from interrupted import at_step, cut_off, differences, stopped
+from run_contents import contents
 from small_runs import READOUTS, changed, finished, tiny
 
 from training import cli
+from training.checkpoints import write_checkpoint
 from training.config import Experiment
 from training.files import read_json, write_json
 from training.loop import resume, train
@@ -183,6 +185,14 @@ def test_a_finished_run_says_so(
     assert capsys.readouterr().out == f"the run in {path} is finished\n"
     with pytest.raises(ValueError, match="is finished"):
         resume(path)
+
+
+def test_checkpoints_that_a_finished_run_left_are_removed(copy: Path) -> None:
+    # Its process was killed after the results were written.
+    write_checkpoint(copy / "checkpoints", {}, {}, b"", keep=2)
+    before = contents(copy)
+    assert cli.main(["train", "--resume", str(copy)]) == 0
+    assert contents(copy) == {k: v for k, v in before.items() if not k.startswith("checkpoints")}
 
 
 def test_one_process_at_a_time(tmp_path: Path, root: Path, whole: Path) -> None:

@@ -28,7 +28,7 @@ from backends.torch.halves import collect_halves
 
 def together(count: int, work: Callable[[int, Reduce], Any]) -> list[Any]:
     """What each of several ranks gives that sum their tensors with each other."""
-    meeting = threading.Barrier(count, timeout=20)
+    meeting = threading.Barrier(count, timeout=300)
     lists: list[Sequence[Tensor]] = [()] * count
 
     def run(rank: int) -> Any:

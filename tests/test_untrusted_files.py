@@ -6,6 +6,7 @@ import warnings
 import zipfile
 import zlib
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from mangled import DEEP, ODD, damaged, mangled
 from PIL import Image
+from safetensors.torch import save
+from small_runs import small_vit
 
 from training import cli
 from training.config import BackboneConfig, DataConfig, Experiment, dump_experiment, read_experiment
 from training.data import UnreadableImageError, open_image
 from training.sweeps import plan, read_sweep
+from training.weight_files import load_weights
 
 CONFIG: Any = yaml.safe_load(dump_experiment(Experiment()))
 SWEEP: Any = {
@@ -264,6 +268,34 @@ def test_an_archive_that_claims_to_be_huge_is_refused(
         name = "0/blocks.0/moment_new.npy"
         file.writestr(name, b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
     assert "cannot read" in ends_clearly(["verify", str(path)], capsys)
+
+
+def weights(kind: str) -> bytes:
+    tensors, content = small_vit().state_dict(), io.BytesIO()
+    if kind == "safetensors":
+        return save(tensors)
+    if kind == "pth":
+        torch.save({"state_dict": tensors}, content)
+        return content.getvalue()
+    return archive({name: tensor.numpy() for name, tensor in tensors.items()})
+
+
+WEIGHTS = {kind: weights(kind) for kind in ("npz", "pth", "safetensors")}
+
+
+@given(st.sampled_from(sorted(WEIGHTS)), st.data())
+def test_weights(tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject) -> None:
+    path = tmp_path_factory.getbasetemp() / f"weights.{kind}"
+    path.write_bytes(data.draw(damaged(WEIGHTS[kind])))
+    works_or_refuses(path, partial(load_weights, small_vit()))
+
+
+@pytest.mark.parametrize("odd", [torch.zeros(16, dtype=torch.cfloat), torch.zeros(16).to("meta")])
+def test_weights_that_are_no_real_numbers(tmp_path: Path, odd: torch.Tensor) -> None:
+    path, model = tmp_path / "weights.pth", small_vit()
+    torch.save({**model.state_dict(), "norm.bias": odd}, path)
+    with pytest.raises(ValueError, match=r"hold no real numbers: norm\.bias"):
+        load_weights(model, path)
 
 
 class Evil:

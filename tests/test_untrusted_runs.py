@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from interrupted import CutOff, at_step, stopped
 from mangled import damaged, mangled
+from run_contents import write_sealed
 from safetensors.torch import load, save
 from small_runs import finished, tiny, tree
 
@@ -160,14 +162,30 @@ def test_checkpoints_of_other_versions_and_odd_names(begun: Path, data: st.DataO
         run = Path(shutil.copytree(begun, Path(folder, "run")))
         newest = newest_checkpoint(run / "checkpoints").path
         copy = Path(shutil.copytree(newest, newest.with_name("000900")))
-        content = json.loads((copy / "checkpoint.json").read_bytes())
         path = copy / "checkpoint.json"
-        path.write_text(json.dumps(data.draw(mangled({**content, "schema": 2}))))
-        with pytest.warns(RuntimeWarning, match=r"000900 is damaged"):
-            assert newest_checkpoint(run / "checkpoints").path == newest
+        content = json.loads(path.read_bytes())
+        content.pop("sha256")
+        spoilt = data.draw(mangled(content))
+        if isinstance(spoilt, dict):  # whoever writes one seals it too
+            write_sealed(path, spoilt)
+        else:
+            path.write_text(json.dumps(spoilt))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = newest_checkpoint(run / "checkpoints")
+        assert found.path in (newest, copy)
+        passed_over = [str(one.message) for one in caught]
+        assert len(passed_over) == (found.path == newest)
+        assert all("000900 is damaged" in said for said in passed_over)
+        if found.path == copy and found.record != content["record"]:
+            goes_on(run)
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "tasks", "checkpoints/000001", "tasks/000"])
+# The last one is what TensorBoard writes to.
+LINKS = ["checkpoints", "tasks", "checkpoints/000001", "tasks/000", "loda"]
+
+
+@pytest.mark.parametrize("name", LINKS)
 def test_links_out_of_a_run_folder_are_refused(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, name: str
 ) -> None:

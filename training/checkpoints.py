@@ -2,16 +2,15 @@
 
 import hashlib
 import json
-import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from training.files import read_tensors, write_bytes, write_tensors
+from training.files import make_folder, read_tensors, sync, write_bytes, write_tensors
 
 SCHEMA = 1
 STATE, METRICS, RECORD = "state.safetensors", "metrics.jsonl", "checkpoint.json"
@@ -57,7 +56,7 @@ def write_checkpoint(
     number = max((int(path.name) for path in _numbered(folder)), default=0) + 1
     begun, path = folder / f"{_BEGUN}{number:06d}", folder / f"{number:06d}"
     try:
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         remove_leftovers(folder)
         begun.mkdir()
         write_tensors(begun / STATE, tensors)
@@ -70,9 +69,8 @@ def write_checkpoint(
         }
         sealed = {"sha256": _seal(content), **content}
         write_bytes(begun / RECORD, json.dumps(sealed, indent=1).encode())
-        _sync(begun)
         begun.rename(path)
-        _sync(folder)
+        sync(folder)
     except OSError as error:
         shutil.rmtree(begun, ignore_errors=True)
         rest = (
@@ -83,7 +81,7 @@ def write_checkpoint(
         )
         msg = f"cannot write a checkpoint to {folder}: {error.strerror or error}; {rest}"
         raise OSError(msg) from error
-    for old in sorted(_numbered(folder))[:-keep]:
+    for old in _numbered(folder)[:-keep]:
         _drop(old)
     return path
 
@@ -98,7 +96,7 @@ def newest_checkpoint(folder: Path) -> Checkpoint:
     ValueError
         If every one is damaged, or written by another version of this format.
     """
-    found = sorted(_numbered(folder), reverse=True)
+    found = _numbered(folder)[::-1]
     if not found:
         msg = f"{folder.parent} holds no checkpoint to go on from"
         raise FileNotFoundError(msg)
@@ -138,7 +136,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 msg = f"{name} does not have its checksum"
                 raise ValueError(msg)
         tensors = read_tensors(path / STATE)
-        ordered = {name: tensors[name] for name in content["tensors"]}
+        # Copies: these are parts of the file itself, which is removed while they are in use.
+        ordered = {name: tensors[name].clone() for name in content["tensors"]}
         return Checkpoint(ordered, content["record"], (path / METRICS).read_bytes(), path)
     except (ValueError, OSError, LookupError, TypeError, AttributeError, RecursionError) as error:
         msg = f"checkpoint {path} is damaged: {error}"
@@ -158,7 +157,7 @@ def has_checkpoint(folder: Path) -> bool:
 
 def remove_checkpoints(folder: Path) -> None:
     """Remove all checkpoints of a run, and the folder with them if nothing else is in it."""
-    for path in sorted(_numbered(folder)):
+    for path in _numbered(folder):
         _drop(path)
     remove_leftovers(folder)
     if folder.is_dir() and not any(folder.iterdir()):
@@ -172,8 +171,10 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path)
 
 
-def _numbered(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir())
+def _numbered(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, the oldest first."""
+    found = (path for path in folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir())
+    return sorted(found, key=lambda path: int(path.name))
 
 
 def _drop(path: Path) -> None:
@@ -190,13 +191,3 @@ def _digest(path: Path) -> str:
 
 def _seal(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,5 +1,6 @@
 """Writing files so that a crash never leaves half of one, and reading them back."""
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -29,15 +30,40 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         rights = temporary.stat().st_mode
         write(temporary)
         temporary.chmod(rights)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         temporary.replace(path)
+        sync(path.parent)
     except OSError as error:  # of a full disk, the system does not name the file
         msg = f"cannot write {path}: {error.strerror or error}"
         raise OSError(msg) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are where a power cut leaves them.
+
+    Folders of file systems that cannot do that, and those that nobody may list, are passed over.
+    """
+    folder = path.is_dir()
+    if folder and (os.name == "nt" or not os.access(path, os.R_OK)):
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if not (folder and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
+    finally:
+        os.close(handle)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, unless it is there, so that a power cut leaves it."""
+    if not path.is_dir():
+        path.mkdir(parents=True, exist_ok=True)
+        sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -51,7 +77,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Write one more line to a text file; the error of a full disk names it."""
+    """Write one more line to a text file, not synced; the error of a full disk names it."""
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")

@@ -100,11 +100,12 @@ def fit(run: Run, task: int, progress: Progress, began: dict[str, float]) -> dic
             _join_counts(run, seen, at.meter)
             at.batch += 1
             progress.advance(at.meter)
-            run.saver.inside_task(progress, at, seconds())
+            if not run.saver.inside_task(progress, at, seconds()):
+                _raise_diverged(task, at)
         # The last step may have broken the weights after the last loss was taken.
-        values = at.meter.read()
         if not at.sound():
-            _raise_diverged(task, at, values["loss"])
+            _raise_diverged(task, at)
+        values = at.meter.read()
         run.folder.log("epoch", task=task, epoch=at.epoch, lr=lr, **values)
         tracked = {f"train/{name}": value for name, value in {**values, "lr": lr}.items()}
         accelerator.log(tracked, step=task * config.epochs + at.epoch + 1)
@@ -155,8 +156,8 @@ def _join_counts(run: Run, seen: Meter, meter: Meter) -> None:
     meter.predicted += seen.predicted
 
 
-def _raise_diverged(task: int, at: Position, loss: float) -> NoReturn:
-    weights = "finite" if at.finite_weights() else "not finite"
+def _raise_diverged(task: int, at: Position) -> NoReturn:
+    loss, weights = at.meter.read()["loss"], "finite" if at.finite_weights() else "not finite"
     # Squares of large gradients may overflow in Adam before anything else does.
     if not_finite(nested(at.tensors(), "optimizer")):
         weights += ", the state of the optimiser is not"

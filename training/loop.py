@@ -36,7 +36,8 @@ def train(experiment: Experiment, *, quiet: bool = False) -> Path:
     Raises
     ------
     ValueError, OSError
-        If settings, data, weights or the folder are not sound; raised before training starts.
+        If settings, data, weights or the folder are not sound; raised before training starts. An
+        OSError later is a full disk, or a process of the loader or of the run that is gone.
     FloatingPointError
         If training diverges; the message says where.
     """
@@ -90,11 +91,25 @@ def _run(run: Run, *, quiet: bool) -> Path:
                     saver.between_tasks(progress)
             if run.processes.writes:
                 _finish(run, progress)
+    except RuntimeError as error:
+        _explain_lost_worker(error, run.folder.path)
+        raise
     finally:
         run.accelerator.end_training()
         run.folder.close()
     progress.table(run.state.matrices[experiment.head.readout], run.folder.path)
     return run.folder.path
+
+
+def _explain_lost_worker(error: RuntimeError, path: Path) -> None:
+    """Raise anew where a process that loads images was killed, by a lack of memory mostly."""
+    said = str(error)
+    if said.startswith("DataLoader worker"):  # torch has no type of its own for it
+        msg = (
+            f"a process that loads images has ended ({' '.join(said.split())}): if memory ran out, "
+            f"lower data.workers; loda train --resume {path} goes on from the newest checkpoint"
+        )
+        raise ChildProcessError(msg) from error
 
 
 def _finish(run: Run, progress: Progress) -> None:

@@ -87,7 +87,8 @@ class Position:
         self.generator.set_state(tensors["generator"])
         torch.set_rng_state(tensors["torch"])
         for number, drawn in nested(tensors, "cuda").items():
-            torch.cuda.set_rng_state(drawn, int(number))
+            if int(number) < torch.cuda.device_count():  # it may go on with fewer
+                torch.cuda.set_rng_state(drawn, int(number))
 
 
 def _cuda_states() -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 import json
 import platform
+from contextlib import closing, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +17,9 @@ from training.data import Stream
 from training.files import (
     append_line,
     flattened,
+    make_folder,
     read_json,
+    sync,
     write_bytes,
     write_json,
     write_tensors,
@@ -80,6 +83,13 @@ def is_finished(path: Path) -> bool:
     return (path / CONFIG).is_file() and (path / SUMMARY).is_file()
 
 
+def tidy(path: Path) -> None:
+    """Remove the checkpoints of a finished run whose process was killed before it could."""
+    if (path / CHECKPOINTS).is_dir():
+        with suppress(OSError), closing(RunFolder(path, resume=True)):  # no harm if it cannot be
+            remove_checkpoints(path / CHECKPOINTS)
+
+
 def begun_experiment(path: Path) -> Experiment:
     """The settings of a run that began in a folder.
 
@@ -117,6 +127,7 @@ class RunFolder:
         try:
             self.path = _new_folder(path) if fresh else path
             self.path.mkdir(parents=True, exist_ok=True)
+            sync(self.path.parent)
             self._lock = FolderLock(self.path)
             _refuse_links(self.path)
         except BlockingIOError:
@@ -152,7 +163,7 @@ class RunFolder:
             raise ValueError(msg)
 
     def log(self, event: str, **values: Any) -> None:
-        """Append one line to the metrics, on disk at once."""
+        """Append one line to the metrics, for all to read at once; checkpoints hold what counts."""
         line = json.dumps({"event": event, **values}, ensure_ascii=False)
         append_line(self.path / METRICS, line)
 
@@ -170,7 +181,8 @@ class RunFolder:
         folder = self.path / TASKS / f"{task:03d}"
         for name, tensors in groups.items():
             if tensors:
-                folder.mkdir(parents=True, exist_ok=True)
+                make_folder(folder.parent)
+                make_folder(folder)
                 write_tensors(folder / f"{name}.safetensors", tensors)
 
     def finish(self, state: RunState, summary: dict[str, Any]) -> None:
@@ -178,17 +190,19 @@ class RunFolder:
         write_tensors(self.path / MODEL, state.model.state_dict())
         readouts = {kind: readout.tensors() for kind, readout in state.readouts.items()}
         write_tensors(self.path / READOUTS, flattened(**readouts))
+        sync(self.path / METRICS)
         write_json(self.path / SUMMARY, summary)
         remove_checkpoints(self.path / CHECKPOINTS)
 
 
 def _refuse_links(path: Path) -> None:
     """Nothing outside the folder is written or removed by way of a link that somebody put in it."""
-    for name in (TASKS, CHECKPOINTS):
-        for inner in (path / name, *(path / name).glob("*")):
-            if inner.is_symlink():
-                msg = f"{inner} is a link; put what it stands for there, or give another folder"
-                raise OSError(msg)
+    folders = [inner for inner in path.iterdir() if inner.is_dir()]  # a tracker has one of its own
+    inside = [inner for name in (TASKS, CHECKPOINTS) for inner in (path / name).glob("*")]
+    for inner in (path / TASKS, path / CHECKPOINTS, *folders, *inside):
+        if inner.is_symlink():
+            msg = f"{inner} is a link; put what it stands for there, or give another folder"
+            raise OSError(msg)
 
 
 def _new_folder(path: Path) -> Path:

@@ -103,7 +103,12 @@ class Saver:
     def inside_task(
         self, progress: Progress, position: Position, seconds: dict[str, float]
     ) -> bool:
-        """Save the run after a step, if it is time or a signal came; whether it was saved.
+        """Save the run after a step, if it is time or a signal came.
+
+        Returns
+        -------
+        bool
+            False if it was looked at for that, and is not `Position.sound`; it is not saved then.
 
         Raises
         ------
@@ -114,12 +119,13 @@ class Saver:
         self._agree()
         asked = self.stop.wish is not None
         if not (asked or self._due()):
-            return False
-        able = saves_open_task(self.state.method) and position.sound()
+            return True
+        sound = position.sound()
+        able = saves_open_task(self.state.method) and sound
         if able:
             self._write(progress, position.tensors(), position.record(), seconds)
         self._leave_if_asked(saved=able)
-        return able
+        return sound
 
     def _agree(self) -> None:
         """Let a signal that one process got be one to all."""

@@ -58,6 +58,8 @@ def load_weights(module: nn.Module, path: Path) -> str:
         _load_npz(module, path)
         return file_sha256(path)
     weights = _read(path)
+    if odd := [key for key, value in weights.items() if value.is_complex() or value.is_meta]:
+        raise _unusable(path, f"entries that hold no real numbers: {_some(odd)}.")
     own = module.state_dict()
     weights = {key: value for key, value in weights.items() if not _is_classifier(module, key, own)}
     missing = [key for key in own if key not in weights]
@@ -122,7 +124,8 @@ def _load_npz(module: nn.Module, path: Path) -> None:
         msg = f"timm reads no .npz file for this model: give {path} as .safetensors or .pth."
         raise ValueError(msg)
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        # Opened here: of a damaged one NumPy leaves it open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             blocks = {m[1] for key in arrays.files if (m := re.search(r"encoderblock_(\d+)/", key))}
         own: Any = getattr(module, "blocks", ())
         if blocks and len(blocks) != len(own):  # timm would leave out what is too much

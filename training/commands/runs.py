@@ -43,7 +43,7 @@ def train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from training import loop
     from training.kept import keeps_nothing
 
-    if os.environ.get("RANK", "0") == "0":
+    if _first():
         say(f"loda train: {note}" for note in keeps_nothing(experiment))
     loop.train(experiment)
 
@@ -75,12 +75,17 @@ def predict(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         print(f"{path}: {ranked}")
 
 
+def _first() -> bool:
+    """Whether this is the process of a run that writes and talks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _resume(run: Path, argv: Sequence[str]) -> None:
     require_run(run)
     from training.config import as_recorded, differing_settings, load_experiment
     from training.config.neutral import FREE
     from training.presets import effective
-    from training.run_folder import CONFIG, begun_experiment, is_finished
+    from training.run_folder import CONFIG, begun_experiment, is_finished, tidy
 
     recorded = begun_experiment(run)
     given = load_experiment([f"--config={run / CONFIG}", *argv])
@@ -92,6 +97,8 @@ def _resume(run: Path, argv: Sequence[str]) -> None:
         )
         raise ValueError(msg)
     if is_finished(run):
+        if _first():
+            tidy(run)
         print(f"the run in {run} is finished")
         return
     from training.loop import resume
