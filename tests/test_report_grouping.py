@@ -9,6 +9,7 @@ from read_reports import FROZEN, sections, texts
 
 from training.config import BackboneConfig, DataConfig, HeadConfig, KeepConfig, MethodConfig
 from training.report import Report, find_runs, write_report
+from training.report.side import side_drawings
 from training.sweeps import write_groups
 
 
@@ -175,6 +176,8 @@ def test_some_variants_of_a_sweep_are_not_shown_again_in_a_part_that_is_cut(tmp_
     assert [section.part for section in report.sections] == ["methods", "one", ""]
     accuracy, _ = report.overview()
     assert [row[0] for row in texts(accuracy)] == ["loda", "frozen"]  # what both have
+    (drawing,) = side_drawings(report.sections)
+    assert "plain" not in drawing.alt
 
 
 def test_labels_are_checked(tmp_path: Path) -> None:

@@ -40,10 +40,12 @@ def side_drawings(sections: Sequence[Section], against: str | None = None) -> It
     """Leads with their intervals, a figure for each part of the sweeps."""
     for part, columns in _parts(sections).items():
         kind = _readouts(columns.values())[0]
+        shared = _in_two([section.groups for section in columns.values()])
         series = {}
         for name, section in columns.items():
             first = reference(section, against)
-            found = _leads(section, kind, first) if first is not None else {}
+            leads = _leads(section, kind, first) if first is not None else {}
+            found = {label: leads[label] for label in shared if label in leads}
             if found:
                 series[f"{name} ({first})"] = found
         if len(series) > 1:
