@@ -116,21 +116,23 @@ class Saver:
             After it was saved, if a signal came.
         """
         self._steps += 1
-        self._agree()
-        asked = self.stop.wish is not None
-        if not (asked or self._due()):
+        due = self._agree()
+        if not (due or self.stop.wish is not None):
             return True
         sound = position.sound()
         able = saves_open_task(self.state.method) and sound
         if able:
             self._write(progress, position.tensors(), position.record(), seconds)
+        else:
+            self._steps, self._written = 0, time.monotonic()  # not looked at again a step later
         self._leave_if_asked(saved=able)
         return sound
 
-    def _agree(self) -> None:
-        """Let a signal that one process got be one to all."""
-        number = self.processes.largest(int(self.stop.wish or 0))
+    def _agree(self) -> bool:
+        """Let a signal that one process got be one to all; whether it is time for one of them."""
+        number, due = divmod(self.processes.largest(2 * int(self.stop.wish or 0) + self._due()), 2)
         self.stop.wish = signal.Signals(number) if number else None
+        return bool(due)
 
     def _due(self) -> bool:
         steps, minutes = self.config.steps, self.config.minutes
