@@ -16,6 +16,7 @@ from training.config import (
     MethodConfig,
     TrainConfig,
     as_recorded,
+    differing_settings,
     dump_experiment,
     load_experiment,
     packaged_configs,
@@ -203,7 +204,9 @@ def test_recorded_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("hfds//no/such", "hfds//no/such"),
     ):
         data = DataConfig(name="timm", dataset=dataset, resize=8)
-        assert as_recorded(Experiment(data=data)).data.dataset == expected
+        given_ = Experiment(data=data)
+        assert as_recorded(given_).data.dataset == expected
+        assert differing_settings(given_, as_recorded(given_)) == []  # as earlier versions had it
 
 
 def test_resolve_config_prefers_files_and_lists_packaged_names(tmp_path: Path) -> None:

@@ -180,6 +180,19 @@ def test_some_variants_of_a_sweep_are_not_shown_again_in_a_part_that_is_cut(tmp_
     assert "plain" not in drawing.alt
 
 
+def test_a_part_is_whole_by_the_groups_of_its_own_sweep(tmp_path: Path) -> None:
+    small = {name: VARIANTS[name] for name in ("loda", "frozen")}
+    one = swept(tmp_path / "one", small)
+    two = swept(tmp_path / "two", VARIANTS, backbone=BackboneConfig("cifar_vit"))
+    first = {"methods": ["loda", "frozen"]}
+    write_groups(one, first | {"again": ["loda", "frozen"]})
+    write_groups(two, first | {"again": ["loda", "frozen", "gone"]})
+    for paths in ((one, two), (two, one)):
+        found = {(s.base.split(", ")[-1], s.part) for s in sections(*paths)}
+        assert ("glyphs", "again") in found
+        assert ("cifar_vit", "again") not in found  # cut, and shown already
+
+
 def test_labels_are_checked(tmp_path: Path) -> None:
     fake_run(tmp_path / "a")
     with pytest.raises(ValueError, match="--against sgd: no such method among loda"):

@@ -13,6 +13,7 @@ from training.report.tables import Cell, Table, escape_latex, latex
 
 NAMES = (
     "[1] LoDA",
+    " [2] LoDA",
     "* starred",
     'a|b <c> "d" `e`',
     "γ·ρ ≥ 3 ± λ × Λ – Σ",

@@ -19,8 +19,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     Raises
     ------
     OSError
-        If it cannot be written, for instance on a full disk; the message names it, and what was
-        there before is as it was.
+        If it cannot be written, for instance on a full disk; the message names it. What was there
+        before is as it was, unless all that failed is to sync the folder.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -53,7 +53,7 @@ def sync(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if not (folder and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+        if not (folder and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)):
             raise
     finally:
         os.close(handle)

@@ -92,7 +92,7 @@ def _run(run: Run, *, quiet: bool) -> Path:
             if run.processes.writes:
                 _finish(run, progress)
     except RuntimeError as error:
-        _explain_lost_worker(error, run.folder.path)
+        _explain_lost_worker(error, run)
         raise
     finally:
         run.accelerator.end_training()
@@ -101,13 +101,14 @@ def _run(run: Run, *, quiet: bool) -> Path:
     return run.folder.path
 
 
-def _explain_lost_worker(error: RuntimeError, path: Path) -> None:
+def _explain_lost_worker(error: RuntimeError, run: Run) -> None:
     """Raise anew where a process that loads images was killed, by a lack of memory mostly."""
     said = str(error)
     if said.startswith("DataLoader worker"):  # torch has no type of its own for it
+        again = f"; loda train --resume {run.folder.path} goes on from the newest checkpoint"
         msg = (
             f"a process that loads images has ended ({' '.join(said.split())}): if memory ran out, "
-            f"lower data.workers; loda train --resume {path} goes on from the newest checkpoint"
+            f"lower data.workers{again if run.experiment.checkpoint.keep else ''}"
         )
         raise ChildProcessError(msg) from error
 

@@ -21,7 +21,7 @@ def as_recorded(experiment: Experiment) -> Experiment:
         backbone = replace(backbone, name=f"{HUGGING_FACE}{absolute(local)}")
     data = replace(experiment.data, root=absolute(experiment.data.root))
     kind, _, place = (data.dataset or "").partition("/")
-    if kind.lower() == "hfds" and Path(place).is_dir():
+    if kind.lower() == "hfds" and place and Path(place).is_dir():
         data = replace(data, dataset=f"{kind}/{absolute(place)}")
     # Whoever runs a recorded configuration again has to ask anew for replacing its folder.
     return replace(
@@ -33,7 +33,7 @@ def as_recorded(experiment: Experiment) -> Experiment:
 
 
 def differing_settings(one: Experiment, other: Experiment) -> list[str]:
-    """Dotted names of the settings in which two recorded experiments differ, the folder aside.
+    """Dotted names of the settings in which two experiments differ as recorded, the folder aside.
 
     Paths that lead to the same file are the same, however they are written.
 
@@ -43,6 +43,7 @@ def differing_settings(one: Experiment, other: Experiment) -> list[str]:
     ['seed']
     """
     found = []
+    one, other = as_recorded(one), as_recorded(other)  # earlier versions recorded some as given
     for item in fields(Experiment):
         ours, theirs = getattr(one, item.name), getattr(other, item.name)
         if item.name in ("out", "overwrite") or ours == theirs:

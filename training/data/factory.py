@@ -103,14 +103,15 @@ def _require_columns(reader: Any, config: DataConfig) -> None:
     rows = getattr(reader, "dataset", None)
     if rows is None or not len(rows):
         return
-    # timm casts the column of the images, which adds one of nothing where there is none.
-    there = [name for name, value in rows[0].items() if value is not None]
     wanted = {
         "data.image_key": config.image_key or "image",
         "data.label_key": config.label_key or "label",
     }
+    # timm casts the column of the images, which adds one of nothing where there is none.
+    images = wanted["data.image_key"]
+    there = [name for name, value in rows[0].items() if value is not None or name != images]
     for setting, key in wanted.items():
-        if key.partition(".")[0] not in there:
+        if key not in there and key.partition("/")[0] not in there:
             msg = (
                 f"data.dataset {config.dataset} has no column {key}; it has {', '.join(there)}: "
                 f"name one by {setting}"

@@ -91,13 +91,14 @@ def by_section(runs: Sequence[Finished]) -> list[Section]:
     )
     groups = [_groups(part) for part in parts]
     labels = tuple(dict.fromkeys(label for part in groups for label in part))
-    sizes = {title: len(names) for run in runs for title, names in run.groups.items()}
+    titles = dict.fromkeys(title for run in runs for title in run.groups)
     sections: list[Section] = []
     for base, part in zip(bases, groups, strict=True):
         shown: set[str] = set()
-        for title, inner in _parts(part, list(sizes)).items():
+        for title, inner in _parts(part, list(titles)).items():
             fresh = tuple(label for label in inner if label not in shown)
-            if not fresh and len(inner) < sizes.get(title, 0):
+            whole = max(len(r.groups.get(title, ())) for runs in inner.values() for r in runs)
+            if not fresh and len(inner) < whole:
                 continue  # what was given of it adds nothing to an earlier part
             sections.append(Section(base, title, "", inner, labels, fresh))
             shown |= set(inner)

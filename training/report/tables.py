@@ -119,7 +119,7 @@ def latex(table: Table) -> str:
 
 
 def escape_latex(text: str) -> str:
-    r"""Text that LaTeX prints as it is.
+    r"""Text without letters that LaTeX takes for commands.
 
     Examples
     --------
@@ -139,5 +139,5 @@ def _escape(text: str) -> str:
 
 def _latex_row(texts: Sequence[str]) -> str:
     # The command that ends the line above would take these for an argument of its own.
-    guard = "{}" if texts[0].startswith(("[", "*")) else ""
+    guard = "{}" if texts[0].lstrip().startswith(("[", "*")) else ""
     return guard + " & ".join(texts) + r" \\"
