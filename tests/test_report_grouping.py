@@ -80,7 +80,7 @@ def test_unfinished_runs_are_named_and_not_counted(tmp_path: Path) -> None:
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no run in .*holds config\.yaml"):
         find_runs([tmp_path])
-    with pytest.raises(FileNotFoundError, match="no folder /no/such"):
+    with pytest.raises(FileNotFoundError, match="no folder or file /no/such"):
         find_runs(["/no/such"])
     run = fake_run(tmp_path / "a")
     (run / "summary.json").write_text("{}")
@@ -128,7 +128,7 @@ def test_what_holds_no_run_is_named_beside_what_does(tmp_path: Path) -> None:
     assert report.notes() == [f"No run is in: {tmp_path / 'notes'}."]
     with pytest.raises(FileNotFoundError, match=r"no run in .*notes"):
         Report.over([tmp_path / "notes"])
-    with pytest.raises(FileNotFoundError, match=r"no folder .*noted"):
+    with pytest.raises(FileNotFoundError, match=r"no folder or file .*noted"):
         Report.over([run, tmp_path / "noted"])
 
 

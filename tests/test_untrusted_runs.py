@@ -116,6 +116,20 @@ def test_analyses(run: Path, data: st.DataObject) -> None:
         (run / "analysis.json").write_bytes(before)
 
 
+@given(data=st.data())
+def test_records(run: Path, data: st.DataObject) -> None:
+    path = run.parent / "records.jsonl"
+    if not path.exists():
+        assert cli.main(["export", str(run), "--out", str(path)]) == 0
+    before = path.read_bytes()
+    try:
+        path.write_bytes(data.draw(spoilt(path)))
+        status, said = says(["report", str(path)])
+    finally:
+        path.write_bytes(before)
+    assert_clear("report", status, said)
+
+
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that stands inside its second task."""

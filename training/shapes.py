@@ -23,6 +23,7 @@ CLASSES_SHAPE: Shape = {
 }
 ENVIRONMENT_SHAPE: Shape = {
     "backbone?": {"weights_sha256?": (str, None), "tag?": (str, None)},
+    "packages?": {str: (str, None)},
 }
 SUMMARY_SHAPE: Shape = {
     "counts": {str: _MATRIX},
@@ -80,6 +81,26 @@ def require_shape(value: Any, shape: Shape, name: str) -> None:
     ValueError: x.json: a[1] is '2'; expected a whole number
     """
     _require(value, shape, name, "")
+
+
+def reduced(value: Any, shape: Shape) -> Any:
+    """What a shape names of a value that has it.
+
+    Examples
+    --------
+    >>> reduced({"a": [{"b": 1, "c": 2}], "d": 3}, {"a": [{"b": int}], "e?": str})
+    {'a': [{'b': 1}]}
+    """
+    if isinstance(shape, tuple):
+        return None if value is None else reduced(value, shape[0])
+    if isinstance(shape, list):
+        return [reduced(item, shape[0]) for item in value]
+    if not isinstance(shape, dict):
+        return value
+    if str in shape:
+        return {key: reduced(item, shape[str]) for key, item in value.items()}
+    names = {key.removesuffix("?"): inner for key, inner in shape.items()}
+    return {k: reduced(value[k], inner) for k, inner in names.items() if k in value}
 
 
 def _require(value: Any, shape: Shape, name: str, place: str) -> None:

@@ -1,4 +1,4 @@
-"""Finished runs: ``report`` and ``analyse``."""
+"""Finished runs: ``report``, ``export`` and ``analyse``."""
 
 import argparse
 from collections.abc import Sequence
@@ -6,21 +6,28 @@ from pathlib import Path
 
 from training.commands import Commands, say
 
+_SOURCES = "run folders, folders that hold runs, or files of loda export"
+
 
 def add(commands: "Commands[argparse.ArgumentParser]") -> None:
-    """Add ``report`` and ``analyse``."""
+    """Add ``report``, ``export`` and ``analyse``."""
     parser = commands.add_parser(
         "report", help="compare finished runs: tables, figures, and a page that holds them all"
     )
-    parser.add_argument(
-        "runs", nargs="+", metavar="[NAME=]RUN", help="run folders, or folders that hold runs"
-    )
+    parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help=_SOURCES)
     parser.add_argument("--out", type=Path, help="write everything to this folder")
     parser.add_argument("--overwrite", action="store_true", help="replace the report in --out")
     parser.add_argument("--figure", type=Path, help="draw accuracy over tasks to this PNG or SVG")
     parser.add_argument("--against", help="whose lead over the others is given (default: loda)")
     parser.add_argument("--baseline", help="relative to whom accuracies are drawn")
     parser.set_defaults(act=report)
+    parser = commands.add_parser(
+        "export", help="write what a report needs of finished runs to one text file, to share it"
+    )
+    parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help=_SOURCES)
+    parser.add_argument("--out", type=Path, required=True, help="the file, FILE.jsonl")
+    parser.add_argument("--overwrite", action="store_true", help="replace the records in --out")
+    parser.set_defaults(act=export)
     parser = commands.add_parser(
         "analyse", help="compute what the report's figures of LoDA need from what a run kept"
     )
@@ -51,6 +58,17 @@ def report(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
         title = "Accuracy over all classes seen"
         comparison_figure(comparison_curves(made.sections), arguments.figure, title=title)
+
+
+def export(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Write the records of runs."""
+    del rest
+    from training.report import find_runs, write_records
+
+    found = find_runs(arguments.runs)
+    say(f"loda export: not finished, left out: {path}" for path in found.unfinished)
+    written = write_records(found.runs, arguments.out, overwrite=arguments.overwrite)
+    print(f"records of {len(found.runs)} runs: {written}")
 
 
 def analyse(arguments: argparse.Namespace, rest: Sequence[str]) -> None:

@@ -14,7 +14,9 @@ from training.config.layers import packaged_configs, resolve_config
 from training.config.method import MethodConfig
 from training.config.parse import (
     dump_experiment,
+    experiment_from,
     experiment_of,
+    experiment_values,
     load_experiment,
     parser,
     read_experiment,
@@ -46,7 +48,9 @@ __all__ = [
     "as_recorded",
     "differing_settings",
     "dump_experiment",
+    "experiment_from",
     "experiment_of",
+    "experiment_values",
     "load_experiment",
     "packaged_configs",
     "parser",

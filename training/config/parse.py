@@ -2,7 +2,8 @@
 
 import argparse
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_type_hints
@@ -68,8 +69,7 @@ def experiment_of(argv: Sequence[str]) -> Experiment:
         If a setting is unknown, of the wrong type or out of range.
     """
     try:
-        values = parser(exit_on_error=False).parse_args(_resolve_names(argv))
-        return _build(Experiment, values.as_dict())
+        return _parsed(_resolve_names(argv))
     except (argparse.ArgumentError, OverflowError) as error:
         raise ValueError(str(error)) from error
 
@@ -84,12 +84,37 @@ def read_experiment(path: str | Path) -> Experiment:
     ValueError
         If it holds an unknown key, or a value of the wrong type or out of range.
     """
-    try:
-        values = parser(exit_on_error=False).parse_args(_config_arguments(Path(path)))
-        return _build(Experiment, values.as_dict())
-    except (argparse.ArgumentError, ValueError, OverflowError) as error:
-        msg = f"{path} is not a configuration: {str(error).removeprefix(f'{path}: ')}"
-        raise ValueError(msg) from error
+    with _not_a_configuration(str(path)):
+        return _parsed(_config_arguments(Path(path)))
+
+
+def experiment_from(values: Mapping[str, Any], source: str) -> Experiment:
+    """The experiment whose settings `experiment_values` gave, checked as those of a file are.
+
+    Parameters
+    ----------
+    values
+        Sections with their settings, as JSON holds them.
+    source
+        Where they are from, for messages.
+
+    Raises
+    ------
+    ValueError
+        As `read_experiment`.
+
+    Examples
+    --------
+    >>> experiment_from({"seed": 7, "train": {"lr": 1e-05}}, "here").train.lr
+    1e-05
+    """
+    with _not_a_configuration(source):
+        if not isinstance(values, Mapping):
+            msg = f"it is {values!r:.40}, not sections with settings"
+            raise ValueError(msg)  # noqa: TRY004 - wrong content of a file, not a wrong call
+        text = _yaml(values)
+        _refuse_strangers(text)
+        return _parsed([f"--config={text}"])
 
 
 def dump_experiment(experiment: Experiment) -> str:
@@ -100,10 +125,32 @@ def dump_experiment(experiment: Experiment) -> str:
     >>> "seed: 7" in dump_experiment(Experiment(seed=7)).splitlines()
     True
     """
+    return _yaml(experiment_values(experiment))
+
+
+def experiment_values(experiment: Experiment) -> dict[str, Any]:
+    """Every setting, by section, in types that JSON and YAML have."""
     values = asdict(experiment)
     values["data"]["crop_scale"] = list(experiment.data.crop_scale)
-    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return values
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    text: str = yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return text
+
+
+def _parsed(arguments: Sequence[str]) -> Experiment:
+    return _build(Experiment, parser(exit_on_error=False).parse_args(arguments).as_dict())
+
+
+@contextmanager
+def _not_a_configuration(source: str) -> Iterator[None]:
+    try:
+        yield
+    except (argparse.ArgumentError, ValueError, OverflowError, RecursionError) as error:
+        msg = f"{source} is not a configuration: {str(error).removeprefix(f'{source}: ')}"
+        raise ValueError(msg) from error
 
 
 def _resolve_names(argv: Sequence[str]) -> list[str]:

@@ -1,8 +1,10 @@
 """Reports over finished runs: tables, figures and one page that holds them all."""
 
+from training.report.finished import Finished
 from training.report.grouping import Section, by_section
 from training.report.pairs import Paired, Spread, paired, spread
-from training.report.runs import Finished, Found, find_runs, read_run
+from training.report.records import read_records, write_records
+from training.report.runs import Found, find_runs, read_run
 from training.report.summary import comparison_curves, report_tables
 from training.report.tables import Cell, Table, latex, markdown
 from training.report.write import Report, write_report
@@ -22,8 +24,10 @@ __all__ = [
     "latex",
     "markdown",
     "paired",
+    "read_records",
     "read_run",
     "report_tables",
     "spread",
+    "write_records",
     "write_report",
 ]

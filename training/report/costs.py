@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from training.data.walk import walk_classes
 from training.methods import steps_a_batch
+from training.report.finished import Finished
 from training.report.grouping import Section
 from training.report.measures import DASH, mean_text
-from training.report.runs import Finished
 from training.report.tables import Cell, Table
 
 TRAINING = ("load", "train")

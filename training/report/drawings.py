@@ -9,11 +9,11 @@ from typing import NamedTuple
 from training.figures import Panel, comparison_figure, line_figure, matrix_figure, spread_curves
 from training.metrics import AccuracyMatrix
 from training.report.costs import task_memory, task_seconds
+from training.report.finished import Finished
 from training.report.grouping import Section, tasks_of
 from training.report.inside import inside_drawings
 from training.report.labels import slug
 from training.report.measures import reference, signed
-from training.report.runs import Finished
 
 Seeds = dict[str, list[list[float]]]
 _AGES = {"old": "old tasks", "new": "the new task", "all": "all classes seen"}

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from training.report.finished import Finished
 from training.report.labels import (
     distinct,
     group_settings,
@@ -11,7 +12,6 @@ from training.report.labels import (
     settings_key,
     slug,
 )
-from training.report.runs import Finished
 
 REST = "others"
 """Title of the methods that a sweep with titles puts nowhere."""

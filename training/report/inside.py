@@ -7,8 +7,8 @@ from statistics import fmean, median
 from typing import Any
 
 from training.figures import Curve, Panel, line_figure, spread_curves
+from training.report.finished import Finished
 from training.report.labels import slug
-from training.report.runs import Finished
 
 Parts = tuple[str, str, str, str, Callable[[Path], Path]]
 _SUBSPACES = {"null": "null space of the old tasks", "isolated": "isolated subspace of LoDA"}

@@ -8,7 +8,7 @@ from typing import Any
 from training.config import Experiment
 from training.config.dotted import dotted_settings
 from training.config.neutral import NEUTRAL
-from training.report.runs import Finished
+from training.report.finished import Finished
 
 # Settings that tell runs of one experiment apart without making them different experiments.
 _RUN_ONLY = ("seed", "out", "threads", "overwrite", "device", "keep", "tracker")

@@ -3,9 +3,9 @@
 from collections.abc import Hashable, Sequence
 from statistics import fmean
 
+from training.report.finished import Finished
 from training.report.grouping import Section, tasks_of
 from training.report.pairs import Paired, paired, spread
-from training.report.runs import Finished
 
 DASH = "–"
 METRICS = ("last", "average", "forgetting", "task given")
