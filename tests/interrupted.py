@@ -23,12 +23,12 @@ def at_step(number: int, act: Callable[[], object]) -> Iterator[None]:
     """Do something right before a run looks whether to save itself after its ``number``-th step."""
     inside, done = Saver.inside_task, 0
 
-    def counted(*arguments: Any) -> bool:
+    def counted(*arguments: Any, **settings: Any) -> bool:
         nonlocal done
         done += 1
         if done == number:
             act()
-        return inside(*arguments)
+        return inside(*arguments, **settings)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Saver, "inside_task", counted)

@@ -1,5 +1,6 @@
 """Files of weights: what is read from each kind, and what a misfit says."""
 
+import argparse
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,31 @@ def test_the_teacher_of_a_self_supervised_training_is_read(
     path = tmp_path / "checkpoint.pth"
     torch.save({"student": student, "teacher": teacher, "epoch": 3}, path)
     assert holds(build_backbone(tiny(path)), trained)
+
+
+def test_settings_beside_the_weights_are_read_without_running_code(
+    tmp_path: Path, trained: dict[str, torch.Tensor]
+) -> None:
+    path = tmp_path / "checkpoint.pth"
+    settings = argparse.Namespace(arch="vit_base", lr=0.1)
+    torch.save({"teacher": trained, "args": settings, "epoch": 3}, path)
+    assert holds(build_backbone(tiny(path)), trained)
+
+
+@pytest.mark.filterwarnings("ignore:.*(Sparse|sparse|TypedStorage|quantize)")  # torch's, of such tensors
+@pytest.mark.parametrize("kind", ["quantized", "sparse", "compressed"])
+def test_tensors_that_are_no_plain_arrays_are_refused(
+    tmp_path: Path, trained: dict[str, torch.Tensor], kind: str
+) -> None:
+    weight = trained["blocks.0.attn.qkv.weight"]
+    odd = {
+        "quantized": lambda: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8),
+        "sparse": weight.to_sparse,
+        "compressed": weight.to_sparse_csr,
+    }
+    torch.save({**trained, "blocks.0.attn.qkv.weight": odd[kind]()}, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match=r"no real numbers: blocks\.0\.attn\.qkv\.weight"):
+        build_backbone(tiny(tmp_path / "odd.pth"))
 
 
 def test_the_hash_of_the_weights_does_not_depend_on_their_file(

@@ -8,10 +8,11 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from interrupted import at_step, differences, stopped
+from interrupted import CutOff, at_step, differences, stopped
 from run_contents import write_sealed
 from small_runs import tiny, tree
 
@@ -26,6 +27,10 @@ from training.loop import resume, train
 
 FILES = ("state.safetensors", "metrics.jsonl", "checkpoint.json")
 pytestmark = pytest.mark.usefixtures("no_figure")
+
+
+def _end() -> None:
+    raise CutOff
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +98,8 @@ def test_ten_is_newer_than_nine(tmp_path: Path) -> None:
 
 def test_another_schema_is_not_read(two: Path) -> None:
     path = two / "000003" / "checkpoint.json"
-    write_sealed(path, {**json.loads(path.read_bytes()), "schema": 2})
-    with pytest.raises(ValueError, match=r"000003 .*schema 2, and this version reads 1"):
+    write_sealed(path, {**json.loads(path.read_bytes()), "schema": 1})
+    with pytest.raises(ValueError, match=r"000003 .*schema 1, and this version reads 2"):
         read_checkpoint(two / "000003")
 
 
@@ -184,6 +189,37 @@ def test_a_damaged_checkpoint_of_a_run_costs_only_time(
     newest = sorted((path / "checkpoints").iterdir())[-1] / "state.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
     with pytest.warns(RuntimeWarning, match="is damaged"):
+        resume(path, quiet=True)
+    assert differences(path, whole) == []
+
+
+def test_a_damaged_checkpoint_takes_no_place_of_a_sound_one(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = stopped(tiny(tree(tmp_path_factory), tmp_path / "cut", checkpoint={"steps": 2}), 10)
+    older, newest = sorted((path / "checkpoints").iterdir())
+    (newest / "state.safetensors").write_bytes(b"")
+    with (
+        pytest.warns(RuntimeWarning, match="is damaged"),
+        at_step(3, _end),
+        pytest.raises(CutOff),
+    ):
+        resume(path, quiet=True)
+    left = sorted((path / "checkpoints").iterdir())
+    assert [p.name for p in left] == [older.name, f"{int(newest.name) + 1:06d}"]
+    for checkpoint in left:
+        read_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("other", [{"seed": 5}, {"train": {"lr": 0.01}}, {"data": {"tasks": 2}}])
+def test_checkpoints_of_another_run_are_passed_over(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, whole: Path, other: dict[str, Any]
+) -> None:
+    root, steps = tree(tmp_path_factory), {"checkpoint": {"steps": 2}}
+    path = stopped(tiny(root, tmp_path / "cut", **steps), 10)
+    foreign = stopped(tiny(root, tmp_path / "other", **steps, **other), 10)
+    shutil.copytree(sorted((foreign / "checkpoints").iterdir())[-1], path / "checkpoints" / "77")
+    with pytest.warns(RuntimeWarning, match=r"77 is of a run with other settings"):
         resume(path, quiet=True)
     assert differences(path, whole) == []
 

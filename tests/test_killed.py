@@ -29,8 +29,8 @@ def hit(process: BaseProcess, run: Path, number: signal.Signals, delay: float) -
     return status(process)
 
 
-def survives(experiment: Experiment, whole: Path, signals: list[signal.Signals], seed: int) -> None:
-    """Kill, go on, and kill again; then all files are those of the whole run."""
+def survives(experiment: Experiment, whole: Path, signals: list[signal.Signals], seed: int) -> int:
+    """Kill, go on, and kill again; then all files are those of the whole run. How often it was."""
     draw, run = random.Random(seed), Path(str(experiment.out))
     # A machine that is fast, or busy with other work, must not be through before it is hit.
     seconds = sum(json.loads((whole / "summary.json").read_text())["seconds"].values())
@@ -47,10 +47,10 @@ def survives(experiment: Experiment, whole: Path, signals: list[signal.Signals],
             break
         assert left == expected, log.read_text()
         ends += 1
-    assert ends > 0
     if left != 0:
         assert status(loda(["train", "--resume", str(run)], log)) == 0, log.read_text()
     assert differences(run, whole) == []
+    return ends
 
 
 @pytest.fixture(scope="session")
@@ -64,13 +64,16 @@ def test_a_run_survives_two_ends(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, whole: Path
 ) -> None:
     experiment = tiny(tree(tmp_path_factory), tmp_path / "run")
-    survives(experiment, whole, [signal.SIGKILL, signal.SIGTERM], seed=1)
+    assert survives(experiment, whole, [signal.SIGKILL, signal.SIGTERM], seed=1) > 0
 
 
 @pytest.mark.slow
 def test_a_run_survives_a_dozen_ends(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, whole: Path
 ) -> None:
-    for seed in range(4):
+    ends = seed = 0
+    while ends < 12 and seed < 12:  # a run may be through before all of its ends
         experiment = tiny(tree(tmp_path_factory), tmp_path / f"run{seed}")
-        survives(experiment, whole, [signal.SIGKILL] * 3, seed)
+        ends += survives(experiment, whole, [signal.SIGKILL] * 3, seed)
+        seed += 1
+    assert ends >= 12

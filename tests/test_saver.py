@@ -1,5 +1,6 @@
 """When a run is saved inside a task, and when it is looked at."""
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +27,7 @@ def looks(said: int, config: CheckpointConfig, steps: int) -> int:
     seen: list[int] = []
     position: Any = SimpleNamespace(sound=lambda: seen.append(0) or True)
     state: Any = SimpleNamespace(method=object())
-    parts: Any = (SimpleNamespace(path=None), state, Others(said))
+    parts: Any = (SimpleNamespace(path=None), state, "this run", Others(said))
     saver = Saver(config, *parts)
     for _ in range(steps):
         assert saver.inside_task(SimpleNamespace(), position, {})  # type: ignore[arg-type]
@@ -37,6 +38,23 @@ def looks(said: int, config: CheckpointConfig, steps: int) -> int:
 def test_all_processes_look_when_it_is_time_for_one(due: int) -> None:
     # Clocks differ: were each to ask its own, one could stop a run that the others go on with.
     assert looks(due, CheckpointConfig(steps=None, minutes=None), steps=3) == 3 * due
+
+
+@pytest.mark.parametrize(("age", "minutes", "due"), [(70, 5, 1), (50, 5, 0), (70, None, 0)])
+def test_a_task_is_saved_after_its_last_step_if_there_is_much_to_lose(
+    age: float, minutes: float | None, due: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.monotonic()
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    seen: list[int] = []
+    position: Any = SimpleNamespace(sound=lambda: seen.append(0) or True)
+    state: Any = SimpleNamespace(method=object())
+    parts: Any = (SimpleNamespace(path=None), state, "this run", Others(0))
+    saver = Saver(CheckpointConfig(minutes=minutes), *parts)
+    now += age
+    for last in (False, True):
+        saver.inside_task(SimpleNamespace(), position, {}, last=last)  # type: ignore[arg-type]
+        assert len(seen) == due * last
 
 
 def test_what_cannot_be_saved_is_not_looked_at_every_step() -> None:

@@ -134,14 +134,18 @@ def test_records(run: Path, data: st.DataObject) -> None:
 def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that stands inside its second task."""
     experiment = tiny(
-        tree(tmp_path_factory), tmp_path_factory.mktemp("begun") / "run", checkpoint={"steps": 8}
+        tree(tmp_path_factory), tmp_path_factory.mktemp("begun") / "run", checkpoint={"steps": 2}
     )
-    return stopped(experiment, 9)
+    run = stopped(experiment, 9)
+    assert newest_checkpoint(run / "checkpoints").record["open"]["batch"] == 2
+    return run
 
 
 def goes_on(run: Path) -> None:
     """Resume, up to the next step; the folder is as it was afterwards."""
-    with at_step(1, _end):
+    with at_step(1, _end), warnings.catch_warnings():
+        # It may say that it is of another run.
+        warnings.simplefilter("ignore", RuntimeWarning)
         try:
             resume(run, quiet=True)
         except (ValueError, OSError, FloatingPointError) as error:
@@ -168,6 +172,29 @@ def test_checkpoints_with_sound_checksums(begun: Path, data: st.DataObject) -> N
             tensors = load(data.draw(strange_tensors(save(dict(tensors)))))
         write_checkpoint(run / "checkpoints", tensors, record, found.metrics, keep=9)
         goes_on(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "said"),
+    [
+        ("history/blocks.0.attn.qkv", lambda t: t.to(torch.complex64), "torch.complex64"),
+        ("history/blocks.0.attn.qkv", lambda t: t.to(torch.float8_e5m2), "torch.float8_e5m2"),
+        ("history/blocks.0.attn.qkv", lambda t: t.to(torch.int32), "torch.int32"),
+        ("new/blocks.0.attn.qkv", lambda t: t * torch.nan, "not finite"),
+        ("norm.weight", lambda t: t * torch.inf, "not finite"),
+        ("momentum_buffer", lambda t: torch.zeros(1, 4), "shape"),
+    ],
+)
+def test_sealed_checkpoints_of_odd_numbers(
+    begun: Path, tmp_path: Path, name: str, spoil: Callable[..., torch.Tensor], said: str
+) -> None:
+    run = Path(shutil.copytree(begun, tmp_path / "run"))
+    found = newest_checkpoint(run / "checkpoints")
+    key = next(key for key in found.tensors if key.endswith(name))
+    tensors = {**found.tensors, key: spoil(found.tensors[key])}
+    write_checkpoint(run / "checkpoints", tensors, found.record, found.metrics, keep=9)
+    with pytest.raises(ValueError, match=said):
+        resume(run, quiet=True)
 
 
 @given(data=st.data())

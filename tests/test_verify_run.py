@@ -1,6 +1,7 @@
 """Verifying what a run left on disk: a run of our own, and somebody else's arrays."""
 
 import json
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,19 @@ def save(path: Path, arrays: dict[str, np.ndarray], **settings: object) -> Path:
 
 def verdicts(path: Path) -> dict[str, bool]:
     return {check.what: check.passed for check in verify(path)}
+
+
+def test_archives_that_unpack_to_far_more_are_not_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("1/block0.qkv/moment_new.npy", bytes(2**31 - 2))
+    with pytest.raises(ValueError, match=r"cannot read .*bomb.npz as .npz: .* unpacked"):
+        verify(path)
+    # What is not asked for is not unpacked either.
+    save(path, foreign(), down_scale=3**-0.5)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("1/block0.qkv/more.npy", b"no array")
+    assert all(verdicts(path).values())
 
 
 def test_correct_arrays_of_somebody_else_pass(tmp_path: Path) -> None:

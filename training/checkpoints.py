@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from training.files import make_folder, read_tensors, sync, write_bytes, write_tensors
 
-SCHEMA = 1
+SCHEMA = 2
 STATE, METRICS, RECORD = "state.safetensors", "metrics.jsonl", "checkpoint.json"
 _BEGUN, _DROPPED = ".new-", ".old-"
 
@@ -30,12 +30,15 @@ class Checkpoint(NamedTuple):
         The log of the run as it was.
     path : Path
         Its folder.
+    passed_over : tuple of Path
+        Newer ones that cannot be used.
     """
 
     tensors: dict[str, Tensor]
     record: dict[str, Any]
     metrics: bytes
     path: Path
+    passed_over: tuple[Path, ...] = ()
 
 
 def write_checkpoint(
@@ -45,8 +48,11 @@ def write_checkpoint(
     metrics: bytes,
     *,
     keep: int,
+    useless: Sequence[Path] = (),
 ) -> Path:
     """Write the next checkpoint of a folder and drop all but the last ``keep``.
+
+    ``useless`` ones are dropped first: they must not take the place of those that can be used.
 
     Raises
     ------
@@ -81,35 +87,45 @@ def write_checkpoint(
         )
         msg = f"cannot write a checkpoint to {folder}: {error.strerror or error}; {rest}"
         raise OSError(msg) from error
+    for old in [old for old in useless if old.is_dir()]:
+        _drop(old)
     for old in _numbered(folder)[:-keep]:
         _drop(old)
     return path
 
 
-def newest_checkpoint(folder: Path) -> Checkpoint:
-    """The newest checkpoint that is sound; damaged ones are passed over with a warning.
+def newest_checkpoint(folder: Path, of: str | None = None) -> Checkpoint:
+    """The newest checkpoint that is sound; others are passed over with a warning.
+
+    Parameters
+    ----------
+    folder : Path
+        Holds the checkpoints.
+    of : str, optional
+        Those whose record says that they are ``of`` another run are no sound ones.
 
     Raises
     ------
     FileNotFoundError
         If there is none at all.
     ValueError
-        If every one is damaged, or written by another version of this format.
+        If every one is damaged, of another run, or written by another version of this format.
     """
     found = _numbered(folder)[::-1]
     if not found:
         msg = f"{folder.parent} holds no checkpoint to go on from"
         raise FileNotFoundError(msg)
     reasons: list[str] = []
-    for path in found:
+    for number, path in enumerate(found):
         try:
             sound = read_checkpoint(path)
+            _require_own(sound, of)
         except ValueError as error:
             reasons.append(str(error))
             continue
         for reason in reasons:
             warnings.warn(f"{reason}; {path} is used", RuntimeWarning, stacklevel=2)
-        return sound
+        return sound._replace(passed_over=tuple(found[:number]))
     msg = f"no checkpoint in {folder} can be used: {'; '.join(reasons)}"
     raise ValueError(msg)
 
@@ -142,6 +158,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except (ValueError, OSError, LookupError, TypeError, AttributeError, RecursionError) as error:
         msg = f"checkpoint {path} is damaged: {error}"
         raise ValueError(msg) from error
+
+
+def _require_own(found: Checkpoint, of: str | None) -> None:
+    if of is not None and (not isinstance(found.record, dict) or found.record.get("of") != of):
+        msg = f"checkpoint {found.path} is of a run with other settings, classes or backbone"
+        raise ValueError(msg)
 
 
 def has_checkpoint(folder: Path) -> bool:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from loda_math import RecalibrationForm
 from loda_math.verify import Objective
+from training.archives import require_plausible_archive
 from training.kept import kept_tasks, read_method
 
 Array = NDArray[Any]
@@ -120,9 +121,10 @@ def read_arrays(path: Path) -> Iterator[Case]:
         msg = f"no run folder and no file {path}"
         raise FileNotFoundError(msg)
     try:
+        require_plausible_archive(path)
         # NumPy leaves a file that it cannot read open.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            content = dict(arrays)
+            content = {key: arrays[key] for key in arrays.files if _is_known(key)}
     except Exception as error:  # whatever a damaged or foreign archive provokes in the readers
         msg = f"cannot read {path} as .npz: {' '.join(str(error).split()) or repr(error)}"
         raise ValueError(msg) from error
@@ -135,9 +137,12 @@ def read_arrays(path: Path) -> Iterator[Case]:
             groups.setdefault((task, layer), {})[name] = array
     for (task, layer), arrays in sorted(groups.items(), key=_natural):
         if "moment_new" in arrays:
-            known = {name: array for name, array in arrays.items() if name in _AXES}
-            _check_shapes(f"{path}: {task}/{layer}", known)
-            yield Case(task, layer, known, claims)
+            _check_shapes(f"{path}: {task}/{layer}", arrays)
+            yield Case(task, layer, arrays, claims)
+
+
+def _is_known(key: str) -> bool:
+    return key == "settings" or key.rpartition("/")[2] in _AXES
 
 
 def _check_shapes(place: str, arrays: Mapping[str, Array]) -> None:

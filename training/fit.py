@@ -66,10 +66,12 @@ def fit(run: Run, task: int, progress: Progress, began: dict[str, float]) -> dic
         make_optimizer(config, parameters),
         torch.Generator().manual_seed(derive(experiment.seed, task, "steps")),
     )
-    before = {**began, "load": 0.0, "train": 0.0, **run.saver.restore_position(at)}
+    resumed = run.saver.restore_position(at, epochs=config.epochs, batches=len(batches))
+    before = {**began, "load": 0.0, "train": 0.0, **resumed}
     waited = 0.0
-    if processes.rank:  # drop-out: other images, other masks
-        torch.manual_seed(derive(experiment.seed, task, "dropout") + processes.rank)
+    if processes.rank:  # drop-out: other images, other masks, and others again after a checkpoint
+        place = processes.rank + processes.count * (at.epoch * len(batches) + at.batch)
+        torch.manual_seed(derive(experiment.seed, task, "dropout") + place)
     progress.advance(at.meter, at.epoch * len(batches) + at.batch)
 
     def seconds() -> dict[str, float]:
@@ -100,7 +102,8 @@ def fit(run: Run, task: int, progress: Progress, began: dict[str, float]) -> dic
             _join_counts(run, seen, at.meter)
             at.batch += 1
             progress.advance(at.meter)
-            if not run.saver.inside_task(progress, at, seconds()):
+            last = at.epoch + 1 == config.epochs and at.batch == len(batches)
+            if not run.saver.inside_task(progress, at, seconds(), last=last):
                 _raise_diverged(task, at)
         # The last step may have broken the weights after the last loss was taken.
         if not at.sound():

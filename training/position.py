@@ -69,9 +69,28 @@ class Position:
             "predicted": self.meter.predicted,
         }
 
-    def load(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Take over a position; the optimiser must be a fresh one over the same tensors."""
+    def load(
+        self,
+        tensors: Mapping[str, Tensor],
+        record: Mapping[str, Any],
+        *,
+        epochs: int,
+        batches: int,
+    ) -> None:
+        """Take over a position; the optimiser must be a fresh one over the same tensors.
+
+        Raises
+        ------
+        ValueError
+            If it lies outside so many epochs of so many batches, or is of other tensors.
+        """
         self.epoch, self.batch = int(record["epoch"]), int(record["batch"])
+        if not (0 <= self.epoch < epochs and 0 <= self.batch <= batches):
+            msg = f"epoch {self.epoch}, batch {self.batch} is not inside {epochs} of {batches}"
+            raise ValueError(msg)
+        if tensors["meter/loss"].ndim or tensors["meter/right"].ndim:
+            msg = "the loss and accuracy so far are no numbers"
+            raise ValueError(msg)
         device = self.optimizer.param_groups[0]["params"][0].device
         self.meter = Meter()
         self.meter.loss = tensors["meter/loss"].to(device)
@@ -81,6 +100,7 @@ class Position:
         for key, tensor in nested(tensors, "optimizer").items():
             index, _, name = key.partition("/")
             state.setdefault(int(index), {})[name] = tensor
+        self._check_optimizer(state)
         # Groups hold settings and the learning rate, which is set anew for every epoch.
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -89,6 +109,17 @@ class Position:
         for number, drawn in nested(tensors, "cuda").items():
             if int(number) < torch.cuda.device_count():  # it may go on with fewer
                 torch.cuda.set_rng_state(drawn, int(number))
+
+    def _check_optimizer(self, state: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Torch itself takes over a state of any shape, and fails in the next step."""
+        own = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for index, values in state.items():
+            for name, value in values.items():
+                fits = 0 <= index < len(own) and value.shape in (own[index].shape, ())
+                if not (fits and value.is_floating_point()):
+                    shape = tuple(value.shape)
+                    msg = f"{name} of shape {shape} is not of trained tensor {index}"
+                    raise ValueError(msg)
 
 
 def _cuda_states() -> list[Tensor]:

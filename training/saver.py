@@ -2,14 +2,17 @@
 
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from training.checkpoints import Checkpoint, newest_checkpoint, write_checkpoint
 from training.config import CheckpointConfig
-from training.files import flattened, nested, understanding
+from training.files import flattened, nested, not_finite, understanding
 from training.methods import saves_open_task
 from training.position import Position
 from training.processes import Processes
@@ -20,6 +23,10 @@ from training.signals import StopSignals
 from training.state import RunState
 
 _PROGRESS = {"trainable": [int], "seconds": {str: float}}
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DTYPES = (*_FLOATS, torch.int64, torch.int32, torch.uint8, torch.bool)
+_WORTH_SAVING = 60.0
+"""Seconds of training after which a task is saved once more before what follows its last step."""
 
 
 class Saver:
@@ -33,6 +40,8 @@ class Saver:
         Gets the checkpoints.
     state : RunState
         The state of the run.
+    identity : str
+        What tells the checkpoints of this run from those of others.
     processes : Processes
         Those of the run. The first writes, which is enough: between two steps all have the same
         state. A signal to one stops all.
@@ -46,13 +55,20 @@ class Saver:
     """
 
     def __init__(
-        self, config: CheckpointConfig, folder: RunFolder, state: RunState, processes: Processes
+        self,
+        config: CheckpointConfig,
+        folder: RunFolder,
+        state: RunState,
+        identity: str,
+        processes: Processes,
     ) -> None:
         self.config = config if processes.writes else replace(config, keep=0)
         self.folder, self.state, self.processes = folder, state, processes
+        self.identity = identity
         self.stop = StopSignals()
         self.passes = 0
         self._open: Checkpoint | None = None
+        self._useless: tuple[Path, ...] = ()
         self._progress: dict[str, Any] = {"trainable": [], "seconds": {}}
         self._steps, self._written = 0, time.monotonic()
 
@@ -63,12 +79,17 @@ class Saver:
 
     def load(self) -> None:
         """Take over the newest sound checkpoint; the state must be a fresh one."""
-        found = newest_checkpoint(self.folder.path / CHECKPOINTS)
+        found = newest_checkpoint(self.folder.path / CHECKPOINTS, of=self.identity)
+        self._useless = found.passed_over
         with understanding(found.path):
+            _check_tensors(found.tensors)
             self.state.load(nested(found.tensors, "run"), found.record["run"])
             require_shape(found.record["progress"], _PROGRESS, "progress")
             self._progress = found.record["progress"]
             self.passes = int(found.record["passes"])
+            if self.passes < 0:
+                msg = f"{self.passes} passes have been made"
+                raise ValueError(msg)
             if (found.record["open"] is not None) != (
                 len(self.state.heads.sizes) > self.state.tasks
             ):
@@ -84,13 +105,22 @@ class Saver:
         progress.trainable = list(self._progress["trainable"][: self.state.tasks])
         progress.seconds = dict(self._progress["seconds"])
 
-    def restore_position(self, position: Position) -> dict[str, float]:
-        """Put a fresh position where training stood, if it did; seconds that the task had taken."""
+    def restore_position(
+        self, position: Position, *, epochs: int, batches: int
+    ) -> dict[str, float]:
+        """Put a fresh position where training stood, if it did; seconds that the task had taken.
+
+        Parameters
+        ----------
+        position : Position
+            In a task of so many ``epochs`` of so many ``batches``.
+        """
         if self._open is None:
             return {}
         found, self._open = self._open, None
         with understanding(found.path):
-            position.load(nested(found.tensors, "open"), found.record["open"])
+            tensors, record = nested(found.tensors, "open"), found.record["open"]
+            position.load(tensors, record, epochs=epochs, batches=batches)
         seconds: dict[str, float] = found.record["task_seconds"]
         return seconds
 
@@ -101,9 +131,17 @@ class Saver:
         self._leave_if_asked(saved=True)
 
     def inside_task(
-        self, progress: Progress, position: Position, seconds: dict[str, float]
+        self,
+        progress: Progress,
+        position: Position,
+        seconds: dict[str, float],
+        *,
+        last: bool = False,
     ) -> bool:
         """Save the run after a step, if it is time or a signal came.
+
+        After the ``last`` step of a task it is time sooner: there is none while the task is
+        merged, read out and evaluated.
 
         Returns
         -------
@@ -116,7 +154,7 @@ class Saver:
             After it was saved, if a signal came.
         """
         self._steps += 1
-        due = self._agree()
+        due = self._agree(last=last)
         if not (due or self.stop.wish is not None):
             return True
         sound = position.sound()
@@ -128,16 +166,21 @@ class Saver:
         self._leave_if_asked(saved=able)
         return sound
 
-    def _agree(self) -> bool:
+    def _agree(self, *, last: bool = False) -> bool:
         """Let a signal that one process got be one to all; whether it is time for one of them."""
-        number, due = divmod(self.processes.largest(2 * int(self.stop.wish or 0) + self._due()), 2)
+        own = 2 * int(self.stop.wish or 0) + self._due(last=last)
+        number, due = divmod(self.processes.largest(own), 2)
         self.stop.wish = signal.Signals(number) if number else None
         return bool(due)
 
-    def _due(self) -> bool:
+    def _due(self, *, last: bool) -> bool:
         steps, minutes = self.config.steps, self.config.minutes
-        return (steps is not None and self._steps >= steps) or (
-            minutes is not None and time.monotonic() - self._written >= 60 * minutes
+        since = time.monotonic() - self._written
+        worth = last and since >= _WORTH_SAVING and (steps, minutes) != (None, None)
+        return (
+            worth
+            or (steps is not None and self._steps >= steps)
+            or (minutes is not None and since >= 60 * minutes)
         )
 
     def _write(
@@ -153,6 +196,7 @@ class Saver:
                 self.folder.path / CHECKPOINTS,
                 flattened(run=self.state.tensors(), open=position),
                 {
+                    "of": self.identity,
                     "run": self.state.record(),
                     "open": record,
                     "passes": self.passes,
@@ -161,7 +205,9 @@ class Saver:
                 },
                 self.folder.read_log(),
                 keep=self.config.keep,
+                useless=self._useless,
             )
+            self._useless = ()
         self._written = time.monotonic()
 
     def _leave_if_asked(self, *, saved: bool) -> None:
@@ -170,3 +216,16 @@ class Saver:
         self.processes.wait()  # the launcher ends the others as soon as one has ended
         what = "a checkpoint was written" if saved else "the checkpoint of the last task is there"
         self.stop.leave(f"{what}: loda train --resume {self.folder.path} goes on")
+
+
+def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse what no run writes: a checkpoint may come from anybody, its checksums too."""
+    odd = [name for name, tensor in tensors.items() if tensor.dtype not in _DTYPES]
+    if odd:
+        msg = f"{odd[0]} is of {tensors[odd[0]].dtype}"
+        raise ValueError(msg)
+    # Ratios that were measured may be infinite, and decide nothing.
+    broken = not_finite({k: t for k, t in tensors.items() if "/heldout/" not in k})
+    if broken:
+        msg = f"{broken[0]} holds values that are not finite"
+        raise ValueError(msg)

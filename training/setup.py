@@ -1,5 +1,6 @@
 """Setting a run up: everything that can be wrong at the start is found here."""
 
+import json
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -105,7 +106,9 @@ def prepare(experiment: Experiment, resume: Path | None = None) -> Run:
     )
     new = resume is None
     folder = _open_folder(path, processes, fresh=new and experiment.out is None, resume=not new)
-    saver = Saver(experiment.checkpoint, folder, state, processes)
+    saver = Saver(
+        experiment.checkpoint, folder, state, _identity(experiment, stream, backbone), processes
+    )
     try:
         if new:
             folder.begin(experiment, stream, backbone)
@@ -127,6 +130,13 @@ def _settings(experiment: Experiment) -> dict[str, object]:
     """What all processes of a run must have in common."""
     own = {*NEUTRAL, "out", "overwrite", "threads", "backbone.weights"}  # a path
     return {name: value for name, value in flat_settings(experiment).items() if name not in own}
+
+
+def _identity(experiment: Experiment, stream: Stream, backbone: Backbone) -> str:
+    """What a run is, wherever it lies: a hash of all that must be the same to go on with it."""
+    tasks = [list(task) for task in stream.tasks]
+    parts = [_settings(experiment), list(stream.class_names), tasks, backbone.tensors_sha256]
+    return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _fingerprint(stream: Stream) -> list[object]:

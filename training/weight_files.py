@@ -1,5 +1,6 @@
 """Weights from local files, read without running code from them: .safetensors, .pth, .npz."""
 
+import argparse
 import hashlib
 import re
 from collections.abc import Mapping
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from training.archives import require_plausible_archive
 
 # Files of a training hold the network under such a name, iBOT's and DINO's the one to be used.
 _WRAPPERS = ("state_dict", "model", "teacher")
@@ -58,7 +61,7 @@ def load_weights(module: nn.Module, path: Path) -> str:
         _load_npz(module, path)
         return file_sha256(path)
     weights = _read(path)
-    if odd := [key for key, value in weights.items() if value.is_complex() or value.is_meta]:
+    if odd := [key for key, value in weights.items() if not _is_plain(value)]:
         raise _unusable(path, f"entries that hold no real numbers: {_some(odd)}.")
     own = module.state_dict()
     weights = {key: value for key, value in weights.items() if not _is_classifier(module, key, own)}
@@ -90,7 +93,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # The settings of the command line, which DINO's and other files hold beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or foreign file provokes in the readers
         reason = (str(error).splitlines() or [""])[0]
         # torch's own words would advise to run whatever code the file holds.
@@ -124,6 +129,7 @@ def _load_npz(module: nn.Module, path: Path) -> None:
         msg = f"timm reads no .npz file for this model: give {path} as .safetensors or .pth."
         raise ValueError(msg)
     try:
+        require_plausible_archive(path)
         # Opened here: of a damaged one NumPy leaves it open.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             blocks = {m[1] for key in arrays.files if (m := re.search(r"encoderblock_(\d+)/", key))}
@@ -138,6 +144,11 @@ def _load_npz(module: nn.Module, path: Path) -> None:
         msg = f"the weights in {path} are not those of the original ViT for this model: {reason}"
         raise ValueError(msg) from error
     _check_finite(module.state_dict(), path)
+
+
+def _is_plain(value: Tensor) -> bool:
+    odd = value.is_complex() or value.is_meta or value.is_quantized
+    return not odd and value.layout is torch.strided
 
 
 def _check_finite(weights: Mapping[str, Tensor], path: Path) -> None:

@@ -62,6 +62,10 @@ def check_state(
         for key, value in state.items()
         if optional.get(key) != tuple(value.shape)
     }
+    odd = [key for key, x in state.items() if not x.is_floating_point() and key != "tasks"]
+    if odd:
+        msg = f"the state holds {odd[0]} as {state[odd[0]].dtype}; expected real numbers"
+        raise ValueError(msg)
     if tasks < 0 or shapes != wanted:
         unlike = sorted(set(shapes.items()) ^ set(wanted.items()))
         msg = (

@@ -73,4 +73,4 @@ def test_the_device_does_not_wait_for_images(
     share = waiting(SETTING, "bf16", batches)
     with capsys.disabled():
         print(f"\n  {workers} workers: training waits {100 * share:.0f} % of the time for images")
-    assert 0 <= share < 1
+    assert share <= (0.1 if workers == 8 else 1.0)  # eight decode as fast as it trains

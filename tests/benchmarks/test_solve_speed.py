@@ -97,6 +97,28 @@ def test_faster_than_the_naive_route(
     assert ratio >= target.get(library, 1.0)
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_twelve_layers_at_once(
+    benchmark: Any, capsys: pytest.CaptureFixture[str], library: str
+) -> None:
+    xp = pytest.importorskip(library)
+    pair = [np.broadcast_to(m, (12, *m.shape)).copy() for m in moments(768)]
+    new, old = (m if xp is np else xp.from_numpy(m) for m in pair)
+    ours(new[:1, :192, :192], old[:1, :192, :192])
+    slow, fast = [], []
+    for _ in range(3):
+        slow.append(seconds(lambda: [naive(xp, *both) for both in zip(new, old, strict=True)]))
+        fast.append(seconds(lambda: ours(new, old)))
+    benchmark.pedantic(ours, (new, old), rounds=1)
+    ratio = statistics.median(slow) / statistics.median(fast)
+    with capsys.disabled():
+        print(
+            f"\n{library:6} 12 layers of 768  naive {statistics.median(slow):7.3f} s  "
+            f"ours {statistics.median(fast):7.3f} s  ratio {ratio:5.1f}"
+        )
+    assert ratio >= 3.0
+
+
 def test_linear_in_the_number_of_layers(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
     new, old = moments(384)
     per_layer = {}
