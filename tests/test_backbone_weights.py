@@ -203,7 +203,9 @@ def test_settings_beside_the_weights_are_read_without_running_code(
     assert holds(build_backbone(tiny(path)), trained)
 
 
-@pytest.mark.filterwarnings("ignore:.*(Sparse|sparse|TypedStorage|quantize)")  # torch's, of such tensors
+@pytest.mark.filterwarnings(
+    "ignore:.*(Sparse|sparse|TypedStorage|quantize)"
+)  # torch's, of such tensors
 @pytest.mark.parametrize("kind", ["quantized", "sparse", "compressed"])
 def test_tensors_that_are_no_plain_arrays_are_refused(
     tmp_path: Path, trained: dict[str, torch.Tensor], kind: str

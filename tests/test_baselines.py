@@ -104,6 +104,41 @@ def test_the_penalty_turns_new_directions_away_from_old_ones(model: nn.Module) -
     assert found[2.0] < 0.5 * found[0.0]
 
 
+def test_the_penalty_is_lambda_times_the_mean_overlap(model: nn.Module) -> None:
+    method = made("o_lora", model, options={"penalty": 0.3})
+    assert isinstance(method, OLoRA)
+    learn(method, model, 0)
+    method.begin_task([])
+    shares = iter((0.25, 0.75))  # of the first and of the second layer's rows that meet old ones
+    eye = torch.eye(16)
+    with torch.no_grad():
+        for name, layer in method.layers.items():
+            method.old[f"all/{name}"] = eye[:4]
+            share = next(shares)
+            rows = share * eye[:3] + (1 - share**2) ** 0.5 * eye[8:11]
+            layer.branch("all").down.copy_(7 * rows)
+    assert method.penalty().item() == pytest.approx(0.3 * 0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (32.0, 32 / 3)])
+def test_the_branch_of_o_lora_is_scaled_by_alpha_over_rank(
+    model: nn.Module, alpha: float | None, scale: float
+) -> None:
+    method = made("o_lora", model, options={"alpha": alpha})
+    assert isinstance(method, OLoRA)
+    method.begin_task([])
+    before = {name: layer.weight.clone() for name, layer in method.layers.items()}
+    wanted = {}
+    with torch.no_grad():
+        for name, layer in method.layers.items():
+            branch = layer.branch("all")
+            branch.up.normal_()
+            wanted[name] = before[name] + scale * branch.up @ branch.down
+    method.end_task([])
+    for name, layer in qkv(model).items():
+        torch.testing.assert_close(layer.weight, wanted[name])
+
+
 # InfLoRA
 
 

@@ -197,3 +197,16 @@ def test_labels_are_checked(tmp_path: Path) -> None:
     fake_run(tmp_path / "a")
     with pytest.raises(ValueError, match="--against sgd: no such method among loda"):
         Report.over([tmp_path], against="sgd")
+
+
+def test_a_run_that_cannot_be_read_is_named_and_the_others_are_compared(tmp_path: Path) -> None:
+    fake_run(tmp_path / "a", seed=1)
+    strange = fake_run(tmp_path / "b", seed=2) / "config.yaml"
+    strange.write_text(strange.read_text().replace("name: loda", "name: not_installed"))
+    report = Report.over([tmp_path])
+    assert list(report.unreadable) == [tmp_path / "b"]
+    assert "not counted" in report.notes()[0]
+    assert "not_installed" in report.notes()[0]
+    assert [run.experiment.seed for run in report.sections[0].groups["loda"]] == [1]
+    with pytest.raises(ValueError, match="not_installed"):
+        find_runs([tmp_path / "b"])

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from small_runs import small_vit, squares
 from small_sweeps import short, sweep_file
 
-from training import cli
+from training import cli, fit
 from training.children import Children
 from training.config import read_experiment
 from training.cpus import usable_cpus
@@ -70,12 +71,27 @@ def test_a_sweep_skips_what_is_done_and_goes_on_after_a_failure(tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("in_process")
-def test_runs_of_one_seed_see_the_same_classes_and_start(tmp_path: Path) -> None:
+def test_runs_of_one_seed_see_the_same_classes_and_mini_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root, out = squares(tmp_path / "data"), tmp_path / "out"
-    sweep = Sweep({"loda": {}, "frozen": {"method.name": "frozen"}}, [5])
-    run_sweep(plan(sweep, out, short(root)), out, tell=lambda _: None)
-    found = [read_json(out / name / "seed5" / "classes.json") for name in ("loda", "frozen")]
-    assert found[0] == found[1]
+    digest, seen, make = sha256(), dict[str, str](), fit._loss
+
+    def noted(run: Any, forward: Any, pixels: Any, targets: Any, *rest: Any) -> Any:
+        digest.update(pixels.numpy().tobytes() + targets.numpy().tobytes())
+        seen[run.experiment.method.name] = digest.hexdigest()
+        return make(run, forward, pixels, targets, *rest)
+
+    monkeypatch.setattr(fit, "_loss", noted)
+    names = ["loda", "frozen", "seq_lora", "inflora"]
+    for name in names:
+        digest = sha256()
+        sweep = Sweep({name: {"method.name": name}}, [5])
+        run_sweep(plan(sweep, out, short(root)), out, tell=lambda _: None)
+    found = [read_json(out / name / "seed5" / "classes.json") for name in names]
+    assert all(classes == found[0] for classes in found)
+    assert list(seen) == names
+    assert len(set(seen.values())) == 1
 
 
 @pytest.mark.usefixtures("in_process")

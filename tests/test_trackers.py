@@ -22,6 +22,18 @@ def test_tensorboard_receives_losses_accuracies_and_settings(tmp_path: Path) -> 
     assert any("method.rank: 4" in path.read_text() for path in settings)
 
 
+def test_tasks_are_told_apart_where_nothing_is_trained(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    experiment = tiny(
+        squares(tmp_path / "data"), tmp_path / "run", tracker="tensorboard", method={"name": "ncm"}
+    )
+    run = train(experiment, quiet=True)
+    (scalars,) = {path.parent for path in (run / "loda").glob("events.out.*")}
+    events = EventAccumulator(str(scalars)).Reload()
+    assert [event.step for event in events.Scalars("accuracy/nearest_mean")] == [1, 2, 3]
+
+
 def test_no_tracker_leaves_nothing_behind(tmp_path: Path) -> None:
     run = train(tiny(squares(tmp_path / "data"), tmp_path / "run"), quiet=True)
     assert not list(run.rglob("*tfevents*"))

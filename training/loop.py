@@ -200,7 +200,8 @@ def run_task(run: Run, task: int, progress: Progress) -> None:
         **layers,
     )
     tracked = {f"accuracy/{kind}": value for kind, value in accuracy.items()}
-    run.accelerator.log(tracked, step=(task + 1) * config.epochs)
+    # Where nothing is trained, tasks are steps: of equal ones a tracker shows the last alone.
+    run.accelerator.log(tracked, step=(task + 1) * max(config.epochs, 1))
     progress.end_task(task, accuracy[experiment.head.readout], seconds)
 
 

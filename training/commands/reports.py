@@ -67,6 +67,7 @@ def export(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
     found = find_runs(arguments.runs)
     say(f"loda export: not finished, left out: {path}" for path in found.unfinished)
+    say(f"loda export: left out: {path}: {why}" for path, why in found.unreadable.items())
     written = write_records(found.runs, arguments.out, overwrite=arguments.overwrite)
     print(f"records of {len(found.runs)} runs: {written}")
 

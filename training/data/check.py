@@ -1,5 +1,6 @@
 """Look through a folder of images before training on it: what is there, and what is wrong."""
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from statistics import median
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from training.config import DataConfig
 from training.cpus import usable_cpus
@@ -161,7 +163,9 @@ def check_data(
     folder = Path(root).expanduser()
     listing, missing = _listing(folder, train_only=train_only)
     scans: dict[str, dict[Path, _Scan | str]] = {}
-    with ThreadPoolExecutor(workers or usable_cpus()) as pool:
+    with ThreadPoolExecutor(workers or usable_cpus()) as pool, warnings.catch_warnings():
+        # Whatever Pillow warns of is refused, and said in the report.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         for name, listed in listing.items():
             paths = [path for files in listed.classes.values() for path in files]
             scans[name] = dict(zip(paths, pool.map(_scan, paths), strict=True))

@@ -68,8 +68,9 @@ def controls_table(section: Section) -> Table:
     note = (
         "Trained parameters, those of the head of the task among them: the most of any task. Kept: "
         "what is carried from task to task beside the model and the heads, at the end. Steps and "
-        "passes (an image forth and back) of the whole stream: a gradient-aligned mini-batch takes "
-        "two steps and passes each of its images twice. Means over the seeds."
+        "passes (an image forth, and back as far as something is trained) of the whole stream: a "
+        "gradient-aligned mini-batch takes two steps and passes each of its images twice. Means "
+        "over the seeds."
     )
     return Table("Controls", header, rows, note)
 

@@ -14,10 +14,24 @@ from training.sweeps.groups import read_groups
 
 
 class Found(NamedTuple):
-    """Finished runs, the folders of runs that did not finish, and what holds no run."""
+    """What was found below folders.
+
+    Attributes
+    ----------
+    runs : list of Finished
+        Finished runs.
+    unfinished : list of Path
+        Folders of runs that did not finish.
+    unreadable : dict of Path to str
+        Folders of finished runs that cannot be read, and why: damaged, or of a method or version
+        that is not here.
+    others : list of Path
+        What holds no run.
+    """
 
     runs: list[Finished]
     unfinished: list[Path]
+    unreadable: dict[Path, str]
     others: list[Path]
 
 
@@ -38,9 +52,10 @@ def find_runs(sources: Sequence[str | Path]) -> Found:
     FileNotFoundError
         If a source is not there, or there is no run, or none that finished.
     ValueError
-        If a file of a run cannot be read.
+        If a file of records cannot be read, or none of the runs.
     """
     runs: dict[Path, Finished] = {}
+    unreadable: dict[Path, str] = {}
     unfinished: dict[Path, None] = {}
     others = []
     for source in sources:
@@ -54,9 +69,14 @@ def find_runs(sources: Sequence[str | Path]) -> Found:
             others.append(place)
         for path, name in below:
             if (path / SUMMARY).is_file():
-                runs.setdefault(path.resolve(), read_run(path, name))
+                try:
+                    runs.setdefault(path.resolve(), read_run(path, name))
+                except ValueError as error:
+                    unreadable[path] = str(error)
             else:
                 unfinished[path] = None
+    if not runs and unreadable:
+        raise ValueError(next(iter(unreadable.values())))
     if not runs and not unfinished:
         named = ", ".join(map(str, others))
         msg = (
@@ -68,7 +88,7 @@ def find_runs(sources: Sequence[str | Path]) -> Found:
         named = ", ".join(str(path) for path in unfinished)
         msg = f"no run is finished yet: {named} without {SUMMARY}"
         raise FileNotFoundError(msg)
-    return Found(list(runs.values()), list(unfinished), others)
+    return Found(list(runs.values()), list(unfinished), unreadable, others)
 
 
 def read_run(path: Path, name: str = "") -> Finished:

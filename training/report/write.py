@@ -27,6 +27,8 @@ class Report(NamedTuple):
         Data and backbones, each with its methods.
     unfinished : list of Path
         Runs that are named but not counted.
+    unreadable : dict of Path to str
+        Those that cannot be read, and why; named too.
     others : list of Path
         What was given and holds no run.
     against, baseline : str or None
@@ -35,6 +37,7 @@ class Report(NamedTuple):
 
     sections: list[Section]
     unfinished: list[Path]
+    unreadable: dict[Path, str]
     others: list[Path]
     against: str | None
     baseline: str | None
@@ -63,17 +66,19 @@ class Report(NamedTuple):
             if label is not None and label not in labels:
                 msg = f"--{option} {label}: no such method among {', '.join(labels)}"
                 raise ValueError(msg)
-        return cls(sections, found.unfinished, found.others, against, baseline)
+        return cls(sections, found.unfinished, found.unreadable, found.others, against, baseline)
 
     def notes(self) -> list[str]:
         """What the reader should know first."""
         # What a sweep puts beside its runs is met wherever runs are given by a pattern.
         strange = [p for p in self.others if "logs" not in (p.name, p.parent.name)]
+        unreadable = [f"{path} ({why})" for path, why in self.unreadable.items()]
         found = {
-            "Unfinished runs, not counted": self.unfinished,
-            "No run is in": [path for path in strange if path.suffix != ".json"],
+            "Unfinished runs, not counted": [str(path) for path in self.unfinished],
+            "Unreadable runs, not counted": unreadable,
+            "No run is in": [str(path) for path in strange if path.suffix != ".json"],
         }
-        return [f"{k}: {', '.join(map(str, paths))}." for k, paths in found.items() if paths]
+        return [f"{what}: {', '.join(named)}." for what, named in found.items() if named]
 
     def overview(self) -> list[Table]:
         """Tables over several data sets or backbones."""
