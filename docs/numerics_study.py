@@ -110,7 +110,7 @@ def conditioned(kind: str) -> list[list[list[Any]]]:
 def real() -> list[list[list[Any]]]:
     """Part 2: every qkv layer of the glyph backbone, one digit class after another."""
     from backends.torch import collect_moments, find_layers
-    from training.backbone import build_backbone
+    from training.backbones.build import build_backbone
     from training.config import BackboneConfig, DataConfig
     from training.data import build_stream, loader, test_transform
 

@@ -11,7 +11,7 @@ from run_contents import events, untimed
 
 from training.config import Experiment
 from training.loop import resume, train
-from training.saver import Saver
+from training.survival.saver import Saver
 
 
 class CutOff(Exception):  # noqa: N818 - no error, an event

@@ -15,7 +15,7 @@ from torch import nn
 from training import cli
 from training.analyse import analyse
 from training.analyse.rebuild import task_updates
-from training.backbone import build_backbone
+from training.backbones import build_backbone
 from training.config import Experiment, read_experiment
 from training.data import build_stream, loader, test_transform
 from training.evaluate import extract_features, make_accelerator

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_backbones import NAME, TINY, holds, saved, tiny, trained_weights
 
-from training.backbone import build_backbone, check_fits
+from training.backbones import build_backbone, check_fits
 from training.config import PACKAGED_WEIGHTS, BackboneConfig, DataConfig
 from training.data import build_stream
 from training.data import test_transform as evaluation_transform

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.utils import HFValidationError, LocalEntryNotFoundError
 from tiny_backbones import NAME, saved, tiny
 
-from training.backbone import build_backbone
+from training.backbones import build_backbone
 from training.config import BackboneConfig
 
 

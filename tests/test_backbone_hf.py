@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from backends.torch import adapt, restore
 from training import load
-from training.backbone import build_backbone, check_fits
+from training.backbones import build_backbone, check_fits
 from training.cli import main
 from training.config import BackboneConfig, as_recorded
 from training.files import read_json
@@ -145,6 +145,6 @@ def test_models_that_cannot_be_used_are_refused(
     (saved / "config.json").write_text(json.dumps({**text, "num_hidden_layers": 1}))
     with pytest.raises(ValueError, match="a bert model reads no images"):
         build_backbone(BackboneConfig(f"hf:{saved}", pretrained=False))
-    monkeypatch.setattr("training.backbone_hf.find_spec", lambda name: None)
+    monkeypatch.setattr("training.backbones.hugging_face.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'loda\[hf\]'"):
         build_backbone(BackboneConfig(f"hf:{saved}"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_backbones import TINY, holds, saved, tiny, trained_weights
 
-from training.backbone import build_backbone
+from training.backbones import build_backbone
 from training.config import BackboneConfig
 
 

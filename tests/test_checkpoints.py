@@ -16,14 +16,14 @@ from interrupted import CutOff, at_step, differences, stopped
 from run_contents import write_sealed
 from small_runs import tiny, tree
 
-from training.checkpoints import (
+from training.loop import resume, train
+from training.survival.checkpoints import (
     has_checkpoint,
     newest_checkpoint,
     read_checkpoint,
     remove_checkpoints,
     write_checkpoint,
 )
-from training.loop import resume, train
 
 FILES = ("state.safetensors", "metrics.jsonl", "checkpoint.json")
 pytestmark = pytest.mark.usefixtures("no_figure")
@@ -156,7 +156,7 @@ def test_a_full_disk_harms_nothing(two: Path, monkeypatch: pytest.MonkeyPatch) -
 
     for function in ("write_tensors", "write_bytes"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"training.checkpoints.{function}", full)
+            patch.setattr(f"training.survival.checkpoints.{function}", full)
             with pytest.raises(OSError, match=r"No space left on device; .*unharmed.*--resume"):
                 write_checkpoint(two, {"a": torch.zeros(2)}, {}, b"", keep=2)
         assert sorted(p.name for p in two.iterdir()) == ["000002", "000003"]

@@ -27,7 +27,7 @@ for name in sys.argv[1:]:
         if not any(part.startswith('_') for part in module.name.split('.')):
             found[module.name] = importlib.import_module(module.name).__file__
 from training.config import packaged_configs, load_experiment
-from training.backbone import build_backbone
+from training.backbones import build_backbone
 build_backbone(load_experiment([]).backbone)
 print(json.dumps({'modules': found, 'configs': packaged_configs(), 'path': sys.path}))
 """

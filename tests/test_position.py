@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from training.position import Position
+from training.survival.position import Position
 
 
 def stepped(rate: float = 0.1) -> Position:

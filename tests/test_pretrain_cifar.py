@@ -14,14 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.nn import functional
 
+import training
 from backends.torch import adapt
-from training import conv_vit
-from training.backbone import build_backbone
+from training.backbones import build_backbone, conv_vit
 from training.config import PACKAGED_WEIGHTS, BackboneConfig
 from training.pretrain import cifar10, cifar_images
 
 RECORDED = "884ccced8cc1a099e9b20bc02b1ec9382ed88a2ca75795ffd28f44a71da257b7"
-WEIGHTS = Path(conv_vit.__file__).parent / "weights" / PACKAGED_WEIGHTS["cifar_vit"]
+WEIGHTS = Path(training.__file__).parent / "weights" / PACKAGED_WEIGHTS["cifar_vit"]
 TINY: dict[str, Any] = {
     **cifar10.OPTIONS,
     "embed_dim": 32,

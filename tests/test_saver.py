@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from training.config import CheckpointConfig
-from training.saver import Saver
+from training.survival.saver import Saver
 
 
 class Others:

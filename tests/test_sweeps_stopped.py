@@ -13,7 +13,7 @@ from small_runs import squares
 from small_sweeps import settings
 
 from training.children import Children
-from training.lock import FolderLock, held_by
+from training.survival.lock import FolderLock, held_by
 from training.sweeps import Sweep, plan, read_sweep, run_job, run_sweep, standing
 from training.sweeps.jobs import can_go_on
 

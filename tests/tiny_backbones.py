@@ -7,7 +7,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from training.backbone import Backbone
+from training.backbones import Backbone
 from training.config import BackboneConfig
 
 NAME = "vit_tiny_patch16_224"

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
 
-from training.signals import handle
+from training.survival.signals import handle
 
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 

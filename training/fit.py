@@ -13,10 +13,10 @@ from training.data import cut_loader, start_at, train_transform
 from training.files import nested, not_finite
 from training.losses import cosface
 from training.optimizers import learning_rate, make_optimizer
-from training.position import Position
 from training.progress import Meter, Progress
 from training.randomness import derive
 from training.setup import Run
+from training.survival.position import Position
 
 
 def fit(run: Run, task: int, progress: Progress, began: dict[str, float]) -> dict[str, float]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from backends.torch.readouts import Readout, load_readout
-from training.backbone import Backbone, build_backbone, check_fits
+from training.backbones import Backbone, build_backbone, check_fits
 from training.config import Experiment, read_experiment
 from training.data import open_image, test_transform
 from training.files import nested, not_finite, read_tensors

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from training.backbone import Backbone
-from training.checkpoints import remove_checkpoints, remove_leftovers
+from training.backbones import Backbone
 from training.config import Experiment, as_recorded, dump_experiment, read_experiment
 from training.data import Stream
 from training.files import (
@@ -25,8 +24,9 @@ from training.files import (
     write_tensors,
     write_text,
 )
-from training.lock import LOCK, FolderLock
 from training.state import RunState
+from training.survival.checkpoints import remove_checkpoints, remove_leftovers
+from training.survival.lock import LOCK, FolderLock
 
 CONFIG, CLASSES, ENVIRONMENT = "config.yaml", "classes.json", "environment.json"
 METRICS, SUMMARY, FIGURE = "metrics.jsonl", "summary.json", "accuracy.png"

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from backends.torch.readouts import ClassStatistics, RidgeStatistics
-from training.backbone import Backbone, build_backbone, check_fits
+from training.backbones import Backbone, build_backbone, check_fits
 from training.compiled import require_compiler
 from training.config import Experiment
 from training.config.neutral import NEUTRAL
@@ -22,8 +22,8 @@ from training.presets import effective, method_stream
 from training.processes import Processes, join_processes
 from training.randomness import derive, seeded
 from training.run_folder import RunFolder, choose_folder
-from training.saver import Saver
 from training.state import RunState
+from training.survival.saver import Saver
 from training.trackers import flat_settings, start_tracker
 from training.watched_folder import WatchedFolder
 

@@ -21,7 +21,7 @@ class RunState:
 
     All randomness of a task follows from the seed and the task's number, so no generator is part
     of it. Inside a task it is complete for methods that save an open task; where training stands
-    in it is a `training.position.Position`.
+    in it is a `training.survival.position.Position`.
 
     Parameters
     ----------

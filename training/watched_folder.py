@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from training.backbone import Backbone
+from training.backbones import Backbone
 from training.config import Experiment
 from training.data import Stream
 from training.run_folder import RunFolder

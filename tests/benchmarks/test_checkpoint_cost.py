@@ -13,7 +13,7 @@ import torch
 
 from training.config import CheckpointConfig, DataConfig, Experiment
 from training.loop import train
-from training.saver import Saver
+from training.survival.saver import Saver
 
 SETTINGS = {
     "tasks and every 5 minutes": CheckpointConfig(),

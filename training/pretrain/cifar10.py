@@ -1,8 +1,8 @@
 """Pretrain the small vision transformer of the Caltech-101 experiment on CIFAR-10.
 
 ``python -m training.pretrain.cifar10 --data FOLDER --out FILE`` trains the model of
-:mod:`training.conv_vit` and writes its weights. One thread of a processor does it in about an
-hour. The same settings give the same weights on the same machine.
+:mod:`training.backbones.conv_vit` and writes its weights. One thread of a processor does it in
+about an hour. The same settings give the same weights on the same machine.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from training.conv_vit import NAME, fold
+from training.backbones.conv_vit import NAME, fold
+from training.backbones.weight_files import tensors_sha256
 from training.files import write_atomically
 from training.pretrain.cifar_images import Images, epoch, read, scaled, split_off
 from training.pretrain.recipes import add_settings, command_line, say
-from training.weight_files import tensors_sha256
 
 PROGRAM = "python -m training.pretrain.cifar10"
 VERSION = 1

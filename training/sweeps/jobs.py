@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from training.checkpoints import has_checkpoint
+from training.backbones.weight_files import file_sha256
 from training.config import (
     Experiment,
     as_recorded,
@@ -17,13 +17,13 @@ from training.config import (
 )
 from training.config.neutral import NEUTRAL
 from training.files import read_json
-from training.lock import held_by
 from training.methods import check_method
 from training.presets import effective
 from training.run_folder import CHECKPOINTS, CONFIG, ENVIRONMENT, is_finished
+from training.survival.checkpoints import has_checkpoint
+from training.survival.lock import held_by
 from training.sweeps.files import Sweep
 from training.trackers import flat_settings
-from training.weight_files import file_sha256
 
 Standing = Literal["done", "to do", "running elsewhere", "unreadable"]
 _MAPPINGS = ("method.options", "backbone.options")  # settings that are mappings themselves

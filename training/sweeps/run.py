@@ -13,7 +13,7 @@ from training.children import Children
 from training.config import dump_experiment
 from training.cpus import usable_cpus
 from training.files import write_text
-from training.lock import held_by
+from training.survival.lock import held_by
 from training.sweeps.jobs import (
     Job,
     UnreadableRunError,

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.checkpoints import Checkpoint, newest_checkpoint, write_checkpoint
 from training.config import CheckpointConfig
 from training.files import flattened, nested, not_finite, understanding
 from training.methods import saves_open_task
-from training.position import Position
 from training.processes import Processes
 from training.progress import Progress
 from training.run_folder import CHECKPOINTS, RunFolder
 from training.shapes import require_shape
-from training.signals import StopSignals
 from training.state import RunState
+from training.survival.checkpoints import Checkpoint, newest_checkpoint, write_checkpoint
+from training.survival.position import Position
+from training.survival.signals import StopSignals
 
 _PROGRESS = {"trainable": [int], "seconds": {str: float}}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from training.backbone import Backbone
+from training.backbones.backbone import Backbone
 from training.config import HUGGING_FACE, BackboneConfig
 
 

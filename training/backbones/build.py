@@ -6,54 +6,20 @@ import textwrap
 from collections.abc import Mapping
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
 from safetensors import safe_open
 from torch import Tensor, nn
 
-import training.conv_vit  # noqa: F401  timm learns its name
+import training.backbones.conv_vit  # noqa: F401  timm learns its name
+from training.backbones.backbone import Backbone
+from training.backbones.hugging_face import build_hugging_face
+from training.backbones.weight_files import load_weights, tensors_sha256
 from training.config import HUGGING_FACE, PACKAGED_WEIGHTS, BackboneConfig
-from training.weight_files import load_weights, tensors_sha256
 
 # Packages whose errors mean that the network failed; not all of them are OSErrors.
 _TRANSPORTS = {"huggingface_hub", "httpx", "httpcore", "requests", "urllib3"}
-
-
-class Backbone(NamedTuple):
-    """A network that gives one feature a picture.
-
-    Parameters
-    ----------
-    module
-        Maps images (N, C, H, W) to features (N, D): for a ViT, the class token after the last norm.
-    features
-        Number of features D.
-    timm_name, timm_options
-        What rebuilds the module: ``timm.create_model(timm_name, num_classes=0, **timm_options)``,
-        or for a name that starts with hf: the library transformers.
-    weights_sha256
-        Hash of the weights file; None for random weights and for those that timm downloaded.
-    channels
-        Channels of the images.
-    image_size
-        Side of the images; None if the model takes any.
-    tag
-        The published weights that were downloaded, with their exact tag; None for others.
-    tensors_sha256
-        Hash of the loaded weights themselves, from wherever they came (see `tensors_sha256`); None
-        where a trained model is loaded afterwards.
-    """
-
-    module: nn.Module
-    features: int
-    timm_name: str
-    timm_options: dict[str, Any]
-    weights_sha256: str | None
-    channels: int
-    image_size: int | None
-    tag: str | None = None
-    tensors_sha256: str | None = None
 
 
 def build_backbone(config: BackboneConfig, *, initialise: bool = True) -> Backbone:
@@ -114,8 +80,6 @@ def _build(config: BackboneConfig, *, initialise: bool) -> Backbone:
         with as_file(files("training").joinpath("weights", PACKAGED_WEIGHTS[config.name])) as path:
             return _build_packaged(path, config, initialise=initialise)
     if config.name.startswith(HUGGING_FACE):
-        from training.backbone_hf import build_hugging_face
-
         return build_hugging_face(config, initialise=initialise)
     module = _create(config.name, config.options)
     digest = tag = None
