@@ -1,4 +1,4 @@
-"""The solves of a task for all layers at once: layers of one size go through one batched call."""
+"""The solves of a task for all layers: those of one size in one batched call, where that pays."""
 
 from collections.abc import Callable, Mapping
 
@@ -13,6 +13,8 @@ from loda_math import (
     isolated_subspace,
     null_subspace,
 )
+
+_LARGE = 256
 
 Bases = dict[str, dict[str, Tensor]]
 """Orthonormal basis (D, r) by layer and branch."""
@@ -47,7 +49,7 @@ def solve_bases(
     bases: Bases = {name: {} for name in new}
     for branch in settings.names(first_task=old is None):
         choose = _rule(settings, branch, gram_eps)
-        for group in by_shape(new):
+        for group in _calls(new):
             s_new = torch.stack([new[name] for name in group])
             s_old = None if old is None else torch.stack([old[name] for name in group])
             for name, found in zip(group, choose(s_new, s_old), strict=True):
@@ -78,7 +80,7 @@ def solve_heldout(
     ratios: HeldoutRatios = {name: {} for name in halves}
     for branch in settings.names(first_task=False):
         choose = _rule(settings, branch, gram_eps)
-        for group in by_shape({name: old[name] for name in halves}):
+        for group in _calls({name: old[name] for name in halves}):
             first, second = (torch.stack([halves[n][side] for n in group]) for side in (0, 1))
             found = heldout_ratio(choose, first, second, torch.stack([old[n] for n in group]))
             for name, *values in zip(group, *found, strict=True):
@@ -92,6 +94,22 @@ def by_shape(*tensors: Mapping[str, Tensor]) -> list[list[str]]:
     for name in tensors[0]:
         groups.setdefault(tuple(t[name].shape for t in tensors), []).append(name)
     return list(groups.values())
+
+
+def _calls(moments: Mapping[str, Tensor]) -> list[list[str]]:
+    """Layers that are solved in one call: large ones of a processor by themselves.
+
+    A stack of them would overflow its caches: twelve of width 768 take a quarter longer at once.
+    """
+
+    def alone(moment: Tensor) -> bool:
+        return moment.device.type == "cpu" and len(moment) >= _LARGE
+
+    calls: list[list[str]] = []
+    for group in by_shape(moments):
+        large = alone(moments[group[0]])
+        calls += [[name] for name in group] if large else [group]
+    return calls
 
 
 def _rule(

@@ -98,18 +98,17 @@ def test_faster_than_the_naive_route(
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch"])
-def test_twelve_layers_at_once(
-    benchmark: Any, capsys: pytest.CaptureFixture[str], library: str
-) -> None:
+def test_twelve_layers(benchmark: Any, capsys: pytest.CaptureFixture[str], library: str) -> None:
+    # One by one, as backends.torch solves large layers on a processor.
     xp = pytest.importorskip(library)
     pair = [np.broadcast_to(m, (12, *m.shape)).copy() for m in moments(768)]
     new, old = (m if xp is np else xp.from_numpy(m) for m in pair)
-    ours(new[:1, :192, :192], old[:1, :192, :192])
+    ours(new[0, :192, :192], old[0, :192, :192])
     slow, fast = [], []
     for _ in range(3):
         slow.append(seconds(lambda: [naive(xp, *both) for both in zip(new, old, strict=True)]))
-        fast.append(seconds(lambda: ours(new, old)))
-    benchmark.pedantic(ours, (new, old), rounds=1)
+        fast.append(seconds(lambda: [ours(*both) for both in zip(new, old, strict=True)]))
+    benchmark.pedantic(ours, (new[0], old[0]), rounds=1)
     ratio = statistics.median(slow) / statistics.median(fast)
     with capsys.disabled():
         print(

@@ -1,0 +1,34 @@
+"""The solves of a task give every layer what it would get alone, in one call or in many."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from backends.torch import LoDASettings
+from backends.torch.solve import solve_bases, solve_heldout
+from loda_math import general_subspace, isolated_subspace
+
+
+def moment(size: int, seed: int) -> Tensor:
+    x = torch.randn(2 * size, size, generator=torch.Generator().manual_seed(seed)).double()
+    return (x.mT @ x) * torch.linspace(1, 3, size) * torch.linspace(1, 3, size)[:, None]
+
+
+@pytest.mark.parametrize("sizes", [(8, 8, 12), (256, 8, 256)])
+def test_every_layer_gets_its_own_directions(sizes: tuple[int, ...]) -> None:
+    new = {f"layer{n}": moment(size, n) for n, size in enumerate(sizes)}
+    old = {f"layer{n}": moment(size, 10 + n) for n, size in enumerate(sizes)}
+    settings = LoDASettings(rank=3)
+    found = solve_bases(settings, new, old, 0.0)
+    assert list(found) == list(new)
+    for name, bases in found.items():
+        general = torch.as_tensor(general_subspace(new[name], old[name], 3))
+        isolated = isolated_subspace(new[name], old[name], 3, ridge=settings.ridge)
+        torch.testing.assert_close(bases["general"], general)
+        torch.testing.assert_close(bases["isolated"], torch.as_tensor(isolated))
+    halves = {name: (new[name], new[name]) for name in new}
+    for name, ratios in solve_heldout(settings, halves, old, 0.0).items():
+        # Both halves are the same, so what holds on one holds on the other.
+        for ratio in ratios.values():
+            torch.testing.assert_close(ratio.chosen, ratio.heldout)
+        assert set(ratios) == {"general", "isolated"}, name
