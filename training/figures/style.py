@@ -9,8 +9,8 @@ from training.files import write_atomically
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart with any kind of colour vision; yellow is left out: too pale.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+# Okabe and Ito's colours, told apart with any kind of colour vision; yellow is too pale: a grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8C8C8C")
 _MARKERS = "osD^vPX<>"
 _DASHES = ("-", "--", "-.", ":")  # for prints without colour
 _DPI = 150
