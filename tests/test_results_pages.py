@@ -5,9 +5,11 @@ from pathlib import Path
 
 from training.report import Report, find_runs, report_tables
 from training.report.tables import Table, markdown
+from training.sweeps import plan, read_sweep
 
 DOCS = Path(__file__).parents[1] / "docs"
 COMPARED = ["caltech101.jsonl"]
+TRIALS = "caltech101-cifar_vit-trials.jsonl"
 INSIDE = "caltech101-inside.jsonl"
 SEEDS = list(range(1993, 1998))
 
@@ -62,8 +64,29 @@ def test_the_energy_ratios_are_those_of_the_analysis() -> None:
 
 
 def test_records_name_no_path_of_a_machine() -> None:
-    for run in find_runs(recorded(*COMPARED, INSIDE)).runs:
+    for run in find_runs(recorded(*COMPARED, INSIDE, TRIALS)).runs:
         data, backbone = run.experiment.data, run.experiment.backbone
         assert data.root == "caltech101"
         assert backbone.weights in (None, "vit_cifar10.safetensors")
         assert run.experiment.out is None
+
+
+def test_rates_on_cifar_vit_are_the_best_of_equal_trials() -> None:
+    last: dict[str, dict[float, float]] = {}
+    for run in find_runs(recorded(TRIALS)).runs:
+        assert run.experiment.data.validation == 0.2  # the test images were not opened
+        rates = last.setdefault(run.experiment.method.name, {})
+        rates[run.experiment.train.lr] = 100 * run.matrices["alignment"].last
+    jobs = plan(read_sweep("caltech101-cifar_vit"), Path("out"), ["--data.root=x"])
+    chosen = {job.experiment.method.name: job.experiment.train.lr for job in jobs}
+    assert set(chosen) == set(last)
+    for name, rates in last.items():
+        if name == "frozen":
+            continue
+        assert sorted(rates) == [0.006, 0.02, 0.06, 0.18]
+        assert rates[chosen[name]] == max(rates.values())
+        cells = [
+            f"**{rates[lr]:.2f}**" if lr == chosen[name] else f"{rates[lr]:.2f}"
+            for lr in sorted(rates)
+        ]
+        assert f"| {name} | {' | '.join(cells)} |" in page("results.md")
