@@ -37,7 +37,7 @@ def at_step(number: int, act: Callable[[], object]) -> Iterator[None]:
 
 def stopped(experiment: Experiment, steps: int) -> Path:
     """The folder of a run that ends abruptly after so many steps, unsaved since the last time."""
-    with at_step(steps, _end), pytest.raises(CutOff):
+    with at_step(steps, end), pytest.raises(CutOff):
         train(experiment, quiet=True)
     return Path(str(experiment.out))
 
@@ -46,12 +46,13 @@ def cut_off(experiment: Experiment, steps: Sequence[int]) -> Path:
     """Train, end abruptly after so many steps of each process, and go on to the end."""
     path = stopped(experiment, steps[0])
     for limit in steps[1:]:
-        with at_step(limit, _end), pytest.raises(CutOff):
+        with at_step(limit, end), pytest.raises(CutOff):
             resume(path, quiet=True)
     return resume(path, quiet=True)
 
 
-def _end() -> None:
+def end() -> None:
+    """What `at_step` does to end a run."""
     raise CutOff
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from interrupted import CutOff, at_step, differences, stopped
+from interrupted import CutOff, at_step, differences, end, stopped
 from run_contents import write_sealed
 from small_runs import tiny, tree
 
@@ -27,10 +27,6 @@ from training.survival.checkpoints import (
 
 FILES = ("state.safetensors", "metrics.jsonl", "checkpoint.json")
 pytestmark = pytest.mark.usefixtures("no_figure")
-
-
-def _end() -> None:
-    raise CutOff
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +197,7 @@ def test_a_damaged_checkpoint_takes_no_place_of_a_sound_one(
     (newest / "state.safetensors").write_bytes(b"")
     with (
         pytest.warns(RuntimeWarning, match="is damaged"),
-        at_step(3, _end),
+        at_step(3, end),
         pytest.raises(CutOff),
     ):
         resume(path, quiet=True)

@@ -22,13 +22,18 @@ class Others:
         return max(number, self.said)
 
 
-def looks(said: int, config: CheckpointConfig, steps: int) -> int:
-    """How often a saver looks at the position of a method that cannot be saved inside a task."""
+def watched(said: int, config: CheckpointConfig) -> tuple[Saver, Any, list[int]]:
+    """A saver of a method that cannot be saved inside a task, a position, and looks at it."""
     seen: list[int] = []
     position: Any = SimpleNamespace(sound=lambda: seen.append(0) or True)
     state: Any = SimpleNamespace(method=object())
     parts: Any = (SimpleNamespace(path=None), state, "this run", Others(said))
-    saver = Saver(config, *parts)
+    return Saver(config, *parts), position, seen
+
+
+def looks(said: int, config: CheckpointConfig, steps: int) -> int:
+    """How often a saver looks at the position of a method that cannot be saved inside a task."""
+    saver, position, seen = watched(said, config)
     for _ in range(steps):
         assert saver.inside_task(SimpleNamespace(), position, {})  # type: ignore[arg-type]
     return len(seen)
@@ -46,11 +51,7 @@ def test_a_task_is_saved_after_its_last_step_if_there_is_much_to_lose(
 ) -> None:
     now = time.monotonic()
     monkeypatch.setattr("time.monotonic", lambda: now)
-    seen: list[int] = []
-    position: Any = SimpleNamespace(sound=lambda: seen.append(0) or True)
-    state: Any = SimpleNamespace(method=object())
-    parts: Any = (SimpleNamespace(path=None), state, "this run", Others(0))
-    saver = Saver(CheckpointConfig(minutes=minutes), *parts)
+    saver, position, seen = watched(0, CheckpointConfig(minutes=minutes))
     now += age
     for last in (False, True):
         saver.inside_task(SimpleNamespace(), position, {}, last=last)  # type: ignore[arg-type]

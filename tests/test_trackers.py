@@ -1,6 +1,7 @@
 """Trackers: what a run reports, and clear errors where one is not there."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small_runs import squares, tiny
@@ -9,13 +10,18 @@ from training.loop import train
 from training.setup import prepare
 
 
-def test_tensorboard_receives_losses_accuracies_and_settings(tmp_path: Path) -> None:
+def logged(run: Path) -> Any:
+    """What TensorBoard shows of a run."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    (scalars,) = {path.parent for path in (run / "loda").glob("events.out.*")}
+    return EventAccumulator(str(scalars)).Reload()
+
+
+def test_tensorboard_receives_losses_accuracies_and_settings(tmp_path: Path) -> None:
     experiment = tiny(squares(tmp_path / "data"), tmp_path / "run", tracker="tensorboard")
     run = train(experiment, quiet=True)
-    (scalars,) = {path.parent for path in (run / "loda").glob("events.out.*")}
-    events = EventAccumulator(str(scalars)).Reload()
+    events = logged(run)
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
     assert [event.step for event in events.Scalars("accuracy/nearest_mean")] == [2, 4, 6]
     settings = (run / "loda").rglob("hparams.yml")
@@ -23,14 +29,11 @@ def test_tensorboard_receives_losses_accuracies_and_settings(tmp_path: Path) -> 
 
 
 def test_tasks_are_told_apart_where_nothing_is_trained(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     experiment = tiny(
         squares(tmp_path / "data"), tmp_path / "run", tracker="tensorboard", method={"name": "ncm"}
     )
     run = train(experiment, quiet=True)
-    (scalars,) = {path.parent for path in (run / "loda").glob("events.out.*")}
-    events = EventAccumulator(str(scalars)).Reload()
+    events = logged(run)
     assert [event.step for event in events.Scalars("accuracy/nearest_mean")] == [1, 2, 3]
 
 

@@ -14,7 +14,7 @@ import yaml
 from commands import assert_clear, says
 from hypothesis import given
 from hypothesis import strategies as st
-from interrupted import CutOff, at_step, stopped
+from interrupted import CutOff, at_step, end, stopped
 from mangled import damaged, mangled
 from run_contents import write_sealed
 from safetensors.torch import load, save
@@ -143,7 +143,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def goes_on(run: Path) -> None:
     """Resume, up to the next step; the folder is as it was afterwards."""
-    with at_step(1, _end), warnings.catch_warnings():
+    with at_step(1, end), warnings.catch_warnings():
         # It may say that it is of another run.
         warnings.simplefilter("ignore", RuntimeWarning)
         try:
@@ -153,10 +153,6 @@ def goes_on(run: Path) -> None:
                 raise
         except CutOff:
             pass
-
-
-def _end() -> None:
-    raise CutOff
 
 
 @given(data=st.data())

@@ -14,7 +14,7 @@ from loda_math import (
     null_subspace,
 )
 
-_LARGE = 256
+_LARGE = 256  # width from which a layer of a processor is solved by itself
 
 Bases = dict[str, dict[str, Tensor]]
 """Orthonormal basis (D, r) by layer and branch."""
@@ -101,14 +101,11 @@ def _calls(moments: Mapping[str, Tensor]) -> list[list[str]]:
 
     A stack of them would overflow its caches: twelve of width 768 take a quarter longer at once.
     """
-
-    def alone(moment: Tensor) -> bool:
-        return moment.device.type == "cpu" and len(moment) >= _LARGE
-
     calls: list[list[str]] = []
     for group in by_shape(moments):
-        large = alone(moments[group[0]])
-        calls += [[name] for name in group] if large else [group]
+        first = moments[group[0]]
+        alone = first.device.type == "cpu" and len(first) >= _LARGE
+        calls += [[name] for name in group] if alone else [group]
     return calls
 
 

@@ -23,8 +23,10 @@ from training.survival.position import Position
 from training.survival.signals import StopSignals
 
 _PROGRESS = {"trainable": [int], "seconds": {str: float}}
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_DTYPES = (*_FLOATS, torch.int64, torch.int32, torch.uint8, torch.bool)
+_DTYPES = {
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.int64, torch.int32, torch.uint8, torch.bool),
+}
 _WORTH_SAVING = 60.0
 """Seconds of training after which a task is saved once more before what follows its last step."""
 
