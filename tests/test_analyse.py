@@ -19,14 +19,14 @@ from training.backbones import build_backbone
 from training.config import Experiment, read_experiment
 from training.data import build_stream, loader, test_transform
 from training.evaluate import extract_features, make_accelerator
-from training.inference import load_classifier
-from training.kept import keeps_nothing
+from training.finished.inference import load_classifier
+from training.finished.kept import keeps_nothing
+from training.finished.ranks import layer_ranks
+from training.finished.verify import verify
 from training.loop import train
 from training.randomness import derive, seeded
-from training.ranks import layer_ranks
 from training.run_folder import RunFolder
 from training.sweeps import plan, read_sweep
-from training.verify import verify
 
 STEPS = 4  # 0, 0.5, 1, 1.5
 LAYER = "blocks.1.attn.qkv"

@@ -113,7 +113,7 @@ def test_a_run_may_train_through_the_compiled_model(
 def test_compiling_without_a_compiler_is_refused_at_the_start(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.compiled.shutil.which", lambda _: None)
+    monkeypatch.setattr("training.step.compiled.shutil.which", lambda _: None)
     experiment = tiny(tree(tmp_path_factory), tmp_path / "run")
     experiment = replace(experiment, train=replace(experiment.train, compile=True))
     with pytest.raises(ValueError, match=r"train\.compile is true, .* C\+\+ compiler"):

@@ -11,8 +11,8 @@ from run_contents import set_in_config
 from safetensors.torch import load_file, save_file
 from small_runs import tree
 
-from training.evaluate_run import evaluate_run
-from training.inference import load_classifier
+from training.finished.evaluate import evaluate_run
+from training.finished.inference import load_classifier
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from small_runs import READOUTS, tiny
 
 from training import fit, loop
 from training.loop import resume, run_task, train
-from training.progress import Progress
+from training.monitoring.progress import Progress
 from training.setup import Run, prepare
 from training.survival.checkpoints import newest_checkpoint
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from training.heads import CosineHead, Heads, class_mean_start
+from training.step.heads import CosineHead, Heads, class_mean_start
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -12,7 +12,7 @@ from training.config import read_experiment
 from training.data import build_stream
 from training.data import test_transform as evaluation_transform
 from training.files import read_json
-from training.inference import Classifier, load_classifier
+from training.finished.inference import Classifier, load_classifier
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from training.losses import cosface
+from training.step.losses import cosface
 
 
 def brute_force(

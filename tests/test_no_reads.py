@@ -14,10 +14,10 @@ from torch import Tensor
 
 from backends.torch import LoDA, LoDASettings
 from training.config import TrainConfig
-from training.heads import Heads
-from training.losses import cosface
-from training.optimizers import make_optimizer
-from training.progress import Meter
+from training.monitoring.progress import Meter
+from training.step.heads import Heads
+from training.step.losses import cosface
+from training.step.optimizers import make_optimizer
 
 
 def step_on(device: str) -> Callable[[], None]:

@@ -7,7 +7,7 @@ import torch
 from small_runs import tiny
 
 from training.loop import train
-from training.progress import Meter
+from training.monitoring.progress import Meter
 
 pytestmark = pytest.mark.usefixtures("no_figure")
 

@@ -13,8 +13,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from backends.torch import LoDA, LoDASettings
-from training.heads import CosineHead
-from training.losses import cosface
+from training.step.heads import CosineHead
+from training.step.losses import cosface
 
 TOLERANCE = 2e-5
 LAYERS = ("blocks.0.attn.qkv", "blocks.1.attn.qkv")

@@ -13,7 +13,7 @@ from small_runs import READOUTS, changed, finished, tiny
 from training.config import read_experiment
 from training.files import read_json
 from training.loop import run_task
-from training.progress import Progress
+from training.monitoring.progress import Progress
 from training.setup import prepare
 
 METHODS = ("loda", "seq_lora", "frozen")

@@ -14,12 +14,12 @@ from small_runs import small_vit, squares
 from small_sweeps import short, sweep_file
 
 from training import cli, fit
-from training.children import Children
 from training.config import read_experiment
 from training.cpus import usable_cpus
 from training.files import read_json
 from training.loop import resume, train
 from training.sweeps import Sweep, finished, plan, run_job, run_sweep, standing
+from training.sweeps.children import Children
 from training.sweeps.jobs import can_go_on
 
 

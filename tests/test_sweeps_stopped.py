@@ -12,16 +12,16 @@ import pytest
 from small_runs import squares
 from small_sweeps import settings
 
-from training.children import Children
 from training.survival.lock import FolderLock, held_by
 from training.sweeps import Sweep, plan, read_sweep, run_job, run_sweep, standing
+from training.sweeps.children import Children
 from training.sweeps.jobs import can_go_on
 
 # Starts a child that writes a file, and one more when it gets SIGTERM; then waits for it.
 PARENT = """
 import os, sys
 from pathlib import Path
-from training.children import Children
+from training.sweeps.children import Children
 child = '''
 import signal, sys, time
 from pathlib import Path

@@ -10,8 +10,8 @@ from run_contents import contents
 from small_runs import flags, squares, tiny
 
 from training import cli, sweeps
-from training.children import Children
 from training.sweeps import Job, Outcome, Sweep, plan, run_job
+from training.sweeps.children import Children
 from training.sweeps.jobs import can_go_on
 
 

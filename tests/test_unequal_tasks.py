@@ -3,8 +3,8 @@
 import pytest
 from small_runs import READOUTS, finished
 
-from training.evaluate_run import evaluate_run
 from training.files import read_json
+from training.finished.evaluate import evaluate_run
 from training.methods import METHODS
 
 SIZES = [3, 1, 2]

@@ -18,10 +18,10 @@ from loda_math import (
     recalibration,
     stack_branches,
 )
-from training.claims import Claims, read_arrays, read_run
 from training.config import Experiment, MethodConfig, dump_experiment
 from training.files import write_tensors, write_text
-from training.verify import verification_table, verify
+from training.finished.claims import Claims, read_arrays, read_run
+from training.finished.verify import verification_table, verify
 
 LAYERS = ("0", "2")
 

@@ -5,9 +5,9 @@ from torch import Tensor
 
 from training.data import ImageSet, loader, test_transform
 from training.evaluate import build_readouts, count_correct, extract_features
-from training.heads import class_mean_start
 from training.randomness import derive
 from training.setup import Run
+from training.step.heads import class_mean_start
 
 
 def add_head(run: Run, task: int) -> None:

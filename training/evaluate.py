@@ -18,9 +18,9 @@ from backends.torch.readouts import (
 )
 from training.config import Experiment, HeadConfig
 from training.metrics import class_counts
+from training.monitoring.trackers import require_tracker
 from training.processes import started_with
 from training.state import RunState
-from training.trackers import require_tracker
 
 
 def make_accelerator(experiment: Experiment, folder: Path | None = None) -> Accelerator:

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from backends.torch import RowsLoss
-from training.compiled import training_model
 from training.data import cut_loader, start_at, train_transform
 from training.files import nested, not_finite
-from training.losses import cosface
-from training.optimizers import learning_rate, make_optimizer
-from training.progress import Meter, Progress
+from training.monitoring.progress import Meter, Progress
 from training.randomness import derive
 from training.setup import Run
+from training.step.compiled import training_model
+from training.step.losses import cosface
+from training.step.optimizers import learning_rate, make_optimizer
 from training.survival.position import Position
 
 

@@ -10,8 +10,8 @@ from training.data import loader, passes_begun, start_at, train_transform
 from training.figures import accuracy_figure
 from training.files import flattened, not_finite
 from training.fit import fit
-from training.memory import peak_memory, reset_peak
-from training.progress import Progress
+from training.monitoring.memory import peak_memory, reset_peak
+from training.monitoring.progress import Progress
 from training.randomness import derive, seeded
 from training.run_folder import FIGURE, begun_experiment, is_finished
 from training.setup import Run, prepare

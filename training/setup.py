@@ -10,21 +10,21 @@ from accelerate import Accelerator
 
 from backends.torch.readouts import ClassStatistics, RidgeStatistics
 from training.backbones import Backbone, build_backbone, check_fits
-from training.compiled import require_compiler
 from training.config import Experiment
 from training.config.neutral import NEUTRAL
 from training.data import Stream, build_stream, test_transform, train_transform, verify_data
 from training.evaluate import make_accelerator, wanted_readouts
-from training.heads import Heads
 from training.methods import Context, Method, build_method, sums_over_processes
 from training.metrics import AccuracyMatrix
+from training.monitoring.trackers import flat_settings, start_tracker
 from training.presets import effective, method_stream
 from training.processes import Processes, join_processes
 from training.randomness import derive, seeded
 from training.run_folder import RunFolder, choose_folder
 from training.state import RunState
+from training.step.compiled import require_compiler
+from training.step.heads import Heads
 from training.survival.saver import Saver
-from training.trackers import flat_settings, start_tracker
 from training.watched_folder import WatchedFolder
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from backends.torch import plain_state
 from backends.torch.readouts import ClassStatistics, Readout, RidgeStatistics
 from training.files import flattened, nested
-from training.heads import Heads
 from training.methods import Method
 from training.metrics import AccuracyMatrix
+from training.step.heads import Heads
 
 
 @dataclass

@@ -17,7 +17,7 @@ from torch import Tensor
 from turns import in_turn, ratio
 
 from backends.torch import LoDA, LoDASettings
-from training.compiled import training_model
+from training.step.compiled import training_model
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler here"),

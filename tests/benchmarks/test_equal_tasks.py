@@ -28,7 +28,7 @@ from training.config import (
     TrainConfig,
 )
 from training.loop import train
-from training.memory import peak_memory, reset_peak
+from training.monitoring.memory import peak_memory, reset_peak
 
 TASKS, CLASSES, IMAGES, EPOCHS, BATCH = 20, 2, 24, 4, 16
 STEPS = EPOCHS * CLASSES * IMAGES // BATCH

@@ -15,11 +15,11 @@ from training.config import Experiment, HeadConfig
 from training.data import Stream, build_stream, loader, test_transform
 from training.evaluate import make_accelerator
 from training.files import nested, read_tensors
-from training.heads import Heads
-from training.inference import load_classifier
-from training.kept import read_method
-from training.losses import cosface
+from training.finished.inference import load_classifier
+from training.finished.kept import read_method
 from training.run_folder import TASKS
+from training.step.heads import Heads
+from training.step.losses import cosface
 
 _KINDS = ("own", "seen")
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loda_math import energy_ratio, null_subspace, projection_energy, relative_energy
-from training.kept import kept_tasks, read_method
+from training.finished.kept import kept_tasks, read_method
 
 Array = NDArray[Any]
 

@@ -51,8 +51,8 @@ def check_data(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 def verify(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     """Solve again what a run or a file claims."""
     del rest
-    from training.verify import verification_table
-    from training.verify import verify as verify_claims
+    from training.finished.verify import verification_table
+    from training.finished.verify import verify as verify_claims
 
     checks = verify_claims(arguments.path, tolerance=arguments.tolerance)
     print(verification_table(checks))
@@ -63,6 +63,6 @@ def ranks(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Print the ranks that layers need."""
     del rest
     require_run(arguments.run)
-    from training.ranks import layer_ranks, rank_table
+    from training.finished.ranks import layer_ranks, rank_table
 
     print(rank_table(*layer_ranks(arguments.run, arguments.share)))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from training.files import nested, not_finite
-from training.progress import Meter
+from training.monitoring.progress import Meter
 
 
 @dataclass

@@ -13,8 +13,8 @@ from torch import Tensor
 from training.config import CheckpointConfig
 from training.files import flattened, nested, not_finite, understanding
 from training.methods import saves_open_task
+from training.monitoring.progress import Progress
 from training.processes import Processes
-from training.progress import Progress
 from training.run_folder import CHECKPOINTS, RunFolder
 from training.shapes import require_shape
 from training.state import RunState

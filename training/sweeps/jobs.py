@@ -18,12 +18,12 @@ from training.config import (
 from training.config.neutral import NEUTRAL
 from training.files import read_json
 from training.methods import check_method
+from training.monitoring.trackers import flat_settings
 from training.presets import effective
 from training.run_folder import CHECKPOINTS, CONFIG, ENVIRONMENT, is_finished
 from training.survival.checkpoints import has_checkpoint
 from training.survival.lock import held_by
 from training.sweeps.files import Sweep
-from training.trackers import flat_settings
 
 Standing = Literal["done", "to do", "running elsewhere", "unreadable"]
 _MAPPINGS = ("method.options", "backbone.options")  # settings that are mappings themselves

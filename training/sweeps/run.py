@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from training.children import Children
 from training.config import dump_experiment
 from training.cpus import usable_cpus
 from training.files import write_text
 from training.survival.lock import held_by
+from training.sweeps.children import Children
 from training.sweeps.jobs import (
     Job,
     UnreadableRunError,

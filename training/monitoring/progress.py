@@ -13,8 +13,8 @@ from rich.progress import Progress as Bars
 from torch import Tensor
 
 from training.metrics import AccuracyMatrix
+from training.monitoring.tables import accuracy_table, plain_table
 from training.run_folder import FIGURE
-from training.tables import accuracy_table, plain_table
 
 _REFRESH = 0.25  # seconds between two reads of the device
 

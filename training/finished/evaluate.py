@@ -8,7 +8,7 @@ import torch
 
 from training.data import build_stream, loader, test_transform
 from training.evaluate import count_correct, extract_features, make_accelerator
-from training.inference import load_classifier, read_classes
+from training.finished.inference import load_classifier, read_classes
 
 
 def evaluate_run(folder: Path, *, root: str | None = None) -> dict[str, dict[str, Any]]:

@@ -14,8 +14,8 @@ from loda_math.verify import (
     verify_recalibration,
     verify_subspace,
 )
-from training.claims import Array, Case, read_arrays, read_run
 from training.files import understanding
+from training.finished.claims import Array, Case, read_arrays, read_run
 
 
 class Check(NamedTuple):
@@ -60,7 +60,7 @@ def verify(path: Path, *, tolerance: float = 1e-5) -> list[Check]:
     ----------
     path : Path
         A run trained with ``keep.moments`` and ``keep.branches``, or a file as
-        :func:`training.claims.read_arrays` takes.
+        :func:`training.finished.claims.read_arrays` takes.
     tolerance : float
         As in :func:`loda_math.verify.verify_subspace`.
 

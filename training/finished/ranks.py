@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from loda_math import RankMeasure, rank_for
-from training.kept import kept_tasks, read_method
+from training.finished.kept import kept_tasks, read_method
 
 _MEASURES: tuple[RankMeasure, ...] = ("energy", "ratio")
 # The moments are float64 sums of single-precision Gram matrices: below is rounding.

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from loda_math import RecalibrationForm
 from loda_math.verify import Objective
 from training.archives import require_plausible_archive
-from training.kept import kept_tasks, read_method
+from training.finished.kept import kept_tasks, read_method
 
 Array = NDArray[Any]
 

@@ -1,0 +1,1 @@
+"""What is done with a finished run: predicting, evaluating and checking it again."""
