@@ -4,11 +4,12 @@ from functools import cache
 from pathlib import Path
 
 from training.report import Report, find_runs, report_tables
+from training.report.side import side_by_side
 from training.report.tables import Table, markdown
 from training.sweeps import plan, read_sweep
 
 DOCS = Path(__file__).parents[1] / "docs"
-COMPARED = ["caltech101.jsonl"]
+COMPARED = ["caltech101.jsonl", "caltech101-cifar_vit.jsonl"]
 TRIALS = "caltech101-cifar_vit-trials.jsonl"
 INSIDE = "caltech101-inside.jsonl"
 SEEDS = list(range(1993, 1998))
@@ -51,6 +52,16 @@ def test_the_page_of_results_quotes_the_report() -> None:
         assert len(quoted) == 2
         for table in quoted:
             assert body(table) in page("results.md")
+
+
+def test_the_page_of_results_shows_how_the_lead_moves_with_the_backbone() -> None:
+    (moves,) = [
+        table
+        for table in side_by_side(report().sections)
+        if "lead of loda" in table.title and "alignment" in table.title
+    ]
+    assert moves.header[-1] == "change"
+    assert body(moves) in page("results.md")
 
 
 def test_the_energy_ratios_are_those_of_the_analysis() -> None:
