@@ -4,6 +4,7 @@ from functools import cache
 from pathlib import Path
 
 from training.report import Report, find_runs, report_tables
+from training.report.measures import lead, lead_text
 from training.report.side import side_by_side
 from training.report.tables import Table, markdown
 from training.sweeps import plan, read_sweep
@@ -12,6 +13,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 COMPARED = ["caltech101.jsonl", "caltech101-cifar_vit.jsonl"]
 TRIALS = "caltech101-cifar_vit-trials.jsonl"
 INSIDE = "caltech101-inside.jsonl"
+READ_OUTS = ["alignment", "heads", "nearest_mean", "ridge"]
 SEEDS = list(range(1993, 1998))
 
 
@@ -62,6 +64,20 @@ def test_the_page_of_results_shows_how_the_lead_moves_with_the_backbone() -> Non
     ]
     assert moves.header[-1] == "change"
     assert body(moves) in page("results.md")
+
+
+def test_what_a_control_changes_of_its_own_method() -> None:
+    runs = {
+        label: found for section in report().sections[:2] for label, found in section.groups.items()
+    }
+    changed = [label for label in runs if label.endswith(("-aligned", "-double-epochs"))]
+    assert len(changed) == 9
+    for label in changed:
+        method = label.removesuffix("-aligned").removesuffix("-double-epochs")
+        if method in runs:
+            leads = [lead(runs[label], runs[method], kind, "last") for kind in READ_OUTS]
+            assert all(found is not None and found.size == len(SEEDS) for found in leads)
+            assert f"| {label} | {' | '.join(map(lead_text, leads))} |" in page("results.md")
 
 
 def test_the_energy_ratios_are_those_of_the_analysis() -> None:
