@@ -19,9 +19,10 @@ from training.sweeps.jobs import can_go_on
 
 # Starts a child that writes a file, and one more when it gets SIGTERM; then waits for it.
 PARENT = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
 from training.sweeps.children import Children
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also under nohup, which has it ignored
 child = '''
 import signal, sys, time
 from pathlib import Path
