@@ -13,7 +13,6 @@ DOCS = Path(__file__).parents[1] / "docs"
 COMPARED = ["caltech101.jsonl", "caltech101-cifar_vit.jsonl"]
 TRIALS = "caltech101-cifar_vit-trials.jsonl"
 INSIDE = "caltech101-inside.jsonl"
-READ_OUTS = ["alignment", "heads", "nearest_mean", "ridge"]
 SEEDS = list(range(1993, 1998))
 
 
@@ -47,10 +46,8 @@ def test_every_group_has_all_seeds() -> None:
 
 def test_the_page_of_results_quotes_the_report() -> None:
     for section in report().sections:
-        quoted = [t for t in report_tables(section, None) if t.title.endswith("alignment (%)")]
-        quoted += [
-            t for t in report_tables(section, None) if t.title.endswith("alignment (points)")
-        ]
+        ends = ("alignment (%)", "alignment (points)")
+        quoted = [t for t in report_tables(section, None) if t.title.endswith(ends)]
         assert len(quoted) == 2
         for table in quoted:
             assert body(table) in page("results.md")
@@ -67,15 +64,14 @@ def test_the_page_of_results_shows_how_the_lead_moves_with_the_backbone() -> Non
 
 
 def test_what_a_control_changes_of_its_own_method() -> None:
-    runs = {
-        label: found for section in report().sections[:2] for label, found in section.groups.items()
-    }
+    methods, controls = report().sections[:2]
+    runs = {**methods.groups, **controls.groups}
     changed = [label for label in runs if label.endswith(("-aligned", "-double-epochs"))]
     assert len(changed) == 9
     for label in changed:
         method = label.removesuffix("-aligned").removesuffix("-double-epochs")
         if method in runs:
-            leads = [lead(runs[label], runs[method], kind, "last") for kind in READ_OUTS]
+            leads = [lead(runs[label], runs[method], kind, "last") for kind in controls.readouts]
             assert all(found is not None and found.size == len(SEEDS) for found in leads)
             assert f"| {label} | {' | '.join(map(lead_text, leads))} |" in page("results.md")
 

@@ -27,6 +27,12 @@ def handle(names: Iterable[str], handler: Handler) -> dict[signal.Signals, Any]:
     return found
 
 
+def restore(found: dict[signal.Signals, Any]) -> None:
+    """Put the handlers back that :func:`handle` returned, and empty the mapping: once is enough."""
+    while found:
+        signal.signal(*found.popitem())
+
+
 class StopSignals:
     """Within a ``with`` block, notes the first of the two signals; the second acts at once.
 
@@ -50,7 +56,7 @@ class StopSignals:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._restore()
+        restore(self._before)
 
     def leave(self, said: str) -> NoReturn:
         """End as the signal asks: KeyboardInterrupt, or SystemExit with status 143."""
@@ -62,11 +68,6 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
         self.wish = signal.Signals(number)
-        self._restore()
+        restore(self._before)
         # Not by print: the signal may have come in the middle of one.
         os.write(2, f"{self.wish.name}: stopping as soon as the run is saved\n".encode())
-
-    def _restore(self) -> None:
-        while self._before:
-            number, before = self._before.popitem()
-            signal.signal(number, before)

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
 
-from training.survival.signals import handle
+from training.survival.signals import handle, restore
 
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
@@ -46,8 +46,7 @@ class Children:
             child.terminate()
         for child in list(self._running):
             child.wait()
-        for number, before in self._before.items():
-            signal.signal(number, before)
+        restore(self._before)
 
     def run(
         self, command: Sequence[str], log: Path, environment: Mapping[str, str], *, append: bool
