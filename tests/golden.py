@@ -318,9 +318,12 @@ def results(code: Checkout, cases: list[Case], cache: Path, jobs: int) -> dict[s
 
 
 def shared_folder() -> Path:
-    """Where the recorded run is, as for the tests."""
-    here = Path(__file__).resolve().parents[2] / "shared"
-    return Path(os.environ.get("LODA_SHARED", here)).absolute()
+    """Where the recorded run is: beside the checkout, or beside a folder of checkouts."""
+    above = (folder / "shared" for folder in Path(__file__).resolve().parents)
+    given = os.environ.get("LODA_SHARED")
+    return Path(
+        given or next((x for x in above if (x / "reference").is_dir()), "shared")
+    ).absolute()
 
 
 # --- the worker: runs cases with one checkout -----------------------------------------------------
@@ -1010,7 +1013,8 @@ def _tables(path: str, text: str) -> Iterator[tuple[str, str]]:
     for line in text.splitlines():
         if mark not in line or (mark == "&" and not line.rstrip().endswith("\\\\")):
             title = line.strip("# ") if line.startswith("#") else title
-            header = []
+            # The rules of a LaTeX table stand between its rows.
+            header = header if mark == "&" and "toprule" not in line else []
             continue
         cells = [
             cell.strip()
