@@ -946,6 +946,9 @@ def normalised(run: Mapping[str, Any]) -> dict[str, Content]:
         place = re.sub(r"^(\d{3})/.*$", r"checkpoint \1", place.removesuffix(".safetensors"))
         found[_aliased(f"{place}/{tensor}")] = (kind, "x".join(map(str, shape)), digest)
     for path, text in run["texts"].items():
+        # The log within a checkpoint is that of the run so far, which the resumed run shows.
+        if re.match(r"\d{3}/", path):
+            continue
         for name, value in entries(path, text):
             if not DROPPED.search(name):
                 found[_aliased(f"{path}:{name}")] = ("value", value)
