@@ -36,8 +36,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 PACKAGES = ("loda_math", "backends", "training")
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "accelerate")
 READOUTS = ("alignment", "heads", "nearest_mean", "ridge")
@@ -56,20 +54,26 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
 OWN, OWN_MAPPING = "method.own.", "method.options"
 
 # Names of tensors and of entries in records, brought to one form on both sides: (pattern, form).
-ALIASES: tuple[tuple[str, str], ...] = ()
-
-# The same for settings in what ``--print_config`` prints.
-SETTING_ALIASES: tuple[tuple[str, str], ...] = (
-    (r"^method\.(options|init_args)\.", "method."),
-    (r"^method\.class_path$", "method.name"),
-    (r"^head\.(alignment|ridge)\.", r"head.\1_"),
+ALIASES: tuple[tuple[str, str], ...] = (
+    (r"^(checkpoint \d+)/run/aligned/", r"\1/readouts/fitted/alignment/"),
+    (r"^(checkpoint \d+)/run/(ridge|statistics)/", r"\1/readouts/gathered/\2/"),
+    (r"^(checkpoint \d+)/run/", r"\1/"),
+    (r"^(checkpoint \d+)/open/(torch|cuda/\d+)$", r"\1/open/generators/\2"),
+    # A history was its sum alone.
+    (r"^(arrays/task\d+\.history\..*)\.total$", r"\1"),
 )
 
 # Entries of records that say nothing about results: times, memory, places.
 DROPPED = re.compile(r"(^|\.|/)(seconds|memory|sha256|started|folder|path|out)(\.|$)")
+# The log as a checkpoint holds it, with its times; the log of the run itself is compared.
+LOG = re.compile(r"^(checkpoint \d+|state)/metrics$")
 
 # What one side alone may have: (side, pattern of case, pattern of name, reason).
-ONE_SIDED: tuple[tuple[str, str, str, str], ...] = ()
+ONE_SIDED: tuple[tuple[str, str, str, str], ...] = (
+    ("new", "", r"^state/", "what a later task would start from; it was not written"),
+    ("new", "", r"^classes\.json:fingerprint$", "a fingerprint of the data was not written"),
+    ("new", "^replay/", r"\.history\..*\.(squares|weight)$", "a history was its sum alone"),
+)
 
 # --- cases ----------------------------------------------------------------------------------------
 
@@ -239,7 +243,6 @@ def all_cases() -> Iterator[Case]:
     yield Case("report", "small-runs", "report", SQUARES, tables)
     yield Case("report", "records", "records")
     yield Case("tools", "finished-run", "tools", SQUARES)
-    yield Case("configs", "packaged", "configs")
 
 
 # --- checkouts ------------------------------------------------------------------------------------
@@ -435,18 +438,6 @@ class Worker:
         report.mkdir()
         (report / "tables.md").write_text(self.loda(["report", *files]))  # and draws no figure
         yield "report", "report"
-
-    def _configs(self, case: Case) -> Iterator[tuple[str, str]]:
-        packaged = self.checkout / "training" / "configs"
-        shown = Path("shown")
-        shown.mkdir()
-        for path in sorted(packaged.rglob("*.yaml")):
-            name = str(path.relative_to(packaged).with_suffix(""))
-            if path.name.startswith("_") or name.startswith("sweeps/"):
-                continue
-            text = self.loda(["train", f"--config={name}", "--print_config"])
-            (shown / f"{name.replace('/', '-')}.yaml").write_text(text)
-        yield "shown", "shown"
 
     def _tools(self, case: Case) -> Iterator[tuple[str, str]]:
         self.loda(self.train(case.settings, "run"))
@@ -679,7 +670,7 @@ def collect(folder: Path, objects: Path) -> dict[str, Any]:
                     new = store.with_suffix(f".{os.getpid()}")
                     new.write_bytes(content)
                     new.replace(store)
-        elif path.suffix in (".json", ".jsonl", ".md", ".tex", ".csv", ".txt", ".yaml"):
+        elif path.suffix in (".json", ".jsonl", ".md", ".tex", ".csv", ".txt"):
             texts[name] = path.read_text("utf-8")
     return {"tensors": tensors, "texts": texts}
 
@@ -944,7 +935,10 @@ def normalised(run: Mapping[str, Any]) -> dict[str, Content]:
         place = re.sub(r"tasks?/(\d+)", lambda m: f"task {int(m[1]) - first + 1}", file)
         # A checkpoint is a folder of its own among the copies: how its file is called is no matter.
         place = re.sub(r"^(\d{3})/.*$", r"checkpoint \1", place.removesuffix(".safetensors"))
-        found[_aliased(f"{place}/{tensor}")] = (kind, "x".join(map(str, shape)), digest)
+        name = _aliased(f"{place}/{tensor}")
+        # A tensor without elements holds nothing: it may as well not be there.
+        if 0 not in shape and not LOG.match(name):
+            found[name] = (kind, "x".join(map(str, shape)), digest)
     for path, text in run["texts"].items():
         # The log within a checkpoint is that of the run so far, which the resumed run shows.
         if re.match(r"\d{3}/", path):
@@ -964,7 +958,7 @@ def _aliased(name: str) -> str:
 def entries(path: str, text: str) -> Iterator[tuple[str, str]]:
     """The values in a text, by name."""
     name = Path(path).name
-    if name in ("environment.json", "checkpoint.json", "manifest.json", "config.yaml"):
+    if name in ("environment.json", "checkpoint.json", "manifest.json"):
         return  # of places and times; what a checkpoint says is in what is made of it
     if path.endswith(".jsonl"):
         yield from _events(text)
@@ -972,11 +966,6 @@ def entries(path: str, text: str) -> Iterator[tuple[str, str]]:
         yield from _leaves("", json.loads(text))
     elif path.endswith((".md", ".tex", ".csv")):
         yield from _tables(path, text)
-    elif path.endswith(".yaml"):
-        for key, value in _leaves("", yaml.safe_load(text)):
-            for pattern, form in SETTING_ALIASES:
-                key = re.sub(pattern, form, key)
-            yield key, value
     elif path.endswith(".txt"):
         # Of what a command says only its numbers are compared, in no order: words may change.
         for index, number in enumerate(sorted(re.findall(r"\d+\.\d+(?:e[-+]?\d+)?", text))):
