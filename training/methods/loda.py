@@ -18,7 +18,7 @@ from training.config import MethodConfig
 from training.methods.base import Context
 from training.methods.options import read_options
 from training.methods.steps import Stepper, look_ahead
-from training.randomness import derive
+from training.seeds import derive
 
 Directions = Literal["solved", "random"]
 
