@@ -19,10 +19,10 @@ from training.config import (
     DataConfig,
     Experiment,
     HeadConfig,
+    KeepConfig,
     MethodConfig,
     TrainConfig,
 )
-from training.figures import accuracy_figure
 from training.train import train
 
 COLOURS = {
@@ -34,6 +34,7 @@ COLOURS = {
     "white": (250, 250, 250),
 }
 READOUTS = ("nearest_mean", "heads", "alignment", "ridge")
+KEPT = ("branches", "moments", "heads", "statistics")
 VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
 _trees: dict[str, Path] = {}
@@ -87,6 +88,7 @@ def tiny(root: Path, out: Path | str | None, **changes: Any) -> Experiment:
         method=MethodConfig(rank=4),
         train=TrainConfig(epochs=2, batch_size=5, lr=0.05, eval_batch_size=16),
         head=HeadConfig(readout="nearest_mean", ridge_features=32),
+        keep=KeepConfig(figure=False),  # drawing one takes longer than training
         device="cpu",
         out=None if out is None else str(out),
     )
@@ -122,13 +124,14 @@ def flags(experiment: Experiment) -> list[str]:
         "--train.eval_batch_size=16",
         "--head.readout=nearest_mean",
         "--head.ridge_features=32",
+        "--keep.figure=false",
         "--device=cpu",
         f"--out={experiment.out}",
     ]
 
 
 def finished(factory: pytest.TempPathFactory, method: str = "loda", **changes: Any) -> Path:
-    """A finished run of a method with all read-outs; every `keep` switch is on."""
+    """A finished run of a method with all read-outs, a figure, and all that can be kept."""
     key = f"{method} {changes}"
     if key not in _runs:
         out = factory.mktemp("runs") / method
@@ -136,11 +139,18 @@ def finished(factory: pytest.TempPathFactory, method: str = "loda", **changes: A
             "method": {"name": method},
             # One epoch of the published alignment, which is trained on from task to task.
             "head": {"also": list(READOUTS[1:]), "alignment_epochs": 1},
-            "keep": dict.fromkeys(("branches", "moments", "heads", "statistics"), True),
+            "keep": dict.fromkeys((*KEPT, "figure"), True),
             **changes,
         }
-        with pytest.MonkeyPatch.context() as patch:
-            # A module may have turned the figure off for its own tests; a shared run has one.
-            patch.setattr("training.loop.accuracy_figure", accuracy_figure)
-            _runs[key] = train(tiny(tree(factory), out, **settings), quiet=True)
+        _runs[key] = train(tiny(tree(factory), out, **settings), quiet=True)
+    return _runs[key]
+
+
+def plain(factory: pytest.TempPathFactory, **changes: Any) -> Path:
+    """A finished run of `tiny` with these changes, which keeps nothing more."""
+    key = f"plain {changes}"
+    if key not in _runs:
+        _runs[key] = train(
+            tiny(tree(factory), factory.mktemp("runs") / "run", **changes), quiet=True
+        )
     return _runs[key]
