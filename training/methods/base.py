@@ -6,12 +6,11 @@ options; what needs torch imports it when it is called.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from training.components import Component, Registry
+from training.components import Component, Registry, not_negative
 
 if TYPE_CHECKING:
     import torch
@@ -205,7 +204,5 @@ def look_ahead(gao: bool, radius: float) -> float | None:
     ValueError
         If the radius is negative or not finite.
     """
-    if not (math.isfinite(radius) and radius >= 0):
-        msg = f"radius must be finite and at least 0, got {radius}"
-        raise ValueError(msg)
+    not_negative("radius", radius)
     return radius if gao else None

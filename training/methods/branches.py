@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from backends.torch.settings import TIMM_QKV, Target
+from training.components import at_least, check
 from training.methods.base import Context, Method, look_ahead
 
 if TYPE_CHECKING:
@@ -49,12 +50,8 @@ class BranchMethod(Method):
         gao: bool = False,
         radius: float = 0.3,
     ) -> None:
-        if rank < 1:
-            msg = f"rank must be at least 1, got {rank}"
-            raise ValueError(msg)
-        if parts not in get_args(Parts):
-            msg = f"parts must be one of {', '.join(get_args(Parts))}, got {parts}"
-            raise ValueError(msg)
+        at_least("rank", rank, 1)
+        check(parts in get_args(Parts), "parts", parts, f"one of {', '.join(get_args(Parts))}")
         self.rank, self.target, self.parts = rank, target, parts
         self.radius = look_ahead(gao, radius)
 

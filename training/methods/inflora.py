@@ -6,10 +6,10 @@ arXiv:2404.00228. What is protected is remembered by DualGPM, `GradientMemory`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from training.components import check, positive
 from training.methods.base import Context
 from training.methods.branches import TaskBranches
 
@@ -38,12 +38,9 @@ class InfLoRA(TaskBranches):
         self, *, lamb: float = 0.95, lame: float = 1.0, down_scale: float = 3**-0.5, **settings: Any
     ) -> None:
         super().__init__(**settings)
-        if not 0 < lamb <= lame <= 1:
-            msg = f"lamb and lame must be 0 < lamb <= lame <= 1, got {lamb} and {lame}"
-            raise ValueError(msg)
-        if not (math.isfinite(down_scale) and down_scale > 0):
-            msg = f"down_scale must be finite and above 0, got {down_scale}"
-            raise ValueError(msg)
+        fits = 0 < lamb <= lame <= 1
+        check(fits, "lamb and lame", f"{lamb} and {lame}", "0 < lamb <= lame <= 1")
+        positive("down_scale", down_scale)
         self.lamb, self.lame, self.down_scale = lamb, lame, down_scale
 
     def start(self, model: nn.Module, context: Context) -> None:

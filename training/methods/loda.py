@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from backends.torch.settings import LoDASettings
+from training.components import check
 from training.methods.base import Context, Method, look_ahead
 from training.randomness import derive
 
@@ -54,9 +55,8 @@ class LoDAMethod(Method):
     ) -> None:
         self.settings = LoDASettings(rank=rank, heldout=heldout, **settings)
         self.radius = look_ahead(gao, radius)
-        if directions not in get_args(Directions):
-            msg = f"directions must be one of {', '.join(get_args(Directions))}, got {directions}"
-            raise ValueError(msg)
+        names = get_args(Directions)
+        check(directions in names, "directions", directions, f"one of {', '.join(names)}")
         self.directions = directions
 
     def start(self, model: nn.Module, context: Context) -> None:

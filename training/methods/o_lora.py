@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from training.components import not_negative, positive
 from training.methods.base import Context
 from training.methods.branches import TaskBranches, kaiming
 from training.randomness import derive
@@ -38,12 +39,9 @@ class OLoRA(TaskBranches):
         self, *, penalty: float = 0.5, alpha: float | None = None, **settings: Any
     ) -> None:
         super().__init__(**settings)
-        if not penalty >= 0:
-            msg = f"penalty must be at least 0, got {penalty}"
-            raise ValueError(msg)
-        if alpha is not None and not alpha > 0:
-            msg = f"alpha must be above 0, got {alpha}"
-            raise ValueError(msg)
+        not_negative("penalty", penalty)
+        if alpha is not None:
+            positive("alpha", alpha)
         self.weight = penalty
         self.scale = 1.0 if alpha is None else alpha / self.rank
 

@@ -112,7 +112,10 @@ class SDLoRA(BranchMethod):
 
         def add(layer: LoRALinear, branch: str, down: Tensor, up: Tensor) -> None:
             task, part = _split(branch)
-            rows, scale = output_rows(layer.out_features, self.parts)[part], self.magnitudes[task - 1]
+            rows, scale = (
+                output_rows(layer.out_features, self.parts)[part],
+                self.magnitudes[task - 1],
+            )
             layer.add_branch(branch, down, up=up, rows=rows, scale=scale).requires_grad_(False)
 
         self.folded.load_state_dict(state, add)
