@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_backbones import NAME, TINY, holds, saved, tiny, trained_weights
 
+from backends.torch import adapt
 from training.backbones import build_backbone, check_fits
 from training.config import PACKAGED_WEIGHTS, BackboneConfig, DataConfig
 from training.data import build_stream
@@ -82,3 +83,19 @@ def test_the_packaged_backbone_takes_the_digits() -> None:
     check_fits(backbone, test[0][0])
     features = backbone.module.eval()(torch.stack([test[0][0], test[1][0]]))
     assert features.shape == (2, backbone.features)
+
+
+def test_the_packaged_backbone_is_a_transformer_that_loda_adapts() -> None:
+    backbone = build_backbone(BackboneConfig("cifar_vit"))
+    assert (backbone.features, backbone.channels, backbone.image_size) == (192, 3, 32)
+    assert sum(p.numel() for p in backbone.module.parameters()) <= 6_000_000
+    assert {p.dtype for p in backbone.module.parameters()} == {torch.float32}
+    layers = adapt(backbone.module, "*.attn.qkv")
+    assert list(layers) == [f"blocks.{i}.attn.qkv" for i in range(6)]
+    assert all(isinstance(b.norm1, torch.nn.LayerNorm) for b in backbone.module.blocks)
+    assert backbone.module(torch.zeros(2, 3, 32, 32)).shape == (2, 192)
+
+
+def test_the_packaged_backbone_takes_no_other_weights() -> None:
+    with pytest.raises(ValueError, match=r"backbone\.name cifar_vit comes with its own weights"):
+        BackboneConfig("cifar_vit", weights="a.pth")
