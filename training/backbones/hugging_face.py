@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from training.backbones.backbone import Backbone
-from training.config import HUGGING_FACE, BackboneConfig
+from training.backbones.config import HUGGING_FACE
 
 
 class ClassToken(nn.Module):
@@ -18,11 +17,20 @@ class ClassToken(nn.Module):
     ----------
     model
         A ViTModel, say: images (N, C, H, W) to an output with ``last_hidden_state`` (N, T, D).
+    num_features
+        Number of features D.
+    in_chans
+        Number of channels C of the images.
+    image_size
+        Side of the images, in pixels.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, num_features: int, in_chans: int, image_size: int
+    ) -> None:
         super().__init__()
         self.model = model
+        self.num_features, self.in_chans, self.image_size = num_features, in_chans, image_size
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (N, D) of images (N, C, H, W)."""
@@ -30,11 +38,23 @@ class ClassToken(nn.Module):
         return tokens[:, 0]
 
 
-def build_hugging_face(config: BackboneConfig, *, initialise: bool = True) -> Backbone:
+def load_hugging_face(name: str, *, pretrained: bool) -> tuple[ClassToken, str | None]:
     """Build a vision transformer of transformers by ``AutoModel``, without its pooler.
 
-    The name is that of a model on the Hugging Face hub, or of a folder that ``save_pretrained``
-    wrote. No code that comes with a model is run.
+    No code that comes with a model is run.
+
+    Parameters
+    ----------
+    name
+        ``hf:`` and the name of a model on the Hugging Face hub, or of a folder that
+        ``save_pretrained`` wrote.
+    pretrained
+        Whether to load its weights; otherwise they are random.
+
+    Returns
+    -------
+    module, tag
+        The tag names the weights that were downloaded, with their commit; None for others.
 
     Raises
     ------
@@ -44,53 +64,45 @@ def build_hugging_face(config: BackboneConfig, *, initialise: bool = True) -> Ba
         If the model is neither a folder nor can be fetched.
     """
     if find_spec("transformers") is None:
-        msg = f"backbone.name {config.name} is built by transformers: pip install 'loda[hf]'"
+        msg = f"backbone.name {name} is built by transformers: pip install 'loda[hf]'"
         raise ValueError(msg)
     from transformers import AutoConfig, AutoModel
 
     # A folder has to be told from a name on the hub: the library only takes it as it stands.
-    given = config.name.removeprefix(HUGGING_FACE)
+    given = name.removeprefix(HUGGING_FACE)
     place = str(Path(given).expanduser()) if Path(given).expanduser().is_dir() else given
     try:
         settings: Any = AutoConfig.from_pretrained(place)
         missing: list[str] = []
-        if initialise and config.pretrained:
-            module, report = AutoModel.from_pretrained(place, output_loading_info=True)
+        if pretrained:
+            model, report = AutoModel.from_pretrained(place, output_loading_info=True)
             missing = [name for name in report["missing_keys"] if not name.startswith("pooler.")]
         else:
             unloaded: Any = AutoModel
-            module = unloaded.from_config(settings)
+            model = unloaded.from_config(settings)
     except OSError as error:
         msg = (
-            f"backbone.name {config.name}: there is no such folder with a config.json and weights, "
-            f"and it could not be fetched: {_one_line(error)}"
+            f"backbone.name {name}: there is no such folder with a config.json and weights, and it "
+            f"could not be fetched: {_one_line(error)}"
         )
         raise ConnectionError(msg) from error
     except Exception as error:  # each model and each file format has errors of its own
-        msg = f"backbone.name {config.name}: transformers cannot build it: {_one_line(error)}"
+        msg = f"backbone.name {name}: transformers cannot build it: {_one_line(error)}"
         raise ValueError(msg) from error
     if missing:
-        msg = f"backbone.name {config.name}: its files lack the weights {', '.join(missing[:8])}"
+        msg = f"backbone.name {name}: its files lack the weights {', '.join(missing[:8])}"
         raise ValueError(msg)
     channels, features = (getattr(settings, key, None) for key in ("num_channels", "hidden_size"))
     if channels is None or features is None:
-        msg = f"backbone.name {config.name}: a {settings.model_type} model reads no images alone"
+        msg = f"backbone.name {name}: a {settings.model_type} model reads no images alone"
         raise ValueError(msg)
-    if hasattr(module, "pooler"):
-        module.pooler = None  # a layer after the class token, which is the feature here
+    if hasattr(model, "pooler"):
+        model.pooler = None  # a layer after the class token, which is the feature here
     size = settings.image_size
     side = int(size if isinstance(size, int) else size[0])
-    tag = getattr(settings, "_commit_hash", None) if initialise and config.pretrained else None
-    return Backbone(
-        ClassToken(module),
-        int(features),
-        config.name,
-        {},
-        None,
-        int(channels),
-        side,
-        tag=f"{given} at {tag}" if tag else None,
-    )
+    commit = getattr(settings, "_commit_hash", None) if pretrained else None
+    tag = f"{given} at {commit}" if commit else None
+    return ClassToken(model, int(features), int(channels), side), tag
 
 
 def _one_line(error: Exception) -> str:
