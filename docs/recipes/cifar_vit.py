@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training.backbones.conv_vit import NAME, fold
-from training.backbones.weight_files import tensors_sha256
+from training.backbones.weights import tensors_sha256
 
 PROGRAM = "python docs/recipes/cifar_vit.py"
 VERSION = 1

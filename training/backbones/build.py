@@ -1,7 +1,6 @@
 """The pretrained network: a model without classifier, its weights, and the images it takes."""
 
 import difflib
-import inspect
 import json
 import textwrap
 from collections.abc import Mapping
@@ -14,9 +13,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import training.backbones.conv_vit  # noqa: F401  timm learns its name
-from training.backbones.config import HUGGING_FACE, PACKAGED_WEIGHTS, BackboneConfig
+from training.backbones.config import PACKAGED_WEIGHTS, BackboneConfig
 from training.backbones.weights import load_weights, tensors_sha256
-from training.components import import_class, is_import_path
 
 # Packages whose errors mean that the network failed; not all of them are OSErrors.
 _TRANSPORTS = {"huggingface_hub", "httpx", "httpcore", "requests", "urllib3"}
@@ -31,9 +29,11 @@ class Backbone(NamedTuple):
         Maps images (N, C, H, W) to features (N, D): for a ViT, the class token after the last norm.
     features
         Number of features D.
-    timm_name, timm_options
+    timm_name
         What rebuilds the module: ``timm.create_model(timm_name, num_classes=0, **timm_options)``;
         for a name that starts with hf: the library transformers, for an import path its class.
+    timm_options
+        See there.
     weights_sha256
         Hash of the weights file; None for random weights and for those that timm downloaded.
     channels
@@ -78,39 +78,13 @@ def build_backbone(config: BackboneConfig, *, initialise: bool = True) -> Backbo
     ConnectionError
         If the weights cannot be downloaded.
     """
-    name, options, weights = config.name, dict(config.options), config.weights
-    if name in PACKAGED_WEIGHTS:
-        path = _packaged(name)
-        name, options = _recorded_model(path)
-        weights = str(path) if config.pretrained else None
-    # A file replaces whatever weights the model could fetch.
-    fetch = initialise and config.pretrained and weights is None
-    tag = None
-    if name.startswith(HUGGING_FACE):
-        from training.backbones.hugging_face import load_hugging_face
-
-        module, tag = load_hugging_face(name, pretrained=fetch)
-    elif is_import_path(name):
-        module = _own(name, options, pretrained=fetch)
-    else:
-        module = _create(name, options)
-        if fetch:
-            module = _download(name, options)
-            tag = _tag(module)
-    digest = None
-    if initialise and weights is not None:
-        digest = load_weights(module, Path(weights).expanduser())
-    return Backbone(
-        module,
-        _features(module, name),
-        name,
-        options,
-        digest,
-        _channels(module, name),
-        _image_size(module),
-        tag,
-        tensors_sha256(module) if initialise else None,
-    )
+    built = config.build().build(initialise=initialise)
+    # A class of somebody's own gives the module alone.
+    is_whole = isinstance(built, Backbone)
+    backbone: Backbone = built if is_whole else described(built, config.name, config.options)
+    if not initialise:
+        return backbone
+    return backbone._replace(tensors_sha256=tensors_sha256(backbone.module))
 
 
 def check_fits(backbone: Backbone, image: Tensor) -> None:
@@ -140,36 +114,84 @@ def check_fits(backbone: Backbone, image: Tensor) -> None:
         raise ValueError(msg)
 
 
-def _packaged(name: str) -> Path:
+def build_packaged(name: str, *, pretrained: bool) -> Backbone:
+    """Build a network of the package, as the metadata of its file of weights describe it."""
     path = Path(str(files("training").joinpath("weights", PACKAGED_WEIGHTS[name])))
     if not path.is_file():
         msg = f"the package lacks its own weights, {path}: install it again."
         raise FileNotFoundError(msg)
-    return path
-
-
-def _recorded_model(path: Path) -> tuple[str, dict[str, Any]]:
-    """timm's name and options of the model that a packaged file of weights is of."""
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-    options = json.loads(metadata["timm_options"])
+    model, options = metadata["timm_model"], json.loads(metadata["timm_options"])
     options.pop("num_classes", None)  # no backbone here has a classifier
-    return metadata["timm_model"], options
+    module = _create(model, options)
+    digest = load_weights(module, path) if pretrained else None
+    return described(module, model, options, digest=digest)
 
 
-def _own(path: str, options: Mapping[str, Any], *, pretrained: bool) -> nn.Module:
-    """Build a model given by an import path; it is told of ``pretrained`` if it takes that."""
-    # Only a module is called: the name may come from the configuration of a stranger's run.
-    kind = import_class(path, nn.Module, "backbone.name")
-    arguments = dict(options)
-    if "pretrained" in inspect.signature(kind).parameters:
-        arguments["pretrained"] = pretrained
-    try:
-        module: nn.Module = kind(**arguments)
-    except TypeError as error:
-        msg = f"{path} cannot be built with backbone.options {dict(options)}: {error}"
-        raise ValueError(msg) from error
-    return module
+def build_timm(
+    name: str,
+    options: Mapping[str, Any],
+    weights: str | None = None,
+    *,
+    pretrained: bool = False,
+) -> Backbone:
+    """Build a model of timm with weights from a file, else from timm if ``pretrained``."""
+    module = _create(name, options)
+    digest = tag = None
+    if weights is not None:
+        digest = load_weights(module, Path(weights).expanduser())
+    elif pretrained:
+        module = _download(name, options)
+        tag = _tag(module)
+    return described(module, name, options, digest=digest, tag=tag)
+
+
+def described(
+    module: nn.Module,
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    digest: str | None = None,
+    tag: str | None = None,
+) -> Backbone:
+    """A module with what the package has to know of it.
+
+    It is asked for ``num_features`` (length of its features), ``in_chans`` (else what its first
+    convolution takes) and ``image_size`` (else the size that a patch embedding insists on).
+
+    Raises
+    ------
+    ValueError
+        If there is no way to know its features or channels.
+    """
+    # timm's models with a layer between the class token and the classifier name its width apart.
+    sizes = (getattr(module, key, None) for key in ("head_hidden_size", "num_features"))
+    features: Any = next((size for size in sizes if size), None)
+    channels: Any = getattr(module, "in_chans", None)
+    first = next((p for p in module.parameters() if p.ndim == 4), None)
+    if channels is None and first is not None:
+        groups = next((m.groups for m in module.modules() if isinstance(m, nn.Conv2d)), 1)
+        channels = first.shape[1] * groups
+    for attribute, value in (("num_features", features), ("in_chans", channels)):
+        if value is None:
+            msg = f"the module of backbone {name} must have {attribute}, a number; it has none"
+            raise ValueError(msg)
+    side: Any = getattr(module, "image_size", None)
+    patches = getattr(module, "patch_embed", None)
+    size = getattr(patches, "img_size", None)
+    if side is None and isinstance(size, tuple | list):
+        side = size[0] if getattr(patches, "strict_img_size", True) else None
+    return Backbone(
+        module,
+        int(features),
+        name,
+        dict(options),
+        digest,
+        int(channels),
+        None if side is None else int(side),
+        tag,
+    )
 
 
 def _create(name: str, options: Mapping[str, Any]) -> nn.Module:
@@ -225,38 +247,3 @@ def _tag(module: nn.Module) -> str | None:
 def _is_transport(error: Exception) -> bool:
     packages = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     return isinstance(error, OSError) or not packages.isdisjoint(_TRANSPORTS)
-
-
-def _features(module: nn.Module, name: str) -> int:
-    # timm's models with a layer between the class token and the classifier name its width apart.
-    features: Any = getattr(module, "head_hidden_size", None) or getattr(
-        module, "num_features", None
-    )
-    if features is None:
-        msg = f"backbone.name {name}: give the module num_features, the length of its features"
-        raise ValueError(msg)
-    return int(features)
-
-
-def _channels(module: nn.Module, name: str) -> int:
-    """``module.in_chans`` if it says so, else what its first convolution takes."""
-    channels: Any = getattr(module, "in_chans", None)
-    if channels is not None:
-        return int(channels)
-    weight = next((p for p in module.parameters() if p.ndim == 4), None)
-    if weight is None:
-        msg = f"backbone.name {name}: give the module in_chans, the number of channels of images"
-        raise ValueError(msg)
-    groups = next((m.groups for m in module.modules() if isinstance(m, nn.Conv2d)), 1)
-    return weight.shape[1] * groups
-
-
-def _image_size(module: nn.Module) -> int | None:
-    """``module.image_size`` if it says so, else the size that a patch embedding insists on."""
-    size: Any = getattr(module, "image_size", None)
-    if size is not None:
-        return int(size)
-    patches = getattr(module, "patch_embed", None)
-    size = getattr(patches, "img_size", None)
-    strict = getattr(patches, "strict_img_size", True)
-    return int(size[0]) if isinstance(size, tuple | list) and strict else None

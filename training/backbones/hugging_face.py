@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from training.backbones.build import Backbone
 from training.backbones.config import HUGGING_FACE
 
 
@@ -17,20 +18,11 @@ class ClassToken(nn.Module):
     ----------
     model
         A ViTModel, say: images (N, C, H, W) to an output with ``last_hidden_state`` (N, T, D).
-    num_features
-        Number of features D.
-    in_chans
-        Number of channels C of the images.
-    image_size
-        Side of the images, in pixels.
     """
 
-    def __init__(
-        self, model: nn.Module, num_features: int, in_chans: int, image_size: int
-    ) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.num_features, self.in_chans, self.image_size = num_features, in_chans, image_size
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (N, D) of images (N, C, H, W)."""
@@ -38,7 +30,7 @@ class ClassToken(nn.Module):
         return tokens[:, 0]
 
 
-def load_hugging_face(name: str, *, pretrained: bool) -> tuple[ClassToken, str | None]:
+def build_hugging_face(name: str, *, pretrained: bool) -> Backbone:
     """Build a vision transformer of transformers by ``AutoModel``, without its pooler.
 
     No code that comes with a model is run.
@@ -50,11 +42,6 @@ def load_hugging_face(name: str, *, pretrained: bool) -> tuple[ClassToken, str |
         ``save_pretrained`` wrote.
     pretrained
         Whether to load its weights; otherwise they are random.
-
-    Returns
-    -------
-    module, tag
-        The tag names the weights that were downloaded, with their commit; None for others.
 
     Raises
     ------
@@ -102,7 +89,7 @@ def load_hugging_face(name: str, *, pretrained: bool) -> tuple[ClassToken, str |
     side = int(size if isinstance(size, int) else size[0])
     commit = getattr(settings, "_commit_hash", None) if pretrained else None
     tag = f"{given} at {commit}" if commit else None
-    return ClassToken(model, int(features), int(channels), side), tag
+    return Backbone(ClassToken(model), int(features), name, {}, None, int(channels), side, tag=tag)
 
 
 def _one_line(error: Exception) -> str:

@@ -64,7 +64,8 @@ def load_weights(module: nn.Module, path: Path) -> str:
         _load_npz(module, path)
     else:
         own = module.state_dict()
-        weights = {k: v for k, v in _read(path).items() if not _is_classifier(module, k, own)}
+        weights = {_plain_name(key, own): value for key, value in _read(path).items()}
+        weights = {k: v for k, v in weights.items() if k in own or not _is_classifier(module, k)}
         _require_fit(own, weights, path)
         module.load_state_dict(weights)
     infinite = [key for key, value in module.state_dict().items() if not value.isfinite().all()]
@@ -121,11 +122,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     others = [str(key) for key, value in content.items() if not _is_plain(value)]
     if others:
         raise _unusable(path, f"entries that are no tensors of real numbers: {_some(others)}.")
-    # Wrappers, for data-parallel or self-supervised training, put their name before each parameter.
-    return {
-        str(key).removeprefix("module.").removeprefix("backbone."): value
-        for key, value in content.items()
-    }
+    return {str(key): value for key, value in content.items()}
 
 
 def _is_plain(value: object) -> bool:
@@ -159,9 +156,12 @@ def _load_npz(module: nn.Module, path: Path) -> None:
         raise ValueError(msg) from error
 
 
-def _is_classifier(module: nn.Module, key: str, own: Mapping[str, Tensor]) -> bool:
-    if key in own:
-        return False
+def _plain_name(key: str, own: Mapping[str, Tensor]) -> str:
+    # Wrappers, for data-parallel or self-supervised training, put their name before each parameter.
+    return key if key in own else key.removeprefix("module.").removeprefix("backbone.")
+
+
+def _is_classifier(module: nn.Module, key: str) -> bool:
     settings: Mapping[str, Any] = getattr(module, "default_cfg", None) or {}
     named = settings.get("classifier") or ()
     prefixes = {"head", "head_dist", "fc", *([named] if isinstance(named, str) else named)}

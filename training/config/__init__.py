@@ -8,7 +8,7 @@ help of the command line. A file may set any part of them, the command line over
 A relative path (``data.root``, ``backbone.weights``, ``out``) starts at the working directory.
 """
 
-from training.config.backbone import HUGGING_FACE, PACKAGED_WEIGHTS, BackboneConfig
+from training.backbones.config import HUGGING_FACE, PACKAGED_WEIGHTS, BackboneConfig
 from training.config.data import CLASS_COUNTS, NATIVE_SIDE, DataConfig
 from training.config.layers import packaged_configs, resolve_config
 from training.config.method import MethodConfig

@@ -3,7 +3,7 @@
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
-from training.config.backbone import HUGGING_FACE
+from training.backbones.config import HUGGING_FACE
 from training.config.sections import Experiment
 
 _PATHS = ("data.root", "backbone.weights", "backbone.name")

@@ -6,8 +6,8 @@ A field's entry under Parameters is also its help on the command line.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from training.backbones.config import BackboneConfig
 from training.config._checks import at_least, check, check_seed, not_negative, positive
-from training.config.backbone import BackboneConfig
 from training.config.data import DataConfig
 from training.config.method import MethodConfig
 
