@@ -11,6 +11,7 @@ read. A constructor with an argument ``name`` receives the name that was chosen.
 """
 
 import importlib
+import math
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping
@@ -21,11 +22,12 @@ from importlib.util import find_spec
 from inspect import cleandoc, signature
 from pathlib import Path
 from types import NoneType
-from typing import Any, ClassVar, get_args, get_type_hints
+from typing import Any, ClassVar, Self, get_args, get_type_hints
 
 import jsonargparse
 
 _NAME = "name"
+_LARGEST_SEED = 2**32 - 1  # NumPy's RandomState, which draws the class order, takes no more
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,21 @@ class Registry:
     def is_packaged(self, name: str) -> bool:
         """Whether a name stands for a class of this package: its code is ours."""
         return name in self.paths or (not is_import_path(name) and self.other(name) is not None)
+
+    def require_known(self, name: str, section: str, *, trusted: bool) -> None:
+        """Refuse to import a class of another package that only a file of a run names.
+
+        Raises
+        ------
+        ValueError
+            With the option that allows it.
+        """
+        if not trusted and not self.is_packaged(name):
+            msg = (
+                f"{section} must be a {self.kind} of loda, got {name}, whose code would be run; if "
+                f"you know it, allow it: --allow {name}"
+            )
+            raise ValueError(msg)
 
     def find(self, name: str) -> type:
         """The class of a name or import path.
@@ -132,7 +149,7 @@ class Registry:
         except ArgumentError as error:
             msg = f"{self.kind} {name}: {' '.join(str(error).split())}"
             raise ValueError(msg) from error
-        refuse_null(values, kind, section, defaults)
+        refuse_null(values, kind, f"{section}.", defaults)
         self.build(name, values)  # its own checks
         return values
 
@@ -182,6 +199,23 @@ class Component:
         if self.is_known:
             self.options = self.registry.complete(self.name, self.options, self.section)
 
+    @classmethod
+    def shared(cls) -> list[str]:
+        """Settings that all components of the kind have, the name aside."""
+        return [f.name for f in fields(cls) if f.name not in (_NAME, "options", "trusted")]
+
+    def values(self) -> dict[str, Any]:
+        """Name, options and shared settings side by side, as a file of settings has them."""
+        return {
+            _NAME: self.name,
+            **self.options,
+            **{key: getattr(self, key) for key in self.shared()},
+        }
+
+    def recorded(self) -> Self:
+        """The same as a run records it: where options or the name hold paths, absolute ones."""
+        return self
+
     @property
     def is_known(self) -> bool:
         """Whether the class may be imported: it is ours, or somebody has named it here."""
@@ -196,25 +230,13 @@ class Component:
         ValueError
             If a file alone names it: importing it would run code that nobody has asked for.
         """
-        if not self.is_known:
-            msg = (
-                f"{self.section} must be a {self.registry.kind} of loda, got {self.name}, whose "
-                f"code would be run; if you know it, allow it: --allow {self.name}"
-            )
-            raise ValueError(msg)
+        self.registry.require_known(self.name, self.section, trusted=self.trusted)
         return self.registry.find(self.name)
 
     def build(self) -> Any:
         """A new instance with these options."""
-        _ = self.kind
+        self.registry.require_known(self.name, self.section, trusted=self.trusted)
         return self.registry.build(self.name, self.options)
-
-
-def component_values(component: Component) -> dict[str, Any]:
-    """Name, options and further settings side by side, as a file of settings has them."""
-    shared = [f.name for f in fields(component) if f.name not in ("name", "options", "trusted")]
-    more = {key: getattr(component, key) for key in shared}
-    return {_NAME: component.name, **component.options, **more}
 
 
 def is_import_path(name: str) -> bool:
@@ -241,22 +263,72 @@ def is_import_path(name: str) -> bool:
 
 
 def refuse_null(
-    values: Mapping[str, Any], kind: type, section: str, defaults: Mapping[str, Any]
+    values: Mapping[str, Any], kind: type, prefix: str, defaults: Mapping[str, Any] | None = None
 ) -> None:
     """Refuse null where the type of a setting does not have it; jsonargparse lets it pass.
+
+    Parameters
+    ----------
+    values : mapping of str to object
+        The settings.
+    kind : type
+        The class whose constructor takes them.
+    prefix : str
+        What stands before their names in the message: ``"train."``.
+    defaults : mapping of str to object, optional
+        Defaults of those that the constructor hands on: null may stand where it is the default.
 
     Raises
     ------
     ValueError
         If there is one.
     """
-    hints = get_type_hints(kind) | get_type_hints(kind.__init__)  # type: ignore[misc]
-    for key, value in values.items():
-        if value is None and defaults.get(key) is not None:
-            hint = hints.get(key)
-            if hint is not Any and NoneType not in get_args(hint):
-                msg = f"{section}{'.' if section else ''}{key} must have a value, got null"
-                raise ValueError(msg)
+    try:
+        hints = get_type_hints(kind.__init__)  # type: ignore[misc]
+    except NameError:  # types that are imported for a type checker alone
+        hints = {}
+    for key in [key for key, value in values.items() if value is None]:
+        hint = hints.get(key)
+        fits = (defaults or {}).get(key) is None if hint is None else NoneType in get_args(hint)
+        if not fits and hint is not Any:
+            msg = f"{prefix}{key} must have a value, got null"
+            raise ValueError(msg)
+
+
+def check(ok: bool, key: str, value: object, rule: str) -> None:
+    """Refuse the value of a setting that breaks a rule.
+
+    Examples
+    --------
+    >>> check(False, "train.lr", -1.0, "positive")
+    Traceback (most recent call last):
+    ...
+    ValueError: train.lr must be positive, got -1.0
+    """
+    if not ok:
+        msg = f"{key} must be {rule}, got {value}"
+        raise ValueError(msg)
+
+
+def at_least(key: str, value: int | None, low: int) -> None:
+    """Refuse a number below a limit; None is left alone."""
+    check(value is None or value >= low, key, value, f"at least {low}")
+
+
+def positive(key: str, value: float) -> None:
+    """Refuse a number that is not above 0 or not finite."""
+    check(math.isfinite(value) and value > 0, key, value, "positive and finite")
+
+
+def not_negative(key: str, value: float) -> None:
+    """Refuse a number that is below 0 or not finite."""
+    check(math.isfinite(value) and value >= 0, key, value, "at least 0 and finite")
+
+
+def check_seed(key: str, value: int | None) -> None:
+    """Refuse a number that cannot be a seed; None is left alone."""
+    fits = value is None or 0 <= value <= _LARGEST_SEED
+    check(fits, key, value, f"from 0 to {_LARGEST_SEED}")
 
 
 def summary(kind: type) -> str:
