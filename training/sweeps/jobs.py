@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from training.backbones.weight_files import file_sha256
+from training.backbones.weights import file_sha256
 from training.config import (
     Experiment,
     as_recorded,

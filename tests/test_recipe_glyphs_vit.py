@@ -1,8 +1,11 @@
-"""The glyphs, the rejection of digits, the recipe in miniature and the weights that it made."""
+"""The recipe of the default backbone: glyphs, the rejection of digits, training, the weights."""
 
 import json
 from pathlib import Path
 
+import digit_rejection
+import glyphs
+import glyphs_vit
 import numpy as np
 import pytest
 import timm
@@ -12,17 +15,17 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from training.pretrain import digit_strokes, forbidden, glyphs, train
+import training
 
-WEIGHTS = Path(train.__file__).parents[1] / "weights" / "glyphs_vit.safetensors"
-MINIATURE = train.Recipe(
+WEIGHTS = Path(training.__file__).parent / "weights" / "glyphs_vit.safetensors"
+MINIATURE = glyphs_vit.Recipe(
     seed=3, classes=12, unseen=10, steps=30, batch_size=32, warmup=5, threads=1
 )
 
 
 @pytest.fixture(scope="module")
 def classes() -> glyphs.Glyphs:
-    return forbidden.glyph_classes(40, seed=11)
+    return digit_rejection.glyph_classes(40, seed=11)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def shipped() -> torch.nn.Module:
 
 def jittered_digits(amount: float, copies: int) -> tuple[glyphs.Glyphs, np.ndarray]:
     """Return the digit templates with moved vertices, and the digit that each is."""
-    shapes = digit_strokes.digit_strokes()
+    shapes = digit_rejection.digit_strokes()
     flat = glyphs.pack([shape for variants in shapes.values() for shape in variants])
     digit = np.repeat([d for d, variants in shapes.items() for _ in variants], copies)
     points = np.repeat(flat.points, copies, axis=0)
@@ -67,7 +70,7 @@ def test_instances_depend_on_the_generator_alone(classes: glyphs.Glyphs) -> None
 
 
 def test_the_package_passes_pixels_from_zero_to_one(classes: glyphs.Glyphs) -> None:
-    images = train.write(classes, np.arange(40), np.random.default_rng(0))
+    images = glyphs_vit.write(classes, np.arange(40), np.random.default_rng(0))
     counts = glyphs.handwrite(classes, np.random.default_rng(0))
     assert images.shape == (40, 1, 8, 8)
     np.testing.assert_array_equal(images[:, 0].numpy() * 16, counts)
@@ -103,7 +106,7 @@ def test_arcs_are_bezier_curves_and_padding_adds_no_ink() -> None:
 
 
 def test_strokes_that_are_no_arcs_are_refused() -> None:
-    bar = digit_strokes.line((0, 0), (0, 1))
+    bar = digit_rejection.line((0, 0), (0, 1))
     with pytest.raises(ValueError, match=r"2 k \+ 1"):
         glyphs.pack([[bar[:2]]])
     with pytest.raises(ValueError, match="more than 8 arcs"):
@@ -117,9 +120,9 @@ def test_strokes_that_are_no_arcs_are_refused() -> None:
 
 def test_every_drawn_digit_is_rejected_in_any_usual_hand() -> None:
     shapes, digit = jittered_digits(0.04, 30)
-    found = forbidden.digit_likeness(shapes) > forbidden.DIGIT_CORRELATION
+    rejected = digit_rejection.digit_likeness(shapes) > digit_rejection.DIGIT_CORRELATION
     for value in range(10):
-        assert found[digit == value].mean() > 0.97, value
+        assert rejected[digit == value].mean() > 0.97, value
 
 
 @pytest.mark.parametrize("width", [0.55, 1.3])
@@ -128,35 +131,35 @@ def test_stretched_and_slanted_digits_are_rejected(width: float, slant: float) -
     shapes, _ = jittered_digits(0.02, 5)
     plane = np.array([[width, 0.0], [slant, 1.0]])
     moved = glyphs.Glyphs(3 * shapes.points @ plane - 2, shapes.arcs)
-    assert (forbidden.digit_likeness(moved) > forbidden.DIGIT_CORRELATION).mean() > 0.97
+    assert (digit_rejection.digit_likeness(moved) > digit_rejection.DIGIT_CORRELATION).mean() > 0.97
 
 
 def test_no_glyph_class_looks_like_a_digit_or_like_another_class() -> None:
-    drawn = forbidden.glyph_classes(300, seed=1)
-    assert forbidden.digit_likeness(drawn).max() <= forbidden.DIGIT_CORRELATION
-    pictures = forbidden.pictures(drawn)
+    drawn = digit_rejection.glyph_classes(300, seed=1)
+    assert digit_rejection.digit_likeness(drawn).max() <= digit_rejection.DIGIT_CORRELATION
+    pictures = digit_rejection.pictures(drawn)
     alike = pictures @ pictures.T - np.eye(300)
-    assert alike.max() <= forbidden.TWIN_CORRELATION
+    assert alike.max() <= digit_rejection.TWIN_CORRELATION
 
 
 def test_the_rejection_bites_and_leaves_other_shapes() -> None:
     rng = np.random.default_rng(0)
     drawn = glyphs.pack([glyphs.random_glyph(rng) for _ in range(500)])
-    share = (forbidden.digit_likeness(drawn) > forbidden.DIGIT_CORRELATION).mean()
+    share = (digit_rejection.digit_likeness(drawn) > digit_rejection.DIGIT_CORRELATION).mean()
     assert 0.2 < share < 0.8
 
 
 def test_more_classes_begin_with_the_same_classes(classes: glyphs.Glyphs) -> None:
-    few = forbidden.glyph_classes(15, seed=11)
+    few = digit_rejection.glyph_classes(15, seed=11)
     np.testing.assert_array_equal(few.points, classes.points[:15])
-    assert (forbidden.glyph_classes(15, seed=12).points != few.points).any()
+    assert (digit_rejection.glyph_classes(15, seed=12).points != few.points).any()
 
 
 def test_impossible_class_lists_are_refused() -> None:
     with pytest.raises(ValueError, match="count=0"):
-        forbidden.glyph_classes(0, seed=0)
+        digit_rejection.glyph_classes(0, seed=0)
     with pytest.raises(ValueError, match=r"limit=0\.1"):
-        forbidden.glyph_classes(5, seed=0, limit=0.1)
+        digit_rejection.glyph_classes(5, seed=0, limit=0.1)
 
 
 # The recipe
@@ -164,12 +167,12 @@ def test_impossible_class_lists_are_refused() -> None:
 
 def test_the_same_recipe_gives_the_same_weights_bit_for_bit_and_learns(tmp_path: Path) -> None:
     state = torch.get_rng_state()
-    results = [train.train(MINIATURE, log=lambda _: None, episodes=2) for _ in range(2)]
+    results = [glyphs_vit.train(MINIATURE, log=lambda _: None, episodes=2) for _ in range(2)]
     assert torch.equal(state, torch.get_rng_state())
     for index, result in enumerate(results):
-        train.save(result, MINIATURE, tmp_path / f"{index}.safetensors")
+        glyphs_vit.save(result, MINIATURE, tmp_path / f"{index}.safetensors")
     first, again = (load_file(tmp_path / f"{index}.safetensors") for index in range(2))
-    assert first.keys() == again.keys() == train.build().state_dict().keys()
+    assert first.keys() == again.keys() == glyphs_vit.build().state_dict().keys()
     assert all(torch.equal(first[name], again[name]) for name in first)
     losses = results[0].losses
     assert losses == results[1].losses
@@ -178,12 +181,12 @@ def test_the_same_recipe_gives_the_same_weights_bit_for_bit_and_learns(tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.safetensors", "1.safetensors"]
 
 
-def test_the_command_line_writes_what_its_metadata_says_and_never_overwrites(
+def test_the_command_line_writes_what_its_metadata_says_and_replaces_only_if_told_to(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "weights.safetensors"
-    words = train.command(MINIATURE).split()[3:]
-    train.main(["--out", str(out), *words, "--steps", "2", "--episodes", "1"])
+    words = glyphs_vit.command(MINIATURE).split()[2:]
+    glyphs_vit.main(["--out", str(out), *words, "--steps", "2", "--episodes", "1"])
     assert "673440 parameters" in capsys.readouterr().out
     with safe_open(out, framework="pt") as file:
         metadata = file.metadata()
@@ -191,14 +194,16 @@ def test_the_command_line_writes_what_its_metadata_says_and_never_overwrites(
     assert "--steps 2 " in metadata["recipe"]
     before = out.read_bytes()
     with pytest.raises(SystemExit):
-        train.main(["--out", str(out), *words, "--steps", "1"])
+        glyphs_vit.main(["--out", str(out), *words, "--steps", "1"])
     assert "exists" in capsys.readouterr().err
     assert out.read_bytes() == before
+    glyphs_vit.main(["--out", str(out), *words, "--steps", "1", "--episodes", "1", "--overwrite"])
+    assert out.read_bytes() != before
 
 
 def test_the_rate_warms_up_and_falls_to_zero() -> None:
-    recipe = train.Recipe(steps=100, warmup=10)
-    rates = [train.rate(step, recipe) for step in range(101)]
+    recipe = glyphs_vit.Recipe(steps=100, warmup=10)
+    rates = [glyphs_vit.rate(step, recipe) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[9] == rates[10] == 1.0
     assert (np.diff(rates[10:]) < 0).all()
@@ -207,7 +212,7 @@ def test_the_rate_warms_up_and_falls_to_zero() -> None:
 
 def test_episodes_need_enough_classes(classes: glyphs.Glyphs) -> None:
     with pytest.raises(ValueError, match="10-way episodes need 10 classes, got 9"):
-        train.few_shot_accuracy(train.build(), classes.take(slice(9)), seed=0)
+        glyphs_vit.few_shot_accuracy(glyphs_vit.build(), classes.take(slice(9)), seed=0)
 
 
 # The shipped weights
@@ -218,17 +223,19 @@ def test_the_shipped_file_is_small_and_says_how_it_was_made(shipped: torch.nn.Mo
     assert sum(p.numel() for p in shipped.parameters()) <= 1_000_000
     with safe_open(WEIGHTS, framework="pt") as file:
         metadata = file.metadata()
-    assert metadata["timm_model"] == train.TIMM_MODEL
-    assert json.loads(metadata["timm_options"]) == train.TIMM_OPTIONS
+    assert metadata["timm_model"] == glyphs_vit.TIMM_MODEL
+    assert json.loads(metadata["timm_options"]) == glyphs_vit.TIMM_OPTIONS
     assert metadata["pixels"] == "[0,1]"
-    assert metadata["recipe"] == train.command(train.Recipe())
+    # The file was written when the recipe was a module of the package, under another command.
+    settings = glyphs_vit.command(glyphs_vit.Recipe()).partition(" --")[2]
+    assert metadata["recipe"].partition(" --")[2] == settings
     assert all(torch.isfinite(tensor).all() for tensor in shipped.state_dict().values())
 
 
 def test_shipped_features_tell_new_classes_apart(shipped: torch.nn.Module) -> None:
     """Glyphs of another seed, in no list of the recipe: far above chance (0.1) and raw pixels."""
-    new = forbidden.glyph_classes(60, seed=987)
-    found = train.few_shot_accuracy(shipped, new, seed=1, episodes=20)
-    raw = train.few_shot_accuracy(torch.nn.Flatten(), new, seed=1, episodes=20)
-    assert found > 0.95
-    assert found > raw + 0.03
+    new = digit_rejection.glyph_classes(60, seed=987)
+    trained = glyphs_vit.few_shot_accuracy(shipped, new, seed=1, episodes=20)
+    raw = glyphs_vit.few_shot_accuracy(torch.nn.Flatten(), new, seed=1, episodes=20)
+    assert trained > 0.95
+    assert trained > raw + 0.03

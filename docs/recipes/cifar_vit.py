@@ -1,31 +1,31 @@
 """Pretrain the small vision transformer of the Caltech-101 experiment on CIFAR-10.
 
-``python -m training.pretrain.cifar10 --data FOLDER --out FILE`` trains the model of
-:mod:`training.backbones.conv_vit` and writes its weights. One thread of a processor does it in
-about an hour. The same settings give the same weights on the same machine.
+``python docs/recipes/cifar_vit.py --data FOLDER --out FILE`` trains the model of
+:mod:`training.backbones.conv_vit` and writes its weights. FOLDER holds one picture a class and
+split, a grid of tiles. One thread of a processor does it in about an hour. The same settings give
+the same weights on the same machine.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import timm
 import torch
-from safetensors.torch import save_file
+from PIL import Image
+from pretraining import add_settings, command_line, require_new, say, untrained, write_weights
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn import functional
 
 from training.backbones.conv_vit import NAME, fold
-from training.backbones.weight_files import tensors_sha256
-from training.files import write_atomically
-from training.pretrain.cifar_images import Images, epoch, read, scaled, split_off
-from training.pretrain.recipes import add_settings, command_line, say
+from training.backbones.weights import tensors_sha256
 
-PROGRAM = "python -m training.pretrain.cifar10"
+PROGRAM = "python docs/recipes/cifar_vit.py"
 VERSION = 1
 OPTIONS: dict[str, Any] = {
     "img_size": 32,
@@ -37,14 +37,13 @@ OPTIONS: dict[str, Any] = {
     "widths": [64, 128],
     "num_classes": 10,
 }
-# As in training.pretrain.train: timm's own start is for many more and much larger patches.
-WEIGHT_INIT = "jax"
-POSITION_GAIN = 15.0
+SIDE = 32
+PAD = 4
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything the weights depend on, beside the images and the constants of this package."""
+    """Everything the weights depend on, beside the images and the constants of these files."""
 
     seed: int = 0
     epochs: int = 12
@@ -66,12 +65,99 @@ class Result:
     accuracy: float
 
 
+class Images(NamedTuple):
+    """Pixels (N, 32, 32, 3), uint8, and labels (N,), int64: numbers of the sorted class names."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def take(self, index: Tensor) -> "Images":
+        """Return the images at ``index``."""
+        return Images(self.pixels[index], self.labels[index])
+
+
+def read(root: Path, split: str) -> Images:
+    """Read ``<root>/<split>_<class>.webp``, each a grid of tiles of 32 x 32 pixels.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there are no such files.
+    ValueError
+        If a picture is no grid of such tiles.
+    """
+    paths = sorted(root.glob(f"{split}_*.webp"))
+    if not paths:
+        msg = f"no {split}_CLASS.webp under {root}: give the folder with one picture a class."
+        raise FileNotFoundError(msg)
+    tiles = [_tiles(path) for path in paths]
+    labels = torch.arange(len(tiles)).repeat_interleave(torch.tensor([len(t) for t in tiles]))
+    return Images(torch.from_numpy(np.concatenate(tiles)), labels)
+
+
+def _tiles(path: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    with Image.open(path) as sheet:
+        pixels = np.asarray(sheet.convert("RGB"))
+    height, width, _ = pixels.shape
+    if height % SIDE or width % SIDE:
+        msg = f"{path} has {width} x {height} pixels: not a grid of tiles of {SIDE} x {SIDE}."
+        raise ValueError(msg)
+    grid = pixels.reshape(height // SIDE, SIDE, width // SIDE, SIDE, 3)
+    return grid.transpose(0, 2, 1, 3, 4).reshape(-1, SIDE, SIDE, 3)
+
+
+def split_off(images: Images, every: int) -> tuple[Images, Images]:
+    """Hold out each ``every``-th image: the others, and those held out."""
+    held = torch.arange(len(images.labels)) % every == every - 1
+    return images.take(~held), images.take(held)
+
+
+def scaled(pixels: Tensor) -> Tensor:
+    """Map bytes (N, H, W, 3) to floats (N, 3, H, W) in [-1, 1], as ``data.mean 0.5`` and ``std``.
+
+    Examples
+    --------
+    >>> scaled(torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1)).flatten()
+    tensor([-1.,  1.])
+    """
+    return pixels.permute(0, 3, 1, 2).float().div_(255).sub_(0.5).div_(0.5)
+
+
+def epoch(
+    images: Images, batch_size: int, erase: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield one pass in random order, as (N, 3, 32, 32) floats and labels; a rest is left out.
+
+    Each image is mirrored at its borders by 4 pixels and cut at random, flipped left to right
+    with probability 0.5, and loses a square of ``erase`` pixels, which becomes grey.
+    """
+    count = len(images.labels)
+    order = torch.randperm(count, generator=generator)
+    for index in torch.split(order[: count - count % batch_size], batch_size):
+        chosen = images.take(index)
+        yield _vary(scaled(chosen.pixels), erase, generator), chosen.labels
+
+
+def _vary(x: Tensor, erase: int, generator: torch.Generator) -> Tensor:
+    def draw(high: int) -> Tensor:
+        return torch.randint(high, (len(x), 1), generator=generator)
+
+    line = torch.arange(SIDE)
+    rows, columns = line + draw(2 * PAD + 1), line + draw(2 * PAD + 1)
+    columns = torch.where(draw(2) == 1, columns.flip(1), columns)
+    padded = functional.pad(x, (PAD,) * 4, mode="reflect").permute(0, 2, 3, 1)
+    cut = padded[torch.arange(len(x))[:, None, None], rows[:, :, None], columns[:, None, :]]
+    # The square may hang over the border: then less is lost.
+    top, left = draw(SIDE) - erase // 2, draw(SIDE) - erase // 2
+    hit_rows = (line >= top) & (line < top + erase)
+    hit_columns = (line >= left) & (line < left + erase)
+    gone = hit_rows[:, :, None] & hit_columns[:, None, :]
+    return cut.masked_fill_(gone[..., None], 0.0).permute(0, 3, 1, 2)
+
+
 def build(options: dict[str, Any] = OPTIONS) -> nn.Module:
     """Return the untrained model, with batch normalisation in its stem."""
-    model: nn.Module = timm.create_model(NAME, folded=False, weight_init=WEIGHT_INIT, **options)
-    with torch.no_grad():
-        model.get_parameter("pos_embed").mul_(POSITION_GAIN)
-    return model
+    return untrained(NAME, folded=False, **options)
 
 
 def load(tensors: dict[str, Tensor], options: dict[str, Any] = OPTIONS) -> nn.Module:
@@ -147,8 +233,8 @@ def train(
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 logits = model(x)
                 early = helper(torch.relu(tokens.pop()).mean(dim=1))
-            loss = cross_entropy(logits.float(), labels)
-            joint = loss + recipe.stem_weight * cross_entropy(early.float(), labels)
+            loss = functional.cross_entropy(logits.float(), labels)
+            joint = loss + recipe.stem_weight * functional.cross_entropy(early.float(), labels)
             optimizer.zero_grad()
             torch.autograd.backward(joint)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -180,15 +266,14 @@ def save(result: Result, recipe: Recipe, out: Path) -> None:
         "tensors_sha256": digest(result.tensors),
         "versions": f"torch {torch.__version__}, timm {timm.__version__}",
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, lambda path: save_file(result.tensors, path, metadata=metadata))
+    write_weights(out, result.tensors, metadata)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the recipe from the command line."""
     parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with SPLIT_CLASS.webp")
-    parser.add_argument("--out", type=Path, help="safetensors file to write; must not exist")
+    parser.add_argument("--out", type=Path, help="safetensors file to write")
     parser.add_argument(
         "--trial",
         action="store_true",
@@ -197,11 +282,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add_settings(parser, Recipe)
     options = vars(parser.parse_args(arguments))
-    data, out, trial = (options.pop(name) for name in ("data", "out", "trial"))
+    names = ("data", "out", "trial", "overwrite")
+    data, out, trial, overwrite = (options.pop(name) for name in names)
     if trial == (out is not None):
         parser.error("give either --out FILE, to make the weights, or --trial")
-    if out is not None and out.exists():
-        parser.error(f"{out} exists: give another --out, or move it away")
+    if out is not None:
+        require_new(parser, out, overwrite=overwrite)
     recipe = Recipe(**options)
     torch.set_num_threads(recipe.threads)
     images = read(data, "train")

@@ -119,14 +119,14 @@ def _random_strokes(rng: np.random.Generator) -> list[FloatArray]:
 def _walk(rng: np.random.Generator, start: FloatArray, arcs: int) -> FloatArray:
     """Walk from ``start``: arcs that keep the heading at their joints, or turn a corner there."""
     heading = rng.uniform(0, 2 * np.pi)
-    side = rng.choice([-1.0, 1.0])
+    sense = rng.choice([-1.0, 1.0])
     rows = [start]
     for step in range(arcs):
         if step and rng.random() < 0.35:
             heading += rng.choice([-1.0, 1.0]) * rng.uniform(0.4, 0.9) * np.pi
         if rng.random() < 0.25:
-            side = -side
-        turn = 0.0 if rng.random() < 0.35 else side * rng.uniform(0.2, 0.8) * np.pi
+            sense = -sense
+        turn = 0.0 if rng.random() < 0.35 else sense * rng.uniform(0.2, 0.8) * np.pi
         length = rng.uniform(0.25, 0.8)
         for angle in (heading, heading + turn):
             rows.append(rows[-1] + 0.5 * length * np.array([np.cos(angle), np.sin(angle)]))
@@ -186,9 +186,9 @@ def draw(dots: FloatArray, radius: FloatArray) -> NDArray[np.bool_]:
     width = radius.astype(np.float32)[:, None, None]
     row = np.floor(y) + np.arange(-np.ceil(radius.max()), np.ceil(radius.max()) + 1, dtype="f4")
     half = width**2 - (row + np.float32(0.5) - y) ** 2
-    inside = (half >= 0) & (row >= 0) & (row < BITMAP)
-    sample = np.broadcast_to(np.arange(count)[:, None, None], row.shape)[inside]
-    x, half, row = np.broadcast_to(x, row.shape)[inside], np.sqrt(half[inside]), row[inside]
+    covers = (half >= 0) & (row >= 0) & (row < BITMAP)
+    sample = np.broadcast_to(np.arange(count)[:, None, None], row.shape)[covers]
+    x, half, row = np.broadcast_to(x, row.shape)[covers], np.sqrt(half[covers]), row[covers]
     first = np.clip(np.ceil(x - half - np.float32(0.5)), 0, BITMAP).astype(np.int64)
     last = np.clip(np.floor(x + half + np.float32(0.5)), 0, BITMAP).astype(np.int64)
     # One column more than the bitmap: a run may end at its right edge.

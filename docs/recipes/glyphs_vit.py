@@ -1,8 +1,8 @@
 """Pretrain the small vision transformer of the default experiment on random glyphs.
 
-``python -m training.pretrain.train --out FILE`` draws glyph classes, trains a timm
-VisionTransformer to tell them apart and writes its weights. No digit takes part: see
-:mod:`training.pretrain.forbidden`. The same settings give the same weights on the same machine.
+``python docs/recipes/glyphs_vit.py --out FILE`` draws glyph classes, trains a timm
+VisionTransformer to tell them apart and writes its weights: 15 minutes on one core. No digit takes
+part: see ``digit_rejection.py``. The same settings give the same weights on the same machine.
 """
 
 import argparse
@@ -15,18 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
-from safetensors.torch import save_file
+from digit_rejection import glyph_classes
+from glyphs import LEVELS, Glyphs, handwrite
+from pretraining import add_settings, command_line, require_new, say, untrained, write_weights
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training.files import write_atomically
-from training.pretrain.forbidden import glyph_classes
-from training.pretrain.glyphs import LEVELS, Glyphs, handwrite
-from training.pretrain.recipes import add_settings, command_line, say
-
-PROGRAM = "python -m training.pretrain.train"
+PROGRAM = "python docs/recipes/glyphs_vit.py"
 TIMM_MODEL = "vit_tiny_patch16_224"
 TIMM_OPTIONS: dict[str, Any] = {
     "img_size": 8,
@@ -37,10 +33,6 @@ TIMM_OPTIONS: dict[str, Any] = {
     "num_heads": 4,
     "num_classes": 0,
 }
-# timm starts a ViT for 196 patches of 768 values. Here the wider start of its "jax" scheme and
-# positions as large as the patch embeddings save most of the plateau before the loss falls.
-WEIGHT_INIT = "jax"
-POSITION_GAIN = 15.0
 # Streams of random numbers that share the seed: training samples, held-out samples, episodes.
 TRAIN, HELD_OUT, EPISODES = 1, 2, 3
 FEW_SHOT_EPISODES = 200
@@ -48,7 +40,7 @@ FEW_SHOT_EPISODES = 200
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything the weights depend on, beside the constants of this package."""
+    """Everything the weights depend on, beside the constants of these files."""
 
     seed: int = 0
     classes: int = 1000  # glyph classes trained on
@@ -75,12 +67,7 @@ class Result:
 
 def build() -> nn.Module:
     """Return the untrained backbone: (N, 1, 8, 8) pixels in [0, 1] to (N, 96) class tokens."""
-    model: nn.Module = timm.create_model(
-        TIMM_MODEL, pretrained=False, weight_init=WEIGHT_INIT, **TIMM_OPTIONS
-    )
-    with torch.no_grad():
-        model.get_parameter("pos_embed").mul_(POSITION_GAIN)
-    return model
+    return untrained(TIMM_MODEL, **TIMM_OPTIONS)
 
 
 def write(glyphs: Glyphs, labels: np.ndarray[Any, Any], rng: np.random.Generator) -> Tensor:
@@ -186,11 +173,10 @@ def train(
         if step % 250 == 0:
             log(f"step {step}/{recipe.steps}  loss {np.mean(losses[-250:]):.3f}")
     rng = np.random.default_rng([recipe.seed, HELD_OUT])
-    held = np.repeat(np.arange(recipe.classes), 10)
-    guess = (embed(model, write(known, held, rng)) @ functional.normalize(heads.detach()).T).argmax(
-        1
-    )
-    held_out = (guess == torch.from_numpy(held)).float().mean().item()
+    truth = np.repeat(np.arange(recipe.classes), 10)
+    tokens = embed(model, write(known, truth, rng))
+    guess = (tokens @ functional.normalize(heads.detach()).T).argmax(dim=1)
+    held_out = (guess == torch.from_numpy(truth)).float().mean().item()
     few_shot = few_shot_accuracy(model, unseen, recipe.seed, episodes=episodes)
     return Result(model, losses, held_out, few_shot)
 
@@ -211,9 +197,7 @@ def save(result: Result, recipe: Recipe, out: Path) -> None:
         "held_out_accuracy": f"{result.held_out:.4f}",
         "few_shot_accuracy": f"{result.few_shot:.4f}",
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    tensors = result.model.state_dict()
-    write_atomically(out, lambda path: save_file(tensors, path, metadata=metadata))
+    write_weights(out, result.model.state_dict(), metadata)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -223,12 +207,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--episodes", type=int, default=FEW_SHOT_EPISODES, help="few-shot episodes to measure"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     add_settings(parser, Recipe)
     options = vars(parser.parse_args(arguments))
     out, overwrite, episodes = (options.pop(name) for name in ("out", "overwrite", "episodes"))
-    if out.exists() and not overwrite:
-        parser.error(f"{out} exists: give another --out, or --overwrite to replace it")
+    require_new(parser, out, overwrite=overwrite)
     recipe = Recipe(**options)
     torch.set_num_threads(recipe.threads)
     start = time.perf_counter()

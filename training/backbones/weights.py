@@ -57,45 +57,54 @@ def load_weights(module: nn.Module, path: Path) -> str:
     ValueError
         If it cannot be read, does not fit, or holds NaN or infinite values.
     """
+    if not path.is_file():
+        msg = f"backbone.weights: no file {path}."
+        raise FileNotFoundError(msg)
     if path.suffix == ".npz":
         _load_npz(module, path)
-        return file_sha256(path)
-    weights = _read(path)
-    if odd := [key for key, value in weights.items() if not _is_plain(value)]:
-        raise _unusable(path, f"entries that hold no real numbers: {_some(odd)}.")
-    own = module.state_dict()
-    weights = {key: value for key, value in weights.items() if not _is_classifier(module, key, own)}
-    missing = [key for key in own if key not in weights]
-    unexpected = [key for key in weights if key not in own]
+    else:
+        own = module.state_dict()
+        weights = {_plain_name(key, own): value for key, value in _read(path).items()}
+        weights = {k: v for k, v in weights.items() if k in own or not _is_classifier(module, k)}
+        _require_fit(own, weights, path)
+        module.load_state_dict(weights)
+    infinite = [key for key, value in module.state_dict().items() if not value.isfinite().all()]
+    if infinite:
+        msg = f"the weights in {path} hold NaN or infinite values: {_some(infinite)}."
+        raise ValueError(msg)
+    return file_sha256(path)
+
+
+def _require_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: Path) -> None:
+    """Raise one ValueError for all weights that the model lacks, has not, or has otherwise."""
     shapes = [
         f"{key} is {_shape(weights[key])}, the model has {_shape(value)}"
         for key, value in own.items()
         if key in weights and weights[key].shape != value.shape
     ]
-    found = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    if any(found.values()):
-        lists = " ".join(f"{kind}: {_some(names)}." for kind, names in found.items() if names)
+    misfits = {
+        "missing": [key for key in own if key not in weights],
+        "unexpected": [key for key in weights if key not in own],
+        "of another shape": shapes,
+    }
+    if any(misfits.values()):
+        lists = " ".join(f"{kind}: {_some(names)}." for kind, names in misfits.items() if names)
         msg = (
             f"the weights in {path} do not fit the model. {lists} Check backbone.name and "
             "backbone.options (img_size, patch_size, embed_dim, depth, in_chans) against what the "
             "file was trained with."
         )
         raise ValueError(msg)
-    _check_finite(weights, path)
-    module.load_state_dict(weights)
-    return file_sha256(path)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        msg = f"backbone.weights: no file {path}."
-        raise FileNotFoundError(msg)
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        # The settings of the command line, which DINO's and other files hold beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content: Any = load_file(path)
+        else:
+            # DINO's and other files hold the settings of their command line beside the weights.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or foreign file provokes in the readers
         reason = (str(error).splitlines() or [""])[0]
         # torch's own words would advise to run whatever code the file holds.
@@ -110,20 +119,22 @@ def _read(path: Path) -> dict[str, Tensor]:
             content = content[wrapper]
     if not isinstance(content, Mapping) or not content:
         raise _unusable(path, "it holds no named tensors.")
-    odd = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
-    if odd:
-        raise _unusable(path, f"entries that are no tensors: {_some(odd)}.")
-    # Wrappers, for data-parallel or self-supervised training, put their name before each parameter.
-    return {
-        str(key).removeprefix("module.").removeprefix("backbone."): value
-        for key, value in content.items()
-    }
+    others = [str(key) for key, value in content.items() if not _is_plain(value)]
+    if others:
+        raise _unusable(path, f"entries that are no tensors of real numbers: {_some(others)}.")
+    return {str(key): value for key, value in content.items()}
+
+
+def _is_plain(value: object) -> bool:
+    # Of a complex number torch would drop a part; sparse and quantised ones are no layer's weights.
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and not (value.is_complex() or value.is_meta or value.is_quantized)
+    )
 
 
 def _load_npz(module: nn.Module, path: Path) -> None:
-    if not path.is_file():
-        msg = f"backbone.weights: no file {path}."
-        raise FileNotFoundError(msg)
     loader: Any = getattr(module, "load_pretrained", None)
     if loader is None:
         msg = f"timm reads no .npz file for this model: give {path} as .safetensors or .pth."
@@ -143,24 +154,14 @@ def _load_npz(module: nn.Module, path: Path) -> None:
         reason = " ".join(str(error).split())
         msg = f"the weights in {path} are not those of the original ViT for this model: {reason}"
         raise ValueError(msg) from error
-    _check_finite(module.state_dict(), path)
 
 
-def _is_plain(value: Tensor) -> bool:
-    odd = value.is_complex() or value.is_meta or value.is_quantized
-    return not odd and value.layout is torch.strided
+def _plain_name(key: str, own: Mapping[str, Tensor]) -> str:
+    # Wrappers, for data-parallel or self-supervised training, put their name before each parameter.
+    return key if key in own else key.removeprefix("module.").removeprefix("backbone.")
 
 
-def _check_finite(weights: Mapping[str, Tensor], path: Path) -> None:
-    infinite = [key for key, value in weights.items() if not torch.isfinite(value).all()]
-    if infinite:
-        msg = f"the weights in {path} hold NaN or infinite values: {_some(infinite)}."
-        raise ValueError(msg)
-
-
-def _is_classifier(module: nn.Module, key: str, own: Mapping[str, Tensor]) -> bool:
-    if key in own:
-        return False
+def _is_classifier(module: nn.Module, key: str) -> bool:
     settings: Mapping[str, Any] = getattr(module, "default_cfg", None) or {}
     named = settings.get("classifier") or ()
     prefixes = {"head", "head_dist", "fc", *([named] if isinstance(named, str) else named)}
