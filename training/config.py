@@ -159,9 +159,7 @@ class HeadConfig:
         positive("head.scale", self.scale)
         not_negative("head.margin", self.margin)
         by_key = {_last(name): name for name in self.names}
-        check(
-            len(by_key) == len(self.names), "head.also", self.also, "without repeated read-outs"
-        )
+        check(len(by_key) == len(self.names), "head.also", self.also, "without repeated read-outs")
         if strange := sorted(set(self.options) - set(by_key)):
             msg = f"head must have options of its read-outs {', '.join(by_key)}, got {strange}"
             raise ValueError(msg)
@@ -176,7 +174,7 @@ class HeadConfig:
     @property
     def names(self) -> list[str]:
         """Names of all read-outs, the primary one first."""
-        return [self.readout, *self.also]
+        return list(dict.fromkeys([self.readout, *self.also]))
 
     def build(self) -> list[Any]:
         """New read-outs, the primary one first."""
@@ -304,7 +302,7 @@ def effective(experiment: Experiment) -> Experiment:
     own = getattr(method.kind, "readout", None) if method.is_known else None
     if own is None:
         return experiment
-    also = [name for name in dict.fromkeys(experiment.head.names) if name != own]
+    also = [name for name in experiment.head.names if name != own]
     head = replace(experiment.head, readout=own, also=also)
     return replace(experiment, train=replace(experiment.train, epochs=0), head=head)
 
@@ -433,6 +431,14 @@ def experiment_from(
         return _experiment(_layers(values), allow)
 
 
+def parser(prog: str = "loda train") -> jsonargparse.ArgumentParser:
+    """The command line of an experiment with the default components.
+
+    Errors of ``parse_args`` are argparse.ArgumentError; ``error`` leaves with status 2.
+    """
+    return _parser(_DEFAULTS, prog=prog)
+
+
 @contextmanager
 def _not_a_configuration(source: str) -> Iterator[None]:
     try:
@@ -532,7 +538,7 @@ class _Choice(NamedTuple):
 
 
 _DEFAULTS = _Choice(
-    {section: kind().name for section, kind in _COMPONENTS.items()}, HeadConfig().readout, []
+    {section: kind.name for section, kind in _COMPONENTS.items()}, HeadConfig.readout, []
 )
 
 
@@ -573,7 +579,7 @@ def _may_import(registry: Registry, name: str, allow: Collection[str] | None) ->
 
 
 def _readouts(choice: _Choice, allow: Collection[str] | None) -> list[str]:
-    """Read-outs that are fitted, the primary one first: that of the method, if it has its own."""
+    """Read-outs that are fitted, that of the method included, if it has its own."""
     name = choice.components["method"]
     method = METHODS.find(name) if _may_import(METHODS, name, allow) else None
     own = getattr(method, "readout", None)
@@ -658,9 +664,7 @@ def _parser(
         help="A YAML file, or the name of a packaged configuration: "
         + ", ".join(packaged_configs()),
     )
-    result.add_class_arguments(
-        Experiment, as_group=False, skip={*_COMPONENTS, *_PLAIN, "head"}
-    )
+    result.add_class_arguments(Experiment, as_group=False, skip={*_COMPONENTS, *_PLAIN, "head"})
     for section, kind in _COMPONENTS.items():
         name, registry = choice.components[section], kind.registry
         importable = _may_import(registry, name, allow)
@@ -704,7 +708,9 @@ def _built(
     head = dict(values["head"])
     shared = {key: head.pop(key) for key in _HEAD}
     refuse_null(shared, HeadConfig, "head.")
-    shared["readout"], *shared["also"] = names = _readouts(chosen, allow)
+    names = _readouts(chosen, allow)
+    if names[0] != chosen.readout:  # the method's own
+        shared["readout"], *shared["also"] = names
     trusted = all(_may_import(READOUTS, name, allow) for name in names)
     sections["head"] = HeadConfig(
         **shared, options={**head, **unread.get("head", {})}, trusted=trusted

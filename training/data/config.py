@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self
 
-from training.components import Component
-from training.config._checks import at_least, check, check_seed, positive
+from training.components import Component, at_least, check, check_seed, positive
 from training.data.datasets import DATA_SETS, DataSet
 
 _UNCHOSEN = 8
