@@ -307,6 +307,19 @@ def effective(experiment: Experiment) -> Experiment:
     return replace(experiment, train=replace(experiment.train, epochs=0), head=head)
 
 
+def foreign_classes(experiment: Experiment) -> list[str]:
+    """Components of an experiment that are not of this package: what ``--allow`` has to name.
+
+    Examples
+    --------
+    >>> foreign_classes(Experiment())
+    []
+    """
+    chosen = [(kind.registry, getattr(experiment, name).name) for name, kind in _COMPONENTS.items()]
+    chosen += [(READOUTS, name) for name in experiment.head.names]
+    return [name for registry, name in chosen if not registry.is_packaged(name)]
+
+
 def keeps_nothing(experiment: Experiment) -> list[str]:
     """What is said of the switches of ``keep`` that are on, but keep nothing of the method.
 
