@@ -9,7 +9,6 @@ A relative path (``data.root``, ``backbone.weights``, ``out``) starts at the wor
 """
 
 from training.backbones.config import HUGGING_FACE, PACKAGED_WEIGHTS, BackboneConfig
-from training.config.data import CLASS_COUNTS, NATIVE_SIDE, DataConfig
 from training.config.layers import packaged_configs, resolve_config
 from training.config.method import MethodConfig
 from training.config.parse import (
@@ -30,11 +29,10 @@ from training.config.sections import (
     Readout,
     TrainConfig,
 )
+from training.data.config import DataConfig
 
 __all__ = [
-    "CLASS_COUNTS",
     "HUGGING_FACE",
-    "NATIVE_SIDE",
     "PACKAGED_WEIGHTS",
     "BackboneConfig",
     "CheckpointConfig",

@@ -8,8 +8,8 @@ from typing import Literal
 
 from training.backbones.config import BackboneConfig
 from training.config._checks import at_least, check, check_seed, not_negative, positive
-from training.config.data import DataConfig
 from training.config.method import MethodConfig
+from training.data.config import DataConfig
 
 Readout = Literal["heads", "alignment", "nearest_mean", "ridge"]
 
