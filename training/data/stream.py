@@ -180,7 +180,7 @@ def _matched(test: Split, names: Sequence[str], config: DataConfig) -> Split:
         raise ValueError(msg)
     numbers = {name: number for number, name in enumerate(names)}
     renumbered = np.array([numbers[name] for name in test.classes])
-    return Split(test.images, renumbered[test.targets], names)
+    return Split(test.images, renumbered[np.asarray(test.targets)], names)
 
 
 def _place(config: DataConfig) -> str:
