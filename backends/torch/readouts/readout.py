@@ -395,6 +395,11 @@ class Readouts:
             if readout.gathers is not None and readout.gathers not in self.statistics:
                 self.statistics[readout.gathers] = readout.statistics(dim, seed)
 
+    @property
+    def primary(self) -> str:
+        """Name of the first read-out."""
+        return next(iter(self.readouts))
+
     def add_task(self, features: Tensor, labels: Tensor, classes: int | None = None) -> None:
         """Gather a finished task; its classes are never refreshed.
 
