@@ -10,7 +10,7 @@ from tiny_models import batches, inputs, mlp, vit
 from torch import Tensor, nn
 
 from backends.torch import collect_moments
-from backends.torch.halves import HalvingCollector, collect_halves
+from backends.torch.moments import HalvingCollector, collect_halves
 
 
 def seen(model: nn.Module, name: str, images: Tensor) -> Tensor:

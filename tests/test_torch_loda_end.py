@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from tiny_models import MLP, WIDTHS, batches, breaking, fit, learn, means, mlp, same, snapshot, vit
+from tiny_models import MLP, WIDTHS, batches, breaking, fit, learn, means, mlp, same, snapshot, vit, totals
 from torch import nn
 
 from backends.torch import LoDA, LoDASettings
@@ -36,7 +36,7 @@ def test_history_is_the_sum_of_the_passes(history: str) -> None:
                 expected[name] += trained[name]
             if history != "trained":
                 expected[name] += merged[name]
-            torch.testing.assert_close(loda.history[name], expected[name])
+            torch.testing.assert_close(loda.history[name].total, expected[name])
             for found, wanted in ((record.trained, trained), (record.merged, merged)):
                 if found:
                     torch.testing.assert_close(found[name], wanted[name])
@@ -54,7 +54,7 @@ def test_merged_weight_is_computed_by_hand_from_the_record(build: Any, form: str
     options: dict[str, Any] = MLP if isinstance(model, nn.Sequential) else {"rank": 3}
     loda = LoDA(model, LoDASettings(**options, recalibration=form, gamma=0.7))  # type: ignore[arg-type]
     for task in range(2):
-        weights, old = snapshot(model), dict(loda.history)
+        weights, old = snapshot(model), totals(loda)
         loda.begin_task(batches(task, model))
         fit(loda, task)
         trained = means(model, task, loda.settings.target)
@@ -191,11 +191,11 @@ def test_nan_images_at_the_end_keep_the_task_open() -> None:
     loda = LoDA(model, LoDASettings(**MLP))
     learn(loda, 0)
     loda.begin_task(batches(1, model))
-    state, history = snapshot(model), dict(loda.history)
+    state, history = snapshot(model), totals(loda)
     with pytest.raises(ValueError, match=r"inputs of .* hold NaN"):
         loda.end_task([torch.full((2, 6), float("nan"), dtype=torch.float64)])
     assert same(snapshot(model), state)
-    assert same(loda.history, history)
+    assert same(totals(loda), history)
     loda.end_task(batches(1, model))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from tiny_models import MLP, batches, fit, inputs, learn, mlp, same, snapshot, vit
+from tiny_models import MLP, batches, fit, inputs, learn, mlp, same, snapshot, vit, totals
 from torch import Tensor, nn
 
 from backends.torch import LoDA, LoDASettings
@@ -179,9 +179,9 @@ def test_bfloat16_models_and_autocast_go_through_two_tasks(whole_model: bool) ->
         for task in range(2):
             learn(loda, task)
     assert {p.dtype for p in model.parameters()} == {dtype}
-    assert all(m.dtype == torch.float64 for m in loda.history.values())
+    assert all(m.dtype == torch.float64 for m in totals(loda).values())
     assert all(bool(p.isfinite().all()) for p in model.parameters())
-    for name, moment in loda.history.items():
+    for name, moment in totals(loda).items():
         values = torch.linalg.eigvalsh(moment)
         assert float(values[0]) > -1e-6 * float(values[-1])  # a bf16 Gram matrix is indefinite
         assert not torch.equal(model.get_submodule(name).weight, state[f"{name}.weight"])

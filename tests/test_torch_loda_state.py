@@ -112,7 +112,7 @@ def test_state_of_another_model_or_other_settings_is_refused_whole() -> None:
         ({**MLP, "rank": 2}, within),
     ):
         loda = LoDA(model, LoDASettings(**settings))
-        with pytest.raises(ValueError, match="does not belong to this model"):
+        with pytest.raises(ValueError, match="the state must be"):
             loda.load_state_dict(state)
         assert loda.tasks == 0
         assert loda.history == loda.layers == {}

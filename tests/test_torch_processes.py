@@ -23,7 +23,7 @@ from backends.torch import (
     gradient_aligned_step,
     plain_step,
 )
-from backends.torch.halves import collect_halves
+from backends.torch.moments import collect_halves
 
 
 def together(count: int, work: Callable[[int, Reduce], Any]) -> list[Any]:

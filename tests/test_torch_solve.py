@@ -6,7 +6,7 @@ from torch import Tensor
 
 from backends.torch import LoDASettings
 from backends.torch.solve import solve_bases, solve_heldout
-from loda_math import general_subspace, isolated_subspace
+from loda_math import general_subspace, isolated_subspace, remember
 
 
 def moment(size: int, seed: int) -> Tensor:
@@ -19,7 +19,8 @@ def test_every_layer_gets_its_own_directions(sizes: tuple[int, ...]) -> None:
     new = {f"layer{n}": moment(size, n) for n, size in enumerate(sizes)}
     old = {f"layer{n}": moment(size, 10 + n) for n, size in enumerate(sizes)}
     settings = LoDASettings(rank=3)
-    found = solve_bases(settings, new, old, 0.0)
+    history = {name: remember(None, moment) for name, moment in old.items()}
+    found = solve_bases(settings, new, history, 0.0)
     assert list(found) == list(new)
     for name, bases in found.items():
         general = torch.as_tensor(general_subspace(new[name], old[name], 3))
@@ -27,7 +28,7 @@ def test_every_layer_gets_its_own_directions(sizes: tuple[int, ...]) -> None:
         torch.testing.assert_close(bases["general"], general)
         torch.testing.assert_close(bases["isolated"], torch.as_tensor(isolated))
     halves = {name: (new[name], new[name]) for name in new}
-    for name, ratios in solve_heldout(settings, halves, old, 0.0).items():
+    for name, ratios in solve_heldout(settings, halves, history, 0.0).items():
         # Both halves are the same, so what holds on one holds on the other.
         for ratio in ratios.values():
             torch.testing.assert_close(ratio.chosen, ratio.heldout)

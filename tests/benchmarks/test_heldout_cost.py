@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 from turns import in_turn
 
 from backends.torch import LoDASettings, collect_moments
-from backends.torch.halves import collect_halves
+from backends.torch.moments import collect_halves
 from backends.torch.solve import solve_bases, solve_heldout
 
 IMAGES, ROUNDS = 8, 3
