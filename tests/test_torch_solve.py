@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from backends.torch import LoDASettings
+from backends.torch import LoDASettings, random_bases
 from backends.torch.solve import solve_bases, solve_heldout
 from loda_math import general_subspace, isolated_subspace, remember
 
@@ -33,3 +33,21 @@ def test_every_layer_gets_its_own_directions(sizes: tuple[int, ...]) -> None:
         for ratio in ratios.values():
             torch.testing.assert_close(ratio.chosen, ratio.heldout)
         assert set(ratios) == {"general", "isolated"}, name
+
+
+@pytest.mark.parametrize("first_task", [True, False])
+def test_random_directions_are_orthonormal_and_follow_the_generator(first_task: bool) -> None:
+    layers, settings = {"a": nn.Linear(6, 3), "b": nn.Linear(9, 3)}, LoDASettings(rank=2)
+
+    def draw(seed: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        bases = random_bases(settings, layers, first_task=first_task, generator=generator)
+        assert [list(by_branch) for by_branch in bases.values()] == [branches] * 2
+        return [basis for by_branch in bases.values() for basis in by_branch.values()]
+
+    branches = ["general"] if first_task else ["general", "isolated"]
+    drawn = draw(0)
+    for basis in drawn:
+        torch.testing.assert_close(basis.mT @ basis, torch.eye(2))
+    assert all(torch.equal(a, b) for a, b in zip(drawn, draw(0), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(drawn, draw(1), strict=True))

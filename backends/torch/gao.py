@@ -231,15 +231,15 @@ def _step_on_rows(
 
 
 def _all_gradients(optimizer: Optimizer) -> list[Tensor]:
-    """Gradients of all trained tensors; zero where this process has nothing to say."""
-    found = []
+    """Gradients of all trained tensors; zeros where this process has no row for them."""
+    gradients = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.requires_grad:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                found.append(parameter.grad)
-    return found
+                gradients.append(parameter.grad)
+    return gradients
 
 
 def _gradients_finite(optimizer: Optimizer, moved: Sequence[Tensor]) -> bool:

@@ -121,17 +121,21 @@ def adapt(model: nn.Module, target: Target = TIMM_QKV) -> dict[str, LoRALinear]:
       (1): ReLU()
     )
     """
-    found = find_layers(model, target)
-    adapted = [name for name, module in found.items() if isinstance(module, LoRALinear)]
+    matches = find_layers(model, target)
+    adapted = [name for name, module in matches.items() if isinstance(module, LoRALinear)]
     if adapted:
         msg = f"layers {adapted} are adapted already; restore the model first"
         raise ValueError(msg)
-    computed = [name for name, module in found.items() if not isinstance(module.weight, Parameter)]
+    computed = [
+        name for name, module in matches.items() if not isinstance(module.weight, Parameter)
+    ]
     if computed:
         msg = f"weights of {computed} are computed (parametrised); remove the parametrisation first"
         raise TypeError(msg)
     layers = {
-        name: LoRALinear(module) for name, module in found.items() if isinstance(module, nn.Linear)
+        name: LoRALinear(module)
+        for name, module in matches.items()
+        if isinstance(module, nn.Linear)
     }
     attach(model, layers)
     return layers

@@ -1,4 +1,4 @@
-"""Second moments of the inputs of linear layers, collected while a model runs."""
+"""Second moments of the inputs of linear layers, and of two halves of the images, in one pass."""
 
 from collections.abc import Callable, Iterable
 from types import TracebackType
@@ -82,7 +82,7 @@ class MomentCollector:
         return collect
 
     def _add(self, name: str, tokens: Tensor) -> None:
-        accumulate(self.moments, name, tokens)
+        _accumulate(self.moments, name, tokens)
 
 
 class HalvingCollector(MomentCollector):
@@ -157,11 +157,11 @@ class HalvingCollector(MomentCollector):
             self._joined.add(name)
             return
         by_image = rows.reshape(images, -1, rows.shape[-1])
-        accumulate(self.half, name, by_image[self._before % 2 :: 2])
+        _accumulate(self.half, name, by_image[self._before % 2 :: 2])
 
 
-def accumulate(moments: dict[str, Moments], name: str, tokens: Tensor) -> None:
-    """Add tokens of shape (..., D) to the moments of a layer, read by nobody, off the graph."""
+def _accumulate(moments: dict[str, Moments], name: str, tokens: Tensor) -> None:
+    """Add tokens of shape (..., D) to the moments of a layer; nothing is read back."""
     rows = tokens.detach().reshape(-1, tokens.shape[-1])
     with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
         part = second_moment(rows, check=False)
@@ -215,7 +215,7 @@ def collect_moments(
         If there was no batch, a layer saw no tokens, or its inputs were not finite.
     """
     collector = MomentCollector(model, target)
-    walk(collector, model, batches, forward, reduce)
+    _walk(collector, model, batches, forward, reduce)
     return collector.moments
 
 
@@ -246,11 +246,11 @@ def collect_halves(
         As in :func:`collect_moments`.
     """
     collector = HalvingCollector(model, target)
-    walk(collector, model, batches, forward, reduce)
+    _walk(collector, model, batches, forward, reduce)
     return collector.moments, collector.halves()
 
 
-def walk(
+def _walk(
     collector: MomentCollector,
     model: nn.Module,
     batches: Iterable[Any],
@@ -281,8 +281,8 @@ def _check(collector: MomentCollector) -> None:
         )
         raise ValueError(msg)
     # One read for all layers.
-    sound = torch.stack([m.total.isfinite().all() for m in collector.moments.values()]).tolist()
-    broken = [name for name, good in zip(collector.moments, sound, strict=True) if not good]
+    finite = torch.stack([m.total.isfinite().all() for m in collector.moments.values()]).tolist()
+    broken = [name for name, good in zip(collector.moments, finite, strict=True) if not good]
     if broken:
         msg = (
             f"inputs of {broken} hold NaN or infinite values; look for the first layer of the "

@@ -1,4 +1,4 @@
-"""LoDA over whole models: what a task's record says of its directions and of its merge."""
+"""What the record of a task says of its directions and of its merge, against inputs kept here."""
 
 import json
 import math
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import MLP, WIDTHS, batches, fit, inputs, learn, mlp, same, snapshot, vit, totals
+from tiny_models import MLP, WIDTHS, batches, fit, inputs, learn, mlp, same, snapshot, totals, vit
 from torch import Tensor, nn
 
 from backends.torch import LoDA, LoDASettings
@@ -181,7 +181,18 @@ def test_state_with_ratios_of_the_wrong_shape_is_refused() -> None:
         twin.load_state_dict(state)
 
 
-# Numbers for a log
+# Numbers for a log, tensors for files
+
+
+def test_record_gives_flat_tensors_for_files() -> None:
+    method = loda(history="both")
+    learn(method, 0)
+    record = learn(method, 1)
+    kinds = {"coefficients", *(f"{k}/{b}" for k in ("down", "up") for b in record.weights)}
+    assert set(record.branch_tensors()) == {f"{k}/{n}" for k in kinds for n in WIDTHS}
+    passes = ("new", "trained", "merged")
+    assert set(record.moment_tensors()) == {f"{p}/{n}" for p in passes for n in WIDTHS}
+    assert all(not t.requires_grad for t in record.branch_tensors().values())
 
 
 def test_diagnostics_are_plain_numbers_for_json() -> None:
