@@ -858,6 +858,7 @@ def test_state_of_another_model_or_other_settings_is_refused_whole() -> None:
         ({**MLP, "target": ("0", "2", "4", "5")}, between),
         (MLP, {k: v for k, v in between.items() if k != "tasks"}),
         (MLP, between | {"history/0": torch.zeros(7, 7)}),
+        (MLP, between | {"history/0": torch.zeros(6, 6, dtype=torch.int32)}),
         (MLP, {}),
         (MLP, without),
         ({**MLP, "branches": "general"}, within),

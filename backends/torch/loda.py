@@ -467,6 +467,10 @@ class LoDA:
                 ratio = f"heldout/{branch}/{name}"
                 if ratio in state:  # only if the open task measured it
                     expected[ratio] = (len(HeldoutRatio._fields),)
+        for key, value in state.items():
+            if key != "tasks" and not value.is_floating_point():
+                msg = f"{key} of the state must be floating point, got {value.dtype}"
+                raise ValueError(msg)
         shapes = {key: tuple(value.shape) for key, value in state.items()}
         if tasks < 0 or shapes != expected:
             unlike = sorted(set(shapes.items()) ^ set(expected.items()))
