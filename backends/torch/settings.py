@@ -83,7 +83,7 @@ class LoDASettings:
     rank: int = 32
     general_weight: float = 0.5
     isolated_weight: float = 1.0
-    down_scale: float = 1 / math.sqrt(3)
+    down_scale: float = 3**-0.5
     branches: Branches = "both"
     isolated: IsolatedRule = "pencil"
     ridge: float = 1e-2
@@ -107,6 +107,10 @@ class LoDASettings:
             raise ValueError(msg)
         # A NumPy integer would not go into a file of settings.
         object.__setattr__(self, "rank", operator.index(self.rank))
+        for name in ("joint", "heldout"):
+            if not isinstance(getattr(self, name), bool):
+                msg = f"{name} must be true or false, got {getattr(self, name)!r}"
+                raise ValueError(msg)
         for name in ("general_weight", "isolated_weight", "down_scale", "ridge", "gamma"):
             if not _is_weight(getattr(self, name)):
                 msg = f"{name} must be finite and at least 0, got {getattr(self, name)!r}"
