@@ -1,17 +1,14 @@
-"""How many directions each layer of a run would need, read from the moments that it kept."""
+"""How many directions each layer of a run would need, from the moments that it saved."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-from loda_math import RankMeasure, rank_for
-from training.finished.kept import kept_tasks, read_method
+from loda_math import RankMeasure, rank_for, rounding_unit
+from training.analysis.saved_tasks import read_settings, saved_tasks
+from training.files import understanding as readable
 
 _MEASURES: tuple[RankMeasure, ...] = ("energy", "ratio")
-# The moments are float64 sums of single-precision Gram matrices: below is rounding.
-_GRAM_EPS = float(np.finfo(np.float32).eps)
 
 
 class LayerRanks(NamedTuple):
@@ -19,8 +16,10 @@ class LayerRanks(NamedTuple):
 
     Attributes
     ----------
-    task, layer : str
-        Where.
+    task : int
+        Counted from 1.
+    layer : str
+        Its name.
     ranks : dict of (str, float) to int
         Smallest rank by measure and share: ``energy`` of the general subspace, ``ratio`` of the
         isolated one, which has none on the first task.
@@ -28,7 +27,7 @@ class LayerRanks(NamedTuple):
         Share that the rank of the run reaches, by measure.
     """
 
-    task: str
+    task: int
     layer: str
     ranks: dict[tuple[RankMeasure, float], int]
     reached: dict[RankMeasure, float]
@@ -56,24 +55,30 @@ def layer_ranks(path: Path, shares: Sequence[float]) -> tuple[int, list[LayerRan
     FileNotFoundError
         If there is no such run, or it kept no moments.
     ValueError
-        If a share is out of range, or the run used a method without subspaces.
+        If a share is out of range, the run used a method without subspaces, or a file is damaged.
     """
-    method = read_method(path)
+    settings = read_settings(path)
     lines = []
-    for kept in kept_tasks(path, method):
-        for layer in kept.layers:
-            new, old = kept.moments[f"new/{layer}"], kept.history.get(layer)
+    for task in saved_tasks(path, settings):
+        for name, layer in task.layers.items():
             ranks: dict[tuple[RankMeasure, float], int] = {}
             reached: dict[RankMeasure, float] = {}
-            for of in _MEASURES if old is not None else _MEASURES[:1]:
+            old = None if layer.history is None else layer.history.total
+            for measure in _MEASURES[:1] if old is None else _MEASURES:
                 for share in shares:
-                    choice = rank_for(
-                        new, old, share, of=of, ridge=method.ridge, accumulation_eps=_GRAM_EPS
-                    )
-                    ranks[of, share] = int(choice.rank)
-                    reached[of] = float(choice.curve[method.rank - 1])
-            lines.append(LayerRanks(kept.task, layer, ranks, reached))
-    return method.rank, lines
+                    with readable(path):
+                        choice = rank_for(
+                            layer.new,
+                            old,
+                            share,
+                            of=measure,
+                            ridge=settings.ridge,
+                            accumulation_eps=rounding_unit(),
+                        )
+                    ranks[measure, share] = int(choice.rank)
+                    reached[measure] = float(choice.curve[settings.rank - 1])
+            lines.append(LayerRanks(task.number, name, ranks, reached))
+    return settings.rank, lines
 
 
 def rank_table(rank: int, lines: Sequence[LayerRanks]) -> str:
@@ -87,19 +92,29 @@ def rank_table(rank: int, lines: Sequence[LayerRanks]) -> str:
     columns = [
         (of, share) for of in _MEASURES for share in dict.fromkeys(s for _, s in lines[0].ranks)
     ]
-    header = ["task", "layer", *(f"{of} {share:g}" for of, share in columns)]
-    header += [f"{of} at {rank}" for of in _MEASURES]
-    rows = [header]
+    rows = [
+        [
+            "task",
+            "layer",
+            *(f"{of} {share:g}" for of, share in columns),
+            *(f"{of} at {rank}" for of in _MEASURES),
+        ]
+    ]
     for line in lines:
         needed = [str(line.ranks.get(column, "")) for column in columns]
         shares = [f"{line.reached[of]:.4f}" if of in line.reached else "" for of in _MEASURES]
-        rows.append([line.task, line.layer, *needed, *shares])
+        rows.append([str(line.task), line.layer, *needed, *shares])
     most = [str(max((x.ranks.get(c, 0) for x in lines), default=0) or "") for c in columns]
     rows.append(["all", "largest", *most, "", ""])
-    widths = [max(len(row[k]) for row in rows) for k in range(len(header))]
+    return aligned(rows, left=2)
+
+
+def aligned(rows: Sequence[Sequence[str]], *, left: int) -> str:
+    """Columns of plain text, the first ones aligned to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if k < 2 else cell.rjust(width)
+            cell.ljust(width) if k < left else cell.rjust(width)
             for k, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows

@@ -1,0 +1,202 @@
+"""What a run of LoDA saved of its tasks: moments with their history, branches, coefficients."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from numpy.typing import NDArray
+from torch import Tensor
+
+from backends.torch import LoDASettings
+from loda_math import History, remember
+from training.files import nested, not_finite, read_tensors
+from training.files import understanding as readable
+from training.methods.loda import as_loda
+from training.run_folder import TASKS, begun_experiment
+
+Array = NDArray[Any]
+
+
+class SavedLayer(NamedTuple):
+    """An adapted layer in one task, as saved in files of that task.
+
+    Attributes
+    ----------
+    new : array, shape (D, D)
+        Moment before training, from which the directions were chosen.
+    trained, merged : array, shape (D, D)
+        Moments through the trained and through the merged model.
+    history : History or None
+        As the task began; None on the first task.
+    downs, ups : dict of str to array
+        A (r, D) and B (O, r) by branch, as trained.
+    coefficients : array
+        Λ.
+
+    Notes
+    -----
+    A moment or Λ is None where the run did not compute or save it.
+    """
+
+    new: Array | None
+    trained: Array | None
+    merged: Array | None
+    history: History | None
+    downs: Mapping[str, Array]
+    ups: Mapping[str, Array]
+    coefficients: Array | None
+
+
+class SavedTask(NamedTuple):
+    """A task, counted from 1, and its adapted layers by name."""
+
+    number: int
+    layers: dict[str, SavedLayer]
+
+
+def read_settings(path: Path) -> LoDASettings:
+    """Settings of LoDA that a run trained under; ``null_lora`` is LoDA under some of them.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder is no run.
+    ValueError
+        If the run used a method that chooses no subspaces by moments.
+    """
+    method = begun_experiment(path).method
+    if method.name not in ("loda", "null_lora"):
+        msg = (
+            f"{path} must be a run of loda or null_lora, the methods that choose their directions "
+            f"by second moments, got a run of {method.name}"
+        )
+        raise ValueError(msg)
+    settings = as_loda(method)
+    return LoDASettings(**{f.name: getattr(settings, f.name) for f in fields(LoDASettings)})
+
+
+def task_file(path: Path, number: int, name: str) -> Path:
+    """Where a run keeps the moments, branches or heads of a task, counted from 1.
+
+    Examples
+    --------
+    >>> task_file(Path("runs/a"), 2, "moments").as_posix()
+    'runs/a/tasks/001/moments.safetensors'
+    """
+    return path / TASKS / f"{number - 1:03d}" / f"{name}.safetensors"
+
+
+def saved_tasks(
+    path: Path, settings: LoDASettings, *, branches: bool = False
+) -> Iterator[SavedTask]:
+    """Read the moments of all tasks in order, each task with the history that it began with.
+
+    Parameters
+    ----------
+    path : Path
+        A run trained with ``keep.moments``.
+    settings : LoDASettings
+        As :func:`read_settings` returns them: they say what enters the history.
+    branches : bool, default False
+        Read the branches too, which ``keep.branches`` saves.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a task lacks one of the files.
+    ValueError
+        If a file is damaged; the message names it.
+    """
+    names = ("moments", "branches") if branches else ("moments",)
+    tasks = range(1, 1 + sum(folder.is_dir() for folder in (path / TASKS).glob("*")))
+    if not tasks or not all(task_file(path, n, name).is_file() for n in tasks for name in names):
+        switches = " ".join(f"--keep.{name} true" for name in names)
+        msg = f"{path} did not keep {' and '.join(names)} of all its tasks: train with {switches}"
+        raise FileNotFoundError(msg)
+    history: dict[str, History] = {}
+    for number in tasks:
+        layers = read_task(path, number, *names)
+        file = task_file(path, number, "moments")
+        with readable(file):
+            if not layers or (history and layers.keys() != history.keys()):
+                msg = f"moments of the layers {list(layers)}, in earlier tasks of {list(history)}"
+                raise ValueError(msg)
+        yield SavedTask(
+            number, {name: x._replace(history=history.get(name)) for name, x in layers.items()}
+        )
+        with readable(file):
+            for name, layer in layers.items():
+                moments = [getattr(layer, through) for through in settings.passes()]
+                decay = settings.history_decay
+                history[name] = remember(history.get(name), *moments, decay=decay)
+
+
+def read_task(path: Path, number: int, *names: str) -> dict[str, SavedLayer]:
+    """Read files of one task, counted from 1: ``moments``, ``branches`` or both, by layer.
+
+    Raises
+    ------
+    FileNotFoundError
+        If one of them is not there.
+    ValueError
+        If one of them is damaged; the message names it.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        tensors |= read_finite(task_file(path, number, name))
+
+    # The names are those of backends.torch.TaskRecord.
+    def group(prefix: str) -> dict[str, Array]:
+        return {name: tensor.numpy() for name, tensor in nested(tensors, prefix).items()}
+
+    with readable(path / TASKS / f"{number - 1:03d}"):
+        moments = {name: group(name) for name in ("new", "trained", "merged")}
+        coefficients = group("coefficients")
+        downs, ups = (
+            {branch: group(f"{kind}/{branch}") for branch in ("general", "isolated")}
+            for kind in ("down", "up")
+        )
+    layers = dict.fromkeys([*moments["new"], *(name for x in downs.values() for name in x)])
+    return {
+        layer: SavedLayer(
+            **{name: arrays.get(layer) for name, arrays in moments.items()},
+            history=None,
+            downs={branch: arrays[layer] for branch, arrays in downs.items() if layer in arrays},
+            ups={branch: arrays[layer] for branch, arrays in ups.items() if layer in arrays},
+            coefficients=coefficients.get(layer),
+        )
+        for layer in layers
+    }
+
+
+def read_finite(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file of a run.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is not there.
+    ValueError
+        If it cannot be read or holds NaN or infinite values; the message names it.
+    """
+    tensors = read_tensors(path)
+    with readable(path):
+        broken = not_finite(tensors)
+    if broken:
+        msg = f"{path} holds NaN or infinite values: {', '.join(broken[:8])}"
+        raise ValueError(msg)
+    return tensors
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Sorting key under which layer 10 comes after layer 2.
+
+    Examples
+    --------
+    >>> sorted(["blocks.10.qkv", "blocks.2.qkv"], key=natural)
+    ['blocks.2.qkv', 'blocks.10.qkv']
+    """
+    parts = re.split(r"(\d+)", name)
+    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts]
