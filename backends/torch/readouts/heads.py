@@ -1,16 +1,60 @@
-"""Cosine classifier heads: one a task, only the current one trained, all used at test."""
+"""Cosine heads, one a task, and the classifier that compares features with a direction a class."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["CosineHead", "Heads", "class_mean_start"]
+from backends.torch.readouts.readout import check_features
 
 # Far below the norm of any real feature; keeps the gradient of a zero vector finite.
 _EPS = 1e-6
 _STD = 0.02
+
+
+def cosines(features: Tensor, weight: Tensor) -> Tensor:
+    """Cosines (..., C) of features (..., D) to the rows of a weight (C, D), up to rounding."""
+    found: Tensor = functional.linear(
+        functional.normalize(features, dim=-1, eps=_EPS),
+        functional.normalize(weight, dim=-1, eps=_EPS),
+    )
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class CosineClassifier:
+    """Cosines to one direction a class.
+
+    Parameters
+    ----------
+    weight : Tensor, shape (C, D)
+        Directions of any length but zero.
+
+    Examples
+    --------
+    >>> CosineClassifier(torch.eye(2)).logits(torch.tensor([[3.0, 4.0]])).argmax().item()
+    1
+    """
+
+    weight: Tensor
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Cosines (N, C) in [-1, 1] of features (N, D), in the wider type of the two.
+
+        Raises
+        ------
+        ValueError
+            If the features do not fit the weight or are not finite.
+        """
+        check_features(features, self.weight.shape[1])
+        dtype = torch.promote_types(features.dtype, self.weight.dtype)
+        return cosines(features.to(dtype), self.weight.to(features.device, dtype)).clamp(-1.0, 1.0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weight."""
+        return {"weight": self.weight}
 
 
 class CosineHead(nn.Module):
@@ -43,15 +87,15 @@ class CosineHead(nn.Module):
     ) -> None:
         super().__init__()
         if classes < 1 or dim < 1:
-            msg = f"A head needs at least 1 class and 1 feature; given {classes} and {dim}."
+            msg = f"classes and dim must be at least 1, got {classes} and {dim}"
             raise ValueError(msg)
         if start is None:
             weight = torch.empty(classes, dim)
             nn.init.trunc_normal_(weight, std=_STD, a=-2 * _STD, b=2 * _STD, generator=generator)
         elif start.shape != (classes, dim) or not start.is_floating_point():
             msg = (
-                f"The start has shape {tuple(start.shape)} and type {start.dtype}; "
-                f"it must be floating, of shape ({classes}, {dim})."
+                f"start must be floating, of shape ({classes}, {dim}), got {start.dtype} of shape "
+                f"{tuple(start.shape)}"
             )
             raise ValueError(msg)
         else:
@@ -68,17 +112,13 @@ class CosineHead(nn.Module):
         """
         if features.shape[-1:] != self.weight.shape[1:]:
             msg = (
-                f"Features have shape {tuple(features.shape)}; "
-                f"the head reads (..., {self.weight.shape[1]})."
+                f"features must have shape (..., {self.weight.shape[1]}), got "
+                f"{tuple(features.shape)}"
             )
             raise ValueError(msg)
         dtype = torch.promote_types(features.dtype, self.weight.dtype)
         with torch.autocast(device_type=features.device.type, enabled=False):
-            cosines: Tensor = functional.linear(
-                functional.normalize(features.to(dtype), dim=-1, eps=_EPS),
-                functional.normalize(self.weight.to(dtype), dim=-1, eps=_EPS),
-            )
-        return cosines.clamp(-1.0, 1.0)
+            return cosines(features.to(dtype), self.weight.to(dtype)).clamp(-1.0, 1.0)
 
 
 def class_mean_start(means: Tensor) -> Tensor:
@@ -98,18 +138,18 @@ def class_mean_start(means: Tensor) -> Tensor:
     [[0.6000000238418579, 0.800000011920929]]
     """
     if means.ndim != 2 or not means.is_floating_point():
-        msg = f"Means have shape {tuple(means.shape)} and type {means.dtype}; give floating (C, D)."
+        msg = f"means must be floating (C, D), got {means.dtype} of shape {tuple(means.shape)}"
         raise ValueError(msg)
     wide = means.detach().double()
     norms = wide.norm(dim=-1, keepdim=True)
     bad = (~(norms.isfinite() & (norms > 0))).squeeze(-1).nonzero().flatten().tolist()
     if bad:
-        msg = f"The mean features of classes {bad} are zero or not finite; they give no direction."
+        msg = f"mean features must be finite and not zero, which they are not of classes {bad}"
         raise ValueError(msg)
     return torch.div(wide, norms).to(means.dtype)
 
 
-class Heads(nn.Module):
+class CosineHeads(nn.Module):
     """One `CosineHead` a task; only the last one is trainable; all are concatenated at test.
 
     Parameters
@@ -121,7 +161,7 @@ class Heads(nn.Module):
 
     Examples
     --------
-    >>> heads = Heads(4)
+    >>> heads = CosineHeads(4)
     >>> _ = heads.add(2)
     >>> current = heads.add(3)
     >>> heads(torch.ones(1, 4)).shape, heads.sizes, heads.weight().shape
@@ -144,10 +184,10 @@ class Heads(nn.Module):
 
     @property
     def current(self) -> CosineHead:
-        """The head of the current task. Raises ValueError before the first `add`."""
+        """The head of the current task; ValueError before the first `add`."""
         heads = self._heads()
         if not heads:
-            msg = "There is no head yet; call add(classes) when a task begins."
+            msg = "there is no head yet; call add(classes) when a task begins"
             raise ValueError(msg)
         return heads[-1]
 
@@ -178,26 +218,6 @@ class Heads(nn.Module):
         """All weights (C_seen, D), detached: a copy."""
         self.current  # noqa: B018
         return torch.cat([head.weight.detach() for head in self._heads()])
-
-    def assign(self, weight: Tensor) -> None:
-        """Overwrite all weights by (C_seen, D), as classifier alignment does.
-
-        Raises
-        ------
-        ValueError
-            If the shape does not fit.
-        """
-        if weight.shape != (sum(self.sizes), self.dim):
-            msg = (
-                f"The weight has shape {tuple(weight.shape)}; "
-                f"the heads hold ({sum(self.sizes)}, {self.dim})."
-            )
-            raise ValueError(msg)
-        with torch.no_grad():
-            for head, rows in zip(
-                self._heads(), torch.split(weight, list(self.sizes)), strict=True
-            ):
-                head.weight.copy_(rows)
 
     def _heads(self) -> list[CosineHead]:
         return [head for head in self.tasks if isinstance(head, CosineHead)]

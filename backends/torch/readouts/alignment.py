@@ -2,77 +2,18 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backends.torch.readouts._checks import check_filled, finite
-from backends.torch.readouts.cosine import CosineReadout, cosines
+from backends.torch.readouts.heads import cosines
+from backends.torch.readouts.readout import Alignment, finite
 from backends.torch.readouts.statistics import ClassStatistics
 
 _EPS = 1e-6
 _ROUND = 50  # steps whose losses are averaged before they are judged
 _HALVINGS = 5  # of the learning rate, before training ends
-
-
-@dataclass(frozen=True)
-class AlignmentSettings:
-    """Settings of classifier alignment on Gaussian samples.
-
-    Two modes. With `epochs` (the paper's: 5) the heads are trained on as the published schedule
-    says: each epoch draws 256 samples a class and takes C_seen steps of 256, with SGD (`lr`,
-    `momentum`, `weight_decay`), the cosine schedule stepping once an epoch, and means scaled by
-    0.9 + 0.1·(t+1)/T for a class of task t (from 0) of T. The first task is left alone.
-
-    With `epochs=None` (default) the same loss is minimised until it stops falling, which makes
-    the result independent of the heads; see `align_heads`. Means are not scaled, and covariances
-    are shrunk towards the pooled one: (1 - a)·S_c + a·S_pooled with
-    a = k·D/(k·D + n_c - 1), k = `shrinkage`.
-
-    Parameters
-    ----------
-    epochs : int or None
-    temperature : float
-        τ > 0 of the loss (paper: 0.3 CIFAR, 0.2 CUB, ImageNet-A and -R, 0.1 DomainNet).
-    ridge : float
-        Added to each covariance's diagonal, >= 0.
-    relative : bool
-        Whether `ridge` is in units of the covariance's mean diagonal.
-    shrinkage : float
-        k >= 0, of the convergence mode only.
-    lr, momentum, weight_decay : float
-        Of the published schedule only.
-    tolerance : float
-        Relative fall of the loss, round on round, below which the convergence mode slows down.
-    max_steps : int
-        Cap of the convergence mode.
-    """
-
-    epochs: int | None = None
-    temperature: float = 0.2
-    ridge: float = 1e-3
-    relative: bool = False
-    shrinkage: float = 0.3
-    lr: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    tolerance: float = 0.01
-    max_steps: int = 3000
-
-    def __post_init__(self) -> None:
-        if self.epochs is not None and self.epochs < 1:
-            msg = f"epochs is {self.epochs}; give at least 1, or None to run to convergence."
-            raise ValueError(msg)
-        for name in ("temperature", "lr", "tolerance", "max_steps"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                msg = f"{name} is {getattr(self, name)}; it must be finite and above 0."
-                raise ValueError(msg)
-        for name in ("ridge", "shrinkage", "momentum", "weight_decay"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                msg = f"{name} is {getattr(self, name)}; it must be finite, 0 or above."
-                raise ValueError(msg)
 
 
 def alignment_loss(
@@ -88,38 +29,25 @@ def alignment_loss(
     return functional.cross_entropy(cosines / scale, labels)
 
 
-def alignment(
-    statistics: ClassStatistics,
-    settings: AlignmentSettings | None = None,
-    *,
-    generator: torch.Generator,
-    weight: Tensor | None = None,
-) -> CosineReadout:
-    """The read-out of `align_heads`."""
-    return CosineReadout(
-        "alignment", align_heads(statistics, settings, generator=generator, weight=weight)
-    )
-
-
 def align_heads(
     statistics: ClassStatistics,
-    settings: AlignmentSettings | None = None,
+    settings: Alignment,
     *,
     generator: torch.Generator,
     weight: Tensor | None = None,
 ) -> Tensor:
     """Head weights (C, D) retrained on samples of each class's stored Gaussian.
 
-    In the convergence mode the weights start at the least-squares solution S⁻¹μ_c (S: the
-    second moment of the mixture) and are trained by Adam in coordinates that whiten S. Every
-    step draws anew, so the mean loss of a round of 50 steps estimates the true risk. A round that
-    lowers the best so far by less than `tolerance` halves the learning rate (from 0.1); training
-    ends at the sixth such round, or at `max_steps`.
+    `Alignment` explains the two ways to train. Without ``epochs`` the weights start at the
+    least-squares solution S⁻¹μ_c (S: the second moment of the mixture) and are trained by Adam in
+    coordinates that whiten S. Every step draws anew, so the mean loss of a round of 50 steps
+    estimates the true risk. A round that lowers the best so far by less than ``tolerance`` halves
+    the learning rate (from 0.1); training ends at the sixth such round, or at ``max_steps``.
 
     Parameters
     ----------
     statistics : ClassStatistics
-    settings : AlignmentSettings, optional
+    settings : Alignment
     generator : torch.Generator
         Source of all randomness: the same state gives the same weights.
     weight : (C, D) tensor, optional
@@ -130,37 +58,25 @@ def align_heads(
     ------
     ValueError
         While no task is finished, or when the weight is missing or does not fit.
-
-    Examples
-    --------
-    >>> statistics = ClassStatistics()
-    >>> x = torch.tensor([[2.0, 0.1], [2.0, -0.1], [1.0, 2.0], [1.2, 2.0]])
-    >>> statistics.add_task(x, torch.tensor([0, 0, 1, 1]))
-    >>> new = align_heads(statistics, generator=torch.Generator().manual_seed(0))
-    >>> CosineReadout("alignment", new).logits(x).argmax(1).tolist()
-    [0, 0, 1, 1]
     """
-    settings = settings or AlignmentSettings()
-    check_filled(statistics.classes)
+    statistics.require_classes()
     mean = statistics.mean
     if weight is not None and weight.shape != mean.shape:
-        msg = f"Head weights have shape {tuple(weight.shape)}; the statistics {tuple(mean.shape)}."
+        msg = f"head weights must have shape {tuple(mean.shape)}, got {tuple(weight.shape)}"
         raise ValueError(msg)
     if settings.epochs is None:
         return _converge(statistics, settings, generator)
     if weight is None:
-        msg = "The published schedule trains the heads on: give their weight, or set epochs=None."
+        msg = "the published schedule starts from the heads: give their weight, or set epochs=None"
         raise ValueError(msg)
     start = finite("head weights", weight.detach().to(mean).clone())
-    return (
-        start
-        if len(statistics.task_sizes) == 1
-        else _schedule(statistics, settings, generator, start)
-    )
+    if len(statistics.task_sizes) == 1:
+        return start
+    return _schedule(statistics, settings, generator, start)
 
 
 def _schedule(
-    statistics: ClassStatistics, s: AlignmentSettings, generator: torch.Generator, weight: Tensor
+    statistics: ClassStatistics, s: Alignment, generator: torch.Generator, weight: Tensor
 ) -> Tensor:
     """The published schedule: `s.epochs` epochs of C steps of 256 fresh samples."""
     epochs = s.epochs or 0
@@ -182,9 +98,7 @@ def _schedule(
     return finite("aligned weights", weight.detach())
 
 
-def _converge(
-    statistics: ClassStatistics, s: AlignmentSettings, generator: torch.Generator
-) -> Tensor:
+def _converge(statistics: ClassStatistics, s: Alignment, generator: torch.Generator) -> Tensor:
     """Run to convergence: see `align_heads`."""
     mean, covariance = statistics.mean, _shrunk(statistics, s.shrinkage)
     factors = _factors(covariance, s, mean.dtype)
@@ -239,7 +153,7 @@ def _shrunk(statistics: ClassStatistics, shrinkage: float) -> Tensor:
     return torch.lerp(covariance, pooled.expand_as(covariance), share)
 
 
-def _factors(covariance: Tensor, s: AlignmentSettings, dtype: torch.dtype) -> Tensor:
+def _factors(covariance: Tensor, s: Alignment, dtype: torch.dtype) -> Tensor:
     """Cholesky factors (C, D, D) of covariance + ridge, factorised in float64.
 
     Stored covariances carry the rounding of float32: half an eps of the Frobenius norm at most,
@@ -248,7 +162,7 @@ def _factors(covariance: Tensor, s: AlignmentSettings, dtype: torch.dtype) -> Te
     """
     trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
     dim = covariance.shape[-1]
-    wanted = s.ridge * trace / dim if s.relative else torch.full_like(trace, s.ridge)
+    wanted = s.covariance * trace / dim if s.relative else torch.full_like(trace, s.covariance)
     least = max(torch.finfo(torch.float32).eps, 4 * dim * torch.finfo(torch.float64).eps) * trace
     jitter = torch.maximum(wanted, least).clamp(min=torch.finfo(torch.float64).tiny)
     eye = torch.eye(dim).to(covariance)

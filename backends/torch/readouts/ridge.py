@@ -1,22 +1,19 @@
-"""Ridge regression on random ReLU features: its sums over tasks, and the read-out from them."""
+"""Ridge regression on random ReLU features: its sums over tasks, its solve, its classifier."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backends.torch.readouts._checks import (
+from backends.torch.readouts.readout import check_features, check_names
+from backends.torch.readouts.statistics import (
+    TaskStatistics,
     check_batch,
-    check_closed,
-    check_features,
-    check_filled,
-    check_keys,
-    finite,
+    require_closed,
     task_end,
 )
-from backends.torch.readouts.tasks import TaskStatistics
 
 RIDGE_STRENGTHS = tuple(10.0**k for k in range(-8, 9))
 _ROWS = 2048  # images projected at a time
@@ -51,7 +48,7 @@ class RidgeStatistics(TaskStatistics):
 
     def __init__(self, dim: int, *, features: int = 1000, seed: int = 0) -> None:
         if dim < 1 or features < 1:
-            msg = f"Ridge needs at least 1 input and 1 random feature; given {dim} and {features}."
+            msg = f"dim and features must be at least 1, got {dim} and {features}"
             raise ValueError(msg)
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
@@ -100,7 +97,7 @@ class RidgeStatistics(TaskStatistics):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Flat tensors of the finished tasks, ready for safetensors."""
-        check_closed(open_task=bool(self._open))
+        require_closed(is_open=bool(self._open))
         return {
             "projection": self.projection,
             "gram": self.gram,
@@ -109,15 +106,15 @@ class RidgeStatistics(TaskStatistics):
             "task_sizes": torch.tensor(self.task_sizes, dtype=torch.int64),
         }
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state_dict` gave. Raises ValueError when keys or shapes do not fit."""
-        check_keys(state, {"projection", "gram", "cross", "strength", "task_sizes"})
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` gave; ValueError if keys or shapes do not fit."""
+        check_names(state, {"projection", "gram", "cross", "strength", "task_sizes"}, "ridge sums")
         sizes = tuple(int(n) for n in state["task_sizes"])
         m = state["projection"].shape[-1]
         if state["gram"].shape != (m, m) or state["cross"].shape != (m, sum(sizes)):
             msg = (
-                f"{m} random features and {sum(sizes)} classes do not fit sums of shapes "
-                f"{tuple(state['gram'].shape)} and {tuple(state['cross'].shape)}."
+                f"gram and cross must have shapes {(m, m)} and {(m, sum(sizes))}, got "
+                f"{tuple(state['gram'].shape)} and {tuple(state['cross'].shape)}"
             )
             raise ValueError(msg)
         self.projection, self.gram, self.cross = state["projection"], state["gram"], state["cross"]
@@ -149,12 +146,11 @@ class RidgeStatistics(TaskStatistics):
 
 
 @dataclass(frozen=True, eq=False)
-class RidgeReadout:
+class RidgeClassifier:
     """Linear scores of random ReLU features: projection (D, M), weight (M, C)."""
 
     projection: Tensor
     weight: Tensor
-    kind: str = "ridge"
 
     def logits(self, features: Tensor) -> Tensor:
         """Scores (N, C), close to 1 for the right class and 0 for the others."""
@@ -166,13 +162,6 @@ class RidgeReadout:
     def tensors(self) -> dict[str, Tensor]:
         """The projection and the weight."""
         return {"projection": self.projection, "weight": self.weight}
-
-
-def ridge(statistics: RidgeStatistics) -> RidgeReadout:
-    """Ridge regression on the accumulated random features, at the strength last chosen."""
-    check_filled(statistics.classes)
-    weight = solve_ridge(statistics.gram, statistics.cross, statistics.strength)
-    return RidgeReadout(statistics.projection.clone().contiguous(), finite("ridge weights", weight))
 
 
 def random_features(features: Tensor, projection: Tensor) -> Tensor:
