@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from training.finished.inference import Classifier
+    from training.analysis.predict import Classifier
 
 __all__ = ["load"]
 
@@ -41,6 +41,6 @@ def load(run: str | Path, *, device: str = "cpu") -> "Classifier":
     ...
     FileNotFoundError: no run folder no/such/run
     """
-    from training.finished.inference import load_classifier
+    from training.analysis.predict import load_classifier
 
     return load_classifier(Path(run)).to(device)

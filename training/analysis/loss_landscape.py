@@ -2,29 +2,36 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from backends.torch import LoDASettings
 from backends.torch.readouts import CosineHeads
-from training.analyse.rebuild import TaskUpdate, task_updates
+from training.analysis.predict import evaluation_batches, load_classifier, set_up
+from training.analysis.saved_tasks import (
+    Layer,
+    read_finite,
+    read_settings,
+    read_task,
+    task_file,
+)
 from training.config import Experiment, HeadConfig
-from training.data import Stream, build_stream, loader, test_transform
-from training.evaluate import make_accelerator
-from training.files import nested, read_tensors
-from training.finished.inference import load_classifier
-from training.finished.kept import read_method
-from training.run_folder import TASKS
+from training.data import Stream
+from training.files import understanding as readable
 from training.step.losses import cosface
 
-_KINDS = ("own", "seen")
+_AGES = ("old", "new")
+_CANDIDATES = ("own", "seen")
+
+Tensors = dict[str, Tensor]
+"""One tensor a layer, by its name."""
 
 
-def losses(
+def loss_landscape(
     path: Path, tasks: Sequence[int], steps: Sequence[float], *, root: str | None = None
 ) -> list[dict[str, Any]]:
     r"""Mean CosFace loss of old and of new evaluation images at several points, by task.
@@ -43,7 +50,7 @@ def losses(
     path : Path
         A finished run of LoDA with ``keep.branches``, ``keep.moments`` and ``keep.heads``.
     tasks : sequence of int
-        Counted from 0; not the first one, which has no past.
+        Counted from 1; not the first one, which has no past.
     steps : sequence of float
         Values of α.
     root : str, optional
@@ -60,154 +67,218 @@ def losses(
     FileNotFoundError
         If the folder is no run, or lacks branches, moments or heads.
     ValueError
-        If the run has no general branch, or the data have other classes now.
+        If the run has no general branch, the data have other classes now, or a file is damaged.
 
     Notes
     -----
     LoDA, arXiv:2603.00191, Figure 3.
     """
+    settings = read_settings(path)
     classifier = load_classifier(path)
     experiment, model = classifier.experiment, classifier.model
-    if experiment.threads is not None:
-        torch.set_num_threads(experiment.threads)
-    data = experiment.data if root is None else replace(experiment.data, root=root)
-    stream = build_stream(data, experiment.seed)
-    if stream.class_names != classifier.classes:
-        msg = f"the data set has other classes now than when {path} was trained"
-        raise ValueError(msg)
-    accelerator = make_accelerator(experiment)
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    final = {name: layer.weight for name, layer in linear.items()}
-    found = []
-    for update in task_updates(path, read_method(path), final, len(stream.tasks)):
+    stream, accelerator = set_up(path, experiment, root=root)
+    final = {name: m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    landscapes = []
+    for update in task_updates(path, settings, final, len(stream.tasks)):
         if update.task in tasks:
             if not update.general:
                 msg = f"{path} has no general branch after its first task: no direction to follow"
                 raise ValueError(msg)
-            model.to(accelerator.device)
-            heads = _heads(path, update.task, stream, classifier.backbone.features)
-            moments = _new_moments(path, update)
-            line = _Line(model, update, moments, heads.to(accelerator.device), accelerator)
-            found.append(line.measure(experiment, stream, steps))
-    return found[::-1]
+            heads = CosineHeads(
+                classifier.backbone.features, [len(c) for c in stream.tasks[: update.task]]
+            )
+            file = task_file(path, update.task, "heads")
+            with readable(file):
+                heads.load_state_dict(read_finite(file))
+            line = _Line(model.to(accelerator.device), update, _new_moments(path, update))
+            heads.eval().to(accelerator.device)
+            landscapes.append(_measure(line, steps, heads, experiment, stream, accelerator))
+    return landscapes[::-1]
+
+
+class TaskUpdate(NamedTuple):
+    """What a task did to the weights of the adapted layers, each by layer, in float64.
+
+    Attributes
+    ----------
+    task : int
+        Counted from 1.
+    before : dict of str to Tensor, shape (O, D)
+        Weights before the task.
+    general : dict of str to Tensor, shape (O, D)
+        w_G·B_G A_G, the general branch as trained; empty without one.
+    recalibrated : dict of str to Tensor, shape (O, D)
+        w_G·B_G Λ A_G; empty where Λ belongs to both branches together.
+    whole : dict of str to Tensor, shape (O, D)
+        Everything that was merged.
+    """
+
+    task: int
+    before: Tensors
+    general: Tensors
+    recalibrated: Tensors
+    whole: Tensors
+
+
+def task_updates(
+    path: Path, settings: LoDASettings, final: Mapping[str, Tensor], tasks: int
+) -> Iterator[TaskUpdate]:
+    """Updates of the tasks from the last to the first, each taken off the weights in turn.
+
+    Parameters
+    ----------
+    path : Path
+        A run of LoDA with ``keep.branches``.
+    settings : LoDASettings
+        Of the run.
+    final : mapping of str to Tensor, shape (O, D)
+        Final weights by name of the adapted layer; other layers may be there too.
+    tasks : int
+        Number of tasks.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the branches of a task are not there.
+    ValueError
+        If they are damaged or not those of the model.
+    """
+    now: Tensors = {}
+    for task in range(tasks, 0, -1):
+        layers = read_task(path, task, "branches")
+        with readable(task_file(path, task, "branches")):
+            if not now:
+                now = {name: final[name].detach().to("cpu", torch.float64) for name in layers}
+            parts = {name: _layer_update(settings, layer) for name, layer in layers.items()}
+            general, recalibrated, whole = (
+                {name: part[kind] for name, part in parts.items() if kind in part}
+                for kind in ("general", "recalibrated", "whole")
+            )
+            now = {name: now[name] - whole[name] for name in layers}
+        yield TaskUpdate(task, now, general, recalibrated, whole)
+
+
+def _layer_update(settings: LoDASettings, layer: Layer) -> Tensors:
+    tensors = {name: torch.from_numpy(array).double() for name, array in layer.items()}
+    branches = [name for name in ("general", "isolated") if f"A_{name}" in tensors]
+    downs = {name: tensors[f"A_{name}"] for name in branches}
+    ups = {name: settings.weight(name) * tensors[f"B_{name}"] for name in branches}
+    products = {name: ups[name] @ downs[name] for name in branches}
+    update = {"general": products["general"]} if "general" in products else {}
+    coefficients = tensors.get("coefficients")
+    if coefficients is not None and settings.joint:
+        up, down = torch.cat(list(ups.values()), dim=1), torch.cat(list(downs.values()))
+        return {**update, "whole": up @ coefficients @ down}
+    if coefficients is not None:
+        products["general"] = ups["general"] @ coefficients @ downs["general"]
+    if "general" in products:
+        update["recalibrated"] = products["general"]
+    return {**update, "whole": torch.stack(list(products.values())).sum(dim=0)}
+
+
+def _new_moments(path: Path, update: TaskUpdate) -> Tensors:
+    """Moments of the task's inputs: those that the recalibration used, if it did."""
+    layers = read_task(path, update.task, "moments")
+    with readable(task_file(path, update.task, "moments")):
+        moments = {name: layers[name] for name in update.before}
+        return {
+            name: torch.from_numpy(x.get("moment_new_trained", x["moment_new"])).double()
+            for name, x in moments.items()
+        }
 
 
 class _Line:
-    """A model whose adapted layers are moved along a direction."""
+    """A model whose adapted layers are put at points of a line, and at marks beside it."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        update: TaskUpdate,
-        moments: Mapping[str, Tensor],
-        heads: CosineHeads,
-        accelerator: Accelerator,
-    ) -> None:
-        self.model, self.heads, self.accelerator = model, heads, accelerator
-        self.task = update.task
-        linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-        self.layers = {name: linear[name] for name in update.before}
-        self.before, self.general = self._floats(update.before), self._floats(update.general)
-        place = 1.0
-        marks = {"merged": update.whole}
+    def __init__(self, model: nn.Module, update: TaskUpdate, moments: Tensors) -> None:
+        self.model, self.task = model.eval(), update.task
+        self.weights = {name: model.get_parameter(f"{name}.weight") for name in update.before}
+        self.before, self.general = self._like(update.before), self._like(update.general)
+        self.marks = {"merged": self._like(update.whole)}
+        self.place = 1.0
         if update.recalibrated:
-            place = _nearest(update.recalibrated, update.general, moments)
-            marks = {"recalibrated": update.recalibrated, **marks}
-        self.marks = {name: self._floats(moved) for name, moved in marks.items()}
-        self.places = dict.fromkeys(marks, place)
-
-    def measure(
-        self, experiment: Experiment, stream: Stream, steps: Sequence[float]
-    ) -> dict[str, Any]:
-        """Losses at every step and mark, with one pass over the images."""
-        sums: defaultdict[tuple[str, str, str | int], float] = defaultdict(float)
-        counts: Counter[str] = Counter()
-        seen = [label for task in stream.tasks[: self.task + 1] for label in task]
-        batches = loader(
-            stream.test.subset(seen).with_transform(test_transform(experiment.data)),
-            experiment.train.eval_batch_size,
-            shuffle=False,
-            seed=0,
-            workers=experiment.data.workers,
-            device=self.accelerator.device,
-        )
-        self.model.eval()
-        for pixels, labels in batches:
-            new = labels >= stream.tasks[self.task][0]
-            for age, rows in (("old", ~new), ("new", new)):
-                if bool(rows.any()):
-                    counts[age] += int(rows.sum())
-                    for point in self._points(steps):
-                        found = self._losses(pixels[rows], labels[rows], experiment.head)
-                        for kind, loss in found.items():
-                            sums[kind, age, point] += loss * int(rows.sum())
-
-        def at(kind: str, point: str | int) -> dict[str, float]:
-            return {age: sums[kind, age, point] / counts[age] for age in ("old", "new")}
-
-        curves = {kind: [at(kind, number) for number in range(len(steps))] for kind in _KINDS}
-        return {
-            "task": self.task,
-            "step": list(steps),
-            **{
-                kind: {age: [point[age] for point in points] for age in ("old", "new")}
-                for kind, points in curves.items()
-            },
-            "marks": {
-                name: {"step": self.places[name], **{kind: at(kind, name) for kind in _KINDS}}
-                for name in self.marks
-            },
-        }
+            self.marks = {"recalibrated": self._like(update.recalibrated), **self.marks}
+            self.place = _nearest(update.recalibrated, update.general, moments)
 
     @torch.no_grad()
-    def _points(self, steps: Sequence[float]) -> Iterator[str | int]:
-        """Put the model at one point after the other."""
+    def points(self, steps: Sequence[float]) -> Iterator[str | int]:
+        """Put the model at each step, then at each mark, and name it."""
         for number, step in enumerate(steps):
-            for name, layer in self.layers.items():
-                layer.weight.copy_(self.before[name] + step * self.general[name])
+            for name, weight in self.weights.items():
+                weight.copy_(self.before[name] + step * self.general[name])
             yield number
         for mark, moved in self.marks.items():
-            for name, layer in self.layers.items():
-                layer.weight.copy_(self.before[name] + moved[name])
+            for name, weight in self.weights.items():
+                weight.copy_(self.before[name] + moved[name])
             yield mark
 
-    @torch.no_grad()
-    def _losses(self, pixels: Tensor, labels: Tensor, config: HeadConfig) -> dict[str, float]:
-        """Mean loss of some images, among the classes of their own tasks and among all seen."""
-        with self.accelerator.autocast():
-            features = self.model(pixels)
-        cosines = self.heads(features.float()).cpu()
-        sizes = torch.tensor(self.heads.sizes)
-        task_of = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-        foreign = task_of[labels][:, None] != task_of
-        candidates = {"own": cosines.masked_fill(foreign, -torch.inf), "seen": cosines}
-        return {
-            kind: float(cosface(among, labels, scale=config.scale, margin=config.margin))
-            for kind, among in candidates.items()
-        }
-
-    def _floats(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self.layers[name].weight) for name, tensor in tensors.items()}
+    def _like(self, tensors: Tensors) -> Tensors:
+        return {name: tensor.to(self.weights[name]) for name, tensor in tensors.items()}
 
 
-def _nearest(
-    moved: Mapping[str, Tensor], direction: Mapping[str, Tensor], moments: Mapping[str, Tensor]
-) -> float:
+def _measure(
+    line: _Line,
+    steps: Sequence[float],
+    heads: CosineHeads,
+    experiment: Experiment,
+    stream: Stream,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """Losses at every step and mark, with one pass over the images."""
+    sums: defaultdict[tuple[str, str, str | int], float] = defaultdict(float)
+    counts: Counter[str] = Counter()
+    seen = [label for task in stream.tasks[: line.task] for label in task]
+    images = stream.test.subset(seen)
+    for pixels, labels in evaluation_batches(images, experiment, accelerator.device):
+        new = labels >= stream.tasks[line.task - 1][0]
+        for age, rows in zip(_AGES, (~new, new), strict=True):
+            count = int(rows.sum())
+            if count:
+                counts[age] += count
+                for point in line.points(steps):
+                    with accelerator.autocast(), torch.no_grad():
+                        features = line.model(pixels[rows])
+                    losses = _losses(heads, features.float(), labels[rows], experiment.head)
+                    for among, loss in losses.items():
+                        sums[among, age, point] += loss * count
+
+    def at(among: str, point: str | int) -> dict[str, float]:
+        return {age: sums[among, age, point] / counts[age] for age in _AGES}
+
+    curves = {among: [at(among, number) for number in range(len(steps))] for among in _CANDIDATES}
+    return {
+        "task": line.task,
+        "step": list(steps),
+        **{
+            among: {age: [point[age] for point in points] for age in _AGES}
+            for among, points in curves.items()
+        },
+        "marks": {
+            mark: {"step": line.place, **{among: at(among, mark) for among in _CANDIDATES}}
+            for mark in line.marks
+        },
+    }
+
+
+@torch.no_grad()
+def _losses(
+    heads: CosineHeads, features: Tensor, labels: Tensor, config: HeadConfig
+) -> dict[str, float]:
+    """Mean loss of some images, among the classes of their own tasks and among all seen."""
+    cosines = heads(features).cpu()
+    sizes = torch.tensor(heads.sizes)
+    task_of = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+    foreign = task_of[labels][:, None] != task_of
+    candidates = {"own": cosines.masked_fill(foreign, -torch.inf), "seen": cosines}
+    return {
+        among: float(cosface(scores, labels, scale=config.scale, margin=config.margin))
+        for among, scores in candidates.items()
+    }
+
+
+def _nearest(moved: Tensors, direction: Tensors, moments: Tensors) -> float:
     """Step of the point of the line with the nearest outputs; 1 where none changes any."""
     outputs = {name: direction[name] @ moment for name, moment in moments.items()}
     along = sum(float((moved[name] * output).sum()) for name, output in outputs.items())
     length = sum(float((direction[name] * output).sum()) for name, output in outputs.items())
     return along / length if length > 0 else 1.0
-
-
-def _new_moments(path: Path, update: TaskUpdate) -> dict[str, Tensor]:
-    """Moments of the task's inputs by layer: those that the recalibration used, if it did."""
-    kept = read_tensors(path / TASKS / f"{update.task:03d}" / "moments.safetensors")
-    found = nested(kept, "trained") or nested(kept, "new")
-    return {name: found[name].double() for name in update.before}
-
-
-def _heads(path: Path, task: int, stream: Stream, features: int) -> CosineHeads:
-    heads = CosineHeads(features, [len(classes) for classes in stream.tasks[: task + 1]])
-    heads.load_state_dict(read_tensors(path / TASKS / f"{task:03d}" / "heads.safetensors"))
-    return heads.eval()

@@ -1,22 +1,24 @@
-"""A finished run as a classifier: predict images of one's own."""
+"""A finished run as a classifier: predict images of one's own, evaluate it again on its data."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
-from backends.torch.readouts import READOUTS as KINDS
-from backends.torch.readouts import Classifier as Fitted
+from backends.torch.readouts import Classifier as FittedReadout
+from training.analysis.saved_tasks import read_finite
 from training.backbones import Backbone, build_backbone, check_fits
 from training.config import Experiment, read_experiment
-from training.data import open_image, test_transform
-from training.files import nested, not_finite, read_tensors
+from training.data import ImageSet, Stream, build_stream, loader, open_image, test_transform
+from training.evaluate import build_readouts, count_correct, extract_features, make_accelerator
+from training.files import nested, read_json
+from training.files import understanding as readable
 from training.randomness import seeded
 from training.run_folder import CLASSES, CONFIG, MODEL, READOUTS
-from training.shapes import CLASSES_SHAPE, read_shaped
 
 
 class Prediction(NamedTuple):
@@ -42,13 +44,13 @@ class Classifier:
     backbone : Backbone
         The merged model.
     readouts : dict of str to backends.torch.readouts.Classifier
-        Classifiers on its features; the primary one is named by ``experiment.head.readout``.
+        Classifiers on its features, the primary one first.
     """
 
     classes: list[str]
     experiment: Experiment
     backbone: Backbone
-    readouts: dict[str, Fitted]
+    readouts: dict[str, FittedReadout]
 
     @property
     def model(self) -> nn.Module:
@@ -66,16 +68,18 @@ class Classifier:
         try:
             self.model.to(device)
         except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-            msg = f"cannot use the device {str(device)!r}: {_one_line(error)}"
+            msg = f"cannot use the device {str(device)!r}: {' '.join(str(error).split())}"
             raise ValueError(msg) from error
-        for kind, readout in self.readouts.items():
-            stored = {name: tensor.to(device) for name, tensor in readout.tensors().items()}
-            self.readouts[kind] = KINDS[kind]().load(stored)
+        for readout in build_readouts(self.experiment.head):
+            tensors = self.readouts[readout.name].tensors()
+            self.readouts[readout.name] = readout.load(
+                {name: tensor.to(device) for name, tensor in tensors.items()}
+            )
         return self
 
     @torch.no_grad()
     def logits(self, images: Tensor, readout: str | None = None) -> Tensor:
-        """Scores (N, classes) of images (N, C, H, W) that are transformed already.
+        """Scores (N, classes) of images that are transformed already.
 
         Parameters
         ----------
@@ -89,9 +93,9 @@ class Classifier:
         ValueError
             If the images do not fit the model, or the run has no such read-out.
         """
-        chosen = readout or self.experiment.head.readout
+        chosen = readout or next(iter(self.readouts))
         if chosen not in self.readouts:
-            msg = f"the run has no read-out {chosen!r}; it has {list(self.readouts)}"
+            msg = f"readout must be one of {list(self.readouts)}, got {chosen!r}"
             raise ValueError(msg)
         if images.ndim != 4 or not len(images) or not images.is_floating_point():
             msg = (
@@ -130,20 +134,18 @@ class Classifier:
             If a single path is given instead of a sequence.
         """
         if isinstance(images, (str, Path)):
-            msg = f"give a list of image files: [{str(images)!r}]"
+            msg = f"images must be a list of image files, got {str(images)!r}; put it in brackets"
             raise TypeError(msg)
         if not 1 <= top <= len(self.classes):
             msg = f"top must be from 1 to {len(self.classes)}, got {top}"
             raise ValueError(msg)
-        transform, size = (
-            test_transform(self.experiment.data),
-            self.experiment.train.eval_batch_size,
-        )
+        data, size = self.experiment.data, self.experiment.train.eval_batch_size
+        transform = test_transform(data)
         results = []
         for first in range(0, len(images), size):
             files = images[first : first + size]
-            pixels = [transform(open_image(path, self.experiment.data)) for path in files]
-            best = self.logits(torch.stack(pixels), readout).topk(top)
+            pixels = torch.stack([transform(open_image(path, data)) for path in files])
+            best = self.logits(pixels, readout).topk(top)
             for classes, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True):
                 names = [self.classes[index] for index in classes]
                 results.append([Prediction(*pair) for pair in zip(names, scores, strict=True)])
@@ -163,49 +165,108 @@ def load_classifier(folder: Path) -> Classifier:
     classes, _ = read_classes(folder)
     with seeded(0):  # the random weights of the new model are overwritten at once
         backbone = build_backbone(experiment.backbone, initialise=False)
-    weights = _read_finite(folder / MODEL)
-    try:
+    weights = read_finite(folder / MODEL)
+    with readable(folder / MODEL):
         backbone.module.load_state_dict(weights)
-    except RuntimeError as error:
-        msg = f"{folder / MODEL} does not fit the model of {folder / CONFIG}: {_one_line(error)}"
-        raise ValueError(msg) from error
-    readouts = _read_readouts(folder, len(classes), backbone.features)
-    if experiment.head.readout not in readouts:
-        msg = f"{folder / READOUTS} lacks the read-out {experiment.head.readout!r} of the run"
-        raise ValueError(msg)
+    tensors = read_finite(folder / READOUTS)
+    with readable(folder / READOUTS):
+        readouts = {
+            x.name: x.load(nested(tensors, x.name)) for x in build_readouts(experiment.head)
+        }
+        for name, readout in readouts.items():
+            count = readout.logits(torch.ones(1, backbone.features)).shape[1]
+            if count != len(classes):
+                msg = f"the read-out {name!r} has {count} classes, {CLASSES} has {len(classes)}"
+                raise ValueError(msg)
     return Classifier(classes, experiment, backbone, readouts)
 
 
 def read_classes(folder: Path) -> tuple[list[str], list[int]]:
-    """Names of the classes of a run, and their order in the data set."""
-    content = read_shaped(folder / CLASSES, CLASSES_SHAPE)
-    return list(content["class_names"]), list(content["order"])
+    """Names of the classes of a run in the order of learning, and their places in the data set."""
+    content = read_json(folder / CLASSES)
+    with readable(folder / CLASSES):
+        return [str(name) for name in content["class_names"]], list(content["order"])
 
 
-def _read_finite(path: Path) -> dict[str, Tensor]:
-    tensors = read_tensors(path)
-    broken = not_finite(tensors)
-    if broken:
-        msg = f"{path} holds NaN or infinite values: {', '.join(broken[:8])}"
+def evaluate_run(folder: Path, *, root: str | None = None) -> dict[str, dict[str, Any]]:
+    """Evaluate the saved model of a run on all its classes, from weights and data alone.
+
+    Parameters
+    ----------
+    folder : Path
+        A finished run.
+    root : str, optional
+        Where the data are now, if they moved since the training.
+
+    Returns
+    -------
+    dict
+        By read-out, the primary one first: ``accuracy`` per image, ``by_task``, and ``correct``
+        and ``total`` by class.
+
+    Raises
+    ------
+    ValueError
+        If the data set no longer has the classes of the run.
+    """
+    classifier = load_classifier(folder)
+    experiment = classifier.experiment
+    stream, accelerator = set_up(folder, experiment, root=root)
+    classifier.to(accelerator.device)
+    batches = evaluation_batches(stream.test, experiment, accelerator.device)
+    features, labels = extract_features(classifier.model, batches, accelerator)
+    counts = count_correct(classifier.readouts, features, labels, len(stream.order))
+    return {
+        name: {
+            "accuracy": sum(correct) / sum(total),
+            "by_task": [
+                sum(correct[c] for c in task) / sum(total[c] for c in task) for task in stream.tasks
+            ],
+            "correct": correct,
+            "total": total,
+        }
+        for name, (correct, total) in counts.items()
+    }
+
+
+def set_up(
+    folder: Path, experiment: Experiment, *, root: str | None = None
+) -> tuple[Stream, Accelerator]:
+    """The data of a run and the device that it asks for; its number of threads is set.
+
+    Parameters
+    ----------
+    folder : Path
+        The run.
+    experiment : Experiment
+        Its settings.
+    root : str, optional
+        Where the data are now, if they moved since the training.
+
+    Raises
+    ------
+    ValueError
+        If the data set no longer has the classes of the run.
+    """
+    if experiment.threads is not None:
+        torch.set_num_threads(experiment.threads)
+    data = experiment.data if root is None else replace(experiment.data, root=root)
+    stream = build_stream(data, experiment.seed)
+    if (stream.class_names, stream.order) != read_classes(folder):
+        msg = f"the data set has other classes now than when {folder} was trained"
         raise ValueError(msg)
-    return tensors
+    return stream, make_accelerator(replace(experiment, tracker=None))
 
 
-def _read_readouts(folder: Path, classes: int, features: int) -> dict[str, Fitted]:
-    path = folder / READOUTS
-    tensors = _read_finite(path)
-    kinds = dict.fromkeys(name.partition("/")[0] for name in tensors)
-    try:
-        readouts = {kind: KINDS[kind]().load(nested(tensors, kind)) for kind in kinds}
-        found = {k: r.logits(torch.ones(1, features)).shape[1] for k, r in readouts.items()}
-    except (ValueError, RuntimeError, LookupError, TypeError) as error:
-        msg = f"{path} does not fit the model of {folder / CONFIG}: {_one_line(error)}"
-        raise ValueError(msg) from error
-    if set(found.values()) != {classes}:
-        msg = f"{path} holds read-outs of {found} classes, {folder / CLASSES} {classes}"
-        raise ValueError(msg)
-    return readouts
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def evaluation_batches(
+    images: ImageSet, experiment: Experiment, device: torch.device
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """Batches of images under the test transform, in their order."""
+    return loader(
+        images.with_transform(test_transform(experiment.data)),
+        experiment.train.eval_batch_size,
+        shuffle=False,
+        seed=0,
+        workers=experiment.data.workers,
+        device=device,
+    )

@@ -2,38 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
+
+import pandas as pd
 
 from loda_math import RankMeasure, rank_for, rounding_unit
-from training.analysis.saved_tasks import read_settings, saved_tasks
+from training.analysis.saved_tasks import read_settings, saved_tasks, task_file
 from training.files import understanding as readable
 
 _MEASURES: tuple[RankMeasure, ...] = ("energy", "ratio")
 
 
-class LayerRanks(NamedTuple):
-    """One line of the table.
-
-    Attributes
-    ----------
-    task : int
-        Counted from 1.
-    layer : str
-        Its name.
-    ranks : dict of (str, float) to int
-        Smallest rank by measure and share: ``energy`` of the general subspace, ``ratio`` of the
-        isolated one, which has none on the first task.
-    reached : dict of str to float
-        Share that the rank of the run reaches, by measure.
-    """
-
-    task: int
-    layer: str
-    ranks: dict[tuple[RankMeasure, float], int]
-    reached: dict[RankMeasure, float]
-
-
-def layer_ranks(path: Path, shares: Sequence[float]) -> tuple[int, list[LayerRanks]]:
+def layer_ranks(path: Path, shares: Sequence[float]) -> pd.DataFrame:
     """Smallest sufficient ranks of every layer and task of a run.
 
     Parameters
@@ -45,10 +25,11 @@ def layer_ranks(path: Path, shares: Sequence[float]) -> tuple[int, list[LayerRan
 
     Returns
     -------
-    rank : int
-        The rank of the run, the same for all layers.
-    lines : list of LayerRanks
-        In the order of tasks and layers.
+    DataFrame
+        A row a ``task`` (from 1) and ``layer``. ``energy 0.9`` is the smallest rank of the general
+        subspace that carries 0.9 of the energy, ``ratio 0.9`` that of the isolated one, which has
+        none on the first task; ``energy at 16`` and ``ratio at 16`` are the shares that the rank
+        of the run (16, say) reaches.
 
     Raises
     ------
@@ -57,56 +38,39 @@ def layer_ranks(path: Path, shares: Sequence[float]) -> tuple[int, list[LayerRan
     ValueError
         If a share is out of range, the run used a method without subspaces, or a file is damaged.
     """
+    if not shares or not all(0 <= share <= 1 for share in shares):
+        msg = f"share must be from 0 to 1, got {list(shares)}"
+        raise ValueError(msg)
     settings = read_settings(path)
-    lines = []
+    rows = []
     for task in saved_tasks(path, settings):
         for name, layer in task.layers.items():
-            ranks: dict[tuple[RankMeasure, float], int] = {}
-            reached: dict[RankMeasure, float] = {}
-            old = None if layer.history is None else layer.history.total
-            for measure in _MEASURES[:1] if old is None else _MEASURES:
-                for share in shares:
-                    with readable(path):
-                        choice = rank_for(
-                            layer.new,
+            row: dict[str, Any] = {"task": task.number, "layer": name}
+            old = task.history[name].total if task.history else None
+            with readable(task_file(path, task.number, "moments")):
+                for of in _MEASURES if task.history else _MEASURES[:1]:
+                    for share in shares:
+                        found = rank_for(
+                            layer["moment_new"],
                             old,
                             share,
-                            of=measure,
+                            of=of,
                             ridge=settings.ridge,
                             accumulation_eps=rounding_unit(),
                         )
-                    ranks[measure, share] = int(choice.rank)
-                    reached[measure] = float(choice.curve[settings.rank - 1])
-            lines.append(LayerRanks(task.number, name, ranks, reached))
-    return settings.rank, lines
+                        row[f"{of} {share:g}"] = int(found.rank)
+                    row[f"{of} at {settings.rank}"] = float(found.curve[settings.rank - 1])
+            rows.append(row)
+    # Whole numbers stay whole where the first task has none.
+    return pd.DataFrame(rows).convert_dtypes()
 
 
-def rank_table(rank: int, lines: Sequence[LayerRanks]) -> str:
-    """Aligned plain text: a line a task and layer, and the largest ranks below.
-
-    Parameters
-    ----------
-    rank, lines
-        As :func:`layer_ranks` returns them.
-    """
-    columns = [
-        (of, share) for of in _MEASURES for share in dict.fromkeys(s for _, s in lines[0].ranks)
-    ]
-    rows = [
-        [
-            "task",
-            "layer",
-            *(f"{of} {share:g}" for of, share in columns),
-            *(f"{of} at {rank}" for of in _MEASURES),
-        ]
-    ]
-    for line in lines:
-        needed = [str(line.ranks.get(column, "")) for column in columns]
-        shares = [f"{line.reached[of]:.4f}" if of in line.reached else "" for of in _MEASURES]
-        rows.append([str(line.task), line.layer, *needed, *shares])
-    most = [str(max((x.ranks.get(c, 0) for x in lines), default=0) or "") for c in columns]
-    rows.append(["all", "largest", *most, "", ""])
-    return aligned(rows, left=2)
+def rank_table(ranks: pd.DataFrame) -> str:
+    """Aligned plain text of what :func:`layer_ranks` returns, and the largest ranks below."""
+    largest = ranks.drop(columns=["task", "layer"]).select_dtypes("Int64").max()
+    text = ranks.map(lambda x: "" if pd.isna(x) else f"{x:.4f}" if isinstance(x, float) else str(x))
+    last = ["all", "largest", *(str(largest.get(name, "")) for name in ranks.columns[2:])]
+    return aligned([list(text.columns), *text.to_numpy().tolist(), last], left=2)
 
 
 def aligned(rows: Sequence[Sequence[str]], *, left: int) -> str:

@@ -17,43 +17,38 @@ from training.methods.loda import as_loda
 from training.run_folder import TASKS, begun_experiment
 
 Array = NDArray[Any]
+Layer = Mapping[str, Array]
+"""What is known of an adapted layer in one task, under the names of ``docs/verify.md``."""
 
-
-class SavedLayer(NamedTuple):
-    """An adapted layer in one task, as saved in files of that task.
-
-    Attributes
-    ----------
-    new : array, shape (D, D)
-        Moment before training, from which the directions were chosen.
-    trained, merged : array, shape (D, D)
-        Moments through the trained and through the merged model.
-    history : History or None
-        As the task began; None on the first task.
-    downs, ups : dict of str to array
-        A (r, D) and B (O, r) by branch, as trained.
-    coefficients : array
-        Λ.
-
-    Notes
-    -----
-    A moment or Λ is None where the run did not compute or save it.
-    """
-
-    new: Array | None
-    trained: Array | None
-    merged: Array | None
-    history: History | None
-    downs: Mapping[str, Array]
-    ups: Mapping[str, Array]
-    coefficients: Array | None
+# From the names that backends.torch.TaskRecord gives them.
+_NAMES = {
+    "new": "moment_new",
+    "trained": "moment_new_trained",
+    "merged": "moment_new_merged",
+    "down/general": "A_general",
+    "up/general": "B_general",
+    "down/isolated": "A_isolated",
+    "up/isolated": "B_isolated",
+    "coefficients": "coefficients",
+}
 
 
 class SavedTask(NamedTuple):
-    """A task, counted from 1, and its adapted layers by name."""
+    """A task of a run.
+
+    Attributes
+    ----------
+    number : int
+        Counted from 1.
+    layers : dict of str to Layer
+        The adapted layers by name.
+    history : dict of str to History
+        By layer, as the task began; empty on the first task.
+    """
 
     number: int
-    layers: dict[str, SavedLayer]
+    layers: dict[str, Layer]
+    history: dict[str, History]
 
 
 def read_settings(path: Path) -> LoDASettings:
@@ -75,17 +70,6 @@ def read_settings(path: Path) -> LoDASettings:
         raise ValueError(msg)
     settings = as_loda(method)
     return LoDASettings(**{f.name: getattr(settings, f.name) for f in fields(LoDASettings)})
-
-
-def task_file(path: Path, number: int, name: str) -> Path:
-    """Where a run keeps the moments, branches or heads of a task, counted from 1.
-
-    Examples
-    --------
-    >>> task_file(Path("runs/a"), 2, "moments").as_posix()
-    'runs/a/tasks/001/moments.safetensors'
-    """
-    return path / TASKS / f"{number - 1:03d}" / f"{name}.safetensors"
 
 
 def saved_tasks(
@@ -115,60 +99,44 @@ def saved_tasks(
         switches = " ".join(f"--keep.{name} true" for name in names)
         msg = f"{path} did not keep {' and '.join(names)} of all its tasks: train with {switches}"
         raise FileNotFoundError(msg)
+    passes = {"trained": "moment_new_trained", "merged": "moment_new_merged"}
     history: dict[str, History] = {}
     for number in tasks:
         layers = read_task(path, number, *names)
-        file = task_file(path, number, "moments")
-        with readable(file):
+        with readable(task_file(path, number, "moments")):
             if not layers or (history and layers.keys() != history.keys()):
                 msg = f"moments of the layers {list(layers)}, in earlier tasks of {list(history)}"
                 raise ValueError(msg)
-        yield SavedTask(
-            number, {name: x._replace(history=history.get(name)) for name, x in layers.items()}
-        )
-        with readable(file):
+            yield SavedTask(number, layers, dict(history))
             for name, layer in layers.items():
-                moments = [getattr(layer, through) for through in settings.passes()]
+                moments = [layer[passes[through]] for through in settings.passes()]
                 decay = settings.history_decay
                 history[name] = remember(history.get(name), *moments, decay=decay)
 
 
-def read_task(path: Path, number: int, *names: str) -> dict[str, SavedLayer]:
-    """Read files of one task, counted from 1: ``moments``, ``branches`` or both, by layer.
+def read_task(path: Path, number: int, *names: str) -> dict[str, Layer]:
+    """Read ``moments`` or ``branches`` of one task, counted from 1, by layer.
 
     Raises
     ------
     FileNotFoundError
-        If one of them is not there.
+        If one of the files is not there.
     ValueError
         If one of them is damaged; the message names it.
     """
-    tensors: dict[str, Tensor] = {}
-    for name in names:
-        tensors |= read_finite(task_file(path, number, name))
+    layers: dict[str, dict[str, Array]] = {}
+    for file in (task_file(path, number, name) for name in names):
+        tensors = read_finite(file)
+        with readable(file):
+            for prefix, name in _NAMES.items():
+                for layer, tensor in nested(tensors, prefix).items():
+                    layers.setdefault(layer, {})[name] = tensor.numpy()
+    return dict(layers)
 
-    # The names are those of backends.torch.TaskRecord.
-    def group(prefix: str) -> dict[str, Array]:
-        return {name: tensor.numpy() for name, tensor in nested(tensors, prefix).items()}
 
-    with readable(path / TASKS / f"{number - 1:03d}"):
-        moments = {name: group(name) for name in ("new", "trained", "merged")}
-        coefficients = group("coefficients")
-        downs, ups = (
-            {branch: group(f"{kind}/{branch}") for branch in ("general", "isolated")}
-            for kind in ("down", "up")
-        )
-    layers = dict.fromkeys([*moments["new"], *(name for x in downs.values() for name in x)])
-    return {
-        layer: SavedLayer(
-            **{name: arrays.get(layer) for name, arrays in moments.items()},
-            history=None,
-            downs={branch: arrays[layer] for branch, arrays in downs.items() if layer in arrays},
-            ups={branch: arrays[layer] for branch, arrays in ups.items() if layer in arrays},
-            coefficients=coefficients.get(layer),
-        )
-        for layer in layers
-    }
+def task_file(path: Path, number: int, name: str) -> Path:
+    """Where a run keeps the ``moments``, ``branches`` or ``heads`` of a task, counted from 1."""
+    return path / TASKS / f"{number - 1:03d}" / f"{name}.safetensors"
 
 
 def read_finite(path: Path) -> dict[str, Tensor]:
@@ -184,9 +152,9 @@ def read_finite(path: Path) -> dict[str, Tensor]:
     tensors = read_tensors(path)
     with readable(path):
         broken = not_finite(tensors)
-    if broken:
-        msg = f"{path} holds NaN or infinite values: {', '.join(broken[:8])}"
-        raise ValueError(msg)
+        if broken:
+            msg = f"NaN or infinite values: {', '.join(broken[:8])}"
+            raise ValueError(msg)
     return tensors
 
 

@@ -1,13 +1,15 @@
 """Every solution of a run, or of somebody's ``.npz`` file, against the exact one."""
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from backends.torch import LoDASettings
 from loda_math import (
     RecalibrationForm,
     recalibration,
@@ -23,44 +25,17 @@ from loda_math.verify import (
     verify_subspace,
 )
 from training.analysis.ranks import aligned
-from training.analysis.saved_tasks import Array, natural, read_settings, saved_tasks
+from training.analysis.saved_tasks import Array, Layer, natural, read_settings, saved_tasks
 from training.archives import require_plausible_archive
 from training.files import understanding as readable
 
-ARRAYS = (
-    "moment_new",
-    "moment_old",
-    "A_general_init",
-    "A_general",
-    "B_general",
-    "A_isolated",
-    "B_isolated",
-    "moment_new_trained",
-    "moment_old_at_merge",
-    "coefficients",
-    "qkv_before",
-    "qkv_after",
+# TASK/LAYER/NAME of an array in somebody's file.
+_KEY = re.compile(
+    r"([^/]+)/(.+)/(moment_(?:new|old|new_trained|old_at_merge)|coefficients|qkv_(?:before|after)"
+    r"|A_general_init|[AB]_(?:general|isolated))"
 )
-"""What is known of a layer in one task; ``docs/verify.md`` has their shapes and meaning."""
-
-
-class SolutionSettings(NamedTuple):
-    """What a solution claims to be computed under; the published settings by default.
-
-    The weights of the branches are those at the merge, after the halving.
-    """
-
-    down_scale: float = 3**-0.5
-    general_weight: float = 0.25
-    isolated_weight: float = 0.5
-    gamma: float = 3.0
-    form: RecalibrationForm | Literal["none"] = "direction"
-    isolated: Objective = "isolated"
-    ridge: float = 0.0
-    energy_floor: float = 0.0
-    joint: bool = False
-    history_weight: float = 1.0
-    accumulation_eps: float = 0.0
+# As published; of a file that says nothing else.
+_PUBLISHED: dict[str, Any] = {"recalibration": "direction", "gamma": 3.0, "ridge": 0.0}
 
 
 class Check(NamedTuple):
@@ -133,22 +108,28 @@ def verify(path: Path, *, tolerance: float = 1e-5) -> list[Check]:
 
 @dataclass(frozen=True)
 class Solution:
-    """What was solved for one layer in one task.
+    """What was computed for one layer in one task.
 
     Parameters
     ----------
     task, layer : str
         Their names.
     arrays : mapping of str to array
-        Some of `ARRAYS`, ``moment_new`` among them.
-    settings : SolutionSettings
-        What they were computed under.
+        What is known, ``moment_new`` at least; ``docs/verify.md`` has the names and shapes.
+    settings : LoDASettings
+        What it claims to be computed under.
+    history_weight : float
+        Weight of the old moment in the recalibration, a number.
+    accumulation_eps : float
+        As in :func:`loda_math.isolated_subspace`.
     """
 
     task: str
     layer: str
-    arrays: Mapping[str, Array]
-    settings: SolutionSettings
+    arrays: Layer
+    settings: LoDASettings
+    history_weight: float = 1.0
+    accumulation_eps: float = 0.0
 
     @property
     def old(self) -> Array:
@@ -159,85 +140,83 @@ class Solution:
     def recalibrated(self) -> list[str]:
         """Branches that Λ belongs to: the general one, or all of them jointly."""
         names = ("general", "isolated") if self.settings.joint else ("general",)
-        return [n for n in names if f"B_{n}" in self.arrays and f"A_{n}" in self.arrays]
+        return [name for name in names if {f"A_{name}", f"B_{name}"} <= self.arrays.keys()]
 
     def checks(self, *, tolerance: float = 1e-5) -> Iterator[Check]:
         """Every check that the arrays allow."""
-        arrays, form = self.arrays, self.settings.form
-        first = not self.old.any()
+        arrays, first = self.arrays, not self.old.any()
+        form = self.settings.form(first)
         general = arrays.get("A_general_init")
         if general is None and not first:  # on the first task it may have been trained
             general = arrays.get("A_general")
         if general is not None:
             yield self._check_basis("general", general, tolerance)
         if not first and "A_isolated" in arrays:
-            yield self._check_basis(self.settings.isolated, arrays["A_isolated"], tolerance)
+            rule = self.settings.isolated
+            objective: Objective = "isolated" if rule == "pencil" else rule
+            yield self._check_basis(objective, arrays["A_isolated"], tolerance)
         if not self.recalibrated:
             return
-        coefficients = None
-        if not first and form != "none":
-            coefficients = arrays.get("coefficients")
-            claimed = self._implied() if coefficients is None else coefficients
-            if claimed is not None and "moment_new_trained" in arrays:
-                yield self._check_recalibration(form, claimed, tolerance)
-                if coefficients is None:
-                    # Implied coefficients would explain whatever was merged: the exact ones must.
-                    coefficients = self._exact(form)
-        if self._has_weights and (first or form == "none" or coefficients is not None):
+        weights = {"qkv_before", "qkv_after"} <= arrays.keys()
+        coefficients = None if form is None else arrays.get("coefficients")
+        if form is not None and "moment_new_trained" in arrays:
+            if coefficients is not None:
+                yield self._check_recalibration(form, coefficients, tolerance)
+            elif weights:
+                yield self._check_recalibration(form, self._implied(), tolerance)
+                # Implied coefficients would explain whatever was merged: the exact ones must.
+                coefficients = recalibration(
+                    *self._at_merge(), self.settings.gamma, form, history_weight=self.history_weight
+                )
+        if weights and (form is None or coefficients is not None):
             yield self._check_merge(coefficients, tolerance, first=first)
 
-    @property
-    def _has_weights(self) -> bool:
-        return "qkv_before" in self.arrays and "qkv_after" in self.arrays
-
     def _check_basis(self, objective: Objective, down: Array, tolerance: float) -> Check:
-        settings = self.settings
         report = verify_subspace(
-            down.T / settings.down_scale,
+            down.T / self.settings.down_scale,
             self.arrays["moment_new"],
             self.old,
             objective,
-            ridge=settings.ridge,
-            energy_floor=settings.energy_floor,
-            accumulation_eps=settings.accumulation_eps,
+            ridge=self.settings.ridge,
+            energy_floor=self.settings.energy_floor or 0.0,
+            accumulation_eps=self.accumulation_eps,
             tolerance=tolerance,
         )
         return Check(
             self.task,
             self.layer,
             objective,
-            passed=bool(report.passed),
-            defect=float(report.orthonormality),
-            residual=float(report.stationarity),
-            gap=float(report.optimality_gap),
-            new=float(report.energy_new),
-            old=float(report.energy_old),
-            directions=int(report.effective_rank),
+            bool(report.passed),
+            float(report.orthonormality),
+            float(report.stationarity),
+            float(report.optimality_gap),
+            float(report.energy_new),
+            float(report.energy_old),
+            int(report.effective_rank),
         )
 
     def _check_recalibration(
         self, form: RecalibrationForm, coefficients: Array, tolerance: float
     ) -> Check:
-        settings, branches = self.settings, self._at_merge()
         report = verify_recalibration(
             coefficients,
-            *branches,
-            settings.gamma,
+            *self._at_merge(),
+            self.settings.gamma,
             form,
-            history_weight=settings.history_weight,
+            history_weight=self.history_weight,
             tolerance=tolerance,
         )
-        effect = update_effect(coefficients, *branches)
+        effect = update_effect(coefficients, *self._at_merge())
         return Check(
             self.task,
             self.layer,
             f"Λ {form}",
-            passed=bool(report.passed),
-            defect=None,
-            residual=float(report.deviation),
-            gap=float(report.optimality_gap),
-            new=_share(effect.new_change - effect.new_loss, effect.new_change),
-            old=_share(effect.old_change, effect.old_change_before),
+            bool(report.passed),
+            None,
+            float(report.deviation),
+            float(report.optimality_gap),
+            _share(effect.new_change - effect.new_loss, effect.new_change),
+            _share(effect.old_change, effect.old_change_before),
         )
 
     def _check_merge(self, coefficients: Array | None, tolerance: float, *, first: bool) -> Check:
@@ -252,25 +231,16 @@ class Solution:
         passed, error = bool(report.passed), float(report.error)
         return Check(self.task, self.layer, "merge", passed, None, error, None)
 
-    def _implied(self) -> Array | None:
+    def _implied(self) -> Array:
         """Λ as the weights around the merge imply it."""
-        if not self._has_weights:
-            return None
         arrays = self.arrays
         change = arrays["qkv_after"].astype(np.float64) - arrays["qkv_before"]
         if "B_isolated" in arrays and not self.settings.joint:
-            weight = self.settings.isolated_weight
+            weight = self.settings.weight("isolated")
             change -= weight * arrays["B_isolated"] @ arrays["A_isolated"]
         up, down = (factor.astype(np.float64) for factor in self._stacked(self.recalibrated))
         implied: Array = implied_coefficients(change, up, down)
         return implied
-
-    def _exact(self, form: RecalibrationForm) -> Array:
-        settings = self.settings
-        exact: Array = recalibration(
-            *self._at_merge(), settings.gamma, form, history_weight=settings.history_weight
-        )
-        return exact
 
     def _at_merge(self) -> tuple[Array, Array, Array, Array]:
         """What the recalibration takes: B, A and both moments at the merge."""
@@ -279,12 +249,8 @@ class Solution:
 
     def _stacked(self, branches: list[str]) -> tuple[Array, Array]:
         """B, the weights included, and A of some branches side by side."""
-        weights = {
-            "general": self.settings.general_weight,
-            "isolated": self.settings.isolated_weight,
-        }
         ups, downs = ([self.arrays[f"{kind}_{name}"] for name in branches] for kind in "BA")
-        up, down = stack_branches(ups, downs, [weights[name] for name in branches])
+        up, down = stack_branches(ups, downs, [self.settings.weight(name) for name in branches])
         return up, down
 
 
@@ -298,98 +264,59 @@ def read_run(path: Path) -> Iterator[Solution]:
     ValueError
         If the run used a method without subspaces, or a file is damaged.
     """
-    loda = read_settings(path)
-    settings = SolutionSettings(
-        loda.down_scale,
-        loda.weight("general"),
-        loda.weight("isolated"),
-        loda.gamma,
-        loda.recalibration,
-        "isolated" if loda.isolated == "pencil" else loda.isolated,
-        loda.ridge,
-        loda.energy_floor or 0.0,
-        loda.joint,
-        accumulation_eps=rounding_unit(),
-    )
-    for task in saved_tasks(path, loda, branches=True):
+    settings = read_settings(path)
+    for task in saved_tasks(path, settings, branches=True):
         for name, layer in task.layers.items():
-            arrays = {
-                "moment_new": layer.new,
-                "moment_new_trained": layer.trained,
-                "coefficients": layer.coefficients,
-                **{f"A_{branch}": down for branch, down in layer.downs.items()},
-                **{f"B_{branch}": up for branch, up in layer.ups.items()},
-            }
-            weight = loda.history_weight
-            if layer.history is not None:
-                arrays |= dict.fromkeys(("moment_old", "moment_old_at_merge"), layer.history.total)
+            arrays, weight = dict(layer), settings.history_weight
+            history = task.history.get(name)
+            if history is not None:
+                arrays["moment_old"] = history.total
             if weight == "mean":
-                weight = 1.0 if layer.history is None else 1 / layer.history.weight
-            yield Solution(
-                str(task.number),
-                name,
-                {name: array for name, array in arrays.items() if array is not None},
-                settings._replace(history_weight=weight),
-            )
+                weight = 1.0 if history is None else 1 / history.weight
+            yield Solution(str(task.number), name, arrays, settings, weight, rounding_unit())
 
 
 def read_arrays(path: Path) -> Iterator[Solution]:
     """Solutions in an ``.npz`` file of arrays ``TASK/LAYER/NAME``, as any code can write it.
 
-    `ARRAYS` are the names; arrays of other names are not read. What is not there is not checked. A
-    string ``settings`` (JSON) may set any field of `SolutionSettings`.
+    Arrays of other names are not read, and what is not there is not checked. A string ``settings``
+    (JSON) may set any field of `LoDASettings` and `accumulation_eps`; by default they are as
+    published.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
     ValueError
-        If it is no ``.npz`` file, or has settings or arrays that do not make sense.
+        If it is no ``.npz`` file, or its settings make no sense.
     """
     if not path.is_file():
         msg = f"no run folder and no file {path}"
         raise FileNotFoundError(msg)
+    layers: dict[tuple[str, str], dict[str, Array]] = {}
     try:
         require_plausible_archive(path)
         # NumPy leaves a file that it cannot read open.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            content = {
-                key: archive[key]
-                for key in archive.files
-                if key == "settings" or key.rpartition("/")[2] in ARRAYS
-            }
+            text = str(archive["settings"]) if "settings" in archive.files else "{}"
+            for key in archive.files:
+                if place := _KEY.fullmatch(key):
+                    task, layer, name = place.groups()
+                    layers.setdefault((task, layer), {})[name] = archive[key]
     except Exception as error:  # whatever a damaged or foreign archive provokes in the readers
         msg = f"cannot read {path} as .npz: {' '.join(str(error).split()) or repr(error)}"
         raise ValueError(msg) from error
-    settings = _read_settings(path, str(content.pop("settings", "{}")))
-    groups: dict[tuple[str, str], dict[str, Array]] = {}
-    for key, array in content.items():
-        if array.ndim != 2:
-            msg = f"{path}: {key} must be a matrix, got the shape {array.shape}"
+    with readable(path):
+        given = {"accumulation_eps": 0.0, **json.loads(text)}
+        eps = given.pop("accumulation_eps")
+        settings = LoDASettings(**{**_PUBLISHED, **given})
+        if settings.history_weight == "mean":
+            msg = "history_weight must be a number beside arrays, got 'mean'"
             raise ValueError(msg)
-        place, _, name = key.rpartition("/")
-        task, _, layer = place.partition("/")
-        if task and layer:
-            groups.setdefault((task, layer), {})[name] = array
-    for task, layer in sorted(groups, key=lambda place: [natural(name) for name in place]):
-        if "moment_new" in groups[task, layer]:
-            yield Solution(task, layer, groups[task, layer], settings)
-
-
-def _read_settings(path: Path, text: str) -> SolutionSettings:
-    """The string ``settings`` of a file; its values are checked by what takes them."""
-    try:
-        given = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        msg = f"{path}: settings is no JSON: {error}"
-        raise ValueError(msg) from error
-    if not isinstance(given, dict) or set(given) - set(SolutionSettings._fields):
-        msg = (
-            f"{path}: settings must be JSON with some of {', '.join(SolutionSettings._fields)}, "
-            f"got {given}"
-        )
-        raise ValueError(msg)
-    return SolutionSettings(**given)
+    for task, layer in sorted(layers, key=lambda place: [natural(name) for name in place]):
+        arrays = layers[task, layer]
+        if "moment_new" in arrays:
+            yield Solution(task, layer, arrays, settings, settings.history_weight, eps)
 
 
 def _share(part: Array, whole: Array) -> float:

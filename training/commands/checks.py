@@ -51,10 +51,10 @@ def check_data(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 def verify(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     """Solve again what a run or a file claims."""
     del rest
-    from training.finished.verify import verification_table
-    from training.finished.verify import verify as verify_claims
+    from training.analysis.verify import verification_table
+    from training.analysis.verify import verify as check_solutions
 
-    checks = verify_claims(arguments.path, tolerance=arguments.tolerance)
+    checks = check_solutions(arguments.path, tolerance=arguments.tolerance)
     print(verification_table(checks))
     return 0 if all(check.passed for check in checks) else 1
 
@@ -63,6 +63,6 @@ def ranks(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Print the ranks that layers need."""
     del rest
     require_run(arguments.run)
-    from training.finished.ranks import layer_ranks, rank_table
+    from training.analysis.ranks import layer_ranks, rank_table
 
-    print(rank_table(*layer_ranks(arguments.run, arguments.share)))
+    print(rank_table(layer_ranks(arguments.run, arguments.share)))

@@ -75,7 +75,7 @@ def export(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 def analyse(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Write the analysis of every run beside it."""
     del rest
-    from training.analyse import analyse as analyse_run
+    from training.analysis.analyse import analyse as analyse_run
 
     for run in arguments.runs:
         written, notes = analyse_run(

@@ -41,7 +41,7 @@ def train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     # Settings first: help and mistakes need not wait for torch to be imported.
     experiment = load_experiment(rest)
     from training import loop
-    from training.finished.kept import keeps_nothing
+    from training.methods.loda import keeps_nothing
 
     if _first():
         say(f"loda train: {note}" for note in keeps_nothing(experiment))
@@ -52,7 +52,7 @@ def evaluate(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Evaluate the saved model of a run."""
     del rest
     require_run(arguments.run)
-    from training.finished.evaluate import evaluate_run
+    from training.analysis.predict import evaluate_run
 
     for kind, result in evaluate_run(arguments.run, root=arguments.root).items():
         tasks = "  ".join(f"{100 * share:.2f}" for share in result["by_task"])
@@ -65,7 +65,7 @@ def predict(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Classify images."""
     del rest
     require_run(arguments.run)
-    from training.finished.inference import load_classifier
+    from training.analysis.predict import load_classifier
 
     classifier = load_classifier(arguments.run)
     top = min(arguments.top, len(classifier.classes))

@@ -14,7 +14,8 @@ from backends.torch import (
     find_layers,
     random_bases,
 )
-from training.config import MethodConfig
+from training.config import Experiment, MethodConfig
+from training.config.methods import BUILT_IN, UNTRAINED
 from training.methods.base import Context
 from training.methods.options import read_options
 from training.methods.steps import Stepper, look_ahead
@@ -132,3 +133,24 @@ def as_loda(config: MethodConfig) -> MethodConfig:
         raise ValueError(msg)
     gao = False if config.gao is None else config.gao
     return replace(config, branches="isolated", isolated="null", gao=gao)
+
+
+def keeps_nothing(experiment: Experiment) -> list[str]:
+    """What is said of the switches of ``keep`` that are on, but keep nothing of the method.
+
+    Methods that other packages add are not judged.
+
+    Examples
+    --------
+    >>> from training.config import KeepConfig
+    >>> keep = KeepConfig(branches=True, moments=True, heads=True)
+    >>> keeps_nothing(Experiment(method=MethodConfig("o_lora"), keep=keep))
+    ['keep.moments keeps nothing: o_lora has no moments']
+    """
+    name, keep = experiment.method.name, experiment.keep
+    found = []
+    if keep.branches and name in UNTRAINED:
+        found.append("branches")
+    if keep.moments and name in set(BUILT_IN) - {"loda", "null_lora"}:
+        found.append("moments")
+    return [f"keep.{switch} keeps nothing: {name} has no {switch}" for switch in found]
