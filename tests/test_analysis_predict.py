@@ -67,7 +67,7 @@ def test_every_readout_can_be_asked(classifier: Classifier) -> None:
     for name in READOUTS:
         assert classifier.logits(images, name).shape == (2, 6)
     assert torch.equal(classifier.logits(images), classifier.logits(images, "nearest_mean"))
-    with pytest.raises(ValueError, match="'nearest_mean'.*got 'nearest'"):
+    with pytest.raises(ValueError, match="got 'nearest'"):
         classifier.logits(images, "nearest")
 
 

@@ -103,10 +103,10 @@ def test_damaged_files_are_named(copy: Path, damage: str) -> None:
     tensors = load_file(path)
     edit(tensors)
     save_file(tensors, path)
+    # Rank selection looks at the moments before training, which no history holds.
+    read = layer_ranks if damage == "whole numbers" else verify
     with pytest.raises(ValueError, match=f"{path.parent.name}.{name}"):
-        for task in saved_tasks(copy, read_settings(copy), branches=True):
-            assert task.layers
-        layer_ranks(copy, [0.9])
+        read(copy, *([[0.9]] if read is layer_ranks else []))
 
 
 def test_half_a_file_is_named(copy: Path) -> None:
