@@ -11,7 +11,7 @@ from training import cli
 from training.analysis.analyse import analyse
 from training.analysis.saved_tasks import task_file
 from training.analysis.subspace_energy import subspace_energies
-from training.run_folder import RunFolder
+from training.run_dir import RunFolder
 
 
 def test_the_second_the_middle_and_the_last_task_by_default(copy: Path) -> None:

@@ -7,15 +7,15 @@ import pytest
 import torch
 from small_runs import finished, tiny, tree
 from torch import nn
+from training.evaluate import extract_features
 
 from training.analysis.loss_landscape import loss_landscape, task_updates
-from training.analysis.predict import evaluation_batches, load_classifier, set_up
+from training.analysis.predict import evaluation_batches, load, set_up
 from training.analysis.saved_tasks import read_settings
 from training.backbones import build_backbone
 from training.config import read_experiment
-from training.evaluate import extract_features
-from training.loop import train
-from training.randomness import derive, seeded
+from training.seeds import derive, seeded
+from training.train import train
 
 LAYER = "blocks.1.attn.qkv"
 STEPS = (0.0, 0.5, 1.0, 1.5)
@@ -29,13 +29,13 @@ def trained(factory: pytest.TempPathFactory, method: dict[str, Any], **changes: 
 
 
 def final_weights(run: Path) -> dict[str, torch.Tensor]:
-    model = load_classifier(run).model
+    model = load(run).model
     return {n: m.weight.detach() for n, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 
 def loss_of(run: Path, age: str, *, own: bool) -> float:
     """Mean CosFace loss of the run's last model on evaluation images, with plain torch."""
-    classifier = load_classifier(run)
+    classifier = load(run)
     experiment = classifier.experiment
     stream, accelerator = set_up(run, experiment)
     batches = evaluation_batches(stream.test, experiment, accelerator.device)

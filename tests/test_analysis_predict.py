@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from small_runs import COLOURS, READOUTS, finished, tree
 
 import training
-from training.analysis.predict import Classifier, evaluate_run, load_classifier
+from training.analysis.predict import Classifier, evaluate_run, load
 from training.config import read_experiment
 from training.data import build_stream
 from training.data import test_transform as evaluation_transform
-from training.files import read_json
+from training.run_dir import read_json
 
 MODEL, READOUT_FILE = "model.safetensors", "readouts.safetensors"
 Counts = dict[str, tuple[list[int], list[int]]]
@@ -82,7 +82,7 @@ def test_images_of_another_form_are_converted(classifier: Classifier, tmp_path: 
 def test_prediction_neither_trains_nor_draws(classifier: Classifier, run: Path) -> None:
     images = torch.rand(1, 3, 16, 16)
     state = torch.get_rng_state()
-    again = load_classifier(run)
+    again = load(run)
     assert again.experiment == read_experiment(run / "config.yaml")
     first = classifier.logits(images)
     assert not first.requires_grad
@@ -210,7 +210,7 @@ def test_data_of_other_classes_are_refused(
     shutil.rmtree(data)
     with pytest.raises(FileNotFoundError, match="root"):
         evaluate_run(copy, root=str(data))
-    assert load_classifier(copy).classes  # prediction needs no data
+    assert load(copy).classes  # prediction needs no data
 
 
 # Damaged runs
@@ -301,4 +301,4 @@ def test_damaged_runs_are_refused_and_the_file_is_named(copy: Path, damage: str)
 
 def test_tensors_of_other_readouts_are_left_alone(copy: Path) -> None:
     change(READOUT_FILE, lambda t: t.update({"magic/weight": torch.zeros(6, 16)}))(copy)
-    assert set(load_classifier(copy).readouts) == set(READOUTS)
+    assert set(load(copy).readouts) == set(READOUTS)

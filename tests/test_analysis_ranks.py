@@ -11,7 +11,7 @@ from small_runs import finished, tiny, tree
 from training.analysis.ranks import layer_ranks, rank_table
 from training.analysis.saved_tasks import task_file
 from training.cli import main
-from training.loop import train
+from training.train import train
 
 LAYERS = ["blocks.0.attn.qkv", "blocks.1.attn.qkv"]
 RANK, SIZE, DECAY = 4, 16, 0.5

@@ -18,7 +18,7 @@ from loda_math import general_subspace, isolated_subspace, recalibration, stack_
 from training.analysis.saved_tasks import task_file
 from training.analysis.verify import read_arrays, verification_table, verify
 from training.config import Experiment, MethodConfig, dump_experiment
-from training.files import write_tensors, write_text
+from training.run_dir import write_tensors, write_text
 
 LAYERS = ("0", "2")
 

@@ -15,8 +15,8 @@ from training import load
 from training.backbones import build_backbone, check_fits
 from training.cli import main
 from training.config import BackboneConfig, as_recorded
-from training.files import read_json
-from training.loop import train
+from training.run_dir import read_json
+from training.train import train
 
 TARGET = "*.attention.[qkv]_proj"
 

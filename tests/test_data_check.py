@@ -13,7 +13,7 @@ from small_runs import changed, tiny
 from training import cli
 from training.data import check_data, verify_data
 from training.data.folder import class_folders
-from training.setup import prepare
+from training.train import prepare
 
 
 @pytest.fixture

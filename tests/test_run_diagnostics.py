@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from small_runs import finished, tiny, tree
 
 from training.data import ImageSet
-from training.loop import train
+from training.train import train
 
 LAYERS = ("blocks.0.attn.qkv", "blocks.1.attn.qkv")
 

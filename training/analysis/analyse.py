@@ -7,9 +7,15 @@ from typing import Any, Literal, NamedTuple, get_args
 from training.analysis.loss_landscape import loss_landscape
 from training.analysis.saved_tasks import read_settings, task_file
 from training.analysis.subspace_energy import subspace_energies
-from training.files import read_json, write_json
-from training.files import understanding as readable
-from training.run_folder import ANALYSIS, CLASSES, SUMMARY
+from training.run_dir import (
+    ANALYSIS,
+    CLASSES,
+    SUMMARY,
+    read_json,
+    readable,
+    update_manifest,
+    write_json,
+)
 
 Part = Literal["subspaces", "losses"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -97,6 +103,7 @@ def analyse(
         losses |= {x["task"]: x for x in loss_landscape(path, chosen, steps, root=root)}
         content["losses"] = [losses[task] for task in sorted(losses)]
     write_json(file, content)
+    update_manifest(path, ANALYSIS)
     return Analysis(file, notes)
 
 

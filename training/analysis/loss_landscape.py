@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from backends.torch import LoDASettings
 from backends.torch.readouts import CosineHeads
-from training.analysis.predict import evaluation_batches, load_classifier, set_up
+from training.analysis.predict import evaluation_batches, load, set_up
 from training.analysis.saved_tasks import (
     Layer,
     read_finite,
@@ -21,8 +21,8 @@ from training.analysis.saved_tasks import (
 )
 from training.config import Experiment, HeadConfig
 from training.data import Stream
-from training.files import understanding as readable
-from training.step.losses import cosface
+from training.loss import cosface
+from training.run_dir import readable
 
 _AGES = ("old", "new")
 _CANDIDATES = ("own", "seen")
@@ -74,7 +74,7 @@ def loss_landscape(
     LoDA, arXiv:2603.00191, Figure 3.
     """
     settings = read_settings(path)
-    classifier = load_classifier(path)
+    classifier = load(path)
     experiment, model = classifier.experiment, classifier.model
     stream, accelerator = set_up(path, experiment, root=root)
     final = {name: m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear)}

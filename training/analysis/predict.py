@@ -14,11 +14,11 @@ from training.analysis.saved_tasks import read_finite
 from training.backbones import Backbone, build_backbone, check_fits
 from training.config import Experiment, read_experiment
 from training.data import ImageSet, Stream, build_stream, loader, open_image, test_transform
-from training.evaluate import build_readouts, count_correct, extract_features, make_accelerator
-from training.files import nested, read_json
-from training.files import understanding as readable
-from training.randomness import seeded
-from training.run_folder import CLASSES, CONFIG, MODEL, READOUTS
+from training.distributed import make_accelerator
+from training.metrics import count_correct
+from training.run_dir import CLASSES, CONFIG, MODEL, READOUTS, nested, read_json, readable
+from training.seeds import seeded
+from training.train import build_readouts, extract_features
 
 
 class Prediction(NamedTuple):
@@ -152,8 +152,36 @@ class Classifier:
         return results
 
 
-def load_classifier(folder: Path) -> Classifier:
-    """Rebuild the classifier of a run from its weights; see :func:`training.load`."""
+def load(run: str | Path, *, device: str | torch.device = "cpu") -> Classifier:
+    """Load the trained classifier of a finished run.
+
+    Parameters
+    ----------
+    run : str or Path
+        A run folder.
+    device : str or torch.device, default "cpu"
+        Where the model and its read-outs go, ``"cuda"`` say.
+
+    Returns
+    -------
+    Classifier
+        With ``classes``, ``predict(images)`` and ``logits(batch)``.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder holds no finished run.
+    ValueError
+        If there is no such device here, or files of the run are damaged.
+
+    Examples
+    --------
+    >>> load("no/such/run")
+    Traceback (most recent call last):
+    ...
+    FileNotFoundError: no run folder no/such/run
+    """
+    folder = Path(run)
     if not folder.is_dir():
         msg = f"no run folder {folder}"
         raise FileNotFoundError(msg)
@@ -178,7 +206,7 @@ def load_classifier(folder: Path) -> Classifier:
             if count != len(classes):
                 msg = f"the read-out {name!r} has {count} classes, {CLASSES} has {len(classes)}"
                 raise ValueError(msg)
-    return Classifier(classes, experiment, backbone, readouts)
+    return Classifier(classes, experiment, backbone, readouts).to(device)
 
 
 def read_classes(folder: Path) -> tuple[list[str], list[int]]:
@@ -209,7 +237,7 @@ def evaluate_run(folder: Path, *, root: str | None = None) -> dict[str, dict[str
     ValueError
         If the data set no longer has the classes of the run.
     """
-    classifier = load_classifier(folder)
+    classifier = load(folder)
     experiment = classifier.experiment
     stream, accelerator = set_up(folder, experiment, root=root)
     classifier.to(accelerator.device)

@@ -8,7 +8,8 @@ import pandas as pd
 
 from loda_math import RankMeasure, rank_for, rounding_unit
 from training.analysis.saved_tasks import read_settings, saved_tasks, task_file
-from training.files import understanding as readable
+from training.logging import aligned
+from training.run_dir import readable
 
 _MEASURES: tuple[RankMeasure, ...] = ("energy", "ratio")
 
@@ -47,7 +48,7 @@ def layer_ranks(path: Path, shares: Sequence[float]) -> pd.DataFrame:
         for name, layer in task.layers.items():
             row: dict[str, Any] = {"task": task.number, "layer": name}
             old = task.history[name].total if task.history else None
-            with readable(task_file(path, task.number, "moments")):
+            with readable(task_file(path, task.number, "moments"), name):
                 for of in _MEASURES if task.history else _MEASURES[:1]:
                     for share in shares:
                         found = rank_for(
@@ -71,15 +72,3 @@ def rank_table(ranks: pd.DataFrame) -> str:
     text = ranks.map(lambda x: "" if pd.isna(x) else f"{x:.4f}" if isinstance(x, float) else str(x))
     last = ["all", "largest", *(str(largest.get(name, "")) for name in ranks.columns[2:])]
     return aligned([list(text.columns), *text.to_numpy().tolist(), last], left=2)
-
-
-def aligned(rows: Sequence[Sequence[str]], *, left: int) -> str:
-    """Columns of plain text, the first ones aligned to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if k < left else cell.rjust(width)
-            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )

@@ -11,10 +11,16 @@ from torch import Tensor
 
 from backends.torch import LoDASettings
 from loda_math import History, remember
-from training.files import nested, not_finite, read_tensors
-from training.files import understanding as readable
 from training.methods.loda import as_loda
-from training.run_folder import TASKS, begun_experiment
+from training.run_dir import (
+    TASKS,
+    begun_experiment,
+    nested,
+    not_finite,
+    read_tensors,
+    readable,
+    task_folder,
+)
 
 Array = NDArray[Any]
 Layer = Mapping[str, Array]
@@ -136,7 +142,7 @@ def read_task(path: Path, number: int, *names: str) -> dict[str, Layer]:
 
 def task_file(path: Path, number: int, name: str) -> Path:
     """Where a run keeps the ``moments``, ``branches`` or ``heads`` of a task, counted from 1."""
-    return path / TASKS / f"{number - 1:03d}" / f"{name}.safetensors"
+    return task_folder(path, number) / f"{name}.safetensors"
 
 
 def read_finite(path: Path) -> dict[str, Tensor]:

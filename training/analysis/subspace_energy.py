@@ -14,7 +14,7 @@ from loda_math import (
     rounding_unit,
 )
 from training.analysis.saved_tasks import Array, natural, read_settings, saved_tasks, task_file
-from training.files import understanding as readable
+from training.run_dir import readable
 
 
 def subspace_energies(path: Path) -> list[dict[str, Any]]:
@@ -54,7 +54,7 @@ def subspace_energies(path: Path) -> list[dict[str, Any]]:
         layers = {}
         for name, history in sorted(task.history.items(), key=lambda item: natural(item[0])):
             layer = task.layers[name]
-            with readable(task_file(path, task.number, "branches")):
+            with readable(task_file(path, task.number, "branches"), name):
                 new, old = layer["moment_new"].astype(np.float64), history.mean
                 bases = {"null": null_subspace(old, settings.rank)}
                 for branch in ("general", "isolated"):

@@ -24,10 +24,9 @@ from loda_math.verify import (
     verify_recalibration,
     verify_subspace,
 )
-from training.analysis.ranks import aligned
 from training.analysis.saved_tasks import Array, Layer, natural, read_settings, saved_tasks
-from training.archives import require_plausible_archive
-from training.files import understanding as readable
+from training.logging import aligned
+from training.run_dir import readable, require_plausible_archive
 
 # TASK/LAYER/NAME of an array in somebody's file.
 _KEY = re.compile(
@@ -98,7 +97,7 @@ def verify(path: Path, *, tolerance: float = 1e-5) -> list[Check]:
     """
     checks: list[Check] = []
     for solution in read_run(path) if path.is_dir() else read_arrays(path):
-        with readable(path):
+        with readable(path, f"task {solution.task}, layer {solution.layer}"):
             checks += solution.checks(tolerance=tolerance)
     if not checks:
         msg = f"{path} holds nothing to check: no bases beside the moments they were chosen from"
@@ -306,7 +305,7 @@ def read_arrays(path: Path) -> Iterator[Solution]:
     except Exception as error:  # whatever a damaged or foreign archive provokes in the readers
         msg = f"cannot read {path} as .npz: {' '.join(str(error).split()) or repr(error)}"
         raise ValueError(msg) from error
-    with readable(path):
+    with readable(path, "settings"):
         given = {"accumulation_eps": 0.0, **json.loads(text)}
         eps = given.pop("accumulation_eps")
         settings = LoDASettings(**{**_PUBLISHED, **given})

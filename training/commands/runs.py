@@ -40,12 +40,12 @@ def train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
     # Settings first: help and mistakes need not wait for torch to be imported.
     experiment = load_experiment(rest)
-    from training import loop
+    from training.train import train as run_experiment
     from training.methods.loda import keeps_nothing
 
     if _first():
         say(f"loda train: {note}" for note in keeps_nothing(experiment))
-    loop.train(experiment)
+    run_experiment(experiment)
 
 
 def evaluate(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -65,9 +65,9 @@ def predict(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Classify images."""
     del rest
     require_run(arguments.run)
-    from training.analysis.predict import load_classifier
+    from training.analysis.predict import load
 
-    classifier = load_classifier(arguments.run)
+    classifier = load(arguments.run)
     top = min(arguments.top, len(classifier.classes))
     found_by_image = classifier.predict(arguments.images, top=top)
     for path, found in zip(arguments.images, found_by_image, strict=True):
@@ -85,7 +85,7 @@ def _resume(run: Path, argv: Sequence[str]) -> None:
     from training.config import as_recorded, differing_settings, load_experiment
     from training.config.neutral import FREE
     from training.presets import effective
-    from training.run_folder import CONFIG, begun_experiment, is_finished, tidy
+    from training.run_dir import CONFIG, begun_experiment, is_finished, tidy
 
     recorded = begun_experiment(run)
     given = load_experiment([f"--config={run / CONFIG}", *argv])
@@ -101,6 +101,6 @@ def _resume(run: Path, argv: Sequence[str]) -> None:
             tidy(run)
         print(f"the run in {run} is finished")
         return
-    from training.loop import resume
+    from training.train import resume
 
     resume(run, given)

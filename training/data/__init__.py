@@ -4,9 +4,9 @@ from training.data.batches import Batches, cut_loader, loader, passes_begun, sta
 from training.data.check import DataReport, check_data, verify_data
 from training.data.dataset import ImageSet
 from training.data.decode import UnreadableImageError, open_image
-from training.data.shares import Share
 from training.data.stream import Stream, build_stream
 from training.data.transforms import Transform, test_transform, train_transform
+from training.distributed import Share
 
 __all__ = [
     "Batches",

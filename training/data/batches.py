@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from training.data.dataset import ImageSet, Key
-from training.data.shares import Share
 from training.data.shielded import ShieldedLoader
 from training.data.transforms import Transform
+from training.distributed import Share
 
 Prepared = tuple[Tensor, Tensor, Tensor]
 """Images of one size, their draws, and labels; no images where a process has none of a batch."""

@@ -14,11 +14,11 @@ import numpy as np
 from PIL import Image
 
 from training.config import DataConfig
-from training.cpus import usable_cpus
 from training.data.decode import UnreadableImageError, decode
 from training.data.domainnet import listed_domains, read_lists
 from training.data.folder import LAYOUT, Classes, named_folder, some, test_folder
 from training.data.walk import walk_classes
+from training.distributed import usable_cpus
 
 _SHOWN = 10
 _HEADER = ["split", "classes", "images", "a class", "width", "height"]

@@ -1,7 +1,9 @@
 """The stream of tasks: classes in a seeded random order, cut into a first task and increments."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import accumulate
 
 import numpy as np
@@ -55,6 +57,12 @@ class Stream:
     train: ImageSet
     test: ImageSet
     order: list[int]
+
+    def fingerprint(self) -> str:
+        """Hash of the class names, their order, and the labels of all images of both splits."""
+        labels = [images.labels.numpy().tobytes() for images in (self.train, self.test)]
+        parts = [json.dumps([list(self.class_names), list(self.order)]).encode(), *labels]
+        return sha256(b"".join(sha256(part).digest() for part in parts)).hexdigest()
 
 
 def build_stream(config: DataConfig, seed: int) -> Stream:

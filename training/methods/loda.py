@@ -19,7 +19,7 @@ from training.config.methods import BUILT_IN, UNTRAINED
 from training.methods.base import Context
 from training.methods.options import read_options
 from training.methods.steps import Stepper, look_ahead
-from training.randomness import derive
+from training.seeds import derive
 
 Directions = Literal["solved", "random"]
 

@@ -26,7 +26,7 @@ from training.methods.branches import (
 )
 from training.methods.options import read_options
 from training.methods.steps import Stepper, look_ahead
-from training.randomness import derive
+from training.seeds import derive
 
 
 @dataclass(frozen=True)

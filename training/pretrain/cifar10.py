@@ -21,9 +21,9 @@ from torch.nn.functional import cross_entropy
 
 from training.backbones.conv_vit import NAME, fold
 from training.backbones.weight_files import tensors_sha256
-from training.files import write_atomically
 from training.pretrain.cifar_images import Images, epoch, read, scaled, split_off
 from training.pretrain.recipes import add_settings, command_line, say
+from training.run_dir import write_atomically
 
 PROGRAM = "python -m training.pretrain.cifar10"
 VERSION = 1

@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training.files import write_atomically
 from training.pretrain.forbidden import glyph_classes
 from training.pretrain.glyphs import LEVELS, Glyphs, handwrite
 from training.pretrain.recipes import add_settings, command_line, say
+from training.run_dir import write_atomically
 
 PROGRAM = "python -m training.pretrain.train"
 TIMM_MODEL = "vit_tiny_patch16_224"
