@@ -40,8 +40,8 @@ def train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
     # Settings first: help and mistakes need not wait for torch to be imported.
     experiment = load_experiment(rest)
-    from training.train import train as run_experiment
     from training.methods.loda import keeps_nothing
+    from training.train import train as run_experiment
 
     if _first():
         say(f"loda train: {note}" for note in keeps_nothing(experiment))
