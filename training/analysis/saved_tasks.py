@@ -110,8 +110,10 @@ def saved_tasks(
     for number in tasks:
         layers = read_task(path, number, *names)
         with readable(task_file(path, number, "moments")):
-            if not layers or (history and layers.keys() != history.keys()):
-                msg = f"moments of the layers {list(layers)}, in earlier tasks of {list(history)}"
+            expected = set(history or layers)
+            given = {name for name, layer in layers.items() if "moment_new" in layer}
+            if not given or given != expected:
+                msg = f"moments must be of the layers {sorted(expected)}, got {sorted(given)}"
                 raise ValueError(msg)
             yield SavedTask(number, layers, dict(history))
             for name, layer in layers.items():
