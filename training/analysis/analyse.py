@@ -1,6 +1,6 @@
 """Analysis of a finished run of LoDA, written beside it for the report."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -40,6 +40,7 @@ def analyse(
     tasks: Sequence[int] | None = None,
     points: int = 16,
     root: str | None = None,
+    allow: Collection[str] = (),
 ) -> Analysis:
     """Write ``analysis.json`` beside a run: energies of its subspaces, losses along its updates.
 
@@ -60,6 +61,8 @@ def analyse(
         Steps α from 0 to 1.5 at which losses are taken, at least 2.
     root : str, optional
         Where the data are now, if they moved since the training.
+    allow : collection of str
+        As in :func:`training.load`.
 
     Returns
     -------
@@ -72,7 +75,7 @@ def analyse(
     ValueError
         If the run used another method, or has no such task.
     """
-    settings = read_settings(path)
+    settings = read_settings(path, allow=allow)
     if not (path / SUMMARY).is_file():
         msg = f"{path} holds no finished run: {SUMMARY} not there"
         raise FileNotFoundError(msg)
@@ -97,10 +100,12 @@ def analyse(
         content = {part: earlier[part] for part in PARTS}
         losses = {task["task"]: task for task in content["losses"] or []}
     if "subspaces" in parts and "subspaces" not in why:
-        content["subspaces"] = subspace_energies(path)
+        content["subspaces"] = subspace_energies(path, allow=allow)
     if "losses" in parts and "losses" not in why:
         steps = [_LAST_STEP * k / (points - 1) for k in range(points)]
-        losses |= {x["task"]: x for x in loss_landscape(path, chosen, steps, root=root)}
+        losses |= {
+            x["task"]: x for x in loss_landscape(path, chosen, steps, root=root, allow=allow)
+        }
         content["losses"] = [losses[task] for task in sorted(losses)]
     write_json(file, content)
     update_manifest(path, ANALYSIS)

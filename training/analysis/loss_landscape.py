@@ -1,7 +1,7 @@
 """Loss of old and new tasks along the general direction of a task (the paper's figure 3)."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from backends.torch import LoDASettings
 from backends.torch.readouts import CosineHeads
+from backends.torch.settings import LoDASettings
 from training.analysis.predict import evaluation_batches, load, set_up
 from training.analysis.saved_tasks import (
     Layer,
@@ -32,7 +32,12 @@ Tensors = dict[str, Tensor]
 
 
 def loss_landscape(
-    path: Path, tasks: Sequence[int], steps: Sequence[float], *, root: str | None = None
+    path: Path,
+    tasks: Sequence[int],
+    steps: Sequence[float],
+    *,
+    root: str | None = None,
+    allow: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     r"""Mean CosFace loss of old and of new evaluation images at several points, by task.
 
@@ -55,6 +60,8 @@ def loss_landscape(
         Values of α.
     root : str, optional
         Where the data are now, if they moved since the training.
+    allow : collection of str
+        As in :func:`training.load`.
 
     Returns
     -------
@@ -73,8 +80,8 @@ def loss_landscape(
     -----
     LoDA, arXiv:2603.00191, Figure 3.
     """
-    settings = read_settings(path)
-    classifier = load(path)
+    settings = read_settings(path, allow=allow)
+    classifier = load(path, allow=allow)
     experiment, model = classifier.experiment, classifier.model
     stream, accelerator = set_up(path, experiment, root=root)
     final = {name: m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear)}

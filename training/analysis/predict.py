@@ -1,6 +1,6 @@
 """A finished run as a classifier: predict images of one's own, evaluate it again on its data."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -18,7 +18,7 @@ from training.distributed import make_accelerator
 from training.metrics import count_correct
 from training.run_dir import CLASSES, CONFIG, MODEL, READOUTS, nested, read_json, readable
 from training.seeds import seeded
-from training.train import build_readouts, extract_features
+from training.train import extract_features
 
 
 class Prediction(NamedTuple):
@@ -70,7 +70,7 @@ class Classifier:
         except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
             msg = f"cannot use the device {str(device)!r}: {' '.join(str(error).split())}"
             raise ValueError(msg) from error
-        for readout in build_readouts(self.experiment.head):
+        for readout in self.experiment.head.build():
             tensors = self.readouts[readout.name].tensors()
             self.readouts[readout.name] = readout.load(
                 {name: tensor.to(device) for name, tensor in tensors.items()}
@@ -152,7 +152,9 @@ class Classifier:
         return results
 
 
-def load(run: str | Path, *, device: str | torch.device = "cpu") -> Classifier:
+def load(
+    run: str | Path, *, device: str | torch.device = "cpu", allow: Collection[str] = ()
+) -> Classifier:
     """Load the trained classifier of a finished run.
 
     Parameters
@@ -161,6 +163,9 @@ def load(run: str | Path, *, device: str | torch.device = "cpu") -> Classifier:
         A run folder.
     device : str or torch.device, default "cpu"
         Where the model and its read-outs go, ``"cuda"`` say.
+    allow : collection of str
+        Import paths of classes of other packages that the run may load: a run may come from
+        anybody, and importing a class runs code.
 
     Returns
     -------
@@ -172,7 +177,8 @@ def load(run: str | Path, *, device: str | torch.device = "cpu") -> Classifier:
     FileNotFoundError
         If the folder holds no finished run.
     ValueError
-        If there is no such device here, or files of the run are damaged.
+        If there is no such device here, files of the run are damaged, or it needs a class that is
+        not allowed.
 
     Examples
     --------
@@ -189,7 +195,7 @@ def load(run: str | Path, *, device: str | torch.device = "cpu") -> Classifier:
     if missing:
         msg = f"{folder} holds no finished run: {', '.join(missing)} not there"
         raise FileNotFoundError(msg)
-    experiment = read_experiment(folder / CONFIG)
+    experiment = read_experiment(folder / CONFIG, allow)
     classes, _ = read_classes(folder)
     with seeded(0):  # the random weights of the new model are overwritten at once
         backbone = build_backbone(experiment.backbone, initialise=False)
@@ -198,9 +204,7 @@ def load(run: str | Path, *, device: str | torch.device = "cpu") -> Classifier:
         backbone.module.load_state_dict(weights)
     tensors = read_finite(folder / READOUTS)
     with readable(folder / READOUTS):
-        readouts = {
-            x.name: x.load(nested(tensors, x.name)) for x in build_readouts(experiment.head)
-        }
+        readouts = {x.name: x.load(nested(tensors, x.name)) for x in experiment.head.build()}
         for name, readout in readouts.items():
             count = readout.logits(torch.ones(1, backbone.features)).shape[1]
             if count != len(classes):
@@ -216,7 +220,9 @@ def read_classes(folder: Path) -> tuple[list[str], list[int]]:
         return [str(name) for name in content["class_names"]], list(content["order"])
 
 
-def evaluate_run(folder: Path, *, root: str | None = None) -> dict[str, dict[str, Any]]:
+def evaluate_run(
+    folder: Path, *, root: str | None = None, allow: Collection[str] = ()
+) -> dict[str, dict[str, Any]]:
     """Evaluate the saved model of a run on all its classes, from weights and data alone.
 
     Parameters
@@ -225,6 +231,8 @@ def evaluate_run(folder: Path, *, root: str | None = None) -> dict[str, dict[str
         A finished run.
     root : str, optional
         Where the data are now, if they moved since the training.
+    allow : collection of str
+        As in :func:`load`.
 
     Returns
     -------
@@ -237,7 +245,7 @@ def evaluate_run(folder: Path, *, root: str | None = None) -> dict[str, dict[str
     ValueError
         If the data set no longer has the classes of the run.
     """
-    classifier = load(folder)
+    classifier = load(folder, allow=allow)
     experiment = classifier.experiment
     stream, accelerator = set_up(folder, experiment, root=root)
     classifier.to(accelerator.device)
@@ -278,7 +286,9 @@ def set_up(
     """
     if experiment.threads is not None:
         torch.set_num_threads(experiment.threads)
-    data = experiment.data if root is None else replace(experiment.data, root=root)
+    data = experiment.data
+    if root is not None:
+        data = replace(data, options={**data.options, "root": root})
     stream = build_stream(data, experiment.seed)
     if (stream.class_names, stream.order) != read_classes(folder):
         msg = f"the data set has other classes now than when {folder} was trained"

@@ -1,17 +1,16 @@
 """What a run of LoDA saved of its tasks: moments with their history, branches, coefficients."""
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 from torch import Tensor
 
-from backends.torch import LoDASettings
+from backends.torch.settings import LoDASettings
 from loda_math import History, remember
-from training.methods.loda import as_loda
+from training.methods.loda import LoDAMethod
 from training.run_dir import (
     TASKS,
     begun_experiment,
@@ -57,8 +56,15 @@ class SavedTask(NamedTuple):
     history: dict[str, History]
 
 
-def read_settings(path: Path) -> LoDASettings:
+def read_settings(path: Path, *, allow: Collection[str] = ()) -> LoDASettings:
     """Settings of LoDA that a run trained under; ``null_lora`` is LoDA under some of them.
+
+    Parameters
+    ----------
+    path : Path
+        The run.
+    allow : collection of str
+        Import paths of classes of other packages that the run may load.
 
     Raises
     ------
@@ -67,15 +73,15 @@ def read_settings(path: Path) -> LoDASettings:
     ValueError
         If the run used a method that chooses no subspaces by moments.
     """
-    method = begun_experiment(path).method
-    if method.name not in ("loda", "null_lora"):
+    method = begun_experiment(path, allow).method
+    if not (method.is_known and issubclass(method.kind, LoDAMethod)):
         msg = (
             f"{path} must be a run of loda or null_lora, the methods that choose their directions "
             f"by second moments, got a run of {method.name}"
         )
         raise ValueError(msg)
-    settings = as_loda(method)
-    return LoDASettings(**{f.name: getattr(settings, f.name) for f in fields(LoDASettings)})
+    settings: LoDASettings = method.build().settings
+    return settings
 
 
 def saved_tasks(

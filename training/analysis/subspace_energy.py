@@ -1,6 +1,7 @@
 """Energies of the subspaces that a run chose, by task and layer (the paper's figures 2 and 5)."""
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from training.analysis.saved_tasks import Array, natural, read_settings, saved_t
 from training.run_dir import readable
 
 
-def subspace_energies(path: Path) -> list[dict[str, Any]]:
+def subspace_energies(path: Path, *, allow: Collection[str] = ()) -> list[dict[str, Any]]:
     r"""Energies of every task after the first, by layer.
 
     For the null space of the old tasks (the directions of least old-task energy, as many as a
@@ -30,6 +31,8 @@ def subspace_energies(path: Path) -> list[dict[str, Any]]:
     ----------
     path : Path
         A run of LoDA with ``keep.moments`` and ``keep.branches``.
+    allow : collection of str
+        As in :func:`training.load`.
 
     Returns
     -------
@@ -48,7 +51,7 @@ def subspace_energies(path: Path) -> list[dict[str, Any]]:
     -----
     LoDA, arXiv:2603.00191, Section 3 and Figures 2 and 5.
     """
-    settings = read_settings(path)
+    settings = read_settings(path, allow=allow)
     tasks = []
     for task in saved_tasks(path, settings, branches=True):
         layers = {}

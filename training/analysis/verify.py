@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from backends.torch import LoDASettings
+from backends.torch.settings import LoDASettings
 from loda_math import (
     RecalibrationForm,
     recalibration,
