@@ -7,10 +7,9 @@ import pytest
 from safetensors.numpy import load_file
 from small_runs import finished
 
-from training.analysis.saved_tasks import task_file
+from training.analysis.saved_tasks import read_settings, task_file
 from training.analysis.subspace_energy import subspace_energies
 from training.analysis.verify import verify
-from training.config import read_experiment
 
 LAYER = "blocks.1.attn.qkv"
 
@@ -33,8 +32,7 @@ def test_energies_are_those_that_verify_finds(run: Path) -> None:
 def test_the_null_space_is_that_of_the_history(run: Path) -> None:
     first, second = (load_file(task_file(run, task, "moments")) for task in (1, 2))
     old, new = first[f"merged/{LAYER}"], second[f"new/{LAYER}"]  # the history is of one task
-    rank = read_experiment(run / "config.yaml").method.rank
-    quiet = np.linalg.eigh(old)[1][:, :rank]
+    quiet = np.linalg.eigh(old)[1][:, : read_settings(run).rank]
     expected = np.trace(quiet.T @ new @ quiet)
     measures = subspace_energies(run)[0]["layers"][LAYER]["null"]
     assert measures["new_energy"] == pytest.approx(expected / np.trace(new), rel=1e-4)

@@ -38,7 +38,7 @@ def evaluated(run: Path) -> Counts:
 
 
 def test_predictions_name_classes_best_first(classifier: Classifier, run: Path) -> None:
-    root = Path(classifier.experiment.data.root or "")
+    root = Path(classifier.experiment.data.options["root"])
     paths = [root / "test" / name / "0.png" for name in COLOURS]
     by_image = classifier.predict(paths, top=6)
     names = read_json(run / "classes.json")["class_names"]
@@ -109,7 +109,7 @@ def test_tensors_that_do_not_fit_are_refused(
 
 
 def test_what_cannot_be_predicted_is_named(classifier: Classifier, tmp_path: Path) -> None:
-    good = next(Path(classifier.experiment.data.root or "").rglob("*.png"))
+    good = next(Path(classifier.experiment.data.options["root"]).rglob("*.png"))
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "half.png").write_bytes(good.read_bytes()[:200])
     for name in ("text.png", "half.png", "missing.png", "."):

@@ -3,7 +3,7 @@
 import json
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ LAYERS = ("0", "2")
 
 
 def configure(folder: Path, **options: Any) -> None:
-    experiment = replace(Experiment(), method=MethodConfig(**options))
+    experiment = Experiment(method=MethodConfig("loda", options))
     write_text(folder / "config.yaml", dump_experiment(experiment))
 
 
