@@ -22,7 +22,7 @@ from training.config import (
     MethodConfig,
     TrainConfig,
 )
-from training.figures import accuracy_figure
+from training.plots import accuracy_figure
 from training.loop import train
 
 COLOURS = {

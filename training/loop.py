@@ -7,7 +7,7 @@ from pathlib import Path
 from training.classifiers import add_head, evaluate_task, update_readouts
 from training.config import Experiment
 from training.data import loader, passes_begun, start_at, train_transform
-from training.figures import accuracy_figure
+from training.plots import accuracy_figure
 from training.files import flattened, not_finite
 from training.fit import fit
 from training.monitoring.memory import peak_memory, reset_peak
