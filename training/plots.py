@@ -20,19 +20,6 @@ if TYPE_CHECKING:
 
     from training.metrics import AccuracyMatrix
 
-__all__ = [
-    "Curve",
-    "Interval",
-    "Panel",
-    "accuracy_figure",
-    "comparison_figure",
-    "interval_figure",
-    "line_figure",
-    "line_style",
-    "matrix_figure",
-    "spread_curves",
-]
-
 # Okabe and Ito's colours, told apart with any kind of colour vision. Their yellow is too pale on
 # white; a grey takes its place.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8C8C8C")
