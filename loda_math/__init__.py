@@ -15,9 +15,15 @@ from loda_math.energy import (
 )
 from loda_math.gao import class_split, gradient_alignment, lookahead, project_conflict
 from loda_math.heldout import HeldoutRatio, heldout_ratio
-from loda_math.histories import History, remember
 from loda_math.joint import UpdateEffect, joint_recalibration, stack_branches, update_effect
-from loda_math.moments import Moments, combine, second_moment
+from loda_math.moments import (
+    History,
+    Moments,
+    combine,
+    remember,
+    rounding_unit,
+    second_moment,
+)
 from loda_math.ranks import RankChoice, RankMeasure, rank_for
 from loda_math.recalibration import RecalibrationForm, recalibration, recalibration_loss
 from loda_math.solutions import (
@@ -61,6 +67,7 @@ __all__ = [
     "recalibration_loss",
     "relative_energy",
     "remember",
+    "rounding_unit",
     "second_moment",
     "stack_branches",
     "trace_ratio_solution",

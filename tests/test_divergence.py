@@ -45,8 +45,7 @@ def history(run: Run) -> None:
 
 
 def ridge(run: Run) -> None:
-    assert run.state.ridge is not None
-    for tensor in run.state.ridge.state_dict().values():
+    for tensor in run.state.readouts.statistics["ridge"].state_dict().values():
         if tensor.is_floating_point():
             tensor.view(-1)[0] = torch.nan
             break
@@ -57,12 +56,11 @@ def head(run: Run) -> None:
 
 
 def aligned(run: Run) -> None:
-    assert run.state.aligned is not None
-    run.state.aligned[0, 0] = torch.nan
+    run.state.readouts.classifiers["alignment"].tensors()["weight"][0, 0] = torch.nan
 
 
 def readout(run: Run) -> None:
-    for tensor in run.state.readouts["nearest_mean"].tensors().values():
+    for tensor in run.state.readouts.classifiers["nearest_mean"].tensors().values():
         tensor.view(-1)[0] = torch.nan
 
 

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from backends.torch import LoDA, LoDASettings
-from training.step.heads import CosineHead
+from backends.torch.readouts import CosineHead
 from training.step.losses import cosface
 
 TOLERANCE = 2e-5

@@ -53,7 +53,7 @@ def test_the_state_carries_a_run_over_bit_for_bit(
             run_task(second, task, progress)
     assert same_tensors(second.state.model.state_dict(), load_file(run / "model.safetensors"))
     readouts = load_file(run / "readouts.safetensors")
-    for kind, readout in second.state.readouts.items():
+    for kind, readout in second.state.readouts.classifiers.items():
         for name, tensor in readout.tensors().items():
             assert torch.equal(tensor, readouts[f"{kind}/{name}"]), (kind, name)
     counts = read_json(run / "summary.json")["counts"]

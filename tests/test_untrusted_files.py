@@ -23,7 +23,7 @@ from safetensors.torch import save
 from small_runs import small_vit
 
 from training import cli
-from training.backbones.weight_files import load_weights
+from training.backbones.weights import load_weights
 from training.config import BackboneConfig, DataConfig, Experiment, dump_experiment, read_experiment
 from training.data import UnreadableImageError, open_image
 from training.sweeps import plan, read_sweep

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
+from backends.torch.readouts import class_mean_start
 from training.data import ImageSet, loader, test_transform
-from training.evaluate import build_readouts, count_correct, extract_features
+from training.evaluate import count_correct, extract_features
 from training.randomness import derive
 from training.setup import Run
-from training.step.heads import class_mean_start
 
 
 def add_head(run: Run, task: int) -> None:
@@ -27,13 +27,10 @@ def add_head(run: Run, task: int) -> None:
 def update_readouts(run: Run, task: int) -> None:
     """Statistics of the task's classes through the merged model; old ones are never refreshed."""
     state, classes = run.state, len(run.stream.tasks[task])
-    gathering = [s for s in (state.statistics, state.ridge) if s is not None]
-    if gathering:
+    if state.readouts.statistics:
         features, labels = _task_features(run, task)
-        for statistics in gathering:
-            statistics.add_task(features, labels, classes)
-    generator = torch.Generator().manual_seed(derive(run.experiment.seed, task, "alignment"))
-    state.readouts = build_readouts(state, run.experiment.head, generator)
+        state.readouts.add_task(features, labels, classes)
+    state.readouts.fit(state.heads.weight(), derive(run.experiment.seed, task, "alignment"))
 
 
 def evaluate_task(run: Run, task: int) -> None:
@@ -42,7 +39,9 @@ def evaluate_task(run: Run, task: int) -> None:
     features, labels = _features(run, run.stream.test.subset(seen))
     state, sizes = run.state, [len(labels) for labels in run.stream.tasks[: task + 1]]
     for matrices, given in ((state.matrices, None), (state.task_given, sizes)):
-        counts = count_correct(state.readouts, features, labels, len(seen), task_sizes=given)
+        counts = count_correct(
+            state.readouts.classifiers, features, labels, len(seen), task_sizes=given
+        )
         for kind, (correct, total) in counts.items():
             matrices[kind] = matrices[kind].extended(sizes[-1], correct, total)
 

@@ -8,19 +8,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from backends.torch.readouts import (
-    AlignmentSettings,
-    Readout,
-    alignment,
-    heads,
-    nearest_mean,
-    ridge,
-)
+from backends.torch.readouts import READOUTS, Alignment, Classifier, Readout, Ridge
 from training.config import Experiment, HeadConfig
 from training.metrics import class_counts
 from training.monitoring.trackers import require_tracker
 from training.processes import started_with
-from training.state import RunState
 
 
 def make_accelerator(experiment: Experiment, folder: Path | None = None) -> Accelerator:
@@ -71,40 +63,23 @@ def wanted_readouts(config: HeadConfig) -> list[str]:
     return list(dict.fromkeys([config.readout, *config.also]))
 
 
-def build_readouts(
-    state: RunState, config: HeadConfig, generator: torch.Generator
-) -> dict[str, Readout]:
-    """The read-outs of an experiment after a task, the primary one first.
-
-    The aligned head weights become part of the state: in the published schedule the next
-    alignment starts from them.
-    """
-    found: dict[str, Readout] = {}
-    for kind in wanted_readouts(config):
-        if kind == "heads":
-            found[kind] = heads(state.heads.weight())
-        elif kind == "ridge" and state.ridge is not None:
-            found[kind] = ridge(state.ridge)
-        elif kind == "nearest_mean" and state.statistics is not None:
-            found[kind] = nearest_mean(state.statistics)
-        elif kind == "alignment" and state.statistics is not None:
-            start = state.heads.weight()
-            if state.aligned is not None:
-                start[: len(state.aligned)] = state.aligned.to(start)
-            settings = AlignmentSettings(
-                epochs=config.alignment_epochs,
-                temperature=config.alignment_temperature,
-                ridge=config.alignment_covariance,
-                shrinkage=config.alignment_shrinkage,
-                lr=config.alignment_lr,
-            )
-            aligned = alignment(state.statistics, settings, generator=generator, weight=start)
-            state.aligned, found[kind] = aligned.weight, aligned
-    return found
+def build_readouts(config: HeadConfig) -> list[Readout]:
+    """The read-outs of an experiment with their options, the primary one first."""
+    options = {
+        "alignment": Alignment(
+            epochs=config.alignment_epochs,
+            temperature=config.alignment_temperature,
+            covariance=config.alignment_covariance,
+            shrinkage=config.alignment_shrinkage,
+            lr=config.alignment_lr,
+        ),
+        "ridge": Ridge(features=config.ridge_features),
+    }
+    return [options.get(kind) or READOUTS[kind]() for kind in wanted_readouts(config)]
 
 
 def count_correct(
-    readouts: Mapping[str, Readout],
+    readouts: Mapping[str, Classifier],
     features: Tensor,
     labels: Tensor,
     classes: int,

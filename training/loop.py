@@ -184,7 +184,7 @@ def run_task(run: Run, task: int, progress: Progress) -> None:
         branches=record.branch_tensors() if record and keep.branches else {},
         moments=record.moment_tensors() if record and keep.moments else {},
         heads=state.heads.state_dict() if keep.heads else {},
-        statistics=state.statistics.state_dict() if state.statistics and keep.statistics else {},
+        statistics=state.readouts.statistics["statistics"].state_dict() if keep.statistics else {},
     )
     accuracy = {kind: m.curve[-1] for kind, m in state.matrices.items()}
     counts = {kind: [m.correct[-1], m.total[-1]] for kind, m in state.matrices.items()}
@@ -207,8 +207,8 @@ def run_task(run: Run, task: int, progress: Progress) -> None:
 
 def _require_finite(run: Run, task: int) -> None:
     """Stop before anything of a task is written that left NaN or infinite values."""
-    readouts = {kind: readout.tensors() for kind, readout in run.state.readouts.items()}
-    broken = not_finite(run.state.tensors() | flattened(readouts=flattened(**readouts)))
+    classifiers = flattened(classifiers=run.state.readouts.tensors())
+    broken = not_finite(run.state.tensors() | classifiers)
     if broken:
         more = f" and {len(broken) - 4} more" if len(broken) > 4 else ""
         msg = (

@@ -15,7 +15,6 @@ from training.config import Experiment, as_recorded, dump_experiment, read_exper
 from training.data import Stream
 from training.files import (
     append_line,
-    flattened,
     make_folder,
     read_json,
     sync,
@@ -188,8 +187,7 @@ class RunFolder:
     def finish(self, state: RunState, summary: dict[str, Any]) -> None:
         """Write the merged model, the read-outs and the summary; drop the checkpoints then."""
         write_tensors(self.path / MODEL, state.model.state_dict())
-        readouts = {kind: readout.tensors() for kind, readout in state.readouts.items()}
-        write_tensors(self.path / READOUTS, flattened(**readouts))
+        write_tensors(self.path / READOUTS, state.readouts.tensors())
         sync(self.path / METRICS)
         write_json(self.path / SUMMARY, summary)
         remove_checkpoints(self.path / CHECKPOINTS)

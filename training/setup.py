@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from backends.torch.readouts import ClassStatistics, RidgeStatistics
+from backends.torch.readouts import CosineHeads, Readouts
 from training.backbones import Backbone, build_backbone, check_fits
 from training.config import Experiment
 from training.config.neutral import NEUTRAL
 from training.data import Stream, build_stream, test_transform, train_transform, verify_data
-from training.evaluate import make_accelerator, wanted_readouts
+from training.evaluate import build_readouts, make_accelerator
 from training.methods import Context, Method, build_method, sums_over_processes
 from training.metrics import AccuracyMatrix
 from training.monitoring.trackers import flat_settings, start_tracker
@@ -23,7 +23,6 @@ from training.randomness import derive, seeded
 from training.run_folder import RunFolder, choose_folder
 from training.state import RunState
 from training.step.compiled import require_compiler
-from training.step.heads import Heads
 from training.survival.saver import Saver
 from training.watched_folder import WatchedFolder
 
@@ -86,23 +85,19 @@ def prepare(experiment: Experiment, resume: Path | None = None) -> Run:
     )
     method = build_method(experiment.method, model, context)
     _check_method(method, experiment.method.name, processes)
-    kinds = wanted_readouts(experiment.head)
-    needs_statistics = experiment.keep.statistics or {"nearest_mean", "alignment"} & set(kinds)
-    ridge = None
-    if "ridge" in kinds:  # its sums take the square of the number of features
-        ridge = RidgeStatistics(
-            backbone.features,
-            features=experiment.head.ridge_features,
-            seed=derive(experiment.seed, 0, "ridge"),
-        )
+    readouts = Readouts(
+        build_readouts(experiment.head),
+        dim=backbone.features,
+        seed=derive(experiment.seed, 0, "ridge"),
+        keep_statistics=experiment.keep.statistics,
+    )
     state = RunState(
         model=model,
         method=method,
-        heads=Heads(backbone.features).to(accelerator.device),
-        statistics=ClassStatistics() if needs_statistics else None,
-        ridge=ridge,
-        matrices={kind: AccuracyMatrix() for kind in kinds},
-        task_given={kind: AccuracyMatrix() for kind in kinds},
+        heads=CosineHeads(backbone.features).to(accelerator.device),
+        readouts=readouts,
+        matrices={kind: AccuracyMatrix() for kind in readouts.readouts},
+        task_given={kind: AccuracyMatrix() for kind in readouts.readouts},
     )
     new = resume is None
     folder = _open_folder(path, processes, fresh=new and experiment.out is None, resume=not new)

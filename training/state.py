@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from backends.torch import plain_state
-from backends.torch.readouts import ClassStatistics, Readout, RidgeStatistics
+from backends.torch.readouts import CosineHeads, Readouts
 from training.files import flattened, nested
 from training.methods import Method
 from training.metrics import AccuracyMatrix
-from training.step.heads import Heads
 
 
 @dataclass
@@ -29,34 +28,25 @@ class RunState:
         The backbone, with what was learned merged.
     method : Method
         Carries its own state (moments, branches).
-    heads : Heads
+    heads : CosineHeads
         One cosine head a task.
-    statistics : ClassStatistics or None
-        Means and covariances by class, if a read-out needs them.
-    ridge : RidgeStatistics or None
-        Sums of the ridge read-out, if it is used.
-    aligned : Tensor or None
-        Head weights after the last alignment.
+    readouts : Readouts
+        What they gathered, and the classifiers after the last task.
     tasks : int
         Tasks completed.
     matrices : dict of str to AccuracyMatrix
         Accuracy so far by read-out.
     task_given : dict of str to AccuracyMatrix
         The same where the task of every image is given, so that only its classes compete.
-    readouts : dict of str to Readout
-        The classifiers after the last task; derived from the rest, not part of the state.
     """
 
     model: nn.Module
     method: Method
-    heads: Heads
-    statistics: ClassStatistics | None
-    ridge: RidgeStatistics | None
-    aligned: Tensor | None = None
+    heads: CosineHeads
+    readouts: Readouts
     tasks: int = 0
     matrices: dict[str, AccuracyMatrix] = field(default_factory=dict)
     task_given: dict[str, AccuracyMatrix] = field(default_factory=dict)
-    readouts: dict[str, Readout] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the state under flat names."""
@@ -64,13 +54,8 @@ class RunState:
             "model": plain_state(self.model),
             "method": self.method.state_dict(),
             "heads": self.heads.state_dict(),
+            "readouts": self.readouts.state_dict(),
         }
-        if self.statistics is not None and self.tasks:
-            groups["statistics"] = self.statistics.state_dict()
-        if self.ridge is not None:
-            groups["ridge"] = self.ridge.state_dict()
-        if self.aligned is not None:
-            groups["aligned"] = {"weight": self.aligned}
         return flattened(**groups)
 
     def record(self) -> dict[str, Any]:
@@ -97,26 +82,15 @@ class RunState:
             self.heads.add(int(size), generator=torch.Generator())  # overwritten below
         self.heads.load_state_dict(heads)
         self.heads.to(next(self.model.parameters()).device)
-        if self.statistics is not None and self.tasks:
-            self.statistics.load_state_dict(nested(tensors, "statistics"))
-        if self.ridge is not None:
-            self.ridge.load_state_dict(nested(tensors, "ridge"))
-        self.aligned = nested(tensors, "aligned").get("weight")
+        self.readouts.load_state_dict(nested(tensors, "readouts"))
 
 
 def stored_bytes(state: RunState) -> dict[str, int]:
     """Bytes that a run carries from task to task beside the weights of the model and the heads."""
     # Folded methods hold the weights without their branches too: those are the model's own.
     own = {k: v for k, v in state.method.state_dict().items() if not k.startswith("weight/")}
-    groups: dict[str, Mapping[str, Tensor]] = {"method": own}
-    if state.statistics is not None and state.tasks:
-        groups["statistics"] = state.statistics.state_dict()
-    if state.ridge is not None:
-        groups["ridge"] = state.ridge.state_dict()
-    return {
-        group: sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        for group, tensors in groups.items()
-    }
+    method = sum(tensor.numel() * tensor.element_size() for tensor in own.values())
+    return {"method": method, **state.readouts.stored_bytes()}
 
 
 def _check(record: Mapping[str, Any], weights: list[int]) -> None:

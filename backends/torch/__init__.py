@@ -11,7 +11,6 @@ from backends.torch.adapt import (
 )
 from backends.torch.branch import LoRABranch
 from backends.torch.gao import draw_permutation, gradient_aligned_step
-from backends.torch.gradient_memory import GradientMemory
 from backends.torch.loda import LoDA
 from backends.torch.lora import LoRALinear
 from backends.torch.moments import MomentCollector, collect_moments
@@ -24,7 +23,6 @@ from backends.torch.step import AlignedStep, RowsLoss, plain_step
 __all__ = [
     "TIMM_QKV",
     "AlignedStep",
-    "GradientMemory",
     "LoDA",
     "LoDASettings",
     "LoRABranch",

@@ -68,7 +68,7 @@ class LoDASettings:
     rank: int = 32
     general_weight: float = 0.5
     isolated_weight: float = 1.0
-    down_scale: float = 1 / math.sqrt(3)
+    down_scale: float = 3**-0.5
     branches: Branches = "both"
     isolated: IsolatedRule = "pencil"
     ridge: float = 1e-2

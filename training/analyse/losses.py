@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from backends.torch.readouts import CosineHeads
 from training.analyse.rebuild import TaskUpdate, task_updates
 from training.config import Experiment, HeadConfig
 from training.data import Stream, build_stream, loader, test_transform
@@ -18,7 +19,6 @@ from training.files import nested, read_tensors
 from training.finished.inference import load_classifier
 from training.finished.kept import read_method
 from training.run_folder import TASKS
-from training.step.heads import Heads
 from training.step.losses import cosface
 
 _KINDS = ("own", "seen")
@@ -100,7 +100,7 @@ class _Line:
         model: nn.Module,
         update: TaskUpdate,
         moments: Mapping[str, Tensor],
-        heads: Heads,
+        heads: CosineHeads,
         accelerator: Accelerator,
     ) -> None:
         self.model, self.heads, self.accelerator = model, heads, accelerator
@@ -207,7 +207,7 @@ def _new_moments(path: Path, update: TaskUpdate) -> dict[str, Tensor]:
     return {name: found[name].double() for name in update.before}
 
 
-def _heads(path: Path, task: int, stream: Stream, features: int) -> Heads:
-    heads = Heads(features, [len(classes) for classes in stream.tasks[: task + 1]])
+def _heads(path: Path, task: int, stream: Stream, features: int) -> CosineHeads:
+    heads = CosineHeads(features, [len(classes) for classes in stream.tasks[: task + 1]])
     heads.load_state_dict(read_tensors(path / TASKS / f"{task:03d}" / "heads.safetensors"))
     return heads.eval()

@@ -8,7 +8,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from backends.torch.readouts import Readout, load_readout
+from backends.torch.readouts import READOUTS as KINDS
+from backends.torch.readouts import Classifier as Fitted
 from training.backbones import Backbone, build_backbone, check_fits
 from training.config import Experiment, read_experiment
 from training.data import open_image, test_transform
@@ -40,14 +41,14 @@ class Classifier:
         Settings of the run.
     backbone : Backbone
         The merged model.
-    readouts : dict of str to Readout
+    readouts : dict of str to backends.torch.readouts.Classifier
         Classifiers on its features; the primary one is named by ``experiment.head.readout``.
     """
 
     classes: list[str]
     experiment: Experiment
     backbone: Backbone
-    readouts: dict[str, Readout]
+    readouts: dict[str, Fitted]
 
     @property
     def model(self) -> nn.Module:
@@ -69,7 +70,7 @@ class Classifier:
             raise ValueError(msg) from error
         for kind, readout in self.readouts.items():
             stored = {name: tensor.to(device) for name, tensor in readout.tensors().items()}
-            self.readouts[kind] = load_readout(kind, stored)
+            self.readouts[kind] = KINDS[kind]().load(stored)
         return self
 
     @torch.no_grad()
@@ -190,12 +191,12 @@ def _read_finite(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_readouts(folder: Path, classes: int, features: int) -> dict[str, Readout]:
+def _read_readouts(folder: Path, classes: int, features: int) -> dict[str, Fitted]:
     path = folder / READOUTS
     tensors = _read_finite(path)
     kinds = dict.fromkeys(name.partition("/")[0] for name in tensors)
     try:
-        readouts = {kind: load_readout(kind, nested(tensors, kind)) for kind in kinds}
+        readouts = {kind: KINDS[kind]().load(nested(tensors, kind)) for kind in kinds}
         found = {k: r.logits(torch.ones(1, features)).shape[1] for k, r in readouts.items()}
     except (ValueError, RuntimeError, LookupError, TypeError) as error:
         msg = f"{path} does not fit the model of {folder / CONFIG}: {_one_line(error)}"

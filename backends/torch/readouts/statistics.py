@@ -1,14 +1,60 @@
-"""Mean and covariance of each class's features, filled task by task and never refreshed.
+"""Mean and covariance of each class's features, gathered task by task."""
 
-Classes are numbered in the order of the stream, so a task's labels follow those of the tasks
-before.
-"""
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
-from backends.torch.readouts._checks import check_batch, check_closed, check_keys, task_end
-from backends.torch.readouts.tasks import TaskStatistics
+from backends.torch.readouts.readout import check_names
+
+
+class TaskStatistics(ABC):
+    """Statistics of features that are gathered task by task; finished classes never change.
+
+    Classes are numbered in the order of the stream, so a task's labels go on from those of the
+    tasks before.
+
+    Attributes
+    ----------
+    task_sizes : tuple of int
+        Classes of each finished task.
+    """
+
+    def __init__(self) -> None:
+        self.task_sizes: tuple[int, ...] = ()
+
+    @property
+    def classes(self) -> int:
+        """Number of classes of the finished tasks."""
+        return sum(self.task_sizes)
+
+    @abstractmethod
+    def collect(self, features: Tensor, labels: Tensor) -> None:
+        """Add a batch of features (N, D) with labels (N,) of the open task."""
+
+    @abstractmethod
+    def end_task(self, classes: int | None = None) -> None:
+        """Finish the open task of `classes` classes (default: up to the highest label seen)."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Tensor]:
+        """Flat tensors of the finished tasks, ready for safetensors."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` gave."""
+
+    def add_task(self, features: Tensor, labels: Tensor, classes: int | None = None) -> None:
+        """`collect` one batch and `end_task`."""
+        self.collect(features, labels)
+        self.end_task(classes)
+
+    def require_classes(self) -> None:
+        """Raise ValueError while no task is finished."""
+        if not self.classes:
+            msg = "the statistics hold no class yet; collect a task and call end_task first"
+            raise ValueError(msg)
 
 
 class ClassStatistics(TaskStatistics):
@@ -44,7 +90,7 @@ class ClassStatistics(TaskStatistics):
 
     def __init__(self, *, dtype: torch.dtype = torch.float32) -> None:
         if dtype not in (torch.float32, torch.float64):
-            msg = f"Class statistics are kept in float32 or float64, not {dtype}."
+            msg = f"dtype must be torch.float32 or torch.float64, got {dtype}"
             raise ValueError(msg)
         super().__init__()
         self.dtype = dtype
@@ -97,7 +143,7 @@ class ClassStatistics(TaskStatistics):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Flat tensors of the finished tasks, ready for safetensors."""
-        check_closed(open_task=bool(self._open))
+        require_closed(is_open=bool(self._open))
         return {
             "count": self.count,
             "mean": self.mean,
@@ -105,21 +151,76 @@ class ClassStatistics(TaskStatistics):
             "task_sizes": torch.tensor(self.task_sizes, dtype=torch.int64),
         }
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state_dict` gave. Raises ValueError when keys or shapes do not fit."""
-        check_keys(state, {"count", "mean", "covariance", "task_sizes"})
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` gave; ValueError if keys or shapes do not fit."""
+        check_names(state, {"count", "mean", "covariance", "task_sizes"}, "class statistics")
         sizes = tuple(int(n) for n in state["task_sizes"])
         count, mean, covariance = state["count"], state["mean"], state["covariance"]
         expected = (sum(sizes), *mean.shape[1:], *mean.shape[1:])
         if len(count) != sum(sizes) or len(mean) != sum(sizes) or covariance.shape != expected:
             msg = (
-                f"Task sizes {sizes} do not fit {len(count)} counts, means {tuple(mean.shape)} "
-                f"and covariances {tuple(covariance.shape)}."
+                f"counts, means and covariances must be of {sum(sizes)} classes, got shapes "
+                f"{tuple(count.shape)}, {tuple(mean.shape)} and {tuple(covariance.shape)}"
             )
             raise ValueError(msg)
         self.dtype = mean.dtype
         self.count, self.mean, self.covariance = count, mean, covariance
         self.task_sizes, self._open = sizes, {}
+
+
+def check_batch(features: Tensor, labels: Tensor, *, first: int, width: int | None) -> None:
+    """Refuse a batch that cannot be one of a task whose classes begin at ``first``."""
+    if features.ndim != 2 or labels.shape != features.shape[:1] or not features.is_floating_point():
+        msg = (
+            f"features must be floating (N, D) with labels (N,), got {features.dtype} of shape "
+            f"{tuple(features.shape)} and labels of shape {tuple(labels.shape)}"
+        )
+        raise ValueError(msg)
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        msg = f"labels must be integers, got {labels.dtype}"
+        raise ValueError(msg)
+    if width is not None and features.shape[1] != width:
+        msg = f"features must be {width} wide, as those before, got {features.shape[1]}"
+        raise ValueError(msg)
+    if not bool(features.isfinite().all()):
+        bad = int((~features.isfinite().all(1)).sum())
+        msg = (
+            f"features must be finite, got NaN or infinity in {bad} of {len(features)} rows; "
+            "check the model and the images"
+        )
+        raise ValueError(msg)
+    if len(labels) and int(labels.min()) < first:
+        msg = (
+            f"labels of the open task must be at least {first}, got {int(labels.min())}; "
+            "classes of finished tasks never change"
+        )
+        raise ValueError(msg)
+
+
+def task_end(labels: Collection[int], first: int, classes: int | None) -> int:
+    """One past the last class of a task that begins at ``first``, if its labels are complete."""
+    if classes is None:
+        classes = max(labels, default=first - 1) + 1 - first
+    if classes < 1:
+        msg = "a task must have at least one class, got none; collect features before end_task"
+        raise ValueError(msg)
+    end = first + classes
+    missing = sorted(set(range(first, end)) - set(labels))
+    if missing:
+        msg = f"every class of the task must have features, got none of the classes {missing}"
+        raise ValueError(msg)
+    beyond = sorted(label for label in labels if label >= end)
+    if beyond:
+        msg = f"labels of the task must be from {first} to {end - 1}, got {beyond}"
+        raise ValueError(msg)
+    return end
+
+
+def require_closed(*, is_open: bool) -> None:
+    """Refuse to give the state of statistics in the middle of a task."""
+    if is_open:
+        msg = "a task is being collected; call end_task before the state is taken"
+        raise ValueError(msg)
 
 
 def _merge(
