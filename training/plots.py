@@ -12,7 +12,7 @@ from statistics import fmean, stdev
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from training.files import write_atomically
+from training.run_dir import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,7 +4,6 @@ What is done already is skipped, what was interrupted goes on, and a failure sto
 run outlives its sweep, unless the sweep is killed outright.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -35,7 +34,6 @@ from training.config import (
 )
 from training.distributed import usable_cpus
 from training.run_dir import (
-    CHECKPOINTS,
     CONFIG,
     ENVIRONMENT,
     file_sha256,

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
-from training.files import write_text
 from training.report.figures import Drawing, drawings, side_drawings
 from training.report.runs import Inventory, Section, by_section, find_runs, measures, slug
 from training.report.tables import Table, latex, markdown, report_tables, side_by_side
+from training.run_dir import write_text
 
 MARKDOWN, LATEX, CSV, PAGE, FIGURES = (
     "tables.md",

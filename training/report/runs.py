@@ -18,14 +18,29 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from training.config import Experiment, experiment_from, experiment_values, read_experiment
-from training.config.dotted import dotted_settings
-from training.config.neutral import NEUTRAL
-from training.files import read_json, understanding, write_text
+from training.config import (
+    NEUTRAL,
+    READOUTS,
+    Experiment,
+    experiment_from,
+    experiment_values,
+    flat_settings,
+    read_experiment,
+)
 from training.methods import steps_a_batch
 from training.metrics import AccuracyMatrix
-from training.run_folder import ANALYSIS, CLASSES, CONFIG, ENVIRONMENT, METRICS, SUMMARY
-from training.sweeps.groups import read_groups
+from training.run_dir import (
+    ANALYSIS,
+    CLASSES,
+    CONFIG,
+    ENVIRONMENT,
+    METRICS,
+    SUMMARY,
+    read_json,
+    readable,
+    write_text,
+)
+from training.sweep import read_groups
 
 OTHERS = "others"
 """Title of the variants that the file of a sweep puts in no group."""
@@ -43,15 +58,13 @@ _FILES: dict[str, tuple[str, tuple[str, ...]]] = {
 _EVENT = ("task", "seconds", "memory")
 
 # Settings that tell runs of one experiment apart without making them different experiments.
-_NOT_COMPARED = ("seed", "out", "threads", "overwrite", "device", "keep", "tracker")
+_NOT_COMPARED = ("seed", "out", "threads", "device", "keep", "tracker")
 
-# Accuracies under other values of these are about other images, tasks or networks.
-_SECTION = (
-    *(f"data.{key}" for key in ("name", "train_split", "test_split", "image_key", "label_key")),
-    *(f"data.{key}" for key in ("classes", "init_cls", "increment", "task_sizes", "tasks")),
-    *(f"data.{key}" for key in ("validation", "image_size")),
-    *(f"backbone.{key}" for key in ("name", "options", "pretrained")),
-)
+# Accuracies under other values of these are about other images, tasks or networks; so they are
+# under other options of a data set or a backbone, unless those only say where something is.
+_STREAM = ("classes", "init_cls", "increment", "task_sizes", "tasks", "validation", "image_size")
+_PLACES = ("data.root", "data.dataset", "data.download", "backbone.weights")
+
 _TIMES, _MEMORY = ("seconds", "training_seconds"), ("memory_mib", "gpu_memory_mib")
 _ENERGIES = ("ratio", "new_energy", "old_energy", "new_magnitude", "old_magnitude")
 
@@ -96,7 +109,7 @@ class Run:
             (ANALYSIS, lambda: (self.energies, self.losses)),
             (SUMMARY, lambda: [*self.readout_rows()]),
         ):
-            with understanding(self.path / file):
+            with readable(self.path / file):
                 read()
 
     @property
@@ -395,14 +408,14 @@ def read_run(path: Path, name: str = "") -> Run:
     content: dict[str, Any] = {"log": []}
     for part, (file, keys) in _FILES.items():
         values = read_json(path / file) if (path / file).is_file() else {}
-        with understanding(path / file):
+        with readable(path / file):
             content[part] = _part(values, keys)
     if "backbone" in content["environment"]:  # without the paths that may be among the rest
-        with understanding(path / ENVIRONMENT):
+        with readable(path / ENVIRONMENT):
             backbone = _part(content["environment"]["backbone"], ("weights_sha256", "tag"))
             content["environment"]["backbone"] = backbone
     if (path / METRICS).is_file():
-        with understanding(path / METRICS):
+        with readable(path / METRICS):
             lines = (path / METRICS).read_text(encoding="utf-8").splitlines()
             events = [event for event in map(json.loads, lines) if event["event"] == "task"]
             content["log"] = [_part(event, _EVENT) for event in events]
@@ -475,7 +488,7 @@ def read_bundle(path: Path, name: str = "") -> Iterator[Run]:
     ValueError
         If the file holds something else, or another version of it; the message names the line.
     """
-    with understanding(path):
+    with readable(path):
         header, *lines = path.read_text(encoding="utf-8").split("\n")
         version = json.loads(header).get("version")
     if version != _VERSION:
@@ -485,14 +498,13 @@ def read_bundle(path: Path, name: str = "") -> Iterator[Run]:
     for number, line in enumerate(lines, 2):
         if not line:
             continue
-        where = f"{path}, line {number}"
-        with understanding(Path(where)):
+        with readable(path, f"line {number}"):
             record = json.loads(line)
             run = Run(
                 path / record["run"],
                 name or str(record["name"]),
                 {str(title): list(names) for title, names in record["groups"].items()},
-                experiment_from(record["config"], f"{where}: config"),
+                experiment_from(record["config"], "config"),
                 {part: record[part] for part in (*_FILES, "log")},
             )
             if run.path in places:
@@ -826,43 +838,57 @@ def _by_part(groups: dict[str, list[Run]]) -> dict[str, dict[str, list[Run]]]:
     return parts | ({OTHERS if parts else "": rest} if rest else {})
 
 
-def _group_settings(experiment: Experiment) -> dict[str, Any]:
-    """What tells groups of a section apart."""
-    apart = (*NEUTRAL, *_SECTION, "head.also", "data.dataset", "backbone.weights")
+def _section_settings(run: Run) -> dict[str, Any]:
+    """What tells sections apart; folders and files that moved do not count."""
+    experiment, keys = run.experiment, _section_keys(run.experiment)
+    weights = experiment.backbone.options.get("weights")
     return {
-        key: value
-        for key, value in dotted_settings(experiment).items()
-        if key not in apart and key.partition(".")[0] not in _NOT_COMPARED
+        **{k: v for k, v in flat_settings(experiment).items() if k in keys - {*_PLACES}},
+        "data": _data_name(experiment),
+        "backbone.weights": run.weights or (weights and Path(weights).name),
     }
 
 
-def _section_settings(run: Run) -> dict[str, Any]:
-    """What tells sections apart; folders and files that moved do not count."""
-    settings = dotted_settings(run.experiment)
-    weights = settings["backbone.weights"]
+def _section_keys(experiment: Experiment) -> set[str]:
+    data = ("name", *_STREAM, *experiment.data.options)
+    keys = {f"data.{key}" for key in data}
+    return keys | {f"backbone.{key}" for key in ("name", *experiment.backbone.options)}
+
+
+def _group_settings(experiment: Experiment) -> dict[str, Any]:
+    """What tells groups of a section apart."""
+    apart = {*NEUTRAL, *_PLACES, *_section_keys(experiment), "head.also"}
+    # A run has only the options of the read-outs that it evaluates. One that evaluates more is no
+    # other experiment, unless their options are not the usual ones.
+    usual = {
+        f"head.{kind}.{option}": value
+        for kind in READOUTS.paths
+        for option, value in READOUTS.options(kind).items()
+    }
     return {
-        **{key: settings.get(key) for key in _SECTION},
-        "data": _data_name(run.experiment),
-        "backbone.weights": run.weights or (weights and Path(weights).name),
+        key: value
+        for key, value in (usual | flat_settings(experiment)).items()
+        if key not in apart and key.partition(".")[0] not in _NOT_COMPARED
     }
 
 
 def _base_title(experiment: Experiment, tasks: int) -> str:
     """Data and backbone of runs that have learned so many tasks."""
-    data, backbone = experiment.data, experiment.backbone
-    held_out = ", held-out training images" if data.validation else ""
-    weights = f" ({Path(backbone.weights).stem})" if backbone.weights else ""
-    name = backbone.name.removeprefix("hf:").rstrip("/").rpartition("/")[2]
+    held_out = ", held-out training images" if experiment.data.validation else ""
+    weights = experiment.backbone.options.get("weights")
+    file = f" ({Path(weights).stem})" if weights else ""
+    name = experiment.backbone.name.removeprefix("hf:").rstrip("/").rpartition("/")[2]
     plural = "s" if tasks > 1 else ""
-    return f"{_data_name(experiment)}{held_out}, {tasks} task{plural}, {name}{weights}"
+    return f"{_data_name(experiment)}{held_out}, {tasks} task{plural}, {name}{file}"
 
 
 def _data_name(experiment: Experiment) -> str:
     data = experiment.data
-    if data.name == "folder" and data.root:
-        return Path(data.root).name
-    place = Path((data.dataset or "").partition("/")[2])  # a folder, or a name on the hub
-    return place.name if place.is_absolute() else data.dataset or data.name
+    root, dataset = data.options.get("root"), data.options.get("dataset") or ""
+    if data.name == "folder" and root:
+        return Path(root).name
+    place = Path(dataset.partition("/")[2])  # a folder, or a name on the hub
+    return place.name if place.is_absolute() else dataset or data.name
 
 
 def _distinct(names: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -870,7 +896,7 @@ def _distinct(names: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> li
     labels = []
     for name, own in zip(names, settings, strict=True):
         rivals = [other for rival, other in zip(names, settings, strict=True) if rival == name]
-        differing = [key for key in own if any(other.get(key) != own[key] for other in rivals)]
+        differing = [k for k in own if any(k in other and other[k] != own[k] for other in rivals)]
         extra = ", ".join(f"{key} {own[key]}" for key in differing)
         labels.append(f"{name} ({extra})" if extra else name)
     # A given name may be that of a method with the same settings.
@@ -889,7 +915,7 @@ def _scalars(experiment: Experiment) -> dict[str, Any]:
     """Every setting under its dotted name; lists and mappings as JSON."""
     return {
         key: json.dumps(value) if isinstance(value, list | tuple | dict) else value
-        for key, value in dotted_settings(experiment).items()
+        for key, value in flat_settings(experiment).items()
     }
 
 
