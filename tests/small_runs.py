@@ -23,7 +23,7 @@ from training.config import (
     TrainConfig,
 )
 from training.plots import accuracy_figure
-from training.loop import train
+from training.train import train
 
 COLOURS = {
     "blue": (30, 40, 220),
@@ -76,14 +76,16 @@ def tiny(root: Path, out: Path | str | None, **changes: Any) -> Experiment:
     experiment = Experiment(
         data=DataConfig(
             "folder",
-            root=str(root),
+            {"root": str(root)},
             image_size=16,
             resize=16,
             train_crop="pad",
             pad=2,
             flip=True,
         ),
-        backbone=BackboneConfig("vit_tiny_patch16_224", options=dict(VIT), pretrained=False),
+        backbone=BackboneConfig(
+            "vit_tiny_patch16_224", {"options": dict(VIT), "pretrained": False}
+        ),
         method=MethodConfig(rank=4),
         train=TrainConfig(epochs=2, batch_size=5, lr=0.05, eval_batch_size=16),
         head=HeadConfig(readout="nearest_mean", ridge_features=32),
@@ -106,7 +108,7 @@ def flags(experiment: Experiment) -> list[str]:
     """The command line that gives the settings of `tiny`."""
     return [
         "--data.name=folder",
-        f"--data.root={experiment.data.root}",
+        f"--data.root={experiment.data.options['root']}",
         "--data.image_size=16",
         "--data.resize=16",
         "--data.train_crop=pad",

@@ -23,10 +23,10 @@ from training.finished.inference import load_classifier
 from training.finished.kept import keeps_nothing
 from training.finished.ranks import layer_ranks
 from training.finished.verify import verify
-from training.loop import train
-from training.randomness import derive, seeded
-from training.run_folder import RunFolder
-from training.sweeps import plan, read_sweep
+from training.train import train
+from training.seeds import derive, seeded
+from training.run_dir import RunFolder
+from training.sweep import plan, read_sweep
 
 STEPS = 4  # 0, 0.5, 1, 1.5
 LAYER = "blocks.1.attn.qkv"

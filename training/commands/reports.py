@@ -54,7 +54,7 @@ def report(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     else:
         print(f"report: {write_report(made, arguments.out, overwrite=arguments.overwrite)}")
     if arguments.figure is not None:
-        from training.figures import comparison_figure
+        from training.plots import comparison_figure
 
         title = "Accuracy over all classes seen"
         comparison_figure(comparison_curves(made.sections), arguments.figure, title=title)
@@ -63,12 +63,12 @@ def report(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 def export(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Write the records of runs."""
     del rest
-    from training.report import find_runs, write_records
+    from training.report import find_runs, write_bundle
 
     found = find_runs(arguments.runs)
     say(f"loda export: not finished, left out: {path}" for path in found.unfinished)
     say(f"loda export: left out: {path}: {why}" for path, why in found.unreadable.items())
-    written = write_records(found.runs, arguments.out, overwrite=arguments.overwrite)
+    written = write_bundle(found.runs, arguments.out, overwrite=arguments.overwrite)
     print(f"records of {len(found.runs)} runs: {written}")
 
 

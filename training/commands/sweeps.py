@@ -31,7 +31,7 @@ def add(commands: "Commands[argparse.ArgumentParser]") -> None:
 def sweep(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     """Run a sweep, or list its runs."""
     from training.finished.kept import keeps_nothing
-    from training.sweeps import plan, read_sweep, run_sweep, standing, write_groups
+    from training.sweep import plan, read_sweep, run_sweep, standing, write_groups
 
     if arguments.workers < 1:
         msg = f"--workers is {arguments.workers}; allowed: at least 1"

@@ -13,12 +13,18 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from training.config import DataConfig
-from training.cpus import usable_cpus
-from training.data.decode import UnreadableImageError, decode
-from training.data.domainnet import listed_domains, read_lists
-from training.data.folder import LAYOUT, Classes, named_folder, some, test_folder
-from training.data.walk import walk_classes
+from training.distributed import usable_cpus
+from training.data.config import DataConfig
+from training.data.datasets import (
+    LAYOUT,
+    Classes,
+    listed_domains,
+    read_lists,
+    some,
+    split_folder,
+    walk_classes,
+)
+from training.data.images import UnreadableImageError, decode
 
 _SHOWN = 10
 _HEADER = ["split", "classes", "images", "a class", "width", "height"]
@@ -82,10 +88,9 @@ class DataReport:
     @property
     def problems(self) -> list[str]:
         """Everything that is wrong, one line each; empty if nothing is."""
-        found = list(self.missing)
-        for split in self.splits:
-            found += split.unreadable
-        return found + [f"{b} has the pixels of {a}" for a, b in self.duplicates]
+        unreadable = [line for split in self.splits for line in split.unreadable]
+        twice = [f"{b} has the pixels of {a}" for a, b in self.duplicates]
+        return [*self.missing, *unreadable, *twice]
 
     @property
     def passed(self) -> bool:
@@ -110,7 +115,7 @@ class DataReport:
         return "\n".join(lines)
 
     def _row(self, split: SplitReport) -> list[str]:
-        side = 0 if split is self.splits[0] else 1
+        column = 0 if split is self.splits[0] else 1
         return [
             split.name,
             str(len(split.classes)),
@@ -119,7 +124,7 @@ class DataReport:
             _range(width for width, _ in split.sizes),
             _range(height for _, height in split.sizes),
             str(len(split.unreadable)),
-            str(len({pair[side] for pair in self.duplicates})),
+            str(len({pair[column] for pair in self.duplicates})),
             str(len(split.ignored)),
             str(len(split.loops)),
         ]
@@ -192,7 +197,7 @@ def verify_data(config: DataConfig) -> None:
         If something is wrong; the message holds the first problems.
     """
     report = check_data(
-        named_folder(config), workers=config.workers or None, train_only=config.validation > 0
+        config.build().folder(), workers=config.workers or None, train_only=config.validation > 0
     )
     if not report.passed:
         shown, rest = report.problems[:_SHOWN], len(report.problems) - _SHOWN
@@ -207,7 +212,9 @@ def _listing(root: Path, *, train_only: bool) -> tuple[dict[str, _Listed], list[
         names = ["train"] if train_only else ["train", "test"]
         listing = {name: _Listed(read_lists(root, domains, name), [], []) for name in names}
     else:
-        folders = [root / "train"] if train_only else [root / "train", test_folder(root)]
+        folders = [split_folder(root, "train")]
+        if not train_only:
+            folders.append(split_folder(root, "test"))
         if not folders[0].is_dir():
             msg = f"no folder {folders[0]}; {LAYOUT}"
             raise FileNotFoundError(msg)
@@ -266,5 +273,5 @@ def _ignored(split: SplitReport) -> str:
 
 
 def _range(values: Iterable[int]) -> str:
-    found = sorted(values)
-    return f"{found[0]}/{median(found):g}/{found[-1]}" if found else "-"
+    ordered = sorted(values)
+    return f"{ordered[0]}/{median(ordered):g}/{ordered[-1]}" if ordered else "-"

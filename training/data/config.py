@@ -6,6 +6,7 @@ the folder that it lies in, is an option of its class, see `training.data.datase
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, Self
 
@@ -121,14 +122,14 @@ class DataConfig(Component):
                 msg = f"data.verify reads image folders, and data.name {self.name} is none."
                 raise ValueError(msg)
 
-    @property
+    @cached_property  # asked for with every image
     def side(self) -> int | None:
         """Side of the decoded images of the data set in pixels, if they all have one size."""
         facts = self.kind if self.is_known else DataSet
         side: int | None = getattr(facts, "side", DataSet.side)
         return side
 
-    @property
+    @cached_property
     def mode(self) -> str:
         """Pillow's name for the channels of the images, RGB or L."""
         facts = self.kind if self.is_known else DataSet

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from training.config import DataConfig
+from training.data.config import DataConfig
 
 
 @dataclass(frozen=True)

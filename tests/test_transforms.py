@@ -9,9 +9,8 @@ from image_folders import CALTECH, folder
 from PIL import Image
 from torchvision.transforms import v2
 
-from training.config import DataConfig
+from training.data import DataConfig, train_transform
 from training.data import test_transform as evaluation_transform
-from training.data import train_transform
 
 PAPER = {
     "image_size": 224,
@@ -64,7 +63,7 @@ def test_pad_crops_are_those_of_torchvision(size: int, pad: int, flip: bool) -> 
 
 
 def test_random_resized_crops_have_the_settings_of_the_paper() -> None:
-    config = DataConfig(name="folder", root="x", **PAPER)  # type: ignore[arg-type]
+    config = DataConfig("folder", {"root": "x"}, **PAPER)  # type: ignore[arg-type]
     image = noise(3, 60, 80)
     torch.manual_seed(3)
     ours = train_transform(config)(image)
@@ -83,7 +82,7 @@ def test_random_resized_crops_have_the_settings_of_the_paper() -> None:
 
 
 def test_evaluation_images_are_those_of_pillow() -> None:
-    config = DataConfig(name="folder", root="x", **PAPER)  # type: ignore[arg-type]
+    config = DataConfig("folder", {"root": "x"}, **PAPER)  # type: ignore[arg-type]
     image = noise(3, 60, 80)
     reference = v2.Compose(
         [

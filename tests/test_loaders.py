@@ -9,7 +9,7 @@ from image_folders import augmented, folder, grow
 from PIL import Image
 
 from training.data import build_stream, loader, passes_begun, start_at, train_transform
-from training.data.batches import SeededBatches
+from training.data.loaders import SeededBatches
 
 
 def epochs(

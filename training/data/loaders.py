@@ -1,20 +1,44 @@
 """Loaders whose mini-batches depend on a seed alone, augmented on the device that trains."""
 
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from training.data.dataset import ImageSet, Key
-from training.data.shares import Share
-from training.data.shielded import ShieldedLoader
+from training.data.images import ImageSet, Key
+from training.distributed import Share
 from training.data.transforms import Transform
+
+T = TypeVar("T")
+
+_STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 Prepared = tuple[Tensor, Tensor, Tensor]
 """Images of one size, their draws, and labels; no images where a process has none of a batch."""
+
+
+class UninterruptedLoader(DataLoader[T]):
+    """torch's loader, with workers that heed SIGTERM from their own parent alone, and no SIGINT.
+
+    A terminal and most schedulers send them to every process of a run. The one that trains then
+    still has to finish its step, for which it needs its workers; they end with it.
+    """
+
+    def __init__(self, dataset: Dataset[T], **settings: Any) -> None:
+        settings["worker_init_fn"] = _heed_parent
+        super().__init__(dataset, **settings)
+
+    def __iter__(self) -> Any:
+        """Start a pass; its workers are forked with the signals blocked."""
+        with _signals_blocked():
+            return super().__iter__()
 
 
 class Batches:
@@ -26,7 +50,7 @@ class Batches:
 
     def __init__(
         self,
-        prepared: ShieldedLoader[Prepared],
+        prepared: UninterruptedLoader[Prepared],
         order: "SeededBatches",
         transform: Transform,
         device: torch.device,
@@ -174,7 +198,7 @@ def _batches(
         msg = "images are loaded in batches under a transform: use with_transform"
         raise TypeError(msg)
     device = torch.device(device)
-    prepared: ShieldedLoader[Prepared] = ShieldedLoader(
+    prepared: UninterruptedLoader[Prepared] = UninterruptedLoader(
         _PreparedBatches(images, cut),
         batch_sampler=order,
         num_workers=workers,
@@ -201,3 +225,34 @@ def passes_begun(batches: Batches) -> int:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _heed_parent(worker: int) -> None:
+    """End where the parent says so, as it does when it ends with a pass still open."""
+    del worker
+    if hasattr(signal, "sigwaitinfo"):
+        threading.Thread(target=_wait_for_parent, args=(os.getppid(),), daemon=True).start()
+    elif hasattr(signal, "pthread_sigmask"):  # macOS does not tell who sent a signal
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _wait_for_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    # A signal that comes meanwhile is delivered afterwards. Windows has no masks, and other
+    # threads no say in what the main one does.
+    if not hasattr(signal, "pthread_sigmask") or (
+        threading.current_thread() is not threading.main_thread()
+    ):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
