@@ -26,7 +26,7 @@ from training import cli
 from training.backbones.weights import load_weights
 from training.config import BackboneConfig, DataConfig, Experiment, dump_experiment, read_experiment
 from training.data import UnreadableImageError, open_image
-from training.sweeps import plan, read_sweep
+from training.sweep import plan, read_sweep
 
 CONFIG: Any = yaml.safe_load(dump_experiment(Experiment()))
 SWEEP: Any = {
