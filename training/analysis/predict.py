@@ -202,9 +202,9 @@ def load(
     weights = read_finite(folder / MODEL)
     with readable(folder / MODEL):
         backbone.module.load_state_dict(weights)
-    tensors = read_finite(folder / READOUTS)
+    tensors, wanted = read_finite(folder / READOUTS), experiment.head.build()
     with readable(folder / READOUTS):
-        readouts = {x.name: x.load(nested(tensors, x.name)) for x in experiment.head.build()}
+        readouts = {x.name: x.load(nested(tensors, x.name)) for x in wanted}
         for name, readout in readouts.items():
             count = readout.logits(torch.ones(1, backbone.features)).shape[1]
             if count != len(classes):
