@@ -10,7 +10,7 @@ import pytest
 from run_contents import events, untimed
 
 from training.config import Experiment
-from training.loop import resume, train
+from training.train import resume, train
 from training.survival.saver import Saver
 
 

@@ -23,7 +23,7 @@ from training.config import (
     TrainConfig,
 )
 from training.figures import accuracy_figure
-from training.loop import train
+from training.train import train
 
 COLOURS = {
     "blue": (30, 40, 220),

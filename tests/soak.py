@@ -22,7 +22,7 @@ from forked import holds, loda, saves_itself, status, wait_until
 from interrupted import differences
 from PIL import Image
 
-from training.survival.checkpoints import Checkpoint, read_checkpoint
+from training.checkpoint import Checkpoint, read_checkpoint
 
 SIDE, TRAIN, TEST = 16, 8, 4  # pixels, and images a class
 EPOCHS, BATCH = 6, 4

@@ -23,9 +23,9 @@ from training.finished.inference import load_classifier
 from training.finished.kept import keeps_nothing
 from training.finished.ranks import layer_ranks
 from training.finished.verify import verify
-from training.loop import train
-from training.randomness import derive, seeded
-from training.run_folder import RunFolder
+from training.train import train
+from training.seeds import derive, seeded
+from training.run_dir import RunFolder
 from training.sweeps import plan, read_sweep
 
 STEPS = 4  # 0, 0.5, 1, 1.5

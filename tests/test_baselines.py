@@ -10,15 +10,15 @@ from torch.nn import functional
 
 from backends.torch import GradientMemory, LoRALinear, collect_moments, find_layers
 from training.config import MethodConfig
-from training.files import read_json
-from training.loop import train
+from training.run_dir import read_json
+from training.train import train
 from training.methods import Context, Method, build_method
 from training.methods.branches import output_rows
 from training.methods.inflora import InfLoRA
 from training.methods.loda import LoDAMethod
 from training.methods.o_lora import OLoRA, overlap
 from training.methods.sd_lora import SDLoRA
-from training.setup import prepare
+from training.train import prepare
 
 LABELS = torch.arange(12) % 3
 

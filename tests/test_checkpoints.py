@@ -16,8 +16,8 @@ from interrupted import CutOff, at_step, differences, end, stopped
 from run_contents import write_sealed
 from small_runs import tiny, tree
 
-from training.loop import resume, train
-from training.survival.checkpoints import (
+from training.train import resume, train
+from training.checkpoint import (
     has_checkpoint,
     newest_checkpoint,
     read_checkpoint,
@@ -152,7 +152,7 @@ def test_a_full_disk_harms_nothing(two: Path, monkeypatch: pytest.MonkeyPatch) -
 
     for function in ("write_tensors", "write_bytes"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"training.survival.checkpoints.{function}", full)
+            patch.setattr(f"training.checkpoint.{function}", full)
             with pytest.raises(OSError, match=r"No space left on device; .*unharmed.*--resume"):
                 write_checkpoint(two, {"a": torch.zeros(2)}, {}, b"", keep=2)
         assert sorted(p.name for p in two.iterdir()) == ["000002", "000003"]

@@ -14,7 +14,7 @@ from tiny_models import inputs
 from torch import Tensor, nn
 
 from backends.torch import LoDA, LoDASettings
-from training.loop import train
+from training.train import train
 
 pytestmark = [
     pytest.mark.slow,

@@ -10,10 +10,10 @@ from interrupted import at_step, differences
 from small_runs import READOUTS, tiny
 
 from training import fit, loop
-from training.loop import resume, run_task, train
-from training.monitoring.progress import Progress
-from training.setup import Run, prepare
-from training.survival.checkpoints import newest_checkpoint
+from training.train import resume, run_task, train
+from training.logging import Progress
+from training.train import Run, prepare
+from training.checkpoint import newest_checkpoint
 
 pytestmark = pytest.mark.usefixtures("no_figure")
 

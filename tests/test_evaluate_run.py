@@ -11,7 +11,7 @@ from small_runs import finished, tree
 import training
 from training.data import build_stream
 from training.data import test_transform as evaluation_transform
-from training.files import read_json
+from training.run_dir import read_json
 from training.finished.evaluate import evaluate_run
 
 METHODS = ("loda", "seq_lora", "frozen")

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from small_runs import squares, tiny
 
 from training.config import MethodConfig
-from training.loop import train
-from training.setup import prepare
+from training.train import train
+from training.train import prepare
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 

@@ -128,7 +128,7 @@ def test_errors(tmp_path: Path) -> None:
 
 def test_matplotlib_is_imported_late() -> None:
     code = (
-        "import sys, training.figures, training.monitoring.tables\n"
+        "import sys, training.figures, training.logging\n"
         "print('matplotlib' in sys.modules, 'rich' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

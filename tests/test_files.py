@@ -10,7 +10,7 @@ import pytest
 import torch
 from run_contents import below
 
-from training.files import read_json, read_tensors, write_atomically, write_json, write_tensors
+from training.run_dir import read_json, read_tensors, write_atomically, write_json, write_tensors
 
 
 def half(path: Path) -> None:

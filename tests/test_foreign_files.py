@@ -8,7 +8,7 @@ from interrupted import stopped
 from small_runs import squares, tiny
 
 from training import cli
-from training.loop import resume
+from training.train import resume
 
 
 def test_what_a_killed_process_had_half_written_is_removed_when_the_run_goes_on(

@@ -11,7 +11,7 @@ import training
 from training.config import read_experiment
 from training.data import build_stream
 from training.data import test_transform as evaluation_transform
-from training.files import read_json
+from training.run_dir import read_json
 from training.finished.inference import Classifier, load_classifier
 
 

@@ -13,7 +13,7 @@ from interrupted import differences
 from small_runs import flags, tiny, tree
 
 from training.config import Experiment
-from training.loop import train
+from training.train import train
 
 EPOCHS = 8  # long enough to be hit inside
 

@@ -13,7 +13,7 @@ from small_runs import flags, tiny, tree
 
 from training import cli
 from training.data import build_stream, loader, train_transform
-from training.survival.checkpoints import newest_checkpoint
+from training.checkpoint import newest_checkpoint
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells who sent a signal")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from training.survival.lock import LOCK, FolderLock, held_by
+from training.run_dir import LOCK, FolderLock, held_by
 
 
 def test_who_asks_for_the_owner_does_not_keep_a_run_out(
@@ -13,7 +13,7 @@ def test_who_asks_for_the_owner_does_not_keep_a_run_out(
 ) -> None:
     asking = (tmp_path / LOCK).open("w")
     fcntl.flock(asking, fcntl.LOCK_SH)  # as `held_by` does, for a moment
-    monkeypatch.setattr("training.survival.lock.time.sleep", lambda _: asking.close())
+    monkeypatch.setattr("training.run_dir.time.sleep", lambda _: asking.close())
     held = FolderLock(tmp_path)
     assert held_by(tmp_path) is not None
     held.release()
@@ -39,7 +39,7 @@ def test_a_file_that_its_holder_removes_meanwhile_is_made_anew(
             (tmp_path / LOCK).unlink()
             removed.append(handle)
 
-    monkeypatch.setattr("training.survival.lock.fcntl.flock", late)
+    monkeypatch.setattr("training.run_dir.fcntl.flock", late)
     held = FolderLock(tmp_path)
     assert (tmp_path / LOCK).is_file()
     held.release()

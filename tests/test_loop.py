@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from small_runs import changed, finished, tiny, tree
 
 from training.config import Experiment, TrainConfig, read_experiment
-from training.files import read_json
-from training.loop import train
-from training.randomness import derive
-from training.setup import prepare
+from training.run_dir import read_json
+from training.train import train
+from training.seeds import derive
+from training.train import prepare
 
 METHODS = ("loda", "seq_lora", "frozen")
 pytestmark = pytest.mark.usefixtures("no_figure")

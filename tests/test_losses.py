@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from training.step.losses import cosface
+from training.loss import cosface
 
 
 def brute_force(

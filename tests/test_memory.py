@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.monitoring.memory import peak_memory, reset_peak
+from training.logging import peak_memory, reset_peak
 
 CPU = torch.device("cpu")
 SIZE = 200 * 2**20

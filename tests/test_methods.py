@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training.config import MethodConfig
-from training.files import read_json
-from training.loop import train
+from training.run_dir import read_json
+from training.train import train
 from training.methods import METHODS, Context, Method, build_method
-from training.setup import prepare
+from training.train import prepare
 
 NAMES = tuple(METHODS)
 STILL = {"frozen", "ncm", "ranpac_frozen"}

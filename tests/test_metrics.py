@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 
 from training.metrics import AccuracyMatrix, class_counts
-from training.monitoring.tables import accuracy_table, markdown_table, plain_table
+from training.logging import accuracy_table, markdown_table, plain_table
 
 
 @st.composite

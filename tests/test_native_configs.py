@@ -6,7 +6,7 @@ import pytest
 from small_runs import flags, tiny, tree
 
 from training.config import experiment_of, load_experiment
-from training.loop import train
+from training.train import train
 from training.methods import METHODS, check_method, steps_a_batch
 
 NATIVE = [f"native/{name}" for name in ("inflora", "o_lora", "ranpac_frozen", "sd_lora")]

@@ -15,9 +15,9 @@ from torch import Tensor
 from backends.torch import LoDA, LoDASettings
 from backends.torch.readouts import CosineHeads
 from training.config import TrainConfig
-from training.monitoring.progress import Meter
-from training.step.losses import cosface
-from training.step.optimizers import make_optimizer
+from training.logging import Meter
+from training.loss import cosface
+from training.train import make_optimizer
 
 
 def step_on(device: str) -> Callable[[], None]:

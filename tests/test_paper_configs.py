@@ -15,8 +15,8 @@ from PIL import Image
 from torchvision.datasets import CIFAR100
 
 from training.config import Experiment, load_experiment, packaged_configs, resolve_config
-from training.files import read_json
-from training.loop import train
+from training.run_dir import read_json
+from training.train import train
 from training.methods import steps_a_batch
 
 CONFIGS = [name for name in packaged_configs() if name.startswith("paper/")]

@@ -18,7 +18,7 @@ from small_runs import VIT, flags, squares, tiny, tree
 
 from training.cli import main
 from training.data import Share, build_stream, cut_loader, loader, train_transform
-from training.files import read_json
+from training.run_dir import read_json
 from training.processes import join_processes
 
 ROOT = Path(__file__).parents[1]

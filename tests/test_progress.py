@@ -6,8 +6,8 @@ import pytest
 import torch
 from small_runs import tiny
 
-from training.loop import train
-from training.monitoring.progress import Meter
+from training.train import train
+from training.logging import Meter
 
 pytestmark = pytest.mark.usefixtures("no_figure")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from backends.torch import LoDA, LoDASettings
 from backends.torch.readouts import CosineHead
-from training.step.losses import cosface
+from training.loss import cosface
 
 TOLERANCE = 2e-5
 LAYERS = ("blocks.0.attn.qkv", "blocks.1.attn.qkv")

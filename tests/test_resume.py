@@ -14,11 +14,11 @@ from small_runs import READOUTS, changed, finished, tiny
 
 from training import cli
 from training.config import Experiment
-from training.files import read_json, write_json
-from training.loop import resume, train
+from training.run_dir import read_json, write_json
+from training.train import resume, train
 from training.methods import METHODS
-from training.setup import prepare
-from training.survival.checkpoints import write_checkpoint
+from training.train import prepare
+from training.checkpoint import write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("no_figure")
 

@@ -14,7 +14,7 @@ from small_runs import finished, tiny, tree
 from training.cli import main
 from training.data import ImageSet
 from training.finished.ranks import layer_ranks, rank_table
-from training.loop import train
+from training.train import train
 
 LAYERS = ("blocks.0.attn.qkv", "blocks.1.attn.qkv")
 RANK, SIZE = 4, 16

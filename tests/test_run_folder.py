@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from small_runs import READOUTS, VIT, finished, small_vit, squares, tiny, tree
 
 from training.config import Experiment, dump_experiment, read_experiment
-from training.files import read_json
-from training.loop import train
+from training.run_dir import read_json
+from training.train import train
 from training.metrics import AccuracyMatrix
-from training.run_folder import RunFolder
-from training.setup import prepare
+from training.run_dir import RunFolder
+from training.train import prepare
 
 
 @pytest.fixture(scope="session")

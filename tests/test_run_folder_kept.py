@@ -8,9 +8,9 @@ from run_contents import FILES, below, contents
 from small_runs import tiny, tree
 
 from training.config import Experiment, read_experiment
-from training.loop import train
-from training.run_folder import RunFolder, choose_folder
-from training.setup import prepare
+from training.train import train
+from training.run_dir import RunFolder, choose_folder
+from training.train import prepare
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path, run: Path) -> None:

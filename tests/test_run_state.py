@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from small_runs import READOUTS, changed, finished, tiny
 
 from training.config import read_experiment
-from training.files import read_json
-from training.loop import run_task
-from training.monitoring.progress import Progress
-from training.setup import prepare
+from training.run_dir import read_json
+from training.train import run_task
+from training.logging import Progress
+from training.train import prepare
 
 METHODS = ("loda", "seq_lora", "frozen")
 pytestmark = pytest.mark.usefixtures("no_figure")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from small_runs import changed, squares, tiny
 
-from training.setup import prepare
+from training.train import prepare
 
 
 @pytest.mark.parametrize(

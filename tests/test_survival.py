@@ -11,8 +11,8 @@ from forked import holds, loda, members, status, wait_until
 from interrupted import differences
 from small_runs import flags, tiny
 
-from training.loop import resume, train
-from training.survival.checkpoints import newest_checkpoint
+from training.train import resume, train
+from training.checkpoint import newest_checkpoint
 
 EPOCHS = 4  # long enough to be hit inside
 

@@ -15,9 +15,9 @@ from small_sweeps import short, sweep_file
 
 from training import cli, fit
 from training.config import read_experiment
-from training.cpus import usable_cpus
-from training.files import read_json
-from training.loop import resume, train
+from training.distributed import usable_cpus
+from training.run_dir import read_json
+from training.train import resume, train
 from training.sweeps import Sweep, finished, plan, run_job, run_sweep, standing
 from training.sweeps.children import Children
 from training.sweeps.jobs import can_go_on

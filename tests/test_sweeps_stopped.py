@@ -12,7 +12,7 @@ import pytest
 from small_runs import squares
 from small_sweeps import settings
 
-from training.survival.lock import FolderLock, held_by
+from training.run_dir import FolderLock, held_by
 from training.sweeps import Sweep, plan, read_sweep, run_job, run_sweep, standing
 from training.sweeps.children import Children
 from training.sweeps.jobs import can_go_on

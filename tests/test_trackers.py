@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from small_runs import squares, tiny
 
-from training.loop import train
-from training.setup import prepare
+from training.train import train
+from training.train import prepare
 
 
 def logged(run: Path) -> Any:

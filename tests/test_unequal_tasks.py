@@ -3,7 +3,7 @@
 import pytest
 from small_runs import READOUTS, finished
 
-from training.files import read_json
+from training.run_dir import read_json
 from training.finished.evaluate import evaluate_run
 from training.methods import METHODS
 

@@ -21,11 +21,11 @@ from safetensors.torch import load, save
 from small_runs import finished, tiny, tree
 
 from training import cli
-from training.files import read_tensors, write_tensors
-from training.loop import resume, train
+from training.run_dir import read_tensors, write_tensors
+from training.train import resume, train
 from training.report.inside import inside_drawings
 from training.report.runs import read_run
-from training.survival.checkpoints import newest_checkpoint, write_checkpoint
+from training.checkpoint import newest_checkpoint, write_checkpoint
 
 COMMANDS: dict[str, Callable[[Path], list[str]]] = {
     "report": lambda run: ["report", str(run)],

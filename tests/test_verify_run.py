@@ -19,7 +19,7 @@ from loda_math import (
     stack_branches,
 )
 from training.config import Experiment, MethodConfig, dump_experiment
-from training.files import write_tensors, write_text
+from training.run_dir import write_tensors, write_text
 from training.finished.claims import Claims, read_arrays, read_run
 from training.finished.verify import verification_table, verify
 

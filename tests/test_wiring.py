@@ -12,9 +12,9 @@ from small_runs import small_vit, tiny, tree
 from torch.nn import functional
 
 from backends.torch.readouts import Alignment, ClassStatistics, align_heads
-from training.files import nested, read_json
-from training.loop import train
-from training.randomness import derive
+from training.run_dir import nested, read_json
+from training.train import train
+from training.seeds import derive
 
 pytestmark = pytest.mark.usefixtures("no_figure")
 

@@ -185,22 +185,22 @@ class HeadConfig:
 
 @dataclass
 class KeepConfig:
-    """What of every task is kept in the run folder, beside the final model.
+    """What is kept in the run folder, beside the final model.
 
     Parameters
     ----------
     branches
-        The trained branches before the merge.
+        Of every task, the trained branches before the merge.
     moments
-        The second moments of the passes over the task: new, trained and merged.
+        Of every task, the second moments of the passes over it: new, trained and merged.
     heads
-        All heads after the task.
+        Of every task, all heads after it.
     statistics
-        The class statistics of the read-outs after the task.
+        Of every task, the class statistics of the read-outs after it.
     state
-        The state that a later task starts from, after the last one.
+        The state that a later task starts from, as large as a checkpoint.
     figure
-        The drawing of the accuracies, accuracy.png.
+        The drawing of the accuracies.
     """
 
     branches: bool = False

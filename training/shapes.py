@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from training.files import read_json
+from training.run_dir import read_json
 
 Shape = Any
 """A type of leaf, ``[shape]``, ``{str: shape}``, or keys with shapes (``key?`` may be absent)."""

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from training.files import write_atomically
+from training.run_dir import write_atomically
 
 # timm starts a ViT for 196 patches of 768 values. Here the wider start of its "jax" scheme and
 # positions as large as the patch embeddings save most of the plateau before the loss falls.

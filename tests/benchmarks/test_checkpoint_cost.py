@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from training.config import CheckpointConfig, DataConfig, Experiment
-from training.loop import train
+from training.train import train
 from training.survival.saver import Saver
 
 SETTINGS = {

@@ -27,8 +27,8 @@ from training.config import (
     MethodConfig,
     TrainConfig,
 )
-from training.loop import train
-from training.monitoring.memory import peak_memory, reset_peak
+from training.train import train
+from training.logging import peak_memory, reset_peak
 
 TASKS, CLASSES, IMAGES, EPOCHS, BATCH = 20, 2, 24, 4, 16
 STEPS = EPOCHS * CLASSES * IMAGES // BATCH

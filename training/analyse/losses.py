@@ -14,12 +14,11 @@ from backends.torch.readouts import CosineHeads
 from training.analyse.rebuild import TaskUpdate, task_updates
 from training.config import Experiment, HeadConfig
 from training.data import Stream, build_stream, loader, test_transform
-from training.evaluate import make_accelerator
-from training.files import nested, read_tensors
+from training.distributed import make_accelerator
 from training.finished.inference import load_classifier
 from training.finished.kept import read_method
-from training.run_folder import TASKS
-from training.step.losses import cosface
+from training.loss import cosface
+from training.run_dir import TASKS, nested, read_tensors
 
 _KINDS = ("own", "seen")
 

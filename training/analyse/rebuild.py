@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from training.config import MethodConfig
-from training.files import nested, read_tensors
-from training.run_folder import TASKS
+from training.run_dir import TASKS, nested, read_tensors
 
 
 class TaskUpdate(NamedTuple):

@@ -6,9 +6,8 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from training.analyse.losses import losses
 from training.analyse.subspaces import subspaces
-from training.files import write_json
 from training.finished.kept import read_method
-from training.run_folder import ANALYSIS, CLASSES, SUMMARY, TASKS
+from training.run_dir import ANALYSIS, CLASSES, SUMMARY, TASKS, write_json
 from training.shapes import ANALYSIS_SHAPE, CLASSES_SHAPE, read_shaped
 
 Part = Literal["subspaces", "losses"]

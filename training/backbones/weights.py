@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from training.archives import require_plausible_archive
+from training.run_dir import require_plausible_archive
 
 # Files of a training hold the network under such a name, iBOT's and DINO's the one to be used.
 _WRAPPERS = ("state_dict", "model", "teacher")

@@ -40,12 +40,12 @@ def train(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
     # Settings first: help and mistakes need not wait for torch to be imported.
     experiment = load_experiment(rest)
-    from training import loop
     from training.finished.kept import keeps_nothing
+    from training.train import train as run_experiment
 
     if _first():
         say(f"loda train: {note}" for note in keeps_nothing(experiment))
-    loop.train(experiment)
+    run_experiment(experiment)
 
 
 def evaluate(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -85,7 +85,7 @@ def _resume(run: Path, argv: Sequence[str]) -> None:
     from training.config import as_recorded, differing_settings, load_experiment
     from training.config.neutral import FREE
     from training.presets import effective
-    from training.run_folder import CONFIG, begun_experiment, is_finished, tidy
+    from training.run_dir import CONFIG, begun_experiment, is_finished, tidy
 
     recorded = begun_experiment(run)
     given = load_experiment([f"--config={run / CONFIG}", *argv])
@@ -101,6 +101,6 @@ def _resume(run: Path, argv: Sequence[str]) -> None:
             tidy(run)
         print(f"the run in {run} is finished")
         return
-    from training.loop import resume
+    from training.train import resume
 
     resume(run, given)

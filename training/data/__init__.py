@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from training.data.check import DataReport, check_data, verify_data
     from training.data.images import ImageSet, UnreadableImageError, open_image
     from training.data.loaders import Batches, cut_loader, loader, passes_begun, start_at
-    from training.data.shares import Share
+    from training.distributed import Share
     from training.data.stream import Stream, build_stream
     from training.data.transforms import Transform, test_transform, train_transform
 

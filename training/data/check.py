@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from training.cpus import usable_cpus
+from training.distributed import usable_cpus
 from training.data.config import DataConfig
 from training.data.datasets import (
     LAYOUT,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from training.data.images import ImageSet, Key
-from training.data.shares import Share
+from training.distributed import Share
 from training.data.transforms import Transform
 
 T = TypeVar("T")

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.files import write_atomically
+from training.run_dir import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from loda_math import RecalibrationForm
 from loda_math.verify import Objective
-from training.archives import require_plausible_archive
 from training.finished.kept import kept_tasks, read_method
+from training.run_dir import require_plausible_archive
 
 Array = NDArray[Any]
 

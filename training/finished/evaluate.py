@@ -7,8 +7,10 @@ from typing import Any
 import torch
 
 from training.data import build_stream, loader, test_transform
-from training.evaluate import count_correct, extract_features, make_accelerator
+from training.distributed import make_accelerator
 from training.finished.inference import load_classifier, read_classes
+from training.metrics import count_correct
+from training.train import extract_features
 
 
 def evaluate_run(folder: Path, *, root: str | None = None) -> dict[str, dict[str, Any]]:

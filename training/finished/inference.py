@@ -13,9 +13,8 @@ from backends.torch.readouts import Classifier as Fitted
 from training.backbones import Backbone, build_backbone, check_fits
 from training.config import Experiment, read_experiment
 from training.data import open_image, test_transform
-from training.files import nested, not_finite, read_tensors
-from training.randomness import seeded
-from training.run_folder import CLASSES, CONFIG, MODEL, READOUTS
+from training.run_dir import CLASSES, CONFIG, MODEL, READOUTS, nested, not_finite, read_tensors
+from training.seeds import seeded
 from training.shapes import CLASSES_SHAPE, read_shaped
 
 

@@ -11,9 +11,8 @@ from safetensors.numpy import load_file
 
 from training.config import Experiment, MethodConfig, read_experiment
 from training.config.methods import BUILT_IN, UNTRAINED
-from training.files import understanding
 from training.methods.loda import as_loda
-from training.run_folder import CONFIG, TASKS
+from training.run_dir import CONFIG, TASKS, readable
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -127,7 +126,7 @@ def kept_tasks(path: Path, method: MethodConfig, *others: str) -> Iterator[KeptT
 
 
 def _read(path: Path) -> Arrays:
-    with understanding(path):
+    with readable(path):
         try:
             found: Arrays = load_file(path)
         except SafetensorError as error:
@@ -142,7 +141,7 @@ def _read(path: Path) -> Arrays:
 def _check_moments(
     path: Path, moments: Arrays, layers: list[str], passes: list[str], history: Arrays
 ) -> None:
-    with understanding(path):
+    with readable(path):
         if not layers or (history and layers != list(history)):
             msg = f"moments of the layers {layers}, in earlier tasks of {list(history)}"
             raise ValueError(msg)

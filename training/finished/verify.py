@@ -14,8 +14,8 @@ from loda_math.verify import (
     verify_recalibration,
     verify_subspace,
 )
-from training.files import understanding
 from training.finished.claims import Array, Case, read_arrays, read_run
+from training.run_dir import readable
 
 
 class Check(NamedTuple):
@@ -79,7 +79,7 @@ def verify(path: Path, *, tolerance: float = 1e-5) -> list[Check]:
     cases = read_run(path) if path.is_dir() else read_arrays(path)
     checks: list[Check] = []
     for case in cases:
-        with understanding(path):
+        with readable(path):
             checks += check_case(case, tolerance=tolerance)
     if not checks:
         msg = f"{path} holds nothing to check: no bases beside the moments they were chosen from"

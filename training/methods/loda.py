@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from backends.torch.settings import LoDASettings
 from training.components import check
 from training.methods.base import Context, Method, look_ahead
-from training.randomness import derive
+from training.seeds import derive
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from training.components import not_negative, positive
 from training.methods.base import Context
 from training.methods.branches import TaskBranches, kaiming
-from training.randomness import derive
+from training.seeds import derive
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

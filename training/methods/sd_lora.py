@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from training.methods.base import Context
 from training.methods.branches import BranchMethod, FoldedLayers, kaiming, output_rows
-from training.randomness import derive
+from training.seeds import derive
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from training.config import Experiment
-from training.files import understanding
 from training.metrics import AccuracyMatrix
-from training.run_folder import ANALYSIS, CLASSES, ENVIRONMENT, METRICS, SUMMARY
+from training.run_dir import ANALYSIS, CLASSES, ENVIRONMENT, METRICS, SUMMARY, readable
 from training.shapes import (
     ANALYSIS_SHAPE,
     CLASSES_SHAPE,
@@ -117,7 +116,7 @@ class Finished:
         counts, primary = self.summary["counts"], self.experiment.head.readout
         if self.experiment.train.epochs == 0 and primary != "heads":
             counts = {kind: record for kind, record in counts.items() if kind != "heads"}
-        with understanding(self.path / SUMMARY):
+        with readable(self.path / SUMMARY):
             return {kind: AccuracyMatrix.from_dict(record) for kind, record in counts.items()}
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from training.config import HUGGING_FACE, Experiment, experiment_from, experiment_values
-from training.files import write_text
 from training.report.finished import Content, Finished, assemble, variant_of
+from training.run_dir import write_text
 from training.shapes import (
     ANALYSIS_SHAPE,
     CLASSES_SHAPE,

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from training.config import read_experiment
-from training.files import read_json
 from training.report.finished import Content, Finished, assemble, variant_of
 from training.report.records import is_records, read_records
-from training.run_folder import ANALYSIS, CLASSES, CONFIG, ENVIRONMENT, METRICS, SUMMARY
+from training.run_dir import ANALYSIS, CLASSES, CONFIG, ENVIRONMENT, METRICS, SUMMARY, read_json
 from training.sweeps.groups import read_groups
 
 

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from training.files import write_text
 from training.report.drawings import Drawing, drawings
 from training.report.grouping import Section, by_section
 from training.report.page import Figure, Part, embed, page
@@ -12,6 +11,7 @@ from training.report.runs import Found, find_runs
 from training.report.side import lead_drawing, side_by_side, side_drawings
 from training.report.summary import report_tables
 from training.report.tables import Cell, Table, latex, markdown
+from training.run_dir import write_text
 
 MARKDOWN, LATEX, PAGE, FIGURES = "tables.md", "tables.tex", "report.html", "figures"
 _ENDINGS = (".png", ".svg")

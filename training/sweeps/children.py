@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
 
-from training.survival.signals import handle, restore
+from training.checkpoint import handle_signals, restore_signals
 
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
@@ -31,7 +31,7 @@ class Children:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        self._before = handle(_SIGNALS, self._stop)
+        self._before = handle_signals(_SIGNALS, self._stop)
         return self
 
     def __exit__(
@@ -46,7 +46,7 @@ class Children:
             child.terminate()
         for child in list(self._running):
             child.wait()
-        restore(self._before)
+        restore_signals(self._before)
 
     def run(
         self, command: Sequence[str], log: Path, environment: Mapping[str, str], *, append: bool

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from training.files import write_json
+from training.run_dir import write_json
 from training.shapes import read_shaped
 
 _GROUPS = "groups.json"

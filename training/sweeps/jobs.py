@@ -7,7 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from training.backbones.weights import file_sha256
+from training.backbones.weight_files import file_sha256
+from training.checkpoint import has_checkpoint
 from training.config import (
     Experiment,
     as_recorded,
@@ -16,13 +17,10 @@ from training.config import (
     read_experiment,
 )
 from training.config.neutral import NEUTRAL
-from training.files import read_json
+from training.logging import flat_settings
 from training.methods import check_method
-from training.monitoring.trackers import flat_settings
 from training.presets import effective
-from training.run_folder import CHECKPOINTS, CONFIG, ENVIRONMENT, is_finished
-from training.survival.checkpoints import has_checkpoint
-from training.survival.lock import held_by
+from training.run_dir import CONFIG, ENVIRONMENT, held_by, is_finished, read_json
 from training.sweeps.files import Sweep
 
 Standing = Literal["done", "to do", "running elsewhere", "unreadable"]
@@ -155,7 +153,7 @@ def can_go_on(job: Job) -> bool:
     if is_finished(job.folder) or not (job.folder / CONFIG).is_file():
         return False
     try:
-        return not _others(job) and has_checkpoint(job.folder / CHECKPOINTS)
+        return not _others(job) and has_checkpoint(job.folder)
     except ValueError:
         return False
 
@@ -168,7 +166,7 @@ def require_replaceable(job: Job) -> None:
     ValueError
         If the folder holds one, or one whose settings cannot be read.
     """
-    if not (job.folder / CONFIG).is_file() or not has_checkpoint(job.folder / CHECKPOINTS):
+    if not (job.folder / CONFIG).is_file() or not has_checkpoint(job.folder):
         return
     try:
         others = _others(job)

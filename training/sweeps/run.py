@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from training.config import dump_experiment
-from training.cpus import usable_cpus
-from training.files import write_text
-from training.survival.lock import held_by
+from training.distributed import usable_cpus
+from training.run_dir import held_by, write_text
 from training.sweeps.children import Children
 from training.sweeps.jobs import (
     Job,

@@ -55,31 +55,28 @@ def cosface(
     0.5994
     """
     if not (math.isfinite(scale) and scale > 0):
-        msg = f"scale is {scale}; it must be a finite number above 0."
+        msg = f"scale must be finite and above 0, got {scale}"
         raise ValueError(msg)
     if not (math.isfinite(margin) and margin >= 0):
-        msg = f"margin is {margin}; it must be a finite number, 0 or above."
+        msg = f"margin must be finite and at least 0, got {margin}"
         raise ValueError(msg)
     if not cosines.is_floating_point() or targets.dtype != torch.int64:
-        msg = (
-            f"cosines are {cosines.dtype} and targets {targets.dtype}; "
-            "give floating cosines and int64 targets."
-        )
+        msg = f"cosines must be floating and targets int64, got {cosines.dtype} and {targets.dtype}"
         raise TypeError(msg)
     if cosines.ndim != 2 or targets.shape != cosines.shape[:1] or 0 in cosines.shape:
         msg = (
-            f"cosines have shape {tuple(cosines.shape)} and targets {tuple(targets.shape)}; "
-            "give (N, C) and (N,) with N and C at least 1."
+            "cosines and targets must have the shapes (N, C) and (N,) with N and C at least 1, got "
+            f"{tuple(cosines.shape)} and {tuple(targets.shape)}"
         )
         raise ValueError(msg)
     classes = cosines.shape[1]
     if targets.device.type == "cpu" and (int(targets.min()) < 0 or int(targets.max()) >= classes):
         msg = (
-            f"targets run from {int(targets.min())} to {int(targets.max())}, but there are "
-            f"{classes} columns; subtract the first class of the task from the labels."
+            f"targets must be columns 0 to {classes - 1}, got {int(targets.min())} to "
+            f"{int(targets.max())}; subtract the first class of the task from the labels"
         )
         raise ValueError(msg)
-    # Rounding of 20·cos in bfloat16 is up to 0.06, as large as a margin: go up before scaling.
+    # Rounding of 20·cos in bfloat16 is up to 0.06, as large as a margin: widen before scaling.
     wide = cosines.float() if cosines.dtype in _LOW else cosines
     if margin:
         wide = wide - margin * functional.one_hot(targets, classes).to(wide.dtype)
