@@ -12,7 +12,7 @@ from small_runs import changed, tiny
 
 from training import cli
 from training.data import build_stream, check_data, verify_data
-from training.setup import prepare
+from training.train import prepare
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from training.distributed import usable_cpus
 from training.data.config import DataConfig
 from training.data.datasets import (
     LAYOUT,
@@ -25,6 +24,8 @@ from training.data.datasets import (
     walk_classes,
 )
 from training.data.images import UnreadableImageError, decode
+from training.distributed import usable_cpus
+from training.logging import aligned
 
 _SHOWN = 10
 _HEADER = ["split", "classes", "images", "a class", "width", "height"]
@@ -99,11 +100,7 @@ class DataReport:
 
     def __str__(self) -> str:
         rows = [_HEADER, *(self._row(split) for split in self.splits)]
-        widths = [max(len(row[k]) for row in rows) for k in range(len(_HEADER))]
-        lines = [
-            "  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+        lines = aligned(rows, left=len(_HEADER)).splitlines()
         lines.append("ranges are smallest/median/largest; twice: the same pixels in both splits")
         lines += [_ignored(split) for split in self.splits if split.ignored]
         problems = self.problems
