@@ -53,7 +53,7 @@ class Readout(ABC):
     ...     name, gathers = "centred", "statistics"
     ...     def statistics(self, dim, seed):
     ...         return ClassStatistics()
-    ...     def fit(self, statistics, head_weight, generator, previous):
+    ...     def fit(self, statistics, **_):
     ...         return CosineClassifier(statistics.mean - statistics.mean.mean(0))
     ...     def load(self, tensors):
     ...         return CosineClassifier(tensors["weight"])
@@ -89,11 +89,12 @@ class Readout(ABC):
     def fit(
         self,
         statistics: Any,
+        *,
         head_weight: Tensor | None,
         generator: torch.Generator,
         previous: Any,
     ) -> Classifier:
-        """The classifier over all classes seen so far.
+        """The classifier over all classes seen so far; ``**_`` takes what is not needed.
 
         Parameters
         ----------
@@ -147,10 +148,10 @@ class Heads(_CosineReadout):
 
     def fit(
         self,
-        statistics: None,  # noqa: ARG002
-        head_weight: Tensor | None,
-        generator: torch.Generator,  # noqa: ARG002
-        previous: Any = None,  # noqa: ARG002
+        statistics: None = None,  # noqa: ARG002
+        *,
+        head_weight: Tensor | None = None,
+        **_: Any,
     ) -> CosineClassifier:
         """Cosines to the head weights."""
         from backends.torch.readouts.heads import CosineClassifier
@@ -168,13 +169,7 @@ class NearestMean(_FromClassStatistics):
 
     name = "nearest_mean"
 
-    def fit(
-        self,
-        statistics: ClassStatistics,
-        head_weight: Tensor | None,  # noqa: ARG002
-        generator: torch.Generator,  # noqa: ARG002
-        previous: Any = None,  # noqa: ARG002
-    ) -> CosineClassifier:
+    def fit(self, statistics: ClassStatistics, **_: Any) -> CosineClassifier:
         """Cosines to the class means."""
         from backends.torch.readouts.heads import CosineClassifier
 
@@ -258,8 +253,9 @@ class Alignment(_FromClassStatistics):
     def fit(
         self,
         statistics: ClassStatistics,
-        head_weight: Tensor | None,
+        *,
         generator: torch.Generator,
+        head_weight: Tensor | None = None,
         previous: CosineClassifier | None = None,
     ) -> CosineClassifier:
         """Cosines to the retrained weights; ``head_weight`` is needed with ``epochs`` only.
@@ -271,7 +267,7 @@ class Alignment(_FromClassStatistics):
         >>> statistics = ClassStatistics()
         >>> x = torch.tensor([[2.0, 0.1], [2.0, -0.1], [1.0, 2.0], [1.2, 2.0]])
         >>> statistics.add_task(x, torch.tensor([0, 0, 1, 1]))
-        >>> aligned = Alignment().fit(statistics, None, torch.Generator().manual_seed(0))
+        >>> aligned = Alignment().fit(statistics, generator=torch.Generator().manual_seed(0))
         >>> aligned.logits(x).argmax(1).tolist()
         [0, 0, 1, 1]
         """
@@ -311,13 +307,7 @@ class Ridge(Readout):
 
         return RidgeStatistics(dim, features=self.features, seed=seed)
 
-    def fit(
-        self,
-        statistics: RidgeStatistics,
-        head_weight: Tensor | None,  # noqa: ARG002
-        generator: torch.Generator,  # noqa: ARG002
-        previous: Any = None,  # noqa: ARG002
-    ) -> RidgeClassifier:
+    def fit(self, statistics: RidgeStatistics, **_: Any) -> RidgeClassifier:
         """Linear scores at the strength that was chosen on the last task."""
         from backends.torch.readouts.ridge import RidgeClassifier, solve_ridge
 
@@ -395,6 +385,11 @@ class Readouts:
             if readout.gathers is not None and readout.gathers not in self.statistics:
                 self.statistics[readout.gathers] = readout.statistics(dim, seed)
 
+    @property
+    def primary(self) -> str:
+        """Name of the first read-out."""
+        return next(iter(self.readouts))
+
     def add_task(self, features: Tensor, labels: Tensor, classes: int | None = None) -> None:
         """Gather a finished task; its classes are never refreshed.
 
@@ -431,9 +426,9 @@ class Readouts:
         self.classifiers = {
             name: readout.fit(
                 self.statistics.get(readout.gathers or ""),
-                head_weight,
-                torch.Generator().manual_seed(seed),
-                self.classifiers.get(name) if readout.warm_start else None,
+                head_weight=head_weight,
+                generator=torch.Generator().manual_seed(seed),
+                previous=self.classifiers.get(name) if readout.warm_start else None,
             )
             for name, readout in self.readouts.items()
         }
