@@ -1,7 +1,5 @@
 """Settings of LoDA: the only declaration of them, also for command lines; loads no torch."""
 
-from __future__ import annotations
-
 import math
 import operator
 from collections.abc import Sequence
@@ -156,7 +154,7 @@ class LoDASettings:
             return ("general",)
         return ("isolated",) if self.branches == "isolated" else ("general", "isolated")
 
-    def form(self, first_task: bool) -> RecalibrationForm | None:
+    def form(self, first_task: bool) -> "RecalibrationForm | None":
         """Form of Λ for the solver, or ``None`` where nothing is recalibrated."""
         if first_task or self.recalibration == "none":
             return None
