@@ -556,7 +556,9 @@ class _Choice(NamedTuple):
 
 
 _DEFAULTS = _Choice(
-    {section: kind.name for section, kind in _COMPONENTS.items()}, HeadConfig.readout, []
+    {section: kind.__dataclass_fields__["name"].default for section, kind in _COMPONENTS.items()},
+    HeadConfig.readout,
+    [],
 )
 
 
@@ -914,7 +916,7 @@ class _StrictLoader(yaml.SafeLoader):
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+        if self.check_event(yaml.AliasEvent):
             msg = f"aliases (*{self.peek_event().anchor}) are not read; write out what it means"  # type: ignore[no-untyped-call]
             raise ValueError(msg)
         self.depth += 1
