@@ -7,7 +7,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from training.backbones.weight_files import file_sha256
 from training.checkpoint import has_checkpoint
 from training.config import (
     Experiment,
@@ -20,7 +19,7 @@ from training.config.neutral import NEUTRAL
 from training.logging import flat_settings
 from training.methods import check_method
 from training.presets import effective
-from training.run_dir import CONFIG, ENVIRONMENT, held_by, is_finished, read_json
+from training.run_dir import CONFIG, ENVIRONMENT, file_sha256, held_by, is_finished, read_json
 from training.sweeps.files import Sweep
 
 Standing = Literal["done", "to do", "running elsewhere", "unreadable"]
