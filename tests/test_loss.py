@@ -71,13 +71,13 @@ def test_a_very_large_scale_stays_finite() -> None:
 @pytest.mark.parametrize(
     ("shape", "targets", "settings", "message"),
     [
-        ((2, 3), [0, 1], {"scale": 0.0}, "scale is 0.0"),
-        ((2, 3), [0, 1], {"scale": math.nan}, "scale is nan"),
-        ((2, 3), [0, 1], {"margin": -0.1}, "margin is -0.1"),
-        ((2, 3), [0, 1, 2], {}, r"targets \(3,\)"),
+        ((2, 3), [0, 1], {"scale": 0.0}, "scale"),
+        ((2, 3), [0, 1], {"scale": math.nan}, "scale"),
+        ((2, 3), [0, 1], {"margin": -0.1}, "margin"),
+        ((2, 3), [0, 1, 2], {}, r"\(3,\)"),
         ((0, 3), [], {}, "at least 1"),
-        ((2, 3), [0, 3], {}, "from 0 to 3"),
-        ((2, 3), [-1, 0], {}, "from -1 to 0"),
+        ((2, 3), [0, 3], {}, "0 to 3"),
+        ((2, 3), [-1, 0], {}, "-1 to 0"),
     ],
 )
 def test_errors(
@@ -88,7 +88,7 @@ def test_errors(
 
 
 def test_wrong_types() -> None:
-    with pytest.raises(TypeError, match="int64 targets"):
+    with pytest.raises(TypeError, match="int64"):
         cosface(torch.zeros(2, 3), torch.zeros(2))
-    with pytest.raises(TypeError, match="floating cosines"):
+    with pytest.raises(TypeError, match="floating"):
         cosface(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
