@@ -1,4 +1,4 @@
-"""Finished runs: ``report``, ``export`` and ``analyse``."""
+"""Finished runs: ``report``, ``bundle`` and ``analyse``."""
 
 import argparse
 from collections.abc import Sequence
@@ -6,11 +6,11 @@ from pathlib import Path
 
 from training.commands import Commands, say
 
-_SOURCES = "run folders, folders that hold runs, or files of loda export"
+_SOURCES = "run folders, folders that hold runs, or files of loda bundle"
 
 
 def add(commands: "Commands[argparse.ArgumentParser]") -> None:
-    """Add ``report``, ``export`` and ``analyse``."""
+    """Add ``report``, ``bundle`` and ``analyse``."""
     parser = commands.add_parser(
         "report", help="compare finished runs: tables, figures, and a page that holds them all"
     )
@@ -22,12 +22,12 @@ def add(commands: "Commands[argparse.ArgumentParser]") -> None:
     parser.add_argument("--baseline", help="relative to whom accuracies are drawn")
     parser.set_defaults(act=report)
     parser = commands.add_parser(
-        "export", help="write what a report needs of finished runs to one text file, to share it"
+        "bundle", help="write what a report needs of finished runs to one text file, to share it"
     )
     parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help=_SOURCES)
     parser.add_argument("--out", type=Path, required=True, help="the file, FILE.jsonl")
-    parser.add_argument("--overwrite", action="store_true", help="replace the records in --out")
-    parser.set_defaults(act=export)
+    parser.add_argument("--overwrite", action="store_true", help="replace the bundle in --out")
+    parser.set_defaults(act=bundle)
     parser = commands.add_parser(
         "analyse", help="compute what the report's figures of LoDA need from what a run kept"
     )
@@ -60,16 +60,16 @@ def report(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         comparison_figure(comparison_curves(made.sections), arguments.figure, title=title)
 
 
-def export(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    """Write the records of runs."""
+def bundle(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Write what a report needs of runs to one file."""
     del rest
     from training.report import find_runs, write_bundle
 
     found = find_runs(arguments.runs)
-    say(f"loda export: not finished, left out: {path}" for path in found.unfinished)
-    say(f"loda export: left out: {path}: {why}" for path, why in found.unreadable.items())
+    say(f"loda bundle: not finished, left out: {path}" for path in found.unfinished)
+    say(f"loda bundle: left out: {path}: {why}" for path, why in found.unreadable.items())
     written = write_bundle(found.runs, arguments.out, overwrite=arguments.overwrite)
-    print(f"records of {len(found.runs)} runs: {written}")
+    print(f"bundle of {len(found.runs)} runs: {written}")
 
 
 def analyse(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
