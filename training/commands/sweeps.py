@@ -30,8 +30,8 @@ def add(commands: "Commands[argparse.ArgumentParser]") -> None:
 
 def sweep(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     """Run a sweep, or list its runs."""
-    from training.finished.kept import keeps_nothing
-    from training.sweep import plan, read_sweep, run_sweep, standing, write_groups
+    from training.config import keeps_nothing
+    from training.sweep import plan, read_sweep, run_sweep, standing, summarise, write_groups
 
     if arguments.workers < 1:
         msg = f"--workers is {arguments.workers}; allowed: at least 1"
@@ -51,15 +51,7 @@ def sweep(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         engine=arguments.engine,
         slurm=chosen.slurm,
     )
-    failed = [o.job.name for o in outcomes if o.status in ("failed", "unreadable")]
-    elsewhere = [o.job.name for o in outcomes if o.status == "running elsewhere"]
-    # A job of a cluster may be stopped there, and the sweep not.
-    stopped = [o.job.name for o in outcomes if o.status in ("stopped", "not started")]
-    done = len(outcomes) - len(failed) - len(elsewhere) - len(stopped)
-    print(f"{done} of {len(outcomes)} runs are done")
-    if elsewhere:
-        print(f"running elsewhere: {'; '.join(elsewhere)}")
-    for what, names in (("stopped", stopped), ("failed", failed)):
-        if names:
-            say([f"{what}: {'; '.join(names)}"])
-    return 1 if failed or stopped else 0
+    said, failures = summarise(outcomes)
+    print("\n".join(said))
+    say(failures)
+    return 1 if failures else 0
