@@ -41,7 +41,7 @@ def weight(run: Run) -> None:
 
 def history(run: Run) -> None:
     moments: Any = run.state.method
-    next(iter(moments.loda.history.values()))[0, 0] = torch.nan
+    next(iter(moments.loda.history.values())).total[0, 0] = torch.nan
 
 
 def ridge(run: Run) -> None:

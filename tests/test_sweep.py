@@ -285,11 +285,12 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_run_of_other_settings_is_not_replaced(tmp_path: Path) -> None:
-    images = {"data": {"name": "folder", "root": str(tmp_path / "images"), "resize": 8}}
+    root = str(tmp_path / "images")
+    images = {"data.name": "folder", "data.root": root, "data.resize": 8}
     children, run = Fake(), interrupted(planned(tmp_path, **images))
     before = contents(run)
     for name, value in (("train.lr", 0.7), ("device", "cpu"), ("data.root", "moved")):
-        job = planned(tmp_path, f"--{name}={value}", **({} if "root" in name else images))
+        job = planned(tmp_path, **{**images, name: value})
         outcome = run_job(job, tmp_path, children=children)
         assert outcome.status == "failed"
         assert f"other settings ({name} differ)" in outcome.reason

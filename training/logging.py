@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
-from training.config import Experiment
-from training.config.dotted import dotted_settings
+from training.config import Experiment, flat_settings
 from training.metrics import AccuracyMatrix, Meter
 
 if TYPE_CHECKING:
@@ -226,21 +225,12 @@ def start_tracker(accelerator: "Accelerator", experiment: Experiment, run: Path)
     """Open the tracker of an experiment, if it has one, and give it the settings."""
     if experiment.tracker is not None:
         accelerator.project_configuration.set_directories(str(run))
-        accelerator.init_trackers("loda", config=flat_settings(experiment))
-
-
-def flat_settings(experiment: Experiment) -> dict[str, Any]:
-    """Every setting under a dotted name, as a number, truth value or text.
-
-    Examples
-    --------
-    >>> flat_settings(Experiment(seed=3))["method.rank"]
-    16
-    """
-    return {
-        key: value if isinstance(value, bool | int | float | str) else str(value)
-        for key, value in dotted_settings(experiment).items()
-    }
+        # Trackers take numbers, truth values and text.
+        settings = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in flat_settings(experiment).items()
+        }
+        accelerator.init_trackers("loda", config=settings)
 
 
 # --- memory ---------------------------------------------------------------------------------------

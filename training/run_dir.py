@@ -415,7 +415,7 @@ if fcntl is not None:
 # --- the folder of a run --------------------------------------------------------------------------
 
 
-def choose_folder(experiment: Experiment) -> Path:
+def choose_folder(experiment: Experiment, *, overwrite: bool = False) -> Path:
     """Folder of the run: as given, or a new one under ``runs`` named after data and method.
 
     Raises
@@ -434,13 +434,13 @@ def choose_folder(experiment: Experiment) -> Path:
         msg = f"out must be a folder, got {folder}, which is a file"
         raise NotADirectoryError(msg)
     filled = folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
-    if filled and not experiment.overwrite:
+    if filled and not overwrite:
         unfinished = (folder / CONFIG).is_file() and not is_finished(folder)
         note = " (it holds a run that did not finish)" if unfinished else ""
         resume = f", --resume {folder} to go on with it" if unfinished else ""
         msg = (
             f"{folder} is not empty{note}, and nothing is overwritten unasked: give another "
-            f"--out{resume}, or --overwrite true to replace the run in it"
+            f"--out{resume}, or --overwrite to replace the run in it"
         )
         raise FileExistsError(msg)
     return folder

@@ -15,7 +15,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -28,19 +28,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from backends.torch import RowsLoss
-from backends.torch.readouts import (
-    READOUTS,
-    Alignment,
-    CosineHeads,
-    Readout,
-    Readouts,
-    Ridge,
-    class_mean_start,
-)
+from backends.torch.readouts import CosineHeads, Readouts, class_mean_start
 from training.backbones import Backbone, build_backbone, check_fits
 from training.checkpoint import Checkpoint, Checkpoints, StopSignals, write_state
-from training.config import Experiment, HeadConfig, TrainConfig
-from training.config.neutral import NEUTRAL
+from training.config import NEUTRAL, Experiment, TrainConfig, effective, flat_settings
 from training.data import (
     ImageSet,
     Stream,
@@ -57,16 +48,14 @@ from training.distributed import Processes, launched_processes, make_accelerator
 from training.plots import accuracy_figure
 from training.logging import (
     Progress,
-    flat_settings,
     peak_memory,
     require_tracker,
     reset_peak,
     start_tracker,
 )
 from training.loss import cosface
-from training.methods import Context, build_method, saves_open_task, sums_over_processes
+from training.methods import Context
 from training.metrics import Meter, count_correct
-from training.presets import effective, method_stream
 from training.run_dir import (
     FIGURE,
     MODEL,
@@ -89,13 +78,15 @@ from training.seeds import derive, seeded
 from training.state import OpenTask, State
 
 
-def train(experiment: Experiment, *, quiet: bool = False) -> Path:
+def train(experiment: Experiment, *, overwrite: bool = False, quiet: bool = False) -> Path:
     """Run an experiment; returns the folder with its results.
 
     Parameters
     ----------
     experiment : Experiment
         All settings.
+    overwrite : bool
+        Replace the run in a folder that is not empty.
     quiet : bool
         Show no progress bars and no table.
 
@@ -112,7 +103,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> Path:
     FloatingPointError
         If training diverges; the message says where.
     """
-    return run_to_end(prepare(experiment), quiet=quiet)
+    return run_to_end(prepare(experiment, overwrite=overwrite), quiet=quiet)
 
 
 def resume(path: Path, experiment: Experiment | None = None, *, quiet: bool = False) -> Path:
@@ -178,7 +169,7 @@ class Run:
     on_step: Callable[[Run], object] | None = None
 
 
-def prepare(experiment: Experiment, resume: Path | None = None) -> Run:
+def prepare(experiment: Experiment, resume: Path | None = None, *, overwrite: bool = False) -> Run:
     """Set a run up, in the order in which mistakes are cheapest to find.
 
     Parameters
@@ -187,6 +178,8 @@ def prepare(experiment: Experiment, resume: Path | None = None) -> Run:
         All settings.
     resume : Path, optional
         Folder of a run of these settings to go on with, from its newest checkpoint.
+    overwrite : bool
+        Replace the run in a folder that is not empty.
 
     Raises
     ------
@@ -194,7 +187,7 @@ def prepare(experiment: Experiment, resume: Path | None = None) -> Run:
         For whatever is wrong; nothing has been written then.
     """
     experiment = effective(experiment)
-    seed = experiment.seed
+    seed, method = experiment.seed, experiment.method.build()
     together = launched_processes()
     if experiment.tracker is not None:
         require_tracker(experiment.tracker)
@@ -202,7 +195,9 @@ def prepare(experiment: Experiment, resume: Path | None = None) -> Run:
     if experiment.threads is not None:
         torch.set_num_threads(experiment.threads)
     together.require_same("settings", _shared_settings(experiment))
-    path = resume or Path(together.from_first(lambda: str(choose_folder(experiment))))
+    path = resume or Path(
+        together.from_first(lambda: str(choose_folder(experiment, overwrite=overwrite)))
+    )
     if experiment.device == "cuda" and accelerator.device.type != "cuda":
         msg = f"device is cuda, but torch sees none here; it would use {accelerator.device}"
         raise ValueError(msg)
@@ -212,7 +207,11 @@ def prepare(experiment: Experiment, resume: Path | None = None) -> Run:
         verify_data(experiment.data)
 
     with together.first_of_each_machine():  # it may download data and weights
-        stream = method_stream(experiment, build_stream(experiment.data, seed))
+        stream = build_stream(experiment.data, seed)
+        if method.joins_tasks:
+            stream = replace(
+                stream, tasks=[tuple(label for task in stream.tasks for label in task)]
+            )
         with seeded(derive(seed, 0, "backbone")):
             backbone = build_backbone(experiment.backbone)
     classes = _classes(stream)
@@ -231,15 +230,15 @@ def prepare(experiment: Experiment, resume: Path | None = None) -> Run:
         processes=together.count,
         reduce=together.sum if together.count > 1 else None,
     )
-    method = build_method(experiment.method, model, context)
-    if together.count > 1 and not sums_over_processes(method):
+    method.start(model, context)
+    if together.count > 1 and not method.sums_over_processes:
         msg = (
             f"method {experiment.method.name} does not say that it sums over processes "
             f"(sums_over_processes = True): train it with one process"
         )
         raise ValueError(msg)
     readouts = Readouts(
-        build_readouts(experiment.head),
+        experiment.head.build(),
         dim=backbone.features,
         seed=derive(seed, 0, "ridge"),
         keep_statistics=experiment.keep.statistics,
@@ -277,7 +276,7 @@ def prepare(experiment: Experiment, resume: Path | None = None) -> Run:
 
 def _shared_settings(experiment: Experiment) -> dict[str, object]:
     """What all processes of a run must have in common."""
-    own = {*NEUTRAL, "out", "overwrite", "threads", "backbone.weights"}  # a path
+    own = {*NEUTRAL, "out", "threads", "backbone.weights"}  # a path
     return {name: value for name, value in flat_settings(experiment).items() if name not in own}
 
 
@@ -314,22 +313,6 @@ def _described(backbone: Backbone) -> dict[str, Any]:
         "weights_sha256": backbone.weights_sha256,
         "tensors_sha256": backbone.tensors_sha256,
     }
-
-
-def build_readouts(config: HeadConfig) -> list[Readout]:
-    """The read-outs of an experiment with their options, the primary one first."""
-    options = {
-        "alignment": Alignment(
-            epochs=config.alignment_epochs,
-            temperature=config.alignment_temperature,
-            covariance=config.alignment_covariance,
-            shrinkage=config.alignment_shrinkage,
-            lr=config.alignment_lr,
-        ),
-        "ridge": Ridge(features=config.ridge_features),
-    }
-    kinds = dict.fromkeys([config.readout, *config.also])
-    return [options.get(kind) or READOUTS[kind]() for kind in kinds]
 
 
 _COMPILERS = ("c++", "g++", "clang++", "cl")
@@ -377,7 +360,7 @@ def run_to_end(run: Run, *, quiet: bool = False) -> Path:
         run.accelerator.end_training()
         run.folder.close()
     figure = run.folder.path / FIGURE if experiment.keep.figure else None
-    progress.finish(state.accuracy[experiment.head.readout], run.folder.path, figure)
+    progress.finish(state.accuracy[state.readouts.primary], run.folder.path, figure)
     return run.folder.path
 
 
@@ -446,7 +429,7 @@ def learn_task(run: Run, task: int, progress: Progress) -> None:
     tracked = {f"accuracy/{name}": value for name, value in accuracy.items()}
     # Where nothing is trained, tasks are steps: of equal ones a tracker shows the last alone.
     run.accelerator.log(tracked, step=(task + 1) * max(experiment.train.epochs, 1))
-    progress.end_task(task + 1, accuracy[experiment.head.readout], sum(seconds.values()))
+    progress.end_task(task + 1, accuracy[state.readouts.primary], sum(seconds.values()))
 
 
 def add_head(run: Run, task: int) -> None:
@@ -774,7 +757,7 @@ def save_in_task(run: Run, task: int, at: OpenTask, *, last: bool) -> None:
         return
     if not at.is_finite():
         _raise_diverged(task, at)
-    saved = saves_open_task(run.state.method)
+    saved = run.state.method.saves_open_task
     if saved:
         _save(run)
     else:  # not looked at again a step later
@@ -821,14 +804,18 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
 def write_results(run: Run) -> None:
     """Write the model, the read-outs, the state, the figure and the summary."""
     experiment, state, path = run.experiment, run.state, run.folder.path
-    primary = experiment.head.readout
+    primary = run.state.readouts.primary
     write_tensors(path / MODEL, state.model.state_dict())
     write_tensors(path / READOUTS_FILE, state.readouts.tensors())
     if experiment.keep.state:
         record = {"identity": run.checkpoints.identity, **state.record()}
         write_state(path / STATE, state.tensors(), record, run.folder.read_log())
     if experiment.keep.figure:
-        data = experiment.data.root if experiment.data.name == "folder" else experiment.data.name
+        data = (
+            experiment.data.options.get("root")
+            if experiment.data.name == "folder"
+            else experiment.data.name
+        )
         title = f"{experiment.method.name} on {Path(str(data)).name}, read-out {primary}"
         accuracy_figure(state.accuracy[primary], path / FIGURE, title=title)
     run.folder.finish(

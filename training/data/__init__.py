@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from training.data.check import DataReport, check_data, verify_data
     from training.data.images import ImageSet, UnreadableImageError, open_image
     from training.data.loaders import Batches, cut_loader, loader, passes_begun, start_at
-    from training.distributed import Share
     from training.data.stream import Stream, build_stream
     from training.data.transforms import Transform, test_transform, train_transform
 
@@ -24,7 +23,6 @@ __all__ = [
     "DataReport",
     "DataSet",
     "ImageSet",
-    "Share",
     "Split",
     "Stream",
     "Transform",
@@ -44,7 +42,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        for module in ("shares", "transforms", "images", "stream", "loaders", "check"):
+        for module in ("transforms", "images", "stream", "loaders", "check"):
             value = vars(import_module(f"training.data.{module}")).get(name)
             if value is not None:
                 return value

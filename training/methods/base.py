@@ -1,10 +1,9 @@
 """What the training loop asks of a method, what it tells it, and the methods by name.
 
 This file and those of the methods load no torch, so that a command line can show and check their
-options; what needs torch imports it when it is called.
+options; what needs torch imports it when it is called. Types of torch are in quotation marks for
+the same reason: where all annotations of a file are postponed, jsonargparse imports what they need.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -90,7 +89,7 @@ class Context(NamedTuple):
     seed: int
     tasks: int
     processes: int = 1
-    reduce: Reduce | None = None
+    reduce: "Reduce | None" = None
 
 
 class Method:
@@ -128,7 +127,7 @@ class Method:
     keeps: ClassVar[tuple[str, ...]] = ("branches", "moments")
     radius: float | None = None
 
-    def start(self, model: nn.Module, context: Context) -> None:
+    def start(self, model: "nn.Module", context: Context) -> None:
         """Attach to a model, which is frozen: a method unfreezes what it trains.
 
         Raises
@@ -142,23 +141,23 @@ class Method:
     def begin_task(self, batches: Iterable[Any]) -> None:
         """Prepare the model for a task; ``batches`` are its training images, walked at will."""
 
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> "list[nn.Parameter]":
         """Tensors of the backbone that the optimiser trains in the open task; may be empty."""
         return []
 
-    def objective(self, loss: RowsLoss) -> RowsLoss:
+    def objective(self, loss: "RowsLoss") -> "RowsLoss":
         """What a step minimises; a method may add a term to the loss over rows of a mini-batch."""
         return loss
 
     def step(
         self,
-        loss: RowsLoss,
-        labels: Tensor,
-        optimizer: Optimizer,
+        loss: "RowsLoss",
+        labels: "Tensor",
+        optimizer: "Optimizer",
         *,
-        generator: torch.Generator,
-        backward: Callable[[Tensor], None],
-    ) -> AlignedStep:
+        generator: "torch.Generator",
+        backward: "Callable[[Tensor], None]",
+    ) -> "AlignedStep":
         """Train on one mini-batch; ``loss(rows)`` is the mean loss over those rows of it.
 
         A plain step, or with a ``radius`` a gradient-aligned one whose look-ahead has a random
@@ -185,14 +184,14 @@ class Method:
             reduce=reduce,
         )
 
-    def end_task(self, batches: Iterable[Any]) -> TaskRecord | None:
+    def end_task(self, batches: Iterable[Any]) -> "TaskRecord | None":
         """Fold what was learned into the model; a record of it, where there is one."""
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> "dict[str, Tensor]":
         """What the method carries from task to task, beside the weights of the model."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: "Mapping[str, Tensor]") -> None:
         """Take over a state made by ``state_dict`` between two tasks."""
 
 

@@ -1,7 +1,5 @@
 """What the baselines with low-rank branches share: options, starts, and folding into the model."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -55,7 +53,7 @@ class BranchMethod(Method):
         self.rank, self.target, self.parts = rank, target, parts
         self.radius = look_ahead(gao, radius)
 
-    def start(self, model: nn.Module, context: Context) -> None:
+    def start(self, model: "nn.Module", context: Context) -> None:
         """Attach to a model whose target layers suit the rank and the parts.
 
         Raises
@@ -86,20 +84,20 @@ class TaskBranches(BranchMethod):
     scale = 1.0
     trains_down = False
 
-    def start(self, model: nn.Module, context: Context) -> None:
+    def start(self, model: "nn.Module", context: Context) -> None:
         """Attach to a model."""
         super().start(model, context)
         self.layers: dict[str, LoRALinear] = {}
         self.tasks = 0
 
-    def add_branches(self, down: Callable[[str, LoRALinear], Tensor]) -> None:
+    def add_branches(self, down: "Callable[[str, LoRALinear], Tensor]") -> None:
         """Put a branch of every part in place; ``down`` gives the down-projections (r, D)."""
         self._adapt()
         for name, layer in self.layers.items():
             for part in output_rows(layer.out_features, self.parts):
                 self._add(layer, part, down(name, layer))
 
-    def merge_branches(self) -> TaskRecord:
+    def merge_branches(self) -> "TaskRecord":
         """Merge the branches for good; a record of them."""
         from backends.torch import TaskRecord, restore
 
@@ -111,18 +109,18 @@ class TaskBranches(BranchMethod):
         self.tasks += 1
         return record
 
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> "list[nn.Parameter]":
         """Tensors of the branches that are trained."""
         branches = [layer.branch(b) for layer in self.layers.values() for b in layer.branches]
         return [p for branch in branches for p in branch.parameters() if p.requires_grad]
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> "dict[str, Tensor]":
         """The number of tasks, and the branches of an open one."""
         import torch
 
         return {"tasks": torch.tensor(self.tasks)} | branch_state(self.layers)
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: "Mapping[str, Tensor]") -> None:
         """Take over a state, with the branches of an open task."""
         self.tasks = int(state["tasks"])
         if any(key.startswith("down/") for key in state):
@@ -134,7 +132,9 @@ class TaskBranches(BranchMethod):
 
         self.layers = adapt(self.model, self.target)
 
-    def _add(self, layer: LoRALinear, part: str, down: Tensor, up: Tensor | None = None) -> None:
+    def _add(
+        self, layer: "LoRALinear", part: str, down: "Tensor", up: "Tensor | None" = None
+    ) -> None:
         rows = output_rows(layer.out_features, self.parts)[part]
         layer.add_branch(
             part, down, up=up, rows=rows, scale=self.scale, train_down=self.trains_down
@@ -182,7 +182,7 @@ def output_rows(out_features: int, parts: Parts) -> dict[str, tuple[int, int] | 
     return rows
 
 
-def kaiming(rank: int, layer: LoRALinear, generator: torch.Generator) -> Tensor:
+def kaiming(rank: int, layer: "LoRALinear", generator: "torch.Generator") -> "Tensor":
     """A down-projection (r, D) as LoRA starts it, drawn on the CPU."""
     import torch
     from torch import nn
@@ -196,7 +196,7 @@ AddBranch = Callable[..., Any]
 """``add(layer, branch, down, up)`` puts a branch in place."""
 
 
-def branch_state(layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
+def branch_state(layers: "Mapping[str, LoRALinear]") -> "dict[str, Tensor]":
     """A and B of every branch, by branch and layer."""
     state: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -207,7 +207,7 @@ def branch_state(layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
 
 
 def load_branches(
-    layers: Mapping[str, LoRALinear], state: Mapping[str, Tensor], add: AddBranch
+    layers: "Mapping[str, LoRALinear]", state: "Mapping[str, Tensor]", add: AddBranch
 ) -> None:
     """Add the branches of a state to layers, in the order of the state."""
     for key, down in state.items():
@@ -224,7 +224,7 @@ class FoldedLayers:
     a task starts from the exact unmerged state.
     """
 
-    def __init__(self, model: nn.Module, target: Target) -> None:
+    def __init__(self, model: "nn.Module", target: Target) -> None:
         from backends.torch import adapt, restore
 
         self.model = model
@@ -245,7 +245,7 @@ class FoldedLayers:
             if layer.merged:
                 layer.unmerge()
 
-    def fold(self) -> TaskRecord:
+    def fold(self) -> "TaskRecord":
         """Fold the branches into the weights of the model; a record of them."""
         from backends.torch import TaskRecord, restore
 
@@ -256,12 +256,12 @@ class FoldedLayers:
         self.is_open = False
         return record
 
-    def parameters(self, branches: Iterable[str]) -> list[nn.Parameter]:
+    def parameters(self, branches: Iterable[str]) -> "list[nn.Parameter]":
         """A and B of the named branches, in every layer."""
         found = [layer.branch(b) for layer in self.layers.values() for b in branches]
         return [p for branch in found for p in (branch.down, branch.up)]
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> "dict[str, Tensor]":
         """The branches and the weights without them, by layer, and whether a task is open."""
         import torch
 
@@ -270,7 +270,7 @@ class FoldedLayers:
             state["open"] = torch.tensor(True)
         return state | branch_state(self.layers)
 
-    def load_state_dict(self, state: Mapping[str, Tensor], add: AddBranch) -> None:
+    def load_state_dict(self, state: "Mapping[str, Tensor]", add: AddBranch) -> None:
         """Take over weights and branches, and attach them if a task is open."""
         import torch
 

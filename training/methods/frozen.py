@@ -1,7 +1,5 @@
 """The frozen backbone: only the heads are trained. What every adaptation has to beat."""
 
-from __future__ import annotations
-
 from training.methods.base import Method
 
 

@@ -4,8 +4,6 @@ Liang and Li, "InfLoRA: Interference-Free Low-Rank Adaptation for Continual Lear
 arXiv:2404.00228. What is protected is remembered by DualGPM, `GradientMemory`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -43,7 +41,7 @@ class InfLoRA(TaskBranches):
         positive("down_scale", down_scale)
         self.lamb, self.lame, self.down_scale = lamb, lame, down_scale
 
-    def start(self, model: nn.Module, context: Context) -> None:
+    def start(self, model: "nn.Module", context: Context) -> None:
         """Attach to a model."""
         super().start(model, context)
         self.memories: dict[str, GradientMemory] = {}
@@ -57,7 +55,7 @@ class InfLoRA(TaskBranches):
         }
         self.add_branches(lambda name, _: downs[name])
 
-    def end_task(self, batches: Iterable[Any]) -> TaskRecord:
+    def end_task(self, batches: Iterable[Any]) -> "TaskRecord":
         """Merge for good, and protect the inputs of the task, taken through the trained model."""
         share = (self.lame - self.lamb) * (self.tasks / self.context.tasks) + self.lamb
         record = self.merge_branches()
@@ -65,7 +63,7 @@ class InfLoRA(TaskBranches):
             self.memories[name] = self._memory(name, moment).updated(moment, share)
         return record
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> "dict[str, Tensor]":
         """The memory of every layer: a basis, and whether it spans what is left free.
 
         In an open task also its branches.
@@ -78,7 +76,7 @@ class InfLoRA(TaskBranches):
             state[f"free/{name}"] = torch.tensor(memory.free)
         return state | super().state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: "Mapping[str, Tensor]") -> None:
         """Take over the memories, and the branches of an open task."""
         device = next(self.model.parameters()).device
         self.memories = {
@@ -90,13 +88,13 @@ class InfLoRA(TaskBranches):
         }
         super().load_state_dict(state)
 
-    def _moments(self, batches: Iterable[Any]) -> dict[str, Tensor]:
+    def _moments(self, batches: Iterable[Any]) -> "dict[str, Tensor]":
         from backends.torch import collect_moments
 
         found = collect_moments(self.model, batches, self.target, reduce=self.context.reduce)
         return {name: moments.mean for name, moments in found.items()}
 
-    def _memory(self, name: str, moment: Tensor) -> GradientMemory:
+    def _memory(self, name: str, moment: "Tensor") -> "GradientMemory":
         return self.memories.get(name) or GradientMemory.empty(moment)
 
 
@@ -126,24 +124,24 @@ class GradientMemory(NamedTuple):
     tensor(2)
     """
 
-    basis: Tensor
+    basis: "Tensor"
     free: bool = False
 
     @classmethod
-    def empty(cls, like: Tensor) -> Self:
+    def empty(cls, like: "Tensor") -> Self:
         """Before the first task: nothing is protected. ``like`` is any (D, D) moment."""
         import torch
 
         return cls(like.new_zeros(len(like), 0, dtype=torch.float64))
 
-    def free_part(self, moment: Tensor) -> Tensor:
+    def free_part(self, moment: "Tensor") -> "Tensor":
         """What past tasks leave free of a moment (D, D): C - M Mᵀ C, or M Mᵀ C."""
         moment = moment.to(self.basis)
         spanned = self.basis @ (self.basis.mT @ moment)
         free: Tensor = spanned if self.free else moment - spanned
         return free
 
-    def free_directions(self, moment: Tensor, rank: int) -> Tensor:
+    def free_directions(self, moment: "Tensor", rank: int) -> "Tensor":
         """Leading left singular vectors (D, r) of the free part, in the dtype of the moment.
 
         Columns beyond the free part's own rank are zero.
@@ -157,7 +155,7 @@ class GradientMemory(NamedTuple):
         directions: Tensor = (vectors[:, :rank] * above).to(moment.dtype)
         return directions
 
-    def updated(self, moment: Tensor, share: float) -> GradientMemory:
+    def updated(self, moment: "Tensor", share: float) -> "GradientMemory":
         """The memory after a task.
 
         Parameters
@@ -174,7 +172,7 @@ class GradientMemory(NamedTuple):
             return GradientMemory(complement, free=True)
         return GradientMemory(basis, self.free)
 
-    def _grown(self, moment: Tensor, share: float) -> Tensor:
+    def _grown(self, moment: "Tensor", share: float) -> "Tensor":
         """Append leading left vectors of the residual until the share is reached."""
         import torch
 
@@ -192,7 +190,7 @@ class GradientMemory(NamedTuple):
         basis: Tensor = torch.linalg.qr(joined).Q
         return basis
 
-    def _shrunk(self, moment: Tensor, share: float) -> Tensor:
+    def _shrunk(self, moment: "Tensor", share: float) -> "Tensor":
         """Drop leading directions of the task from the free space while too much lies in it."""
         vectors, values = _left_singular(self.free_part(moment))
         total = _size(moment) ** 2
@@ -205,7 +203,7 @@ class GradientMemory(NamedTuple):
         return _left_singular(rest, full=False)[0][:, : self.basis.shape[1] - drop]
 
 
-def _size(matrix: Tensor) -> Tensor:
+def _size(matrix: "Tensor") -> "Tensor":
     """Frobenius norm, above zero."""
     import torch
 
@@ -213,7 +211,7 @@ def _size(matrix: Tensor) -> Tensor:
     return size.clamp(min=torch.finfo(matrix.dtype).tiny)
 
 
-def _left_singular(matrix: Tensor, *, full: bool = True) -> tuple[Tensor, Tensor]:
+def _left_singular(matrix: "Tensor", *, full: bool = True) -> "tuple[Tensor, Tensor]":
     """Left singular vectors as columns, and singular values, the largest first."""
     import torch
 

@@ -1,7 +1,5 @@
 """LoDA and its ablations."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -59,34 +57,34 @@ class LoDAMethod(Method):
         check(directions in names, "directions", directions, f"one of {', '.join(names)}")
         self.directions = directions
 
-    def start(self, model: nn.Module, context: Context) -> None:
+    def start(self, model: "nn.Module", context: Context) -> None:
         """Attach LoDA to a model."""
         from backends.torch import LoDA
 
-        super().start(model, context)
         self.loda = LoDA(model, self.settings, reduce=context.reduce)
+        super().start(model, context)
 
     def begin_task(self, batches: Iterable[Any]) -> None:
         """Solve for the directions of the branches."""
         self.loda.begin_task(batches, bases=self._random_bases())
 
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> "list[nn.Parameter]":
         """The tensors of the branches."""
         return self.loda.lora_parameters()
 
-    def end_task(self, batches: Iterable[Any]) -> TaskRecord:
+    def end_task(self, batches: Iterable[Any]) -> "TaskRecord":
         """Recalibrate and merge."""
         return self.loda.end_task(batches)
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> "dict[str, Tensor]":
         """The history of second moments, and the branches of an open task."""
         return self.loda.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: "Mapping[str, Tensor]") -> None:
         """Take over the history, and an open task."""
         self.loda.load_state_dict(state)
 
-    def _random_bases(self) -> dict[str, dict[str, Tensor]] | None:
+    def _random_bases(self) -> "dict[str, dict[str, Tensor]] | None":
         if self.directions == "solved":
             return None
         import torch

@@ -4,8 +4,6 @@ Wang et al., "Orthogonal Subspace Learning for Language Model Continual Learning
 arXiv:2310.14152. It was written for language models; the port to vision transformers is ours.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +43,7 @@ class OLoRA(TaskBranches):
         self.weight = penalty
         self.scale = 1.0 if alpha is None else alpha / self.rank
 
-    def start(self, model: nn.Module, context: Context) -> None:
+    def start(self, model: "nn.Module", context: Context) -> None:
         """Attach to a model."""
         super().start(model, context)
         self.old: dict[str, Tensor] = {}  # rows of all past A, by part and layer
@@ -59,7 +57,7 @@ class OLoRA(TaskBranches):
         generator = torch.Generator().manual_seed(derive(self.context.seed, self.tasks, "method"))
         self.add_branches(lambda _, layer: kaiming(self.rank, layer, generator))
 
-    def penalty(self) -> Tensor:
+    def penalty(self) -> "Tensor":
         """λ₁ times the overlap with the old branches, averaged over the branches."""
         import torch
 
@@ -70,7 +68,7 @@ class OLoRA(TaskBranches):
         ]
         return self.weight * torch.stack(overlaps).mean()
 
-    def objective(self, loss: RowsLoss) -> RowsLoss:
+    def objective(self, loss: "RowsLoss") -> "RowsLoss":
         """The loss with the penalty, from the second task on."""
         if not self.old:
             return loss
@@ -78,7 +76,7 @@ class OLoRA(TaskBranches):
         share = 1 / self.context.processes
         return lambda rows: loss(rows) + share * self.penalty()
 
-    def end_task(self, batches: Iterable[Any]) -> TaskRecord:
+    def end_task(self, batches: Iterable[Any]) -> "TaskRecord":
         """Merge the branch for good and keep its down-projection."""
         import torch
 
@@ -91,11 +89,11 @@ class OLoRA(TaskBranches):
                 self.old[key] = torch.cat([past, down])
         return record
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> "dict[str, Tensor]":
         """The down-projections of all past tasks, whose rank grows; branches of an open one."""
         return {f"old/{key}": rows for key, rows in self.old.items()} | super().state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: "Mapping[str, Tensor]") -> None:
         """Take over the past down-projections, and the branches of an open task."""
         device = next(self.model.parameters()).device
         self.old = {
@@ -106,7 +104,7 @@ class OLoRA(TaskBranches):
         super().load_state_dict(state)
 
 
-def overlap(new: Tensor, old: Tensor) -> Tensor:
+def overlap(new: "Tensor", old: "Tensor") -> "Tensor":
     """Mean over the rows of ``new`` (r, D) of the sum of |cosine| to all rows of ``old`` (R, D).
 
     The published penalty is the plain sum of |A_old A_newᵀ| over all layers. It grows with the

@@ -4,11 +4,11 @@ Wu et al., "SD-LoRA: Scalable Decoupled Low-Rank Adaptation for Class Incrementa
 arXiv:2501.13198.
 """
 
-from __future__ import annotations
-
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from training.components import check
 from training.methods.base import Context
 from training.methods.branches import BranchMethod, FoldedLayers, kaiming, output_rows
 from training.seeds import derive
@@ -35,9 +35,10 @@ class SDLoRA(BranchMethod):
 
     def __init__(self, *, start: float = 0.8, **settings: Any) -> None:
         super().__init__(**settings)
+        check(math.isfinite(start), "start", start, "finite")
         self.first_magnitude = start
 
-    def start(self, model: nn.Module, context: Context) -> None:
+    def start(self, model: "nn.Module", context: Context) -> None:
         """Attach to a model."""
         super().start(model, context)
         self.folded = FoldedLayers(model, self.target)
@@ -63,13 +64,13 @@ class SDLoRA(BranchMethod):
                 name, scale = f"task{len(self.magnitudes)}_{part}", self.magnitudes[-1]
                 layer.add_branch(name, down, rows=rows, scale=scale, train_down=True)
 
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> "list[nn.Parameter]":
         """A and B of the task, and every magnitude."""
         first = next(iter(self.folded.layers.values()))
         branches = [b for b in first.branches if _split(b)[0] == len(self.magnitudes)]
         return [*self.magnitudes, *self.folded.parameters(branches)]
 
-    def end_task(self, batches: Iterable[Any]) -> TaskRecord:
+    def end_task(self, batches: Iterable[Any]) -> "TaskRecord":
         """Freeze what was learned, normalise the direction for the tasks to come, and fold.
 
         The model that is evaluated holds the branch at the length that it was trained to; from
@@ -78,18 +79,19 @@ class SDLoRA(BranchMethod):
         import torch
 
         del batches
-        record = self.folded.fold()
-        for layer in self.folded.layers.values():
-            for name in layer.branches:
-                branch = layer.branch(name).requires_grad_(False)
-                if _split(name)[0] == len(self.magnitudes):
-                    # A branch that learned nothing stays zero.
-                    tiny = torch.finfo(branch.up.dtype).tiny
-                    branch.down.div_(branch.down.norm().clamp(min=tiny))
-                    branch.up.div_(branch.up.norm().clamp(min=tiny))
+        with torch.no_grad():
+            record = self.folded.fold()
+            for layer in self.folded.layers.values():
+                for name in layer.branches:
+                    branch = layer.branch(name).requires_grad_(False)
+                    if _split(name)[0] == len(self.magnitudes):
+                        # A branch that learned nothing stays zero.
+                        tiny = torch.finfo(branch.up.dtype).tiny
+                        branch.down.div_(branch.down.norm().clamp(min=tiny))
+                        branch.up.div_(branch.up.norm().clamp(min=tiny))
         return record
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> "dict[str, Tensor]":
         """Weights without branches, the directions so far, and the number of tasks.
 
         The magnitudes start again with every task, so none is carried over; those of an open task
@@ -102,7 +104,7 @@ class SDLoRA(BranchMethod):
             state["magnitudes"] = torch.stack([m.detach() for m in self.magnitudes])
         return state
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: "Mapping[str, Tensor]") -> None:
         """Take over a state; the model holds the weights of that time already."""
         import torch
 
@@ -110,7 +112,7 @@ class SDLoRA(BranchMethod):
         folded = {name: layer.base.weight.detach().clone() for name, layer in layers.items()}
         self.magnitudes = [_magnitude(layers) for _ in range(int(state["tasks"]))]
 
-        def add(layer: LoRALinear, branch: str, down: Tensor, up: Tensor) -> None:
+        def add(layer: "LoRALinear", branch: str, down: "Tensor", up: "Tensor") -> None:
             task, part = _split(branch)
             rows, scale = (
                 output_rows(layer.out_features, self.parts)[part],
@@ -137,7 +139,7 @@ def _split(branch: str) -> tuple[int, str]:
     return int(task), part
 
 
-def _magnitude(layers: Mapping[str, LoRALinear]) -> nn.Parameter:
+def _magnitude(layers: "Mapping[str, LoRALinear]") -> "nn.Parameter":
     """A number to train, of the type and device of the layers."""
     from torch import nn
 

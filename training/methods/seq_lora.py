@@ -1,7 +1,5 @@
 """Sequential LoRA: one low-rank branch trained on, task after task; and its upper bound."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +29,7 @@ class SequentialLoRA(BranchMethod):
     def __init__(self, **settings: Any) -> None:
         super().__init__(parts="all", **settings)
 
-    def start(self, model: nn.Module, context: Context) -> None:
+    def start(self, model: "nn.Module", context: Context) -> None:
         """Add the branch to a model."""
         import torch
 
@@ -47,23 +45,23 @@ class SequentialLoRA(BranchMethod):
         del batches
         self.folded.open()
 
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> "list[nn.Parameter]":
         """A and B of every layer."""
         return self.folded.parameters([_BRANCH])
 
-    def end_task(self, batches: Iterable[Any]) -> TaskRecord:
+    def end_task(self, batches: Iterable[Any]) -> "TaskRecord":
         """Fold the branch into the weights until the next task."""
         del batches
         return self.folded.fold()
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> "dict[str, Tensor]":
         """The branch and the weights without it, by layer."""
         return self.folded.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: "Mapping[str, Tensor]") -> None:
         """Take over a branch and the weights without it."""
 
-        def add(layer: LoRALinear, branch: str, down: Tensor, up: Tensor) -> None:
+        def add(layer: "LoRALinear", branch: str, down: "Tensor", up: "Tensor") -> None:
             layer.add_branch(branch, down, up=up, train_down=True)
 
         self.folded.load_state_dict(state, add)

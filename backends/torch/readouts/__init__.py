@@ -26,7 +26,6 @@ if TYPE_CHECKING:
         CosineHead,
         CosineHeads,
         class_mean_start,
-        cosines,
     )
     from backends.torch.readouts.ridge import (
         RIDGE_STRENGTHS,
@@ -57,7 +56,6 @@ __all__ = [
     "align_heads",
     "alignment_loss",
     "class_mean_start",
-    "cosines",
     "random_features",
     "solve_ridge",
 ]

@@ -162,9 +162,9 @@ def _factors(covariance: Tensor, s: Alignment, dtype: torch.dtype) -> Tensor:
     """
     trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
     dim = covariance.shape[-1]
-    wanted = s.covariance * trace / dim if s.relative else torch.full_like(trace, s.covariance)
+    ridge = s.covariance * trace / dim if s.relative else torch.full_like(trace, s.covariance)
     least = max(torch.finfo(torch.float32).eps, 4 * dim * torch.finfo(torch.float64).eps) * trace
-    jitter = torch.maximum(wanted, least).clamp(min=torch.finfo(torch.float64).tiny)
+    jitter = torch.maximum(ridge, least).clamp(min=torch.finfo(torch.float64).tiny)
     eye = torch.eye(dim).to(covariance)
     # One class at a time: a batch of large float64 matrices needs several copies of them all.
     return torch.stack(

@@ -16,11 +16,11 @@ _STD = 0.02
 
 def cosines(features: Tensor, weight: Tensor) -> Tensor:
     """Cosines (..., C) of features (..., D) to the rows of a weight (C, D), up to rounding."""
-    found: Tensor = functional.linear(
+    products: Tensor = functional.linear(
         functional.normalize(features, dim=-1, eps=_EPS),
         functional.normalize(weight, dim=-1, eps=_EPS),
     )
-    return found
+    return products
 
 
 @dataclass(frozen=True, eq=False)

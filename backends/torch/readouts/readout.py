@@ -5,8 +5,6 @@ each task. This file loads no torch, so that a command line can show the options
 are in the files beside it.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -25,10 +23,10 @@ if TYPE_CHECKING:
 class Classifier(Protocol):
     """A fitted read-out: decides between all classes seen."""
 
-    def logits(self, features: Tensor) -> Tensor:
+    def logits(self, features: "Tensor") -> "Tensor":
         """Scores (N, C) of features (N, D); the highest one names the class."""
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> "dict[str, Tensor]":
         """All that `Readout.load` needs to build it again, ready for safetensors."""
 
 
@@ -53,7 +51,7 @@ class Readout(ABC):
     ...     name, gathers = "centred", "statistics"
     ...     def statistics(self, dim, seed):
     ...         return ClassStatistics()
-    ...     def fit(self, statistics, head_weight, generator, previous):
+    ...     def fit(self, statistics, **_):
     ...         return CosineClassifier(statistics.mean - statistics.mean.mean(0))
     ...     def load(self, tensors):
     ...         return CosineClassifier(tensors["weight"])
@@ -72,7 +70,7 @@ class Readout(ABC):
         """Whether a fit starts from the classifier of the fit before, which is then saved."""
         return False
 
-    def statistics(self, dim: int, seed: int) -> TaskStatistics:
+    def statistics(self, dim: int, seed: int) -> "TaskStatistics":
         """New, empty statistics of features of width D; needed where `gathers` is a name.
 
         Parameters
@@ -89,11 +87,12 @@ class Readout(ABC):
     def fit(
         self,
         statistics: Any,
-        head_weight: Tensor | None,
-        generator: torch.Generator,
+        *,
+        head_weight: "Tensor | None",
+        generator: "torch.Generator",
         previous: Any,
     ) -> Classifier:
-        """The classifier over all classes seen so far.
+        """The classifier over all classes seen so far; ``**_`` takes what is not needed.
 
         Parameters
         ----------
@@ -108,7 +107,7 @@ class Readout(ABC):
         """
 
     @abstractmethod
-    def load(self, tensors: Mapping[str, Tensor]) -> Classifier:
+    def load(self, tensors: "Mapping[str, Tensor]") -> Classifier:
         """The classifier whose `tensors` were stored, with the same logits bit for bit.
 
         Raises
@@ -121,7 +120,7 @@ class Readout(ABC):
 class _CosineReadout(Readout):
     """What the read-outs share that store one direction a class."""
 
-    def load(self, tensors: Mapping[str, Tensor]) -> CosineClassifier:
+    def load(self, tensors: "Mapping[str, Tensor]") -> "CosineClassifier":
         from backends.torch.readouts.heads import CosineClassifier
 
         check_names(tensors, {"weight"}, f"the read-out {self.name!r}")
@@ -133,7 +132,7 @@ class _FromClassStatistics(_CosineReadout):
 
     gathers = "statistics"
 
-    def statistics(self, dim: int, seed: int) -> ClassStatistics:  # noqa: ARG002
+    def statistics(self, dim: int, seed: int) -> "ClassStatistics":  # noqa: ARG002
         from backends.torch.readouts.statistics import ClassStatistics
 
         return ClassStatistics()
@@ -147,11 +146,11 @@ class Heads(_CosineReadout):
 
     def fit(
         self,
-        statistics: None,  # noqa: ARG002
-        head_weight: Tensor | None,
-        generator: torch.Generator,  # noqa: ARG002
-        previous: Any = None,  # noqa: ARG002
-    ) -> CosineClassifier:
+        statistics: None = None,  # noqa: ARG002
+        *,
+        head_weight: "Tensor | None" = None,
+        **_: Any,
+    ) -> "CosineClassifier":
         """Cosines to the head weights."""
         from backends.torch.readouts.heads import CosineClassifier
 
@@ -168,13 +167,7 @@ class NearestMean(_FromClassStatistics):
 
     name = "nearest_mean"
 
-    def fit(
-        self,
-        statistics: ClassStatistics,
-        head_weight: Tensor | None,  # noqa: ARG002
-        generator: torch.Generator,  # noqa: ARG002
-        previous: Any = None,  # noqa: ARG002
-    ) -> CosineClassifier:
+    def fit(self, statistics: "ClassStatistics", **_: Any) -> "CosineClassifier":
         """Cosines to the class means."""
         from backends.torch.readouts.heads import CosineClassifier
 
@@ -257,11 +250,12 @@ class Alignment(_FromClassStatistics):
 
     def fit(
         self,
-        statistics: ClassStatistics,
-        head_weight: Tensor | None,
-        generator: torch.Generator,
-        previous: CosineClassifier | None = None,
-    ) -> CosineClassifier:
+        statistics: "ClassStatistics",
+        *,
+        generator: "torch.Generator",
+        head_weight: "Tensor | None" = None,
+        previous: "CosineClassifier | None" = None,
+    ) -> "CosineClassifier":
         """Cosines to the retrained weights; ``head_weight`` is needed with ``epochs`` only.
 
         Examples
@@ -271,7 +265,7 @@ class Alignment(_FromClassStatistics):
         >>> statistics = ClassStatistics()
         >>> x = torch.tensor([[2.0, 0.1], [2.0, -0.1], [1.0, 2.0], [1.2, 2.0]])
         >>> statistics.add_task(x, torch.tensor([0, 0, 1, 1]))
-        >>> aligned = Alignment().fit(statistics, None, torch.Generator().manual_seed(0))
+        >>> aligned = Alignment().fit(statistics, generator=torch.Generator().manual_seed(0))
         >>> aligned.logits(x).argmax(1).tolist()
         [0, 0, 1, 1]
         """
@@ -305,19 +299,13 @@ class Ridge(Readout):
             msg = f"features must be at least 1, got {self.features}"
             raise ValueError(msg)
 
-    def statistics(self, dim: int, seed: int) -> RidgeStatistics:
+    def statistics(self, dim: int, seed: int) -> "RidgeStatistics":
         """Sums over the random features, which are drawn with the seed."""
         from backends.torch.readouts.ridge import RidgeStatistics
 
         return RidgeStatistics(dim, features=self.features, seed=seed)
 
-    def fit(
-        self,
-        statistics: RidgeStatistics,
-        head_weight: Tensor | None,  # noqa: ARG002
-        generator: torch.Generator,  # noqa: ARG002
-        previous: Any = None,  # noqa: ARG002
-    ) -> RidgeClassifier:
+    def fit(self, statistics: "RidgeStatistics", **_: Any) -> "RidgeClassifier":
         """Linear scores at the strength that was chosen on the last task."""
         from backends.torch.readouts.ridge import RidgeClassifier, solve_ridge
 
@@ -327,7 +315,7 @@ class Ridge(Readout):
             statistics.projection.clone().contiguous(), finite("ridge weights", weight)
         )
 
-    def load(self, tensors: Mapping[str, Tensor]) -> RidgeClassifier:
+    def load(self, tensors: "Mapping[str, Tensor]") -> "RidgeClassifier":
         """The classifier of stored tensors."""
         from backends.torch.readouts.ridge import RidgeClassifier
 
@@ -395,7 +383,12 @@ class Readouts:
             if readout.gathers is not None and readout.gathers not in self.statistics:
                 self.statistics[readout.gathers] = readout.statistics(dim, seed)
 
-    def add_task(self, features: Tensor, labels: Tensor, classes: int | None = None) -> None:
+    @property
+    def primary(self) -> str:
+        """Name of the first read-out."""
+        return next(iter(self.readouts))
+
+    def add_task(self, features: "Tensor", labels: "Tensor", classes: int | None = None) -> None:
         """Gather a finished task; its classes are never refreshed.
 
         Parameters
@@ -410,7 +403,7 @@ class Readouts:
         for statistics in self.statistics.values():
             statistics.add_task(features, labels, classes)
 
-    def fit(self, head_weight: Tensor | None = None, seed: int = 0) -> dict[str, Classifier]:
+    def fit(self, head_weight: "Tensor | None" = None, seed: int = 0) -> dict[str, Classifier]:
         """Fit all read-outs to the classes seen so far.
 
         Parameters
@@ -431,15 +424,15 @@ class Readouts:
         self.classifiers = {
             name: readout.fit(
                 self.statistics.get(readout.gathers or ""),
-                head_weight,
-                torch.Generator().manual_seed(seed),
-                self.classifiers.get(name) if readout.warm_start else None,
+                head_weight=head_weight,
+                generator=torch.Generator().manual_seed(seed),
+                previous=self.classifiers.get(name) if readout.warm_start else None,
             )
             for name, readout in self.readouts.items()
         }
         return self.classifiers
 
-    def load(self, tensors: Mapping[str, Tensor]) -> dict[str, Classifier]:
+    def load(self, tensors: "Mapping[str, Tensor]") -> dict[str, Classifier]:
         """The classifiers whose `tensors` were stored.
 
         Parameters
@@ -458,11 +451,11 @@ class Readouts:
         }
         return self.classifiers
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> "dict[str, Tensor]":
         """Tensors of all classifiers of the last `fit`, as ``readout/tensor``."""
         return _flat({name: c.tensors() for name, c in self.classifiers.items()})
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> "dict[str, Tensor]":
         """All that the next task needs: statistics, and classifiers that a fit starts from."""
         groups = {f"gathered/{name}": s.state_dict() for name, s in self.statistics.items()}
         for name, classifier in self.classifiers.items():
@@ -470,7 +463,7 @@ class Readouts:
                 groups[f"fitted/{name}"] = classifier.tensors()
         return _flat(groups)
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: "Mapping[str, Tensor]") -> None:
         """Take over a state of the same read-outs.
 
         Raises
@@ -499,7 +492,7 @@ class Readouts:
         }
 
 
-def finite(name: str, tensor: Tensor) -> Tensor:
+def finite(name: str, tensor: "Tensor") -> "Tensor":
     """The tensor, contiguous; refused if it holds NaN or infinity."""
     if not bool(tensor.isfinite().all()):
         msg = f"the {name} must be finite, got NaN or infinite values"
@@ -508,7 +501,7 @@ def finite(name: str, tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
-def check_features(features: Tensor, dim: int) -> None:
+def check_features(features: "Tensor", dim: int) -> None:
     """Refuse features that a classifier of width D cannot read."""
     if features.ndim != 2 or features.shape[1] != dim or not features.is_floating_point():
         msg = (
@@ -519,18 +512,18 @@ def check_features(features: Tensor, dim: int) -> None:
     finite("features", features)
 
 
-def check_names(tensors: Mapping[str, Tensor], names: set[str], what: str) -> None:
+def check_names(tensors: "Mapping[str, Tensor]", names: set[str], what: str) -> None:
     """Refuse stored tensors under other names than these."""
     if tensors.keys() != names:
         msg = f"the tensors of {what} must be {sorted(names)}, got {sorted(tensors)}"
         raise ValueError(msg)
 
 
-def _flat(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def _flat(groups: "Mapping[str, Mapping[str, Tensor]]") -> "dict[str, Tensor]":
     return {f"{group}/{name}": x for group, named in groups.items() for name, x in named.items()}
 
 
-def _by_first_part(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def _by_first_part(tensors: "Mapping[str, Tensor]") -> "dict[str, dict[str, Tensor]]":
     groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         group, _, rest = name.partition("/")

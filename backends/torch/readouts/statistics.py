@@ -63,12 +63,12 @@ class ClassStatistics(TaskStatistics):
     Sums run in float64 on the features' device, merged batch by batch in the form of Chan,
     Golub and LeVeque (1983), which has no cancellation. The covariance is the unbiased one
     (division by n - 1); a class of one image gets zero. Classifier alignment adds its ridge when
-    it samples, so what is kept here is the plain estimate.
+    it samples; stored here is the plain estimate.
 
     Parameters
     ----------
     dtype : torch.dtype
-        float32 (default) or float64: the type in which finished classes are kept.
+        float32 (default) or float64: the type in which finished classes are stored.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""LoDA over whole models: what a task's record says of its directions and of its merge."""
+"""What the record of a task says of its directions and of its merge, against inputs kept here."""
 
 import json
 import math
@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import MLP, WIDTHS, batches, fit, inputs, learn, mlp, same, snapshot, vit
+from tiny_models import MLP, WIDTHS, batches, fit, inputs, learn, mlp, same, snapshot, totals, vit
 from torch import Tensor, nn
 
 from backends.torch import LoDA, LoDASettings
-from backends.torch.halves import collect_halves
+from backends.torch.moments import collect_halves
 from loda_math import general_subspace, isolated_subspace
 
 
@@ -100,7 +100,7 @@ def test_predicted_effect_is_the_change_of_the_outputs(options: dict[str, Any]) 
 def test_heldout_ratios_are_those_of_the_rule_across_two_halves() -> None:
     method = loda(heldout=True)
     assert learn(method, 0).heldout == {}
-    old = dict(method.history)
+    old = totals(method)
     _, halves = collect_halves(method.model, batches(1, method.model), MLP["target"])
     record = learn(method, 1)
     for name, (first, second) in halves.items():
@@ -177,11 +177,22 @@ def test_state_with_ratios_of_the_wrong_shape_is_refused() -> None:
     learn(method, 0)
     method.begin_task(batches(1, method.model))
     state = method.state_dict() | {"heldout/isolated/2": torch.zeros(2)}
-    with pytest.raises(ValueError, match="does not belong to this model"):
+    with pytest.raises(ValueError, match="state"):
         twin.load_state_dict(state)
 
 
-# Numbers for a log
+# Numbers for a log, tensors for files
+
+
+def test_record_gives_flat_tensors_for_files() -> None:
+    method = loda(history="both")
+    learn(method, 0)
+    record = learn(method, 1)
+    kinds = {"coefficients", *(f"{k}/{b}" for k in ("down", "up") for b in record.weights)}
+    assert set(record.branch_tensors()) == {f"{k}/{n}" for k in kinds for n in WIDTHS}
+    passes = ("new", "trained", "merged")
+    assert set(record.moment_tensors()) == {f"{p}/{n}" for p in passes for n in WIDTHS}
+    assert all(not t.requires_grad for t in record.branch_tensors().values())
 
 
 def test_diagnostics_are_plain_numbers_for_json() -> None:

@@ -1,17 +1,13 @@
 """Find, replace and restore the target layers of any ``nn.Module``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from backends.torch.lora import LoRALinear
-
-Target = str | Sequence[str]
-"""One or several shell-style patterns over module names, such as ``"*.attn.qkv"``."""
-
-TIMM_QKV = "*.attn.qkv"
+from backends.torch.settings import TIMM_QKV, Target
 
 
 def find_layers(model: nn.Module, target: Target = TIMM_QKV) -> dict[str, nn.Linear | LoRALinear]:
@@ -47,13 +43,13 @@ def find_layers(model: nn.Module, target: Target = TIMM_QKV) -> dict[str, nn.Lin
         msg = "no pattern was given; name at least one linear layer, such as '*.attn.qkv'"
         raise ValueError(msg)
     linears: dict[str, nn.Linear | LoRALinear] = {}
-    inside: tuple[str, ...] = ()
+    adapted: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if name == "" or name.startswith(inside):
+        if name == "" or name.startswith(adapted):
             continue
         if isinstance(module, LoRALinear):
             # Its frozen base is a linear layer too, but not one of the model's own.
-            inside = (*inside, f"{name}.")
+            adapted = (*adapted, f"{name}.")
         if isinstance(module, (nn.Linear, LoRALinear)):
             linears[name] = module
     for pattern in patterns:
@@ -125,17 +121,21 @@ def adapt(model: nn.Module, target: Target = TIMM_QKV) -> dict[str, LoRALinear]:
       (1): ReLU()
     )
     """
-    found = find_layers(model, target)
-    adapted = [name for name, module in found.items() if isinstance(module, LoRALinear)]
+    matches = find_layers(model, target)
+    adapted = [name for name, module in matches.items() if isinstance(module, LoRALinear)]
     if adapted:
         msg = f"layers {adapted} are adapted already; restore the model first"
         raise ValueError(msg)
-    computed = [name for name, module in found.items() if not isinstance(module.weight, Parameter)]
+    computed = [
+        name for name, module in matches.items() if not isinstance(module.weight, Parameter)
+    ]
     if computed:
         msg = f"weights of {computed} are computed (parametrised); remove the parametrisation first"
         raise TypeError(msg)
     layers = {
-        name: LoRALinear(module) for name, module in found.items() if isinstance(module, nn.Linear)
+        name: LoRALinear(module)
+        for name, module in matches.items()
+        if isinstance(module, nn.Linear)
     }
     attach(model, layers)
     return layers

@@ -1,14 +1,90 @@
-"""DualGPM: what it protects and what it leaves free, on moments of chosen spectra."""
+"""InfLoRA: what it protects and reaches; and DualGPM by itself, on moments of chosen spectra."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from learning import QKV, batches, images, learn, made
+from small_runs import small_vit
+from torch import Tensor, nn
 
-from backends.torch import GradientMemory
+from backends.torch import collect_moments, find_layers
+from training.methods.inflora import GradientMemory, InfLoRA
 
 DIM = 12
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return small_vit()
+
+
+def inflora(model: nn.Module, **options: object) -> InfLoRA:
+    method = made("inflora", model, **options)
+    assert isinstance(method, InfLoRA)
+    return method
+
+
+def test_directions_avoid_what_is_protected(model: nn.Module) -> None:
+    method = inflora(model, lamb=0.5, lame=0.6)
+    for task in range(3):
+        new = collect_moments(model, [images(task)], QKV)
+        before = dict(method.memories)
+        method.begin_task(batches(task))
+        for name, layer in method.layers.items():
+            down = layer.branch("all").down.detach().double()
+            scale = torch.linalg.norm(down, dim=1)
+            live = scale > 0
+            torch.testing.assert_close(scale[live], torch.full_like(scale[live], 3**-0.5))
+            assert live.any()
+            assert not layer.branch("all").down.requires_grad
+            if task:
+                assert (down @ protected(before[name])).abs().max() < 1e-5
+            else:  # the leading directions of the first task's inputs
+                values = torch.linalg.eigvalsh(new[name].mean.double())
+                energy = 3 * torch.trace(down @ new[name].mean.double() @ down.mT)
+                assert float(energy) == pytest.approx(float(values[-3:].sum()), rel=1e-4)
+        method.end_task(batches(task))
+
+
+def test_a_share_is_protected_that_grows_over_the_stream(model: nn.Module) -> None:
+    method = inflora(model, tasks=4, lamb=0.6, lame=0.9)
+    expected: dict[str, GradientMemory] = {}
+    for task, wanted in enumerate((0.6, 0.675, 0.75, 0.825)):
+        learn(method, model, task)
+        for name, found in collect_moments(model, [images(task)], QKV).items():
+            # Through the trained and merged model, to rounding.
+            memory = expected.get(name) or GradientMemory.empty(found.mean)
+            expected[name] = memory.updated(found.mean, wanted)
+            ours, theirs = method.memories[name], expected[name]
+            assert (ours.free, ours.basis.shape) == (theirs.free, theirs.basis.shape)
+            spans = [m.basis @ m.basis.mT for m in (ours, theirs)]
+            torch.testing.assert_close(*spans, atol=1e-3, rtol=0)
+
+
+def test_updates_do_not_reach_protected_inputs(model: nn.Module) -> None:
+    name = "blocks.0.attn.qkv"
+    method = inflora(model, target=name, lamb=0.9, lame=0.9)
+    learn(method, model, 0)
+    memory = method.memories[name]
+    assert not memory.free
+    layer = find_layers(model, name)[name]
+    old = memory.basis.mT.float()
+    before = layer(old)
+    learn(method, model, 1, lr=1.0)
+    torch.testing.assert_close(layer(old), before, atol=1e-5, rtol=0)
+
+
+def test_parts_are_reached_alone(model: nn.Module) -> None:
+    start = {name: layer.weight.clone() for name, layer in find_layers(model, QKV).items()}
+    learn(inflora(model, parts="kv"), model, 0)
+    for name, layer in find_layers(model, QKV).items():
+        change = (layer.weight - start[name]).abs().amax(dim=1)
+        assert change[:16].max() == 0
+        assert change[16:].max() > 0
+
+
+# DualGPM
 
 
 def moment(spectrum: list[float], seed: int) -> Tensor:
@@ -22,8 +98,8 @@ def moment(spectrum: list[float], seed: int) -> Tensor:
 
 def protected(memory: GradientMemory) -> Tensor:
     """Projector onto the protected space."""
-    inside = memory.basis @ memory.basis.mT
-    return torch.eye(DIM, dtype=torch.float64) - inside if memory.free else inside
+    span = memory.basis @ memory.basis.mT
+    return torch.eye(len(span), dtype=torch.float64) - span if memory.free else span
 
 
 def share(memory: GradientMemory, of: Tensor) -> float:
