@@ -212,13 +212,15 @@ def trace_ratio(
     )
 
 
-def _newton(xp: Namespace, s: Array, r: Array, start: Array) -> tuple[Array, Array]:
+def _newton(
+    xp: Namespace, s: Array, r: Array, start: Array, steps: int = NEWTON_STEPS
+) -> tuple[Array, Array]:
     """κ*, and f there: zero to rounding. Starts at the ratio of a basis, and only rises."""
     rank = int(start.shape[-1])
     point = _measured(xp, s, r, start)
     kappa = point.new / point.old
     kappa = xp.where(kappa > 0, kappa, xp.zeros_like(kappa))
-    for _ in range(NEWTON_STEPS):
+    for _ in range(steps):
         point = _at(xp, s, r, rank, kappa)
         # The new ratio is never below κ but by rounding, which must not let it drift.
         kappa = xp.maximum(kappa, point.new / point.old)

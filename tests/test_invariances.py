@@ -11,11 +11,11 @@ import scipy.special
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from libraries import needs_float64
-from recalibration_oracle import gammas
 from strategies import (
     Matrix,
     branches,
     from_spectrum,
+    gammas,
     moment,
     orthogonal,
     pencils,
