@@ -210,7 +210,7 @@ def recalibration_loss(
     1.0
     """
     gamma = check_scalar("gamma", gamma)
-    xp, dtype = checked_update(up, down, new, old, coefficients)
+    xp, dtype = checked_update(up, down, new, old, coefficients=coefficients)
     b, p, q = _projected(xp, up, down, new, old)
     (c,) = widen(xp, coefficients)
     interference = b @ c
@@ -380,7 +380,7 @@ def update_effect(
     >>> [float(x) for x in effect]
     [1.5, 6.0, 0.5, 2.0]
     """
-    xp, dtype = checked_update(up, down, new, old, coefficients)
+    xp, dtype = checked_update(up, down, new, old, coefficients=coefficients)
     b, p, q = _projected(xp, up, down, new, old)
     (c,) = widen(xp, coefficients)
     update = b @ c
@@ -391,22 +391,20 @@ def update_effect(
 
 
 def checked_update(
-    up: Array, down: Array, new: Array, old: Array, coefficients: Array | None = None
+    up: Array, down: Array, new: Array, old: Array, **coefficients: Array
 ) -> tuple[Namespace, Any]:
     """Namespace and dtype of the result for a branch, its moments and coefficients that fit."""
-    matrices = {"up": up, "down": down}
-    if coefficients is not None:
-        matrices["coefficients"] = coefficients
-    xp, size = checked_moments({"new": new, "old": old}, **matrices)
+    xp, size = checked_moments({"new": new, "old": old}, up=up, down=down, **coefficients)
     check_columns("down", down, size)
     rank = down.shape[-2]
     if up.ndim < 2 or up.shape[-1] != rank:
         msg = f"up must have shape (..., O, {rank}) to match down, got {tuple(up.shape)}"
         raise ValueError(msg)
-    if coefficients is not None and tuple(coefficients.shape[-2:]) != (rank, rank):
-        msg = f"coefficients must have shape (..., {rank}, {rank}), got {tuple(coefficients.shape)}"
-        raise ValueError(msg)
-    return xp, result_dtype(xp, up, down, new, old, coefficients)
+    for name, c in coefficients.items():
+        if tuple(c.shape[-2:]) != (rank, rank):
+            msg = f"{name} must have shape (..., {rank}, {rank}), got {tuple(c.shape)}"
+            raise ValueError(msg)
+    return xp, result_dtype(xp, up, down, new, old, *coefficients.values())
 
 
 def check_weight(xp: Namespace, name: str, weight: Any) -> Any:

@@ -535,3 +535,20 @@ def test_the_predicted_effect_is_what_the_merged_layer_does(
     assert float(effect.old_change) + gamma * float(effect.new_loss) == pytest.approx(
         value, rel=1e-5
     )
+
+
+def test_a_branch_in_other_units_is_recalibrated_alike() -> None:
+    """With orthogonal columns of B every coefficient is its own, however short its column."""
+    rng = np.random.default_rng(0)
+    down = rng.standard_normal((3, 8))
+    new, old = (x.T @ x / 30 for x in rng.standard_normal((2, 30, 8)))
+    expected = recalibration(np.eye(3), down, new, old, 1.5, form="direction")
+    found = recalibration(np.diag([1.0, 1e-9, 1e-5]), down, new, old, 1.5, form="diagonal")
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
+def test_weights_that_are_no_numbers_are_refused() -> None:
+    eye = np.eye(2)
+    for weight in (np.asarray(np.nan), np.asarray([1.0, np.nan])):
+        with pytest.raises(ValueError, match="history_weight"):
+            recalibration(eye, eye, eye, eye, 1.0, history_weight=weight)

@@ -91,7 +91,7 @@ def verify_recalibration(
     """
     gamma = check_scalar("gamma", gamma)
     tolerance = check_scalar("tolerance", tolerance, positive=True)
-    xp, dtype = checked_update(up, down, new, old, coefficients)
+    xp, dtype = checked_update(up, down, new, old, coefficients=coefficients)
     b, a, n, o = wide = widen(xp, up, down, new, old)
     (given,) = widen(xp, coefficients)
     # Solved from the moments as given: their dtype says what of them is rounding.
