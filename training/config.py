@@ -556,7 +556,12 @@ class _Choice(NamedTuple):
 
 
 _DEFAULTS = _Choice(
-    {section: kind.__dataclass_fields__["name"].default for section, kind in _COMPONENTS.items()},
+    {
+        section: str(item.default)
+        for section, kind in _COMPONENTS.items()
+        for item in fields(kind)
+        if item.name == "name"
+    },
     HeadConfig.readout,
     [],
 )
