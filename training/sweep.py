@@ -383,6 +383,7 @@ def run_sweep(
     engine: Engine = "processes",
     slurm: Mapping[str, Any] | None = None,
     tell: Callable[[str], None] = print,
+    children: "Children | None" = None,
 ) -> list[Outcome]:
     """Run every job that is not done yet, each in a process of its own.
 
@@ -405,6 +406,8 @@ def run_sweep(
         Parameters of the cluster jobs.
     tell : callable
         Receives a line as runs end.
+    children : Children, optional
+        What starts the processes on this machine.
 
     Returns
     -------
@@ -423,7 +426,7 @@ def run_sweep(
         tell(f"{outcome.job.name}: {outcome.status}{_hint(outcome)}")
         return outcome
 
-    with Children() as children:
+    with children or Children() as children:
         if engine == "processes":
             outcomes = _side_by_side(jobs, out, workers, children, told)
             elsewhere = [o.job for o in outcomes if o.status == "running elsewhere"]
@@ -436,6 +439,24 @@ def run_sweep(
         if children.stopped is not None:
             children.leave()
     return outcomes
+
+
+def summarise(outcomes: Sequence[Outcome]) -> tuple[list[str], list[str]]:
+    """What became of the runs of a sweep, in lines; first those that are no failure."""
+    names: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        names.setdefault(outcome.status, []).append(outcome.job.name)
+
+    def line(title: str, *kinds: Status) -> list[str]:
+        found = [name for kind in kinds for name in names.get(kind, [])]
+        return [f"{title}: {'; '.join(found)}"] if found else []
+
+    done = len(names.get("done before", [])) + len(names.get("finished", []))
+    said = [f"{done} of {len(outcomes)} runs are done"]
+    # A job of a cluster may be stopped there, and the sweep not.
+    stopped = line("stopped", "stopped", "not started")
+    said += line("running elsewhere", "running elsewhere")
+    return said, [*stopped, *line("failed", "failed", "unreadable")]
 
 
 def run_job(

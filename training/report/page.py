@@ -136,11 +136,15 @@ def write_report(report: Report, out: Path, *, overwrite: bool = False) -> Path:
     NotADirectoryError
         If the path is a file.
     OSError
-        If the folder of figures is a link to another place.
+        If there is a link in the folder, where figures are to be.
     """
     if out.exists() and not out.is_dir():
         msg = f"{out} is a file; give a folder"
         raise NotADirectoryError(msg)
+    links = [path for path in (out / FIGURES, *(out / FIGURES).glob("*")) if path.is_symlink()]
+    if links:
+        msg = f"{links[0]} is a link; nothing is written through it: give another --out"
+        raise OSError(msg)
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             msg = f"{out} is not empty, and nothing is overwritten unasked: add --overwrite"

@@ -1,8 +1,8 @@
-"""Faster routes beneath the standard: part of a spectrum, triangular solves, Lanczos.
+"""Eigensolvers beneath the subspaces: part of a spectrum, pencils, triangular solves, Lanczos.
 
-The only place that may import SciPy, inside functions, for arrays that live in host memory. Every
-route gives what the standard one gives, up to the choice of a basis among equal eigenvalues; where
-a route does not apply, or its result fails its check, the standard decides.
+The only file that may import SciPy, inside functions, for arrays that live in host memory. Every
+faster route gives what the standard one gives, up to the choice of a basis among equal eigenvalues;
+where a route does not apply, or its result fails its check, the standard decides.
 """
 
 import sys
@@ -10,9 +10,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
-from loda_math import _lanczos
 from loda_math._arrays import (
     Array,
     Namespace,
@@ -27,6 +27,8 @@ from loda_math._arrays import (
 PARTIAL_SIZE = 160
 # From this size on Lanczos is tried first: its cost grows with the square of the size.
 LANCZOS_SIZE = 640
+# Lanczos vectors held for each eigenpair, at least so many, and restarts before giving up.
+LANCZOS_VECTORS, LANCZOS_LEAST, LANCZOS_RESTARTS = 3, 48, 12
 # Steps of the power method that bounds an eigenvalue: its order of magnitude is what counts.
 POWER_STEPS = 8
 
@@ -120,8 +122,8 @@ def _each(
     # Row-major throughout: BLAS would copy anything else at every call.
     flat = [np.ascontiguousarray(a).reshape(-1, *a.shape[-2:]) for a in host]
     with _threads_of(arrays[0]):
-        found = [solve(*matrices) for matrices in zip(*flat, strict=True)]
-    parts = (xp.stack([xp.asarray(x) for x in part]) for part in zip(*found, strict=True))
+        solved = [solve(*matrices) for matrices in zip(*flat, strict=True)]
+    parts = (xp.stack([xp.asarray(x) for x in part]) for part in zip(*solved, strict=True))
     return tuple(xp.reshape(x, (*batch, *x.shape[1:])) for x in parts)
 
 
@@ -147,11 +149,63 @@ def _thread_control() -> Any:
 
 def _leading(a: Any, count: int) -> tuple[Any, Any]:
     """Leading eigenpairs of one row-major NumPy matrix, of which the lower triangle is read."""
-    found = _lanczos.leading(a, count) if len(a) >= LANCZOS_SIZE else None
-    if found is not None:
-        return found
+    proven = _lanczos(a, count) if len(a) >= LANCZOS_SIZE else None
+    if proven is not None:
+        return proven
     values, vectors = _dense(a, len(a) - count, len(a))
     return values[::-1].copy(), vectors[:, ::-1].copy()
+
+
+def _lanczos(a: Any, count: int) -> tuple[Any, Any] | None:
+    """Leading eigenpairs of one row-major NumPy matrix by Lanczos; ``None`` if not certain.
+
+    The lower triangle is read. Lanczos may miss an eigenvector, one of an equal pair say, without a
+    sign in the residuals. So the result counts only if a Cholesky factorisation shows that no other
+    eigenvalue is larger.
+    """
+    import numpy as np
+    from scipy.linalg.blas import get_blas_funcs
+    from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
+
+    size = len(a)
+    steps = max(LANCZOS_VECTORS * count, LANCZOS_LEAST)
+    if 4 * steps > size:
+        return None
+    # Row-major lower is column-major upper. Reading one triangle halves the traffic.
+    times_vector, times_matrix = get_blas_funcs(("symv", "symm"), (a,))
+    operator = LinearOperator(a.shape, lambda x: times_vector(1.0, a.T, x), dtype=a.dtype)
+    # A fixed start without structure: a constant one is dead for centred features.
+    start = np.sin(np.arange(1.0, size + 1) ** 2).astype(a.dtype)
+    tolerance = size * float(np.finfo(a.dtype).eps)
+    options = {"v0": start, "ncv": steps, "maxiter": LANCZOS_RESTARTS, "tol": tolerance}
+    if "rng" in signature(eigsh).parameters:
+        # Where the matrix runs out of directions ARPACK draws new ones: the same every time.
+        options["rng"] = np.random.default_rng(0)
+    try:
+        values, vectors = eigsh(operator, count, which="LA", **options)
+    except ArpackError:
+        return None
+    values, vectors = values[::-1].copy(), vectors[:, ::-1].copy()
+    residual = times_matrix(1.0, a.T, vectors) - vectors * values
+    slack = tolerance * float(np.abs(values).max())
+    is_proven = (
+        np.linalg.norm(residual, axis=0).max() <= slack
+        and np.abs(vectors.T @ vectors - np.eye(count)).max() <= tolerance
+        and _complete(a, values, vectors, slack)
+    )
+    return (values, vectors) if is_proven else None
+
+
+def _complete(a: Any, values: Any, vectors: Any, slack: float) -> bool:
+    """Whether no eigenvalue above the last one found was missed: τI − A + VΘVᵀ is definite."""
+    from scipy.linalg.lapack import get_lapack_funcs
+
+    rest = (vectors * values) @ vectors.T
+    rest -= a
+    rest.ravel()[:: len(a) + 1] += values[-1] + slack
+    functions: Any = get_lapack_funcs(("potrf",), (rest,))
+    _, failed = functions[0](rest.T, lower=0, clean=0, overwrite_a=1)
+    return bool(failed == 0)
 
 
 def _leading_reduced(s: Any, factor: Any, count: int) -> tuple[Any, Any]:

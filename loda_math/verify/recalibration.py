@@ -2,11 +2,16 @@
 
 from typing import Any, NamedTuple
 
-from loda_math import _recalibrate as core
 from loda_math._arrays import Array, eye_like, safe_divide, widen
 from loda_math._validation import check_scalar
-from loda_math.joint import update_effect
-from loda_math.recalibration import RecalibrationForm, recalibration, recalibration_loss
+from loda_math.recalibration import (
+    RecalibrationForm,
+    check_weight,
+    checked_update,
+    recalibration,
+    recalibration_loss,
+    update_effect,
+)
 
 
 class RecalibrationReport(NamedTuple):
@@ -86,8 +91,7 @@ def verify_recalibration(
     """
     gamma = check_scalar("gamma", gamma)
     tolerance = check_scalar("tolerance", tolerance, positive=True)
-    arrays = {"up": up, "down": down, "new": new, "old": old, "coefficients": coefficients}
-    xp, dtype = core.checked(**arrays)
+    xp, dtype = checked_update(up, down, new, old, coefficients=coefficients)
     b, a, n, o = wide = widen(xp, up, down, new, old)
     (given,) = widen(xp, coefficients)
     # Solved from the moments as given: their dtype says what of them is rounding.
@@ -95,7 +99,7 @@ def verify_recalibration(
     exact, best = widen(
         xp, exact, recalibration(up, down, new, old, gamma, history_weight=history_weight)
     )
-    weight = core.check_weight(xp, "history_weight", history_weight)
+    weight = check_weight(xp, "history_weight", history_weight)
     eye = eye_like(xp, given, int(given.shape[-1]))
     loss, optimum, drop, keep = (
         recalibration_loss(c, b, a, n, o, gamma, history_weight=weight)
@@ -103,13 +107,19 @@ def verify_recalibration(
     )
     # J without the constant: Λ − Λ* on old inputs, and on new ones.
     change = given - exact
-    effect = update_effect(change, *wide)
-    lost = update_effect(change + eye, *wide)
-    distance = weight * effect.old_change + gamma * lost.new_loss
+    on_old = update_effect(change, *wide).old_change
+    on_new = update_effect(change + eye, *wide).new_loss
+    distance = weight * on_old + gamma * on_new
     whole = drop + keep
     deviation = xp.sqrt(safe_divide(xp, distance, whole + 0 * distance))
     gap = safe_divide(xp, loss - optimum, drop + 0 * loss)
-    mine = update_effect(given, *wide)
-    close = deviation <= tolerance**0.5
-    parts = (deviation, gap, loss, optimum, mine.old_change, mine.new_loss)
-    return RecalibrationReport._make((*(xp.astype(x, dtype) for x in parts), close))
+    effect = update_effect(given, *wide)
+    return RecalibrationReport(
+        deviation=xp.astype(deviation, dtype),
+        optimality_gap=xp.astype(gap, dtype),
+        loss=xp.astype(loss, dtype),
+        optimum=xp.astype(optimum, dtype),
+        old_change=xp.astype(effect.old_change, dtype),
+        new_loss=xp.astype(effect.new_loss, dtype),
+        passed=deviation <= tolerance**0.5,
+    )
