@@ -53,6 +53,7 @@ NEUTRAL = (
     "checkpoint.steps",
     "checkpoint.minutes",
     "checkpoint.keep",
+    "keep.figure",
 )
 """Settings that do not decide what is learned: where data lie, how fast or safe a run is."""
 
