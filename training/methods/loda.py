@@ -61,8 +61,8 @@ class LoDAMethod(Method):
         """Attach LoDA to a model."""
         from backends.torch import LoDA
 
-        super().start(model, context)
         self.loda = LoDA(model, self.settings, reduce=context.reduce)
+        super().start(model, context)
 
     def begin_task(self, batches: Iterable[Any]) -> None:
         """Solve for the directions of the branches."""
