@@ -5,9 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from training.config import Experiment, dump_experiment
+from training.config import Experiment, MethodConfig, dump_experiment
 from training.metrics import AccuracyMatrix
+from training.report.runs import Section, by_section, find_runs
+from training.report.tables import Table
 
+FROZEN = MethodConfig("frozen")
 IMAGES = 100  # of each class; one class a task
 
 
@@ -34,11 +37,30 @@ def fake_run(
         {
             "event": "task",
             "task": task,
-            "seconds": {"train": 2.0 + task, "end": 1.0},
-            "memory": {"process": (300 + task) * 2**20},
+            "seconds": {"load": 0.5, "train": 0.5 + task, "end": 1.0},
+            "memory": {"process": (299 + task) * 2**20},
         }
-        for task in range(len(rows))
+        for task in range(1, len(rows) + 1)
     ]
     text = "".join(json.dumps(event) + "\n" for event in [{"event": "epoch"}, *events])
     (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
     return folder
+
+
+def changed_json(path: Path, **changes: Any) -> None:
+    """Put other values into a JSON file, which need not be there."""
+    content = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    path.write_text(json.dumps(content | changes), "utf-8")
+
+
+def sections(*sources: Path | str) -> list[Section]:
+    """What a report compares of run folders."""
+    return by_section(find_runs(sources).runs)
+
+
+def texts(table: Table) -> list[list[str]]:
+    """The cells of a table, with the names of its rows."""
+    return [
+        [str(name), *cells]
+        for name, cells in zip(table.cells.index, table.cells.to_numpy().tolist(), strict=True)
+    ]

@@ -227,7 +227,7 @@ def _add_sweep(commands: "Commands[argparse.ArgumentParser]") -> None:
 
 def _sweep(arguments: argparse.Namespace) -> int:
     from training.config import keeps_nothing
-    from training.sweep import plan, read_sweep, run_sweep, standing, write_groups
+    from training.sweep import plan, read_sweep, run_sweep, standing, summarise, write_groups
 
     if arguments.workers < 1:
         msg = f"--workers must be at least 1, got {arguments.workers}"
@@ -248,21 +248,10 @@ def _sweep(arguments: argparse.Namespace) -> int:
         engine=arguments.engine,
         slurm=sweep.slurm,
     )
-
-    def names(*statuses: str) -> list[str]:
-        return [outcome.job.name for outcome in outcomes if outcome.status in statuses]
-
-    failed, elsewhere = names("failed", "unreadable"), names("running elsewhere")
-    # A job of a cluster may be stopped there, and the sweep not.
-    stopped = names("stopped", "not started")
-    done = len(outcomes) - len(failed) - len(elsewhere) - len(stopped)
-    print(f"{done} of {len(outcomes)} runs are done")
-    if elsewhere:
-        print(f"running elsewhere: {'; '.join(elsewhere)}")
-    for what, which in (("stopped", stopped), ("failed", failed)):
-        if which:
-            _say(f"{what}: {'; '.join(which)}")
-    return 1 if failed or stopped else 0
+    lines, failures = summarise(outcomes)
+    print("\n".join(lines))
+    _say(*failures)
+    return 1 if failures else 0
 
 
 # One finished run

@@ -45,7 +45,7 @@ from training.data import (
     verify_data,
 )
 from training.distributed import Processes, launched_processes, make_accelerator
-from training.figures import accuracy_figure
+from training.plots import accuracy_figure
 from training.logging import (
     Progress,
     peak_memory,
