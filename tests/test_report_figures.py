@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from fake_runs import AGES, analysis, changed_json, fake_run, measures, sections
 
+from training import cli
 from training.config import BackboneConfig, MethodConfig
 from training.report.figures import Drawing, drawings, side_drawings
 
@@ -170,3 +171,10 @@ def test_a_figure_says_which_runs_it_leaves_out(tmp_path: Path) -> None:
     figure = drawn(tmp_path)["loss-loda-task2"]
     assert "1 analysed at other steps" in figure.caption
     assert "(n = 2)" in panels(figure)[0].curves[0].label
+
+
+def test_a_figure_on_its_own(two: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = two / "figure.svg"
+    assert cli.main(["report", str(two), "--figure", str(out)]) == 0
+    assert "Accuracy" in capsys.readouterr().out  # the tables are printed all the same
+    assert "Accuracy over all classes seen" in out.read_text("utf-8")
