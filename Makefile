@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 # JAX compiles for every shape: what says most about it in little time. CONTRIBUTING.md has the rest.
-JAX_TESTS := $(addprefix tests/test_,libraries.py jax_compiled.py theory_page.py frameworks_page.py)
+JAX_TESTS := $(addprefix tests/test_,libraries.py theory_page.py frameworks_page.py)
 
 .PHONY: run test test-numpy mutants bench soak lint types clean
 

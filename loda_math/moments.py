@@ -167,10 +167,9 @@ def combine(a: Moments, b: Moments, /) -> Moments:
     >>> bool(np.all(parts.total == second_moment(x).total)), parts.count
     (True, 3)
     """
-    sides: dict[str, Any] = {"a": a, "b": b}
-    for name, side in sides.items():
-        if not isinstance(side, Moments):
-            msg = f"{name} must be Moments, as second_moment returns, got {type(side).__name__}"
+    for name, part in (("a", a), ("b", b)):
+        if not isinstance(part, Moments):
+            msg = f"{name} must be Moments, as second_moment returns, got {type(part).__name__}"
             raise TypeError(msg)
     namespace(a=a.total, b=b.total)
     if tuple(a.total.shape) != tuple(b.total.shape):
@@ -185,9 +184,9 @@ def combine(a: Moments, b: Moments, /) -> Moments:
     # Two-sum (Knuth): the exact rounding error of the addition above, without a branch.
     shadow = total - a.total
     error = (a.total - (total - shadow)) + (b.total - shadow)
-    for side in (a, b):
-        if side.error is not None:
-            error = error + side.error
+    for part in (a, b):
+        if part.error is not None:
+            error = error + part.error
     return Moments(total, a.count + b.count, error)
 
 

@@ -25,6 +25,7 @@ COLOURS = {
     "white": (250, 250, 250),
 }
 READOUTS = ("nearest_mean", "heads", "alignment", "ridge")
+KEPT = ("branches", "moments", "heads", "statistics")
 PIXELS = {"image_size": 16, "resize": 16, "train_crop": "pad", "pad": 2, "flip": True}
 VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
@@ -72,6 +73,7 @@ def tiny(root: Path, out: Path | str | None, **changes: Any) -> Experiment:
         "train": {"epochs": 2, "batch_size": 5, "lr": 0.05, "eval_batch_size": 16},
         # Options of a read-out that is not chosen in the end are dropped.
         "head": {"readout": "ridge", "ridge": {"features": 32}},
+        "keep": {"figure": False},  # drawing one takes longer than training
         "device": "cpu",
         "out": None if out is None else str(out),
     }
@@ -98,13 +100,14 @@ def flags(experiment: Experiment) -> list[str]:
         "--train.lr=0.05",
         "--train.eval_batch_size=16",
         "--head.readout=nearest_mean",
+        "--keep.figure=false",
         "--device=cpu",
         f"--out={experiment.out}",
     ]
 
 
 def finished(factory: pytest.TempPathFactory, method: str = "loda", **changes: Any) -> Path:
-    """A finished run of a method with all read-outs; every `keep` switch is on."""
+    """A finished run of a method with all read-outs, a figure, and all that can be kept."""
     key = f"{method} {changes}"
     if key not in _runs:
         out = factory.mktemp("runs") / method
@@ -112,8 +115,18 @@ def finished(factory: pytest.TempPathFactory, method: str = "loda", **changes: A
             "method": {"name": method},
             # One epoch of the published alignment, which is trained on from task to task.
             "head": {"also": list(READOUTS[1:]), "alignment.epochs": 1},
-            "keep": dict.fromkeys(("branches", "moments", "heads", "statistics"), True),
+            "keep": dict.fromkeys((*KEPT, "figure"), True),
             **changes,
         }
         _runs[key] = train(tiny(tree(factory), out, **settings), quiet=True)
+    return _runs[key]
+
+
+def plain(factory: pytest.TempPathFactory, **changes: Any) -> Path:
+    """A finished run of `tiny` with these changes, which keeps nothing more."""
+    key = f"plain {changes}"
+    if key not in _runs:
+        _runs[key] = train(
+            tiny(tree(factory), factory.mktemp("runs") / "run", **changes), quiet=True
+        )
     return _runs[key]

@@ -14,8 +14,8 @@ from backends.torch import adapt, restore
 from training import load
 from training.backbones import BackboneConfig, build_backbone, check_fits
 from training.cli import main
-from training.files import read_json
-from training.loop import train
+from training.run_dir import read_json
+from training.train import train
 
 TARGET = "*.attention.[qkv]_proj"
 

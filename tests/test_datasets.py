@@ -16,7 +16,6 @@ from own_components import Few, FewDomains
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from timm.data.dataset import ImageDataset
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -30,7 +29,7 @@ from training.data import (
     train_transform,
     verify_data,
 )
-from training.data.datasets import IMAGE_SUFFIXES, TimmData
+from training.data.datasets import IMAGE_SUFFIXES
 
 DOMAINS = ("clipart", "sketch")
 
@@ -345,15 +344,18 @@ def by_timm(dataset: str, root: Path | None = None, **settings: Any) -> DataConf
     return DataConfig("timm", options, **{"resize": 8, "image_size": 8, **settings})
 
 
+def same_images(ours: DataConfig, theirs: DataConfig) -> None:
+    one, other = build_stream(ours, 2), build_stream(theirs, 2)
+    assert (one.class_names, one.order) == (other.class_names, other.order)
+    for a, b in ((one.train, other.train), (one.test, other.test)):
+        assert torch.equal(a.labels, b.labels)
+        assert all(torch.equal(x, y) for (x, _), (y, _) in zip(a, b, strict=True))
+
+
 @pytest.mark.parametrize("dataset", ["torch/image_folder", "folder"])
 def test_folders_by_timm_are_those_of_our_own(tmp_path: Path, dataset: str) -> None:
     grow(tmp_path, {"train": 2, "val": 1})
-    theirs = build_stream(by_timm(dataset, tmp_path), 2)
-    ours = build_stream(folder(tmp_path), 2)
-    assert theirs.class_names == ours.class_names
-    for mine, other in ((ours.train, theirs.train), (ours.test, theirs.test)):
-        assert torch.equal(mine.labels, other.labels)
-        assert all(torch.equal(a, b) for (a, _), (b, _) in zip(mine, other, strict=True))
+    same_images(folder(tmp_path), by_timm(dataset, tmp_path))
 
 
 class Pictures(CIFAR10):
@@ -389,77 +391,6 @@ def test_torchvision_sets_are_read_by_position(
     wanted = [index for index, t in enumerate(raw.targets) if t in stream.order[:2]]
     expected = torch.from_numpy(raw.data[wanted]).permute(0, 3, 1, 2).float() / 255
     assert torch.equal(images, expected)
-
-
-class Reader:
-    """What timm's reader of Hugging Face data sets does: encoded images, classes by number."""
-
-    def __init__(self, root: Path, split: str) -> None:
-        self.files = sorted((root / split).rglob("*.png"))
-        self.class_to_idx = {name: number for number, name in enumerate(CLASSES)}
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.files[index].open("rb"), self.class_to_idx[self.files[index].parent.name]
-
-    def iter_targets(self) -> Iterator[int]:
-        return (self.class_to_idx[path.parent.name] for path in self.files)
-
-
-@pytest.fixture
-def hugging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A tree that timm reads as the Hugging Face data set of that name."""
-    grow(tmp_path, {"train": 2, "validation": 1})
-
-    def create_dataset(name: str, root: str | None, *, split: str, download: bool) -> Any:
-        if split not in ("train", "validation"):
-            msg = f"Unknown split {split!r}."
-            raise ValueError(msg)
-        return ImageDataset(root, reader=Reader(tmp_path, split))
-
-    monkeypatch.setattr("timm.data.dataset_factory.create_dataset", create_dataset)
-    return tmp_path
-
-
-def test_readers_of_encoded_images_are_decoded_as_files_are(hugging: Path) -> None:
-    stream = build_stream(by_timm("hfds/any/name"), 2)  # needs no root: the library has a cache
-    (hugging / "test").symlink_to(hugging / "validation")
-    ours = build_stream(folder(hugging), 2)
-    assert stream.class_names == ours.class_names
-    assert len(stream.train) == len(ours.train) == 10
-    for (a, x), (b, y) in zip(stream.train, ours.train, strict=True):
-        assert x == y
-        assert torch.equal(a, b)
-
-
-def test_columns_are_passed_on_where_they_are_named(
-    hugging: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given = []
-
-    def create_dataset(name: str, root: str | None, **settings: Any) -> Any:
-        given.append({key: settings[key] for key in settings if key not in ("split", "download")})
-        return ImageDataset(root, reader=Reader(hugging, settings["split"]))
-
-    monkeypatch.setattr("timm.data.dataset_factory.create_dataset", create_dataset)
-    build_stream(by_timm("hfds/any/name"), 2)
-    build_stream(by_timm("hfds/any/name", image_key="img", label_key="fine_label"), 2)
-    assert given == [{}] * 2 + [{"input_key": "img", "target_key": "fine_label"}] * 2
-
-
-def test_a_damaged_image_is_named_and_never_replaced_by_another(hugging: Path) -> None:
-    sorted((hugging / "train").rglob("*.png"))[3].write_text("text")
-    train = TimmData("hfds/any/name").load("train")
-    with pytest.raises(UnreadableImageError, match="3 of hfds/any/name"):
-        train.images[3]
-    assert train.images[4].mode == "RGB"
-
-
-def test_splits_have_the_names_that_the_data_set_gives_them(hugging: Path) -> None:
-    with pytest.raises(ValueError, match=r"hfds/any: timm cannot open split test: Unknown split"):
-        build_stream(by_timm("hfds/any", test_split="test"), 0)
 
 
 def test_what_reads_hugging_face_sets_is_named_where_it_is_missing(
@@ -528,16 +459,8 @@ def datasets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     datasets.enable_progress_bars()
 
 
-def by_library(place: Path, cache: Path, **columns: str) -> DataConfig:
-    return by_timm(f"hfds/{place}", cache, test_split="test", **columns)
-
-
-def same_images(ours: DataConfig, theirs: DataConfig) -> None:
-    one, other = build_stream(ours, 2), build_stream(theirs, 2)
-    assert (one.class_names, one.order) == (other.class_names, other.order)
-    for a, b in ((one.train, other.train), (one.test, other.test)):
-        assert torch.equal(a.labels, b.labels)
-        assert all(torch.equal(x, y) for (x, _), (y, _) in zip(a, b, strict=True))
+def by_library(place: Path, cache: Path, **settings: str) -> DataConfig:
+    return by_timm(f"hfds/{place}", cache, **{"test_split": "test", **settings})
 
 
 def test_image_folders_of_the_library_are_those_of_our_own(datasets: Any, tmp_path: Path) -> None:
@@ -547,6 +470,20 @@ def test_image_folders_of_the_library_are_those_of_our_own(datasets: Any, tmp_pa
     images = build_stream(theirs, 2).train.with_transform(train_transform(theirs))
     labels = [labels for _, labels in loader(images, 4, shuffle=False, seed=0)]
     assert torch.cat(labels).bincount().tolist() == [2] * len(CLASSES)
+
+
+def test_a_damaged_image_is_named_and_never_replaced_by_another(
+    datasets: Any, tmp_path: Path
+) -> None:
+    grow(tmp_path / "tree", {"train": 2, "test": 1})
+    sorted((tmp_path / "tree" / "train").rglob("*.png"))[3].write_text("text")
+    theirs = by_library(tmp_path / "tree", tmp_path / "cache")
+    images = theirs.build().load("train").images
+    with pytest.raises(UnreadableImageError, match=f"3 of hfds/{tmp_path / 'tree'}"):
+        images[3]
+    assert images[4].mode == "RGB"
+    with pytest.raises(ValueError, match="timm cannot open split dev"):
+        build_stream(by_library(tmp_path / "tree", tmp_path / "cache", test_split="dev"), 0)
 
 
 @pytest.fixture

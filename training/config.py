@@ -17,7 +17,7 @@ A relative path (``data.root``, ``backbone.weights``, ``out``) starts at the wor
 import argparse
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
@@ -158,8 +158,10 @@ class HeadConfig:
     def __post_init__(self) -> None:
         positive("head.scale", self.scale)
         not_negative("head.margin", self.margin)
+        check(len({*self.also}) == len(self.also), "head.also", self.also, "without repetition")
         by_key = {_last(name): name for name in self.names}
-        check(len(by_key) == len(self.names), "head.also", self.also, "without repeated read-outs")
+        alone = len(by_key) == len(self.names)
+        check(alone, "head.also", self.also, "read-outs whose classes have different names")
         if strange := sorted(set(self.options) - set(by_key)):
             msg = f"head must have options of its read-outs {', '.join(by_key)}, got {strange}"
             raise ValueError(msg)
@@ -444,12 +446,15 @@ def experiment_from(
         return _experiment(_layers(values), allow)
 
 
-def parser(prog: str = "loda train") -> jsonargparse.ArgumentParser:
+def parser(*, exit_on_error: bool = True) -> jsonargparse.ArgumentParser:
     """The command line of an experiment with the default components.
 
-    Errors of ``parse_args`` are argparse.ArgumentError; ``error`` leaves with status 2.
+    Parameters
+    ----------
+    exit_on_error : bool
+        Print an error and leave with status 2; otherwise raise argparse.ArgumentError.
     """
-    return _parser(_DEFAULTS, prog=prog)
+    return _parser(_DEFAULTS, None, exit_on_error=exit_on_error)
 
 
 @contextmanager
@@ -551,7 +556,14 @@ class _Choice(NamedTuple):
 
 
 _DEFAULTS = _Choice(
-    {section: kind.name for section, kind in _COMPONENTS.items()}, HeadConfig.readout, []
+    {
+        section: str(item.default)
+        for section, kind in _COMPONENTS.items()
+        for item in fields(kind)
+        if item.name == "name"
+    },
+    HeadConfig.readout,
+    [],
 )
 
 
@@ -582,8 +594,8 @@ def _named_on(argv: Sequence[str]) -> _Sections:
     # A value that is missing is reported by the parser.
     named = {key: value for key, value in found.items() if value is not None}
     if "head.also" in named:
-        also = yaml.safe_load(named["head.also"])
-        named["head.also"] = [also] if isinstance(also, str) else also
+        with suppress(yaml.YAMLError):
+            named["head.also"] = yaml.safe_load(named["head.also"])
     return _sections(named)
 
 
@@ -659,17 +671,17 @@ def _fitting(
 
 
 def _parser(
-    choice: _Choice, allow: Collection[str] | None = None, prog: str = "loda train"
+    choice: _Choice, allow: Collection[str] | None, *, exit_on_error: bool = False
 ) -> jsonargparse.ArgumentParser:
     result = jsonargparse.ArgumentParser(
-        prog=prog,
+        prog="loda train",
         description="Train one class-incremental experiment and write its run folder, or go on "
         "with one that was interrupted.",
-        usage=f"{prog} [--config CONFIG] [--SETTING VALUE ...] [--overwrite] | --resume RUN",
+        usage="loda train [--config CONFIG] [--SETTING VALUE ...] [--overwrite] | --resume RUN",
         epilog="The options of the chosen method, data set, backbone and read-outs are shown; to "
         "see those of others, name them: --method o_lora --help.",
         allow_abbrev=False,
-        exit_on_error=False,
+        exit_on_error=exit_on_error,
     )
     result.add_argument(
         "--config",
@@ -909,7 +921,7 @@ class _StrictLoader(yaml.SafeLoader):
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+        if self.check_event(yaml.AliasEvent):
             msg = f"aliases (*{self.peek_event().anchor}) are not read; write out what it means"  # type: ignore[no-untyped-call]
             raise ValueError(msg)
         self.depth += 1

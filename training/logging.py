@@ -224,7 +224,8 @@ def require_tracker(name: str) -> None:
 def start_tracker(accelerator: "Accelerator", experiment: Experiment, run: Path) -> None:
     """Open the tracker of an experiment, if it has one, and give it the settings."""
     if experiment.tracker is not None:
-        accelerator.project_configuration.set_directories(str(run))
+        accelerator.project_configuration.project_dir = str(run)
+        accelerator.project_configuration.logging_dir = str(run)
         # Trackers take numbers, truth values and text.
         settings = {
             name: value if isinstance(value, bool | int | float | str) else str(value)

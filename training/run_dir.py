@@ -11,7 +11,7 @@ import platform
 import time
 import weakref
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -451,8 +451,15 @@ def is_finished(path: Path) -> bool:
     return (path / CONFIG).is_file() and (path / SUMMARY).is_file()
 
 
-def begun_experiment(path: Path) -> Experiment:
+def begun_experiment(path: Path, allow: Collection[str] = ()) -> Experiment:
     """The settings of a run that began in a folder.
+
+    Parameters
+    ----------
+    path : Path
+        The run.
+    allow : collection of str
+        As in :func:`training.config.read_experiment`.
 
     Raises
     ------
@@ -462,7 +469,7 @@ def begun_experiment(path: Path) -> Experiment:
     if not (path / CONFIG).is_file():
         msg = f"{path} is no run folder: no {CONFIG} in it"
         raise FileNotFoundError(msg)
-    return read_experiment(path / CONFIG)
+    return read_experiment(path / CONFIG, allow)
 
 
 def tidy(path: Path) -> None:

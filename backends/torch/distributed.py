@@ -1,4 +1,4 @@
-"""Sums over the processes of a run, for the two things that are sums over images."""
+"""Sums over the processes of a run: of gradients and of second moments."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -32,6 +32,7 @@ def sum_over_processes(tensors: Sequence[Tensor]) -> None:
     tensor([1., 1.])
     >>> distributed.destroy_process_group()
     """
+    # One message for each type and device: many small ones would each cost a round trip.
     alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
@@ -67,7 +68,8 @@ def sum_moments(
         weight = next(layer.parameters())
         nothing = weight.new_zeros(0, int(layer.in_features))  # type: ignore[arg-type]
         part = moments[name] if name in moments else second_moment(nothing.detach(), check=False)
-        # Copies: what a collector has may be in other hands.
+        # A process that saw nothing takes part with a zero, or the others would wait for ever.
+        # Copies: the collector's own tensors may be in use elsewhere.
         error = None if part.error is None else part.error.clone()
         parts[name] = Moments(part.total.clone(), part.count, error)
     device = next(iter(parts.values())).total.device

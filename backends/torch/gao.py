@@ -116,6 +116,7 @@ def gradient_aligned_step(
         raise ValueError(msg)
     halves = [mask.nonzero().flatten() for mask in class_split(labels, permutation)]
     if min(half.numel() for half in halves) == 0:
+        # One class: there is no other half whose gradient could be aligned with.
         return plain_step(
             loss,
             labels,
@@ -125,28 +126,31 @@ def gradient_aligned_step(
             reduce=reduce,
         )
     losses, steps = [], 0
-    for source, goal in (halves, halves[::-1]):
-        gradients = torch.autograd.grad(loss(source), perturbed, allow_unused=True)
-        home = [p.detach().clone() for p in perturbed]
-        pairs = zip(home, gradients, strict=True)
-        whole = [torch.zeros_like(p) if g is None else g for p, g in pairs]
+    for source, target in (halves, halves[::-1]):
+        # Not by backward(): the gradients of the optimiser are to be those of the target alone.
+        partial = torch.autograd.grad(loss(source), perturbed, allow_unused=True)
+        before = [p.detach().clone() for p in perturbed]
+        pairs = zip(before, partial, strict=True)
+        gradients = [torch.zeros_like(p) if g is None else g for p, g in pairs]
         if reduce is not None:
             # Autograd may hand out views, which cannot be written to.
-            whole = [g.clone(memory_format=torch.contiguous_format) for g in whole]
-            reduce(whole)
-        moved = lookahead(home, whole, radius)
+            gradients = [g.clone(memory_format=torch.contiguous_format) for g in gradients]
+            reduce(gradients)
+        moved = lookahead(before, gradients, radius)
         stepped = False
         try:
             _copy(perturbed, moved)
             value, stepped = _step_on_rows(
-                loss, goal, optimizer, backward, skip_nonfinite, reduce, moved
+                loss, target, optimizer, backward, skip_nonfinite, reduce, moved
             )
         finally:
+            # Bit for bit: adding the shift back would change about a tenth of the floats.
             if not stepped:
-                _copy(perturbed, home)
+                _copy(perturbed, before)
         if stepped:
-            _add(perturbed, [a - b for a, b in zip(home, moved, strict=True)])
-        losses.append(value * (goal.numel() / labels.shape[0]))
+            _add(perturbed, [a - b for a, b in zip(before, moved, strict=True)])
+        # The halves may differ in size; both losses are means over their own rows.
+        losses.append(value * (target.numel() / labels.shape[0]))
         steps += int(stepped)
     return AlignedStep(losses[0] + losses[1], steps)
 
@@ -196,6 +200,7 @@ def draw_permutation(labels: Tensor, generator: torch.Generator | None = None) -
     >>> sorted(draw_permutation(torch.tensor([4, 4, 2])).tolist())
     [2, 4]
     """
+    # On the CPU, whose generators give the same numbers whatever the labels' device.
     classes: Tensor = labels.cpu().unique()  # type: ignore[no-untyped-call]
     return classes[torch.randperm(classes.numel(), generator=generator)]
 
@@ -222,6 +227,7 @@ def _step_on_rows(
     value = value.detach()
     if reduce is not None:
         value = value.clone()
+        # In one message, so that every process skips the same steps and logs the same loss.
         reduce([*_all_gradients(optimizer), value])
     if skip_nonfinite and not _gradients_finite(optimizer, moved):
         optimizer.zero_grad(set_to_none=True)

@@ -132,6 +132,7 @@ def adapt(model: nn.Module, target: Target = TIMM_QKV) -> dict[str, LoRALinear]:
     if computed:
         msg = f"weights of {computed} are computed (parametrised); remove the parametrisation first"
         raise TypeError(msg)
+    # All are made before one is put in place: nothing is half adapted if one cannot be.
     layers = {
         name: LoRALinear(module)
         for name, module in matches.items()

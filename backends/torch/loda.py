@@ -115,6 +115,7 @@ class LoDA:
         self.history: dict[str, History] = {}
         self.tasks = 0
         self._open: _OpenTask | None = None
+        # Settings that do not fit the model should fail here, not after an hour of loading data.
         check_rank(find_layers(model, self.settings.target), self.settings.rank)
 
     @property
@@ -167,6 +168,7 @@ class LoDA:
                 name: past._replace(total=past.total.to(task.layers[name].base.weight.device))
                 for name, past in self.history.items()
             }
+            # Directions with less energy than the rounding of the Gram matrices are noise.
             gram_eps = rounding_unit(*(layer.base.weight for layer in task.layers.values()))
             # Branches are not there yet, so this is a pass through the previous merged model.
             if settings.heldout and bases is None and not first:
@@ -183,7 +185,7 @@ class LoDA:
                 for branch in settings.names(first):
                     down = bases[name][branch].mT * settings.down_scale
                     self._add_branch(name, branch, down, first=first)
-        except BaseException:
+        except BaseException:  # Ctrl-C in the pass too
             self._close()
             raise
 
@@ -227,6 +229,7 @@ class LoDA:
             raise ValueError(msg)
         if permutation is None:
             permutation = draw_permutation(labels, generator).to(labels.device)
+        # After the permutation: the order of the draws is part of what a seed means.
         if draw is None:
             draw = float(torch.rand((), generator=generator))
         return gradient_aligned_step(
@@ -267,6 +270,7 @@ class LoDA:
         task, settings, first = self._task(), self.settings, self.tasks == 0
         passes, form = settings.passes(), settings.form(first)
         needs_trained = form is not None or "trained" in passes
+        # Known before the first pass, which may take an hour.
         if needs_trained and "merged" in passes and isinstance(batches, Iterator):
             msg = (
                 f"end_task walks the batches twice, but a {type(batches).__name__} is used up "
@@ -279,6 +283,8 @@ class LoDA:
         coefficients: dict[str, Tensor] = {}
         effects: dict[str, UpdateEffect] = {}
         if not first:
+            # Never the moment before training where there is a better one: the branches have
+            # changed what later layers read.
             new = moments["trained"] or task.new
             if form is not None:
                 coefficients = solve_recalibration(settings, form, task.layers, new, self.history)
@@ -306,7 +312,7 @@ class LoDA:
                 )
                 for name in moments[passes[0]]
             }
-        except BaseException:
+        except BaseException:  # the task stays open, as if end_task had not been called
             for layer in task.layers.values():
                 if layer.merged:
                     layer.unmerge()

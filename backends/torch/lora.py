@@ -80,6 +80,7 @@ class LoRALinear(nn.Module):
             # Merging would write into a tensor that is computed anew at every call.
             msg = "the layer's weight is computed (parametrised); remove the parametrisation first"
             raise TypeError(msg)
+        # By reference: optimisers, hooks and shared modules of the model stay valid.
         self.base = base
         self.base.requires_grad_(False)
         self.branches = nn.ModuleDict()
@@ -175,6 +176,7 @@ class LoRALinear(nn.Module):
         if up is not None and tuple(up.shape) != shape:
             msg = f"up must have shape {shape}, got {tuple(up.shape)}"
             raise ValueError(msg)
+        # Copies, so that training never writes into the caller's bases.
         like = self.base.weight
         down = down.detach().to(like, copy=True).contiguous()
         up = like.new_zeros(shape) if up is None else up.detach().to(like, copy=True)
@@ -241,6 +243,7 @@ class LoRALinear(nn.Module):
             if tuple(given.shape) != (rank, rank):
                 msg = f"coefficients of {name!r} must be {rank}×{rank}, got {tuple(given.shape)}"
                 raise ValueError(msg)
+        # In float32 or wider: sums in bfloat16 would lose small branches.
         total = torch.zeros_like(weight, dtype=dtype)
         for name in self.branches:
             branch = self.branch(name)
@@ -272,6 +275,7 @@ class LoRALinear(nn.Module):
         if not bool(torch.isfinite(merged).all()):
             msg = "the merged weight holds NaN or infinite values; the layer was left as it was"
             raise FloatingPointError(msg)
+        # Subtracting the update again would not give back the same bits.
         self._unmerged = weight.detach().clone()
         weight.copy_(merged)
 

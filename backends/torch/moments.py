@@ -136,6 +136,7 @@ class HalvingCollector(MomentCollector):
         number of all of them.
         """
         super().share(reduce)
+        # A layer that mixes the images in one process has no halves in any.
         device = next(iter(self.layers.values())).weight.device
         joined = torch.tensor([name in self._joined for name in self.layers], device=device).int()
         reduce([joined])
@@ -163,6 +164,7 @@ class HalvingCollector(MomentCollector):
 def _accumulate(moments: dict[str, Moments], name: str, tokens: Tensor) -> None:
     """Add tokens of shape (..., D) to the moments of a layer; nothing is read back."""
     rows = tokens.detach().reshape(-1, tokens.shape[-1])
+    # A Gram matrix in half precision is indefinite, so autocast must not reach it.
     with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
         part = second_moment(rows, check=False)
         moments[name] = combine(moments[name], part) if name in moments else part
@@ -258,6 +260,7 @@ def _walk(
     reduce: Reduce | None = None,
 ) -> None:
     """Let a collector see all batches, as in :func:`collect_moments`."""
+    # Each submodule by itself: train(mode) on the model would give all of them one mode.
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -60,6 +60,7 @@ class TaskRecord(NamedTuple):
         effects: Mapping[str, UpdateEffect] | None = None,
     ) -> Self:
         """Copy the branches of the adapted layers and put them beside what was computed."""
+        # Copies: the branches are dropped when the task is closed.
         named = {
             name: [(b, layer.branch(b)) for b in layer.branches] for name, layer in layers.items()
         }

@@ -106,7 +106,7 @@ class LoDASettings:
         # A NumPy integer would not go into a file of settings.
         object.__setattr__(self, "rank", operator.index(self.rank))
         for name in ("joint", "heldout"):
-            if not isinstance(getattr(self, name), bool):
+            if getattr(self, name) is not True and getattr(self, name) is not False:
                 msg = f"{name} must be true or false, got {getattr(self, name)!r}"
                 raise ValueError(msg)
         for name in ("general_weight", "isolated_weight", "down_scale", "ridge", "gamma"):

@@ -171,6 +171,7 @@ def solve_recalibration(
     coefficients: dict[str, Tensor] = {}
     for group in _by_shape(_weights(layers), new):
         ups, downs, weights = _branches([layers[name] for name in group], new[group[0]].dtype)
+        # All layers remember the same tasks, so one weight serves the whole group.
         h = settings.history_weight
         weight = 1 / history[group[0]].weight if h == "mean" else h
         moments = (_stacked(new, group), _totals(history, group), settings.gamma)
@@ -225,6 +226,8 @@ def _rule(
 ) -> Callable[[Tensor, Tensor | None], Tensor]:
     """How the directions of a branch are chosen from the new moments and the history."""
     rank = settings.rank
+    # Without a floor "trace_ratio" takes the largest ratio, which is that of a floor of 0; None
+    # asks for the generalised eigenvectors.
     floor = (settings.energy_floor or 0.0) if settings.isolated == "trace_ratio" else None
 
     def choose(new: Tensor, old: Tensor | None) -> Tensor:

@@ -6,15 +6,10 @@ order (gaps of an objective) must stay below the tolerance, those of first order
 below its square root.
 """
 
-from loda_math.verify.coefficients import RecalibrationReport, verify_recalibration
+from loda_math.verify.gao import PerturbationReport, verify_perturbation
+from loda_math.verify.merge import MergeReport, implied_coefficients, verify_merge
+from loda_math.verify.recalibration import RecalibrationReport, verify_recalibration
 from loda_math.verify.subspaces import Objective, SubspaceReport, verify_subspace
-from loda_math.verify.weights import (
-    MergeReport,
-    PerturbationReport,
-    implied_coefficients,
-    verify_merge,
-    verify_perturbation,
-)
 
 __all__ = [
     "MergeReport",

@@ -12,16 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from training.run_dir import require_plausible_archive
+from training.run_dir import file_sha256, require_plausible_archive
 
 # Files of a training hold the network under such a name, iBOT's and DINO's the one to be used.
 _WRAPPERS = ("state_dict", "model", "teacher")
-
-
-def file_sha256(path: Path) -> str:
-    """Hash the bytes of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tensors_sha256(module: nn.Module) -> str:

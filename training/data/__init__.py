@@ -43,7 +43,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in __all__:
         for module in ("transforms", "images", "stream", "loaders", "check"):
-            value = vars(import_module(f"training.data.{module}")).get(name)
+            value = vars(import_module(f"{__name__}.{module}")).get(name)
             if value is not None:
                 return value
     msg = f"module {__name__!r} has no attribute {name!r}"

@@ -13,8 +13,7 @@ from typing import Literal, Self
 from training.components import Component, at_least, check, check_seed, positive
 from training.data.datasets import DATA_SETS, DataSet
 
-_UNCHOSEN = 8
-"""Default of ``image_size``: that of the digits; no user of larger images has chosen it."""
+_DIGITS_SIDE = 8  # the default size: no user of other images has chosen it
 
 
 @dataclass
@@ -85,7 +84,7 @@ class DataConfig(Component):
     shuffle: bool = True
     order_seed: int | None = None
     validation: float = 0.0
-    image_size: int = _UNCHOSEN
+    image_size: int = _DIGITS_SIDE
     resize: int | None = None
     train_crop: Literal["none", "pad", "random_resized"] = "none"
     pad: int = 0
@@ -117,9 +116,12 @@ class DataConfig(Component):
         allowed = sizes is None or (bool(sizes) and min(sizes) >= 1)
         check(allowed, "data.task_sizes", sizes, "a list of sizes of at least 1")
         if self.is_known:  # of other data sets nothing is known here, not even the size of images
-            self._check_sides()
+            self._check_sizes()
             if self.verify and not hasattr(self.kind, "folder"):
-                msg = f"data.verify reads image folders, and data.name {self.name} is none."
+                msg = (
+                    f"data.verify must be false for data.name {self.name}, got true: image folders "
+                    "alone can be looked through"
+                )
                 raise ValueError(msg)
 
     @cached_property  # asked for with every image
@@ -146,49 +148,41 @@ class DataConfig(Component):
             options["dataset"] = f"{kind}/{Path(place).absolute()}"
         return replace(self, options=options)
 
-    def _check_sides(self) -> None:
+    def _check_sizes(self) -> None:
         # Sizes that do not meet would only show when the first batch is stacked, or not at all.
-        side = self.resize or self.side
-        size, given = self.image_size, f"data.resize {self.resize}"
-        if self.cache and side is None:
-            msg = "data.cache true needs images of one size: set data.resize."
-            raise ValueError(msg)
-        if self.train_crop == "none" and side != size:
-            msg = (
-                f"training images would not have data.image_size {size} ({given}, data.train_crop "
-                f"none): set both to the side that the backbone reads, {self._example(side)}, or "
-                "choose a data.train_crop."
-            )
-            raise ValueError(msg)
-        if self.train_crop == "pad":
-            if side is None:
-                msg = "data.train_crop pad needs images of one size: set data.resize."
+        size, side = self.image_size, self.resize or self.side
+        shorter = self.test_resize or side  # of evaluation images
+        images = "of several sizes" if side is None else f"{side} pixels wide"
+        unchosen = self.side != _DIGITS_SIDE and size == _DIGITS_SIDE
+        wanted = (side or 224) if unchosen else size
+        cure = f"set what the backbone reads, --data.resize {wanted} --data.image_size {wanted}"
+        one_size = "images of one size, got several; set data.resize"
+        crop = self.train_crop
+        rules = [
+            (not self.cache or side is not None, f"data.cache needs {one_size}"),
+            (
+                crop != "none" or side == size,
+                f"data.image_size must be that of the training images, which are {images}, got "
+                f"{size}; {cure}, or choose a data.train_crop",
+            ),
+            (crop != "pad" or side is not None, f"data.train_crop pad needs {one_size}"),
+            (
+                crop != "pad" or side is None or (size - side) / 2 <= self.pad < side,
+                f"data.pad must be below the side of the images, {side}, and a crop of "
+                f"data.image_size {size} must fit into {side} + 2 * pad, got {self.pad}",
+            ),
+            (
+                self.test_crop != "center" or (shorter or 0) >= size,
+                f"data.test_resize must be at least data.image_size {size} for data.test_crop "
+                f"center, got {self.test_resize} for images {images}; set it to {size}",
+            ),
+            (
+                self.test_crop != "none" or (side is not None and shorter == size),
+                f"data.image_size must be that of the evaluation images, which are {images} "
+                f"(data.test_resize {self.test_resize}), got {size}; {cure}, or cut it out by "
+                "--data.test_resize and --data.test_crop center",
+            ),
+        ]
+        for fits, msg in rules:
+            if not fits:
                 raise ValueError(msg)
-            if self.pad >= side or side + 2 * self.pad < size:
-                msg = (
-                    f"data.pad {self.pad} does not fit: it must be below the side of the images "
-                    f"({side}), and a crop of data.image_size {size} must fit into {side} + 2 * "
-                    "pad."
-                )
-                raise ValueError(msg)
-        shorter = self.test_resize or side
-        if self.test_crop == "center" and (shorter is None or shorter < size):
-            msg = (
-                f"data.test_crop center cannot cut data.image_size {size} from evaluation images "
-                f"({given}, data.test_resize {self.test_resize}): set a data.test_resize of at "
-                f"least {size}."
-            )
-            raise ValueError(msg)
-        if self.test_crop == "none" and (side is None or shorter != size):
-            msg = (
-                f"evaluation images would not have data.image_size {size} ({given}, "
-                f"data.test_resize {self.test_resize}, data.test_crop none): set the side that the "
-                f"backbone reads, {self._example(side)}, or cut it out by --data.test_resize and "
-                "--data.test_crop center."
-            )
-            raise ValueError(msg)
-
-    def _example(self, side: int | None) -> str:
-        unchosen = self.side != _UNCHOSEN and self.image_size == _UNCHOSEN
-        wanted = (side or 224) if unchosen else self.image_size
-        return f"for instance --data.resize {wanted} --data.image_size {wanted}"

@@ -528,7 +528,7 @@ class Walk(NamedTuple):
     others : list of Path
         All other files.
     loops : list of Path
-        Links to a folder that they lie in, which are not followed.
+        Links to a folder that they lie in, which are not followed; other links are.
     """
 
     images: list[Path]
@@ -541,60 +541,47 @@ def walk_classes(folder: Path) -> tuple[dict[str, Walk], Walk]:
 
     Files beside the class folders are no images of any class: they count as others.
     """
-    ancestors = _ancestors(folder)
-    classes: dict[str, Walk] = {}
-    beside = Walk([], [], [])
-    for path in sorted(folder.iterdir(), key=lambda path: path.name):
-        if path.name.startswith("."):
-            continue
-        if not path.is_dir():
-            beside.others.append(path)
-        elif _identity(path) in ancestors:
-            beside.loops.append(path)
-        else:
-            classes[path.name] = walk(path)
+    real = folder.resolve()
+    ancestors = frozenset(_identity(path) for path in (real, *real.parents))
+    beside, folders = _listed(folder, ancestors)
+    beside = Walk([], sorted(beside.others + beside.images), sorted(beside.loops))
+    classes = {}
+    for path in sorted(folders, key=lambda path: path.name):
+        tree = classes[path.name] = Walk([], [], [])
+        _walk(path, ancestors | {_identity(path)}, tree)
+        for paths in tree:  # by folder, then by name
+            paths.sort(key=lambda path: (str(path.parent), path.name))
     return classes, beside
 
 
-def walk(folder: Path) -> Walk:
-    """The tree below a folder; links to other folders are followed, each once on a way down."""
-    tree = Walk([], [], [])
-    ancestors = {str(folder): _ancestors(folder)}  # of each folder that is still to be entered
-    visited = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        above = ancestors.pop(parent)
-        entered = []
-        for name in folders:
-            if name.startswith("."):
+def _walk(folder: Path, ancestors: frozenset[tuple[int, int]], tree: Walk) -> None:
+    """Add all that lies below a folder to a tree."""
+    own, folders = _listed(folder, ancestors)
+    for paths, more in zip(tree, own, strict=True):
+        paths += more
+    for path in folders:
+        _walk(path, ancestors | {_identity(path)}, tree)
+
+
+def _listed(folder: Path, ancestors: frozenset[tuple[int, int]]) -> tuple[Walk, list[Path]]:
+    """What lies in a folder itself, and the folders in it that are none of its ancestors."""
+    here, folders = Walk([], [], []), []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            path = Path(folder, entry.name)
+            if entry.name.startswith("."):
                 continue
-            path = Path(parent, name)
-            identity = _identity(path)
-            if identity in above:
-                tree.loops.append(path)
+            if not entry.is_dir():
+                is_image = entry.name.lower().endswith(IMAGE_SUFFIXES)
+                (here.images if is_image else here.others).append(path)
+            elif _identity(path) in ancestors:
+                here.loops.append(path)
             else:
-                entered.append(name)
-                ancestors[str(path)] = above | {identity}
-        folders[:] = entered  # os.walk goes on with these
-        visited.append((parent, names))
-    for parent, names in sorted(visited):
-        for name in sorted(names):
-            if not name.startswith("."):
-                image = name.lower().endswith(IMAGE_SUFFIXES)
-                (tree.images if image else tree.others).append(Path(parent, name))
-    tree.loops.sort()
-    return tree
+                folders.append(path)
+    return here, folders
 
 
-_Identity = tuple[int, int]
-
-
-def _ancestors(folder: Path) -> frozenset[_Identity]:
-    """A folder and all that it lies in."""
-    real = folder.resolve()
-    return frozenset(_identity(path) for path in (real, *real.parents))
-
-
-def _identity(path: Path) -> _Identity:
+def _identity(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_dev, status.st_ino
 

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, Self, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -68,23 +68,7 @@ class UnreadableImageError(ValueError):
         super().__init__(message.rpartition(name)[2].rstrip("\n"))
 
 
-class Images(Protocol):
-    """Images by position: uint8, or float in [0, 1], of shape (C, H, W)."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Tensor: ...
-
-    def select(self, indices: Sequence[int]) -> Self:
-        """Only these images, in this order, made ready for training."""
-        ...
-
-    def files(self) -> list[Path]:
-        """The file of each image; empty where images do not lie in files of their own."""
-        ...
-
-
-def images_of(source: Any, config: DataConfig) -> Images:
+def images_of(source: Any, config: DataConfig) -> "Images":
     """Give what a data set has as images by position; see `training.data.datasets.Split`."""
     if isinstance(source, Tensor | np.ndarray):
         return ArrayImages(torch.as_tensor(source), config)
@@ -195,6 +179,10 @@ class LazyImages:
             f"{type(item).__name__}; give float images as one array"
         )
         raise TypeError(msg)
+
+
+Images = ArrayImages | LazyImages
+"""Images by position: uint8, or float in [0, 1], of shape (C, H, W)."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from training.data.images import ImageSet, Key
-from training.distributed import Share
 from training.data.transforms import Transform
+from training.distributed import Share
 
 T = TypeVar("T")
 

@@ -69,8 +69,9 @@ def align_heads(
     if weight is None:
         msg = "the published schedule starts from the heads: give their weight, or set epochs=None"
         raise ValueError(msg)
+    # A copy: the heads themselves go on as they were trained.
     start = finite("head weights", weight.detach().to(mean).clone())
-    if len(statistics.task_sizes) == 1:
+    if len(statistics.task_sizes) == 1:  # as published: nothing to align with yet
         return start
     return _schedule(statistics, settings, generator, start)
 
@@ -116,6 +117,7 @@ def _converge(statistics: ClassStatistics, s: Alignment, generator: torch.Genera
         return weight
 
     optimiser = torch.optim.Adam([rows], lr=0.1, betas=(0.9, 0.99))
+    # As many samples as the published batch, and enough of every class where there are many.
     draws = max(4, math.ceil(256 / len(mean)))
     best, halvings, total = math.inf, 0, torch.zeros((), dtype=torch.float64, device=mean.device)
     for step in range(1, s.max_steps + 1):
@@ -124,7 +126,7 @@ def _converge(statistics: ClassStatistics, s: Alignment, generator: torch.Genera
             cosines(samples, unwhiten()), labels, statistics.task_sizes, s.temperature
         )
         _step(optimiser, loss)
-        total += loss.detach()
+        total += loss.detach()  # read once a round, not once a step
         if step % _ROUND == 0:
             risk = float(total) / _ROUND
             total.zero_()
@@ -180,6 +182,7 @@ def _draw(
 ) -> tuple[Tensor, Tensor]:
     """`number` samples of each class (C·number, D) and their labels, in order of class."""
     classes, dim = mean.shape
+    # Drawn on the generator's device, so that a GPU aligns to the same samples as a CPU.
     noise = torch.randn(
         classes, number, dim, generator=generator, device=generator.device, dtype=mean.dtype
     ).to(mean.device)

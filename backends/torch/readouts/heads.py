@@ -117,6 +117,7 @@ class CosineHead(nn.Module):
             )
             raise ValueError(msg)
         dtype = torch.promote_types(features.dtype, self.weight.dtype)
+        # Cosines of near neighbours differ in digits that bfloat16 does not have.
         with torch.autocast(device_type=features.device.type, enabled=False):
             return cosines(features.to(dtype), self.weight.to(dtype)).clamp(-1.0, 1.0)
 
@@ -203,7 +204,7 @@ class CosineHeads(nn.Module):
         The head is made on the device and in the type of the others.
         """
         head = CosineHead(classes, self.dim, start=start, generator=generator)
-        if len(self.tasks):
+        if len(self.tasks):  # drawn on the CPU in any case, so that devices do not matter
             head = head.to(self.current.weight)
         self.requires_grad_(requires_grad=False)
         self.tasks.append(head)

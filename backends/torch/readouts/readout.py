@@ -41,20 +41,16 @@ class Readout(ABC):
     name : str
         Name in results and files.
     gathers : str or None
-        Name of the statistics that it is fitted on. Read-outs that give the same name share one
-        object, so it must be made alike by all of them. None if the heads are enough.
+        Name of the statistics that it is fitted on; ``"statistics"`` are those of the classes.
+        Read-outs that give the same name share one object. None if the heads are enough.
 
     Examples
     --------
-    >>> from backends.torch.readouts import ClassStatistics, CosineClassifier
+    >>> from backends.torch.readouts import CosineClassifier
     >>> class Centred(Readout):
     ...     name, gathers = "centred", "statistics"
-    ...     def statistics(self, dim, seed):
-    ...         return ClassStatistics()
     ...     def fit(self, statistics, **_):
     ...         return CosineClassifier(statistics.mean - statistics.mean.mean(0))
-    ...     def load(self, tensors):
-    ...         return CosineClassifier(tensors["weight"])
     >>> import torch
     >>> readouts = Readouts([Centred()], dim=2)
     >>> readouts.add_task(torch.tensor([[5.0, 4.0], [4.0, 5.0]]), torch.tensor([0, 1]))
@@ -70,8 +66,8 @@ class Readout(ABC):
         """Whether a fit starts from the classifier of the fit before, which is then saved."""
         return False
 
-    def statistics(self, dim: int, seed: int) -> "TaskStatistics":
-        """New, empty statistics of features of width D; needed where `gathers` is a name.
+    def statistics(self, dim: int, seed: int) -> "TaskStatistics":  # noqa: ARG002
+        """New, empty statistics; by default counts, means and covariances of the classes.
 
         Parameters
         ----------
@@ -80,8 +76,9 @@ class Readout(ABC):
         seed : int
             Seed of whatever is drawn once for all tasks.
         """
-        msg = f"the read-out {self.name!r} must define statistics(dim, seed) for what it gathers"
-        raise NotImplementedError(msg)
+        from backends.torch.readouts.statistics import ClassStatistics
+
+        return ClassStatistics()
 
     @abstractmethod
     def fit(
@@ -106,40 +103,24 @@ class Readout(ABC):
             The classifier after the task before; None on the first, and without `warm_start`.
         """
 
-    @abstractmethod
     def load(self, tensors: "Mapping[str, Tensor]") -> Classifier:
         """The classifier whose `tensors` were stored, with the same logits bit for bit.
+
+        By default one that stores a direction a class, `CosineClassifier`.
 
         Raises
         ------
         ValueError
             If the tensors are not those of this read-out.
         """
-
-
-class _CosineReadout(Readout):
-    """What the read-outs share that store one direction a class."""
-
-    def load(self, tensors: "Mapping[str, Tensor]") -> "CosineClassifier":
         from backends.torch.readouts.heads import CosineClassifier
 
         check_names(tensors, {"weight"}, f"the read-out {self.name!r}")
         return CosineClassifier(finite("weight", tensors["weight"]))
 
 
-class _FromClassStatistics(_CosineReadout):
-    """What the read-outs share that are fitted on the statistics of each class."""
-
-    gathers = "statistics"
-
-    def statistics(self, dim: int, seed: int) -> "ClassStatistics":  # noqa: ARG002
-        from backends.torch.readouts.statistics import ClassStatistics
-
-        return ClassStatistics()
-
-
 @dataclass(frozen=True)
-class Heads(_CosineReadout):
+class Heads(Readout):
     """The heads as they were trained, all of them side by side: the paper's own read-out."""
 
     name = "heads"
@@ -162,10 +143,11 @@ class Heads(_CosineReadout):
 
 
 @dataclass(frozen=True)
-class NearestMean(_FromClassStatistics):
+class NearestMean(Readout):
     """The class whose mean feature has the largest cosine."""
 
     name = "nearest_mean"
+    gathers = "statistics"
 
     def fit(self, statistics: "ClassStatistics", **_: Any) -> "CosineClassifier":
         """Cosines to the class means."""
@@ -176,7 +158,7 @@ class NearestMean(_FromClassStatistics):
 
 
 @dataclass(frozen=True)
-class Alignment(_FromClassStatistics):
+class Alignment(Readout):
     """Heads retrained on Gaussian samples of the class statistics ("classifier alignment").
 
     There are two ways to train. With ``epochs`` (the paper: 5) it follows the published schedule:
@@ -216,6 +198,7 @@ class Alignment(_FromClassStatistics):
     """
 
     name = "alignment"
+    gathers = "statistics"
 
     epochs: int | None = None
     shrinkage: float = 0.3

@@ -8,12 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from backends.torch.readouts.readout import check_features, check_names
-from backends.torch.readouts.statistics import (
-    TaskStatistics,
-    check_batch,
-    require_closed,
-    task_end,
-)
+from backends.torch.readouts.statistics import TaskStatistics
 
 RIDGE_STRENGTHS = tuple(10.0**k for k in range(-8, 9))
 _ROWS = 2048  # images projected at a time
@@ -50,7 +45,7 @@ class RidgeStatistics(TaskStatistics):
         if dim < 1 or features < 1:
             msg = f"dim and features must be at least 1, got {dim} and {features}"
             raise ValueError(msg)
-        super().__init__()
+        super().__init__(dim)
         generator = torch.Generator().manual_seed(seed)
         self.projection = torch.randn(dim, features, generator=generator)
         self.gram = torch.zeros(features, features, dtype=torch.float64)
@@ -58,32 +53,17 @@ class RidgeStatistics(TaskStatistics):
         self.strength = 1.0
         self._open: list[tuple[Tensor, Tensor]] = []
 
-    def collect(self, features: Tensor, labels: Tensor) -> None:
-        """Add a batch of features (N, D) of the open task; they are held until `end_task`.
+    def gather(self, features: Tensor, labels: Tensor) -> None:
+        """Hold a batch until its task is complete."""
+        self._open.append((features, labels))
 
-        Raises
-        ------
-        ValueError
-            For wrong shapes, non-finite features, or labels of finished tasks.
-        """
-        check_batch(features, labels, first=self.classes, width=len(self.projection))
-        self._open.append((features.detach(), labels.to(features.device)))
-
-    def end_task(self, classes: int | None = None) -> None:
-        """Finish the open task: choose the strength, then add the task to the sums.
-
-        Raises
-        ------
-        ValueError
-            If a class of the task has no features or a label lies beyond its classes.
-        """
-        labels = torch.cat([y for _, y in self._open]) if self._open else torch.zeros(0)
-        first = self.classes
-        end = task_end(sorted(set(labels.tolist())), first, classes)
+    def finish(self, first: int, end: int) -> None:
+        """Choose the strength on the last fifth of the task, then add all of it to the sums."""
         features = torch.cat([x for x, _ in self._open])
+        local = torch.cat([y for _, y in self._open]) - first
         device = features.device
         self.projection = self.projection.to(device)
-        local = labels - first
+        # Old tasks cannot be held out: only their sums are there.
         held = _last_fifth(local)
         gram, cross = self._sums(features[~held], local[~held], end - first)
         if bool(held.any()):
@@ -92,12 +72,11 @@ class RidgeStatistics(TaskStatistics):
             gram, cross = gram + more[0], cross + more[1]
         self.gram = self.gram.to(device) + gram
         self.cross = torch.cat([self.cross.to(device), cross], dim=1)
-        self.task_sizes = (*self.task_sizes, end - first)
         self._open = []
 
     def state_dict(self) -> dict[str, Tensor]:
         """Flat tensors of the finished tasks, ready for safetensors."""
-        require_closed(is_open=bool(self._open))
+        self.require_closed()
         return {
             "projection": self.projection,
             "gram": self.gram,
@@ -119,7 +98,8 @@ class RidgeStatistics(TaskStatistics):
             raise ValueError(msg)
         self.projection, self.gram, self.cross = state["projection"], state["gram"], state["cross"]
         self.strength = float(state["strength"])
-        self.task_sizes, self._open = sizes, []
+        self.task_sizes, self._open, self._labels = sizes, [], set()
+        self.width = len(self.projection)
 
     def _sums(self, features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
         m, device = self.gram.shape[0], features.device
@@ -128,9 +108,10 @@ class RidgeStatistics(TaskStatistics):
         for h, y in self._chunks(features, labels):
             gram += h.mT @ h
             cross += h.mT @ functional.one_hot(y, classes).double()
-        return (gram + gram.mT) / 2, cross
+        return (gram + gram.mT) / 2, cross  # exactly symmetric, whatever the product rounds to
 
     def _choose(self, gram: Tensor, cross: Tensor, features: Tensor, labels: Tensor) -> float:
+        # All strengths side by side: one product with the features serves all of them.
         weights = torch.cat([solve_ridge(gram, cross, s) for s in RIDGE_STRENGTHS], dim=1)
         error = torch.zeros(len(RIDGE_STRENGTHS), dtype=torch.float64, device=gram.device)
         for h, y in self._chunks(features, labels):

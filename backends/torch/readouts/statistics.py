@@ -1,7 +1,7 @@
 """Mean and covariance of each class's features, gathered task by task."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -13,16 +13,21 @@ class TaskStatistics(ABC):
     """Statistics of features that are gathered task by task; finished classes never change.
 
     Classes are numbered in the order of the stream, so a task's labels go on from those of the
-    tasks before.
+    tasks before. A subclass says what is done with a batch (`gather`) and with a complete task
+    (`finish`), and what its state is.
 
     Attributes
     ----------
     task_sizes : tuple of int
         Classes of each finished task.
+    width : int or None
+        Width D of the features, once it is known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, width: int | None = None) -> None:
         self.task_sizes: tuple[int, ...] = ()
+        self.width = width
+        self._labels: set[int] = set()  # of the open task
 
     @property
     def classes(self) -> int:
@@ -30,12 +35,12 @@ class TaskStatistics(ABC):
         return sum(self.task_sizes)
 
     @abstractmethod
-    def collect(self, features: Tensor, labels: Tensor) -> None:
-        """Add a batch of features (N, D) with labels (N,) of the open task."""
+    def gather(self, features: Tensor, labels: Tensor) -> None:
+        """Take up a sound batch (N, D) of the open task; labels (N,) on the features' device."""
 
     @abstractmethod
-    def end_task(self, classes: int | None = None) -> None:
-        """Finish the open task of `classes` classes (default: up to the highest label seen)."""
+    def finish(self, first: int, end: int) -> None:
+        """Complete the open task, all of whose classes, from first to end - 1, were gathered."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
@@ -43,7 +48,82 @@ class TaskStatistics(ABC):
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` gave."""
+        """Take over what `state_dict` gave; ValueError if it does not fit."""
+
+    def collect(self, features: Tensor, labels: Tensor) -> None:
+        """Add a batch of the open task.
+
+        Parameters
+        ----------
+        features : Tensor, shape (N, D)
+        labels : Tensor, shape (N,)
+            Integers from `classes` on.
+
+        Raises
+        ------
+        ValueError
+            For wrong shapes, features that are not finite, or labels of finished tasks.
+        """
+        floating = features.is_floating_point()
+        if features.ndim != 2 or labels.shape != features.shape[:1] or not floating:
+            msg = (
+                f"features must be floating (N, D) with labels (N,), got {features.dtype} of shape "
+                f"{tuple(features.shape)} and labels of shape {tuple(labels.shape)}"
+            )
+            raise ValueError(msg)
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            msg = f"labels must be integers, got {labels.dtype}"
+            raise ValueError(msg)
+        if self.width not in (None, features.shape[1]):
+            msg = f"features must be {self.width} wide, as those before, got {features.shape[1]}"
+            raise ValueError(msg)
+        if not bool(features.isfinite().all()):
+            bad = int((~features.isfinite().all(1)).sum())
+            msg = (
+                f"features must be finite, got NaN or infinity in {bad} of {len(features)} rows; "
+                "check the model and the images"
+            )
+            raise ValueError(msg)
+        present = set(labels.tolist())
+        if min(present, default=self.classes) < self.classes:
+            msg = (
+                f"labels of the open task must be at least {self.classes}, got {min(present)}; "
+                "classes of finished tasks never change"
+            )
+            raise ValueError(msg)
+        self.width = features.shape[1]
+        self._labels |= present
+        self.gather(features.detach(), labels.to(features.device))
+
+    def end_task(self, classes: int | None = None) -> None:
+        """Finish the open task.
+
+        Parameters
+        ----------
+        classes : int, optional
+            Number of its classes; by default up to the highest label.
+
+        Raises
+        ------
+        ValueError
+            If a class of the task has no features or a label lies beyond its classes.
+        """
+        first = self.classes
+        end = max(self._labels, default=first - 1) + 1 if classes is None else first + classes
+        if end <= first:
+            msg = "a task must have at least one class, got none; collect features before end_task"
+            raise ValueError(msg)
+        missing = sorted(set(range(first, end)) - self._labels)
+        if missing:
+            msg = f"every class of the task must have features, got none of the classes {missing}"
+            raise ValueError(msg)
+        beyond = sorted(label for label in self._labels if label >= end)
+        if beyond:
+            msg = f"labels of the task must be from {first} to {end - 1}, got {beyond}"
+            raise ValueError(msg)
+        self.finish(first, end)
+        self.task_sizes = (*self.task_sizes, end - first)
+        self._labels = set()
 
     def add_task(self, features: Tensor, labels: Tensor, classes: int | None = None) -> None:
         """`collect` one batch and `end_task`."""
@@ -54,6 +134,12 @@ class TaskStatistics(ABC):
         """Raise ValueError while no task is finished."""
         if not self.classes:
             msg = "the statistics hold no class yet; collect a task and call end_task first"
+            raise ValueError(msg)
+
+    def require_closed(self) -> None:
+        """Raise ValueError in the middle of a task."""
+        if self._labels:
+            msg = "a task is being collected; call end_task before the state is taken"
             raise ValueError(msg)
 
 
@@ -100,34 +186,18 @@ class ClassStatistics(TaskStatistics):
         # Of the open task: class -> (images, mean, scatter), in float64.
         self._open: dict[int, tuple[int, Tensor, Tensor]] = {}
 
-    def collect(self, features: Tensor, labels: Tensor) -> None:
-        """Add a batch of features (N, D) with labels (N,) of the open task.
-
-        Raises
-        ------
-        ValueError
-            For wrong shapes, non-finite features, or labels of finished tasks.
-        """
-        width = _open_width(self._open, self.mean)
-        check_batch(features, labels, first=self.classes, width=width)
-        labels = labels.to(features.device)
+    def gather(self, features: Tensor, labels: Tensor) -> None:
+        """Merge the moments of each class of a batch into those of the open task."""
         for label in sorted(set(labels.tolist())):
             rows = features[labels == label].double()
             mean = rows.mean(0)
             centred = rows - mean
+            # Centred before it is squared: sums of squares less squares of sums would cancel.
             part = (len(rows), mean, centred.mT @ centred)
             self._open[label] = _merge(self._open[label], part) if label in self._open else part
 
-    def end_task(self, classes: int | None = None) -> None:
-        """Finish the open task of `classes` classes (default: up to the highest label seen).
-
-        Raises
-        ------
-        ValueError
-            If a class of the task has no features or a label lies beyond its classes.
-        """
-        first = self.classes
-        end = task_end(self._open, first, classes)
+    def finish(self, first: int, end: int) -> None:
+        """Append the classes of the open task to the finished ones."""
         parts = [self._open[label] for label in range(first, end)]
         device = parts[0][1].device
         count = torch.tensor([n for n, _, _ in parts], device=device)
@@ -138,12 +208,11 @@ class ClassStatistics(TaskStatistics):
             mean = torch.cat([self.mean.to(device), mean])
             covariance = torch.cat([self.covariance.to(device), covariance])
         self.count, self.mean, self.covariance = count, mean, covariance
-        self.task_sizes = (*self.task_sizes, end - first)
         self._open = {}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Flat tensors of the finished tasks, ready for safetensors."""
-        require_closed(is_open=bool(self._open))
+        self.require_closed()
         return {
             "count": self.count,
             "mean": self.mean,
@@ -165,62 +234,8 @@ class ClassStatistics(TaskStatistics):
             raise ValueError(msg)
         self.dtype = mean.dtype
         self.count, self.mean, self.covariance = count, mean, covariance
-        self.task_sizes, self._open = sizes, {}
-
-
-def check_batch(features: Tensor, labels: Tensor, *, first: int, width: int | None) -> None:
-    """Refuse a batch that cannot be one of a task whose classes begin at ``first``."""
-    if features.ndim != 2 or labels.shape != features.shape[:1] or not features.is_floating_point():
-        msg = (
-            f"features must be floating (N, D) with labels (N,), got {features.dtype} of shape "
-            f"{tuple(features.shape)} and labels of shape {tuple(labels.shape)}"
-        )
-        raise ValueError(msg)
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        msg = f"labels must be integers, got {labels.dtype}"
-        raise ValueError(msg)
-    if width is not None and features.shape[1] != width:
-        msg = f"features must be {width} wide, as those before, got {features.shape[1]}"
-        raise ValueError(msg)
-    if not bool(features.isfinite().all()):
-        bad = int((~features.isfinite().all(1)).sum())
-        msg = (
-            f"features must be finite, got NaN or infinity in {bad} of {len(features)} rows; "
-            "check the model and the images"
-        )
-        raise ValueError(msg)
-    if len(labels) and int(labels.min()) < first:
-        msg = (
-            f"labels of the open task must be at least {first}, got {int(labels.min())}; "
-            "classes of finished tasks never change"
-        )
-        raise ValueError(msg)
-
-
-def task_end(labels: Collection[int], first: int, classes: int | None) -> int:
-    """One past the last class of a task that begins at ``first``, if its labels are complete."""
-    if classes is None:
-        classes = max(labels, default=first - 1) + 1 - first
-    if classes < 1:
-        msg = "a task must have at least one class, got none; collect features before end_task"
-        raise ValueError(msg)
-    end = first + classes
-    missing = sorted(set(range(first, end)) - set(labels))
-    if missing:
-        msg = f"every class of the task must have features, got none of the classes {missing}"
-        raise ValueError(msg)
-    beyond = sorted(label for label in labels if label >= end)
-    if beyond:
-        msg = f"labels of the task must be from {first} to {end - 1}, got {beyond}"
-        raise ValueError(msg)
-    return end
-
-
-def require_closed(*, is_open: bool) -> None:
-    """Refuse to give the state of statistics in the middle of a task."""
-    if is_open:
-        msg = "a task is being collected; call end_task before the state is taken"
-        raise ValueError(msg)
+        self.task_sizes, self._open, self._labels = sizes, {}, set()
+        self.width = mean.shape[1] if len(mean) else None
 
 
 def _merge(
@@ -230,9 +245,3 @@ def _merge(
     shift = b[1] - a[1]
     scatter = a[2] + b[2] + torch.outer(shift, shift) * (a[0] * b[0] / n)
     return n, a[1] + shift * (b[0] / n), scatter
-
-
-def _open_width(parts: dict[int, tuple[int, Tensor, Tensor]], mean: Tensor) -> int | None:
-    for _, m, _ in parts.values():
-        return len(m)
-    return mean.shape[1] if len(mean) else None
