@@ -204,7 +204,7 @@ class Fake(Children):
     ) -> int:
         self.commands.append(command[5:])  # behind loda train
         self.environments.append(environment)
-        return self.train(command[-1] if "--resume" in command else command[-2], log)
+        return self.train(command[command.index("train") + 2], log)
 
     def train(self, source: str, log: Path) -> int:
         if not source.endswith(".yaml"):  # the folder of a run that goes on
@@ -283,6 +283,16 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     assert run_job(other, tmp_path, children=children).status == "finished"
     assert children.commands == [["--resume", str(job.folder)]]
     assert not can_go_on(job)
+
+
+def test_a_run_with_a_class_of_ones_own_goes_on(tmp_path: Path) -> None:
+    own = {"backbone": {"name": "noted_images.Noting"}}
+    job, children = planned(tmp_path, **own), Fake()
+    interrupted(job)
+    assert run_job(job, tmp_path, children=children).status == "finished"
+    allowed = "--allow=noted_images.Noting"
+    assert children.commands == [["--resume", str(job.folder), allowed]]
+    assert finished(planned(tmp_path, **own))
 
 
 def test_an_unfinished_run_of_other_settings_is_not_replaced(tmp_path: Path) -> None:
