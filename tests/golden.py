@@ -72,6 +72,7 @@ LOG = re.compile(r"^(checkpoint \d+|state)/metrics$")
 ONE_SIDED: tuple[tuple[str, str, str, str], ...] = (
     ("new", "", r"^state/", "what a later task would start from; it was not written"),
     ("new", "", r"^classes\.json:fingerprint$", "a fingerprint of the data was not written"),
+    ("new", "^report/", r"^runs\.csv:", "the table of all numbers was not written"),
     ("new", "^replay/", r"\.history\..*\.(squares|weight)$", "a history was its sum alone"),
 )
 
