@@ -3,7 +3,8 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,22 @@ ALLOWED = {
     "loda_math": {"loda_math", "array_api_compat", "array_api_extra"},
     "backends": {"loda_math", "backends", "torch"},
 }
+# The floors of `training`, the lowest first: what stands on one imports from it and from below.
+# A unit is a module or a sub-package. The modules of a sub-package that declare settings, of which
+# the configuration is made, are a unit of their own, though they lie beside what they are settings
+# of; that they call the rest of their package when something is built stays in the package.
+DECLARED = {"backbones.config", "data.config", "data.datasets", "methods.base"}
+SETTINGS = {f"settings of {name.partition('.')[0]}" for name in DECLARED}
+FLOORS = (
+    {"components", "config", *SETTINGS, "seeds", "metrics", "loss"},
+    {"run_dir", "distributed", "logging", "plots"},
+    {"backbones", "data", "methods"},
+    {"state", "checkpoint"},
+    {"train"},
+    {"analysis", "report", "sweep"},
+    {"cli"},
+)
+MOST_FLOORS = 8
 
 
 def sources(package: str) -> list[Path]:
@@ -112,3 +129,63 @@ def test_the_backend_brings_no_training_library() -> None:
 def test_no_package_shadows_torch() -> None:
     assert not (ROOT / "tests" / "backends").exists()
     assert (ROOT / "backends" / "__init__.py").is_file()
+
+
+def units() -> dict[str, set[str]]:
+    """The units of `training`, and those that each imports, inside functions too."""
+    found: dict[str, set[str]] = {}
+    for path in sources("training"):
+        names = [*path.relative_to(ROOT).with_suffix("").parts]
+        if names[1:] == ["__init__"]:
+            continue  # the package itself stands for no unit
+        own = unit(".".join(names))
+        used = {unit(name) for name in imports(without_types(ast.parse(path.read_text("utf-8"))))}
+        package = own.removeprefix("settings of ")
+        found.setdefault(own, set()).update(used - {own, package, ""})
+    return {own: used & found.keys() for own, used in found.items()}
+
+
+def unit(module: str) -> str:
+    """The unit of `training` that a dotted name belongs to; empty if it is none of `training`."""
+    first, *rest = f"{module}..".split(".")
+    if first != "training":
+        return ""
+    declares = ".".join(rest[:2]) in DECLARED
+    return f"settings of {rest[0]}" if declares else rest[0]
+
+
+def without_types(tree: ast.Module) -> ast.Module:
+    """A module without what only type checkers read."""
+
+    class Remover(ast.NodeTransformer):
+        def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
+            if ast.unparse(node.test).rpartition(".")[2] == "TYPE_CHECKING":
+                return node.orelse
+            return self.generic_visit(node)
+
+    return Remover().visit(tree)
+
+
+def floors(graph: Mapping[str, set[str]]) -> dict[str, int]:
+    """How high each unit stands above those that import nothing of the package."""
+    found: dict[str, int] = {}
+    for name in TopologicalSorter(graph).static_order():
+        found[name] = 1 + max((found[used] for used in graph[name]), default=0)
+    return found
+
+
+def test_no_circle_in_training() -> None:
+    graph = units()
+    try:
+        heights = floors(graph)
+    except CycleError as error:
+        pytest.fail(f"units import each other in a circle: {' <- '.join(error.args[1])}")
+    assert max(heights.values()) <= MOST_FLOORS, heights
+
+
+def test_no_arrow_points_up_in_training() -> None:
+    place = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+    graph = units()
+    assert graph.keys() <= place.keys(), "every unit has its floor"
+    up = [f"{a} -> {b}" for a, used in graph.items() for b in used if place[b] > place[a]]
+    assert not up

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from small_runs import small_vit, tiny, tree
 from torch.nn import functional
 
-from backends.torch.readouts import AlignmentSettings, ClassStatistics, align_heads
-from training.files import nested, read_json
-from training.loop import train
-from training.randomness import derive
+from backends.torch.readouts import Alignment, ClassStatistics, align_heads
+from training.run_dir import nested, read_json
+from training.train import train
+from training.seeds import derive
 
 pytestmark = pytest.mark.usefixtures("no_figure")
 
@@ -66,7 +66,7 @@ def test_alignment_follows_its_settings_from_task_to_task(tmp_path: Path, root: 
         ),
         quiet=True,
     )
-    settings = AlignmentSettings(epochs=2, temperature=0.7, lr=0.05, ridge=0.02)
+    settings = Alignment(epochs=2, temperature=0.7, lr=0.05, covariance=0.02)
     aligned = torch.empty(0, 16)
     for task in range(3):
         folder = run / "tasks" / f"{task:03d}"
