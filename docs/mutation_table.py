@@ -56,7 +56,7 @@ CLASSES: tuple[tuple[str, str, Rule], ...] = (
         "array-api-strict, which the profile leaves out, do.",
         like(
             r"_arrays\.py:(is_concrete|_is_traced|full_precision|is_\w+|transposed|widest) "
-            r"|_fast\.py:_thread|torch|jax|dask|compensated|is_concrete\(|is_deferred"
+            r"|_eigh\.py:_thread|torch|jax|dask|compensated|is_concrete\(|is_deferred"
             r"|a\.numpy\(\)|widest\(xp, None\)|is_numpy\(None\)|__module__"
         ),
     ),
@@ -108,10 +108,10 @@ CLASSES: tuple[tuple[str, str, Rule], ...] = (
         "Which of two equal products is formed, from where an iteration starts, which buffers it "
         "uses: the answer is the same, later or sooner.",
         like(
-            r"_spectral|_recalibrate\.py:box \| pairs"
+            r"_spectral|recalibration\.py:_box \| pairs"
             r"|range\(0, size"
-            r"|_lanczos\.py:leading \| (start|operator|options|steps|if \"rng\")"
-            r"|_fast\.py.*(check_finite|overwrite|clean=|ascontiguousarray|\.copy\(\))"
+            r"|_eigh\.py:_lanczos \| (start|operator|options|steps|if \"rng\")"
+            r"|_eigh\.py.*(check_finite|overwrite|clean=|ascontiguousarray|\.copy\(\))"
         ),
     ),
     (

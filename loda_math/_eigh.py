@@ -83,7 +83,8 @@ def lower_solve(xp: Namespace, factor: Array, rhs: Array, *, transpose: bool = F
 def largest_eigenvalue(xp: Namespace, s: Array) -> Array:
     """Lower bound on the largest eigenvalue of a moment, seldom short by more than a tenth.
 
-    Power steps from its longest column: never above the eigenvalue, so what it marks as noise is.
+    Power steps from its longest column. It is never above the eigenvalue, so that a threshold
+    relative to it marks nothing but noise.
     """
     squares = xp.sum(s * s, axis=-2)
     start = xp.argmax(squares, axis=-1)[..., None, None]

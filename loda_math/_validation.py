@@ -120,7 +120,7 @@ def check_share(name: str, value: Any) -> Any:
 
 
 def check_eps(name: str, value: Any) -> Any:
-    """The rounding unit, refused where no arithmetic is that coarse (bfloat16 has 7.8e-3)."""
+    """The rounding unit, refused if it is coarser than any arithmetic (bfloat16 has 7.8e-3)."""
     value = check_scalar(name, value)
     if not is_array(value) and value > COARSEST:
         msg = (

@@ -145,7 +145,7 @@ def energy_ratio(basis: Array, new: Array, old: Array, /) -> Array:
     Returns
     -------
     array, shape (...)
-        Infinite where the basis carries energy of the new task alone, NaN where of neither.
+        Infinite where the basis carries energy of the new task only, NaN where it carries none.
 
     Raises
     ------

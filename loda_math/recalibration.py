@@ -104,7 +104,7 @@ def recalibration(
     -------
     array, shape (..., r, r)
         Λ, always as a matrix. The full form has eigenvalues in [0, 1]; it is not symmetric.
-        Directions without energy on either side get 0.
+        Directions without energy on either task get 0.
 
     Raises
     ------

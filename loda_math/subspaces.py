@@ -111,9 +111,9 @@ def general_subspace(
     old : array, shape (..., D, D), or None
         History; ``None`` on the first task.
     rank : int
-        Number of directions r, from 1 to D. Spans are nested in the rank, but not within a tie:
-        among equal eigenvalues SciPy's partial solver, which large moments in host memory go to,
-        may choose otherwise for another rank.
+        Number of directions r, from 1 to D. Spans are nested in the rank, except within ties:
+        among equal eigenvalues SciPy's partial solver, which solves large moments in host memory,
+        may choose other directions for another rank.
     accumulation_eps : float, default 0
         Rounding unit of the arithmetic that formed the moments, where it was coarser than their
         dtype: 1.2e-7 for float64 sums of float32 Gram matrices, as :func:`second_moment` makes of
@@ -182,7 +182,7 @@ def isolated_subspace(
     energy_floor : float, optional
         τ in [0, 1]: maximise the ratio of traces instead, as :func:`trace_ratio_subspace` does,
         over the bases U(κ) that carry at least τ of the new-task energy that r directions can
-        carry. Without a floor the best ratio may be one of directions that carry next to none.
+        carry. Without a floor the best ratio may come from directions with almost no energy.
     accumulation_eps : float, default 0
         As in :func:`general_subspace`. The ridge is not taken below 4·D times it.
 
@@ -543,7 +543,7 @@ def rank_for(
         Share to reach, from 0 to 1. Directions at the level of rounding do not count, so that 1
         gives the numerical rank.
     of : {"energy", "ratio"}
-        What is shared out.
+        What the share is a share of.
     ridge : float, default 1e-2
         As in :func:`isolated_subspace`; for the ratio only.
     accumulation_eps : float, default 0

@@ -71,7 +71,8 @@ def outcome(run: Path) -> dict[str, Any]:
     if left.pop("state.safetensors", None) is not None:  # the log in it has times
         state = read_checkpoint(run / "state.safetensors")
         left |= {f"state {k}": (t.dtype, t.tolist()) for k, t in state.tensors.items()}
-        left["state"] = {**untimed(state.record), "tensors": list(state.tensors)}
+        record = {**untimed(state.record), "tensors": list(state.tensors)}
+        left["state"] = {key: value for key, value in record.items() if key != "identity"}
     left["metrics"] = [untimed(event) for event in events(run)]
     left["summary"] = untimed(json.loads((run / "summary.json").read_text()))
     return left

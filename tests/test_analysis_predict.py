@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from run_contents import contents, set_in_config
 from safetensors.torch import load_file, save_file
 from small_runs import COLOURS, READOUTS, finished, tree
@@ -69,14 +68,6 @@ def test_every_readout_can_be_asked(classifier: Classifier) -> None:
     assert torch.equal(classifier.logits(images), classifier.logits(images, "nearest_mean"))
     with pytest.raises(ValueError, match="got 'nearest'"):
         classifier.logits(images, "nearest")
-
-
-def test_images_of_another_form_are_converted(classifier: Classifier, tmp_path: Path) -> None:
-    grey = Image.new("L", (50, 20), 128)
-    for mode in ("L", "RGB", "RGBA", "P"):
-        grey.convert(mode).save(tmp_path / f"{mode}.png")
-    first, *others = classifier.predict(sorted(tmp_path.iterdir()), top=6)
-    assert others == [first] * 3
 
 
 def test_prediction_neither_trains_nor_draws(classifier: Classifier, run: Path) -> None:

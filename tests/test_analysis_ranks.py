@@ -65,7 +65,7 @@ def test_ranks_are_printed_as_a_table(run: Path, capsys: pytest.CaptureFixture[s
     ranks = layer_ranks(run, [0.5, 0.9])
     assert table == rank_table(ranks).splitlines()
     assert len(table) == 1 + len(ranks) + 1
-    header = "task layer energy 0.5 energy 0.9 energy at 4 ratio 0.5 ratio 0.9 ratio at 4"
+    header = "task layer energy 0.5 energy 0.9 ratio 0.5 ratio 0.9 energy at 4 ratio at 4"
     assert table[0].split() == header.split()
     task, layer, *numbers = ranks.iloc[-1]
     expected = [f"{x:.4f}" if isinstance(x, float) else str(x) for x in numbers]

@@ -141,9 +141,11 @@ def test_damaged_and_missing_files_are_named(
 def test_content_of_another_shape_is_one_line_that_names_the_file(
     take_apart: Callable[[], object],
 ) -> None:
-    with pytest.raises(ValueError, match=r"x\.json, task 2, does not hold") as said:
-        with readable(Path("x.json"), "task 2"):
-            take_apart()
+    with (
+        pytest.raises(ValueError, match=r"x\.json, task 2, does not hold") as said,
+        readable(Path("x.json"), "task 2"),
+    ):
+        take_apart()
     assert "\n" not in str(said.value)
     with pytest.raises(OSError), readable(Path("x.json")):
         raise FileNotFoundError
@@ -416,7 +418,7 @@ def test_overwriting_leaves_nothing_of_the_old_run(copy: Path, root: Path) -> No
     before = contents(copy)
     (copy / ".model.safetensors.123.tmp").write_text("half of a file, left by a crash")
     settings = {"data": {"tasks": 1}, "keep": {"figure": True}, "seed": 5}
-    train(tiny(root, copy, overwrite=True, **settings), quiet=True)
+    train(tiny(root, copy, **settings), overwrite=True, quiet=True)
     assert below(copy) == FILES | {"notes.txt"}  # a file that is not ours stays
     after = contents(copy)
     assert after.pop("notes.txt") == b"mine"
@@ -425,23 +427,23 @@ def test_overwriting_leaves_nothing_of_the_old_run(copy: Path, root: Path) -> No
 
 def test_overwriting_removes_results_before_training_begins(copy: Path) -> None:
     experiment = read_experiment(copy / "config.yaml")
-    experiment.out, experiment.overwrite = str(copy), True
-    prepare(experiment).folder.close()
+    experiment.out = str(copy)
+    prepare(experiment, overwrite=True).folder.close()
     assert below(copy) == {"config.yaml", "classes.json", "environment.json"}
 
 
 def test_bad_settings_leave_the_old_run_whole_even_with_overwrite(copy: Path, root: Path) -> None:
     before = contents(copy)
-    experiment = tiny(root, copy, overwrite=True, method={"target": "*.nothing"})
+    experiment = tiny(root, copy, method={"target": "*.nothing"})
     with pytest.raises(ValueError, match="matches no linear layer"):
-        prepare(experiment)
+        prepare(experiment, overwrite=True)
     assert contents(copy) == before
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(NotADirectoryError, match="is a file"):
-        choose_folder(Experiment(out=str(tmp_path / "out"), overwrite=True))
+        choose_folder(Experiment(out=str(tmp_path / "out")), overwrite=True)
     assert (tmp_path / "out").read_text() == "mine"
 
 

@@ -53,6 +53,7 @@ NEUTRAL = (
     "checkpoint.steps",
     "checkpoint.minutes",
     "checkpoint.keep",
+    "keep.figure",
 )
 """Settings that do not decide what is learned: where data lie, how fast or safe a run is."""
 
@@ -902,19 +903,21 @@ def read_yaml(path: Path) -> Any:
     ValueError
         If it is no YAML, nests deeply, repeats parts of itself by aliases, or has a key twice.
     """
-    loader = _StrictLoader(path.read_text(encoding="utf-8"))
     try:
-        node = loader.get_single_node()
-        _require_once(node)
-        return None if node is None else loader.construct_document(node)
+        # It reads the first block at once, and may find characters there that YAML does not have.
+        loader = _StrictLoader(path.read_text(encoding="utf-8"))
+        try:
+            node = loader.get_single_node()
+            _require_once(node)
+            return None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
         msg = f"{path} is not YAML: {error}"
         raise ValueError(msg) from error
     except ValueError as error:
         msg = f"{path}: {error}"
         raise ValueError(msg) from error
-    finally:
-        loader.dispose()
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -11,7 +11,7 @@ import platform
 import time
 import weakref
 import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -451,15 +451,15 @@ def is_finished(path: Path) -> bool:
     return (path / CONFIG).is_file() and (path / SUMMARY).is_file()
 
 
-def begun_experiment(path: Path, allow: Collection[str] = ()) -> Experiment:
+def begun_experiment(path: Path, allow: Sequence[str] = ()) -> Experiment:
     """The settings of a run that began in a folder.
 
     Parameters
     ----------
     path : Path
-        The run.
-    allow : collection of str
-        As in :func:`training.config.read_experiment`.
+        The run folder.
+    allow : sequence of str
+        Import paths of components whose code may be loaded; see `training.config.read_experiment`.
 
     Raises
     ------

@@ -1,9 +1,9 @@
-"""Certificates: how good somebody's solution is, against the exact optimum of the same problem.
+"""Certificates: how close a solution is to the exact optimum of its problem.
 
-Every function takes moments and a solution as plain arrays, whoever computed it, solves the
-problem again, and returns a small report whose last field is the verdict. Quantities of second
-order (gaps of an objective) must stay below the tolerance, those of first order (residuals)
-below its square root.
+Every function takes moments and a solution as plain arrays, solves the problem again, and returns
+a small report whose last field is the verdict. It does not matter who computed the solution.
+Quantities of second order (gaps of an objective) must stay below the tolerance, those of first
+order (residuals) below its square root.
 """
 
 from loda_math.verify.gao import PerturbationReport, verify_perturbation

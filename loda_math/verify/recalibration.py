@@ -25,7 +25,7 @@ class RecalibrationReport(NamedTuple):
         :math:`K = h P + \gamma Q`: what Λ does, free of the choice of coordinates.
     optimality_gap : array, shape (...)
         :math:`(J(\Lambda) - J^*) / J(0)` against the best Λ of any form; what a restricted form
-        leaves on the table.
+        gives away.
     loss, optimum : array, shape (...)
         :math:`J(\Lambda)`, and :math:`J^*` of the full form.
     old_change, new_loss : array, shape (...)

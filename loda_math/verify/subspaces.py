@@ -1,4 +1,4 @@
-"""A basis against the exact optimum of the objective that it claims."""
+"""A basis against the exact optimum of its objective."""
 
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -47,9 +47,9 @@ class SubspaceReport(NamedTuple):
     effective_rank : array of int, shape (...)
         Directions of the span with new-task energy above rounding.
     passed : array of bool, shape (...)
-        Whether the first three stay within the tolerance, and what the objective asks beside
-        holds: for the ratio of traces the energy floor, and that no direction is zero that carries
-        energy; for the null space that none is zero.
+        Whether the first three are within the tolerance and the basis is complete. For the ratio
+        of traces it must meet the energy floor, and only directions without energy may be zero
+        columns; for the null space no column may be zero.
     """
 
     orthonormality: Array
@@ -93,15 +93,15 @@ def verify_subspace(
     new, old : array, shape (..., D, D)
         Second moments that the basis was chosen from; zeros where there was no history.
     objective : {"general", "isolated", "trace_ratio", "null"}
-        What the basis claims to optimise.
+        What the basis is meant to optimise.
     ridge, energy_floor, accumulation_eps
-        As in :func:`isolated_subspace`. An isolated basis that claims less ridge than the rounding
-        of the moments asks for is judged twice, with that ridge and with the least that makes
-        their float64 values definite; the verdict in its favour counts.
+        As in :func:`isolated_subspace`. A ridge below the rounding of the moments is tried twice:
+        as raised to that rounding, and as the least one that makes the float64 moments definite.
+        The better result for the basis counts.
     tolerance : float, default 1e-5
-        Of gaps and orthonormality; its square root of the residual. Where R is nearly singular,
-        gap and residual of the isolated subspace cannot be told apart from rounding below
-        2·eps·cond(R), which (up to a quarter) then counts as the tolerance.
+        Limit of the gap and of the orthonormality; the residual may reach its square root. Where R
+        is nearly singular, rounding alone moves gap and residual of the isolated subspace by
+        2·eps·cond(R), which (up to a quarter) is added to both limits.
 
     Returns
     -------
@@ -225,7 +225,7 @@ def _isolated_at_better_ridge(
     ridge: float,
     gram_eps: float,
 ) -> _Quality:
-    """Of the isolated subspace, at the ridge that speaks for the basis."""
+    """Of the isolated subspace, at the ridge with the smaller gap: the given or the least one."""
     given = _isolated(xp, span, active, new, old, ridge, gram_eps)
     size = int(new.shape[-1])
     if ridge >= 4 * size * coarsest_eps(xp, new, old, gram_eps=gram_eps):

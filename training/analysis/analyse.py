@@ -1,6 +1,6 @@
 """Analysis of a finished run of LoDA, written beside it for the report."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -40,7 +40,7 @@ def analyse(
     tasks: Sequence[int] | None = None,
     points: int = 16,
     root: str | None = None,
-    allow: Collection[str] = (),
+    allow: Sequence[str] = (),
 ) -> Analysis:
     """Write ``analysis.json`` beside a run: energies of its subspaces, losses along its updates.
 
@@ -61,7 +61,7 @@ def analyse(
         Steps α from 0 to 1.5 at which losses are taken, at least 2.
     root : str, optional
         Where the data are now, if they moved since the training.
-    allow : collection of str
+    allow : sequence of str
         As in :func:`training.load`.
 
     Returns

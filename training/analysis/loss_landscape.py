@@ -1,7 +1,7 @@
 """Loss of old and new tasks along the general direction of a task (the paper's figure 3)."""
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ def loss_landscape(
     steps: Sequence[float],
     *,
     root: str | None = None,
-    allow: Collection[str] = (),
+    allow: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     r"""Mean CosFace loss of old and of new evaluation images at several points, by task.
 
@@ -60,7 +60,7 @@ def loss_landscape(
         Values of α.
     root : str, optional
         Where the data are now, if they moved since the training.
-    allow : collection of str
+    allow : sequence of str
         As in :func:`training.load`.
 
     Returns

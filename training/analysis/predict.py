@@ -1,6 +1,6 @@
 """A finished run as a classifier: predict images of one's own, evaluate it again on its data."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -153,7 +153,7 @@ class Classifier:
 
 
 def load(
-    run: str | Path, *, device: str | torch.device = "cpu", allow: Collection[str] = ()
+    run: str | Path, *, device: str | torch.device = "cpu", allow: Sequence[str] = ()
 ) -> Classifier:
     """Load the trained classifier of a finished run.
 
@@ -163,7 +163,7 @@ def load(
         A run folder.
     device : str or torch.device, default "cpu"
         Where the model and its read-outs go, ``"cuda"`` say.
-    allow : collection of str
+    allow : sequence of str
         Import paths of classes of other packages that the run may load: a run may come from
         anybody, and importing a class runs code.
 
@@ -221,7 +221,7 @@ def read_classes(folder: Path) -> tuple[list[str], list[int]]:
 
 
 def evaluate_run(
-    folder: Path, *, root: str | None = None, allow: Collection[str] = ()
+    folder: Path, *, root: str | None = None, allow: Sequence[str] = ()
 ) -> dict[str, dict[str, Any]]:
     """Evaluate the saved model of a run on all its classes, from weights and data alone.
 
@@ -231,7 +231,7 @@ def evaluate_run(
         A finished run.
     root : str, optional
         Where the data are now, if they moved since the training.
-    allow : collection of str
+    allow : sequence of str
         As in :func:`load`.
 
     Returns

@@ -63,7 +63,8 @@ def layer_ranks(path: Path, shares: Sequence[float]) -> pd.DataFrame:
                     row[f"{of} at {settings.rank}"] = float(found.curve[settings.rank - 1])
             rows.append(row)
     # Whole numbers stay whole where the first task has none.
-    return pd.DataFrame(rows).convert_dtypes()
+    ranks = pd.DataFrame(rows).convert_dtypes()
+    return ranks[sorted(ranks.columns, key=lambda name: " at " in name)]
 
 
 def rank_table(ranks: pd.DataFrame) -> str:

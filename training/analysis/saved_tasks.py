@@ -1,7 +1,7 @@
 """What a run of LoDA saved of its tasks: moments with their history, branches, coefficients."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,14 +56,14 @@ class SavedTask(NamedTuple):
     history: dict[str, History]
 
 
-def read_settings(path: Path, *, allow: Collection[str] = ()) -> LoDASettings:
+def read_settings(path: Path, *, allow: Sequence[str] = ()) -> LoDASettings:
     """Settings of LoDA that a run trained under; ``null_lora`` is LoDA under some of them.
 
     Parameters
     ----------
     path : Path
         The run.
-    allow : collection of str
+    allow : sequence of str
         Import paths of classes of other packages that the run may load.
 
     Raises

@@ -1,7 +1,7 @@
 """Energies of the subspaces that a run chose, by task and layer (the paper's figures 2 and 5)."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from training.analysis.saved_tasks import Array, natural, read_settings, saved_t
 from training.run_dir import readable
 
 
-def subspace_energies(path: Path, *, allow: Collection[str] = ()) -> list[dict[str, Any]]:
+def subspace_energies(path: Path, *, allow: Sequence[str] = ()) -> list[dict[str, Any]]:
     r"""Energies of every task after the first, by layer.
 
     For the null space of the old tasks (the directions of least old-task energy, as many as a
@@ -31,7 +31,7 @@ def subspace_energies(path: Path, *, allow: Collection[str] = ()) -> list[dict[s
     ----------
     path : Path
         A run of LoDA with ``keep.moments`` and ``keep.branches``.
-    allow : collection of str
+    allow : sequence of str
         As in :func:`training.load`.
 
     Returns

@@ -155,7 +155,8 @@ class Run:
     def weights(self) -> str | None:
         """Hash of the backbone's weights, or the exact name of those that were downloaded."""
         backbone = self.content["environment"].get("backbone", {})
-        return backbone.get("weights_sha256") or backbone.get("tag")
+        weights: str | None = backbone.get("weights_sha256") or backbone.get("tag")
+        return weights
 
     @cached_property
     def kept(self) -> dict[str, float]:

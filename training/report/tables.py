@@ -113,9 +113,10 @@ def latex(table: Table) -> str:
     styled = texts.rename(columns=escape_latex).style.hide(axis="index")
     caption = escape_latex(f"{table.title}. {table.note}" if table.note else table.title)
     columns = "l" + "r" * len(table.cells.columns)
-    return styled.to_latex(
+    text: str = styled.to_latex(
         hrules=True, position_float="centering", caption=caption, column_format=columns
-    ).rstrip()
+    )
+    return text.rstrip()
 
 
 def escape_latex(text: str) -> str:
