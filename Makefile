@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 # JAX compiles for every shape: what says most about it in little time. `make full` has the rest.
-JAX_TESTS := $(addprefix tests/test_,libraries.py jax_compiled.py theory_page.py frameworks_page.py)
+JAX_TESTS := $(addprefix tests/test_,libraries.py theory_page.py frameworks_page.py)
 WITH_JAX := $(ONE_THREAD) LODA_LIBRARIES=jax,jax-x32
 # One worker has all tests of a file, whose runs and processes they share.
 PYTEST = $(ONE_THREAD) $(BIN)/pytest -n auto --dist loadfile

@@ -8,26 +8,39 @@ writes or draws random numbers. The paper is arXiv:2603.00191.
 from loda_math import verify
 from loda_math.energy import (
     FirstOrderUpdate,
+    HeldoutRatio,
     energy_ratio,
     first_order_update,
+    heldout_ratio,
     projection_energy,
     relative_energy,
 )
 from loda_math.gao import class_split, gradient_alignment, lookahead, project_conflict
-from loda_math.heldout import HeldoutRatio, heldout_ratio
-from loda_math.histories import History, remember
-from loda_math.joint import UpdateEffect, joint_recalibration, stack_branches, update_effect
-from loda_math.moments import Moments, combine, second_moment
-from loda_math.ranks import RankChoice, RankMeasure, rank_for
-from loda_math.recalibration import RecalibrationForm, recalibration, recalibration_loss
-from loda_math.solutions import (
-    SubspaceSolution,
-    general_solution,
-    isolated_solution,
-    null_solution,
+from loda_math.moments import History, Moments, combine, remember, rounding_unit, second_moment
+from loda_math.recalibration import (
+    RecalibrationForm,
+    UpdateEffect,
+    joint_recalibration,
+    recalibration,
+    recalibration_loss,
+    stack_branches,
+    update_effect,
 )
-from loda_math.subspaces import general_subspace, isolated_subspace, null_subspace
-from loda_math.trace_ratio import TraceRatioSolution, trace_ratio_solution, trace_ratio_subspace
+from loda_math.subspaces import (
+    RankChoice,
+    RankMeasure,
+    SubspaceSolution,
+    TraceRatioSolution,
+    general_solution,
+    general_subspace,
+    isolated_solution,
+    isolated_subspace,
+    null_solution,
+    null_subspace,
+    rank_for,
+    trace_ratio_solution,
+    trace_ratio_subspace,
+)
 
 __all__ = [
     "FirstOrderUpdate",
@@ -61,6 +74,7 @@ __all__ = [
     "recalibration_loss",
     "relative_energy",
     "remember",
+    "rounding_unit",
     "second_moment",
     "stack_branches",
     "trace_ratio_solution",

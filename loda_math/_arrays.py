@@ -86,20 +86,20 @@ def result_dtype(xp: Namespace, *arrays: Array | None) -> Any:
     return xp.result_type(*(a.dtype for a in arrays if a is not None))
 
 
-def coarsest_eps(xp: Namespace, *arrays: Array | None, formed: float = 0.0) -> float:
-    """What the entries can be trusted to: the largest eps of the dtypes, and ``formed``.
+def coarsest_eps(xp: Namespace, *arrays: Array | None, gram_eps: float = 0.0) -> float:
+    """What the entries can be trusted to: the largest eps of the dtypes, and ``gram_eps``.
 
-    ``formed`` is the eps of the arithmetic that made the entries, where it was coarser.
+    ``gram_eps`` is the eps of the arithmetic that made the entries, where it was coarser.
     """
-    return max(formed, *(float(xp.finfo(a.dtype).eps) for a in arrays if a is not None))
+    return max(gram_eps, *(float(xp.finfo(a.dtype).eps) for a in arrays if a is not None))
 
 
-def rounding_share(xp: Namespace, size: int, *arrays: Array | None, formed: float = 0.0) -> float:
+def rounding_share(xp: Namespace, size: int, *arrays: Array | None, gram_eps: float = 0.0) -> float:
     """Share of the largest eigenvalue below which the eigenvalues of the arrays are rounding."""
     # size·eps for the arithmetic. Storing a moment in fewer digits costs less: its errors are
     # independent, and size·eps of float32 would take real directions, that of halves all.
     arithmetic = size * float(xp.finfo(widest(xp, next(a for a in arrays if a is not None))).eps)
-    storage = min(size, 16) * coarsest_eps(xp, *arrays, formed=formed)
+    storage = min(size, 16) * coarsest_eps(xp, *arrays, gram_eps=gram_eps)
     return max(arithmetic, storage)
 
 
@@ -192,6 +192,16 @@ def safe_divide(xp: Namespace, a: Array, b: Array) -> Array:
     return a / xp.where(b == 0, xp.full_like(b, math.inf), b)
 
 
+def reciprocal(xp: Namespace, x: Array, where: Array) -> Array:
+    """``1 / x`` where the mask is true, and 0 elsewhere; no warning on the way."""
+    return xp.where(where, 1 / xp.where(where, x, xp.ones_like(x)), 0 * x)
+
+
+def span_energy(xp: Namespace, basis: Array, moment: Array, *, keepdims: bool = False) -> Array:
+    """``tr(UᵀSU)`` without forming the small matrix."""
+    return xp.sum(basis * (moment @ basis), axis=(-2, -1), keepdims=keepdims)
+
+
 def descending_eigh(xp: Namespace, x: Array) -> tuple[Array, Array]:
     """Eigenvalues from largest to smallest, and eigenvectors, of a symmetric matrix."""
     values, vectors = xp.linalg.eigh(symmetrise(x))
@@ -220,14 +230,13 @@ def lower_cholesky(xp: Namespace, x: Array, name: str) -> Array:
     return factor
 
 
-def semidefinite_solve(xp: Namespace, matrix: Array, rhs: Array, dust: float) -> Array:
+def semidefinite_solve(xp: Namespace, matrix: Array, rhs: Array, noise: float) -> Array:
     """Solve a consistent positive semi-definite system; directions in its kernel get 0."""
     # Unit diagonal first: unknowns may differ in size by orders of magnitude.
     scale = xp.sqrt(xp.clip(xp.linalg.diagonal(matrix), 0.0, None))
     shrink = safe_divide(xp, xp.ones_like(scale), scale)
     values, vectors = descending_eigh(xp, matrix * shrink[..., :, None] * shrink[..., None, :])
-    alive = values > dust * values[..., :1]
-    inverse = xp.where(alive, 1 / xp.where(alive, values, xp.ones_like(values)), 0 * values)
+    inverse = reciprocal(xp, values, values > noise * values[..., :1])
     part = vectors.mT @ (rhs * shrink)[..., None]
     return (vectors @ (inverse[..., None] * part))[..., 0] * shrink
 

@@ -2,6 +2,7 @@
 
 import math
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 from loda_math._arrays import (
@@ -12,6 +13,7 @@ from loda_math._arrays import (
     is_deferred,
     is_numpy,
     is_torch,
+    namespace,
     peak,
     python_number,
 )
@@ -24,26 +26,38 @@ COARSEST = 1e-2
 STRIPE = 256
 
 
-def check_real(xp: Namespace, **arrays: Array | None) -> None:
+def check_real(xp: Namespace, **arrays: Array) -> None:
     """Refuse arrays that are not real floating point."""
     for name, x in arrays.items():
-        if x is not None and not xp.isdtype(x.dtype, "real floating"):
+        if not xp.isdtype(x.dtype, "real floating"):
             msg = f"{name} must be real floating point, got dtype {x.dtype}; cast it first"
             raise TypeError(msg)
 
 
-def check_square(**moments: Array | None) -> int:
+def check_square(**moments: Array) -> int:
     """Refuse moments that are not square, or not all of one shape; returns their size D."""
-    present = {name: m for name, m in moments.items() if m is not None}
-    for name, m in present.items():
+    for name, m in moments.items():
         if m.ndim < 2 or m.shape[-1] != m.shape[-2] or m.shape[-1] == 0:
             msg = f"{name} must be square, of shape (..., D, D) with D > 0, got {tuple(m.shape)}"
             raise ValueError(msg)
-    shapes = {name: tuple(m.shape) for name, m in present.items()}
+    shapes = {name: tuple(m.shape) for name, m in moments.items()}
     if len(set(shapes.values())) > 1:
         msg = f"moments must have one shape, got {shapes}"
         raise ValueError(msg)
     return int(next(iter(shapes.values()))[-1])
+
+
+def checked_moments(moments: Mapping[str, Array], **matrices: Array) -> tuple[Namespace, int]:
+    """Namespace and size D of second moments, and of the matrices that come with them.
+
+    Refuses what is not real, finite and of one library, and moments that are not square, symmetric
+    and of one shape. The shapes of the matrices are left to the caller.
+    """
+    xp = namespace(**matrices, **moments)
+    check_real(xp, **matrices, **moments)
+    size = check_square(**moments)
+    check_values(xp, matrices, moments)
+    return xp, size
 
 
 def check_columns(name: str, matrix: Array, size: int) -> None:
@@ -106,7 +120,7 @@ def check_share(name: str, value: Any) -> Any:
 
 
 def check_eps(name: str, value: Any) -> Any:
-    """The rounding unit, refused where no arithmetic is that coarse (bfloat16 has 7.8e-3)."""
+    """The rounding unit, refused if it is coarser than any arithmetic (bfloat16 has 7.8e-3)."""
     value = check_scalar(name, value)
     if not is_array(value) and value > COARSEST:
         msg = (
@@ -119,8 +133,8 @@ def check_eps(name: str, value: Any) -> Any:
 
 def check_values(
     xp: Namespace,
-    finite: dict[str, Array | None] | None = None,
-    symmetric: dict[str, Array | None] | None = None,
+    finite: Mapping[str, Array] | None = None,
+    symmetric: Mapping[str, Array] | None = None,
 ) -> None:
     """Refuse NaN, infinity and (for moments) asymmetry, with a single read of one scalar.
 
@@ -130,19 +144,22 @@ def check_values(
         if is_deferred(x):
             msg = f"{name} is a dask array, which can carry moments only; call .compute() on it"
             raise TypeError(msg)
-    groups = [(finite or {}, False), (symmetric or {}, True)]
+    groups = ((finite or {}, False), (symmetric or {}, True))
     present = [
-        (name, x, even) for group, even in groups for name, x in group.items() if x is not None
+        (name, x, is_moment)
+        for group, is_moment in groups
+        for name, x in group.items()
+        if 0 not in x.shape
     ]
-    present = [entry for entry in present if 0 not in entry[1].shape]
     if not present or not is_concrete(*(x for _, x, _ in present)):
         return
     code: Any = 0
-    for place, (_, x, even) in enumerate(present):
-        code = code + _fault(xp, x, even) * 3**place
-    found = int(code)
+    # One digit an argument, so that a device is asked once.
+    for place, (_, x, is_moment) in enumerate(present):
+        code = code + _fault(xp, x, is_moment) * 3**place
+    faults = int(code)
     for name, _, _ in present:
-        found, fault = divmod(found, 3)
+        faults, fault = divmod(faults, 3)
         if fault == 1:
             msg = (
                 f"{name} holds NaN or infinite values (or overflowed on the way); find where they "

@@ -1,9 +1,42 @@
 """Energy of a subspace, and what it says about one step of training (LoDA, Theorem 2.1)."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
-from loda_math._arrays import Array, Namespace, namespace, result_dtype, safe_divide, widen
-from loda_math._validation import check_real, check_rows, check_scalar, check_square, check_values
+from loda_math._arrays import (
+    Array,
+    Namespace,
+    namespace,
+    result_dtype,
+    safe_divide,
+    span_energy,
+    widen,
+)
+from loda_math._validation import (
+    check_real,
+    check_rows,
+    check_scalar,
+    check_values,
+    checked_moments,
+)
+
+
+class HeldoutRatio(NamedTuple):
+    """Energy ratio of a subspace where it was chosen, and where it was not.
+
+    Attributes
+    ----------
+    chosen : array, shape (...)
+        On the half of the data that the subspace was chosen on; optimistic.
+    heldout : array, shape (...)
+        On the other half: the ratio to expect on new images of the task.
+    energy : array, shape (...)
+        Relative new-task energy on the other half: what is left to learn with.
+    """
+
+    chosen: Array
+    heldout: Array
+    energy: Array
 
 
 class FirstOrderUpdate(NamedTuple):
@@ -56,9 +89,9 @@ def projection_energy(basis: Array, moment: Array, /) -> Array:
     >>> float(projection_energy(np.eye(3)[:, :2], np.diag([4.0, 2.0, 1.0])))
     6.0
     """
-    xp = _checked(basis, moment)
+    xp = _checked(basis, moment=moment)
     u, s = widen(xp, basis, moment)
-    return xp.astype(_energy(xp, u, s), result_dtype(xp, basis, moment))
+    return xp.astype(span_energy(xp, u, s), result_dtype(xp, basis, moment))
 
 
 def relative_energy(basis: Array, moment: Array, /) -> Array:
@@ -91,7 +124,7 @@ def relative_energy(basis: Array, moment: Array, /) -> Array:
     >>> float(relative_energy(np.eye(4)[:, :1], np.eye(4)))
     0.25
     """
-    xp = _checked(basis, moment)
+    xp = _checked(basis, moment=moment)
     u, s = widen(xp, basis, moment)
     return xp.astype(_relative(xp, u, s), result_dtype(xp, basis, moment))
 
@@ -112,7 +145,7 @@ def energy_ratio(basis: Array, new: Array, old: Array, /) -> Array:
     Returns
     -------
     array, shape (...)
-        Infinite where the basis carries energy of the new task alone, NaN where of neither.
+        Infinite where the basis carries energy of the new task only, NaN where it carries none.
 
     Raises
     ------
@@ -129,15 +162,68 @@ def energy_ratio(basis: Array, new: Array, old: Array, /) -> Array:
     >>> float(energy_ratio(np.eye(2)[:, :1], np.diag([3.0, 1.0]), np.diag([1.0, 3.0])))
     3.0
     """
-    xp = namespace(basis=basis, new=new, old=old)
-    check_real(xp, basis=basis, new=new, old=old)
-    check_rows("basis", basis, check_square(new=new, old=old))
-    check_values(xp, {"basis": basis}, {"new": new, "old": old})
+    xp = _checked(basis, new=new, old=old)
     u, n, o = widen(xp, basis, new, old)
     top, bottom = _relative(xp, u, n), _relative(xp, u, o)
     nothing = xp.where(top > 0, xp.full_like(top, float("inf")), xp.full_like(top, float("nan")))
     ratio = xp.where(bottom > 0, safe_divide(xp, top, bottom), nothing)
     return xp.astype(ratio, result_dtype(xp, basis, new, old))
+
+
+def heldout_ratio(
+    choose: Callable[[Array, Array], Array], first: Array, second: Array, old: Array, /
+) -> HeldoutRatio:
+    r"""Cross-validate the choice of a subspace over two halves of the new task.
+
+    The subspace is chosen on one half and measured on the other, both ways, and the two results
+    are averaged: :math:`\tfrac12 \sum_{a \ne b} e(U(S_a); S_b) / e(U(S_a); S_{old})`.
+
+    Parameters
+    ----------
+    choose : callable
+        ``choose(new, old)`` returns a basis (..., D, r); a closure over
+        :func:`isolated_subspace`, say.
+    first, second : array, shape (..., D, D)
+        Second moments of two halves of the task, split *by images*: tokens of one image are so
+        alike that a split by tokens holds nothing out.
+    old : array, shape (..., D, D)
+        History.
+
+    Returns
+    -------
+    HeldoutRatio
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in :func:`energy_ratio`, and what ``choose`` raises.
+
+    Notes
+    -----
+    The energy ratio is that of LoDA, arXiv:2603.00191, Section 3.
+
+    Examples
+    --------
+    A direction that only one half has is worth nothing on the other:
+
+    >>> import numpy as np
+    >>> from loda_math import isolated_subspace
+    >>> old, a, b = np.diag([2.0, 1.0, 1.0]), np.diag([2.0, 2.0, 0.0]), np.diag([2.0, 0.0, 2.0])
+    >>> ratio = heldout_ratio(lambda new, old: isolated_subspace(new, old, 1), a, b, old)
+    >>> float(ratio.chosen), float(ratio.heldout)
+    (2.0, 0.0)
+    """
+    halves = []
+    for chosen_on, other in ((first, second), (second, first)):
+        basis = choose(chosen_on, old)
+        halves.append(
+            (
+                energy_ratio(basis, chosen_on, old),
+                energy_ratio(basis, other, old),
+                relative_energy(basis, other),
+            )
+        )
+    return HeldoutRatio(*(0.5 * (a + b) for a, b in zip(*halves, strict=True)))
 
 
 def first_order_update(
@@ -188,17 +274,12 @@ def first_order_update(
     xp = namespace(tokens=tokens, down=down, grad_output=grad_output)
     check_real(xp, tokens=tokens, down=down, grad_output=grad_output)
     step = check_scalar("step", step)
-    shapes = [tuple(a.shape) for a in (tokens, down, grad_output)]
-    if min(len(s) for s in shapes) < 2:
-        msg = f"tokens, down and grad_output must be matrices, got shapes {shapes}"
-        raise ValueError(msg)
-    if any(0 in s[-2:] for s in shapes):
-        msg = f"tokens, down and grad_output must not be empty, got shapes {shapes}"
-        raise ValueError(msg)
-    if shapes[0][-1] != shapes[1][-1] or shapes[0][-2] != shapes[2][-2]:
+    x, a, g = shapes = [tuple(m.shape) for m in (tokens, down, grad_output)]
+    is_full = all(len(s) > 1 and 0 not in s[-2:] for s in shapes)
+    if not is_full or x[-1] != a[-1] or x[-2] != g[-2]:
         msg = (
             f"shapes must be tokens (..., N, D), down (..., r, D) and grad_output (..., N, O), "
-            f"got {shapes[0]}, {shapes[1]} and {shapes[2]}"
+            f"none of them empty, got {x}, {a} and {g}"
         )
         raise ValueError(msg)
     check_values(xp, {"tokens": tokens, "down": down, "grad_output": grad_output})
@@ -212,22 +293,15 @@ def first_order_update(
     return FirstOrderUpdate(*(xp.astype(part, dtype) for part in outputs))
 
 
-def _checked(basis: Array, moment: Array) -> Namespace:
-    xp = namespace(basis=basis, moment=moment)
-    check_real(xp, basis=basis, moment=moment)
-    check_rows("basis", basis, check_square(moment=moment))
-    check_values(xp, {"basis": basis}, {"moment": moment})
+def _checked(basis: Array, **moments: Array) -> Namespace:
+    xp, size = checked_moments(moments, basis=basis)
+    check_rows("basis", basis, size)
     return xp
 
 
-def _energy(xp: Namespace, basis: Array, moment: Array) -> Array:
-    return xp.sum(basis * (moment @ basis), axis=(-2, -1))
-
-
 def _relative(xp: Namespace, basis: Array, moment: Array) -> Array:
-    return safe_divide(
-        xp, *xp.broadcast_arrays(_energy(xp, basis, moment), xp.linalg.trace(moment))
-    )
+    energy, whole = xp.broadcast_arrays(span_energy(xp, basis, moment), xp.linalg.trace(moment))
+    return safe_divide(xp, energy, whole)
 
 
 def _squared(xp: Namespace, x: Array) -> Array:

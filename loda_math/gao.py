@@ -181,8 +181,7 @@ def project_conflict(a: Sequence[Array], b: Sequence[Array], /) -> list[Array]:
     [array([1., 0.])]
     """
     xp = _check_lists(a, b, "a", "b")
-    peak = _peak(xp, b)
-    scaled = [safe_divide(xp, at_least_single(xp, y), peak) for y in b]
+    scaled = _unit_peak(xp, b)
     overlap = total_inner(xp, a, scaled)
     overlap = xp.minimum(overlap, xp.zeros_like(overlap))
     weight = safe_divide(xp, overlap, total_inner(xp, scaled, scaled))
@@ -213,11 +212,11 @@ def _check_lists(a: Sequence[Array], b: Sequence[Array], first: str, second: str
 
 def _check_permutation(xp: Namespace, member: Array, permutation: Array) -> None:
     repeats = xp.sum(xp.astype(permutation[:, None] == permutation[None, :], xp.int32))
-    strangers = xp.sum(xp.astype(~xp.any(member, axis=1), xp.int32))
-    if int(repeats) != permutation.shape[0] or int(strangers) != 0:
+    missing = xp.sum(xp.astype(~xp.any(member, axis=1), xp.int32))
+    if int(repeats) != permutation.shape[0] or int(missing) != 0:
         msg = (
             "permutation must hold every class label of the mini-batch exactly once; "
-            f"got {permutation} with {int(strangers)} labels missing from it"
+            f"got {permutation} with {int(missing)} labels missing from it"
         )
         raise ValueError(msg)
 

@@ -1,4 +1,8 @@
-"""Streaming second moments: a monoid of (sum, count), precise enough for the solvers."""
+"""Streaming second moments, and the weighted history that many tasks leave behind.
+
+Moments are a monoid of (sum, count), precise enough for the solvers. A history is one matrix that
+stays in range over any number of tasks.
+"""
 
 import math
 from typing import Any, NamedTuple
@@ -9,15 +13,25 @@ from loda_math._arrays import (
     at_least_single,
     full_precision,
     namespace,
+    python_number,
     symmetrise,
     transposed,
+    widen,
     widest,
 )
-from loda_math._validation import check_real, check_values
+from loda_math._validation import (
+    check_real,
+    check_scalar,
+    check_share,
+    check_square,
+    check_values,
+)
 
 # Tokens per single-precision Gram matrix. Rounding within a Gram grows with the tokens summed in
 # it, so longer inputs are cut and the pieces are summed in double precision.
 GRAM_TOKENS = 16384
+# Gram matrices are formed in float32 at least.
+SINGLE_EPS = 2.0**-23
 
 
 class Moments(NamedTuple):
@@ -153,10 +167,9 @@ def combine(a: Moments, b: Moments, /) -> Moments:
     >>> bool(np.all(parts.total == second_moment(x).total)), parts.count
     (True, 3)
     """
-    sides: dict[str, Any] = {"a": a, "b": b}
-    for name, side in sides.items():
-        if not isinstance(side, Moments):
-            msg = f"{name} must be Moments, as second_moment returns, got {type(side).__name__}"
+    for name, part in (("a", a), ("b", b)):
+        if not isinstance(part, Moments):
+            msg = f"{name} must be Moments, as second_moment returns, got {type(part).__name__}"
             raise TypeError(msg)
     namespace(a=a.total, b=b.total)
     if tuple(a.total.shape) != tuple(b.total.shape):
@@ -171,10 +184,168 @@ def combine(a: Moments, b: Moments, /) -> Moments:
     # Two-sum (Knuth): the exact rounding error of the addition above, without a branch.
     shadow = total - a.total
     error = (a.total - (total - shadow)) + (b.total - shadow)
-    for side in (a, b):
-        if side.error is not None:
-            error = error + side.error
+    for part in (a, b):
+        if part.error is not None:
+            error = error + part.error
     return Moments(total, a.count + b.count, error)
+
+
+class History(NamedTuple):
+    r"""Weighted sum of the mean moments of past tasks, :math:`S_{old} = \sum_t w_t S_t`.
+
+    To store a history, store its three fields; ``History(total, weight, squares)`` is the same
+    history again.
+
+    Attributes
+    ----------
+    total : array, shape (..., D, D)
+        :math:`\sum_t w_t S_t`, in the widest real dtype of the library. What the solvers take as
+        ``old`` when the size of the history is to count.
+    weight : float
+        :math:`\sum_t w_t`; divides the total to a mean.
+    squares : float
+        :math:`\sum_t w_t^2`, for the number of tasks that are effectively remembered.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> h = remember(remember(None, np.eye(2)), 3 * np.eye(2))
+    >>> float(h.total[0, 0]), float(h.mean[0, 0]), h.effective_tasks
+    (4.0, 2.0, 2.0)
+    """
+
+    total: Array
+    weight: Any
+    squares: Any
+
+    @property
+    def mean(self) -> Array:
+        """Weighted mean of the moments, shape (..., D, D), whatever the number of tasks."""
+        # Nothing of positive weight leaves a total of zero: any divisor but zero will do.
+        return self.total / (self.weight + (self.weight == 0))
+
+    @property
+    def effective_tasks(self) -> Any:
+        r"""Equally weighted tasks with the same spread of weights, :math:`(\sum w)^2/\sum w^2`."""
+        return self.weight**2 / (self.squares + (self.squares == 0))
+
+
+def remember(
+    history: History | None, /, *moments: Array, weight: float = 1.0, decay: float = 1.0
+) -> History:
+    r"""Add a finished task to the history: :math:`S_{old} \leftarrow \beta S_{old} + w S_t`.
+
+    With :math:`\beta = 1` every task counts by its weight (the paper's history, where each task
+    counts alike). With :math:`\beta < 1` old tasks fade: the total then stays below
+    :math:`\max_t w_t S_t / (1 - \beta)` over any number of tasks, and remembers
+    :math:`(1 + \beta) / (1 - \beta)` of them in the long run.
+
+    Parameters
+    ----------
+    history : History or None
+        The history so far; ``None`` before the first task.
+    *moments : array, shape (..., D, D)
+        Mean second moment of the task. Several moments of one task, from passes through different
+        models, are added one after another after a single decay; the task then weighs w times
+        their number. The published code adds two.
+    weight : float, default 1
+        w, at least 0: the number of classes of the task, say, or 1.
+    decay : float, default 1
+        β in [0, 1]; ``0.5 ** (1 / h)`` halves the weight of a task after h further tasks.
+
+    Returns
+    -------
+    History
+
+    Raises
+    ------
+    TypeError
+        If there is no moment, a moment is not a real floating-point array, or the history no
+        ``History``.
+    ValueError
+        If shapes differ, values are not finite or not symmetric, the weight is negative, or the
+        decay is not from 0 to 1.
+
+    Notes
+    -----
+    Generalises the history of LoDA, arXiv:2603.00191, Section 3.2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> h = None
+    >>> for _ in range(1000):
+    ...     h = remember(h, np.eye(2), decay=0.9)
+    >>> round(float(h.total[0, 0]), 6), round(float(h.effective_tasks), 6)
+    (10.0, 19.0)
+    """
+    if history is not None and not isinstance(history, History):
+        msg = f"history must be a History or None, got {type(history).__name__}"
+        raise TypeError(msg)
+    if not moments:
+        msg = "remember must have at least one moment of the task, got none"
+        raise TypeError(msg)
+    weight, decay = check_scalar("weight", weight), check_share("decay", decay)
+    several = len(moments) > 1
+    added = {f"moments[{i}]" if several else "moment": m for i, m in enumerate(moments)}
+    arrays = added if history is None else added | {"total": history.total}
+    xp = namespace(**arrays)
+    check_real(xp, **arrays)
+    check_square(**arrays)
+    # The total is not read: it was checked when it was formed, one task at a time.
+    check_values(xp, symmetric=added)
+    parts = [weight * m for m in widen(xp, *moments)]
+    if history is not None:
+        parts.insert(0, decay * widen(xp, history.total)[0])
+    # One after another, so that a history is the same bit for bit however it was resumed.
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    task_weight = python_number(len(moments) * weight)
+    if history is None:
+        return History(total, task_weight, task_weight * task_weight)
+    return History(
+        total,
+        decay * history.weight + task_weight,
+        decay * decay * history.squares + task_weight * task_weight,
+    )
+
+
+def rounding_unit(*tokens: Array) -> float:
+    """Rounding unit of the Gram matrices that :func:`second_moment` forms of tokens like these.
+
+    What solvers take as ``accumulation_eps``: a moment is summed in float64, but its Gram matrices
+    are formed in the dtype of the tokens, float32 or wider, and directions whose energy is below
+    that rounding are noise.
+
+    Parameters
+    ----------
+    *tokens : array
+        Tokens, or weights of the layers that they enter: only the dtypes count, and the coarsest
+        decides. Without any, those of single precision.
+
+    Returns
+    -------
+    float
+        1.2e-7 for tokens of float32 or less, 2.2e-16 for float64.
+
+    Raises
+    ------
+    TypeError
+        If an array is not real floating point.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rounding_unit(np.ones(3)), rounding_unit(np.ones(3), np.ones(3, dtype=np.float16))
+    (2.220446049250313e-16, 1.1920928955078125e-07)
+    """
+    if not tokens:
+        return SINGLE_EPS
+    named = {f"tokens[{i}]": x for i, x in enumerate(tokens)}
+    xp = namespace(**named)
+    check_real(xp, **named)
+    return max(min(float(xp.finfo(x.dtype).eps), SINGLE_EPS) for x in tokens)
 
 
 def _guarded(xp: Namespace, tokens: Array) -> Array:

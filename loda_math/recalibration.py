@@ -1,21 +1,59 @@
-"""Closed-form recalibration of the general branch before merging (LoDA, Theorem 2.3)."""
+"""Closed-form recalibration of the branches before merging, and its effect (LoDA, Theorem 2.3)."""
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
-from loda_math import _recalibrate as core
 from loda_math._arrays import (
     Array,
+    Namespace,
+    descending_eigh,
     eye_like,
     is_array,
+    is_concrete,
+    namespace,
+    peak,
+    result_dtype,
     rounding_share,
     safe_divide,
     semidefinite_solve,
+    symmetrise,
     widen,
 )
-from loda_math._validation import check_scalar
+from loda_math._validation import (
+    check_columns,
+    check_real,
+    check_scalar,
+    check_values,
+    checked_moments,
+)
 
 RecalibrationForm = Literal["full", "diagonal", "box", "direction", "scalar"]
+
+# Steps of the interior-point method: the complementarity falls to a tenth in each.
+BOX_STEPS = 40
+
+
+class UpdateEffect(NamedTuple):
+    r"""Mean squared outputs that a recalibrated update adds or gives up.
+
+    Attributes
+    ----------
+    old_change : array, shape (...)
+        Change on old inputs, :math:`\operatorname{tr}(B \Lambda P \Lambda^\top B^\top)`.
+    old_change_before : array, shape (...)
+        The same for :math:`\Lambda = I`: without recalibration.
+    new_loss : array, shape (...)
+        What the update loses on new inputs,
+        :math:`\operatorname{tr}(B (\Lambda - I) Q (\Lambda - I)^\top B^\top)`.
+    new_change : array, shape (...)
+        What the whole update does on new inputs, :math:`\operatorname{tr}(B Q B^\top)`.
+    """
+
+    old_change: Array
+    old_change_before: Array
+    new_loss: Array
+    new_change: Array
 
 
 def recalibration(
@@ -66,7 +104,7 @@ def recalibration(
     -------
     array, shape (..., r, r)
         Λ, always as a matrix. The full form has eigenvalues in [0, 1]; it is not symmetric.
-        Directions without energy on either side get 0.
+        Directions without energy on either task get 0.
 
     Raises
     ------
@@ -92,35 +130,35 @@ def recalibration(
         msg = f"form must be one of {get_args(RecalibrationForm)}, got {form!r}"
         raise ValueError(msg)
     gamma = check_scalar("gamma", gamma)
-    xp, dtype = core.checked(up=up, down=down, new=new, old=old)
-    weight = core.check_weight(xp, "history_weight", history_weight)
-    b, p, q = core.reduced(xp, up, down, new, old)
-    kept, k = core.blend(xp, p, q, gamma, weight)
+    xp, dtype = checked_update(up, down, new, old)
+    weight = check_weight(xp, "history_weight", history_weight)
+    b, p, q = _projected(xp, up, down, new, old)
+    gain, k = _weighted(xp, p, q, gamma, weight)
     # Λ has the batch of all arguments, of ``up`` too where its form does not depend on it.
     batch = xp.zeros_like(b[..., :1, :1])
-    kept, k = kept + batch, k + batch
+    gain, k = gain + batch, k + batch
     # Energies below this share of the largest are rounding of the moments; B and A are exact as
     # they are, be it in half precision.
     rank = int(down.shape[-2])
-    dust = rounding_share(xp, rank, new, old)
+    noise = rounding_share(xp, rank, new, old)
     if form == "full":
-        return xp.astype(core.full(xp, k, kept, dust), dtype)
+        return xp.astype(_full(xp, k, gain, noise), dtype)
     energy = xp.linalg.diagonal(k)
-    alive = energy > dust * xp.max(energy, axis=-1, keepdims=True)
+    active = energy > noise * xp.max(energy, axis=-1, keepdims=True)
     if form == "direction":
-        weights = core.share(xp, xp.linalg.diagonal(kept), energy, alive)
+        weights = _share(xp, xp.linalg.diagonal(gain), energy, active)
     else:
-        b = safe_divide(xp, b, core.peak(xp, b))
+        b = safe_divide(xp, b, peak(xp, b))
         gram = b.mT @ b
         if form in ("diagonal", "box"):
-            mask = xp.astype(alive, k.dtype)
-            rhs = xp.sum(gram * kept, axis=-1) * mask
+            mask = xp.astype(active, k.dtype)
+            rhs = xp.sum(gram * gain, axis=-1) * mask
             matrix = gram * k * mask[..., :, None] * mask[..., None, :]
-            solve = core.box if form == "box" else partial(semidefinite_solve, dust=dust)
+            solve = _box if form == "box" else partial(semidefinite_solve, noise=noise)
             weights = solve(xp, matrix, rhs)
         else:
-            part, whole = (xp.sum(gram * m, axis=(-2, -1))[..., None] for m in (kept, k))
-            weights = core.share(xp, part, whole, whole > dust * xp.linalg.trace(gram)[..., None])
+            part, whole = (xp.sum(gram * m, axis=(-2, -1))[..., None] for m in (gain, k))
+            weights = _share(xp, part, whole, whole > noise * xp.linalg.trace(gram)[..., None])
             weights = weights + xp.zeros_like(energy)
     return xp.astype(weights[..., None, :] * eye_like(xp, k, rank), dtype)
 
@@ -172,15 +210,293 @@ def recalibration_loss(
     1.0
     """
     gamma = check_scalar("gamma", gamma)
-    xp, dtype = core.checked(up=up, down=down, new=new, old=old, coefficients=coefficients)
-    b, p, q = core.reduced(xp, up, down, new, old)
+    xp, dtype = checked_update(up, down, new, old, coefficients=coefficients)
+    b, p, q = _projected(xp, up, down, new, old)
     (c,) = widen(xp, coefficients)
     interference = b @ c
     lost = interference - b
-    weight = core.check_weight(xp, "history_weight", history_weight)
+    weight = check_weight(xp, "history_weight", history_weight)
     if is_array(weight):
         weight = xp.astype(weight, b.dtype)
-    loss = weight * core.output_energy(xp, interference, p) + gamma * core.output_energy(
-        xp, lost, q
-    )
+    loss = weight * _output_energy(xp, interference, p) + gamma * _output_energy(xp, lost, q)
     return xp.astype(loss, dtype)
+
+
+def stack_branches(
+    ups: Sequence[Array], downs: Sequence[Array], weights: Sequence[float] | None = None, /
+) -> tuple[Array, Array]:
+    r"""One branch that does what several do: :math:`\sum_b w_b B_b A_b = B A`.
+
+    Parameters
+    ----------
+    ups : sequence of array, shape (..., O, r_b)
+        Up-projections.
+    downs : sequence of array, shape (..., r_b, D)
+        Down-projections, their scale included.
+    weights : sequence of float, optional
+        Weight of each branch, at least 0; 1 by default.
+
+    Returns
+    -------
+    up : array, shape (..., O, R)
+        :math:`[w_1 B_1, w_2 B_2, \dots]`, with R the sum of the ranks.
+    down : array, shape (..., R, D)
+        The :math:`A_b`, one below the other.
+
+    Raises
+    ------
+    TypeError
+        If an array is not real floating point.
+    ValueError
+        If there are no branches, not as many ups as downs and weights, or shapes do not match.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> up, down = stack_branches([np.ones((2, 1))] * 2, [np.eye(3)[:1], np.eye(3)[1:2]], [0.25, 1])
+    >>> up @ down
+    array([[0.25, 1.  , 0.  ],
+           [0.25, 1.  , 0.  ]])
+    """
+    weights = [1.0] * len(ups) if weights is None else weights
+    if not ups or not len(ups) == len(downs) == len(weights):
+        msg = (
+            f"ups, downs and weights must have one entry a branch, got {len(ups)}, {len(downs)} "
+            f"and {len(weights)}"
+        )
+        raise ValueError(msg)
+    arrays = {f"ups[{i}]": b for i, b in enumerate(ups)}
+    arrays |= {f"downs[{i}]": a for i, a in enumerate(downs)}
+    xp = namespace(**arrays)
+    check_real(xp, **arrays)
+    shapes = [(tuple(b.shape), tuple(a.shape)) for b, a in zip(ups, downs, strict=True)]
+    first_up, first_down = shapes[0]
+    for up, down in shapes:
+        if (
+            min(len(up), len(down)) < 2
+            or up[-1] != down[-2]
+            or (up[:-1], down[:-2], down[-1]) != (first_up[:-1], first_down[:-2], first_down[-1])
+        ):
+            msg = f"branches must be (..., O, r) and (..., r, D) with one O and D, got {shapes}"
+            raise ValueError(msg)
+    scaled = [check_scalar("weights", w) * b for w, b in zip(weights, ups, strict=True)]
+    return xp.concat(scaled, axis=-1), xp.concat(list(downs), axis=-2)
+
+
+def joint_recalibration(
+    ups: Sequence[Array],
+    downs: Sequence[Array],
+    weights: Sequence[float],
+    new: Array,
+    old: Array,
+    gamma: float,
+    /,
+    form: RecalibrationForm = "full",
+    *,
+    history_weight: Any = 1.0,
+) -> Array:
+    r"""Coefficients for all branches of a layer together: the isolated one interferes too.
+
+    With the branches stacked, :math:`A = [A_G; A_I]` and :math:`B = [w_G B_G, w_I B_I]`, the
+    update is :math:`B \Lambda A`, and the objective of Theorem 2.3 is the same function of the
+    stack. So is its minimiser: :math:`\Lambda = \gamma Q (P + \gamma Q)^{-1}` with
+    :math:`P = A S_{old} A^\top` and :math:`Q = A S_{new} A^\top`, now R×R with blocks that mix
+    the branches. It is never worse than recalibrating the branches one by one, or one alone.
+
+    Parameters
+    ----------
+    ups, downs, weights
+        As in :func:`stack_branches`.
+    new, old, gamma, form, history_weight
+        As in :func:`recalibration`.
+
+    Returns
+    -------
+    array, shape (..., R, R)
+        Λ of the stack: merge ``up @ coefficients @ down`` with the stack's ``up`` and ``down``,
+        whose weights are inside ``up`` already.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in :func:`stack_branches` and :func:`recalibration`.
+
+    Notes
+    -----
+    LoDA, arXiv:2603.00191, Theorem 2.3, recalibrates the general branch alone.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> ups, downs = [np.ones((1, 1))] * 2, [np.eye(2)[:1], np.eye(2)[1:]]
+    >>> joint_recalibration(ups, downs, [0.25, 0.5], np.eye(2), np.diag([3.0, 0.0]), 1.0)
+    array([[0.25, 0.  ],
+           [0.  , 1.  ]])
+    """
+    up, down = stack_branches(ups, downs, weights)
+    return recalibration(up, down, new, old, gamma, form, history_weight=history_weight)
+
+
+def update_effect(
+    coefficients: Array, up: Array, down: Array, new: Array, old: Array, /
+) -> UpdateEffect:
+    r"""Exact mean squared effect of merging :math:`B \Lambda A`, known before merging.
+
+    The layer is linear, so its outputs on any inputs of second moment S change by
+    :math:`\operatorname{tr}(B \Lambda A S A^\top \Lambda^\top B^\top)` in mean square: no data
+    are needed, and nothing is approximated (the inputs are those before the merge).
+
+    Parameters
+    ----------
+    coefficients : array, shape (..., r, r)
+        Λ.
+    up : array, shape (..., O, r)
+        Up-projection B, the weight of the branch included.
+    down : array, shape (..., r, D)
+        Down-projection A, its scale included.
+    new, old : array, shape (..., D, D)
+        Second moments of the inputs on the new task and in the history. For a history that sums
+        over tasks, the old changes are sums over tasks too.
+
+    Returns
+    -------
+    UpdateEffect
+        Squared output units; ``old_change + γ · new_loss`` is :func:`recalibration_loss`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in :func:`recalibration_loss`.
+
+    Notes
+    -----
+    LoDA, arXiv:2603.00191, Section 3.4.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> eye = np.eye(2)
+    >>> effect = update_effect(0.5 * eye, eye, eye, eye, 3 * eye)
+    >>> [float(x) for x in effect]
+    [1.5, 6.0, 0.5, 2.0]
+    """
+    xp, dtype = checked_update(up, down, new, old, coefficients=coefficients)
+    b, p, q = _projected(xp, up, down, new, old)
+    (c,) = widen(xp, coefficients)
+    update = b @ c
+    parts = ((update, p), (b, p), (update - b, q), (b, q))
+    return UpdateEffect(
+        *(xp.astype(_output_energy(xp, factor, gram), dtype) for factor, gram in parts)
+    )
+
+
+def checked_update(
+    up: Array, down: Array, new: Array, old: Array, **coefficients: Array
+) -> tuple[Namespace, Any]:
+    """Namespace and dtype of the result for a branch, its moments and coefficients that fit."""
+    xp, size = checked_moments({"new": new, "old": old}, up=up, down=down, **coefficients)
+    check_columns("down", down, size)
+    rank = down.shape[-2]
+    if up.ndim < 2 or up.shape[-1] != rank:
+        msg = f"up must have shape (..., O, {rank}) to match down, got {tuple(up.shape)}"
+        raise ValueError(msg)
+    for name, c in coefficients.items():
+        if tuple(c.shape[-2:]) != (rank, rank):
+            msg = f"{name} must have shape (..., {rank}, {rank}), got {tuple(c.shape)}"
+            raise ValueError(msg)
+    return xp, result_dtype(xp, up, down, new, old, *coefficients.values())
+
+
+def check_weight(xp: Namespace, name: str, weight: Any) -> Any:
+    """A number, or an array with one a layer; refused if negative or not finite."""
+    if not is_array(weight) or tuple(weight.shape) == ():
+        return check_scalar(name, weight)
+    check_real(xp, **{name: weight})
+    check_values(xp, {name: weight})
+    if is_concrete(weight) and bool(xp.any(weight < 0)):
+        msg = f"{name} must be at least 0 everywhere"
+        raise ValueError(msg)
+    return weight
+
+
+def _projected(
+    xp: Namespace, up: Array, down: Array, new: Array, old: Array
+) -> tuple[Array, Array, Array]:
+    """B, P and Q in the widest dtype: everything after is r×r."""
+    b, a, n, o = widen(xp, up, down, new, old)
+    return b, symmetrise(a @ o @ a.mT), symmetrise(a @ n @ a.mT)
+
+
+def _weighted(xp: Namespace, p: Array, q: Array, gamma: Any, weight: Any) -> tuple[Array, Array]:
+    """γQ and hP + γQ up to a common factor, which leaves Λ as it is and keeps both in range."""
+    if is_array(weight):
+        weight = xp.astype(weight, p.dtype)[..., None, None]
+    gain = q * (gamma / (1 + gamma) / (1 + weight))
+    k = p * (weight / (1 + weight) / (1 + gamma)) + gain
+    largest = peak(xp, k)
+    return safe_divide(xp, gain, largest + 0 * gain), safe_divide(xp, k, largest)
+
+
+def _share(xp: Namespace, part: Array, whole: Array, active: Array) -> Array:
+    """``part / whole`` in [0, 1], and 0 where ``whole`` is rounding."""
+    ratio = xp.clip(safe_divide(xp, part, whole), 0.0, 1.0)
+    return xp.where(active, ratio, xp.zeros_like(ratio))
+
+
+def _full(xp: Namespace, k: Array, gain: Array, noise: float) -> Array:
+    """γQ(P + γQ)⁺ by simultaneous diagonalisation, eigenvalues clipped to [0, 1].
+
+    With K = V diag(k) Vᵀ, the matrix T = k^(-1/2) Vᵀ γQ V k^(-1/2) is symmetric with the
+    eigenvalues of Λ, and Λ = V k^(1/2) T k^(-1/2) Vᵀ. No inverse of K is formed.
+    """
+    values, vectors = descending_eigh(xp, k)
+    active = values > noise * values[..., :1]
+    root = xp.sqrt(xp.where(active, values, xp.ones_like(values)))
+    shrink = xp.where(active, 1 / root, xp.zeros_like(root))[..., None, :]
+    stretch = xp.where(active, root, xp.zeros_like(root))[..., None, :]
+    inner = (vectors * shrink).mT @ gain @ (vectors * shrink)
+    weights, rotation = descending_eigh(xp, inner)
+    weights = xp.clip(weights, 0.0, 1.0)[..., None, :]
+    inner = (rotation * weights) @ rotation.mT
+    return (vectors * stretch) @ inner @ (vectors * shrink).mT
+
+
+def _output_energy(xp: Namespace, factor: Array, gram: Array) -> Array:
+    """Mean squared output ``tr(F S Fᵀ)`` of a linear map F on inputs of second moment S."""
+    return xp.sum(factor * (factor @ gram), axis=(-2, -1))
+
+
+def _box(xp: Namespace, matrix: Array, rhs: Array) -> Array:
+    """Minimiser of ½ xᵀMx − cᵀx over 0 <= x <= 1, by a primal-dual interior-point method.
+
+    Unknowns with a zero on the diagonal of M do not count and get 0.
+    """
+    size, eps = int(rhs.shape[-1]), float(xp.finfo(rhs.dtype).eps)
+    diagonal = xp.linalg.diagonal(matrix)
+    scale = xp.max(diagonal, axis=-1)[..., None]
+    rhs = safe_divide(xp, rhs, scale + 0 * rhs)
+    matrix = safe_divide(xp, matrix, scale[..., None] + 0 * matrix)
+    active = xp.astype(diagonal > 0, matrix.dtype)
+    eye = eye_like(xp, matrix, size)
+    # The proximal term keeps steps along the kernel of M finite; it does not move the solution.
+    anchored = matrix + (1 - active + 8 * size * eps)[..., None] * eye
+    # 1 − x is followed by itself: near the bound a difference would have no digits left.
+    x = slack = 0.5 + 0 * rhs
+    low = high = 1 + 0 * rhs  # multipliers of x >= 0 and of x <= 1
+    floor = eps**1.5
+    for _ in range(BOX_STEPS):
+        target = 0.1 * xp.mean(x * low + slack * high, axis=-1)[..., None] / 2
+        target = xp.where(target > floor, target, floor + 0 * target)
+        slope = (matrix @ x[..., None])[..., 0] - rhs
+        system = anchored + (low / x + high / slack)[..., None] * eye
+        step = xp.linalg.solve(system, (target / x - target / slack - slope)[..., None])[..., 0]
+        d_low = target / x - low - low / x * step
+        d_high = target / slack - high + high / slack * step
+        # A step stops a hundredth of the way before a bound.
+        pairs = ((x, step), (slack, -step), (low, d_low), (high, d_high))
+        fall = [xp.max(-change / value, axis=-1) for value, change in pairs]
+        steepest = xp.max(xp.stack(fall, axis=-1), axis=-1)[..., None]
+        length = 0.99 / xp.where(steepest > 0.99, steepest, 0.99 + 0 * steepest)
+        x, slack = x + length * step, slack - length * step
+        low, high = low + length * d_low, high + length * d_high
+    return xp.clip(x, 0.0, 1.0) * active

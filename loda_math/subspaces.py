@@ -1,8 +1,99 @@
-"""Input directions of the branches: general, isolated and null subspaces (LoDA, Theorem 2.2)."""
+"""Input directions of the branches: general, isolated, trace-ratio and null subspaces (LoDA, §3).
 
-from loda_math import _pencil, _trace_ratio
-from loda_math._arrays import Array
-from loda_math._validation import check_eps, check_scalar, check_share
+Each has a function that returns the basis, and one that returns the basis with its eigenvalues,
+effective rank and gap. Where the gap is small, only the energy of the basis is meaningful, not its
+directions.
+"""
+
+from typing import Literal, NamedTuple, get_args
+
+from loda_math import _subspaces
+from loda_math._arrays import Array, Namespace, result_dtype, safe_divide
+from loda_math._validation import (
+    check_eps,
+    check_rank,
+    check_scalar,
+    check_share,
+    checked_moments,
+)
+
+RankMeasure = Literal["energy", "ratio"]
+
+
+class SubspaceSolution(NamedTuple):
+    r"""A basis, and how far it can be trusted.
+
+    Attributes
+    ----------
+    basis : array, shape (..., D, r)
+        Orthonormal columns, zero beyond the effective rank.
+    values : array, shape (..., r)
+        Eigenvalue of each column, 0 for zero columns.
+    effective_rank : array of int, shape (...)
+        Columns that are not zero, e.
+    gap : array, shape (...)
+        :math:`(\lambda_e - \lambda_{e+1}) / \lambda_1`: how far the chosen directions are from
+        the next one, as a share of the largest eigenvalue. Rounding and noise of relative size
+        below it leave the span as it is.
+    """
+
+    basis: Array
+    values: Array
+    effective_rank: Array
+    gap: Array
+
+
+class TraceRatioSolution(NamedTuple):
+    r"""A basis of large ratio of traces, with the certificate of how large it could be.
+
+    Attributes
+    ----------
+    basis : array, shape (..., D, r)
+        Orthonormal columns by falling new-task energy; zero columns where the span holds none.
+    ratio : array, shape (...)
+        :math:`\operatorname{tr}(U^\top \bar S_{new} U) / \operatorname{tr}(U^\top R U)`, all r
+        directions counted.
+    upper : array, shape (...)
+        No r orthonormal directions that meet the floor have a larger ratio.
+    multiplier : array, shape (...)
+        κ: the basis is made of the leading eigenvectors of :math:`\bar S_{new} - \kappa R`, and
+        no basis with at least its energy has a larger ratio.
+    residual : array, shape (...)
+        :math:`\operatorname{tr}(U^\top (\bar S_{new} - \kappa R) U)`; zero to rounding at the
+        maximiser, positive where the floor binds.
+    energy : array, shape (...)
+        New-task energy of the basis over the most that r directions can carry.
+    effective_rank : array of int, shape (...)
+        Columns that are not zero.
+    gap : array, shape (...)
+        :math:`(\mu_r - \mu_{r+1}) / (\|\bar S_{new}\|_2 + \kappa \|R\|_2)` for the eigenvalues of
+        :math:`\bar S_{new} - \kappa R`: relative noise in the moments far below it leaves the
+        span as it is. 1 for r = D.
+    """
+
+    basis: Array
+    ratio: Array
+    upper: Array
+    multiplier: Array
+    residual: Array
+    energy: Array
+    effective_rank: Array
+    gap: Array
+
+
+class RankChoice(NamedTuple):
+    """Smallest sufficient ranks, and the curves that they were read from.
+
+    Attributes
+    ----------
+    rank : array of int, shape (...)
+        Smallest rank whose share is reached; 0 for a zero moment.
+    curve : array, shape (..., D)
+        Share of the whole that 1, 2, ..., D directions reach; rising, 1 at the end.
+    """
+
+    rank: Array
+    curve: Array
 
 
 def general_subspace(
@@ -20,13 +111,14 @@ def general_subspace(
     old : array, shape (..., D, D), or None
         History; ``None`` on the first task.
     rank : int
-        Number of directions r, from 1 to D. Spans are nested in the rank, but not within a tie:
-        among equal eigenvalues SciPy's partial solver, which large moments in host memory go to,
-        may choose otherwise for another rank.
+        Number of directions r, from 1 to D. Spans are nested in the rank, except within ties:
+        among equal eigenvalues SciPy's partial solver, which solves large moments in host memory,
+        may choose other directions for another rank.
     accumulation_eps : float, default 0
         Rounding unit of the arithmetic that formed the moments, where it was coarser than their
-        dtype: 1.2e-7 for float64 sums of float32 Gram matrices, as ``second_moment`` makes of
-        float32 tokens. Directions below it are rounding noise and come out as zero columns.
+        dtype: 1.2e-7 for float64 sums of float32 Gram matrices, as :func:`second_moment` makes of
+        float32 tokens (:func:`rounding_unit` knows it). Directions below it are rounding noise and
+        come out as zero columns.
 
     Returns
     -------
@@ -55,9 +147,7 @@ def general_subspace(
            [0., 1.],
            [1., 0.]])
     """
-    formed = check_eps("accumulation_eps", accumulation_eps)
-    xp, rank = _pencil.checked(new, old, rank)
-    return _pencil.finish(xp, _pencil.general(xp, new, old, rank, formed), rank, new, old)
+    return general_solution(new, old, rank, accumulation_eps=accumulation_eps).basis
 
 
 def isolated_subspace(
@@ -92,11 +182,9 @@ def isolated_subspace(
     energy_floor : float, optional
         τ in [0, 1]: maximise the ratio of traces instead, as :func:`trace_ratio_subspace` does,
         over the bases U(κ) that carry at least τ of the new-task energy that r directions can
-        carry. Without a floor the best ratio may be one of directions that carry next to none.
+        carry. Without a floor the best ratio may come from directions with almost no energy.
     accumulation_eps : float, default 0
-        Rounding unit of the arithmetic that formed the moments, where it was coarser than their
-        dtype: 1.2e-7 for float64 sums of float32 Gram matrices, as ``second_moment`` makes of
-        float32 tokens. The ridge is not taken below 4·D times it.
+        As in :func:`general_subspace`. The ridge is not taken below 4·D times it.
 
     Returns
     -------
@@ -132,15 +220,68 @@ def isolated_subspace(
            [1., 0.],
            [0., 0.]])
     """
-    ridge = check_scalar("ridge", ridge)
-    formed = check_eps("accumulation_eps", accumulation_eps)
-    xp, rank = _pencil.checked(new, old, rank)
-    if energy_floor is None:
-        found = _pencil.isolated(xp, new, old, rank, ridge, formed)
-        return _pencil.finish(xp, found, rank, new, old)
-    energy_floor = check_share("energy_floor", energy_floor)
-    best = _trace_ratio.maximise(xp, new, old, rank, ridge, energy_floor, formed)
-    return _pencil.finish(xp, best.found, rank, new, old)
+    return isolated_solution(
+        new,
+        old,
+        rank,
+        ridge=ridge,
+        energy_floor=energy_floor,
+        accumulation_eps=accumulation_eps,
+    ).basis
+
+
+def trace_ratio_subspace(
+    new: Array,
+    old: Array | None,
+    rank: int,
+    /,
+    *,
+    ridge: float = 1e-2,
+    accumulation_eps: float = 0.0,
+) -> Array:
+    r"""Directions with the largest ratio of new-task to old-task energy.
+
+    Maximises :math:`\operatorname{tr}(U^\top \bar S_{new} U) / \operatorname{tr}(U^\top R U)` over
+    orthonormal U, with :math:`R` as in :func:`isolated_subspace`. Theorem 2.2 maximises
+    :math:`\operatorname{tr}((U^\top R U)^{-1} U^\top \bar S_{new} U)` instead; of the two, this is
+    the ratio that the theorem states. The maximiser consists of the leading eigenvectors of
+    :math:`\bar S_{new} - \kappa R` at the κ where they sum to zero, found by a fixed number of
+    Newton steps.
+
+    Parameters
+    ----------
+    new, old, rank, ridge, accumulation_eps
+        As in :func:`isolated_subspace`.
+
+    Returns
+    -------
+    array, shape (..., D, r)
+        Orthonormal columns by falling new-task energy (the span is not nested in r); zero columns
+        where the span holds none.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in :func:`isolated_subspace`.
+
+    Notes
+    -----
+    LoDA, arXiv:2603.00191, Theorem 2.2; the iteration is Dinkelbach's. It carries less new-task
+    energy than :func:`isolated_subspace`: give that an energy floor for a basis to train in.
+
+    On JAX compile the call (``jax.jit`` with the rank fixed): without, each of its hundred
+    different operations is compiled by itself, which takes several times as long for every new
+    shape.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> trace_ratio_subspace(np.diag([4.0, 2.0, 1.0]), np.diag([8.0, 1.0, 0.1]), 1).ravel()
+    array([0., 0., 1.])
+    """
+    return trace_ratio_solution(
+        new, old, rank, ridge=ridge, accumulation_eps=accumulation_eps
+    ).basis
 
 
 def null_subspace(old: Array, rank: int, /) -> Array:
@@ -176,5 +317,305 @@ def null_subspace(old: Array, rank: int, /) -> Array:
     >>> null_subspace(np.diag([3.0, 0.0, 1.0]), 1).ravel()
     array([0., 1., 0.])
     """
-    xp, rank = _pencil.checked_history(old, rank)
-    return _pencil.finish(xp, _pencil.null(xp, old, rank), rank, old)
+    return null_solution(old, rank).basis
+
+
+def general_solution(
+    new: Array, old: Array | None, rank: int, /, *, accumulation_eps: float = 0.0
+) -> SubspaceSolution:
+    r"""Solve for the general subspace: basis, energies, effective rank and gap.
+
+    Parameters
+    ----------
+    new, old, rank, accumulation_eps
+        As in :func:`general_subspace`.
+
+    Returns
+    -------
+    SubspaceSolution
+        ``values`` are eigenvalues of :math:`S_{old} + S_{new}`, in units of the moments.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in :func:`general_subspace`.
+
+    Notes
+    -----
+    LoDA, arXiv:2603.00191, Section 3.2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> solution = general_solution(np.diag([1.0, 2.0, 0.0]), np.diag([0.0, 0.0, 4.0]), 2)
+    >>> solution.values, int(solution.effective_rank), float(solution.gap)
+    (array([4., 2.]), 2, 0.25)
+    """
+    gram_eps = check_eps("accumulation_eps", accumulation_eps)
+    xp, size = _checked(new, old)
+    rank = check_rank(rank, size)
+    return _solution(xp, _subspaces.general(xp, new, old, rank, gram_eps), rank, new, old)
+
+
+def isolated_solution(
+    new: Array,
+    old: Array | None,
+    rank: int,
+    /,
+    *,
+    ridge: float = 1e-2,
+    energy_floor: float | None = None,
+    accumulation_eps: float = 0.0,
+) -> SubspaceSolution:
+    r"""Solve for the isolated subspace: basis, generalised eigenvalues, effective rank and gap.
+
+    Parameters
+    ----------
+    new, old, rank, ridge, energy_floor, accumulation_eps
+        As in :func:`isolated_subspace`.
+
+    Returns
+    -------
+    SubspaceSolution
+        ``values`` are generalised eigenvalues of :math:`(\bar S_{new}, R)`; without history,
+        eigenvalues of :math:`\bar S_{new}`. With an energy floor they are the ratio of each
+        column, and the gap is that of :class:`TraceRatioSolution`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in :func:`isolated_subspace`.
+
+    Notes
+    -----
+    LoDA, arXiv:2603.00191, Theorem 2.2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> new, old = np.diag([4.0, 2.0, 1.0, 0.0]), np.diag([8.0, 1.0, 0.1, 0.0])
+    >>> solution = isolated_solution(new, old, 4)
+    >>> solution.values.round(3), int(solution.effective_rank)
+    (array([10.591,  2.542,  0.648,  0.   ]), 3)
+    """
+    ridge = check_scalar("ridge", ridge)
+    gram_eps = check_eps("accumulation_eps", accumulation_eps)
+    xp, size = _checked(new, old)
+    rank = check_rank(rank, size)
+    if energy_floor is None:
+        directions = _subspaces.isolated(xp, new, old, rank, ridge, gram_eps)
+        return _solution(xp, directions, rank, new, old)
+    energy_floor = check_share("energy_floor", energy_floor)
+    best = _subspaces.trace_ratio(xp, new, old, rank, ridge, energy_floor, gram_eps)
+    solution = _solution(xp, best.directions, rank, new, old)
+    return solution._replace(gap=xp.astype(best.gap[..., 0], result_dtype(xp, new, old)))
+
+
+def trace_ratio_solution(
+    new: Array,
+    old: Array | None,
+    rank: int,
+    /,
+    *,
+    ridge: float = 1e-2,
+    energy_floor: float = 0.0,
+    accumulation_eps: float = 0.0,
+) -> TraceRatioSolution:
+    r"""Solve for the best ratio of traces, and return the certificate beside the basis.
+
+    Parameters
+    ----------
+    new, old, rank, ridge, accumulation_eps
+        As in :func:`trace_ratio_subspace`.
+    energy_floor : float, default 0
+        τ in [0, 1]: share of the new-task energy that r directions can carry, to be kept.
+
+    Returns
+    -------
+    TraceRatioSolution
+        ``upper - ratio`` bounds what is left to gain: rounding at the maximiser; where a floor
+        binds, also the step of the energy at which the multiplier stopped.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in :func:`isolated_subspace`.
+
+    Notes
+    -----
+    For any V with at least the energy of U(κ), optimality of U(κ) gives
+    :math:`E_R(V) \ge E_R(U) + (E(V) - E(U)) / \kappa`, hence the bounds.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> new, old = np.diag([4.0, 2.0, 1.0, 0.0]), np.diag([8.0, 1.0, 0.1, 0.0])
+    >>> best = trace_ratio_solution(new, old, 2)
+    >>> bool(best.upper - best.ratio < 1e-12), round(float(best.energy), 3)
+    (True, 0.167)
+    """
+    ridge = check_scalar("ridge", ridge)
+    energy_floor = check_share("energy_floor", energy_floor)
+    gram_eps = check_eps("accumulation_eps", accumulation_eps)
+    xp, size = _checked(new, old)
+    rank = check_rank(rank, size)
+    best = _subspaces.trace_ratio(xp, new, old, rank, ridge, energy_floor, gram_eps)
+    dtype = result_dtype(xp, new, old)
+    return TraceRatioSolution(
+        basis=_subspaces.finished_basis(xp, best.directions, rank, new, old),
+        ratio=xp.astype(best.ratio[..., 0, 0], dtype),
+        upper=xp.astype(best.upper[..., 0, 0], dtype),
+        multiplier=xp.astype(best.multiplier[..., 0, 0], dtype),
+        residual=xp.astype(best.residual[..., 0, 0], dtype),
+        energy=xp.astype(best.energy[..., 0, 0], dtype),
+        effective_rank=_subspaces.count_true(xp, ~best.directions.inert),
+        gap=xp.astype(best.gap[..., 0], dtype),
+    )
+
+
+def null_solution(old: Array, rank: int, /) -> SubspaceSolution:
+    r"""Solve for the null space of old tasks: basis, energies, effective rank and gap.
+
+    Parameters
+    ----------
+    old, rank
+        As in :func:`null_subspace`.
+
+    Returns
+    -------
+    SubspaceSolution
+        ``values`` are the rising eigenvalues of the history, in its units; no column is zero; the
+        gap is :math:`(\lambda_{r+1} - \lambda_r) / \lambda_{max}`, and 1 for r = D.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in :func:`null_subspace`.
+
+    Notes
+    -----
+    LoDA, arXiv:2603.00191, Section 3.1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> solution = null_solution(np.diag([3.0, 0.0, 1.5]), 1)
+    >>> solution.values, float(solution.gap)
+    (array([0.]), 0.5)
+    """
+    xp, size = checked_moments({"old": old})
+    rank = check_rank(rank, size)
+    directions = _subspaces.null(xp, old, rank)
+    solution = _solution(xp, directions, rank, old)
+    # The values rise here, and no direction is noise: the gap is on the other side.
+    last, following = directions.values[..., rank - 1], directions.values[..., min(rank, size - 1)]
+    gap = safe_divide(xp, following - last, directions.largest[..., 0])
+    gap = gap if rank < size else xp.ones_like(gap)
+    return solution._replace(gap=xp.astype(gap, old.dtype))
+
+
+def rank_for(
+    new: Array,
+    old: Array | None,
+    share: float,
+    /,
+    *,
+    of: RankMeasure = "energy",
+    ridge: float = 1e-2,
+    accumulation_eps: float = 0.0,
+) -> RankChoice:
+    r"""Smallest rank that reaches a share of what all D directions would, layer by layer.
+
+    ========== ===========================================================================
+    ``energy`` of the general subspace: :math:`\sum_{i \le r} \lambda_i / \sum_i \lambda_i`
+               over the eigenvalues of :math:`S_{old} + S_{new}`
+    ``ratio``  of the isolated subspace, the same over the generalised eigenvalues of
+               :math:`(\bar S_{new}, R)`, the objective of Theorem 2.2
+    ========== ===========================================================================
+
+    Parameters
+    ----------
+    new : array, shape (..., D, D)
+        Second moment of the current task.
+    old : array, shape (..., D, D), or None
+        History; ``None`` on the first task.
+    share : float
+        Share to reach, from 0 to 1. Directions at the level of rounding do not count, so that 1
+        gives the numerical rank.
+    of : {"energy", "ratio"}
+        What the share is a share of.
+    ridge : float, default 1e-2
+        As in :func:`isolated_subspace`; for the ratio only.
+    accumulation_eps : float, default 0
+        As in :func:`general_subspace` and :func:`isolated_subspace`.
+
+    Returns
+    -------
+    RankChoice
+        ``rank`` (...) and ``curve`` (..., D): one entry a layer where moments are stacked.
+
+    Raises
+    ------
+    TypeError
+        If a moment is not a real floating-point array.
+    ValueError
+        If moments are not square, differ in shape, are not finite or not symmetric, the share is
+        outside [0, 1] or the measure unknown.
+
+    Notes
+    -----
+    LoDA, arXiv:2603.00191, uses one rank for all layers; the energies are those of Section 3.2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> choice = rank_for(np.diag([6.0, 3.0, 1.0, 0.0]), None, 0.9)
+    >>> int(choice.rank), choice.curve
+    (2, array([0.6, 0.9, 1. , 1. ]))
+    """
+    if of not in get_args(RankMeasure):
+        msg = f"of must be one of {get_args(RankMeasure)}, got {of!r}"
+        raise ValueError(msg)
+    share, ridge = check_share("share", share), check_scalar("ridge", ridge)
+    gram_eps = check_eps("accumulation_eps", accumulation_eps)
+    xp, size = _checked(new, old)
+    if of == "energy":
+        directions = _subspaces.general(xp, new, old, size, gram_eps)
+    else:
+        directions = _subspaces.isolated(xp, new, old, size, ridge, gram_eps)
+    values = xp.where(directions.inert, xp.zeros_like(directions.values), directions.values)
+    # Shares of the largest first: sums of huge eigenvalues stay in range.
+    sums = xp.cumulative_sum(safe_divide(xp, values, directions.largest + 0 * values), axis=-1)
+    curve = safe_divide(xp, sums, sums[..., -1:] + 0 * sums)
+    # A share written in decimals is met by a sum that misses it by rounding.
+    slack = 4 * size * float(xp.finfo(curve.dtype).eps)
+    short = _subspaces.count_true(xp, curve < share - slack)
+    numerical_rank = _subspaces.count_true(xp, ~directions.inert)
+    rank = xp.where(short + 1 < numerical_rank, short + 1, numerical_rank)
+    return RankChoice(rank, xp.astype(curve, result_dtype(xp, new, old)))
+
+
+def _checked(new: Array, old: Array | None) -> tuple[Namespace, int]:
+    """Namespace and size of the moments of a task, of which the first has no history."""
+    return checked_moments({"new": new} if old is None else {"new": new, "old": old})
+
+
+def _solution(
+    xp: Namespace, directions: _subspaces.Directions, rank: int, *like: Array | None
+) -> SubspaceSolution:
+    active = ~directions.inert
+    values = xp.where(active, directions.values, xp.zeros_like(directions.values))
+    chosen, active = values[..., :rank], active[..., :rank]
+    effective_rank = _subspaces.count_true(xp, active)
+    # Zero columns carry nothing: behind the last active direction there is only noise.
+    last = xp.min(xp.where(active, chosen, directions.largest + 0 * chosen), axis=-1)
+    if int(values.shape[-1]) > rank:
+        last = last - xp.where(effective_rank == rank, values[..., rank], 0 * last)
+    last = xp.where(effective_rank > 0, last, 0 * last)
+    dtype = result_dtype(xp, *like)
+    return SubspaceSolution(
+        basis=_subspaces.finished_basis(xp, directions, rank, *like),
+        values=xp.astype(chosen, dtype),
+        effective_rank=effective_rank,
+        gap=xp.astype(safe_divide(xp, last, directions.largest[..., 0]), dtype),
+    )

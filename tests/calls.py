@@ -10,6 +10,7 @@ from libraries import widest_dtype
 from strategies import to_library
 
 import loda_math as lm
+from loda_math import verify
 
 EYE = np.eye(3)
 UP, DOWN = np.ones((2, 2)), np.eye(3)[:2]
@@ -17,84 +18,81 @@ MATRIX = {"new": EYE, "old": EYE, "moment": EYE, "up": UP, "down": DOWN, "basis"
 MATRIX |= {"tokens": np.ones((4, 3)), "grad_output": np.ones((4, 2)), "coefficients": np.eye(2)}
 MATRIX |= {name: np.ones((2, 3)) for name in ("before", "after", "change", "gradient")}
 
+TASKS, BRANCH = ("new", "old"), ("up", "down", "new", "old")
+Call = tuple[Callable[..., Any], tuple[str, ...]]
+
+
+def ranked(solver: Callable[..., Any], *arguments: str, **settings: Any) -> Call:
+    """A solver for two directions."""
+    return lambda *a, **k: solver(*a, 2, **settings | k), arguments
+
+
+def recalibration(form: Any) -> Call:
+    return lambda *a, gamma=1.0, **k: lm.recalibration(*a, gamma, form, **k), BRANCH
+
+
+def verified(objective: Any) -> Call:
+    return lambda *a, **k: verify.verify_subspace(*a, objective, **k), ("basis", *TASKS)
+
+
+def rank_for(of: Any) -> Call:
+    return lambda *a, share=0.9, **k: lm.rank_for(*a, share, of=of, **k), TASKS
+
+
 # Functions that take matrices and check them once: how they are called, and with which.
-CALLS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+CALLS: dict[str, Call] = {
     "second_moment": (lm.second_moment, ("tokens",)),
     "projection_energy": (lm.projection_energy, ("basis", "moment")),
     "relative_energy": (lm.relative_energy, ("basis", "moment")),
-    "energy_ratio": (lm.energy_ratio, ("basis", "new", "old")),
+    "energy_ratio": (lm.energy_ratio, ("basis", *TASKS)),
     "first_order_update": (
-        lambda *a: lm.first_order_update(*a, 0.1),
+        lambda *a, step=0.1: lm.first_order_update(*a, step),
         ("tokens", "down", "grad_output"),
     ),
-    "general_subspace": (lambda *a: lm.general_subspace(*a, 2), ("new", "old")),
-    "isolated_subspace": (lambda *a: lm.isolated_subspace(*a, 2), ("new", "old")),
-    "null_subspace": (lambda a: lm.null_subspace(a, 2), ("old",)),
+    "general_subspace": ranked(lm.general_subspace, *TASKS),
+    "isolated_subspace": ranked(lm.isolated_subspace, *TASKS),
+    "null_subspace": ranked(lm.null_subspace, "old"),
     **{
-        f"recalibration {form}": (
-            lambda *a, form=form: lm.recalibration(*a, 1.0, form),
-            ("up", "down", "new", "old"),
-        )
+        f"recalibration {form}": recalibration(form)
         for form in ("full", "diagonal", "box", "direction", "scalar")
     },
-    "trace_ratio_solution": (lambda *a: lm.trace_ratio_solution(*a, 2), ("new", "old")),
-    "isolated_solution": (lambda *a: lm.isolated_solution(*a, 2), ("new", "old")),
-    "null_solution": (lambda a: lm.null_solution(a, 2), ("old",)),
-    "rank_for": (lambda *a: lm.rank_for(*a, 0.9), ("new", "old")),
-    "remember": (lambda a: lm.remember(None, a).total, ("moment",)),
-    "update_effect": (lm.update_effect, ("coefficients", "up", "down", "new", "old")),
-    "verify_subspace": (
-        lambda *a: lm.verify.verify_subspace(*a, "isolated"),
-        ("basis", "new", "old"),
-    ),
+    "trace_ratio_solution": ranked(lm.trace_ratio_solution, *TASKS),
+    "isolated_solution": ranked(lm.isolated_solution, *TASKS),
+    "null_solution": ranked(lm.null_solution, "old"),
+    "rank_for": rank_for("energy"),
+    "remember": (lambda a, **k: lm.remember(None, a, **k).total, ("moment",)),
+    "update_effect": (lm.update_effect, ("coefficients", *BRANCH)),
+    "verify_subspace": verified("isolated"),
     "recalibration_loss": (
-        lambda *a: lm.recalibration_loss(*a, 1.0),
-        ("coefficients", "up", "down", "new", "old"),
+        lambda *a, gamma=1.0, **k: lm.recalibration_loss(*a, gamma, **k),
+        ("coefficients", *BRANCH),
     ),
 }
 # The other functions of matrices, which call those above or are not for steps of training.
-REPORTS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
-    "general_solution": (lambda *a: lm.general_solution(*a, 2), ("new", "old")),
-    "trace_ratio_subspace": (lambda *a: lm.trace_ratio_subspace(*a, 2), ("new", "old")),
-    "isolated_solution floor": (
-        lambda *a: lm.isolated_solution(*a, 2, energy_floor=0.5),
-        ("new", "old"),
-    ),
-    "rank_for ratio": (lambda *a: lm.rank_for(*a, 0.9, of="ratio"), ("new", "old")),
-    **{
-        f"verify_subspace {objective}": (
-            lambda *a, objective=objective: lm.verify.verify_subspace(*a, objective),
-            ("basis", "new", "old"),
-        )
-        for objective in ("general", "trace_ratio", "null")
-    },
+REPORTS: dict[str, Call] = {
+    "general_solution": ranked(lm.general_solution, *TASKS),
+    "trace_ratio_subspace": ranked(lm.trace_ratio_subspace, *TASKS),
+    "isolated_subspace floor": ranked(lm.isolated_subspace, *TASKS, energy_floor=0.5),
+    "isolated_solution floor": ranked(lm.isolated_solution, *TASKS, energy_floor=0.5),
+    "isolated_subspace first": (lambda a: lm.isolated_subspace(a, None, 2), ("new",)),
+    "rank_for ratio": rank_for("ratio"),
+    **{f"verify_subspace {x}": verified(x) for x in ("general", "trace_ratio", "null")},
     "verify_recalibration": (
-        lambda *a: lm.verify.verify_recalibration(*a, 1.0),
-        ("coefficients", "up", "down", "new", "old"),
+        lambda *a, gamma=1.0, **k: verify.verify_recalibration(*a, gamma, **k),
+        ("coefficients", *BRANCH),
     ),
-    "implied_coefficients": (lm.verify.implied_coefficients, ("change", "up", "down")),
-    "verify_merge": (lm.verify.verify_merge, ("before", "after", "up", "down")),
+    "implied_coefficients": (verify.implied_coefficients, ("change", "up", "down")),
+    "verify_merge": (verify.verify_merge, ("before", "after", "up", "down")),
     "verify_perturbation": (
-        lambda *a: lm.verify.verify_perturbation(*a, 0.1),
+        lambda *a, radius=0.1, **k: verify.verify_perturbation(*a, radius, **k),
         ("before", "after", "gradient"),
     ),
 }
 ALL = CALLS | REPORTS
 CASES = [(name, argument) for name, (_, arguments) in ALL.items() for argument in arguments]
-OPTIONAL = {
-    (name, "old")
-    for name in (
-        "general_subspace",
-        "isolated_subspace",
-        "isolated_solution",
-        "trace_ratio_solution",
-        "rank_for",
-        "general_solution",
-        "trace_ratio_subspace",
-        "isolated_solution floor",
-        "rank_for ratio",
-    )
-}
+# The first task has no history.
+HISTORY_FREE = ("general_", "isolated_", "trace_ratio_", "rank_for")
+OPTIONAL = {(name, "old") for name, a in CASES if a == "old" and name.startswith(HISTORY_FREE)}
 SQUARE = [case for case in CASES if case[1] in ("new", "old", "moment")]
 every_argument = pytest.mark.parametrize(("name", "argument"), CASES)
 every_moment = pytest.mark.parametrize(("name", "argument"), SQUARE)
@@ -102,7 +100,8 @@ every_call = pytest.mark.parametrize("name", CALLS)
 
 
 def call(xp: ModuleType, name: str, **changed: Any) -> Any:
-    """Call a function with sound arguments but the changed ones."""
+    """Call a function with sound arguments but the changed ones, and the settings among them."""
     function, arguments = ALL[name]
     values = {a: to_library(xp, MATRIX[a], widest_dtype(xp)) for a in arguments} | changed
-    return function(*(values[a] for a in arguments))
+    arrays = [values.pop(a) for a in arguments]
+    return function(*arrays, **values)

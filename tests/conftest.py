@@ -122,7 +122,7 @@ def copy(run: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs draw nothing, which takes longer than small ones train; test_run_folder looks at one."""
-    monkeypatch.setattr("training.loop.accuracy_figure", lambda *_, **__: None)
+    monkeypatch.setattr("training.train.accuracy_figure", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="session")

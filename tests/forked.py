@@ -12,7 +12,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -21,21 +21,27 @@ from typing import Any
 from training.cli import main
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["training.loop", "training.finished.inference"])
+_server.set_forkserver_preload(["training.train", "training.finished.inference"])
 _CAPABILITIES_V3 = 0x20080522
 
 Command = Sequence[str]
 
 
 def loda(
-    arguments: Sequence[str], log: Path, *, file_size: int | None = None, ordinary: bool = False
+    arguments: Sequence[str],
+    log: Path,
+    *,
+    file_size: int | None = None,
+    ordinary: bool = False,
+    environment: Mapping[str, str] | None = None,
 ) -> BaseProcess:
     """A running ``loda`` whose output goes to the end of a log.
 
     With ``file_size`` the system lets no file grow beyond so many bytes, as on a full disk; an
     ``ordinary`` process of root has no more rights than the file modes give.
     """
-    process = _server.Process(target=_run, args=(list(arguments), log, file_size, ordinary))
+    given = (list(arguments), log, file_size, ordinary, dict(environment or {}))
+    process = _server.Process(target=_run, args=given)
     process.start()
     return process
 
@@ -46,26 +52,28 @@ def together(
     *,
     count: int = 2,
     others: Sequence[Command] | None = None,
+    environment: Mapping[str, str] | None = None,
     watched: Path | None = None,
     timeout: int = 240,
 ) -> list[BaseProcess]:
     """Processes of one run each time, which run the commands one after another until one fails.
 
-    All but the first run the ``others``, if there are some. Each writes a log of its own, which
-    also says what it changed in a folder that is ``watched``.
+    All but the first run the ``others``, if there are some, and have the ``environment``. Each
+    writes a log of its own, which also says what it changed in a folder that is ``watched``.
     """
     pipes = [_server.Pipe(duplex=False) for _ in range(count - 1)]
     ends = [[send for _, send in pipes], *([receive] for receive, _ in pipes)]
-    found = []
+    processes = []
     for rank in range(count):
         given = [*((others or commands) if rank else commands)]
-        arguments = (rank, count, ends[rank], given, logs / f"{rank}.log", watched, timeout)
+        own = dict(environment or {}) if rank else {}
+        arguments = (rank, count, ends[rank], given, own, logs / f"{rank}.log", watched, timeout)
         process = _server.Process(target=_run_together, args=arguments)
         process.start()
-        found.append(process)
+        processes.append(process)
     for end in (end for pair in pipes for end in pair):
         end.close()
-    return found
+    return processes
 
 
 def status(process: BaseProcess, timeout: float = 300) -> int:
@@ -112,19 +120,26 @@ def saves_itself(process: BaseProcess, run: Path) -> bool:
 
 def members(group: int) -> list[int]:
     """Living processes of a process group (Linux)."""
-    found = []
+    living = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             state, _, leader = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
         except OSError:  # it has just ended
             continue
         if int(leader) == group and state != "Z":
-            found.append(int(folder.name))
-    return found
+            living.append(int(folder.name))
+    return living
 
 
-def _run(arguments: list[str], log: Path, file_size: int | None, ordinary: bool) -> None:
+def _run(
+    arguments: list[str],
+    log: Path,
+    file_size: int | None,
+    ordinary: bool,
+    environment: dict[str, str],
+) -> None:
     os.setpgid(0, 0)
+    os.environ.update(environment)
     _fork_loaders()
     _write_to(log)
     # As in the foreground of a shell, however the tests were started.
@@ -141,6 +156,7 @@ def _run_together(
     count: int,
     others: list[Connection],
     commands: list[Command],
+    environment: dict[str, str],
     log: Path,
     watched: Path | None,
     timeout: int,
@@ -153,7 +169,7 @@ def _run_together(
         other.send(ports)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     settings = {**names, "OMP_NUM_THREADS": 1, "LODA_TIMEOUT": timeout, "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update({name: str(value) for name, value in settings.items()})
+    os.environ.update({name: str(value) for name, value in settings.items()} | environment)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # torchrun serves the stores itself
     if watched is not None:
         _watch(watched)

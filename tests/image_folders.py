@@ -4,8 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from training.config import DataConfig
-from training.data import ImageSet, build_stream, train_transform
+from training.data import DataConfig, ImageSet, build_stream, train_transform
 
 CLASSES = ["ant", "bee", "cat", "dog", "eel"]
 CALTECH = {"image_size": 32, "resize": 32, "train_crop": "pad", "pad": 4, "flip": True}
@@ -26,7 +25,7 @@ def grow(root: Path, counts: dict[str, int], classes: list[str] = CLASSES) -> Pa
 
 
 def folder(root: Path, **settings: object) -> DataConfig:
-    return DataConfig(name="folder", root=str(root), **{"resize": 8, **settings})  # type: ignore[arg-type]
+    return DataConfig("folder", {"root": str(root)}, **{"resize": 8, **settings})  # type: ignore[arg-type]
 
 
 def augmented(tree: Path, workers: int) -> ImageSet:

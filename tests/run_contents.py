@@ -1,6 +1,5 @@
 """What lies in a run folder, for the tests of run folders."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +14,11 @@ FILES = {
     "classes.json",
     "config.yaml",
     "environment.json",
+    "manifest.json",
     "metrics.jsonl",
     "model.safetensors",
     "readouts.safetensors",
+    "state.safetensors",
     "summary.json",
 }
 """Files of a finished run that keeps nothing more."""
@@ -59,10 +60,3 @@ def set_in_config(run: Path, section: str, **values: object) -> None:
     content = yaml.safe_load(path.read_text("utf-8"))
     content[section].update(values)
     path.write_text(yaml.safe_dump(content), "utf-8")
-
-
-def write_sealed(path: Path, content: dict[str, Any]) -> None:
-    """The record of a checkpoint with the checksum that belongs to it."""
-    rest = {key: value for key, value in content.items() if key != "sha256"}
-    seal = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-    path.write_text(json.dumps({"sha256": seal, **rest}))

@@ -3,7 +3,6 @@
 A finished run is shared: a test that changes one works on a copy.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from training.config import (
-    BackboneConfig,
-    DataConfig,
-    Experiment,
-    HeadConfig,
-    MethodConfig,
-    TrainConfig,
-)
-from training.figures import accuracy_figure
-from training.loop import train
+from training.config import Experiment, experiment_of, experiment_values
+from training.train import train
 
 COLOURS = {
     "blue": (30, 40, 220),
@@ -34,6 +25,8 @@ COLOURS = {
     "white": (250, 250, 250),
 }
 READOUTS = ("nearest_mean", "heads", "alignment", "ridge")
+KEPT = ("branches", "moments", "heads", "statistics")
+PIXELS = {"image_size": 16, "resize": 16, "train_crop": "pad", "pad": 2, "flip": True}
 VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
 _trees: dict[str, Path] = {}
@@ -73,46 +66,32 @@ def tiny(root: Path, out: Path | str | None, **changes: Any) -> Experiment:
 
     Keywords name a section with a dict of its settings, or a setting of the experiment itself.
     """
-    experiment = Experiment(
-        data=DataConfig(
-            "folder",
-            root=str(root),
-            image_size=16,
-            resize=16,
-            train_crop="pad",
-            pad=2,
-            flip=True,
-        ),
-        backbone=BackboneConfig("vit_tiny_patch16_224", options=dict(VIT), pretrained=False),
-        method=MethodConfig(rank=4),
-        train=TrainConfig(epochs=2, batch_size=5, lr=0.05, eval_batch_size=16),
-        head=HeadConfig(readout="nearest_mean", ridge_features=32),
-        device="cpu",
-        out=None if out is None else str(out),
-    )
-    return changed(experiment, **changes)
+    base = {
+        "data": {"name": "folder", "root": str(root), **PIXELS},
+        "backbone": {"name": "vit_tiny_patch16_224", "options": VIT, "pretrained": False},
+        "method": {"rank": 4},
+        "train": {"epochs": 2, "batch_size": 5, "lr": 0.05, "eval_batch_size": 16},
+        # Options of a read-out that is not chosen in the end are dropped.
+        "head": {"readout": "ridge", "ridge": {"features": 32}},
+        "keep": {"figure": False},  # drawing one takes longer than training
+        "device": "cpu",
+        "out": None if out is None else str(out),
+    }
+    return experiment_of(base, {"head": {"readout": "nearest_mean"}}, changes)
 
 
 def changed(experiment: Experiment, **changes: Any) -> Experiment:
     """The experiment with other settings, checked anew."""
-    values = {
-        key: replace(getattr(experiment, key), **value) if isinstance(value, dict) else value
-        for key, value in changes.items()
-    }
-    return replace(experiment, **values)
+    return experiment_of(experiment_values(experiment), changes)
 
 
 def flags(experiment: Experiment) -> list[str]:
     """The command line that gives the settings of `tiny`."""
     return [
-        "--data.name=folder",
-        f"--data.root={experiment.data.root}",
-        "--data.image_size=16",
-        "--data.resize=16",
-        "--data.train_crop=pad",
-        "--data.pad=2",
-        "--data.flip=true",
-        "--backbone.name=vit_tiny_patch16_224",
+        "--data=folder",
+        f"--data.root={experiment.data.options['root']}",
+        *(f"--data.{key}={value}" for key, value in PIXELS.items()),
+        "--backbone=vit_tiny_patch16_224",
         f"--backbone.options={VIT}",
         "--backbone.pretrained=false",
         "--method.rank=4",
@@ -121,26 +100,33 @@ def flags(experiment: Experiment) -> list[str]:
         "--train.lr=0.05",
         "--train.eval_batch_size=16",
         "--head.readout=nearest_mean",
-        "--head.ridge_features=32",
+        "--keep.figure=false",
         "--device=cpu",
         f"--out={experiment.out}",
     ]
 
 
 def finished(factory: pytest.TempPathFactory, method: str = "loda", **changes: Any) -> Path:
-    """A finished run of a method with all read-outs; every `keep` switch is on."""
+    """A finished run of a method with all read-outs, a figure, and all that can be kept."""
     key = f"{method} {changes}"
     if key not in _runs:
         out = factory.mktemp("runs") / method
         settings = {
             "method": {"name": method},
             # One epoch of the published alignment, which is trained on from task to task.
-            "head": {"also": list(READOUTS[1:]), "alignment_epochs": 1},
-            "keep": dict.fromkeys(("branches", "moments", "heads", "statistics"), True),
+            "head": {"also": list(READOUTS[1:]), "alignment.epochs": 1},
+            "keep": dict.fromkeys((*KEPT, "figure"), True),
             **changes,
         }
-        with pytest.MonkeyPatch.context() as patch:
-            # A module may have turned the figure off for its own tests; a shared run has one.
-            patch.setattr("training.loop.accuracy_figure", accuracy_figure)
-            _runs[key] = train(tiny(tree(factory), out, **settings), quiet=True)
+        _runs[key] = train(tiny(tree(factory), out, **settings), quiet=True)
+    return _runs[key]
+
+
+def plain(factory: pytest.TempPathFactory, **changes: Any) -> Path:
+    """A finished run of `tiny` with these changes, which keeps nothing more."""
+    key = f"plain {changes}"
+    if key not in _runs:
+        _runs[key] = train(
+            tiny(tree(factory), factory.mktemp("runs") / "run", **changes), quiet=True
+        )
     return _runs[key]

@@ -16,9 +16,13 @@ from numpy.typing import NDArray
 
 Matrix = NDArray[np.float64]
 
+EPS = {"float32": 1.2e-7, "float64": 2.3e-16}
+"""Rounding units, rounded up."""
+
 seeds = st.integers(0, 2**32 - 1)
 # Draws float64 only where the library under test has it: JAX may be run without.
 dtypes = st.sampled_from(["float32", "float64"]).filter(libraries.has_dtype)
+gammas = st.sampled_from([1e-3, 0.5, 1.0, 3.0, 1e4])
 
 SPECTRA: dict[str, Callable[[int, np.random.Generator], Matrix]] = {
     "random": lambda d, rng: rng.uniform(0.1, 1.0, d),
@@ -62,6 +66,11 @@ def from_spectrum(values: Matrix, q: Matrix) -> Matrix:
     """Q diag(s) Qᵀ, exactly symmetric."""
     m = (q * values) @ q.T
     return 0.5 * (m + m.T)
+
+
+def unit(moment: Matrix) -> Matrix:
+    """The moment over its trace; a zero moment as it is."""
+    return moment / np.trace(moment) if np.trace(moment) > 0 else moment
 
 
 def with_dead_direction(moment: Matrix, direction: Matrix) -> Matrix:

@@ -1,5 +1,8 @@
 """Experiments from files and command lines: what is accepted, what is refused, and how."""
 
+import importlib
+import sys
+from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -9,34 +12,137 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training.config import (
+    FREE,
+    NEUTRAL,
     BackboneConfig,
+    CheckpointConfig,
     DataConfig,
     Experiment,
     HeadConfig,
+    KeepConfig,
     MethodConfig,
     TrainConfig,
     as_recorded,
     differing_settings,
     dump_experiment,
+    effective,
+    experiment_from,
+    experiment_of,
+    experiment_values,
+    flat_settings,
+    foreign_classes,
+    keeps_nothing,
     load_experiment,
     packaged_configs,
     parser,
     read_experiment,
+    read_yaml,
     resolve_config,
 )
 
+MINE = '''
+from backends.torch.readouts import NearestMean
+from training.methods import Method
 
-def write(folder: Path, text: str) -> str:
-    path = folder / "some.yaml"
+class Mine(Method):
+    """A method of mine.
+
+    Parameters
+    ----------
+    strength
+        How strong it is.
+    """
+
+    def __init__(self, *, strength: float = 0.5) -> None:
+        self.strength = strength
+
+class KNN(NearestMean):
+    """Neighbours.
+
+    Parameters
+    ----------
+    k
+        Number of neighbours.
+    """
+
+    name = "knn"
+
+    def __init__(self, k: int = 5) -> None:
+        self.k = k
+'''
+
+
+def write(folder: Path, text: str, name: str = "some") -> str:
+    path = folder / f"{name}.yaml"
+    path.parent.mkdir(exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return str(path)
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A file with a method and a read-out in the working directory."""
+    (tmp_path / "mine_of_tests.py").write_text(MINE, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    importlib.invalidate_caches()
+    yield
+    sys.modules.pop("mine_of_tests", None)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     with pytest.raises(SystemExit) as leaving:
         load_experiment(argv)
     assert leaving.value.code == 2
-    return capsys.readouterr().err
+    return " ".join(capsys.readouterr().err.split())
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        (TrainConfig, {"epochs": -1}),
+        (TrainConfig, {"batch_size": 0}),
+        (TrainConfig, {"eval_batch_size": 0}),
+        (TrainConfig, {"lr": 0.0}),
+        (TrainConfig, {"momentum": 1.0}),
+        (TrainConfig, {"weight_decay": -1.0}),
+        (HeadConfig, {"scale": 0.0}),
+        (HeadConfig, {"margin": -0.1}),
+        (HeadConfig, {"also": ["ridge", "ridge"]}),
+        (HeadConfig, {"readout": "ridge", "options": {"ridge": {"features": 0}}}),
+        (HeadConfig, {"options": {"ridge": {"features": 5}}}),  # it is not fitted
+        (HeadConfig, {"options": {"alignment": {"lr": -1.0}}}),
+        (HeadConfig, {"readout": "magic"}),
+        (CheckpointConfig, {"steps": 0}),
+        (CheckpointConfig, {"minutes": 0.0}),
+        (CheckpointConfig, {"keep": -1}),
+        (Experiment, {"seed": -1}),
+        (Experiment, {"seed": 2**32}),
+        (Experiment, {"threads": 0}),
+    ],
+)
+def test_values_out_of_range_are_refused(section: type, values: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"\w") as caught:
+        section(**values)
+    named = (*values, "ridge", "lr", "magic")
+    assert any(key in str(caught.value) for key in named)
+
+
+def test_read_outs_are_built_with_their_options() -> None:
+    head = HeadConfig(
+        readout="ridge", also=["alignment"], options={"ridge": {"features": 7}, "alignment": {}}
+    )
+    ridge, alignment = head.build()
+    assert (ridge.name, ridge.features) == ("ridge", 7)
+    assert (alignment.name, alignment.temperature) == ("alignment", 0.2)
+    assert head.options["alignment"]["temperature"] == 0.2
+    assert "heads" not in HeadConfig(readout="heads").options  # it has none
+
+
+# The command line
 
 
 def test_no_argument_gives_the_defaults() -> None:
@@ -52,22 +158,45 @@ def test_command_line_overrides_the_file_which_overrides_defaults(tmp_path: Path
         assert experiment.train.momentum == TrainConfig().momentum
 
 
+def test_later_files_override_earlier_ones(tmp_path: Path) -> None:
+    first = write(tmp_path, "train: {lr: 0.3, epochs: 2}\nmethod: {rank: 3, gamma: 2.0}", "first")
+    second = write(tmp_path, "train.lr: 0.1\nmethod.rank: 5", "second")
+    found = load_experiment(["--config", first, "--config", second])
+    assert (found.train.lr, found.train.epochs) == (0.1, 2)
+    assert found.method.options.items() >= {"rank": 5, "gamma": 2.0}.items()
+
+
 def test_structured_values_on_the_command_line() -> None:
     experiment = load_experiment(
         [
-            "--backbone.name=vit_tiny_patch16_224",
+            "--backbone=vit_tiny_patch16_224",
             "--backbone.options={img_size: 32}",
             "--backbone.options.depth=6",
             "--backbone.weights=w.pth",
             "--data.crop_scale=[0.2,0.9]",
             "--head.also=[ridge,heads]",
             "--data.cache=false",
+            "--method.target=*.mlp.fc1",
         ]
     )
-    assert experiment.backbone.options == {"img_size": 32, "depth": 6}
+    assert experiment.backbone.options["options"] == {"img_size": 32, "depth": 6}
     assert experiment.data.crop_scale == (0.2, 0.9)
     assert experiment.head.also == ["ridge", "heads"]
     assert experiment.data.cache is False
+    assert experiment.method.options["target"] == "*.mlp.fc1"
+
+
+def test_a_value_may_be_called_as_a_section_is() -> None:
+    found = load_experiment(
+        ["--data", "folder", "--data.root", "data", "--data.resize=8", "--out", "method"]
+    )
+    assert (found.data.options["root"], found.out) == ("data", "method")
+
+
+def test_the_weight_of_the_history_is_a_number_or_a_word() -> None:
+    for word, expected in (("mean", "mean"), ("0.25", 0.25), ("2", 2.0)):
+        method = load_experiment([f"--method.history_weight={word}"]).method
+        assert method.options["history_weight"] == expected
 
 
 @pytest.mark.parametrize(
@@ -76,20 +205,173 @@ def test_structured_values_on_the_command_line() -> None:
         ("--train.learning_rate=1", "train.learning_rate"),
         ("--train.l=1", "train.l"),  # no abbreviations: they would hide misspellings
         ("--train.lr=fast", "train.lr"),
+        ("--train.lr=null", "train.lr"),
         ("--train.epochs=1.5", "train.epochs"),
         ("--train.epochs=true", "train.epochs"),
-        ("--method.name=ewc", "method.name"),
-        ("--head.also=[magic]", "head.also"),
+        ("--method.name=ewc", "ewc"),
+        ("--method=ewc", "ewc"),
+        ("--method.name", "method.name"),
+        ("--method.penalty=1", "method.penalty"),  # it is of another method
+        ("--method.history_weight=sum", "history_weight"),
+        ("--head.also=[magic]", "magic"),
+        ("--head.also=heads", "head.also"),
+        ("--head.also=[heads", "head.also"),
+        ("--head.ridge.features=3", "head.ridge.features"),  # not fitted by default
         ("--train.lr=-1", "train.lr"),
         ("--train.lr=.nan", "train.lr"),
+        ("--seed=null", "seed"),
         ("--config=nowhere", "nowhere"),
-        ("--config", "no configuration ''"),
+        ("--config", "--config"),
+        ("stray", "stray"),
     ],
 )
 def test_bad_arguments_leave_with_status_2_and_are_named(
     capsys: pytest.CaptureFixture[str], argument: str, named: str
 ) -> None:
     assert named in refused(capsys, argument)
+
+
+def test_print_config_is_a_configuration(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    changes = ["--seed=3", "--train.lr=0.5", "--method=o_lora", "--method.alpha=8"]
+    with pytest.raises(SystemExit) as leaving:
+        load_experiment([*changes, "--print_config"])
+    assert leaving.value.code == 0
+    path = write(tmp_path, capsys.readouterr().out)
+    assert read_experiment(path) == load_experiment(changes)
+    method = MethodConfig("o_lora", {"alpha": 8.0})
+    expected = replace(Experiment(seed=3, method=method), train=TrainConfig(lr=0.5))
+    assert read_experiment(path) == expected
+
+
+def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load_experiment(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for name in flat_settings(Experiment()):
+        assert f"--{name} " in shown or f"--{name}, " in shown
+    assert "Weight γ of the new task against the old ones" in shown
+    with pytest.raises(SystemExit):
+        load_experiment(["--method", "o_lora", "--help", "--head.readout", "ridge"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--method.penalty PENALTY Weight λ₁" in shown
+    assert "--head.ridge.features" in shown
+    assert "--method.gamma" not in shown
+
+
+def test_the_parser_can_raise_instead_of_leaving() -> None:
+    with pytest.raises(Exception, match="seed"):
+        parser(exit_on_error=False).parse_args(["--seed=x"])
+
+
+# Components
+
+
+def test_options_of_a_component_that_is_not_chosen_any_more_are_dropped(tmp_path: Path) -> None:
+    base = "method: {name: loda, rank: 8, gamma: 2.0}\ndata: {name: folder, root: x, resize: 8}\n"
+    below = f"--config={write(tmp_path, base)}"
+    found = load_experiment([below, "--method", "o_lora", "--data", "digits"])
+    assert found.method == MethodConfig("o_lora", {"rank": 8})
+    assert found.data == DataConfig(resize=8)
+    # Chosen again, it has them back; what the other one alone has is refused.
+    assert load_experiment([below, "--method=loda"]).method.options["gamma"] == 2.0
+    with pytest.raises(ValueError, match="gamma"):
+        experiment_of([below, "--method=o_lora", "--method.gamma=3"])
+
+
+def test_an_option_that_nothing_has_had_is_refused_in_every_layer() -> None:
+    with pytest.raises(ValueError, match="gama"):
+        experiment_of({"method": {"gama": 2.0}}, ["--method=o_lora"])
+    with pytest.raises(ValueError, match="penalty"):
+        experiment_of({"method.penalty": 1.0})
+
+
+def test_layers_are_mappings_or_arguments() -> None:
+    found = experiment_of(
+        {"method": "o_lora", "method.rank": 4}, ["--train.lr=1e-3"], {"train": {"epochs": 1}}
+    )
+    assert found.method == MethodConfig("o_lora", {"rank": 4})
+    assert (found.train.lr, found.train.epochs) == (1e-3, 1)
+
+
+def test_read_outs_bring_their_options(tmp_path: Path) -> None:
+    base = "head: {readout: alignment, also: [ridge], alignment: {epochs: 5}, ridge.features: 9}\n"
+    below = f"--config={write(tmp_path, base)}"
+    head = load_experiment([below]).head
+    assert (head.options["alignment"]["epochs"], head.options["ridge"]) == (5, {"features": 9})
+    head = load_experiment([below, "--head.readout=ridge", "--head.also=[heads]"]).head
+    assert head == HeadConfig(readout="ridge", also=["heads"], options={"ridge": {"features": 9}})
+
+
+def test_a_method_without_training_decides_by_its_own_read_out() -> None:
+    found = experiment_of(
+        ["--method=ranpac_frozen", "--head.ridge.features=9", "--head.also=[heads]"]
+    )
+    assert found.train.epochs == 0
+    assert (found.head.readout, found.head.also) == ("ridge", ["alignment", "heads"])
+    assert found.head.options["ridge"] == {"features": 9}
+    assert effective(found) == found
+    by_hand = effective(Experiment(method=MethodConfig("ncm"), head=HeadConfig(readout="ridge")))
+    assert (by_hand.head.readout, by_hand.head.also) == ("nearest_mean", ["ridge"])
+    assert effective(Experiment()) == Experiment()
+
+
+@pytest.mark.usefixtures("mine")
+def test_classes_of_ones_own_are_chosen_by_their_path(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [
+        "--method=mine_of_tests.Mine",
+        "--method.strength=2",
+        "--head.readout=mine_of_tests.KNN",
+        "--head.KNN.k=3",
+    ]
+    found = load_experiment(argv)
+    assert found.method.build().strength == 2.0
+    assert [x.name for x in found.head.build()] == ["knn"]
+    assert found.head.options == {"KNN": {"k": 3}}
+    assert foreign_classes(found) == ["mine_of_tests.Mine", "mine_of_tests.KNN"]
+    assert keeps_nothing(replace(found, keep=KeepConfig(branches=True))) == []  # not judged
+    path = write(tmp_path, dump_experiment(found))
+    assert load_experiment(["--config", path]) == found
+    assert "method.weakness" in refused(capsys, *argv, "--method.weakness=1")
+    with pytest.raises(SystemExit):
+        load_experiment([*argv, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "How strong it is." in shown
+    assert "Number of neighbours." in shown
+
+
+@pytest.mark.usefixtures("mine")
+def test_the_file_of_a_run_runs_no_code(tmp_path: Path) -> None:
+    values = experiment_values(Experiment())
+    values["method"] = {"name": "mine_of_tests.Mine", "strength": "?", "more": 1}
+    values["head"] |= {"readout": "mine_of_tests.KNN", "KNN": {"k": 3}}
+    del values["head"]["alignment"]
+    found = experiment_from(values, "here")
+    assert "mine_of_tests" not in sys.modules
+    assert found.method.options == {"strength": "?", "more": 1}
+    assert found.head.options == {"KNN": {"k": 3}}
+    assert experiment_values(found) == values
+    assert effective(found) == found
+    for use in (found.method.build, found.head.build):
+        with pytest.raises(ValueError, match="--allow mine_of_tests"):
+            use()
+    values["method"] = {"name": "mine_of_tests.Mine", "strength": 3.0}
+    path = Path(write(tmp_path, dump_experiment(experiment_from(values, "here"))))
+    allowed = read_experiment(path, allow=["mine_of_tests.Mine"])
+    assert allowed.method.build().strength == 3.0
+    with pytest.raises(ValueError, match="KNN"):
+        allowed.head.build()
+    # Whoever goes on with a run allows what the command line names.
+    argv = ["--method", "mine_of_tests.Mine"]
+    going_on = load_experiment(argv, recorded=path, allow=["mine_of_tests.KNN"])
+    assert going_on.method.build().strength == 3.0
+    assert going_on.head.build()[0].k == 3
+
+
+# Files
 
 
 @pytest.mark.parametrize(
@@ -99,11 +381,18 @@ def test_bad_arguments_leave_with_status_2_and_are_named(
         "extra: 1",
         "config: 3",
         "train: 3",
+        "train: {lr: null}",
+        "method: [loda]",
+        "method: {name: 3}",
         "[1, 2]",
         "{:",
         "train: {lr: x}",
         "3",
         "",
+        "tran: {}",
+        "tran:",
+        "overwrite: true",
+        "? [1, 2]\n: 3",
     ],
 )
 def test_bad_files_are_refused_by_both_readers(
@@ -120,36 +409,21 @@ def test_a_missing_run_configuration_is_no_default(tmp_path: Path) -> None:
         read_experiment(tmp_path / "config.yaml")
 
 
-def test_print_config_is_a_configuration(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    with pytest.raises(SystemExit) as leaving:
-        load_experiment(["--seed=3", "--train.lr=0.5", "--print_config"])
-    assert leaving.value.code == 0
-    path = write(tmp_path, capsys.readouterr().out)
-    assert read_experiment(path) == replace(Experiment(seed=3), train=TrainConfig(lr=0.5))
-
-
-def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        load_experiment(["--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    experiment = Experiment()
-    for section in fields(experiment):
-        value = getattr(experiment, section.name)
-        names = (
-            [f"{section.name}.{key}" for key in asdict(value)] if "Config" in repr(value) else []
-        )
-        for name in names or [section.name]:
-            assert f"--{name} " in shown
-    assert "Factor c of the down-projections A = c U'." in shown
+def test_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
+    text = (
+        "backbone: {name: any, weights: w, options: {drop_rate: 1e-3, when: 2026-01-01}}\n"
+        "train: {lr: 2e-2, weight_decay: 1.5E-4}\nout: 1e5x\n"
+    )
+    found = read_experiment(write(tmp_path, text))
+    assert found.backbone.options["options"] == {"drop_rate": 1e-3, "when": "2026-01-01"}
+    assert (found.train.lr, found.train.weight_decay, found.out) == (0.02, 1.5e-4, "1e5x")
 
 
 @given(
     seed=st.integers(0, 2**32 - 1),
     lr=st.floats(1e-12, 1e6),
     gamma=st.floats(1e-12, 1e6),
-    root=st.none() | st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"])),
+    root=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"])),
     options=st.dictionaries(
         st.sampled_from(["img_size", "depth", "mlp_ratio", "norm"]),
         st.integers() | st.booleans() | st.floats(allow_nan=False) | st.text("abc"),
@@ -161,88 +435,168 @@ def test_dump_and_read_round_trip(
     seed: int,
     lr: float,
     gamma: float,
-    root: str | None,
+    root: str,
     options: dict[str, object],
     flip: bool,
 ) -> None:
     experiment = Experiment(
-        data=DataConfig(root=root, flip=flip, crop_scale=(0.25, 0.5)),
-        backbone=BackboneConfig(name="any", options=options, pretrained=False),
-        method=MethodConfig(gamma=gamma),
+        data=DataConfig("folder", {"root": root}, flip=flip, crop_scale=(0.25, 0.5), resize=8),
+        backbone=BackboneConfig("any", {"options": options, "pretrained": False}),
+        method=MethodConfig("loda", {"gamma": gamma}),
         train=TrainConfig(lr=lr),
         head=HeadConfig(also=["heads", "ridge"]),
         seed=seed,
     )
     path = write(tmp_path_factory.mktemp("round"), dump_experiment(experiment))
     assert read_experiment(path) == experiment
+    assert experiment_from(experiment_values(experiment), "here") == experiment
 
 
 def test_dump_holds_every_setting() -> None:
     values = yaml.safe_load(dump_experiment(Experiment()))
-    expected = asdict(Experiment())
-    assert values.keys() == expected.keys()
-    for key, section in expected.items():
-        if isinstance(section, dict):
-            assert values[key].keys() == section.keys()
+    assert list(values) == [item.name for item in fields(Experiment)]
+    assert values["train"] == asdict(TrainConfig())
+    assert values["method"] == {"name": "loda", **MethodConfig().options}
+    assert set(values["head"]) >= {"start", "readout", "also", "alignment"}
+    assert {"init_cls", "image_size"} <= set(values["data"])
 
 
-def test_recorded_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    given_ = Experiment(
-        data=DataConfig(name="folder", root="images", resize=8),
-        backbone=BackboneConfig(name="any", weights="w.pth"),
-    )
-    recorded = as_recorded(given_)
-    assert given_.data.root == "images"
-    assert recorded.data.root == str(tmp_path / "images")
-    assert recorded.backbone.weights == str(tmp_path / "w.pth")
-    assert as_recorded(Experiment()) == Experiment()
-    (tmp_path / "tree").mkdir()
-    for dataset, expected in (
-        ("hfds/tree", f"hfds/{tmp_path / 'tree'}"),
-        ("hfds/some/name", "hfds/some/name"),  # on the hub
-        ("hfds//no/such", "hfds//no/such"),
-    ):
-        data = DataConfig(name="timm", dataset=dataset, resize=8)
-        given_ = Experiment(data=data)
-        assert as_recorded(given_).data.dataset == expected
-        assert differing_settings(given_, as_recorded(given_)) == []  # as earlier versions had it
+@pytest.fixture
+def chain(tmp_path: Path) -> str:
+    """Three files that build on one another."""
+    write(tmp_path, "train: {lr: 0.3, epochs: 2}\nseed: 5\n", "first")
+    write(tmp_path, "base: first.yaml\ntrain: {epochs: 3}\nmethod: {rank: 7}\n", "second")
+    return write(tmp_path, "# a comment\nbase: second\nmethod: {rank: 9}\n", "third")
+
+
+def test_what_a_file_sets_wins_over_its_base(chain: str) -> None:
+    for found in (load_experiment(["--config", chain]), read_experiment(chain)):
+        assert (found.train.lr, found.train.epochs, found.seed) == (0.3, 3, 5)
+        assert found.method.options["rank"] == 9
+    assert load_experiment(["--config", chain, "--train.epochs=1"]).train.epochs == 1
+    only = write(Path(chain).parent, "base: third\n", "only")
+    assert read_experiment(only) == read_experiment(chain)
+
+
+def test_a_base_may_be_packaged(tmp_path: Path) -> None:
+    path = write(tmp_path, "base: paper/cub\ndata: {root: birds, tasks: 3}\n", "mine")
+    found = read_experiment(path)
+    assert (found.data.name, found.data.tasks) == ("cub", 3)
+    assert found.method.options["history"] == "both"
+    write(tmp_path, "seed: 77\n", "paper/cub")  # what lies beside the file comes first
+    assert read_experiment(write(tmp_path, "base: paper/cub\n", "mine")).seed == 77
+
+
+def test_files_that_only_serve_as_bases_are_not_listed() -> None:
+    assert "paper/cub" in packaged_configs()
+    assert not [name for name in packaged_configs() if "_protocol" in name or "sweeps" in name]
+    assert resolve_config("paper/cub").with_name("_protocol.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("base: nowhere\n", "nowhere"),
+        ("base: third\n", "leads back"),
+        ("base: 3\n", "base must be"),
+        ("base:\n", "base must be"),
+        ("base: first\nbase: first\n", "'base' stands twice, on lines 1 and 2"),
+        ("method: {rank: 3}\nmethod.rank: 4\n", "'method.rank' stands twice, on lines 1 and 2"),
+        ("method.rank: 4\nmethod: {rank: 3}\n", "'method.rank' stands twice, on lines 1 and 2"),
+        ("method:\n  rank: 3\n  gao: true\n  rank: 3\n", "'rank' stands twice, on lines 2 and 4"),
+        ("backbone.options: {depth: 1, depth: 1}\n", "'depth' stands twice, on line 1"),
+        ("base: first\nmethod: {rang: 3}\n", "method.rang"),
+        ("base: first\ntran: {}\n", "tran"),
+        ("method: &all {rank: 3}\ntrain: *all\n", "aliases"),
+        (f"{'[' * 21}{']' * 21}\n", "nest"),
+    ],
+)
+def test_wrong_files_say_what_is_wrong(
+    chain: str, text: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(Path(chain).parent, text, "third")
+    with pytest.raises(ValueError, match="is not a configuration") as caught:
+        read_experiment(path)
+    assert said in str(caught.value)
+    assert said in refused(capsys, "--config", path)
+
+
+def test_what_a_base_lacks_is_reported_as_in_the_file_itself(tmp_path: Path) -> None:
+    write(tmp_path, "train: {lr: fast}\n", "bad")
+    with pytest.raises(ValueError, match=r"(?s)top\.yaml is not a configuration.*train\.lr"):
+        read_experiment(write(tmp_path, "base: bad\n", "top"))
+
+
+def test_paths_in_a_base_start_at_the_working_directory(chain: str) -> None:
+    write(Path(chain).parent, "data: {name: folder, root: images, resize: 8}\n", "first")
+    assert read_experiment(chain).data.options["root"] == "images"
+
+
+def test_any_yaml_is_read_as_strictly(tmp_path: Path) -> None:
+    path = Path(write(tmp_path, "variants: {a: {x.y: 1}, b: null}\nseeds: [1, 2]\n"))
+    assert read_yaml(path) == {"variants": {"a": {"x.y": 1}, "b": None}, "seeds": [1, 2]}
+    # The same place in different items of a list is not the same key.
+    assert read_yaml(Path(write(tmp_path, "[{a: 1}, {a: 2}]"))) == [{"a": 1}, {"a": 2}]
+    with pytest.raises(ValueError, match="twice"):
+        read_yaml(Path(write(tmp_path, "[{a: 1, a: 2}]")))
 
 
 def test_resolve_config_prefers_files_and_lists_packaged_names(tmp_path: Path) -> None:
     path = write(tmp_path, "seed: 1")
     assert resolve_config(path) == Path(path)
-    for name in packaged_configs():
-        assert resolve_config(name).is_file()
-        argv = ["--config", name, "--data.root=x"]
-        if name != "digits" and not name.startswith("native/"):
-            argv.append("--backbone.weights=w.pth")
-        assert isinstance(load_experiment(argv), Experiment)
-    with pytest.raises(ValueError, match="no configuration 'nope'") as caught:
+    with pytest.raises(ValueError, match="nope") as caught:
         resolve_config("nope")
     assert all(name in str(caught.value) for name in packaged_configs())
 
 
-def test_the_weight_of_the_history_is_a_number_or_a_word(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    for word, expected in (("mean", "mean"), ("0.25", 0.25), ("2", 2.0)):
-        method = load_experiment([f"--method.history_weight={word}"]).method
-        assert method.history_weight == expected
-    assert "history_weight" in refused(capsys, "--method.history_weight=sum")
+# Recording and comparing
 
 
-def test_the_packaged_caltech101_asks_for_weights(capsys: pytest.CaptureFixture[str]) -> None:
-    said = refused(capsys, "--config=caltech101", "--data.root=x")
-    assert "--backbone.weights FILE" in " ".join(said.split())
+def test_recorded_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    experiment = Experiment(
+        data=DataConfig("folder", {"root": "images"}, resize=8),
+        backbone=BackboneConfig("any", {"weights": "w.pth"}),
+    )
+    recorded = as_recorded(experiment)
+    assert experiment.data.options["root"] == "images"
+    assert recorded.data.options["root"] == str(tmp_path / "images")
+    assert recorded.backbone.options["weights"] == str(tmp_path / "w.pth")
+    assert as_recorded(Experiment()) == Experiment()
+    assert differing_settings(experiment, recorded) == []
 
 
-def test_the_parser_can_raise_instead_of_leaving() -> None:
-    with pytest.raises(Exception, match="seed"):
-        parser(exit_on_error=False).parse_args(["--seed=x"])
+def test_differing_settings_are_named(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "link").symlink_to("images")
+
+    def of(root: str, **changes: object) -> Experiment:
+        data = DataConfig("folder", {"root": str(tmp_path / root)}, resize=8)
+        return Experiment(data=data, **changes)  # type: ignore[arg-type]
+
+    assert differing_settings(of("images", out="a"), of("link", out="b")) == []
+    assert differing_settings(of("images"), of("other")) == ["data.root"]
+    frozen, loda = MethodConfig("frozen"), MethodConfig("loda", {"rank": 3})
+    assert differing_settings(of("images", method=frozen), of("images", method=loda)) == [
+        "method.name"
+    ]
+    ridge = HeadConfig(readout="ridge", options={"ridge": {"features": 3}})
+    assert differing_settings(of("images", method=loda, head=ridge), of("images")) == [
+        "method.rank",
+        "head.readout",
+        "head.ridge.features",
+        *(name for name in flat_settings(Experiment()) if name.startswith("head.alignment.")),
+    ]
 
 
-@pytest.mark.parametrize("text", ["tran: {}\n", "tran:\n", "tran: {lr: 1}\n"])
-def test_an_unknown_section_is_refused_even_if_empty(tmp_path: Path, text: str) -> None:
-    with pytest.raises(ValueError, match="tran"):
-        read_experiment(write(tmp_path, text))
+def test_settings_that_decide_nothing_exist() -> None:
+    known = {*flat_settings(Experiment()), "data.root", "data.download"}
+    assert set(FREE) < set(NEUTRAL) <= known
+
+
+def test_switches_that_keep_nothing_are_named() -> None:
+    keep = KeepConfig(branches=True, moments=True, heads=True, statistics=True)
+    for name, named in (("loda", []), ("seq_lora", ["moments"]), ("ncm", ["branches", "moments"])):
+        said = keeps_nothing(Experiment(method=MethodConfig(name), keep=keep))
+        assert len(said) == len(named)
+        assert all(word in line for word, line in zip(named, said, strict=True))

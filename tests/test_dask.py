@@ -1,4 +1,4 @@
-"""Second moments of data that live elsewhere: summed by Dask, on the workers of a cluster."""
+"""Dask carries moments of data that do not fit, or live elsewhere, and nothing else."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +11,35 @@ import loda_math as lm
 da = pytest.importorskip("dask.array")
 db = pytest.importorskip("dask.bag")
 distributed = pytest.importorskip("distributed")
+
+
+def test_dask_carries_moments() -> None:
+    x = np.random.default_rng(0).standard_normal((40, 5)).astype(np.float32)
+    lazy = lm.second_moment(da.from_array(x, chunks=(7, 5)))
+    both = lm.combine(lazy, lm.second_moment(da.from_array(2 * x, chunks=(40, 2))))
+    assert type(both.total).__module__.startswith("dask")  # nothing was computed
+    expected = lm.second_moment(x) + lm.second_moment(2 * x)
+    assert both.count == expected.count == 80
+    total = both.total.compute()
+    assert total.dtype == np.float64
+    np.testing.assert_allclose(total, expected.total, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(both.mean.compute(), expected.mean, rtol=1e-5, atol=1e-6)
+
+
+def test_dask_is_not_solved_for() -> None:
+    m = da.from_array(np.eye(4), chunks=2)
+    up, down = da.ones((3, 2), chunks=2), da.ones((2, 4), chunks=2)
+    for solve in (
+        lambda: lm.general_subspace(m, m, 2),
+        lambda: lm.isolated_subspace(m, m, 2),
+        lambda: lm.null_subspace(m, 2),
+        lambda: lm.recalibration(up, down, m, m, 1.0),
+    ):
+        with pytest.raises(TypeError, match=r"is a dask array.*\.compute\(\)"):
+            solve()
+
+
+# On the workers of a cluster
 
 
 @pytest.fixture(scope="module")

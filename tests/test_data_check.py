@@ -11,9 +11,8 @@ from PIL import Image
 from small_runs import changed, tiny
 
 from training import cli
-from training.data import check_data, verify_data
-from training.data.folder import class_folders
-from training.setup import prepare
+from training.data import build_stream, check_data, verify_data
+from training.train import prepare
 
 
 @pytest.fixture
@@ -67,15 +66,14 @@ def test_files_that_are_not_read_and_links_in_circles_are_counted(tree: Path) ->
     assert lines[2].split()[-2:] == ["0", "0"]
     assert f"train: ignored .gif 2, .png 1, no extension 1, such as {tree}/train/" in lines[4]
     # A training reads the same.
-    assert {name: len(found) for name, found in class_folders(tree / "train").items()} == (
-        train.classes
-    )
+    names, labels = list(train.classes), build_stream(folder(tree, shuffle=False), 0).train.labels
+    assert dict(zip(names, labels.bincount().tolist(), strict=True)) == train.classes
 
 
 def test_numbers_of_workers_are_checked(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in ("0", "-1"):
         assert cli.main(["data", "check", str(tree), "--workers", number]) == 2
-        assert f"workers is {number}; allowed: at least 1" in capsys.readouterr().err
+        assert f"workers must be at least 1, got {number}" in capsys.readouterr().err
 
 
 def test_val_serves_as_test_and_the_camera_turns_images(tree: Path) -> None:
@@ -166,17 +164,17 @@ def test_long_lists_of_problems_are_cut(tree: Path) -> None:
 
 
 def test_a_run_can_ask_for_the_check(tree: Path, tmp_path: Path) -> None:
-    experiment = tiny(tree, tmp_path / "run", data={"verify": True}, overwrite=True)
-    prepare(experiment)
+    experiment = tiny(tree, tmp_path / "run", data={"verify": True})
+    prepare(experiment).folder.close()
     truncate(tree)
-    with pytest.raises(
-        ValueError, match=r"data\.verify: cannot read .*dog.1\.png.*loda data check"
-    ):
-        prepare(experiment)
+    with pytest.raises(ValueError, match=r"dog.1\.png.*loda data check"):
+        prepare(changed(experiment, out=str(tmp_path / "other")))
     assert not (tmp_path / "other").exists()
-    # On held-out training images the test split is not opened, whatever is in it.
-    held_out = changed(experiment, data={"validation": 0.3})
-    prepare(held_out)
+
+
+def test_on_held_out_images_the_test_split_is_not_opened(tree: Path) -> None:
+    truncate(tree)
+    verify_data(folder(tree, validation=0.3))
     no_image(tree)
-    with pytest.raises(ValueError, match=r"cannot read .*train.dog.1\.png"):
+    with pytest.raises(ValueError, match=r"train.dog.1\.png"):
         verify_data(folder(tree, validation=0.3))

@@ -7,12 +7,11 @@ import pytest
 import scipy.special
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import dtype_name, dtypes, seeds, to_library, to_numpy
+from strategies import EPS, dtype_name, dtypes, seeds, to_library, to_numpy
 
 import loda_math as lm
 from loda_math import class_split, gradient_alignment, lookahead, project_conflict
 
-EPS = {"float32": 1.2e-7, "float64": 2.3e-16}
 SHAPES = ((3,), (2, 4), (), (1, 2, 3))
 
 
@@ -62,20 +61,19 @@ def test_split_with_one_class_leaves_the_second_half_empty(xp: ModuleType) -> No
 def test_split_refuses_wrong_labels(xp: ModuleType) -> None:
     labels, order = xp.asarray([1, 2, 2]), xp.asarray([2, 1])
     for permutation in ([2, 2, 1], [2, 3], [1]):
-        with pytest.raises(ValueError, match="permutation must hold every class label"):
+        with pytest.raises(ValueError, match="permutation must hold every"):
             class_split(labels, xp.asarray(permutation))
-    with pytest.raises(ValueError, match=r"^permutation is empty"):
-        class_split(labels, order[:0])
-    with pytest.raises(ValueError, match=r"labels must have one axis.*\(1, 3\)"):
-        class_split(labels[None, :], order)
-    with pytest.raises(ValueError, match="permutation must have one axis"):
-        class_split(labels, order[:, None])
-    with pytest.raises(TypeError, match="labels must be integers"):
-        class_split(xp.asarray([1.0, 2.0]), order)
-    with pytest.raises(TypeError, match="permutation must be integers"):
-        class_split(labels, order == 1)
-    with pytest.raises(TypeError, match=r"permutation must be an array.*list"):
-        class_split(labels, [2, 1])
+    for error, words, pair in (
+        (ValueError, "permutation is empty", (labels, order[:0])),
+        (ValueError, "labels must have one axis", (labels[None, :], order)),
+        (ValueError, "permutation must have one axis", (labels, order[:, None])),
+        (TypeError, "labels must be integers", (xp.asarray([1.0, 2.0]), order)),
+        (TypeError, "permutation must be integers", (labels, order == 1)),
+        (TypeError, "permutation must be an array", (labels, [2, 1])),
+        (TypeError, "labels must be an array", ([1, 2, 2], order)),
+    ):
+        with pytest.raises(error, match=rf"^{words}"):
+            class_split(*pair)
 
 
 # lookahead
@@ -130,31 +128,6 @@ def test_empty_tensors_and_broken_gradients(xp: ModuleType) -> None:
     assert float(gradient_alignment([empty, one], [empty, one])) == pytest.approx(1)
     assert float(gradient_alignment([empty], [empty])) == 0
     assert project_conflict([empty, one], [empty, -one])[0].shape == (0, 2)
-
-
-@pytest.mark.parametrize("name", ["lookahead", "gradient_alignment", "project_conflict"])
-def test_lists_are_refused_under_their_names(xp: ModuleType, name: str) -> None:
-    first, second = ("params", "grads") if name == "lookahead" else ("a", "b")
-
-    def call(a: object, b: object) -> object:
-        function = getattr(lm, name)
-        return function(a, b, 0.1) if name == "lookahead" else function(a, b)
-
-    one, whole = to_library(xp, np.ones(2), "float32"), xp.asarray([1, 2])
-    for pair in (((one,) * 2), ([one], {0: one})):
-        wrong = first if pair[0] is one else second
-        with pytest.raises(TypeError, match=rf"^{wrong} must be a list or tuple.*got \w+"):
-            call(*pair)
-    for wrong, pair in ((first, ([one, whole], [one, one])), (second, ([one, one], [one, whole]))):
-        with pytest.raises(TypeError, match=rf"^{wrong}\[1\] must be real floating point"):
-            call(*pair)
-        mixed = [[x if x is one else [1.0] for x in side] for side in pair]
-        with pytest.raises(TypeError, match=rf"^{wrong}\[1\] must be an array.*list"):
-            call(*mixed)
-    with pytest.raises(ValueError, match=rf"^{first} and {second} must hold at least one tensor"):
-        call([], [])
-    with pytest.raises(ValueError, match=rf"^{first} and {second} must hold.*\(2,\).*\(1,\)"):
-        call([one], [one[:1]])
 
 
 # gradient_alignment
@@ -228,20 +201,31 @@ def test_agreement_and_zero_leave_the_gradient_alone(xp: ModuleType) -> None:
         np.testing.assert_array_equal(flat(project_conflict(a, b)), flat(a))
 
 
-@pytest.mark.parametrize("function", [gradient_alignment, project_conflict, None])
-def test_lists_that_do_not_match(xp: ModuleType, function: object) -> None:
-    call = function or (lambda a, b: lookahead(a, b, 0.1))
-    names = ("params", "grads") if function is None else ("a", "b")
-    one, two = to_library(xp, np.ones(2)), to_library(xp, np.ones(3))
-    with pytest.raises(ValueError, match=f"{names[0]} and {names[1]}.*same shapes"):
-        call([one], [two])
-    with pytest.raises(ValueError, match="same shapes"):
-        call([one, one], [one])
-    with pytest.raises(ValueError, match="at least one"):
+# Lists
+
+
+@pytest.mark.parametrize("name", ["lookahead", "gradient_alignment", "project_conflict"])
+def test_lists_are_refused_under_their_names(xp: ModuleType, name: str) -> None:
+    first, second = ("params", "grads") if name == "lookahead" else ("a", "b")
+
+    def call(a: object, b: object) -> object:
+        function = getattr(lm, name)
+        return function(a, b, 0.1) if name == "lookahead" else function(a, b)
+
+    one, whole = to_library(xp, np.ones(2), "float32"), xp.asarray([1, 2])
+    for wrong, pair in ((first, (one, [one])), (second, ([one], {0: one}))):
+        with pytest.raises(TypeError, match=rf"^{wrong} must be a list or tuple"):
+            call(*pair)
+    for bad, words in (
+        (whole, "real floating"),
+        ([1.0], "an array.*list"),
+        (None, "an array.*None"),
+    ):
+        for wrong, pair in ((first, ([one, bad], [one, one])), (second, ([one, one], [one, bad]))):
+            with pytest.raises(TypeError, match=rf"^{wrong}\[1\] must be {words}"):
+                call(*pair)
+    with pytest.raises(ValueError, match=rf"^{first} and {second} must hold at least one"):
         call([], [])
-    with pytest.raises(TypeError, match=f"{names[0]} must be a list or tuple"):
-        call(one, [one])
-    with pytest.raises(TypeError, match=rf"{names[1]}\[1\].*NoneType"):
-        call([one, one], [one, None])
-    with pytest.raises(TypeError, match=rf"{names[1]}\[0\].*real floating"):
-        call([one], [xp.asarray([1, 2])])
+    for pair in (([one], [one[:1]]), ([one, one], [one])):
+        with pytest.raises(ValueError, match=rf"^{first} and {second} .* same shapes"):
+            call(*pair)

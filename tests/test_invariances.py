@@ -1,4 +1,4 @@
-"""What must not change the answer: coordinates, the order of tasks, the basis of a branch."""
+"""What must not change the answer: coordinates, order of tasks, basis of a branch, other layers."""
 
 from collections.abc import Callable
 from itertools import permutations
@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.special
+from calls import ALL, call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from libraries import needs_float64
-from recalibration_oracle import gammas
 from strategies import (
     Matrix,
     branches,
     from_spectrum,
+    gammas,
     moment,
     orthogonal,
     pencils,
@@ -222,8 +223,61 @@ def test_the_remainder_of_the_expansion_is_of_second_order(
 def test_the_projection_is_the_nearest_without_conflict(xp: ModuleType, seed: int) -> None:
     rng = np.random.default_rng(seed)
     a, b = rng.standard_normal((2, 5))
-    (kept,) = lm.project_conflict([to_library(xp, a)], [to_library(xp, b)])
-    distance = np.linalg.norm(to_numpy(kept) - a)
+    (projected,) = lm.project_conflict([to_library(xp, a)], [to_library(xp, b)])
+    distance = np.linalg.norm(to_numpy(projected) - a)
     for other in a + rng.standard_normal((200, 5)) * np.logspace(-2, 1, 200)[:, None]:
         allowed = other - min(0.0, other @ b) / (b @ b) * b
         assert distance <= np.linalg.norm(allowed - a) + 1e-12
+
+
+# Leading dimensions: every field of every result is what the layer alone gives
+
+D, RANK = 5, 2
+
+
+def gram(rng: np.random.Generator) -> Matrix:
+    x = rng.standard_normal((9, D))
+    return x.T @ x
+
+
+def normal(*shape: int) -> Callable[[np.random.Generator], Matrix]:
+    return lambda rng: rng.standard_normal(shape)
+
+
+MAKE = {
+    **dict.fromkeys(("new", "old", "moment"), gram),
+    **dict.fromkeys(("before", "after", "change", "gradient"), normal(3, D)),
+    "basis": lambda rng: orthogonal(D, rng)[:, :RANK],
+    "up": normal(3, RANK),
+    "down": normal(RANK, D),
+    "tokens": normal(4, D),
+    "grad_output": normal(4, 2),
+    "coefficients": normal(RANK, RANK),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name != "verify_perturbation"])
+def test_layers_are_independent(xp: ModuleType, name: str) -> None:
+    needs_float64(xp)
+    rng = np.random.default_rng(0)
+    # Layers of very different size: none may lend its scale to another.
+    sizes = 10.0 ** np.asarray([[0, 3], [-3, 1], [-1, 2]])[..., None, None]
+    stacks = {
+        a: sizes ** (a not in ("basis", "coefficients"))
+        * np.stack([[MAKE[a](rng) for _ in range(2)] for _ in range(3)])
+        for a in ALL[name][1]
+    }
+    result = call(xp, name, **{a: to_library(xp, x) for a, x in stacks.items()})
+    fields = result if isinstance(result, tuple) else (result,)
+    for i, j in np.ndindex(3, 2):
+        one = call(xp, name, **{a: to_library(xp, x[i, j]) for a, x in stacks.items()})
+        parts = one if isinstance(one, tuple) else (one,)
+        for whole, single in zip(fields, parts, strict=True):
+            if whole is None or isinstance(whole, int):  # what a Moments counts is one number
+                assert whole == single
+                continue
+            assert whole.shape == (3, 2, *single.shape)
+            size = np.abs(to_numpy(single)).max(initial=0)
+            np.testing.assert_allclose(
+                to_numpy(whole)[i, j], to_numpy(single), rtol=1e-6, atol=1e-9 * (1 + size)
+            )

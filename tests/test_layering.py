@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ARRAY_LIBRARIES = {"numpy", "torch", "jax", "cupy", "dask", "scipy", "array_api_strict"}
-# The files of the mathematics that may import more, inside functions, for host arrays.
-FAST = {"_fast.py", "_lanczos.py"}
+# The file of the mathematics that may import more, inside functions, for host arrays.
+FAST = {"_eigh.py"}
 HOST_LIBRARIES = {"numpy", "scipy", "threadpoolctl"}
 # What each package may import beside the standard library.
 ALLOWED = {

@@ -1,25 +1,19 @@
 """The methods under their common interface: what they change in a model, and what they leave."""
 
-from collections.abc import Callable
-from typing import Any
+import re
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from small_runs import finished, small_vit, tiny, tree
-from torch import Tensor, nn
+from learning import LABELS, batches, images, learn, made, weights
+from small_runs import small_vit
+from torch import nn
 from torch.nn import functional
 
-from training.config import MethodConfig
-from training.files import read_json
-from training.loop import train
-from training.methods import METHODS, Context, Method, build_method
-from training.setup import prepare
+from training.methods import METHODS, Method, MethodConfig, steps_a_batch
 
-NAMES = tuple(METHODS)
+NAMES = tuple(METHODS.paths)
 STILL = {"frozen", "ncm", "ranpac_frozen"}
-IMAGES = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-LABELS = torch.arange(12) % 3
+ALIGNED = sorted({*NAMES} - STILL)
 
 
 @pytest.fixture
@@ -27,46 +21,15 @@ def model() -> nn.Module:
     return small_vit()
 
 
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def batches() -> list[tuple[Tensor, Tensor]]:
-    return [(IMAGES[:8], LABELS[:8]), (IMAGES[8:], LABELS[8:])]
-
-
-def backward(value: Tensor) -> None:
-    value.backward()  # type: ignore[no-untyped-call]
-
-
-def learn(
-    method: Method, model: nn.Module, steps: int = 3, lr: float = 0.1, seed: int = 0
-) -> dict[str, Tensor]:
-    """One task of full-batch steps with a fixed random head; the weights after it."""
-    generator = torch.Generator().manual_seed(seed)
-    head = torch.randn(3, 16, generator=generator).requires_grad_()
-    method.begin_task(batches())
-    optimizer = torch.optim.SGD([*method.parameters(), head], lr=lr, momentum=0.9)
-    model.train()
-
-    def loss(rows: Tensor) -> Tensor:
-        return functional.cross_entropy(model(IMAGES[rows]) @ head.mT, LABELS[rows])
-
-    for _ in range(steps):
-        method.step(loss, LABELS, optimizer, generator=generator, backward=backward)
-    method.end_task(batches())
-    return weights(model)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_between_tasks_the_model_is_the_original_architecture(name: str, model: nn.Module) -> None:
     kinds = [(n, type(m)) for n, m in model.named_modules()]
     shapes = {n: w.shape for n, w in model.state_dict().items()}
     before = weights(model)
-    method = build_method(MethodConfig(name=name, rank=4), model, Context(0, 2))
+    method = made(name, model)
     assert all(torch.equal(w, before[n]) for n, w in model.state_dict().items())
-    for _ in range(2):
-        learn(method, model)
+    for task in range(2):
+        learn(method, model, task)
         assert [(n, type(m)) for n, m in model.named_modules()] == kinds
         assert {n: w.shape for n, w in model.state_dict().items()} == shapes
 
@@ -74,19 +37,18 @@ def test_between_tasks_the_model_is_the_original_architecture(name: str, model: 
 @pytest.mark.parametrize("name", NAMES)
 def test_only_the_target_layers_change(name: str, model: nn.Module) -> None:
     before = weights(model)
-    method = build_method(
-        MethodConfig(name=name, rank=4, target="blocks.1.attn.qkv"), model, Context(0, 2)
-    )
-    learn(method, model)
-    after = learn(method, model)
+    target = {} if name in STILL else {"target": "blocks.1.attn.qkv"}
+    method = made(name, model, **target)
+    learn(method, model, 0)
+    after = learn(method, model, 1)
     moved = {n for n in before if not torch.equal(before[n], after[n])}
     assert moved == (set() if name in STILL else {"blocks.1.attn.qkv.weight"})
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_of_the_model_is_trained_in_the_open(name: str, model: nn.Module) -> None:
-    method = build_method(MethodConfig(name=name, rank=4), model, Context(0, 2))
-    method.begin_task(batches())
+    method = made(name, model)
+    method.begin_task(batches(0))
     own = {id(p) for p in method.parameters()}
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert {id(p) for p in model.parameters() if p.requires_grad} == own
@@ -95,140 +57,124 @@ def test_nothing_of_the_model_is_trained_in_the_open(name: str, model: nn.Module
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_state_carries_a_method_over(name: str, model: nn.Module) -> None:
-    method = build_method(MethodConfig(name=name, rank=4), model, Context(0, 2))
-    learn(method, model)
-    between = weights(model)
+    method = made(name, model)
+    between = learn(method, model, 0)
     state = {key: value.clone() for key, value in method.state_dict().items()}
-    expected = learn(method, model, seed=1)
+    expected = learn(method, model, 1)
 
     other = small_vit()
     for weight in other.parameters():  # the state and the experiment decide
         nn.init.normal_(weight)
-    taking_over = build_method(MethodConfig(name=name, rank=4), other, Context(0, 2))
+    taking_over = made(name, other)
     other.load_state_dict(between)
     taking_over.load_state_dict(state)
     assert all(torch.equal(w, between[n]) for n, w in other.state_dict().items())
-    found = learn(taking_over, other, seed=1)
+    found = learn(taking_over, other, 1)
     assert all(torch.equal(found[n], expected[n]) for n in expected)
 
 
-def test_sequential_lora_is_lora(model: nn.Module) -> None:
-    """One task against LoRA written out: W + B A in the forward pass, plain autograd and SGD."""
-    name, lr, steps = "blocks.0.attn.qkv", 0.1, 4
-    method = build_method(MethodConfig(name="seq_lora", rank=3, target=name), model, Context(0, 2))
-    down = method.state_dict()[f"down/lora/{name}"].clone().requires_grad_()
-    up = torch.zeros(48, 3, requires_grad=True)
-    assert not method.state_dict()[f"up/lora/{name}"].any()
-    start = weights(model)[f"{name}.weight"]
-    head = torch.randn(3, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    optimizer = torch.optim.SGD([down, up, head], lr=lr, momentum=0.9)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        features = torch.func.functional_call(
-            model, {f"{name}.weight": start + up @ down}, (IMAGES,)
-        )
-        backward(functional.cross_entropy(features @ head.mT, LABELS))
-        optimizer.step()
-    after = learn(method, model, steps=steps, lr=lr)
-    torch.testing.assert_close(after[f"{name}.weight"], (start + up @ down).detach())
-    state = method.state_dict()
-    torch.testing.assert_close(state[f"up/lora/{name}"], up.detach())
-    torch.testing.assert_close(state[f"down/lora/{name}"], down.detach())
-    assert up.detach().abs().max() > 1e-3
+@pytest.mark.parametrize("name", ALIGNED)
+def test_steps_are_gradient_aligned_where_it_is_asked_for(name: str, model: nn.Module) -> None:
+    state = weights(model)
+    found = []
+    for options in ({}, {"gao": True, "radius": 0.5}, {"gao": False, "radius": 0.9}):
+        model.load_state_dict(state)
+        found.append(learn(made(name, model, **options), model, 0))
+    default, aligned, plain = found
+    published = aligned if name == "loda" else plain  # LoDA's own radius is another one
+    assert all(torch.equal(default[k], published[k]) for k in plain) == (name != "loda")
+    assert any(not torch.equal(plain[k], aligned[k]) for k in plain)
+    assert steps_a_batch(MethodConfig(name)) == (2 if name == "loda" else 1)
+    assert steps_a_batch(MethodConfig(name, {"gao": True, "radius": 0.0})) == 2
+    assert steps_a_batch(MethodConfig(name, {"gao": False})) == 1
 
 
-def test_sequential_lora_trains_one_branch_on(model: nn.Module) -> None:
-    name = "blocks.0.attn.qkv"
-    start = weights(model)[f"{name}.weight"]
-    method = build_method(MethodConfig(name="seq_lora", rank=3), model, Context(0, 2))
-    for seed in range(3):
-        after = learn(method, model, seed=seed)
-        change = after[f"{name}.weight"] - start
-        # However many tasks, the update has the rank of one branch.
-        assert torch.linalg.matrix_rank(change, atol=1e-5) == 3
-        state = method.state_dict()
-        torch.testing.assert_close(change, state[f"up/lora/{name}"] @ state[f"down/lora/{name}"])
+def test_a_method_without_tensors_takes_plain_steps(model: nn.Module) -> None:
+    class Heads(Method):
+        radius = 0.5
+
+    method = Heads()
+    from training.methods import Context
+
+    method.start(model, Context(0, 1))
+    method.begin_task([])
+    head = torch.zeros(3, 16, requires_grad=True)
+    optimizer = torch.optim.SGD([head], lr=1.0)
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    step = method.step(
+        lambda rows: functional.cross_entropy(model(images(0)[rows]) @ head.mT, LABELS[rows]),
+        LABELS,
+        optimizer,
+        generator=generator,
+        backward=torch.Tensor.backward,
+    )
+    assert float(step.loss) == pytest.approx(1.0986, abs=1e-3)
+    assert head.abs().max() > 0
+    assert torch.equal(generator.get_state(), before)
+    assert method.end_task([]) is None
+    assert method.state_dict() == {}
+    method.load_state_dict({})
 
 
-def test_another_seed_starts_sequential_lora_elsewhere(model: nn.Module) -> None:
-    config = MethodConfig(name="seq_lora", rank=3)
-    states = [build_method(config, model, Context(seed, 2)).state_dict() for seed in (0, 0, 1)]
-    key = "down/lora/blocks.0.attn.qkv"
-    assert torch.equal(states[0][key], states[1][key])
-    assert not torch.equal(states[0][key], states[2][key])
+@pytest.mark.parametrize(
+    ("name", "options", "named"),
+    [
+        ("loda", {"rank": 0}, "rank"),
+        ("loda", {"radius": -0.1}, "radius"),
+        ("loda", {"gamma": -3.0}, "gamma"),
+        ("loda", {"ridge": -0.1}, "ridge"),
+        ("loda", {"general_weight": -0.1}, "general_weight"),
+        ("loda", {"isolated_weight": float("inf")}, "isolated_weight"),
+        ("loda", {"isolated": "trace_ratio", "energy_floor": 1.1}, "energy_floor"),
+        ("loda", {"energy_floor": 0.5}, "energy_floor"),  # the rule of the theorem has no floor
+        ("loda", {"joint": True, "recalibration": "none"}, "joint"),
+        ("loda", {"history_decay": 1.01}, "history_decay"),
+        ("loda", {"history_decay": float("nan")}, "history_decay"),
+        ("loda", {"history_weight": -1.0}, "history_weight"),
+        ("loda", {"history_weight": "sum"}, "history_weight"),
+        ("loda", {"directions": "best"}, "directions"),
+        ("loda", {"penalty": 1.0}, "gamma"),  # the message lists those that there are
+        ("null_lora", {"isolated": "pencil"}, "isolated"),
+        ("null_lora", {"gamma": 1.0}, "gamma"),
+        ("seq_lora", {"rank": 0}, "rank"),
+        ("seq_lora", {"parts": "q"}, "parts"),
+        ("frozen", {"gao": True}, "gao"),
+        ("ncm", {"rank": 4}, "rank"),
+        ("o_lora", {"penalty": -1.0}, "penalty"),
+        ("o_lora", {"alpha": 0.0}, "alpha"),
+        ("o_lora", {"alpha": "big"}, "alpha"),
+        ("o_lora", {"penalty": None}, "penalty"),
+        ("o_lora", {"start": 1.0}, "start"),
+        ("inflora", {"lamb": 0.9, "lame": 0.8}, "lame"),
+        ("inflora", {"down_scale": 0.0}, "down_scale"),
+        ("inflora", {"parts": "kq"}, "parts"),
+        ("sd_lora", {"parts": "qqq"}, "parts"),
+        ("sd_lora", {"start": float("inf")}, "start"),
+        ("sd_lora", {"radius": float("nan")}, "radius"),
+    ],
+)
+def test_wrong_options_are_named(name: str, options: dict[str, object], named: str) -> None:
+    with pytest.raises(ValueError, match=named) as caught:
+        MethodConfig(name, options)
+    assert name in str(caught.value) or "method." in str(caught.value)
 
 
-def test_frozen_trains_the_heads_alone(tmp_path_factory: pytest.TempPathFactory) -> None:
-    run = finished(tmp_path_factory, "frozen")
-    out = tmp_path_factory.mktemp("start") / "run"
-    start = prepare(tiny(tree(tmp_path_factory), out)).state.model.state_dict()
-    saved = load_file(run / "model.safetensors")
-    assert all(torch.equal(saved[name], start[name]) for name in start)
-    assert read_json(run / "summary.json")["trainable_parameters"] == [32] * 3
+def test_zeros_that_switch_something_off_are_options() -> None:
+    zeros = dict.fromkeys(("radius", "gamma", "ridge", "general_weight", "isolated_weight"), 0.0)
+    assert MethodConfig("loda", zeros).options.items() >= zeros.items()
 
 
-ABLATIONS: dict[str, dict[str, Any]] = {
-    "no look-ahead": {"gao": False},
-    "radius 0": {"radius": 0.0},
-    "general": {"branches": "general"},
-    "isolated": {"branches": "isolated"},
-    "null": {"isolated": "null"},
-    "trace ratio": {"isolated": "trace_ratio"},
-    "energy floor": {"isolated": "trace_ratio", "energy_floor": 0.8},
-    "joint": {"joint": True},
-    "history weight": {"history_weight": 3.0},
-    "trained": {"history": "trained"},
-    "both passes": {"history": "both"},
-    "full rank": {"rank": 16},
-    "rank 1": {"rank": 1},
-    "projection": {"target": "*.attn.proj"},
-    **{f: {"recalibration": f} for f in ("diagonal", "box", "direction", "scalar", "none")},
-}
+def test_an_unknown_method_is_refused_with_those_that_exist() -> None:
+    with pytest.raises(ValueError, match="lora") as caught:
+        MethodConfig("lora")
+    assert all(re.search(rf"\b{name}\b", str(caught.value)) for name in NAMES)
 
 
-@pytest.fixture(scope="session")
-def final(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Tensor]]:
-    """Weights after a short run under changed settings of LoDA."""
-    root = tree(tmp_path_factory)
-
-    def final(tasks: int = 2, **method: Any) -> dict[str, Tensor]:
-        out = tmp_path_factory.mktemp("ablation") / "run"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("training.loop.accuracy_figure", lambda *_, **__: None)
-            run = train(tiny(root, out, method=method, data={"tasks": tasks}), quiet=True)
-        return load_file(run / "model.safetensors")
-
-    return final
-
-
-@pytest.fixture(scope="session")
-def standard(final: Callable[..., dict[str, Tensor]]) -> dict[str, Tensor]:
-    return final()
-
-
-@pytest.mark.parametrize("ablation", ABLATIONS)
-def test_every_part_of_loda_can_be_switched(
-    ablation: str, final: Callable[..., dict[str, Tensor]], standard: dict[str, Tensor]
-) -> None:
-    found = final(**ABLATIONS[ablation])
-    assert {n: w.shape for n, w in found.items()} == {n: w.shape for n, w in standard.items()}
-    assert all(w.isfinite().all() for w in found.values())
-    # A switch that changes nothing would be none.
-    assert any(not torch.equal(found[n], standard[n]) for n in standard)
-
-
-@pytest.mark.parametrize("late", [{"history_decay": 0.3}, {"history_weight": "mean"}], ids=str)
-def test_weights_of_old_tasks_matter_once_there_are_two(
-    late: dict[str, Any], final: Callable[..., dict[str, Tensor]], standard: dict[str, Tensor]
-) -> None:
-    two, three, whole = final(**late), final(tasks=3, **late), final(tasks=3)
-    assert all(torch.equal(two[n], standard[n]) for n in standard)
-    assert any(not torch.equal(three[n], whole[n]) for n in whole)
-
-
-def test_settings_of_other_methods_do_not_matter(
-    final: Callable[..., dict[str, Tensor]],
-) -> None:
-    plain = final(name="seq_lora")
-    other = final(name="seq_lora", gamma=9.0, radius=0.9, branches="general", gao=False)
-    assert all(torch.equal(plain[n], other[n]) for n in plain)
+@pytest.mark.parametrize("name", ALIGNED)
+def test_options_that_do_not_suit_a_model_leave_it_alone(name: str, model: nn.Module) -> None:
+    trained = [p.requires_grad for p in model.parameters()]
+    for options in ({"rank": 17}, {"target": "*.none"}):
+        with pytest.raises(ValueError, match=r"rank|\*\.none"):
+            made(name, model, **options)
+    assert [p.requires_grad for p in model.parameters()] == trained

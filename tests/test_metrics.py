@@ -1,15 +1,15 @@
 """Metrics against a brute-force walk over single predictions."""
 
-import io
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
 
-from training.metrics import AccuracyMatrix, class_counts
-from training.monitoring.tables import accuracy_table, markdown_table, plain_table
+from training.metrics import AccuracyMatrix, Meter, class_counts, count_correct
 
 
 @st.composite
@@ -104,33 +104,41 @@ def test_counts_of_batches_add_up(pairs: list[tuple[int, int]], cut: int) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (((1,), ((1, 2),), ((1, 2),)), "1 classes are seen"),
-        (((1,), ((0,),), ((0,),)), "Class 0 has no image"),
-        (((1,), ((3,),), ((2,),)), "3 right predictions of 2"),
-        (((1, 1), ((1,),), ((1,),)), "one row a task"),
-        (((0,), ((),), ((),)), "at least 1"),
+        (((1,), ((1, 2),), ((1, 2),)), "1 classes"),
+        (((1,), ((0,),), ((0,),)), "no image"),
+        (((1,), ((3,),), ((2,),)), "0 to 2, got 3"),
+        (((1, 1), ((1,),), ((1,),)), "2 tasks"),
+        (((0,), ((),), ((),)), "task 1"),
     ],
 )
-def test_errors(arguments: tuple[tuple[int, ...], ...], message: str) -> None:
+def test_impossible_counts(arguments: tuple[tuple[int, ...], ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AccuracyMatrix(*arguments)  # type: ignore[arg-type]
 
 
-def test_counts_errors() -> None:
+def test_counts_of_other_labels_or_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match="0 to 1"):
         class_counts(torch.tensor([0]), torch.tensor([2]), 2)
-    with pytest.raises(ValueError, match="one length"):
+    with pytest.raises(ValueError, match="length"):
         class_counts(torch.tensor([0, 1]), torch.tensor([1]), 2)
-    with pytest.raises(ValueError, match="lacks"):
+    with pytest.raises(KeyError):
         AccuracyMatrix.from_dict({"sizes": []})
 
 
-def test_tables_show_every_number() -> None:
-    from rich.console import Console
+def test_a_given_task_leaves_its_own_classes_as_candidates() -> None:
+    features = torch.tensor([[3.0, 2.0, 1.0], [3.0, 1.0, 2.0], [1.0, 3.0, 2.0]])
+    labels = torch.tensor([0, 2, 2])
+    classifiers: Any = {"same": SimpleNamespace(logits=lambda x: x)}
+    free = count_correct(classifiers, features, labels, 3)
+    given = count_correct(classifiers, features, labels, 3, task_sizes=[1, 2])
+    assert free == {"same": ([1, 0, 0], [1, 0, 2])}
+    assert given == {"same": ([1, 0, 1], [1, 0, 2])}
 
-    matrix = AccuracyMatrix((1, 1), ((9,), (6, 4)), ((10,), (10, 5)))
-    console = Console(width=80, file=io.StringIO(), record=True)
-    console.print(accuracy_table(matrix))
-    for text in (console.export_text(), plain_table(matrix), markdown_table(matrix)):
-        for number in ("90.0", "60.0", "80.0", "66.7", "66.67", "78.33", "-30.00"):
-            assert number in text
+
+def test_the_meter_weighs_batches_by_their_images() -> None:
+    meter = Meter()
+    assert meter.read() == {"loss": 0.0, "accuracy": 0.0}
+    meter.add(torch.tensor(1.0), 3)
+    meter.add(torch.tensor(5.0), 1)
+    meter.count(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))
+    assert meter.read() == {"loss": 2.0, "accuracy": 0.5}

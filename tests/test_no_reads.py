@@ -13,11 +13,11 @@ from tiny_models import inputs, vit
 from torch import Tensor
 
 from backends.torch import LoDA, LoDASettings
+from backends.torch.readouts import CosineHeads
 from training.config import TrainConfig
-from training.monitoring.progress import Meter
-from training.step.heads import Heads
-from training.step.losses import cosface
-from training.step.optimizers import make_optimizer
+from training.loss import cosface
+from training.metrics import Meter
+from training.train import make_optimizer
 
 
 def step_on(device: str) -> Callable[[], None]:
@@ -30,7 +30,7 @@ def step_on(device: str) -> Callable[[], None]:
         loda.begin_task([images])
         if loda.tasks == 0:
             loda.end_task([images])
-    heads, meter = Heads(12, [4]).to(device), Meter()
+    heads, meter = CosineHeads(12, [4]).to(device), Meter()
     model.to(device)
     pixels = images.to(device)
     optimizer = make_optimizer(

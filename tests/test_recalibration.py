@@ -1,54 +1,106 @@
-"""Recalibration against brute force: least squares over Λ, golden section, definitions."""
+"""Recalibration against brute force: least squares, golden section, definitions on tokens."""
 
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recalibration_oracle import EPS, gammas, loss, root
 from strategies import (
+    EPS,
     Matrix,
     branches,
     dtype_name,
     dtypes,
     from_spectrum,
+    gammas,
     orthogonal,
     seeds,
     to_library,
     to_numpy,
 )
 
-from loda_math import recalibration, recalibration_loss
+from loda_math import (
+    joint_recalibration,
+    recalibration,
+    recalibration_loss,
+    stack_branches,
+    update_effect,
+)
+from loda_math.recalibration import _box
 
-FORMS = ("full", "diagonal", "direction", "scalar")
-regular = branches(("random", "spiked", "flat"), dead=False)
+CLOSED = ("full", "diagonal", "direction", "scalar")
+FORMS = (*CLOSED, "box")
+few = settings(max_examples=12)
+
+
+def orthonormal_rows(branch: tuple) -> tuple:
+    up, down, new, old = branch
+    return up, np.linalg.qr(down.T)[0].T, new, old
+
+
+# P and Q that are far from singular, and with energies of one size.
+regular = branches(("random", "spiked", "flat"), dead=False).map(orthonormal_rows)
+level = branches(("random", "flat"), dead=False).map(orthonormal_rows)
+
+
+def root(m: Matrix) -> Matrix:
+    """A factor whose square is the positive semi-definite part of a moment."""
+    values, vectors = np.linalg.eigh(m)
+    return vectors * np.sqrt(np.clip(values, 0, None))
+
+
+def loss(coefficients: Matrix, branch: tuple, gamma: float) -> float:
+    """J by its definition, as squared norms of matrices (never negative by rounding)."""
+    up, down, new, old = branch
+    interference = up @ coefficients @ down @ root(old)
+    lost = up @ (coefficients - np.eye(len(coefficients))) @ down @ root(new)
+    return float(np.sum(interference**2) + gamma * np.sum(lost**2))
+
+
+def to_arrays(xp: ModuleType, branch: tuple, dtype: str = "float64") -> list[Any]:
+    return [to_library(xp, a, dtype) for a in branch]
 
 
 def solve(xp: ModuleType, branch: tuple, gamma: float, form: str, dtype: str = "float64") -> Matrix:
-    arrays = [to_library(xp, a, dtype) for a in branch]
-    result = recalibration(*arrays, gamma, form)
+    result = recalibration(*to_arrays(xp, branch, dtype), gamma, form)
     rank = branch[1].shape[0]
     assert tuple(result.shape) == (rank, rank)
     assert dtype_name(result) == dtype
     return to_numpy(result)
 
 
+def least_squares(branch: tuple, gamma: float, shapes: list[Matrix]) -> tuple[Matrix, Matrix]:
+    """System and target whose least-squares solution is the best combination of the shapes of Λ."""
+    up, down, new, old = branch
+    factors = down @ root(old), np.sqrt(gamma) * down @ root(new)
+    stack = lambda m: np.concatenate([(up @ m @ f).ravel() for f in factors])  # noqa: E731
+    target = np.concatenate([0 * (up @ factors[0]).ravel(), (up @ factors[1]).ravel()])
+    return np.stack([stack(m) for m in shapes], axis=1), target
+
+
+def diagonals(rank: int) -> list[Matrix]:
+    return [np.diag(e) for e in np.eye(rank)]
+
+
 def brute_force(branch: tuple, gamma: float, form: str) -> Matrix:
     """Least squares on explicit matrices, over a basis of the Λ of the given form."""
-    up, down, new, old = branch
-    rank = len(down)
-    if form == "full":
-        shapes = [np.outer(i, j) for i in np.eye(rank) for j in np.eye(rank)]
-    else:
-        shapes = [np.diag(e) for e in np.eye(rank)] if form == "diagonal" else [np.eye(rank)]
-    old_side, new_side = down @ root(old), np.sqrt(gamma) * down @ root(new)
-    stack = lambda m: np.concatenate([(up @ m @ s).ravel() for s in (old_side, new_side)])  # noqa: E731
-    system = np.stack([stack(m) for m in shapes], axis=1)
-    target = np.concatenate([0 * (up @ old_side).ravel(), (up @ new_side).ravel()])
-    weights = np.linalg.lstsq(system, target, rcond=1e-12)[0]
+    rank = len(branch[1])
+    shapes = {
+        "full": [np.outer(i, j) for i in np.eye(rank) for j in np.eye(rank)],
+        "diagonal": diagonals(rank),
+        "scalar": [np.eye(rank)],
+    }[form]
+    weights = np.linalg.lstsq(*least_squares(branch, gamma, shapes), rcond=1e-12)[0]
     return np.einsum("k,kij->ij", weights, np.stack(shapes))
+
+
+def extremes(branch: tuple, gamma: float) -> float:
+    """J of keeping and of dropping everything: what a slack is a share of."""
+    eye = np.eye(len(branch[1]))
+    return loss(eye, branch, gamma) + loss(0 * eye, branch, gamma)
 
 
 @pytest.mark.parametrize("form", ["full", "diagonal", "scalar"])
@@ -58,8 +110,7 @@ def test_forms_reach_the_least_squares_optimum(
 ) -> None:
     ours = solve(xp, branch, gamma, form)
     best = loss(brute_force(branch, gamma, form), branch, gamma)
-    worst = loss(np.eye(len(ours)), branch, gamma) + loss(0 * ours, branch, gamma)
-    assert loss(ours, branch, gamma) <= best + 1e-9 * worst
+    assert loss(ours, branch, gamma) <= best + 1e-9 * extremes(branch, gamma)
     if form == "diagonal":
         np.testing.assert_array_equal(ours, np.diag(np.diag(ours)))
     if form == "scalar":
@@ -68,12 +119,16 @@ def test_forms_reach_the_least_squares_optimum(
 
 @given(branch=regular, gamma=gammas)
 def test_full_form_is_the_closed_form(xp: ModuleType, branch: tuple, gamma: float) -> None:
-    _, down, new, old = branch
-    down = orthogonal(len(new), np.random.default_rng(0))[: len(down)]
-    branch = (branch[0], down, new, old)
-    p, q = down @ old @ down.T, down @ new @ down.T
-    exact = np.linalg.solve((p + gamma * q).T, gamma * q.T).T
-    np.testing.assert_allclose(solve(xp, branch, gamma, "full"), exact, atol=1e-7)
+    up, down, new, old = branch
+    p, q = down @ old @ down.T, gamma * down @ new @ down.T
+    ours = solve(xp, branch, gamma, "full")
+    np.testing.assert_allclose(ours, np.linalg.solve((p + q).T, q.T).T, atol=1e-7)
+    # The minimum is the parallel sum of P and γQ.
+    parallel = np.trace(up.T @ up @ p @ np.linalg.solve(p + q, q))
+    assert loss(ours, branch, gamma) == pytest.approx(parallel, rel=1e-6)
+    # What the old tasks gain is what the new one gives up.
+    back = solve(xp, (up, down, old, new), 1 / gamma, "full")
+    np.testing.assert_allclose(ours + back, np.eye(len(down)), atol=1e-7)
 
 
 @given(branch=regular, gamma=gammas, dtype=dtypes)
@@ -87,19 +142,9 @@ def test_direction_form_weighs_each_row(
     np.testing.assert_allclose(ours, np.diag(exact), atol=1e4 * EPS[dtype])
 
 
-@given(branch=regular, gamma=gammas)
-def test_scalar_form_by_golden_section(xp: ModuleType, branch: tuple, gamma: float) -> None:
-    ours = solve(xp, branch, gamma, "scalar")[0, 0]
-    rank = branch[1].shape[0]
-    found = scipy.optimize.minimize_scalar(
-        lambda x: loss(x * np.eye(rank), branch, gamma), bracket=(0, 1), method="golden"
-    )
-    assert ours == pytest.approx(found.x, abs=1e-5)
-
-
 @given(branch=branches(), gamma=gammas, seed=seeds)
 def test_order_of_the_forms(xp: ModuleType, branch: tuple, gamma: float, seed: int) -> None:
-    losses = {form: loss(solve(xp, branch, gamma, form), branch, gamma) for form in FORMS}
+    losses = {form: loss(solve(xp, branch, gamma, form), branch, gamma) for form in CLOSED}
     eye = np.eye(len(branch[1]))
     keep, drop = loss(eye, branch, gamma), loss(0 * eye, branch, gamma)
     slack = 1e-9 * (keep + drop)
@@ -145,58 +190,33 @@ def test_eigenvalues_at_condition_1e12(xp: ModuleType, seed: int, size: int) -> 
         assert np.all(values.real <= 1 + 1e-9)
 
 
-@given(branch=regular, gamma=st.sampled_from([0.5, 1.0, 3.0]))
-def test_exchanging_the_tasks_complements(xp: ModuleType, branch: tuple, gamma: float) -> None:
-    up, _, new, old = branch
-    size = len(new)
-    down = orthogonal(size, np.random.default_rng(1))[: up.shape[1]]
-    there = solve(xp, (up, down, new, old), gamma, "full")
-    back = solve(xp, (up, down, old, new), 1 / gamma, "full")
-    np.testing.assert_allclose(there + back, np.eye(len(down)), atol=1e-7)
-
-
-@given(branch=regular, gamma=gammas)
-def test_minimum_is_the_parallel_sum(xp: ModuleType, branch: tuple, gamma: float) -> None:
-    up, _, new, old = branch
-    down = orthogonal(len(new), np.random.default_rng(1))[: up.shape[1]]
-    branch = (up, down, new, old)
-    p, q = down @ old @ down.T, gamma * down @ new @ down.T
-    parallel = p @ np.linalg.solve(p + q, q)
-    ours = loss(solve(xp, branch, gamma, "full"), branch, gamma)
-    assert ours == pytest.approx(np.trace(up.T @ up @ parallel), rel=1e-6)
-
-
 @given(branch=regular, gamma=gammas, seed=seeds)
 def test_full_form_does_not_depend_on_the_basis(
     xp: ModuleType, branch: tuple, gamma: float, seed: int
 ) -> None:
-    up, _, new, old = branch
-    rng = np.random.default_rng(seed)
-    rank = up.shape[1]
-    down = orthogonal(len(new), rng)[:rank]
+    up, down, new, old = branch
+    rng, rank = np.random.default_rng(seed), len(down)
     change = from_spectrum(rng.uniform(0.3, 3, rank), orthogonal(rank, rng)) @ orthogonal(rank, rng)
-    one = up @ solve(xp, (up, down, new, old), gamma, "full") @ down
+    ours = solve(xp, branch, gamma, "full")
     moved = (up @ np.linalg.inv(change), change @ down, new, old)
     other = moved[0] @ solve(xp, moved, gamma, "full") @ moved[1]
-    np.testing.assert_allclose(one, other, atol=1e-7 * np.abs(up).max())
+    np.testing.assert_allclose(up @ ours @ down, other, atol=1e-7 * np.abs(up).max())
     # Free of B, too.
     blank = solve(xp, (0 * up, down, new, old), gamma, "full")
-    np.testing.assert_allclose(blank, solve(xp, (up, down, new, old), gamma, "full"), atol=1e-12)
+    np.testing.assert_allclose(blank, ours, atol=1e-12)
 
 
-@given(branch=branches(("random", "flat"), dead=False), form=st.sampled_from(FORMS), dtype=dtypes)
+@given(branch=level, form=st.sampled_from(CLOSED), dtype=dtypes)
 def test_limits_of_gamma(xp: ModuleType, branch: tuple, form: str, dtype: str) -> None:
-    up, _, new, old = branch
-    down = orthogonal(len(new), np.random.default_rng(2))[: up.shape[1]]
-    branch = (np.eye(len(down)), down, new, old)
-    np.testing.assert_array_equal(solve(xp, branch, 0.0, form, dtype), 0 * np.eye(len(down)))
+    eye = np.eye(len(branch[1]))
+    branch = (eye, *branch[1:])
+    np.testing.assert_array_equal(solve(xp, branch, 0.0, form, dtype), 0 * eye)
     assert np.abs(solve(xp, branch, 1e-12, form, dtype)).max() < 1e-4
     for huge in (1e12, 1e200, 1e308):
-        ours = solve(xp, branch, huge, form, dtype)
-        np.testing.assert_allclose(ours, np.eye(len(down)), atol=1e-4)
+        np.testing.assert_allclose(solve(xp, branch, huge, form, dtype), eye, atol=1e-4)
 
 
-@given(branch=branches(), gamma=gammas, form=st.sampled_from(FORMS), data=st.data())
+@given(branch=branches(), gamma=gammas, form=st.sampled_from(CLOSED), data=st.data())
 def test_a_common_scale_does_not_matter(
     xp: ModuleType, branch: tuple, gamma: float, form: str, data: st.DataObject
 ) -> None:
@@ -206,7 +226,7 @@ def test_a_common_scale_does_not_matter(
     np.testing.assert_array_equal(scaled, solve(xp, branch, gamma, form))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", CLOSED)
 @given(seed=seeds, size=st.integers(3, 7), gamma=gammas)
 def test_dead_directions_get_zero(
     xp: ModuleType, form: str, seed: int, size: int, gamma: float
@@ -231,50 +251,14 @@ def test_dead_directions_get_zero(
 @pytest.mark.parametrize("form", FORMS)
 def test_nothing_at_all_gives_zero(xp: ModuleType, form: str) -> None:
     zero, one = np.zeros((2, 2)), np.eye(2)
-    for branch in ((one, one, zero, zero), (one, zero, one, one), (one, one, zero, one)):
-        np.testing.assert_array_equal(solve(xp, branch, 1.0, form), zero)
-    np.testing.assert_allclose(solve(xp, (one, one, one, zero), 1.0, form), one, atol=1e-14)
-
-
-@given(branch=branches(), gamma=gammas, seed=seeds, dtype=dtypes)
-def test_loss_is_its_definition_on_tokens(
-    xp: ModuleType, branch: tuple, gamma: float, seed: int, dtype: str
-) -> None:
-    up, down, new, _ = branch
-    rng = np.random.default_rng(seed)
-    size, rank = len(new), len(down)
-    x_new, x_old = rng.standard_normal((2, 9, size))
-    moments = x_new.T @ x_new / 9, x_old.T @ x_old / 9
-    coefficients = rng.standard_normal((rank, rank))
-    interference = x_old @ (up @ coefficients @ down).T
-    lost = x_new @ (up @ coefficients @ down - up @ down).T
-    direct = np.sum(interference**2) / 9 + gamma * np.sum(lost**2) / 9
-    arrays = [to_library(xp, a, dtype) for a in (coefficients, up, down, *moments)]
-    ours = recalibration_loss(*arrays, gamma)
-    assert ours.shape == ()
-    assert dtype_name(ours) == dtype
-    assert float(ours) == pytest.approx(direct, rel=1e4 * EPS[dtype])
-
-
-@pytest.mark.parametrize("form", FORMS)
-@settings(max_examples=4)
-@given(seed=seeds, dtype=dtypes)
-def test_batches_are_a_loop(xp: ModuleType, form: str, seed: int, dtype: str) -> None:
-    rng = np.random.default_rng(seed)
-    up, down = rng.standard_normal((2, 3, 5, 2)), rng.standard_normal((2, 3, 2, 4))
-    x, y = rng.standard_normal((2, 2, 3, 9, 4))
-    moments = (np.einsum("...ni,...nj->...ij", t, t) for t in (x, y))
-    arrays = [to_library(xp, a, dtype) for a in (up, down, *moments)]
-    whole = recalibration(*arrays, 2.0, form)
-    losses = recalibration_loss(whole, *arrays, 2.0)
-    assert losses.shape == (2, 3)
-    for i in range(2):
-        for j in range(3):
-            at = (i, j, ...)
-            one = recalibration(*(a[at] for a in arrays), 2.0, form)
-            np.testing.assert_allclose(to_numpy(whole)[i, j], to_numpy(one), atol=1e3 * EPS[dtype])
-            value = float(recalibration_loss(one, *(a[at] for a in arrays), 2.0))
-            assert float(losses[at]) == pytest.approx(value, rel=1e3 * EPS[dtype])
+    dead = [(one, one, zero, zero), (one, zero, one, one)]
+    if form not in ("full", "direction"):  # these two do not look at B
+        dead.append((zero, one, one, one))
+    for branch in dead:
+        np.testing.assert_array_equal(solve(xp, branch, 1.0, form, "float32"), zero)
+    slack = 1e-6 if form == "box" else 0.0
+    np.testing.assert_allclose(solve(xp, (one, one, zero, one), 1.0, form), zero, atol=slack)
+    np.testing.assert_allclose(solve(xp, (one, one, one, zero), 1.0, form), one, atol=slack + 1e-14)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -285,13 +269,244 @@ def test_empty_batches(xp: ModuleType, form: str) -> None:
     assert recalibration_loss(result, *arrays, 1.0).shape == (0,)
 
 
-@pytest.mark.parametrize("form", ["full", "diagonal", "direction", "scalar", "box"])
+@pytest.mark.parametrize("form", FORMS)
 def test_every_form_has_the_batch_of_all_arguments(xp: ModuleType, form: str) -> None:
     rng = np.random.default_rng(0)
     up, down = rng.standard_normal((2, 3, 5, 2)), rng.standard_normal((2, 6))
     new, old = (x.T @ x for x in rng.standard_normal((2, 9, 6)))
-    arrays = [to_library(xp, x, "float64") for x in (up, down, new, old)]
-    found = to_numpy(recalibration(*arrays, 1.5, form=form))
-    assert found.shape == (2, 3, 2, 2)
-    one = [to_library(xp, x, "float64") for x in (up[1, 2], down, new, old)]
-    np.testing.assert_allclose(found[1, 2], to_numpy(recalibration(*one, 1.5, form=form)), 1e-9)
+    whole = to_numpy(recalibration(*to_arrays(xp, (up, down, new, old)), 1.5, form))
+    assert whole.shape == (2, 3, 2, 2)
+    one = recalibration(*to_arrays(xp, (up[1, 2], down, new, old)), 1.5, form)
+    np.testing.assert_allclose(whole[1, 2], to_numpy(one), 1e-9)
+
+
+# The box
+
+
+@few
+@given(branch=branches(), gamma=gammas)
+def test_box_is_the_bounded_least_squares_optimum(
+    xp: ModuleType, branch: tuple, gamma: float
+) -> None:
+    weights = np.diag(solve(xp, branch, gamma, "box"))
+    assert np.all((weights >= 0) & (weights <= 1))
+    system, target = least_squares(branch, gamma, diagonals(len(weights)))
+    best = scipy.optimize.lsq_linear(system, target, (0, 1), method="bvls", tol=1e-14).x
+    scale = np.sum(target**2) + loss(np.eye(len(weights)), branch, gamma)
+    excess = loss(np.diag(weights), branch, gamma) - loss(np.diag(best), branch, gamma)
+    assert excess <= 1e-10 * scale
+    # Karush, Kuhn and Tucker: no slope inside, none that points back into the box at a bound.
+    slope = system.T @ (system @ weights - target)
+    size = np.max(np.sum(system**2, axis=0), initial=1e-300)
+    projected = weights - np.clip(weights - slope / size, 0, 1)
+    active = np.sum(system**2, axis=0) > 1e-12 * size
+    np.testing.assert_allclose(projected[active], 0, atol=1e-7)
+
+
+@few
+@given(branch=branches(("random", "spiked", "conditioned")), gamma=gammas, dtype=dtypes)
+def test_box_is_the_diagonal_form_where_that_is_in_the_box(
+    xp: ModuleType, branch: tuple, gamma: float, dtype: str
+) -> None:
+    seen = tuple(to_numpy(a) for a in to_arrays(xp, branch, dtype))
+    forms = ("box", "diagonal", "direction")
+    weights = {form: np.diag(solve(xp, branch, gamma, form, dtype)) for form in forms}
+    losses = {form: loss(np.diag(w), seen, gamma) for form, w in weights.items()}
+    slack = 1e2 * EPS[dtype] * extremes(seen, gamma)
+    assert losses["diagonal"] <= losses["box"] + slack
+    assert losses["box"] <= losses["direction"] + slack
+    if np.all((weights["diagonal"] >= 0) & (weights["diagonal"] <= 1)):
+        assert losses["box"] <= losses["diagonal"] + slack
+
+
+@few
+@given(seed=seeds, pull=st.sampled_from([0.1, 1.0, 30.0]))
+def test_the_solver_on_any_quadratic(seed: int, pull: float) -> None:
+    """Far beyond what a recalibration asks for: the bounds push hard from both sides."""
+    rng = np.random.default_rng(seed)
+    factor = rng.standard_normal((6, 4))
+    target = pull * rng.standard_normal(6)
+    matrices = np.stack([factor.T @ factor, 1e-3 * factor.T @ factor])
+    rhs = np.stack([factor.T @ target, 1e-3 * factor.T @ target])
+    best = scipy.optimize.lsq_linear(factor, target, (0, 1), method="bvls", tol=1e-14).x
+    np.testing.assert_allclose(_box(np, matrices, rhs), [best, best], atol=1e-9)
+
+
+def test_box_where_the_diagonal_form_leaves_it(xp: ModuleType) -> None:
+    up = np.array([[1.0, 0.999]])
+    down, new, old = np.eye(2), np.array([[1.0, 0.9], [0.9, 1.0]]), np.diag([0.1, 20.0])
+    branch = (up, down, new, old)
+    assert solve(xp, branch, 1.0, "diagonal", "float32").max() > 1.05
+    box = np.diag(solve(xp, branch, 1.0, "box", "float32"))
+    assert box[0] == pytest.approx(1, abs=1e-5)
+    # With the first weight at its bound, the second has a closed form.
+    h, g = up.T @ up * (new + old), np.sum(up.T @ up * new, axis=1)
+    assert box[1] == pytest.approx((g[1] - h[1, 0]) / h[1, 1], abs=1e-5)
+
+
+# Weighted histories
+
+
+@few
+@given(
+    branch=branches(),
+    gamma=gammas,
+    form=st.sampled_from(FORMS),
+    weight=st.sampled_from([1e-3, 0.25, 1, 8.0]),
+)
+def test_the_history_weight_multiplies_the_history(
+    xp: ModuleType, branch: tuple, gamma: float, form: str, weight: float
+) -> None:
+    up, down, new, old = arrays = to_arrays(xp, branch)
+    heavy = (up, down, new, weight * old)
+    ours = recalibration(*arrays, gamma, form, history_weight=weight)
+    there = recalibration(*heavy, gamma, form)
+    seen = (*branch[:3], weight * branch[3])
+    worst = extremes(seen, gamma)
+    losses = [loss(to_numpy(c), seen, gamma) for c in (ours, there)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-9 * worst)
+    value = recalibration_loss(ours, *arrays, gamma, history_weight=weight)
+    assert float(value) == pytest.approx(losses[0], rel=1e-6, abs=1e-9 * worst)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_weight_for_every_layer(xp: ModuleType, form: str) -> None:
+    rng = np.random.default_rng(0)
+    up, down = rng.standard_normal((3, 5, 2)), rng.standard_normal((3, 2, 4))
+    x, y = rng.standard_normal((2, 3, 9, 4))
+    moments = [np.einsum("...ni,...nj->...ij", t, t) for t in (x, y)]
+    arrays = to_arrays(xp, (up, down, *moments), "float32")
+    weights = to_library(xp, np.array([0.5, 1.0, 20.0]), "float32")
+    whole = recalibration(*arrays, 2.0, form, history_weight=weights)
+    losses = recalibration_loss(whole, *arrays, 2.0, history_weight=weights)
+    for i, w in enumerate((0.5, 1.0, 20.0)):
+        one = recalibration(*(a[i, ...] for a in arrays), 2.0, form, history_weight=w)
+        np.testing.assert_allclose(to_numpy(whole)[i], to_numpy(one), atol=2e-5)
+        value = recalibration_loss(one, *(a[i, ...] for a in arrays), 2.0, history_weight=w)
+        assert float(losses[i]) == pytest.approx(float(value), rel=1e-4)
+    with pytest.raises(ValueError, match="history_weight"):
+        recalibration(*arrays, 2.0, form, history_weight=-weights)
+
+
+def test_no_history_weight_keeps_everything_alive(xp: ModuleType) -> None:
+    arrays = to_arrays(xp, (np.eye(2), np.eye(2), np.diag([1.0, 0.0]), np.eye(2)), "float32")
+    for form in ("full", "diagonal", "box", "direction"):
+        ours = recalibration(*arrays, 1.0, form, history_weight=0.0)
+        np.testing.assert_allclose(to_numpy(ours), np.diag([1.0, 0.0]), atol=1e-5)
+
+
+# Both branches
+
+
+@st.composite
+def two_branches(draw: st.DrawFn) -> tuple[list[Matrix], list[Matrix], list[float], Matrix, Matrix]:
+    size = draw(st.integers(2, 6))
+    rng = np.random.default_rng(draw(seeds))
+    ranks = [draw(st.integers(1, size)) for _ in range(2)]
+    ups = [rng.standard_normal((4, r)) for r in ranks]
+    downs = [orthogonal(size, rng)[:r] for r in ranks]
+    x, y = rng.standard_normal((2, draw(st.integers(1, 9)), size))
+    return ups, downs, [0.25, draw(st.sampled_from([0.5, 1.0]))], x.T @ x, y.T @ y
+
+
+@few
+@given(case=two_branches(), gamma=gammas)
+def test_joint_form_is_the_least_squares_optimum(xp: ModuleType, case: tuple, gamma: float) -> None:
+    ups, downs, weights, new, old = case
+    up, down = np.hstack([w * b for w, b in zip(weights, ups, strict=True)]), np.vstack(downs)
+    lists = [[to_library(xp, a) for a in part] for part in (ups, downs)]
+    moments = [to_library(xp, m) for m in (new, old)]
+    ours = joint_recalibration(*lists, weights, *moments, gamma)
+    stack = stack_branches(*lists, weights)
+    np.testing.assert_allclose(to_numpy(stack[0]), up)
+    np.testing.assert_allclose(to_numpy(stack[1]), down)
+    rank, branch = len(down), (up, down, new, old)
+    assert ours.shape == (rank, rank)
+    worst = extremes(branch, gamma)
+    joint = loss(to_numpy(ours), branch, gamma)
+    assert joint <= loss(brute_force(branch, gamma, "full"), branch, gamma) + 1e-9 * worst
+    # Never worse than the branches one by one, or the general one alone.
+    first = len(downs[0])
+    apart = np.eye(rank)
+    pieces = [to_numpy(recalibration(b, a, *moments, gamma)) for b, a in zip(*lists, strict=True)]
+    apart[:first, :first] = pieces[0]
+    assert joint <= loss(apart, branch, gamma) + 1e-9 * worst
+    apart[first:, first:] = pieces[1]
+    assert joint <= loss(apart, branch, gamma) + 1e-9 * worst
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_joint_forms_take_batches(xp: ModuleType, form: str) -> None:
+    rng = np.random.default_rng(0)
+    ups = [to_library(xp, rng.standard_normal((3, 5, r)), "float32") for r in (1, 2)]
+    downs = [to_library(xp, rng.standard_normal((3, r, 4)), "float32") for r in (1, 2)]
+    x, y = rng.standard_normal((2, 3, 9, 4))
+    moments = [to_library(xp, np.swapaxes(t, 1, 2) @ t, "float32") for t in (x, y)]
+    whole = joint_recalibration(ups, downs, [0.25, 0.5], *moments, 3.0, form)
+    for i in range(3):
+        at = lambda arrays, i=i: [a[i, ...] for a in arrays]  # noqa: E731
+        one = joint_recalibration(at(ups), at(downs), [0.25, 0.5], *at(moments), 3.0, form)
+        np.testing.assert_allclose(to_numpy(whole)[i], to_numpy(one), atol=1e-4)
+
+
+def test_stacks_of_what_does_not_fit(xp: ModuleType) -> None:
+    up, down = (
+        to_library(xp, np.ones((3, 2)), "float32"),
+        to_library(xp, np.ones((2, 4)), "float32"),
+    )
+    for lists in (([up, up], [down], [1, 1]), ([], [])):
+        with pytest.raises(ValueError, match="one entry a branch"):
+            stack_branches(*lists)
+    wide, tall = (to_library(xp, np.ones(shape), "float32") for shape in ((2, 5), (3, 4)))
+    for lists in (([up, up], [down, wide]), ([up], [tall])):
+        with pytest.raises(ValueError, match="one O and D"):
+            stack_branches(*lists)
+    np.testing.assert_array_equal(to_numpy(stack_branches([up], [down])[0]), np.ones((3, 2)))
+
+
+# The effect
+
+
+@few
+@given(branch=branches(), gamma=gammas, seed=seeds, dtype=dtypes)
+def test_the_predicted_effect_is_what_the_merged_layer_does(
+    xp: ModuleType, branch: tuple, gamma: float, seed: int, dtype: str
+) -> None:
+    up, down, _, _ = branch
+    rng = np.random.default_rng(seed)
+    weight = rng.standard_normal((len(up), down.shape[1]))
+    x_new, x_old = rng.standard_normal((2, 9, down.shape[1]))
+    c = rng.standard_normal((len(down), len(down)))
+    merged, full = weight + up @ c @ down, weight + up @ down
+    arrays = to_arrays(xp, (c, up, down, x_new.T @ x_new / 9, x_old.T @ x_old / 9), dtype)
+    effect = update_effect(*arrays)
+    power = lambda x, w: np.sum((x @ w.T) ** 2) / 9  # noqa: E731
+    exact = (
+        power(x_old, merged - weight),
+        power(x_old, full - weight),
+        power(x_new, merged - full),
+        power(x_new, full - weight),
+    )
+    assert dtype_name(effect.old_change) == dtype
+    np.testing.assert_allclose([float(e) for e in effect], exact, rtol=1e4 * EPS[dtype])
+    value = recalibration_loss(*arrays, gamma)
+    assert value.shape == ()
+    assert dtype_name(value) == dtype
+    assert float(value) == pytest.approx(exact[0] + gamma * exact[2], rel=1e4 * EPS[dtype])
+
+
+def test_a_branch_in_other_units_is_recalibrated_alike() -> None:
+    """With orthogonal columns of B every coefficient is its own, however short its column."""
+    rng = np.random.default_rng(0)
+    down = rng.standard_normal((3, 8))
+    new, old = (x.T @ x / 30 for x in rng.standard_normal((2, 30, 8)))
+    expected = recalibration(np.eye(3), down, new, old, 1.5, form="direction")
+    found = recalibration(np.diag([1.0, 1e-9, 1e-5]), down, new, old, 1.5, form="diagonal")
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
+def test_weights_that_are_no_numbers_are_refused() -> None:
+    eye = np.eye(2)
+    for weight in (np.asarray(np.nan), np.asarray([1.0, np.nan])):
+        with pytest.raises(ValueError, match="history_weight"):
+            recalibration(eye, eye, eye, eye, 1.0, history_weight=weight)

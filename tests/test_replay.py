@@ -13,8 +13,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from backends.torch import LoDA, LoDASettings
-from training.step.heads import CosineHead
-from training.step.losses import cosface
+from backends.torch.readouts import CosineHead
+from training.loss import cosface
 
 TOLERANCE = 2e-5
 LAYERS = ("blocks.0.attn.qkv", "blocks.1.attn.qkv")
@@ -72,7 +72,7 @@ class Replay:
         batches = [(x, y)]
         for i, name in enumerate(LAYERS):
             if t > 0:
-                self.compare(f"task{t}/layer{i}/moment_old", self.loda.history[name])
+                self.compare(f"task{t}/layer{i}/moment_old", self.loda.history[name].total)
         self.loda.begin_task(batches, bases=self.bases(t))
         head = CosineHead(inc, self.c["dim"])
         with torch.no_grad():
@@ -86,7 +86,7 @@ class Replay:
             key = f"task{t}/layer{i}"
             self.compare(f"{key}/moment_new", record.new[name])
             self.compare(f"{key}/moment_new_trained", record.trained[name])
-            self.compare(f"{key}/history_after", self.loda.history[name])
+            self.compare(f"{key}/history_after", self.loda.history[name].total)
             self.compare(f"{key}/A_general", record.downs[name]["general"])
             self.compare(f"{key}/B_general", record.ups[name]["general"])
             if t > 0:

@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_runs import fake_run
-from read_reports import sections
+from fake_runs import AGES, analysis, changed_json, fake_run, measures, sections
 
-from training.config import MethodConfig
-from training.report.drawings import Drawing, drawings
-
-AGES, AMONG = ("old", "new"), ("own", "seen")
+from training import cli
+from training.config import BackboneConfig, MethodConfig
+from training.report.figures import Drawing, drawings, side_drawings
 
 
 def drawn(*sources: Path | str, **options: str) -> dict[str, Drawing]:
@@ -66,40 +64,43 @@ def test_matrices_and_costs_are_means_over_seeds(two: Path) -> None:
     assert list(memory.curves[0].centre) == [300, 301, 302]
 
 
-def measures(scale: float) -> dict[str, float]:
-    names = (f"{age}_{what}" for age in ("new", "old") for what in ("energy", "magnitude"))
-    return {"ratio": scale} | {name: scale * k for k, name in enumerate(names, 1)}
+def test_leads_are_drawn_with_their_intervals(two: Path) -> None:
+    figure = drawn(two)["lead"]
+    # (70 + 40 + 80) / 3 or 2 more, less (50 + 60 + 90) / 3.
+    assert figure.alt == "Points with intervals. loda over seq_lora −2.33 [−15.04, +10.37]."
+    ((label, point),) = figure.draw.args[0]["loda"].items()  # type: ignore[attr-defined]
+    assert label == "seq_lora"
+    assert point == pytest.approx((-2.3333, -15.0395, 10.3729), abs=1e-3)
+
+
+def test_leads_of_several_backbones_are_drawn_together(tmp_path: Path) -> None:
+    for backbone in ("glyphs", "cifar_vit"):
+        for name, last in (("loda", 75), ("frozen", 70)):
+            settings = {"backbone": BackboneConfig(backbone), "method": MethodConfig(name)}
+            fake_run(tmp_path / backbone / name, ((90,), (last, last)), **settings)
+    (figure,) = side_drawings(sections(tmp_path / "glyphs", tmp_path / "cifar_vit"))
+    assert figure.alt.count("over frozen +5.00") == 2
+    assert list(figure.draw.args[0]) == ["glyphs (loda)", "cifar_vit (loda)"]  # type: ignore[attr-defined]
+
+
+def test_a_run_that_measured_only_some_tasks_is_left_out_of_its_curve(tmp_path: Path) -> None:
+    # One run went on without its GPU after the first task.
+    for seed, tasks in ((1, 2), (2, 1)):
+        log = fake_run(tmp_path / str(seed), seed=seed) / "metrics.jsonl"
+        events = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+        for event in [e for e in events if e["event"] == "task"][:tasks]:
+            event["memory"]["device"] = 5 * 2**20
+        log.write_text("".join(json.dumps(event) + "\n" for event in events), "utf-8")
+    *_, device = panels(drawn(tmp_path)["costs"])
+    assert device.y == "peak GPU memory (MiB)"
+    assert [(curve.label, list(curve.centre)) for curve in device.curves] == [("loda", [5, 5])]
 
 
 @pytest.fixture
 def analysed(tmp_path: Path) -> Path:
     """A run with two tasks analysed, in which every number is another one."""
-    scales = {"null": 1.0, "general": 10.0, "isolated": 100.0}
-    subspaces = [
-        {
-            "task": task,
-            "layers": {
-                f"blocks.{k}": {n: measures(s * (1 + k + 4 * task)) for n, s in scales.items()}
-                for k in range(2)
-            },
-        }
-        for task in (1, 2)
-    ]
-    curves = {
-        a: {g: [10.0 * i + j, 20.0 * i + j] for j, g in enumerate(AGES)}
-        for i, a in enumerate(AMONG)
-    }
-    marks = {
-        mark: {
-            "step": step,
-            **{a: {g: step + 2 * i + j for j, g in enumerate(AGES)} for i, a in enumerate(AMONG)},
-        }
-        for mark, step in (("recalibrated", 0.5), ("merged", 0.25))
-    }
-    losses = [{"task": 1, "step": [0.0, 1.5], **curves, "marks": marks}]
     run = fake_run(tmp_path / "run", ((90,), (60, 80), (60, 80, 70)))
-    content = {"subspaces": subspaces, "losses": losses}
-    (run / "analysis.json").write_text(json.dumps(content), "utf-8")
+    changed_json(run / "analysis.json", **analysis())
     return run
 
 
@@ -137,3 +138,43 @@ def test_losses_are_drawn_along_the_step_with_their_marks(analysed: Path) -> Non
             ("merged, both branches", [0.25], [0.25 + 2 * place]),
             ("merged, both branches", [0.25], [0.25 + 2 * place + 1]),
         ]
+
+
+def test_ratios_that_are_all_infinite_have_no_figure(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run")
+    infinite = measures(1.0) | {"ratio": None}
+    layers = {"qkv": {"null": infinite, "general": infinite}}
+    changed_json(run / "analysis.json", subspaces=[{"layers": layers}])
+    figures = drawn(run)
+    assert "energy-loda" in figures
+    assert "ratio-loda" not in figures
+
+
+def test_layers_without_a_ratio_are_left_out_and_it_is_said(analysed: Path) -> None:
+    content = json.loads((analysed / "analysis.json").read_text("utf-8"))
+    assert "Left out" not in drawn(analysed)["ratio-loda"].caption
+    for task in content["subspaces"]:
+        task["layers"]["blocks.0"]["null"]["ratio"] = None
+    changed_json(analysed / "analysis.json", **content)
+    figure = drawn(analysed)["ratio-loda"]
+    assert "Left out" in figure.caption
+    null, isolated = panels(figure)[0].curves
+    assert (null.x, isolated.x) == ([2], [1, 2])
+
+
+def test_a_figure_says_which_runs_it_leaves_out(tmp_path: Path) -> None:
+    for seed, steps in ((1, [0.0, 1.0]), (2, [0.0, 1.0]), (3, [0.0, 0.5, 1.0])):
+        curves = {age: [1.0 for _ in steps] for age in AGES}
+        losses = [{"task": 2, "step": steps, "own": curves, "seen": curves, "marks": {}}]
+        run = fake_run(tmp_path / str(seed), seed=seed)
+        changed_json(run / "analysis.json", losses=losses)
+    figure = drawn(tmp_path)["loss-loda-task2"]
+    assert "1 analysed at other steps" in figure.caption
+    assert "(n = 2)" in panels(figure)[0].curves[0].label
+
+
+def test_a_figure_on_its_own(two: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = two / "figure.svg"
+    assert cli.main(["report", str(two), "--figure", str(out)]) == 0
+    assert "Accuracy" in capsys.readouterr().out  # the tables are printed all the same
+    assert "Accuracy over all classes seen" in out.read_text("utf-8")

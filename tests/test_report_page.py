@@ -4,37 +4,17 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
+import pandas as pd
 import pytest
 from browser import measured
-from fake_runs import fake_run
+from fake_runs import FROZEN, analysis, changed_json, fake_run
 
-from training.config import BackboneConfig, MethodConfig
+from training.config import BackboneConfig, HeadConfig, MethodConfig
 from training.report import Report, write_report
 
 PHONE = 390  # CSS pixels
 NAME = 'LoDA <b>&"50 %"_{x}</b> with a name that is far too long for a column of a table'
-
-
-def measures(scale: float) -> dict[str, float]:
-    kinds = (f"{age}_{what}" for age in ("new", "old") for what in ("energy", "magnitude"))
-    return {"ratio": scale, **dict.fromkeys(kinds, 0.5 * scale)}
-
-
-def analysis() -> dict[str, Any]:
-    """As `loda analyse` writes it: three layers, in one of them old tasks have no energy."""
-    names = ("null", "general", "isolated")
-    layers = {f"blocks.{k}": {n: measures(0.3 * (k + 1)) for n in names} for k in range(3)}
-    layers["blocks.0"]["null"]["ratio"] = None
-    losses = {"old": [0.1, 0.2, 0.4], "new": [0.9, 0.5, 0.4]}
-    point = {"old": 0.15, "new": 0.6}
-    mark = {"step": 0.7, "own": point, "seen": point}
-    task = {"task": 1, "step": [0.0, 0.75, 1.5], "own": losses, "seen": losses}
-    return {
-        "subspaces": [{"task": 1, "layers": layers}],
-        "losses": [{**task, "marks": {"recalibrated": mark, "merged": mark}}],
-    }
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +25,12 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in (1, 2):
         rows = ((90,), (60 + seed, 80))
         sources.append(f"{NAME}={fake_run(folder / f'loda{seed}', rows, seed=seed)}")
-        frozen = MethodConfig("frozen")
-        sources.append(fake_run(folder / f"frozen{seed}", seed=seed, method=frozen))
-    (folder / "loda1" / "analysis.json").write_text(json.dumps(analysis()))
+        sources.append(fake_run(folder / f"frozen{seed}", seed=seed, method=FROZEN))
+    changed_json(folder / "loda1" / "analysis.json", **analysis())
     joint = MethodConfig("joint")
     sources.append(fake_run(folder / "joint", ((99, 99),), seed=1, method=joint))
     other = BackboneConfig("cifar_vit")
-    sources.append(fake_run(folder / "other", seed=1, method=frozen, backbone=other))
+    sources.append(fake_run(folder / "other", seed=1, method=FROZEN, backbone=other))
     (fake_run(folder / "half", seed=3) / "summary.json").unlink()
     out = tmp_path_factory.mktemp("out") / "report"
     report = Report.over([*sources, folder / "half"])
@@ -80,7 +59,7 @@ def test_every_figure_is_there_in_both_formats(written: Path) -> None:
     }  # fmt: skip
     assert {p.stem for p in first.glob("*.png")} == {p.stem for p in first.glob("*.svg")}
     assert {p.name for p in written.iterdir()} == {
-        "tables.md", "tables.tex", "figures", "report.html",
+        "tables.md", "tables.tex", "runs.csv", "figures", "report.html",
     }  # fmt: skip
 
 
@@ -93,6 +72,31 @@ def test_the_page_needs_nothing_from_outside(written: Path) -> None:
     images = [attrs for tag, attrs in tags if tag == "img"]
     assert len(images) == len(list(written.glob("figures/*/*.svg")))
     assert all(len(str(attrs["alt"])) > 20 for attrs in images)
+
+
+def test_the_numbers_are_a_table_of_their_own(written: Path) -> None:
+    frame = pd.read_csv(written / "runs.csv")
+    assert len(frame) == 6
+    assert {"section", "group", "seed", "readout", "last", "method.name"} <= set(frame)
+
+
+def test_a_report_writes_nowhere_else(tmp_path: Path) -> None:
+    # A read-out may be called anything in somebody's file, and so may a group.
+    run = fake_run(tmp_path / "run", ((99, 99),), head=HeadConfig(readout="heads"))
+    summary = json.loads((run / "summary.json").read_text("utf-8"))
+    summary["counts"] = {"../../../up": summary["counts"]["heads"]}
+    changed_json(run / "summary.json", **summary)
+    write_report(Report.over([f"../../x={run}"]), tmp_path / "deep" / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "deep"}
+    assert {path.name for path in (tmp_path / "deep").iterdir()} == {"out"}
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "dear.png").touch()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "figures").symlink_to(outside)
+    with pytest.raises(OSError, match="link"):
+        write_report(Report.over([run]), tmp_path / "other", overwrite=True)
+    assert [path.name for path in outside.iterdir()] == ["dear.png"]
 
 
 def test_labels_are_text(written: Path) -> None:
@@ -120,6 +124,10 @@ def test_the_page_on_a_phone(written: Path, tmp_path: Path, dark: bool) -> None:
     light = ["rgb(27, 27, 27)", "rgb(255, 255, 255)"]
     assert ([found["ink"], found["paper"]] == light) is not dark
     assert found["headings"][1] == "Side by side"
+
+
+def test_the_page_says_how_much_it_covers(written: Path) -> None:
+    assert "6 finished runs of 3 methods." in (written / "report.html").read_text()
 
 
 def test_tables_in_latex_are_whole(written: Path) -> None:

@@ -1,15 +1,27 @@
-"""Tables over runs: accuracies, controls and costs."""
+"""Tables over runs: accuracies, leads, controls and costs; and their text."""
 
-import json
+import shutil
+import subprocess
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
-from fake_runs import fake_run
-from image_folders import CLASSES, folder, grow
-from read_reports import FROZEN, sections, table, texts
+from fake_runs import FROZEN, changed_json, fake_run, sections, texts
+from scipy import stats
 
-from training.config import HeadConfig, MethodConfig, TrainConfig
-from training.report import Report, comparison_curves
+from training.config import BackboneConfig, MethodConfig, TrainConfig
+from training.report import Report, Table, intervals, latex, markdown
+from training.report.runs import Section
+from training.report.tables import escape_latex, report_tables
+
+BACKBONES = ("glyphs", "cifar_vit")
+
+
+def table(section: Section, title: str, against: str | None = None) -> Table:
+    """The table whose title begins so."""
+    (found,) = [t for t in report_tables(section, against) if t.title.startswith(title)]
+    return found
 
 
 def test_mean_and_sample_deviation_over_seeds(tmp_path: Path) -> None:
@@ -27,34 +39,11 @@ def test_mean_and_sample_deviation_over_seeds(tmp_path: Path) -> None:
             "1, 2, 3",
         ]
     ]
-    curves = comparison_curves([section])
-    assert curves == {"loda": [[0.9, 0.7], [0.9, 0.9], [0.9, 0.5]]}  # by seed
 
 
 def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
     (section,) = sections(fake_run(tmp_path / "a"))
     assert texts(table(section, "Accuracy"))[0][1] == "70.00"
-
-
-def test_a_task_that_was_logged_twice_is_refused(tmp_path: Path) -> None:
-    run = fake_run(tmp_path / "a")
-    log = run / "metrics.jsonl"
-    log.write_text(log.read_text() + log.read_text().splitlines()[-1] + "\n")
-    with pytest.raises(ValueError, match=r"a.metrics\.jsonl logs the end of task 2 more than once"):
-        Report.over([tmp_path]).markdown()
-
-
-def test_heads_that_never_trained_are_no_read_out(tmp_path: Path) -> None:
-    head = HeadConfig(readout="nearest_mean", also=["heads", "alignment"])
-    still = TrainConfig(epochs=0)
-    run = fake_run(tmp_path / "a", method=MethodConfig("ncm"), head=head, train=still)
-    (section,) = sections(run)
-    assert section.readouts == ["nearest_mean", "alignment"]
-    assert texts(table(section, "Controls"))[0][1] == "0"  # nothing trained either
-    # A run that asked for them as its own read-out shows them.
-    heads = HeadConfig(readout="heads")
-    run = fake_run(tmp_path / "b", head=heads, train=still)
-    assert sections(run)[0].readouts == ["heads"]
 
 
 def test_the_best_of_a_column_is_bold(tmp_path: Path) -> None:
@@ -63,10 +52,10 @@ def test_the_best_of_a_column_is_bold(tmp_path: Path) -> None:
     fake_run(tmp_path / "c", ((99, 99),), method=MethodConfig("joint"))
     (section,) = sections(tmp_path)
     found = table(section, "Accuracy")
-    bold = {row[0].text: [cell.best for cell in row[1:5]] for row in found.rows}
-    assert bold["loda"] == [True, True, False, True]
-    assert bold["frozen"] == [True, False, True, True]
-    assert bold["joint"] == [False] * 4
+    assert set(found.best) == {
+        *(("loda", name) for name in ("last", "average", "task given")),
+        *(("frozen", name) for name in ("last", "forgetting", "task given")),
+    }
     joint = next(row for row in texts(found) if row[0] == "joint")
     assert joint[1:5] == ["99.00", "–", "–", "–"]
 
@@ -80,10 +69,10 @@ def test_costs(tmp_path: Path) -> None:
     ("method", "each"),
     [
         (MethodConfig("loda"), 2),
-        (MethodConfig("loda", gao=False), 1),
-        (MethodConfig("loda", radius=0.0), 2),
+        (MethodConfig("loda", {"gao": False}), 1),
+        (MethodConfig("loda", {"radius": 0.0}), 2),
         (MethodConfig("seq_lora"), 1),
-        (MethodConfig("seq_lora", gao=True), 2),
+        (MethodConfig("seq_lora", {"gao": True}), 2),
         (MethodConfig("null_lora"), 1),
         (FROZEN, 1),
     ],
@@ -93,21 +82,159 @@ def test_controls(tmp_path: Path, method: MethodConfig, each: int) -> None:
     run = fake_run(tmp_path / "a", method=method, train=train)
     (row,) = texts(table(sections(run)[0], "Controls"))
     assert row[1:] == ["2,000", "1,048,576", "524,288", "5.0", "–", "–"]  # it counted no images
-    classes = {"class_names": ["a", "b"], "order": [0, 1], "tasks": [[0], [1]]}
-    (run / "classes.json").write_text(json.dumps({**classes, "images": [25, 500]}))
+    changed_json(run / "classes.json", class_names=["a", "b"], images=[25, 500])
     (row,) = texts(table(sections(run)[0], "Controls"))
     assert row[5:] == [str(each * 3 * (3 + 50)), f"{each * 3 * 525:,}"]
 
 
-def test_images_of_older_runs_are_counted_where_they_are(tmp_path: Path) -> None:
-    data = folder(grow(tmp_path / "images", {"train": 7, "test": 1}), image_size=8)
-    train = TrainConfig(epochs=2, batch_size=5)
-    rows = ((90, 90, 90), (60, 80, 80, 70, 70))  # three classes, then two
-    run = fake_run(tmp_path / "a", rows, method=FROZEN, train=train, data=data)
-    classes = {"class_names": list(CLASSES), "order": [0] * 5, "tasks": [[0, 1, 2], [3, 4]]}
-    (run / "classes.json").write_text(json.dumps(classes))
-    (row,) = texts(table(sections(run)[0], "Controls"))
-    assert row[5:] == [str(2 * (5 + 3)), str(2 * 35)]
-    (tmp_path / "images" / "train").rename(tmp_path / "images" / "gone")
-    (row,) = texts(table(sections(run)[0], "Controls"))
-    assert row[5:] == ["–", "–"]
+def grown(folder: Path, lasts: dict[tuple[str, str], dict[int, int]]) -> list[Path]:
+    """A folder of runs a backbone, from its name and that of the method to the last accuracies."""
+    for (backbone, name), by_seed in lasts.items():
+        for seed, last in by_seed.items():
+            fake_run(
+                folder / backbone / f"{name}{seed}",
+                ((90,), (last, last)),
+                seed=seed,
+                backbone=BackboneConfig(backbone),
+                method=MethodConfig(name),
+            )
+    return [folder / backbone for backbone in dict.fromkeys(backbone for backbone, _ in lasts)]
+
+
+def test_leads_are_paired_by_seed(tmp_path: Path) -> None:
+    lasts = {"loda": {1: 70, 2: 80, 3: 90, 4: 10}, "frozen": {1: 60, 2: 76, 3: 70, 5: 99}}
+    (section,) = sections(*grown(tmp_path, {("glyphs", k): v for k, v in lasts.items()}))
+    ((over, last, *_, pairs),) = texts(table(section, "Lead of loda"))
+    low, high = stats.ttest_rel([70, 80, 90], [60, 76, 70]).confidence_interval(0.95)
+    assert over == "frozen"
+    assert last == f"+11.33 [{low:+.2f}, {high:+.2f}]".replace("-", "−")
+    assert pairs == "3"
+    ((over, last, *_),) = texts(table(section, "Lead of frozen", "frozen"))
+    assert (over, last[:6]) == ("loda", "−11.33")
+
+
+def test_other_class_orders_make_no_pair(tmp_path: Path) -> None:
+    for name, order in (("loda", ["a", "b"]), ("frozen", ["b", "a"])):
+        folder = fake_run(tmp_path / name, method=MethodConfig(name))
+        changed_json(folder / "classes.json", class_names=order)
+    (section,) = sections(tmp_path)
+    assert not [t for t in report_tables(section) if t.title.startswith("Lead")]
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_the_interval_is_that_of_scipy(count: int) -> None:
+    ours, theirs = np.random.default_rng(count).normal(size=(2, count))
+    found = intervals(pd.DataFrame({"a": ours - theirs, "b": np.nan}))
+    expected = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    assert list(found.index) == ["a"]  # nothing makes a pair in the other
+    np.testing.assert_allclose(found.loc["a", ["low", "high"]], expected)
+    single = intervals(pd.DataFrame({"a": [2.0]})).loc["a"]
+    assert (single["lead"], single["pairs"]) == (2, 1)
+    assert single[["low", "high"]].isna().all()
+
+
+def test_data_and_backbones_side_by_side(tmp_path: Path) -> None:
+    ours, theirs = {1: 70, 2: 71}, {1: 60, 2: 61}
+    lasts = {(b, n): v for b in BACKBONES for n, v in (("loda", ours), ("frozen", theirs))}
+    folders = grown(tmp_path, lasts)
+    found = sections(*folders)
+    titles = ["digits, 2 tasks, glyphs", "digits, 2 tasks, cifar_vit"]
+    assert [section.title for section in found] == titles
+    assert [list(section.groups) for section in found] == [["frozen", "loda"]] * 2
+    accuracy, lead = Report.over(folders).overview()
+    assert accuracy.title == "Side by side: last accuracy, read-out alignment (%)"
+    assert accuracy.header == ["method", "glyphs", "cifar_vit"]
+    assert texts(accuracy)[1] == ["loda", "70.50 ± 0.71", "70.50 ± 0.71"]
+    assert lead.header == ["over", "glyphs", "cifar_vit", "change"]
+    same = "+10.00 [+10.00, +10.00] (2)"
+    assert texts(lead) == [["frozen", same, same, "+0.00 [+0.00, +0.00] (2)"]]
+
+
+def test_differences_are_paired_within_one_backbone(tmp_path: Path) -> None:
+    # LoDA's seeds with one backbone, the frozen runs' with the other: no pair but seed 3's.
+    lasts = {
+        ("glyphs", "loda"): {1: 66, 3: 86},
+        ("glyphs", "frozen"): {2: 71, 3: 81},
+        ("cifar_vit", "loda"): {2: 75},
+        ("cifar_vit", "frozen"): {1: 60, 2: 70},
+    }
+    _, lead = Report.over(grown(tmp_path, lasts)).overview()
+    assert texts(lead) == [["frozen", "+5.00 (1)", "+5.00 (1)"]]  # no seed has all four: no change
+
+
+def test_how_a_lead_moves_is_paired_by_seed(tmp_path: Path) -> None:
+    lasts = {
+        ("glyphs", "loda"): (70, 72, 75),
+        ("glyphs", "frozen"): (60, 65, 63),
+        ("cifar_vit", "loda"): (90, 88, 91),
+        ("cifar_vit", "frozen"): (70, 73, 70),
+    }
+    by_seed = {key: dict(enumerate(values)) for key, values in lasts.items()}
+    _, lead = Report.over(grown(tmp_path, by_seed)).overview()
+    glyphs, cifar = (np.subtract(lasts[b, "loda"], lasts[b, "frozen"]) for b in BACKBONES)
+    low, high = stats.ttest_rel(cifar, glyphs).confidence_interval(0.95)
+    expected = f"{(cifar - glyphs).mean():+.2f} [{low:+.2f}, {high:+.2f}] (3)".replace("-", "−")
+    assert texts(lead)[0][-1] == expected
+    assert lead.note.endswith("the lead with cifar_vit less that with glyphs, seed by seed.")
+
+
+def test_labels_are_checked(tmp_path: Path) -> None:
+    fake_run(tmp_path / "a")
+    with pytest.raises(ValueError, match="got sgd"):
+        Report.over([tmp_path], against="sgd")
+
+
+NAMES = (
+    "[1] LoDA",
+    " [2] LoDA",
+    "* starred",
+    'a|b <c> "d" `e`',
+    "γ·ρ ≥ 3 ± λ × Λ – Σ",
+    "a\nb",
+    r"\x{y}$z^~#%&_",
+    "-- ?` !` ''",
+)
+
+
+@pytest.fixture
+def odd_latex(tmp_path: Path) -> str:
+    """Tables in which groups have odd names."""
+    runs = []
+    for number, name in enumerate(NAMES):
+        for seed in (1, 2):
+            rows = ((90,), (60 + number + seed, 80))
+            folder = fake_run(tmp_path / f"{number}-{seed}", rows, method=FROZEN, seed=seed)
+            runs.append(f"{name}={folder}")
+    return Report.over(runs).latex()
+
+
+def odd(texts: list[str], best: list[tuple[str, str]]) -> Table:
+    return Table("T", pd.DataFrame({"x": texts}, index=pd.Index(["[1]"], name="m")), "", best)
+
+
+def test_a_row_never_begins_with_what_latex_takes_for_an_argument(odd_latex: str) -> None:
+    starts = [line.lstrip()[:1] for line in odd_latex.splitlines()]
+    assert {"[", "*"}.isdisjoint(starts)
+    # Only the start of a row matters.
+    assert r"{}[1] & \textbf{[2, 3]} \\" in latex(odd(["[2, 3]"], [("[1]", "x")]))
+    assert odd_latex.isascii()
+
+
+def test_a_table_in_markdown_keeps_its_columns() -> None:
+    assert "| [1] | a\\|b c |" in markdown(odd(["a|b\nc"], []))
+
+
+def test_greek_letters_are_those_of_mathematics() -> None:
+    assert escape_latex("γ 3, Λ") == r"$\gamma$ 3, $\Lambda$"
+
+
+def test_latex_compiles(odd_latex: str, tmp_path: Path) -> None:
+    program = shutil.which("pdflatex")
+    if program is None:
+        pytest.skip("no pdflatex here")
+    lines = [r"\documentclass{article}", r"\usepackage{booktabs}", r"\begin{document}", odd_latex]
+    (tmp_path / "a.tex").write_text("\n".join([*lines, r"\end{document}"]), "utf-8")
+    command = [program, "-interaction=nonstopmode", "-halt-on-error", "a.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stdout.decode(errors="replace")[-2000:]
+    assert "Missing character" not in (tmp_path / "a.log").read_text(errors="replace")

@@ -1,26 +1,43 @@
-"""A run that is cut off anywhere and goes on ends with the same bits as one that is left alone."""
+"""A run that is cut off anywhere and goes on ends with the same bits as one that is left alone.
 
+Most runs here are cut off in this process. Where real processes are ended, or the system refuses
+to write, `forked` starts them; `test_soak` and the slow tests end them at random moments.
+"""
+
+import json
 import os
+import random
+import resource
 import shutil
 import signal
+import sys
+from collections.abc import Callable
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from interrupted import at_step, cut_off, differences, stopped
+from forked import holds, loda, members, saves_itself, status, wait_until
+from interrupted import at_step, cut_off, differences, go_on, stopped
 from run_contents import contents
-from small_runs import READOUTS, changed, finished, tiny
+from small_runs import KEPT, READOUTS, changed, finished, flags, plain, tiny, tree
 
 from training import cli
+from training.checkpoint import newest_checkpoint, read_checkpoint, write_checkpoint
 from training.config import Experiment
-from training.files import read_json, write_json
-from training.loop import resume, train
 from training.methods import METHODS
-from training.setup import prepare
-from training.survival.checkpoints import write_checkpoint
+from training.run_dir import begun_experiment, checkpoint_files, read_json, write_json
+from training.train import prepare, resume, run_to_end, train
 
-pytestmark = pytest.mark.usefixtures("no_figure")
+TRAINED = [name for name in METHODS.paths if name not in ("ncm", "ranpac_frozen")]
+
+
+@pytest.fixture
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `tiny` that nothing interrupted."""
+    return plain(tmp_path_factory)
 
 
 def compared(experiment: Experiment, tmp_path: Path, steps: list[int]) -> list[str]:
@@ -34,8 +51,8 @@ def compared(experiment: Experiment, tmp_path: Path, steps: list[int]) -> list[s
 def everything(root: Path, **changes: Any) -> Experiment:
     """All read-outs, all that can be kept, a checkpoint after every second step."""
     settings: dict[str, Any] = {
-        "head": {"also": list(READOUTS[1:]), "alignment_epochs": 1},
-        "keep": dict.fromkeys(("branches", "moments", "heads", "statistics"), True),
+        "head": {"also": list(READOUTS[1:]), "alignment.epochs": 1},
+        "keep": dict.fromkeys(KEPT, True),
         "checkpoint": {"steps": 2},
         "data": {"tasks": 2},
         **changes,
@@ -43,7 +60,7 @@ def everything(root: Path, **changes: Any) -> Experiment:
     return tiny(root, "unused", **settings)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("ncm", "ranpac_frozen")])
+@pytest.mark.parametrize("method", TRAINED)
 def test_every_method_goes_on_inside_a_task(tmp_path: Path, root: Path, method: str) -> None:
     # 12 steps (10 of joint), 6 a task: cut off inside both tasks.
     steps = [5, 6] if method != "joint" else [5]
@@ -54,14 +71,14 @@ def test_every_method_goes_on_inside_a_task(tmp_path: Path, root: Path, method: 
     "changes",
     [
         {"method": {"heldout": True, "history": "both"}, "train": {"optimizer": "adam"}},
-        {"method": {"name": "sd_lora", "options": {"parts": "qv"}}},
+        {"method": {"name": "sd_lora", "parts": "qv"}},
         *(
             pytest.param(changes, marks=pytest.mark.slow)
             for changes in (
-                {"method": {"name": "loda", "options": {"directions": "random"}}},
+                {"method": {"name": "loda", "directions": "random"}},
                 {"method": {"name": "seq_lora", "gao": True}},
-                {"method": {"name": "o_lora", "options": {"parts": "qv", "alpha": 8.0}}},
-                {"method": {"name": "inflora", "options": {"parts": "kv"}}},
+                {"method": {"name": "o_lora", "parts": "qv", "alpha": 8.0}},
+                {"method": {"name": "inflora", "parts": "kv"}},
                 {"data": {"workers": 1, "tasks": 2}},
                 {"precision": "bf16"},
             )
@@ -75,20 +92,9 @@ def test_other_settings_go_on_too(tmp_path: Path, root: Path, changes: dict[str,
 
 def test_drop_out_goes_on_where_it_was(tmp_path: Path, root: Path) -> None:
     experiment = everything(root)
-    experiment.backbone.options["proj_drop_rate"] = 0.3
+    options = {**experiment.backbone.options["options"], "proj_drop_rate": 0.3}
     torch.manual_seed(3)
-    assert compared(experiment, tmp_path, [8]) == []
-
-
-_wholes: dict[Path, Path] = {}
-
-
-@pytest.fixture
-def whole(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
-    """A run of `tiny` that nothing interrupted."""
-    if root not in _wholes:
-        _wholes[root] = train(tiny(root, tmp_path_factory.mktemp("whole") / "run"), quiet=True)
-    return _wholes[root]
+    assert compared(changed(experiment, backbone={"options": options}), tmp_path, [8]) == []
 
 
 @pytest.mark.parametrize("limit", [1, 6, 18])
@@ -100,49 +106,23 @@ def test_a_run_goes_on_from_every_kind_of_place(
     assert differences(cut_off(experiment, [limit]), whole) == []
 
 
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
-)
-def test_a_signal_saves_the_run_and_ends_it(
-    tmp_path: Path, root: Path, whole: Path, number: signal.Signals, status: type[BaseException]
-) -> None:
-    experiment, before = tiny(root, tmp_path / "cut"), signal.getsignal(number)
-    with (
-        at_step(8, lambda: os.kill(os.getpid(), number)),
-        pytest.raises(status) as left,
-    ):
-        train(experiment, quiet=True)
-    assert signal.getsignal(number) == before
-    if number == signal.SIGTERM:
-        assert left.value.args == (143,)
-    path = tmp_path / "cut"
-    with at_step(1, lambda: pytest.fail("steps are left")), pytest.raises(pytest.fail.Exception):
-        resume(path, quiet=True)
-    (newest,) = sorted(p.name for p in (path / "checkpoints").iterdir())[-1:]
-    found = read_json(path / "checkpoints" / newest / "checkpoint.json")["record"]
-    at = found["run"]["tasks"], found["open"]["epoch"], found["open"]["batch"]
-    assert at == (1, 0, 2)  # six steps a task, three an epoch
-    assert differences(resume(path, quiet=True), whole) == []
-
-
 def test_a_method_that_cannot_save_an_open_task_goes_on_from_the_last_one(
-    tmp_path: Path, root: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, root: Path, whole: Path
 ) -> None:
-    monkeypatch.setattr("training.methods.loda.LoDAMethod.saves_open_task", False)
-    experiment = tiny(root, tmp_path / "cut", checkpoint={"steps": 1})
-    stopped(experiment, 8)
-    newest = sorted((tmp_path / "cut" / "checkpoints").iterdir())[-1]
-    record = read_json(newest / "checkpoint.json")["record"]
-    assert (record["open"], record["run"]["tasks"]) == (None, 1)
-    assert differences(resume(tmp_path / "cut", quiet=True), whole) == []
+    settings = {"method": {"name": "own_methods.Unsaved"}, "checkpoint": {"steps": 1}}
+    path = stopped(tiny(root, tmp_path / "cut", **settings), 8)
+    record = newest_checkpoint(path).record
+    assert (record["open"], record["tasks"]) == (None, 1)
+    experiment = begun_experiment(path, allow=["own_methods.Unsaved"])
+    assert differences(resume(path, experiment, quiet=True), whole) == []
 
 
 def test_without_checkpoints_nothing_can_go_on(tmp_path: Path, root: Path) -> None:
     stopped(tiny(root, tmp_path / "cut", checkpoint={"keep": 0}), 8)
     assert not (tmp_path / "cut" / "checkpoints").exists()
-    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
         resume(tmp_path / "cut", quiet=True)
-    with pytest.raises(FileNotFoundError, match=r"no config\.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"config\.yaml"):
         resume(tmp_path, quiet=True)
 
 
@@ -151,8 +131,7 @@ def test_other_settings_are_refused(
 ) -> None:
     path = stopped(tiny(root, tmp_path / "cut"), 8)
     assert cli.main(["train", "--resume", str(path), "--train.lr=0.3", "--seed=5"]) == 2
-    said = capsys.readouterr().err
-    assert "other settings (train.lr, seed differ)" in said
+    assert "(train.lr, seed differ)" in capsys.readouterr().err
     assert cli.main(["train", f"--resume={path}", "--train.lr=0.05"]) == 0  # as it was begun
     assert "task 3/3" in capsys.readouterr().out
 
@@ -169,10 +148,11 @@ def test_a_run_goes_on_with_moved_data_and_other_workers(
     assert differences(path, whole) == []
 
 
-def test_other_data_are_refused(tmp_path: Path, root: Path) -> None:
+@pytest.mark.parametrize("what", ["order", "fingerprint"])
+def test_other_data_are_refused(tmp_path: Path, root: Path, what: str) -> None:
     path = stopped(tiny(root, tmp_path / "cut"), 8)
     classes = read_json(path / "classes.json")
-    write_json(path / "classes.json", {**classes, "order": classes["order"][::-1]})
+    write_json(path / "classes.json", {**classes, what: classes[what][::-1]})
     with pytest.raises(ValueError, match="data have changed"):
         resume(path, quiet=True)
 
@@ -189,24 +169,264 @@ def test_a_finished_run_says_so(
 
 def test_checkpoints_that_a_finished_run_left_are_removed(copy: Path) -> None:
     # Its process was killed after the results were written.
-    write_checkpoint(copy / "checkpoints", {}, {}, b"", keep=2)
     before = contents(copy)
+    write_checkpoint(copy, {}, {}, b"", keep=2)
     assert cli.main(["train", "--resume", str(copy)]) == 0
-    assert contents(copy) == {k: v for k, v in before.items() if not k.startswith("checkpoints")}
+    assert contents(copy) == before
+
+
+# Checkpoints that cannot be used, or not written
+
+
+def test_a_damaged_checkpoint_costs_only_time_and_takes_no_place_of_a_sound_one(
+    tmp_path: Path, root: Path, whole: Path
+) -> None:
+    path = stopped(tiny(root, tmp_path / "cut", checkpoint={"steps": 2}), 10)
+    older, newest = checkpoint_files(path)
+    newest.write_bytes(newest.read_bytes()[:-100])
+    with pytest.warns(RuntimeWarning, match="is damaged"):
+        go_on(path, 3)
+    left = checkpoint_files(path)
+    assert [p.name for p in left] == [older.name, f"{int(newest.stem) + 1:06d}.safetensors"]
+    for checkpoint in left:
+        read_checkpoint(checkpoint)
+    assert differences(resume(path, quiet=True), whole) == []
+
+
+@pytest.mark.parametrize("other", [{"seed": 5}, {"train": {"lr": 0.01}}, {"data": {"tasks": 2}}])
+def test_checkpoints_of_another_run_are_passed_over(
+    tmp_path: Path, root: Path, whole: Path, other: dict[str, Any]
+) -> None:
+    steps = {"checkpoint": {"steps": 2}}
+    path = stopped(tiny(root, tmp_path / "cut", **steps), 10)
+    foreign = stopped(tiny(root, tmp_path / "other", **steps, **other), 10)
+    shutil.copy(checkpoint_files(foreign)[-1], path / "checkpoints" / "77.safetensors")
+    with pytest.warns(RuntimeWarning, match="other settings"):
+        resume(path, quiet=True)
+    assert differences(path, whole) == []
+
+
+def test_a_run_whose_files_cannot_grow_stops_and_goes_on(
+    tmp_path: Path, root: Path, whole: Path
+) -> None:
+    # The system itself refuses to write, as it does on a full disk.
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    run = prepare(tiny(root, tmp_path / "cut", checkpoint={"steps": 4}))
+    run.on_step = at_step(8, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1])))
+    try:
+        with pytest.raises(OSError, match=r"could not be saved: .*File too large"):
+            run_to_end(run, quiet=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert differences(resume(tmp_path / "cut", quiet=True), whole) == []
+
+
+def arguments(root: Path, run: Path, *more: str) -> list[str]:
+    return ["train", *flags(tiny(root, run)), *more]
+
+
+def said(log: Path) -> str:
+    """The output of a process that ended with a clear error: no traceback."""
+    text = log.read_text()
+    assert "Traceback" not in text, text
+    return text
+
+
+def test_a_full_disk_when_the_run_begins(tmp_path: Path, root: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    assert status(loda(arguments(root, run), log, file_size=1 << 10)) == 2
+    assert said(log).startswith(f"loda train: cannot write {run / 'config.yaml'}: File too large")
+    assert list(run.iterdir()) == []  # nothing half-written is left
+
+
+def test_a_full_disk_at_the_first_checkpoint(tmp_path: Path, root: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    assert status(loda(arguments(root, run), log, file_size=1 << 14)) == 2
+    text = said(log)
+    assert "File too large" in text
+    assert "no checkpoint before it" in text
+    assert list((run / "checkpoints").iterdir()) == []
+
+
+def test_a_full_disk_after_the_last_task_is_mended_by_resuming(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    # The figure is the largest file of a run as small as this one.
+    run, log = tmp_path / "run", tmp_path / "log"
+    whole = plain(tmp_path_factory, keep={"figure": True})
+    size = (whole / "accuracy.png").stat().st_size
+    drawn = arguments(tree(tmp_path_factory), run, "--keep.figure=true")
+    assert status(loda(drawn, log, file_size=size - 1)) == 2
+    assert f"cannot write {run / 'accuracy.png'}: File too large" in said(log)
+    assert not (run / "summary.json").exists()
+    assert newest_checkpoint(run).record["tasks"] == 2
+    assert differences(resume(run, quiet=True), whole) == []
+
+
+def test_a_folder_without_the_right_to_write(tmp_path: Path, root: Path) -> None:
+    log, locked = tmp_path / "log", tmp_path / "locked"
+    locked.mkdir()
+    locked.chmod(0o555)
+    try:
+        for run in (locked / "run", locked):
+            assert status(loda(arguments(root, run), log, ordinary=True)) == 2
+    finally:
+        locked.chmod(0o755)
+    assert said(log).count("Permission denied") == 2
+    assert list(locked.iterdir()) == []
+
+
+def test_checkpoints_that_can_no_longer_be_written(tmp_path: Path, root: Path, whole: Path) -> None:
+    run, log = stopped(tiny(root, tmp_path / "run"), 8), tmp_path / "log"
+    (run / "checkpoints").chmod(0o555)
+    try:
+        more = ["train", "--resume", str(run), "--checkpoint.steps=3"]
+        assert status(loda(more, log, ordinary=True)) == 2
+    finally:
+        (run / "checkpoints").chmod(0o755)
+    assert "could not be saved" in said(log)
+    assert "Permission denied" in said(log)
+    assert differences(resume(run, quiet=True), whole) == []
+
+
+# Processes
 
 
 def test_one_process_at_a_time(tmp_path: Path, root: Path, whole: Path) -> None:
-    path = stopped(tiny(root, tmp_path / "cut"), 8)
+    path, log = stopped(tiny(root, tmp_path / "cut"), 8), tmp_path / "log"
     (path / ".lock").write_text("999999\n")  # of a process that is gone
-    held = prepare(tiny(root, path), path)
+    held = prepare(begun_experiment(path), resume=path)
     before = sorted(path.rglob("*"))
-    for attempt in (
+    attempts: list[Callable[[], object]] = [
         lambda: resume(path, quiet=True),
-        lambda: train(tiny(root, path, overwrite=True), quiet=True),
-    ):
-        with pytest.raises(BlockingIOError, match=rf"in use .*process {os.getpid()}"):
+        lambda: train(tiny(root, path), overwrite=True, quiet=True),
+    ]
+    for attempt in attempts:
+        with pytest.raises(BlockingIOError, match=rf"process {os.getpid()}"):
             attempt()
+    assert status(loda(["train", "--resume", str(path)], log)) == 2
+    assert f"in use by another run (process {os.getpid()})" in said(log)
     assert sorted(path.rglob("*")) == before
     held.folder.close()
     assert differences(resume(path, quiet=True), whole) == []
     assert not (path / ".lock").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_a_signal_saves_the_run_and_ends_it(
+    tmp_path: Path, root: Path, whole: Path, number: signal.Signals, error: type[BaseException]
+) -> None:
+    before = signal.getsignal(number)
+    run = prepare(tiny(root, tmp_path / "cut"))
+    run.on_step = at_step(8, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(error) as left:
+        run_to_end(run, quiet=True)
+    assert signal.getsignal(number) == before
+    if number == signal.SIGTERM:
+        assert left.value.args == (143,)
+    path = tmp_path / "cut"
+    go_on(path, 1)  # it was saved before, steps are left, and nothing is saved after one
+    record = newest_checkpoint(path).record
+    at = record["tasks"], record["open"]["epoch"], record["open"]["batch"]
+    assert at == (1, 0, 2)  # six steps a task, three an epoch
+    assert differences(resume(path, quiet=True), whole) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "workers"),
+    [
+        ("SIGINT", "process", 0),
+        ("SIGTERM", "group", 2),
+        pytest.param("SIGINT", "group", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_stopped_process_saves_itself_and_leaves_nobody_behind(
+    tmp_path: Path, root: Path, whole: Path, name: str, to: str, workers: int
+) -> None:
+    run, log, method = tmp_path / "run", tmp_path / "log", "own_methods.Signalled"
+    more = [f"--method={method}", f"--data.workers={workers}", "--checkpoint.minutes=60"]
+    process = loda(arguments(root, run, *more), log, environment={"SIGNALLED": f"8 {name} {to}"})
+    assert status(process) == {"SIGINT": 130, "SIGTERM": 143}[name], log.read_text()
+    wait_until(process, lambda: not members(process.pid or 0))
+    assert members(process.pid or 0) == []
+    assert said(log).count("stopping as soon as the run is saved") == 1
+    assert said(log).count("a checkpoint was written") == 1
+    record = newest_checkpoint(run).record
+    assert (record["tasks"], record["open"]["batch"]) == (1, 2)
+    resumed = resume(run, begun_experiment(run, allow=[method]), quiet=True)
+    assert differences(resumed, whole) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the children of a process are read in /proc")
+def test_a_run_whose_loading_process_is_killed_says_so(tmp_path: Path, root: Path) -> None:
+    # As the system does when memory runs out.
+    others = {*active_children()}
+
+    def kill() -> None:
+        for worker in {*active_children()} - others:
+            os.kill(worker.pid or 0, signal.SIGKILL)
+            worker.join()
+
+    settings: dict[str, Any] = {"data": {"workers": 1}, "checkpoint": {"steps": 2}}
+    run = prepare(tiny(root, tmp_path / "run", train={"epochs": 3}, **settings))
+    run.on_step = at_step(8, kill)
+    with pytest.raises(ChildProcessError, match=rf"DataLoader worker.*--resume {tmp_path / 'run'}"):
+        run_to_end(run, quiet=True)
+    assert newest_checkpoint(tmp_path / "run").record["open"] is not None
+    assert cli.main(["train", "--resume", str(tmp_path / "run")]) == 0
+
+
+# Ends at random moments
+
+EPOCHS = 8  # long enough to be hit inside
+
+
+def hit(process: BaseProcess, run: Path, number: signal.Signals, delay: float) -> int:
+    """Send a signal some time after the process has touched the run folder; its status."""
+    # There is a moment in which nothing can be saved yet. SIGKILL may hit it like any other.
+    ready = holds if number == signal.SIGKILL else saves_itself
+    wait_until(process, lambda: ready(process, run), 300)
+    process.join(delay)
+    if process.pid is not None and process.is_alive():
+        os.kill(process.pid, number)
+    return status(process)
+
+
+def survives(experiment: Experiment, whole: Path, signals: list[signal.Signals], seed: int) -> int:
+    """Kill, go on, and kill again; then all files are those of the whole run. How often it was."""
+    draw, run = random.Random(seed), Path(str(experiment.out))
+    # A machine that is fast, or busy with other work, must not be through before it is hit.
+    seconds = sum(json.loads((whole / "summary.json").read_text())["seconds"].values())
+    log, left, ends = run.with_suffix(".log"), -1, 0
+    first = ["train", *flags(experiment), f"--train.epochs={EPOCHS}", "--checkpoint.steps=3"]
+    for number in signals:
+        goes_on = ["train", "--resume", str(run)]
+        command = goes_on if checkpoint_files(run) else [*first, "--overwrite"]
+        delay = draw.uniform(0.0, min(1.0, 0.4 * seconds))
+        left = hit(loda(command, log), run, number, delay)
+        expected = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+        if (run / "summary.json").is_file():  # it was through before, or just leaving
+            assert left in (0, -number), log.read_text()
+            break
+        assert left == expected, log.read_text()
+        ends += 1
+    if left != 0:
+        assert status(loda(["train", "--resume", str(run)], log)) == 0, log.read_text()
+    assert differences(run, whole) == []
+    return ends
+
+
+@pytest.mark.slow
+def test_a_run_survives_a_dozen_ends(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    whole = plain(tmp_path_factory, train={"epochs": EPOCHS})
+    ends = seed = 0
+    while ends < 12 and seed < 12:  # a run may be through before all of its ends
+        experiment = tiny(tree(tmp_path_factory), tmp_path / f"run{seed}")
+        signals = [signal.SIGKILL, (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[seed % 3]]
+        ends += survives(experiment, whole, [*signals, signal.SIGKILL], seed)
+        seed += 1
+    assert ends >= 12

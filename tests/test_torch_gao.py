@@ -1,18 +1,136 @@
-"""The gradient-aligned step against a plain straight-line implementation of the same rule."""
+"""The gradient-aligned step against a plain one written out, and what it does on errors."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from gao_oracle import Make, PlainAdamW, PlainSGD, Problem, adamw, by_hand, sgd
+import torch.nn.functional as F  # noqa: N812
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import SGD, AdamW, Optimizer
 
-from backends.torch import draw_permutation, gradient_aligned_step, plain_step
+from backends.torch import AlignedStep, draw_permutation, gradient_aligned_step, plain_step
+
+CLASSES = 4
+BROKEN = "it broke on purpose"
+Make = Callable[[list[nn.Parameter]], Optimizer]
+
+
+def sgd(parameters: list[nn.Parameter]) -> Optimizer:
+    return SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.1)
+
+
+def adamw(parameters: list[nn.Parameter]) -> Optimizer:
+    return AdamW(parameters, lr=0.05, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)
+
+
+class Problem:
+    """Two LoRA-like tensors and a head, in float64; ``spare`` takes part in no loss."""
+
+    def __init__(self, seed: int = 0, *, spare: bool = False) -> None:
+        generator = torch.Generator().manual_seed(seed % 2**31)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        self.x, self.up, self.down = draw(16, 5), nn.Parameter(draw(6, 2)), nn.Parameter(draw(2, 5))
+        self.head, self.spare = nn.Parameter(draw(CLASSES, 6)), nn.Parameter(draw(3))
+        self.y = (torch.arange(16) % 5).clamp(max=CLASSES - 1)  # halves of unequal size
+        self.perturbed = [self.up, self.down] + ([self.spare] if spare else [])
+        self.parameters = [*self.perturbed, self.head]
+        self.permutation = torch.randperm(CLASSES, generator=generator)
+
+    def loss(self, rows: Tensor) -> Tensor:
+        hidden = (self.x[rows] @ self.down.T @ self.up.T).tanh()
+        return F.cross_entropy(hidden @ self.head.T, self.y[rows])
+
+    def values(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.parameters]
+
+    def halves(self) -> tuple[Tensor, Tensor]:
+        first = torch.isin(self.y, self.permutation[: CLASSES // 2])
+        return first.nonzero().flatten(), (~first).nonzero().flatten()
+
+    def step(self, optimizer: Optimizer, radius: float = 0.3, **keywords: Any) -> AlignedStep:
+        return gradient_aligned_step(
+            keywords.pop("loss", self.loss),
+            keywords.pop("labels", self.y),
+            optimizer,
+            self.perturbed,
+            radius=radius,
+            permutation=keywords.pop("permutation", self.permutation),
+            **keywords,
+        )
+
+
+class PlainSGD:
+    """Momentum and coupled weight decay, written out."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[int, Tensor] = {}
+
+    def __call__(self, values: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+        out = []
+        for i, (p, g) in enumerate(zip(values, gradients, strict=True)):
+            g = g + 0.1 * p
+            self.buffers[i] = 0.9 * self.buffers[i] + g if i in self.buffers else g
+            out.append(p - 0.05 * self.buffers[i])
+        return out
+
+
+class PlainAdamW:
+    """Decoupled weight decay, written out."""
+
+    def __init__(self) -> None:
+        self.m: dict[int, Tensor] = {}
+        self.v: dict[int, Tensor] = {}
+        self.t = 0
+
+    def __call__(self, values: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+        self.t += 1
+        out = []
+        for i, (p, g) in enumerate(zip(values, gradients, strict=True)):
+            self.m[i] = 0.8 * self.m.get(i, torch.zeros_like(p)) + 0.2 * g
+            self.v[i] = 0.9 * self.v.get(i, torch.zeros_like(p)) + 0.1 * g * g
+            m, v = self.m[i] / (1 - 0.8**self.t), self.v[i] / (1 - 0.9**self.t)
+            out.append(p - 0.05 * 0.1 * p - 0.05 * m / (v.sqrt() + 1e-6))
+        return out
+
+
+def by_hand(
+    p: Problem,
+    values: list[Tensor],
+    update: Callable[[list[Tensor], list[Tensor]], list[Tensor]],
+    radius: float,
+    *,
+    restore_first: bool = False,
+) -> tuple[list[Tensor], float]:
+    """Both half steps of method and paper, on copies; head last and never perturbed."""
+
+    def gradients(at: list[Tensor], rows: Tensor) -> tuple[list[Tensor], float]:
+        leaves = [v.clone().requires_grad_() for v in at]
+        up, down, head = leaves
+        logits = (p.x[rows] @ down.T @ up.T).tanh() @ head.T
+        loss = F.cross_entropy(logits, p.y[rows])
+        return list(torch.autograd.grad(loss, leaves)), float(loss.detach())
+
+    first, second = p.halves()
+    total = 0.0
+    for source, goal in ((first, second), (second, first)):
+        g, _ = gradients(values, source)
+        shift = [radius * x / x.norm() for x in g[:2]] + [torch.zeros_like(values[2])]
+        moved = [v - s for v, s in zip(values, shift, strict=True)]
+        g, loss = gradients(moved, goal)
+        if restore_first:
+            values = update(values, g)
+        else:
+            values = [v + s for v, s in zip(update(moved, g), shift, strict=True)]
+        total += loss * len(goal) / len(p.y)
+    return values, total
 
 
 @given(seed=seeds, radius=st.sampled_from([0.0, 0.1, 0.7]), steps=st.integers(1, 4))
@@ -190,3 +308,112 @@ def test_every_order_of_the_classes_is_drawn() -> None:
     generator = torch.Generator().manual_seed(0)
     drawn = {tuple(draw_permutation(torch.arange(3), generator).tolist()) for _ in range(100)}
     assert len(drawn) == 6
+
+
+@pytest.mark.parametrize("call", [0, 1, 2, 3])
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_error_in_the_loss_leaves_no_shift_behind(call: int, failure: type[BaseException]) -> None:
+    p, q = Problem(), Problem()
+    calls = iter(range(4))
+
+    def loss(rows: Tensor) -> Tensor:
+        if next(calls) == call:
+            raise failure(BROKEN)
+        return p.loss(rows)
+
+    with pytest.raises(failure, match=BROKEN):
+        p.step(sgd(p.parameters), loss=loss)
+    expected = q.values()
+    if call >= 2:  # the first half step was done by then, and stays
+        only_first = iter(range(4))
+
+        def first_half(rows: Tensor) -> Tensor:
+            if next(only_first) == 2:
+                raise failure("stop")
+            return q.loss(rows)
+
+        with pytest.raises(failure):
+            q.step(sgd(q.parameters), loss=first_half)
+        expected = q.values()
+        assert not torch.equal(expected[0], Problem().values()[0])
+    assert all(torch.equal(a, b) for a, b in zip(p.values(), expected, strict=True))
+
+
+def test_error_in_the_optimizer_leaves_the_moved_tensors_as_they_were() -> None:
+    class Broken(SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            super().step(closure)
+            raise RuntimeError(BROKEN)
+
+    p = Problem()
+    before = p.values()
+    with pytest.raises(RuntimeError, match=BROKEN):
+        p.step(Broken(p.parameters, lr=0.1))
+    assert torch.equal(p.up, before[0])
+    assert torch.equal(p.down, before[1])
+
+
+@pytest.mark.parametrize("bad_calls", [{1}, {3}, {1, 3}, {0}, {2}, {0, 2}])
+def test_gradients_that_are_not_finite_are_skipped_bit_for_bit(bad_calls: set[int]) -> None:
+    p = Problem()
+    optimizer = SGD(p.parameters, lr=0.1)
+    before = p.values()
+    calls = iter(range(4))
+
+    def loss(rows: Tensor) -> Tensor:
+        value = p.loss(rows)
+        return value * math.nan if next(calls) in bad_calls else value
+
+    done = p.step(optimizer, loss=loss, skip_nonfinite=True)
+    bad_halves = {c // 2 for c in bad_calls}
+    assert done.steps == 2 - len(bad_halves)
+    assert all(bool(v.isfinite().all()) for v in p.values())
+    if len(bad_halves) == 2:
+        assert all(torch.equal(a, b) for a, b in zip(p.values(), before, strict=True))
+
+
+def test_shift_that_is_not_finite_is_noticed_where_the_other_half_does_not_use_it() -> None:
+    p = Problem(spare=True)
+    before = p.values()
+    first = p.halves()[0]
+
+    def loss(rows: Tensor) -> Tensor:
+        value = p.loss(rows)
+        return value + (p.spare * math.nan).sum() if torch.equal(rows, first) else value
+
+    done = p.step(SGD(p.parameters, lr=0.1), loss=loss, skip_nonfinite=True)
+    assert done.steps == 0
+    assert all(torch.equal(a, b) for a, b in zip(p.values(), before, strict=True))
+
+
+def test_plain_step_skips_too() -> None:
+    p = Problem()
+    before = p.values()
+    done = plain_step(
+        lambda rows: p.loss(rows) * math.inf, p.y, sgd(p.parameters), skip_nonfinite=True
+    )
+    assert done.steps == 0
+    assert all(torch.equal(a, b) for a, b in zip(p.values(), before, strict=True))
+    assert plain_step(p.loss, p.y, sgd(p.parameters), skip_nonfinite=True).steps == 1
+
+
+@pytest.mark.parametrize("radius", [-0.1, math.nan, math.inf])
+@pytest.mark.parametrize("one_class", [False, True])
+def test_radius_is_checked_before_anything_moves(radius: float, one_class: bool) -> None:
+    p = Problem()
+    before = p.values()
+    labels = torch.zeros_like(p.y) if one_class else p.y
+    with pytest.raises(ValueError, match="radius"):
+        p.step(sgd(p.parameters), radius, labels=labels)
+    assert all(torch.equal(a, b) for a, b in zip(p.values(), before, strict=True))
+
+
+def test_wrong_arguments_are_refused() -> None:
+    p = Problem()
+    optimizer = sgd(p.parameters)
+    with pytest.raises(ValueError, match="permutation"):
+        p.step(optimizer, permutation=torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match="permutation"):
+        p.step(optimizer, permutation=torch.tensor([0, 1, 2, 3, 3]))
+    with pytest.raises(ValueError, match="perturb"):
+        gradient_aligned_step(p.loss, p.y, optimizer, [], radius=0.1, permutation=p.permutation)

@@ -16,7 +16,7 @@ from loda_math import (
     recalibration,
     second_moment,
 )
-from loda_math._fast import _on_host
+from loda_math._eigh import _on_host
 
 halves = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from backends.torch import LoDASettings
+from backends.torch import LoDASettings, random_bases
 from backends.torch.solve import solve_bases, solve_heldout
-from loda_math import general_subspace, isolated_subspace
+from loda_math import general_subspace, isolated_subspace, remember
 
 
 def moment(size: int, seed: int) -> Tensor:
@@ -19,7 +19,8 @@ def test_every_layer_gets_its_own_directions(sizes: tuple[int, ...]) -> None:
     new = {f"layer{n}": moment(size, n) for n, size in enumerate(sizes)}
     old = {f"layer{n}": moment(size, 10 + n) for n, size in enumerate(sizes)}
     settings = LoDASettings(rank=3)
-    found = solve_bases(settings, new, old, 0.0)
+    history = {name: remember(None, moment) for name, moment in old.items()}
+    found = solve_bases(settings, new, history, 0.0)
     assert list(found) == list(new)
     for name, bases in found.items():
         general = torch.as_tensor(general_subspace(new[name], old[name], 3))
@@ -27,8 +28,26 @@ def test_every_layer_gets_its_own_directions(sizes: tuple[int, ...]) -> None:
         torch.testing.assert_close(bases["general"], general)
         torch.testing.assert_close(bases["isolated"], torch.as_tensor(isolated))
     halves = {name: (new[name], new[name]) for name in new}
-    for name, ratios in solve_heldout(settings, halves, old, 0.0).items():
+    for name, ratios in solve_heldout(settings, halves, history, 0.0).items():
         # Both halves are the same, so what holds on one holds on the other.
         for ratio in ratios.values():
             torch.testing.assert_close(ratio.chosen, ratio.heldout)
         assert set(ratios) == {"general", "isolated"}, name
+
+
+@pytest.mark.parametrize("first_task", [True, False])
+def test_random_directions_are_orthonormal_and_follow_the_generator(first_task: bool) -> None:
+    layers, settings = {"a": nn.Linear(6, 3), "b": nn.Linear(9, 3)}, LoDASettings(rank=2)
+
+    def draw(seed: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        bases = random_bases(settings, layers, first_task=first_task, generator=generator)
+        assert [list(by_branch) for by_branch in bases.values()] == [branches] * 2
+        return [basis for by_branch in bases.values() for basis in by_branch.values()]
+
+    branches = ["general"] if first_task else ["general", "isolated"]
+    drawn = draw(0)
+    for basis in drawn:
+        torch.testing.assert_close(basis.mT @ basis, torch.eye(2))
+    assert all(torch.equal(a, b) for a, b in zip(drawn, draw(0), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(drawn, draw(1), strict=True))

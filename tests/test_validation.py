@@ -1,8 +1,11 @@
-"""Bad input gives a clear error with the argument's name."""
+"""Bad input gives a clear error with the argument's name; settings, defaults and dtypes."""
 
+import re
 import warnings
 from types import ModuleType
+from typing import Any
 
+import libraries
 import numpy as np
 import pytest
 from calls import (
@@ -16,7 +19,7 @@ from calls import (
     every_argument,
     every_moment,
 )
-from strategies import to_library, to_numpy
+from strategies import dtype_name, to_library, to_numpy
 
 import loda_math as lm
 
@@ -42,10 +45,10 @@ def test_integers(xp: ModuleType, name: str, argument: str) -> None:
 def test_what_is_no_array(xp: ModuleType, name: str, argument: str) -> None:
     allows_none = (name, argument) in OPTIONAL
     for x in [MATRIX[argument].tolist(), "moment"] + [None] * (not allows_none):
-        with pytest.raises(TypeError, match=rf"^{argument} must be an array.*{type(x).__name__}"):
+        with pytest.raises(TypeError, match=rf"^{argument} must be an array"):
             call(xp, name, **{argument: x})
     moments = lm.second_moment(to_library(xp, EYE))
-    with pytest.raises(TypeError, match=rf"^{argument} must be an array.*Moments.*\.mean"):
+    with pytest.raises(TypeError, match=rf"^{argument} must be an array.*pass its \.mean"):
         call(xp, name, **{argument: moments})
 
 
@@ -60,7 +63,7 @@ def test_libraries_do_not_mix(name: str, argument: str) -> None:
 @every_moment
 def test_moments_that_are_not_square(xp: ModuleType, name: str, argument: str) -> None:
     for shape in ((3, 2), (3,), (), (2, 3, 4), (0, 0)):
-        with pytest.raises(ValueError, match=rf"^{argument} must be square.*D, D"):
+        with pytest.raises(ValueError, match=rf"^{argument} must be square"):
             call(xp, name, **{argument: to_library(xp, np.ones(shape))})
 
 
@@ -83,26 +86,22 @@ def test_moments_that_are_not_symmetric(xp: ModuleType, name: str, argument: str
 
 @pytest.mark.parametrize(("name", "argument"), [c for c in SQUARE if len(ALL[c[0]][1]) > 1])
 def test_sizes_that_do_not_match(xp: ModuleType, name: str, argument: str) -> None:
-    with pytest.raises(
-        ValueError, match=r"^(moments must have one|basis must have shape \(\.\.\., [34], r\))"
-    ):
+    with pytest.raises(ValueError, match=r"^(moments must have one|basis must have) shape"):
         call(xp, name, **{argument: to_library(xp, np.eye(4))})
 
 
 def test_projections_that_do_not_fit(xp: ModuleType) -> None:
-    for down in (np.ones((2, 4)), np.ones(3), np.ones((0, 3))):
-        with pytest.raises(ValueError, match=r"^down must have shape \(\.\.\., r, 3\)"):
-            call(xp, "recalibration full", down=to_library(xp, down))
-    for up in (np.ones((2, 3)), np.ones(2)):
-        with pytest.raises(ValueError, match=r"^up must have shape \(\.\.\., O, 2\)"):
-            call(xp, "recalibration diagonal", up=to_library(xp, up))
-    for coefficients in (np.ones((2, 3)), np.ones(2)):
-        with pytest.raises(ValueError, match=r"^coefficients must have shape \(\.\.\., 2, 2\)"):
-            call(xp, "recalibration_loss", coefficients=to_library(xp, coefficients))
-    for name in (name for name in ALL if "basis" in ALL[name][1]):
-        for basis in (np.ones((2, 3)), np.ones(3)):
-            with pytest.raises(ValueError, match=r"^basis must have shape \(\.\.\., 3, r\)"):
-                call(xp, name, basis=to_library(xp, basis))
+    wrong = {
+        "down": ("recalibration full", ((2, 4), (3,), (0, 3))),
+        "up": ("recalibration diagonal", ((2, 3), (2,))),
+        "coefficients": ("recalibration_loss", ((2, 3), (2,))),
+    }
+    cases = [(argument, name, shapes) for argument, (name, shapes) in wrong.items()]
+    cases += [("basis", name, ((2, 3), (3,))) for name in ALL if "basis" in ALL[name][1]]
+    for argument, name, shapes in cases:
+        for shape in shapes:
+            with pytest.raises(ValueError, match=rf"^{argument} must have shape"):
+                call(xp, name, **{argument: to_library(xp, np.ones(shape))})
 
 
 @pytest.mark.parametrize("solver", ["general", "isolated", "null"])
@@ -114,10 +113,10 @@ def test_ranks(xp: ModuleType, solver: str) -> None:
         "null": lambda rank: lm.null_subspace(m, rank),
     }[solver]
     for rank in (0, -1, 4):
-        with pytest.raises(ValueError, match=f"rank must be from 1 to D = 3, got {rank}"):
+        with pytest.raises(ValueError, match="rank must be from 1 to D = 3"):
             solve(rank)
     for rank in (True, np.True_, 2.0, np.float64(2), "2", None, xp.asarray(True), xp.asarray(2.0)):
-        with pytest.raises(TypeError, match=f"rank must be an integer, got.*{type(rank).__name__}"):
+        with pytest.raises(TypeError, match="rank must be an integer"):
             solve(rank)
     for rank in (np.int64(2), np.uint8(2), np.asarray(2), xp.asarray(2)):
         np.testing.assert_array_equal(to_numpy(solve(rank)), to_numpy(solve(2)))
@@ -125,7 +124,7 @@ def test_ranks(xp: ModuleType, solver: str) -> None:
 
 def test_unknown_form(xp: ModuleType) -> None:
     m = to_library(xp, np.eye(2))
-    with pytest.raises(ValueError, match=r"form must be one of.*full.*got 'best'"):
+    with pytest.raises(ValueError, match="form must be one of"):
         lm.recalibration(m, m, m, m, 1.0, "best")
 
 
@@ -161,3 +160,165 @@ def test_results_stay_with_their_device(name: str) -> None:
     result = call(strict, name, **changed)
     result = result[0] if isinstance(result, tuple) else result
     assert result.device == device
+
+
+# Settings
+
+RNG = np.random.default_rng(0)
+UP, DOWN, C, G = (RNG.standard_normal(shape) for shape in ((3, 2), (2, 4), (2, 2), (5, 2)))
+NEW, OLD = (x.T @ x for x in RNG.standard_normal((2, 9, 4)) * [1.0, 0.5, 0.1, 0.01])
+GENERIC = {"new": NEW, "old": OLD, "moment": NEW, "up": UP, "down": DOWN, "coefficients": C}
+GENERIC |= {"tokens": RNG.standard_normal((5, 4)), "grad_output": G}
+GENERIC |= {"basis": np.linalg.qr(RNG.standard_normal((4, 2)))[0]}
+MERGED = GENERIC | {"before": np.zeros((3, 4)), "after": UP @ DOWN}
+POINT = {"before": np.ones(3), "after": np.ones(3) - 0.05, "gradient": np.ones(3)}
+# What ``call`` cannot reach: lists of arrays, and a history before this task.
+LISTS: dict[str, Any] = {
+    "joint_recalibration": lambda xp, gamma=1.0, weights=0.5, **k: lm.joint_recalibration(
+        [to_library(xp, UP)] * 2,
+        [to_library(xp, DOWN)] * 2,
+        [1.0, weights],
+        to_library(xp, NEW),
+        to_library(xp, OLD),
+        gamma,
+        **k,
+    ),
+    "lookahead": lambda xp, radius=1.0: lm.lookahead(
+        [to_library(xp, np.ones(3))], [to_library(xp, np.ones(3))], radius
+    ),
+    "remember": lambda xp, **k: (
+        lm.remember(lm.remember(None, to_library(xp, OLD)), to_library(xp, NEW), **k).total
+    ),
+}
+ROUNDING = "accumulation_eps"
+SUBSPACE = ("ridge", ROUNDING)
+RECALIBRATION = ("gamma", "history_weight")
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "general_subspace": (ROUNDING,),
+    "general_solution": (ROUNDING,),
+    "isolated_subspace": (*SUBSPACE, "energy_floor"),
+    "isolated_solution": (*SUBSPACE, "energy_floor"),
+    "trace_ratio_subspace": SUBSPACE,
+    "trace_ratio_solution": (*SUBSPACE, "energy_floor"),
+    "rank_for ratio": (*SUBSPACE, "share"),
+    "recalibration full": RECALIBRATION,
+    "recalibration_loss": RECALIBRATION,
+    "joint_recalibration": (*RECALIBRATION, "weights"),
+    "remember": ("weight", "decay"),
+    "first_order_update": ("step",),
+    "lookahead": ("radius",),
+    "verify_subspace trace_ratio": (*SUBSPACE, "energy_floor", "tolerance"),
+    "verify_recalibration": (*RECALIBRATION, "tolerance"),
+    "verify_merge": ("tolerance",),
+    "verify_perturbation": ("radius", "tolerance"),
+}
+SHARES = ("energy_floor", "share", "decay")
+every_setting = pytest.mark.parametrize(
+    ("name", "setting"), [(name, setting) for name in SETTINGS for setting in SETTINGS[name]]
+)
+
+
+def run(xp: ModuleType, name: str, **settings: Any) -> Any:
+    """Call a function with arrays on which every setting counts."""
+    if name in LISTS:
+        return LISTS[name](xp, **settings)
+    arrays = POINT if name == "verify_perturbation" else MERGED
+    return call(xp, name, **{a: to_library(xp, arrays[a]) for a in ALL[name][1]}, **settings)
+
+
+@every_setting
+def test_settings_are_refused_under_their_name(xp: ModuleType, name: str, setting: str) -> None:
+    libraries.needs_float64(xp)
+    rule = "positive" if setting == "tolerance" else "at least 0"
+    for value in (-1, -1e-9, np.nan, np.inf, np.float32(-1)):
+        with pytest.raises(ValueError, match=rf"^{setting} must be finite and {rule}"):
+            run(xp, name, **{setting: value})
+    for value in ("1", 1j, True, [1.0]):
+        with pytest.raises(TypeError, match=rf"^{setting} must be a real number"):
+            run(xp, name, **{setting: value})
+    if setting != "history_weight":
+        with pytest.raises(ValueError, match=rf"^{setting} must be one number"):
+            run(xp, name, **{setting: to_library(xp, np.ones(3))})
+    if setting == "tolerance":
+        with pytest.raises(ValueError, match="tolerance must be finite and positive"):
+            run(xp, name, tolerance=0)
+    if setting in SHARES:
+        with pytest.raises(ValueError, match=rf"^{setting} must be a share"):
+            run(xp, name, **{setting: 1.5})
+    if setting == ROUNDING:
+        with pytest.raises(ValueError, match=rf"^{setting} must be a rounding unit"):
+            run(xp, name, **{setting: 0.02})
+    large = (1, np.float64(0.5), np.float32(0.5)) if setting != ROUNDING else (np.float32(1e-7),)
+    for value in large + (0, 0.0) * (setting != "tolerance"):
+        run(xp, name, **{setting: value})
+
+
+def documented_defaults(name: str) -> dict[str, float]:
+    """What the documentation says, the functions referred to by "As in" included."""
+    function = getattr(lm, name.split()[0], None) or getattr(lm.verify, name.split()[0])
+    defaults: dict[str, float] = {}
+    pattern = r"^    ([\w, ]+) : .*default ([\d.e-]+)$|^    ([\w, ]+)\n        As in :func:`(\w+)`"
+    for own, value, others, source in re.findall(pattern, function.__doc__, re.M):
+        if own:
+            defaults |= {word: float(value) for word in own.split(", ")}
+        else:
+            known = documented_defaults(source)
+            defaults |= {word: known[word] for word in others.split(", ") if word in known}
+    return defaults
+
+
+def flat(result: Any) -> list[Any]:
+    return [to_numpy(x) for x in (result if isinstance(result, (tuple, list)) else (result,))]
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if documented_defaults(name)])
+def test_defaults_are_the_documented_ones(name: str) -> None:
+    defaults = documented_defaults(name)
+    for a, b in zip(flat(run(np, name)), flat(run(np, name, **defaults)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for setting, value in defaults.items():
+        if setting not in ("tolerance", ROUNDING):  # those need a case at their edge
+            other = flat(run(np, name, **{setting: 0.5 * value or 1.0}))
+            default = flat(run(np, name))
+            assert any(np.any(a != b) for a, b in zip(default, other, strict=True)), setting
+
+
+@pytest.mark.parametrize("name", ["verify_merge", "verify_perturbation"])
+@pytest.mark.parametrize(("error", "passed"), [(0.9e-5, True), (1.1e-5, False)])
+def test_the_default_tolerance_is_a_hundred_thousandth(
+    xp: ModuleType, name: str, error: float, passed: bool
+) -> None:
+    libraries.needs_float64(xp)
+    before, up, down = np.zeros((3, 2)), np.ones((3, 1)), np.ones((1, 2))
+    if name == "verify_merge":
+        arrays = before, (1 + error) * up @ down, up, down
+        report = lm.verify.verify_merge(*(to_library(xp, a) for a in arrays))
+    else:
+        arrays = before, -(1 + error) * 0.1 * up @ down / 6**0.5, up @ down
+        report = lm.verify.verify_perturbation(*(to_library(xp, a) for a in arrays), 0.1)
+    assert float(report.error) == pytest.approx(error)
+    assert bool(report.passed) == passed
+
+
+WIDE = ("second_moment", "remember")  # sums are kept in the widest dtype
+
+
+@pytest.mark.parametrize(("name", "argument"), [c for c in CASES if c[0] not in WIDE])
+def test_one_wide_argument_makes_the_result_wide(xp: ModuleType, name: str, argument: str) -> None:
+    libraries.needs_float64(xp)
+    narrow = {a: to_library(xp, MATRIX[a], "float32") for a in ALL[name][1]}
+    wide = {argument: to_library(xp, MATRIX[argument])}
+    for changed, dtype in ((narrow, "float32"), (narrow | wide, "float64")):
+        result = call(xp, name, **changed)
+        for x in result if isinstance(result, tuple) else (result,):
+            assert dtype_name(x) in (dtype, "int32", "int64", "bool", "bool_")
+
+
+@pytest.mark.parametrize(("name", "argument"), sorted(OPTIONAL))
+def test_without_a_history_the_result_has_the_dtype_of_the_task(
+    xp: ModuleType, name: str, argument: str
+) -> None:
+    result = call(xp, name, new=to_library(xp, EYE, "float32"), **{argument: None})
+    fields = result if isinstance(result, tuple) else (result,)
+    assert "float32" in {dtype_name(x) for x in fields}
+    assert "float64" not in {dtype_name(x) for x in fields}

@@ -7,17 +7,15 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from training.backbones import Backbone
-from training.config import BackboneConfig
+from training.backbones import Backbone, BackboneConfig
 
 NAME = "vit_tiny_patch16_224"
 TINY: dict[str, Any] = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
 
 def tiny(weights: Path | None = None, **options: object) -> BackboneConfig:
-    source = None if weights is None else str(weights)
-    settings = {**TINY, **options}
-    return BackboneConfig(NAME, weights=source, options=settings, pretrained=source is not None)
+    start = {"pretrained": False} if weights is None else {"weights": str(weights)}
+    return BackboneConfig(NAME, {"options": {**TINY, **options}, **start})
 
 
 def saved(folder: Path, weights: dict[str, torch.Tensor]) -> Path:

@@ -73,6 +73,11 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {k: v.clone() for k, v in model.state_dict().items()}
 
 
+def totals(loda: LoDA) -> dict[str, Tensor]:
+    """The history by layer, as it enters the solvers."""
+    return {name: past.total for name, past in loda.history.items()}
+
+
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
 

@@ -1,46 +1,22 @@
 """Class-incremental experiments with LoDA: data, methods, the training loop and the command line.
 
-Importing this package loads nothing heavy; the parts that need torch are imported when used.
+`load` gives the classifier of a finished run; a run is trained by `training.train.train` from an
+`training.config.Experiment`, and goes on by `training.train.resume`. Importing this package loads
+nothing heavy; the parts that need torch are imported when used.
 """
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from training.finished.inference import Classifier
+    from training.analysis.predict import load
 
 __all__ = ["load"]
 
 
-def load(run: str | Path, *, device: str = "cpu") -> "Classifier":
-    """Load the trained classifier of a finished run.
+def __getattr__(name: str) -> Any:
+    if name != "load":
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    from training.analysis.predict import load
 
-    Parameters
-    ----------
-    run : str or Path
-        A run folder.
-    device : str, default "cpu"
-        Where the model and its read-outs go, ``"cuda"`` say.
-
-    Returns
-    -------
-    Classifier
-        With ``classes``, ``predict(images)`` and ``logits(batch)``.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the folder holds no finished run.
-    ValueError
-        If there is no such device here, or files of the run are damaged.
-
-    Examples
-    --------
-    >>> load("no/such/run")
-    Traceback (most recent call last):
-    ...
-    FileNotFoundError: no run folder no/such/run
-    """
-    from training.finished.inference import load_classifier
-
-    return load_classifier(Path(run)).to(device)
+    return load

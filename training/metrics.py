@@ -1,18 +1,100 @@
-"""Accuracies over a class-incremental stream, from integer counts."""
+"""Loss and accuracies: of an epoch as it goes on, and of a class-incremental stream from counts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # reports read accuracies without torch
+    from torch import Tensor
 
-__all__ = ["AccuracyMatrix", "class_counts"]
+    from backends.torch.readouts import Classifier
+
+__all__ = ["AccuracyMatrix", "Meter", "class_counts", "count_correct"]
 
 Counts = tuple[tuple[int, ...], ...]
 
 
-def class_counts(predictions: Tensor, labels: Tensor, classes: int) -> tuple[list[int], list[int]]:
+class Meter:
+    """Loss and accuracy of an epoch, summed on the device and read only when asked for.
+
+    Attributes
+    ----------
+    loss, right : Tensor or number
+        Sum of the losses of the images, and number of right predictions.
+    images, predicted : int
+        Number of images in the two sums.
+    """
+
+    def __init__(self) -> None:
+        self.loss: Tensor | float = 0.0
+        self.right: Tensor | int = 0
+        self.images = 0
+        self.predicted = 0
+
+    def add(self, loss: "Tensor", images: int) -> None:
+        """Add the mean loss of a mini-batch."""
+        self.loss = self.loss + loss.detach() * images
+        self.images += images
+
+    def count(self, cosines: "Tensor", targets: "Tensor") -> None:
+        """Count right predictions among rows that went through the model with gradients on."""
+        self.right = self.right + (cosines.detach().argmax(dim=1) == targets).sum()
+        self.predicted += len(targets)
+
+    def read(self) -> dict[str, float]:
+        """Mean loss and accuracy so far; waits for the device."""
+        return {
+            "loss": float(self.loss) / max(self.images, 1),
+            "accuracy": float(self.right) / max(self.predicted, 1),
+        }
+
+
+def count_correct(
+    classifiers: "Mapping[str, Classifier]",
+    features: "Tensor",
+    labels: "Tensor",
+    classes: int,
+    *,
+    task_sizes: Sequence[int] | None = None,
+) -> dict[str, tuple[list[int], list[int]]]:
+    """Right predictions and images by class, for each classifier.
+
+    Parameters
+    ----------
+    classifiers : mapping of str to Classifier
+        By name; anything with ``logits(features)``.
+    features : Tensor, shape (N, D)
+        Features of the images.
+    labels : Tensor, shape (N,)
+        Their classes, 0 ... ``classes`` - 1, on the CPU.
+    classes : int
+        Number of classes seen.
+    task_sizes : sequence of int, optional
+        Number of classes of each task. If they are given, the task of each image is known, and
+        only its classes are candidates.
+
+    Returns
+    -------
+    dict of str to (list of int, list of int)
+        As `class_counts` gives them.
+    """
+    import torch
+
+    excluded = torch.zeros(len(labels), classes, dtype=torch.bool)
+    if task_sizes is not None:
+        task_of = torch.repeat_interleave(torch.arange(len(task_sizes)), torch.tensor(task_sizes))
+        excluded = task_of[labels][:, None] != task_of
+    counts = {}
+    for name, classifier in classifiers.items():
+        logits = classifier.logits(features)
+        chosen = logits.masked_fill(excluded.to(logits.device), -torch.inf).argmax(dim=1)
+        counts[name] = class_counts(chosen.cpu(), labels, classes)
+    return counts
+
+
+def class_counts(
+    predictions: "Tensor", labels: "Tensor", classes: int
+) -> tuple[list[int], list[int]]:
     """Right predictions and images of each class 0 ... classes - 1; counts of batches add up.
 
     Raises
@@ -22,30 +104,31 @@ def class_counts(predictions: Tensor, labels: Tensor, classes: int) -> tuple[lis
 
     Examples
     --------
+    >>> import torch
     >>> class_counts(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), 3)
     ([1, 1, 0], [2, 1, 0])
     """
     if predictions.shape != labels.shape or labels.ndim != 1:
         msg = (
-            f"predictions have shape {tuple(predictions.shape)} and labels {tuple(labels.shape)}; "
-            "give two vectors of one length."
+            "predictions and labels must be two vectors of one length, got shapes "
+            f"{tuple(predictions.shape)} and {tuple(labels.shape)}"
         )
         raise ValueError(msg)
     if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= classes):
         low, high = int(labels.min()), int(labels.max())
-        msg = f"labels run from {low} to {high}; allowed: 0 to {classes - 1}."
+        msg = f"labels must be from 0 to {classes - 1}, got {low} to {high}"
         raise ValueError(msg)
-    right = torch.bincount(labels[predictions == labels], minlength=classes)
-    return right.tolist(), torch.bincount(labels, minlength=classes).tolist()
+    right = labels[predictions == labels].bincount(minlength=classes)
+    return right.tolist(), labels.bincount(minlength=classes).tolist()
 
 
 @dataclass(frozen=True)
 class AccuracyMatrix:
     """Accuracy a[i][j] on task j's classes after learning task i, and what follows from it.
 
-    Tasks are counted from 0; T is the number of tasks learned so far. Accuracies are fractions
-    in [0, 1]. Micro accuracies count images; macro accuracies (names in ``macro``) are the
-    unweighted mean over classes. Averages over tasks are unweighted.
+    Lists of tasks begin with the first one, at index 0; T is the number of tasks learned so far.
+    Accuracies are fractions in [0, 1]. Micro accuracies count images; macro accuracies (names in
+    ``macro``) are the unweighted mean over classes. Averages over tasks are unweighted.
 
     Parameters
     ----------
@@ -82,17 +165,17 @@ class AccuracyMatrix:
         object.__setattr__(self, "sizes", tuple(int(n) for n in self.sizes))
         if len(self.correct) != len(self.sizes) or len(self.total) != len(self.sizes):
             msg = (
-                f"{len(self.sizes)} tasks, but {len(self.correct)} rows of right predictions and "
-                f"{len(self.total)} rows of totals; give one row a task."
+                f"correct and total must have one row for each of the {len(self.sizes)} tasks, got "
+                f"{len(self.correct)} and {len(self.total)}"
             )
             raise ValueError(msg)
         seen = 0
         for task, size in enumerate(self.sizes):
             if size < 1:
-                msg = f"Task {task} has {size} classes; it needs at least 1."
+                msg = f"task {task + 1} must have at least 1 class, got {size}"
                 raise ValueError(msg)
             seen += size
-            _check_row(task, seen, self.correct[task], self.total[task])
+            _check_row(task + 1, seen, self.correct[task], self.total[task])
 
     def extended(self, size: int, correct: Sequence[int], total: Sequence[int]) -> "AccuracyMatrix":
         """The matrix after one more task of `size` classes, with counts for every class seen."""
@@ -168,12 +251,8 @@ class AccuracyMatrix:
         }
 
     @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> "AccuracyMatrix":
-        """The matrix that `to_dict` wrote. Raises ValueError when a key is missing."""
-        missing = sorted({"sizes", "correct", "total"} - record.keys())
-        if missing:
-            msg = f"The record of an accuracy matrix lacks {missing}."
-            raise ValueError(msg)
+    def from_dict(cls, record: Mapping[str, Any]) -> "AccuracyMatrix":
+        """The matrix that `to_dict` wrote. Raises KeyError when a part is missing."""
         return cls(record["sizes"], record["correct"], record["total"])
 
     def _rows(self) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -189,18 +268,22 @@ class AccuracyMatrix:
 
 
 def _check_row(task: int, seen: int, correct: Sequence[int], total: Sequence[int]) -> None:
+    """Refuse impossible counts after a task, counted from 1."""
     if len(correct) != seen or len(total) != seen:
         msg = (
-            f"Row {task} has {len(correct)} and {len(total)} entries; "
-            f"{seen} classes are seen by then."
+            f"the rows of task {task} must have an entry for each of the {seen} classes seen, got "
+            f"{len(correct)} and {len(total)}"
         )
         raise ValueError(msg)
     for label, (right, count) in enumerate(zip(correct, total, strict=True)):
         if count < 1:
-            msg = f"Class {label} has no image to be evaluated on after task {task}."
+            msg = f"class {label} has no image to be evaluated on after task {task}"
             raise ValueError(msg)
         if not 0 <= right <= count:
-            msg = f"Class {label} has {right} right predictions of {count} after task {task}."
+            msg = (
+                f"the right predictions of class {label} after task {task} must be from 0 to "
+                f"{count}, got {right}"
+            )
             raise ValueError(msg)
 
 

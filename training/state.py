@@ -1,27 +1,29 @@
-"""The whole state of a run, as one object that can be written and read."""
+"""All that changes while a run trains, as one object that can be written and read."""
 
-from collections.abc import Mapping
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from backends.torch import plain_state
-from backends.torch.readouts import ClassStatistics, Readout, RidgeStatistics
-from training.files import flattened, nested
+from backends.torch.readouts import CosineHeads, Readouts
 from training.methods import Method
-from training.metrics import AccuracyMatrix
-from training.step.heads import Heads
+from training.metrics import AccuracyMatrix, Meter
+from training.run_dir import flattened, nested, not_finite
 
 
 @dataclass
-class RunState:
-    """Everything that a run carries from one task to the next.
+class State:
+    """All that changes while a run trains, and that a checkpoint holds.
 
-    All randomness of a task follows from the seed and the task's number, so no generator is part
-    of it. Inside a task it is complete for methods that save an open task; where training stands
-    in it is a `training.survival.position.Position`.
+    All randomness of a task follows from the seed and the task's number, so between tasks no
+    generator is part of it.
 
     Parameters
     ----------
@@ -29,103 +31,252 @@ class RunState:
         The backbone, with what was learned merged.
     method : Method
         Carries its own state (moments, branches).
-    heads : Heads
+    heads : CosineHeads
         One cosine head a task.
-    statistics : ClassStatistics or None
-        Means and covariances by class, if a read-out needs them.
-    ridge : RidgeStatistics or None
-        Sums of the ridge read-out, if it is used.
-    aligned : Tensor or None
-        Head weights after the last alignment.
+    readouts : Readouts
+        What they gathered, and the classifiers after the last task.
     tasks : int
         Tasks completed.
-    matrices : dict of str to AccuracyMatrix
+    accuracy : dict of str to AccuracyMatrix
         Accuracy so far by read-out.
     task_given : dict of str to AccuracyMatrix
         The same where the task of every image is given, so that only its classes compete.
-    readouts : dict of str to Readout
-        The classifiers after the last task; derived from the rest, not part of the state.
+    trainable : list of int
+        Number of trained values of each task that has begun.
+    seconds : dict of str to float
+        What the parts of the completed tasks have taken together.
+    passes : int
+        Passes over its images that the method has made in the open task.
+    open : OpenTask or None
+        Where training stands in the task that has begun, if one has.
     """
 
     model: nn.Module
     method: Method
-    heads: Heads
-    statistics: ClassStatistics | None
-    ridge: RidgeStatistics | None
-    aligned: Tensor | None = None
+    heads: CosineHeads
+    readouts: Readouts
     tasks: int = 0
-    matrices: dict[str, AccuracyMatrix] = field(default_factory=dict)
+    accuracy: dict[str, AccuracyMatrix] = field(default_factory=dict)
     task_given: dict[str, AccuracyMatrix] = field(default_factory=dict)
-    readouts: dict[str, Readout] = field(default_factory=dict)
+    trainable: list[int] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    passes: int = 0
+    open: OpenTask | None = None
+
+    def __post_init__(self) -> None:
+        for matrices in (self.accuracy, self.task_given):
+            matrices.update({name: AccuracyMatrix() for name in self.readouts.readouts})
+
+    def trained(self) -> list[nn.Parameter]:
+        """What the optimiser trains in the open task: the method's tensors and the head."""
+        return [*self.method.parameters(), *self.heads.current.parameters()]
+
+    def complete(self, seconds: Mapping[str, float]) -> None:
+        """Count the open task as completed, whose parts took so long."""
+        for part, value in seconds.items():
+            self.seconds[part] = round(self.seconds.get(part, 0.0) + value, 3)
+        self.tasks, self.passes, self.open = self.tasks + 1, 0, None
+
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes that are carried from task to task beside the weights of model and heads."""
+        # Folded methods hold the weights without their branches too: those are the model's own.
+        own = {k: v for k, v in self.method.state_dict().items() if not k.startswith("weight/")}
+        method = sum(tensor.numel() * tensor.element_size() for tensor in own.values())
+        return {"method": method, **self.readouts.stored_bytes()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors of the state under flat names."""
-        groups: dict[str, Mapping[str, Tensor]] = {
-            "model": plain_state(self.model),
-            "method": self.method.state_dict(),
-            "heads": self.heads.state_dict(),
-        }
-        if self.statistics is not None and self.tasks:
-            groups["statistics"] = self.statistics.state_dict()
-        if self.ridge is not None:
-            groups["ridge"] = self.ridge.state_dict()
-        if self.aligned is not None:
-            groups["aligned"] = {"weight": self.aligned}
-        return flattened(**groups)
+        """All tensors under flat names; those of an open task are valid if the method saves it."""
+        return flattened(
+            model=plain_state(self.model),
+            method=self.method.state_dict(),
+            heads=self.heads.state_dict(),
+            readouts=self.readouts.state_dict(),
+            open={} if self.open is None else self.open.tensors(),
+        )
 
     def record(self) -> dict[str, Any]:
-        """The rest of the state, ready for JSON."""
+        """The rest, ready for JSON."""
         return {
             "tasks": self.tasks,
-            "head_sizes": list(self.heads.sizes),
-            "matrices": {kind: matrix.to_dict() for kind, matrix in self.matrices.items()},
-            "task_given": {kind: matrix.to_dict() for kind, matrix in self.task_given.items()},
+            "heads": list(self.heads.sizes),
+            "accuracy": {name: matrix.to_dict() for name, matrix in self.accuracy.items()},
+            "task_given": {name: matrix.to_dict() for name, matrix in self.task_given.items()},
+            "trainable": self.trainable,
+            "seconds": self.seconds,
+            "passes": self.passes,
+            "open": None if self.open is None else self.open.record(),
         }
 
-    def load(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Take over a state; this object must be a fresh one of the same experiment."""
-        self.tasks = int(record["tasks"])
-        self.matrices, self.task_given = (
-            {kind: AccuracyMatrix.from_dict(m) for kind, m in record[group].items()}
-            for group in ("matrices", "task_given")
+    def load(
+        self,
+        tensors: Mapping[str, Tensor],
+        record: Mapping[str, Any],
+        make_optimizer: Callable[[list[nn.Parameter]], Optimizer],
+    ) -> None:
+        """Take over a state; this object must be a fresh one of the same experiment.
+
+        Parameters
+        ----------
+        tensors, record
+            As `tensors` and `record` gave them.
+        make_optimizer : callable
+            Gives a fresh optimiser over the trained tensors of a task that was open.
+
+        Raises
+        ------
+        ValueError, LookupError, TypeError, RuntimeError
+            If it is no state of this experiment.
+        """
+        _require_numbers(tensors)
+        self.tasks, self.passes = int(record["tasks"]), int(record["passes"])
+        self.trainable, self.seconds = list(record["trainable"]), dict(record["seconds"])
+        self.accuracy, self.task_given = (
+            {name: AccuracyMatrix.from_dict(m) for name, m in record[group].items()}
+            for group in ("accuracy", "task_given")
         )
         self.model.load_state_dict(nested(tensors, "model"))
         self.method.load_state_dict(nested(tensors, "method"))
-        heads = nested(tensors, "heads")
-        _check(record, [len(weight) for weight in heads.values()])
-        for size in record["head_sizes"]:
+        for size in record["heads"]:
             self.heads.add(int(size), generator=torch.Generator())  # overwritten below
-        self.heads.load_state_dict(heads)
+        self.heads.load_state_dict(nested(tensors, "heads"))
         self.heads.to(next(self.model.parameters()).device)
-        if self.statistics is not None and self.tasks:
-            self.statistics.load_state_dict(nested(tensors, "statistics"))
-        if self.ridge is not None:
-            self.ridge.load_state_dict(nested(tensors, "ridge"))
-        self.aligned = nested(tensors, "aligned").get("weight")
+        self.readouts.load_state_dict(nested(tensors, "readouts"))
+        if record["open"] is not None:
+            self.open = OpenTask(make_optimizer(self.trained()), torch.Generator())
+            self.open.load(nested(tensors, "open"), record["open"])
 
 
-def stored_bytes(state: RunState) -> dict[str, int]:
-    """Bytes that a run carries from task to task beside the weights of the model and the heads."""
-    # Folded methods hold the weights without their branches too: those are the model's own.
-    own = {k: v for k, v in state.method.state_dict().items() if not k.startswith("weight/")}
-    groups: dict[str, Mapping[str, Tensor]] = {"method": own}
-    if state.statistics is not None and state.tasks:
-        groups["statistics"] = state.statistics.state_dict()
-    if state.ridge is not None:
-        groups["ridge"] = state.ridge.state_dict()
-    return {
-        group: sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        for group, tensors in groups.items()
-    }
+@dataclass
+class OpenTask:
+    """Where training stands in a task that has begun.
+
+    Parameters
+    ----------
+    optimizer : Optimizer
+        Of this task.
+    generator : torch.Generator
+        What the steps draw from. Drop-out draws from torch's own generators, whose states are
+        saved as well.
+    epoch, batch : int
+        Epochs done, and mini-batches of the next one.
+    meter : Meter
+        Loss and accuracy of the epoch so far.
+    seconds : dict of str to float
+        What the parts of the task have taken so far, in all processes that took part in it:
+        ``load`` while training waited for images, ``train`` the rest of it.
+    resumed : dict of str to Tensor
+        States of torch's own generators that the training goes on from.
+    """
+
+    optimizer: Optimizer
+    generator: torch.Generator
+    epoch: int = 0
+    batch: int = 0
+    meter: Meter = field(default_factory=Meter)
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("begin", "load", "train"), 0.0)
+    )
+    resumed: dict[str, Tensor] = field(default_factory=dict)
+
+    def spent(self, part: str, since: float) -> float:
+        """Count the time since then, on the performance counter, for a part; returns now."""
+        now = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - since
+        return now
+
+    def rounded_seconds(self) -> dict[str, float]:
+        """Seconds of the parts, as they are written."""
+        return {part: round(value, 3) for part, value in self.seconds.items()}
+
+    def has_finite_weights(self) -> bool:
+        """Whether all trained tensors are finite; waits for the device."""
+        groups = self.optimizer.param_groups
+        return all(bool(p.isfinite().all()) for group in groups for p in group["params"])
+
+    def is_finite(self) -> bool:
+        """Whether trained tensors, loss so far and optimiser are finite; waits for the device."""
+        return not not_finite(self.tensors()) and self.has_finite_weights()
+
+    def restore_generators(self) -> None:
+        """Put torch's own generators where they were, if the task was resumed."""
+        for name, drawn in self.resumed.items():
+            if name == "torch":
+                torch.set_rng_state(drawn)
+            elif int(name) < torch.cuda.device_count():  # it may go on with fewer
+                torch.cuda.set_rng_state(drawn, int(name))
+        self.resumed = {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors under flat names, but the trained ones."""
+        tensors = {
+            "generator": self.generator.get_state(),
+            "generators/torch": torch.get_rng_state(),
+            "meter/loss": torch.as_tensor(self.meter.loss),
+            "meter/right": torch.as_tensor(self.meter.right),
+        }
+        if torch.cuda.is_available():
+            for number, drawn in enumerate(torch.cuda.get_rng_state_all()):
+                tensors[f"generators/{number}"] = drawn
+        for index, values in self.optimizer.state_dict()["state"].items():
+            for name, value in values.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer/{index}/{name}"] = value
+        return tensors
+
+    def record(self) -> dict[str, Any]:
+        """The rest, ready for JSON."""
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "images": self.meter.images,
+            "predicted": self.meter.predicted,
+            "seconds": self.rounded_seconds(),
+        }
+
+    def load(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Take over a position; the optimiser must be a fresh one over the same tensors.
+
+        Raises
+        ------
+        ValueError
+            If the state of the optimiser is of other tensors.
+        """
+        self.epoch, self.batch = int(record["epoch"]), int(record["batch"])
+        self.seconds = {part: float(value) for part, value in record["seconds"].items()}
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.meter = Meter()
+        self.meter.loss = tensors["meter/loss"].to(trained[0].device)
+        self.meter.right = tensors["meter/right"].to(trained[0].device)
+        self.meter.images, self.meter.predicted = int(record["images"]), int(record["predicted"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in nested(tensors, "optimizer").items():
+            index, _, name = key.partition("/")
+            # Torch takes over a state of any shape, and fails in the next step.
+            if tensor.shape not in (trained[int(index)].shape, ()):
+                msg = f"{name} of shape {tuple(tensor.shape)} is not of trained tensor {index}"
+                raise ValueError(msg)
+            moments.setdefault(int(index), {})[name] = tensor
+        # Groups hold settings and the learning rate, which is set anew for every epoch.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.generator.set_state(tensors["generator"])
+        self.resumed = nested(tensors, "generators")
 
 
-def _check(record: Mapping[str, Any], weights: list[int]) -> None:
-    """Refuse a record whose parts are of different tasks, before anything is made of it."""
-    sizes, tasks = list(record["head_sizes"]), int(record["tasks"])
-    matrices = [m for group in ("matrices", "task_given") for m in record[group].values()]
-    if weights != sizes or not 0 <= len(sizes) - tasks <= 1:
-        msg = f"{tasks} tasks are done, with heads of {sizes} classes and weights of {weights}"
-        raise ValueError(msg)
-    if any(list(matrix["sizes"]) != sizes[:tasks] for matrix in matrices):
-        msg = f"accuracies are not those of {tasks} tasks with {sizes[:tasks]} classes"
+# Types of tensors in a state. Somebody else's file may hold others, which fail late and unclearly.
+_DTYPES = {
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.int64, torch.int32, torch.uint8, torch.bool),
+}
+
+
+def _require_numbers(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            msg = f"{name} is of {tensor.dtype}"
+            raise ValueError(msg)
+    # Ratios that were measured may be infinite, and decide nothing.
+    broken = not_finite({k: t for k, t in tensors.items() if "/heldout/" not in k})
+    if broken:
+        msg = f"{broken[0]} holds values that are not finite"
         raise ValueError(msg)

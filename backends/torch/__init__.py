@@ -1,30 +1,36 @@
 """LoDA for PyTorch: adapt any ``nn.Module`` to a stream of tasks without forgetting."""
 
-from backends.torch.adapt import (
-    TIMM_QKV,
-    adapt,
-    attach,
-    check_rank,
-    find_layers,
-    plain_state,
-    restore,
-)
-from backends.torch.branch import LoRABranch
-from backends.torch.gao import draw_permutation, gradient_aligned_step
-from backends.torch.gradient_memory import GradientMemory
-from backends.torch.loda import LoDA
-from backends.torch.lora import LoRALinear
-from backends.torch.moments import MomentCollector, collect_moments
-from backends.torch.processes import Reduce, sum_over_processes
-from backends.torch.random_bases import random_bases
-from backends.torch.record import TaskRecord
-from backends.torch.settings import LoDASettings
-from backends.torch.step import AlignedStep, RowsLoss, plain_step
+from typing import TYPE_CHECKING
+
+from backends._lazy import load_on_use
+
+if TYPE_CHECKING:
+    from backends.torch.distributed import Reduce, sum_over_processes
+    from backends.torch.gao import (
+        AlignedStep,
+        RowsLoss,
+        draw_permutation,
+        gradient_aligned_step,
+        plain_step,
+    )
+    from backends.torch.layers import (
+        adapt,
+        attach,
+        check_rank,
+        find_layers,
+        plain_state,
+        restore,
+    )
+    from backends.torch.loda import LoDA
+    from backends.torch.lora import LoRABranch, LoRALinear
+    from backends.torch.moments import MomentCollector, collect_moments
+    from backends.torch.record import TaskRecord
+    from backends.torch.settings import TIMM_QKV, LoDASettings
+    from backends.torch.solve import random_bases
 
 __all__ = [
     "TIMM_QKV",
     "AlignedStep",
-    "GradientMemory",
     "LoDA",
     "LoDASettings",
     "LoRABranch",
@@ -46,3 +52,20 @@ __all__ = [
     "restore",
     "sum_over_processes",
 ]
+
+# A command line that only shows the settings loads no torch.
+__getattr__, __dir__ = load_on_use(
+    __name__,
+    __all__,
+    (
+        "settings",
+        "lora",
+        "layers",
+        "distributed",
+        "moments",
+        "gao",
+        "solve",
+        "record",
+        "loda",
+    ),
+)

@@ -2,14 +2,34 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from backends.torch.processes import Reduce
-from backends.torch.step import AlignedStep, RowsLoss, plain_step, step_on_rows
+from backends.torch.distributed import Reduce
 from loda_math import class_split, lookahead
+
+RowsLoss = Callable[[Tensor], Tensor]
+"""Mean loss over the rows of the mini-batch whose indices it is given."""
+
+
+class AlignedStep(NamedTuple):
+    """What a gradient-aligned step did.
+
+    Attributes
+    ----------
+    loss : Tensor, 0-d
+        Mean loss over the rows, at the parameters where gradients for the optimiser were taken;
+        detached, on the device.
+    steps : int
+        Optimiser steps taken: 2, or 1 for a mini-batch of one class, fewer if gradients that were
+        not finite were skipped.
+    """
+
+    loss: Tensor
+    steps: int
 
 
 def gradient_aligned_step(
@@ -96,6 +116,7 @@ def gradient_aligned_step(
         raise ValueError(msg)
     halves = [mask.nonzero().flatten() for mask in class_split(labels, permutation)]
     if min(half.numel() for half in halves) == 0:
+        # One class: there is no other half whose gradient could be aligned with.
         return plain_step(
             loss,
             labels,
@@ -105,30 +126,58 @@ def gradient_aligned_step(
             reduce=reduce,
         )
     losses, steps = [], 0
-    for source, goal in (halves, halves[::-1]):
-        gradients = torch.autograd.grad(loss(source), perturbed, allow_unused=True)
-        home = [p.detach().clone() for p in perturbed]
-        pairs = zip(home, gradients, strict=True)
-        whole = [torch.zeros_like(p) if g is None else g for p, g in pairs]
+    for source, target in (halves, halves[::-1]):
+        # Not by backward(): the gradients of the optimiser are to be those of the target alone.
+        partial = torch.autograd.grad(loss(source), perturbed, allow_unused=True)
+        before = [p.detach().clone() for p in perturbed]
+        pairs = zip(before, partial, strict=True)
+        gradients = [torch.zeros_like(p) if g is None else g for p, g in pairs]
         if reduce is not None:
             # Autograd may hand out views, which cannot be written to.
-            whole = [g.clone(memory_format=torch.contiguous_format) for g in whole]
-            reduce(whole)
-        moved = lookahead(home, whole, radius)
+            gradients = [g.clone(memory_format=torch.contiguous_format) for g in gradients]
+            reduce(gradients)
+        moved = lookahead(before, gradients, radius)
         stepped = False
         try:
             _copy(perturbed, moved)
-            value, stepped = step_on_rows(
-                loss, goal, optimizer, backward, skip_nonfinite, reduce, moved
+            value, stepped = _step_on_rows(
+                loss, target, optimizer, backward, skip_nonfinite, reduce, moved
             )
         finally:
+            # Bit for bit: adding the shift back would change about a tenth of the floats.
             if not stepped:
-                _copy(perturbed, home)
+                _copy(perturbed, before)
         if stepped:
-            _add(perturbed, [a - b for a, b in zip(home, moved, strict=True)])
-        losses.append(value * (goal.numel() / labels.shape[0]))
+            _add(perturbed, [a - b for a, b in zip(before, moved, strict=True)])
+        # The halves may differ in size; both losses are means over their own rows.
+        losses.append(value * (target.numel() / labels.shape[0]))
         steps += int(stepped)
     return AlignedStep(losses[0] + losses[1], steps)
+
+
+def plain_step(
+    loss: RowsLoss,
+    labels: Tensor,
+    optimizer: Optimizer,
+    *,
+    backward: Callable[[Tensor], None] | None = None,
+    skip_nonfinite: bool = False,
+    reduce: Reduce | None = None,
+) -> AlignedStep:
+    """One ordinary optimiser step on the whole mini-batch, with the same interface.
+
+    Parameters
+    ----------
+    loss, labels, optimizer, backward, skip_nonfinite, reduce
+        As in :func:`gradient_aligned_step`.
+
+    Returns
+    -------
+    AlignedStep
+    """
+    rows = torch.arange(labels.shape[0], device=labels.device)
+    value, stepped = _step_on_rows(loss, rows, optimizer, backward, skip_nonfinite, reduce)
+    return AlignedStep(value, int(stepped))
 
 
 def draw_permutation(labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -151,8 +200,59 @@ def draw_permutation(labels: Tensor, generator: torch.Generator | None = None) -
     >>> sorted(draw_permutation(torch.tensor([4, 4, 2])).tolist())
     [2, 4]
     """
+    # On the CPU, whose generators give the same numbers whatever the labels' device.
     classes: Tensor = labels.cpu().unique()  # type: ignore[no-untyped-call]
     return classes[torch.randperm(classes.numel(), generator=generator)]
+
+
+def _step_on_rows(
+    loss: RowsLoss,
+    rows: Tensor,
+    optimizer: Optimizer,
+    backward: Callable[[Tensor], None] | None,
+    skip_nonfinite: bool,
+    reduce: Reduce | None,
+    moved: Sequence[Tensor] = (),
+) -> tuple[Tensor, bool]:
+    """The loss on some rows of the mini-batch, and whether a step was taken with its gradients.
+
+    ``moved`` are tensors that were moved along a gradient before; they must be finite too.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    value = loss(rows)
+    if backward is None:
+        value.backward()  # type: ignore[no-untyped-call]
+    else:
+        backward(value)
+    value = value.detach()
+    if reduce is not None:
+        value = value.clone()
+        # In one message, so that every process skips the same steps and logs the same loss.
+        reduce([*_all_gradients(optimizer), value])
+    if skip_nonfinite and not _gradients_finite(optimizer, moved):
+        optimizer.zero_grad(set_to_none=True)
+        return value, False
+    optimizer.step()
+    return value, True
+
+
+def _all_gradients(optimizer: Optimizer) -> list[Tensor]:
+    """Gradients of all trained tensors; zeros where this process has no row for them."""
+    gradients = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                gradients.append(parameter.grad)
+    return gradients
+
+
+def _gradients_finite(optimizer: Optimizer, moved: Sequence[Tensor]) -> bool:
+    """Whether gradients, and tensors moved along a gradient, are finite: one read for all."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    flags = [g.isfinite().all() for g in (*gradients, *moved) if g is not None]
+    return not flags or bool(torch.stack(flags).all())
 
 
 @torch.no_grad()

@@ -1,23 +1,55 @@
 """LoDA over a model: adapt it to one task after another without keeping old data."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from backends.torch._checks import check_bases
-from backends.torch.adapt import find_layers
-from backends.torch.finish import finish
-from backends.torch.gao import draw_permutation, gradient_aligned_step
+from backends.torch.distributed import Reduce
+from backends.torch.gao import AlignedStep, RowsLoss, draw_permutation, gradient_aligned_step
+from backends.torch.layers import adapt, check_rank, find_layers, restore
+from backends.torch.lora import LoRALinear
+from backends.torch.moments import Forward, collect_halves, collect_moments, default_forward
 from backends.torch.record import TaskRecord
-from backends.torch.state import LoDAState
-from backends.torch.step import AlignedStep, RowsLoss
+from backends.torch.settings import LoDASettings
+from backends.torch.solve import (
+    HeldoutRatios,
+    solve_bases,
+    solve_effects,
+    solve_heldout,
+    solve_recalibration,
+)
+from loda_math import HeldoutRatio, History, UpdateEffect, remember, rounding_unit
 
 
-class LoDA(LoDAState):
+@dataclass
+class _OpenTask:
+    """What is in place between the begin and the end of a task.
+
+    Attributes
+    ----------
+    layers : dict of str to LoRALinear
+        The adapted layers.
+    required_grad : dict of Parameter to bool
+        What was trained before the task, of all parameters of the model.
+    new : dict of str to Tensor, shape (D, D)
+        Moment that the directions were chosen from, by layer.
+    heldout : dict of str to dict of str to HeldoutRatio
+        By layer and branch; empty where it was not measured.
+    """
+
+    layers: dict[str, LoRALinear]
+    required_grad: dict[nn.Parameter, bool]
+    new: dict[str, Tensor] = field(default_factory=dict)
+    heldout: HeldoutRatios = field(default_factory=dict)
+
+
+class LoDA:
     """Low-rank decomposition and adaptation of a model to a stream of tasks.
 
     Between tasks the model has its original modules, parameter names and size. During a task its
@@ -42,9 +74,8 @@ class LoDA(LoDAState):
 
     Attributes
     ----------
-    history : dict of str to Tensor, shape (D, D)
-        Sum of the mean second moments of past tasks by layer, older ones weighing less if a decay
-        is set; empty before the first.
+    history : dict of str to History
+        Weighted sum of the mean second moments of past tasks by layer; empty before the first.
     tasks : int
         Tasks completed.
 
@@ -66,6 +97,41 @@ class LoDA(LoDAState):
     >>> loda.tasks, model[0]
     (2, Linear(in_features=8, out_features=8, bias=True))
     """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: LoDASettings | None = None,
+        *,
+        trainable: Sequence[str] = (),
+        forward: Forward = default_forward,
+        reduce: Reduce | None = None,
+    ) -> None:
+        self.model = model
+        self.settings = settings or LoDASettings()
+        self.trainable = tuple(trainable)
+        self.forward = forward
+        self.reduce = reduce
+        self.history: dict[str, History] = {}
+        self.tasks = 0
+        self._open: _OpenTask | None = None
+        # Settings that do not fit the model should fail here, not after an hour of loading data.
+        check_rank(find_layers(model, self.settings.target), self.settings.rank)
+
+    @property
+    def layers(self) -> dict[str, LoRALinear]:
+        """The adapted layers during a task; empty between tasks."""
+        return {} if self._open is None else self._open.layers
+
+    def lora_parameters(self) -> list[nn.Parameter]:
+        """The tensors of the branches that are trained in the open task."""
+        layers = self._task().layers.values()
+        return [p for layer in layers for p in layer.parameters() if p.requires_grad]
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Everything of the model that is trained in the open task."""
+        self._task()
+        return [p for p in self.model.parameters() if p.requires_grad]
 
     def begin_task(
         self,
@@ -92,21 +158,36 @@ class LoDA(LoDAState):
             ``trainable`` matches no parameter. The model is then as it was before the call.
         """
         self._require_closed()
+        settings, first = self.settings, self.tasks == 0
         if bases is not None:
-            found = find_layers(self.model, self.settings.target)
-            check_bases(self.settings, found, self.tasks, bases)
-        task = self._attach(first=self.tasks == 0)
-        # The model may have moved to another device since the last task.
-        self.history = {
-            name: moment.to(task.layers[name].base.weight.device)
-            for name, moment in self.history.items()
-        }
+            self._check_bases(bases)
+        task = self._attach()
         try:
-            task.start(batches, self.history, bases)
-        except BaseException:
-            task.close()
+            # The model may have moved to another device since the last task.
+            self.history = {
+                name: past._replace(total=past.total.to(task.layers[name].base.weight.device))
+                for name, past in self.history.items()
+            }
+            # Directions with less energy than the rounding of the Gram matrices are noise.
+            gram_eps = rounding_unit(*(layer.base.weight for layer in task.layers.values()))
+            # Branches are not there yet, so this is a pass through the previous merged model.
+            if settings.heldout and bases is None and not first:
+                moments, halves = collect_halves(
+                    self.model, batches, settings.target, forward=self.forward, reduce=self.reduce
+                )
+                task.new = {name: m.mean for name, m in moments.items()}
+                task.heldout = solve_heldout(settings, halves, self.history, gram_eps)
+            else:
+                task.new = self._moments(batches)
+            if bases is None:
+                bases = solve_bases(settings, task.new, self.history or None, gram_eps)
+            for name in task.layers:
+                for branch in settings.names(first):
+                    down = bases[name][branch].mT * settings.down_scale
+                    self._add_branch(name, branch, down, first=first)
+        except BaseException:  # Ctrl-C in the pass too
+            self._close()
             raise
-        self._open = task
 
     def step(
         self,
@@ -148,6 +229,7 @@ class LoDA(LoDAState):
             raise ValueError(msg)
         if permutation is None:
             permutation = draw_permutation(labels, generator).to(labels.device)
+        # After the permutation: the order of the draws is part of what a seed means.
         if draw is None:
             draw = float(torch.rand((), generator=generator))
         return gradient_aligned_step(
@@ -185,8 +267,58 @@ class LoDA(LoDAState):
             If there is no batch, or moments or merged weights are not finite. The task then stays
             open and the weights are as before the call.
         """
-        record, self.history = finish(self._task(), self.history, self.tasks, batches)
+        task, settings, first = self._task(), self.settings, self.tasks == 0
+        passes, form = settings.passes(), settings.form(first)
+        needs_trained = form is not None or "trained" in passes
+        # Known before the first pass, which may take an hour.
+        if needs_trained and "merged" in passes and isinstance(batches, Iterator):
+            msg = (
+                f"end_task walks the batches twice, but a {type(batches).__name__} is used up "
+                f"after one pass; pass a DataLoader or a list (the task stays open)"
+            )
+            raise ValueError(msg)
+        moments: dict[str, dict[str, Tensor]] = {"trained": {}, "merged": {}}
+        if needs_trained:
+            moments["trained"] = self._moments(batches)
+        coefficients: dict[str, Tensor] = {}
+        effects: dict[str, UpdateEffect] = {}
+        if not first:
+            # Never the moment before training where there is a better one: the branches have
+            # changed what later layers read.
+            new = moments["trained"] or task.new
+            if form is not None:
+                coefficients = solve_recalibration(settings, form, task.layers, new, self.history)
+            effects = solve_effects(task.layers, coefficients, new, self.history)
+        try:
+            for name, layer in task.layers.items():
+                middle = coefficients.get(name)
+                layer.merge(middle if middle is None or settings.joint else {"general": middle})
+            if "merged" in passes:
+                moments["merged"] = self._moments(batches)
+            record = TaskRecord.of(
+                task.layers,
+                task.new,
+                moments["trained"],
+                moments["merged"],
+                coefficients,
+                task.heldout,
+                effects,
+            )
+            history = {
+                name: remember(
+                    self.history.get(name),
+                    *(moments[kind][name] for kind in passes),
+                    decay=settings.history_decay,
+                )
+                for name in moments[passes[0]]
+            }
+        except BaseException:  # the task stays open, as if end_task had not been called
+            for layer in task.layers.values():
+                if layer.merged:
+                    layer.unmerge()
+            raise
         self._close()
+        self.history = history
         self.tasks += 1
         return record
 
@@ -196,3 +328,161 @@ class LoDA(LoDAState):
         Parameters named by ``trainable`` keep what they learned.
         """
         self._close()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Flat state: tasks done, the history, and an open task with its branches.
+
+        The model's own weights are not in it; save them beside it.
+        """
+        state = {"tasks": torch.tensor(self.tasks)}
+        state |= {f"history/{name}": past.total for name, past in self.history.items()}
+        for name, layer in self.layers.items():
+            task = self._task()
+            state[f"new/{name}"] = task.new[name]
+            for branch in layer.branches:
+                state[f"down/{branch}/{name}"] = layer.branch(branch).down.detach()
+                state[f"up/{branch}/{name}"] = layer.branch(branch).up.detach()
+            for branch, ratio in task.heldout.get(name, {}).items():
+                state[f"heldout/{branch}/{name}"] = torch.stack(list(ratio))
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a state made by :meth:`state_dict` under the same settings.
+
+        Parameters
+        ----------
+        state : mapping of str to Tensor
+            Copied to the device of the model.
+
+        Raises
+        ------
+        RuntimeError
+            If a task is open.
+        ValueError
+            If the state belongs to other layers, or an open task to other settings.
+        """
+        self._require_closed()
+        self._check_state(state)
+        tasks = int(state["tasks"])
+        if any(key.startswith("new/") for key in state):
+            task = self._attach()
+            for name, layer in task.layers.items():
+                device = layer.base.weight.device
+                task.new[name] = state[f"new/{name}"].to(device, copy=True)
+                for branch in self.settings.names(tasks == 0):
+                    down, up = (state[f"{part}/{branch}/{name}"] for part in ("down", "up"))
+                    self._add_branch(name, branch, down, up, first=tasks == 0)
+                    ratio = state.get(f"heldout/{branch}/{name}")
+                    if ratio is not None:
+                        values = HeldoutRatio(*ratio.to(device, copy=True))
+                        task.heldout.setdefault(name, {})[branch] = values
+        # Totals alone are saved: the weights in them are those of any history of so many tasks.
+        zeros, past = [torch.zeros(1, 1) for _ in self.settings.passes()], None
+        for _ in range(tasks):
+            past = remember(past, *zeros, decay=self.settings.history_decay)
+        self.history = {}
+        for name, module in find_layers(self.model, self.settings.target).items():
+            if past is not None:
+                total = state[f"history/{name}"].to(module.weight.device, copy=True)
+                self.history[name] = past._replace(total=total)
+        self.tasks = tasks
+
+    def _attach(self) -> _OpenTask:
+        """Put adapted layers in place and freeze all but what is trained; opens the task."""
+        model, target = self.model, self.settings.target
+        named = list(model.named_parameters(remove_duplicate=False))
+        for pattern in self.trainable:
+            if not any(fnmatchcase(name, pattern) for name, _ in named):
+                there = ", ".join(name for name, _ in named)
+                msg = f"trainable pattern {pattern!r} matches no parameter; parameters: {there}"
+                raise ValueError(msg)
+        required_grad = {parameter: parameter.requires_grad for _, parameter in named}
+        layers = adapt(model, target)
+        # A target layer stays frozen, whatever the patterns say.
+        frozen = {p for layer in layers.values() for p in layer.base.parameters()}
+        trained = {p for n, p in named if any(fnmatchcase(n, x) for x in self.trainable)} - frozen
+        for parameter, required in required_grad.items():
+            parameter.requires_grad_(required and parameter in trained)
+        self._open = _OpenTask(layers, required_grad)
+        return self._open
+
+    def _add_branch(
+        self, name: str, branch: str, down: Tensor, up: Tensor | None = None, *, first: bool
+    ) -> None:
+        scale = self.settings.weight(branch)
+        self.layers[name].add_branch(branch, down, up=up, scale=scale, train_down=first)
+
+    def _moments(self, batches: Iterable[Any]) -> dict[str, Tensor]:
+        """Mean second moments of the inputs of the layers, as the model is now."""
+        moments = collect_moments(
+            self.model, batches, self.settings.target, forward=self.forward, reduce=self.reduce
+        )
+        return {name: m.mean for name, m in moments.items()}
+
+    def _close(self) -> None:
+        """Put the original layers back, and let all be trained that was before."""
+        task = self._task()
+        restore(self.model, task.layers)
+        for parameter, required in task.required_grad.items():
+            parameter.requires_grad_(required)
+        self._open = None
+
+    def _task(self) -> _OpenTask:
+        if self._open is None:
+            msg = "no task is open: call begin_task first"
+            raise RuntimeError(msg)
+        return self._open
+
+    def _require_closed(self) -> None:
+        if self._open is not None:
+            msg = "a task is open already: call end_task (or abandon_task) first"
+            raise RuntimeError(msg)
+
+    def _check_bases(self, bases: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Refuse injected bases that are not those of the branches of the coming task."""
+        layers = find_layers(self.model, self.settings.target)
+        if set(bases) != set(layers):
+            msg = f"bases must name the layers {sorted(layers)}, got {sorted(bases)}"
+            raise ValueError(msg)
+        branches = self.settings.names(self.tasks == 0)
+        for name, given in bases.items():
+            shapes = {branch: tuple(basis.shape) for branch, basis in given.items()}
+            expected = dict.fromkeys(branches, (layers[name].in_features, self.settings.rank))
+            if shapes != expected:
+                msg = f"bases of layer {name!r} must have shapes {expected}, got {shapes}"
+                raise ValueError(msg)
+            if not all(bool(basis.isfinite().all()) for basis in given.values()):
+                msg = f"bases of layer {name!r} must be finite, got NaN or infinite values"
+                raise ValueError(msg)
+
+    def _check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Refuse a state whose entries or shapes are not those of these layers and settings."""
+        tasks = int(state["tasks"]) if "tasks" in state else -1
+        is_open = any(key.startswith("new/") for key in state)
+        expected: dict[str, tuple[int, ...]] = {"tasks": ()}
+        for name, layer in find_layers(self.model, self.settings.target).items():
+            size = layer.in_features
+            if tasks > 0:
+                expected[f"history/{name}"] = (size, size)
+            if not is_open:
+                continue
+            expected[f"new/{name}"] = (size, size)
+            for branch in self.settings.names(tasks == 0):
+                expected[f"down/{branch}/{name}"] = (self.settings.rank, size)
+                expected[f"up/{branch}/{name}"] = (layer.out_features, self.settings.rank)
+                ratio = f"heldout/{branch}/{name}"
+                if ratio in state:  # only if the open task measured it
+                    expected[ratio] = (len(HeldoutRatio._fields),)
+        for key, value in state.items():
+            # torch computes next to nothing in 8 bits.
+            if key != "tasks" and not (value.is_floating_point() and value.element_size() > 1):
+                msg = f"{key} must be floating point of at least 16 bits, got {value.dtype}"
+                raise ValueError(msg)
+        shapes = {key: tuple(value.shape) for key, value in state.items()}
+        if tasks < 0 or shapes != expected:
+            unlike = sorted(set(shapes.items()) ^ set(expected.items()))
+            msg = (
+                f"the state must be one of this model and these settings; the first entries (with "
+                f"shapes) in only one of them: {unlike[:6]}, tasks done: {tasks}"
+            )
+            raise ValueError(msg)

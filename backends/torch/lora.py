@@ -1,10 +1,53 @@
 """A frozen linear layer with named low-rank branches, computed as one fused low-rank path."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, nn
 
-from backends.torch.branch import Coefficients, LoRABranch, side_by_side, weight_update
+Coefficients = Mapping[str, Tensor] | Tensor
+"""Λ by branch, shape (r, r) each, or one Λ of all branches side by side, shape (R, R)."""
+
+
+class LoRABranch(nn.Module):
+    """One low-rank update ``scale · up @ down`` of (some rows of) a linear layer.
+
+    Parameters
+    ----------
+    down : Tensor, shape (r, in_features)
+        Down-projection A.
+    up : Tensor, shape (len(rows) or out_features, r)
+        Up-projection B.
+    scale : float or Tensor, 0-d
+        Weight of the branch; trained with it where it is an ``nn.Parameter``.
+    rows : tuple of int, optional
+        Half-open range of output rows that the branch writes to; ``None`` for all.
+    train_down : bool
+        Whether the down-projection is trained too; the up-projection always is.
+    """
+
+    def __init__(
+        self,
+        down: Tensor,
+        up: Tensor,
+        *,
+        scale: float | Tensor = 1.0,
+        rows: tuple[int, int] | None = None,
+        train_down: bool = False,
+    ) -> None:
+        super().__init__()
+        self.down = nn.Parameter(down, requires_grad=train_down)
+        self.up = nn.Parameter(up)
+        self.scale = scale
+        self.rows = rows
+
+    def full_up(self, out_features: int) -> Tensor:
+        """Scaled up-projection over all output rows, shape (out_features, r)."""
+        up = self.scale * self.up
+        if self.rows is None:
+            return up
+        return F.pad(up, (0, 0, self.rows[0], out_features - self.rows[1]))
 
 
 class LoRALinear(nn.Module):
@@ -16,7 +59,7 @@ class LoRALinear(nn.Module):
     Parameters
     ----------
     base : nn.Linear
-        The layer to adapt; kept as it is, by reference, and frozen.
+        The layer to adapt; held by reference and frozen.
 
     Examples
     --------
@@ -37,6 +80,7 @@ class LoRALinear(nn.Module):
             # Merging would write into a tensor that is computed anew at every call.
             msg = "the layer's weight is computed (parametrised); remove the parametrisation first"
             raise TypeError(msg)
+        # By reference: optimisers, hooks and shared modules of the model stay valid.
         self.base = base
         self.base.requires_grad_(False)
         self.branches = nn.ModuleDict()
@@ -74,11 +118,11 @@ class LoRALinear(nn.Module):
         if name not in self.branches:
             msg = f"there is no branch {name!r}; branches here: {list(self.branches)}"
             raise KeyError(msg)
-        found = self.branches[name]
-        if not isinstance(found, LoRABranch):
-            msg = f"branch {name!r} is a {type(found).__name__}, not a LoRABranch"
+        branch = self.branches[name]
+        if not isinstance(branch, LoRABranch):
+            msg = f"branch {name!r} must be a LoRABranch, got {type(branch).__name__}"
             raise TypeError(msg)
-        return found
+        return branch
 
     def add_branch(
         self,
@@ -132,6 +176,7 @@ class LoRALinear(nn.Module):
         if up is not None and tuple(up.shape) != shape:
             msg = f"up must have shape {shape}, got {tuple(up.shape)}"
             raise ValueError(msg)
+        # Copies, so that training never writes into the caller's bases.
         like = self.base.weight
         down = down.detach().to(like, copy=True).contiguous()
         up = like.new_zeros(shape) if up is None else up.detach().to(like, copy=True)
@@ -181,15 +226,36 @@ class LoRALinear(nn.Module):
         ValueError
             If Λ is not r×r, or R×R.
         """
-        if not isinstance(coefficients, Tensor):
-            for name in coefficients or ():
-                self.branch(name)  # raises if there is none
-        branches = {name: self.branch(name) for name in self.branches}
-        return weight_update(branches, self.base.weight, coefficients)
+        weight = self.base.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        if isinstance(coefficients, Tensor):
+            down, up = (factor.to(dtype) for factor in self._factors())
+            if tuple(coefficients.shape) != (len(down), len(down)):
+                msg = (
+                    f"coefficients of all branches must be {len(down)}×{len(down)}, got "
+                    f"{tuple(coefficients.shape)}"
+                )
+                raise ValueError(msg)
+            return up @ (coefficients.to(down) @ down)
+        coefficients = coefficients or {}
+        for name, given in coefficients.items():
+            rank = len(self.branch(name).down)
+            if tuple(given.shape) != (rank, rank):
+                msg = f"coefficients of {name!r} must be {rank}×{rank}, got {tuple(given.shape)}"
+                raise ValueError(msg)
+        # In float32 or wider: sums in bfloat16 would lose small branches.
+        total = torch.zeros_like(weight, dtype=dtype)
+        for name in self.branches:
+            branch = self.branch(name)
+            down = branch.down.to(dtype)
+            if name in coefficients:
+                down = coefficients[name].to(down) @ down
+            total = total + branch.full_up(self.out_features).to(dtype) @ down
+        return total
 
     @torch.no_grad()
     def merge(self, coefficients: Coefficients | None = None) -> None:
-        """Fold the branches into the weight; the weight before is kept, bit for bit.
+        """Fold the branches into the weight; the weight before it is saved, bit for bit.
 
         Parameters
         ----------
@@ -209,6 +275,7 @@ class LoRALinear(nn.Module):
         if not bool(torch.isfinite(merged).all()):
             msg = "the merged weight holds NaN or infinite values; the layer was left as it was"
             raise FloatingPointError(msg)
+        # Subtracting the update again would not give back the same bits.
         self._unmerged = weight.detach().clone()
         weight.copy_(merged)
 
@@ -227,7 +294,13 @@ class LoRALinear(nn.Module):
         return f"branches={named}, merged={self.merged}"
 
     def _factors(self) -> tuple[Tensor, Tensor]:
-        return side_by_side([self.branch(name) for name in self.branches], self.out_features)
+        """Downs (R, in) above one another and scaled ups (out, R) side by side."""
+        branches = [self.branch(name) for name in self.branches]
+        downs: list[Tensor] = [branch.down for branch in branches]
+        ups = [branch.full_up(self.out_features) for branch in branches]
+        if len(branches) == 1:
+            return downs[0], ups[0]
+        return torch.cat(downs), torch.cat(ups, dim=1)
 
     def _require_unmerged(self, action: str) -> None:
         if self.merged:

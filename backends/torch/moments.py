@@ -1,4 +1,4 @@
-"""Second moments of the inputs of linear layers, collected while a model runs."""
+"""Second moments of the inputs of linear layers, and of two halves of the images, in one pass."""
 
 from collections.abc import Callable, Iterable
 from types import TracebackType
@@ -8,12 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from backends.torch.adapt import TIMM_QKV, Target, find_layers
-from backends.torch.processes import Reduce, sum_moments
+from backends.torch.distributed import Reduce, sum_moments
+from backends.torch.layers import find_layers
+from backends.torch.settings import TIMM_QKV, Target
 from loda_math import Moments, combine, second_moment
 
 Forward = Callable[[nn.Module, Any], Any]
 """Runs a model on one element of an iterable of batches."""
+
+
+Halves = dict[str, tuple[Tensor, Tensor]]
+"""Second moments (D, D) of two halves of the images, by layer."""
 
 
 class MomentCollector:
@@ -77,12 +82,89 @@ class MomentCollector:
         return collect
 
     def _add(self, name: str, tokens: Tensor) -> None:
-        accumulate(self.moments, name, tokens)
+        _accumulate(self.moments, name, tokens)
 
 
-def accumulate(moments: dict[str, Moments], name: str, tokens: Tensor) -> None:
-    """Add tokens of shape (..., D) to the moments of a layer, read by nobody, off the graph."""
+class HalvingCollector(MomentCollector):
+    """Sums a second moment over every other image beside the one over all of them.
+
+    The sums over all images are those of :class:`MomentCollector` bit for bit. The other half is
+    the difference, which costs half a Gram matrix a batch rather than a whole one.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Called on batches of images; images count up over all batches, and those of odd number
+        form the first half.
+    target : str or sequence of str
+        Patterns over module names. The layers' inputs have the images along their first axis,
+        each once, or several times in a row (windows of an image).
+    """
+
+    def __init__(self, model: nn.Module, target: Target = TIMM_QKV) -> None:
+        super().__init__(model, target)
+        self.half: dict[str, Moments] = {}
+        self._model = model
+        self._joined: set[str] = set()  # layers whose inputs mix the images
+        self._batch = self._before = 0
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self._handles.append(self._model.register_forward_pre_hook(self._count, with_kwargs=True))
+        return self
+
+    def halves(self) -> Halves:
+        """Mean second moments of both halves, of the layers that have two.
+
+        Left out are layers that saw one image only, or in whose input the images cannot be told
+        apart.
+        """
+        halves: Halves = {}
+        for name, whole in self.moments.items():
+            half = self.half.get(name)
+            rest = whole.count - half.count if half is not None else 0
+            if half is None or name in self._joined or half.count == 0 or rest == 0:
+                continue
+            other = (whole.mean * whole.count - half.mean * half.count) / rest
+            halves[name] = (half.mean, other)
+        return halves
+
+    def share(self, reduce: Reduce) -> None:
+        """Replace the sums by those over all processes.
+
+        The halves are those of one process where each walks a run of images that begins at an even
+        number of all of them.
+        """
+        super().share(reduce)
+        # A layer that mixes the images in one process has no halves in any.
+        device = next(iter(self.layers.values())).weight.device
+        joined = torch.tensor([name in self._joined for name in self.layers], device=device).int()
+        reduce([joined])
+        pairs = zip(self.layers, joined.tolist(), strict=True)
+        self._joined = {name for name, count in pairs if count}
+        self.half = sum_moments(self.half, self.layers, reduce)
+
+    def _count(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._before += self._batch
+        given = [*args, *kwargs.values()]
+        self._batch = next((len(x) for x in given if isinstance(x, Tensor) and x.ndim), 0)
+
+    def _add(self, name: str, tokens: Tensor) -> None:
+        super()._add(name, tokens)
+        rows = tokens if tokens.ndim > 1 else tokens[None]
+        # A caller may run a part of the model; then the layer's own input says what a batch is.
+        images = self._batch or len(rows)
+        if len(rows) % images:
+            self._joined.add(name)
+            return
+        by_image = rows.reshape(images, -1, rows.shape[-1])
+        _accumulate(self.half, name, by_image[self._before % 2 :: 2])
+
+
+def _accumulate(moments: dict[str, Moments], name: str, tokens: Tensor) -> None:
+    """Add tokens of shape (..., D) to the moments of a layer; nothing is read back."""
     rows = tokens.detach().reshape(-1, tokens.shape[-1])
+    # A Gram matrix in half precision is indefinite, so autocast must not reach it.
     with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
         part = second_moment(rows, check=False)
         moments[name] = combine(moments[name], part) if name in moments else part
@@ -135,11 +217,42 @@ def collect_moments(
         If there was no batch, a layer saw no tokens, or its inputs were not finite.
     """
     collector = MomentCollector(model, target)
-    walk(collector, model, batches, forward, reduce)
+    _walk(collector, model, batches, forward, reduce)
     return collector.moments
 
 
-def walk(
+def collect_halves(
+    model: nn.Module,
+    batches: Iterable[Any],
+    target: Target = TIMM_QKV,
+    *,
+    forward: Forward = default_forward,
+    reduce: Reduce | None = None,
+) -> tuple[dict[str, Moments], Halves]:
+    """Second moments over all batches, as by :func:`collect_moments`, and those of two halves.
+
+    Parameters
+    ----------
+    model, batches, target, forward, reduce
+        As in :func:`collect_moments`.
+
+    Returns
+    -------
+    moments : dict of str to Moments
+    halves : dict of str to two Tensors, shape (D, D)
+        Of the layers that saw two images and more, along the first axis of their inputs.
+
+    Raises
+    ------
+    ValueError
+        As in :func:`collect_moments`.
+    """
+    collector = HalvingCollector(model, target)
+    _walk(collector, model, batches, forward, reduce)
+    return collector.moments, collector.halves()
+
+
+def _walk(
     collector: MomentCollector,
     model: nn.Module,
     batches: Iterable[Any],
@@ -147,6 +260,7 @@ def walk(
     reduce: Reduce | None = None,
 ) -> None:
     """Let a collector see all batches, as in :func:`collect_moments`."""
+    # Each submodule by itself: train(mode) on the model would give all of them one mode.
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -170,8 +284,8 @@ def _check(collector: MomentCollector) -> None:
         )
         raise ValueError(msg)
     # One read for all layers.
-    sound = torch.stack([m.total.isfinite().all() for m in collector.moments.values()]).tolist()
-    broken = [name for name, good in zip(collector.moments, sound, strict=True) if not good]
+    finite = torch.stack([m.total.isfinite().all() for m in collector.moments.values()]).tolist()
+    broken = [name for name, good in zip(collector.moments, finite, strict=True) if not good]
     if broken:
         msg = (
             f"inputs of {broken} hold NaN or infinite values; look for the first layer of the "

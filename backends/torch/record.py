@@ -60,6 +60,7 @@ class TaskRecord(NamedTuple):
         effects: Mapping[str, UpdateEffect] | None = None,
     ) -> Self:
         """Copy the branches of the adapted layers and put them beside what was computed."""
+        # Copies: the branches are dropped when the task is closed.
         named = {
             name: [(b, layer.branch(b)) for b in layer.branches] for name, layer in layers.items()
         }
@@ -100,12 +101,12 @@ class TaskRecord(NamedTuple):
             for branch, ratio in ratios.items():
                 place = (name, "heldout", branch)
                 entries |= {(*place, field): x for field, x in ratio._asdict().items()}
-        found: dict[str, dict[str, Any]] = {}
+        layers: dict[str, dict[str, Any]] = {}
         # One read for all layers.
         values = torch.stack(list(entries.values())).tolist() if entries else []
         for path, value in zip(entries, values, strict=True):
-            inner: dict[str, Any] = found
+            inner: dict[str, Any] = layers
             for part in path[:-1]:
                 inner = inner.setdefault(part, {})
             inner[path[-1]] = value if math.isfinite(value) else None
-        return found
+        return layers

@@ -1,74 +1,87 @@
-"""Settings of LoDA over a model, checked when they are made."""
+"""Settings of LoDA: the only declaration of them, also for command lines; loads no torch."""
 
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-from backends.torch.adapt import TIMM_QKV, Target
-from loda_math import RecalibrationForm
+if TYPE_CHECKING:
+    from loda_math import RecalibrationForm
+
+Target = str | Sequence[str]
+"""One or several shell-style patterns over module names, such as ``"*.attn.qkv"``."""
+
+TIMM_QKV = "*.attn.qkv"
 
 Branches = Literal["both", "general", "isolated"]
 IsolatedRule = Literal["pencil", "trace_ratio", "null"]
-History = Literal["merged", "trained", "both"]
+HistoryPasses = Literal["merged", "trained", "both"]
 Recalibration = Literal["full", "diagonal", "box", "direction", "scalar", "none"]
 
 
 @dataclass(frozen=True)
 class LoDASettings:
-    """Everything about LoDA that is not data.
+    """Everything about LoDA (arXiv:2603.00191) that is not data.
 
     Parameters
     ----------
-    target : str or tuple of str
-        Patterns over module names: the linear layers to adapt.
+    target : str or sequence of str
+        Pattern, or several, of the names of the linear layers to adapt.
     rank : int
-        Directions a branch, r.
-    general_weight, isolated_weight : float
-        Weights of the branches as configured; both are halved when both branches are configured,
-        on the first task too.
+        Directions of each branch, r.
+    general_weight : float
+        Weight of the general branch; halved when both branches are configured, on the first task
+        too.
+    isolated_weight : float
+        Weight of the isolated branch; halved when both branches are configured.
     down_scale : float
-        Fixed scale c of the down-projections.
+        Fixed factor c of the down-projections A = c·Uᵀ.
     branches : {"both", "general", "isolated"}
         Branches from the second task on. The first task always trains the general branch alone,
-        its down-projection included.
+        with its down-projection.
     isolated : {"pencil", "trace_ratio", "null"}
-        Directions of the isolated branch: the rule of Theorem 2.2; the ones with the largest
-        ratio of new-task to old-task energy; or the null space of the history.
+        Directions of the isolated branch: pencil (generalised eigenvectors, the rule of
+        Theorem 2.2), trace_ratio (the largest ratio of new-task to old-task energy) or null (the
+        null space of the history).
     ridge : float
-        α of the isolated subspace.
+        Regularisation α of the isolated directions, relative to the mean energy of a direction.
     energy_floor : float, optional
-        For ``"trace_ratio"``: share, from 0 to 1, of the new-task energy that ``rank`` directions
-        can carry and that the chosen ones must. Without one the largest ratio alone decides.
+        With isolated trace_ratio: share (0 to 1) of the new-task energy within reach of ``rank``
+        directions that the chosen ones must carry. Without it the largest ratio alone decides.
     recalibration : {"full", "diagonal", "box", "direction", "scalar", "none"}
-        Form of Λ; ``"none"`` merges the general branch as trained.
+        Form of the factor Λ of the general branch at the merge; none merges the branch as trained.
     joint : bool
-        Recalibrate all branches of a layer together, the isolated one too; otherwise the general
-        one alone.
+        Recalibrate all branches of a layer together rather than the general one alone.
     gamma : float
-        Weight of new knowledge in the recalibration.
+        Weight γ of the new task against the old ones in the recalibration.
     history_weight : float or "mean"
-        Weight of the history in the recalibration. A number h does what γ / h does;
-        ``"mean"`` takes the history as the mean over its tasks rather than as their sum, so that
-        it weighs alike after any number of tasks.
+        Weight of the history in the recalibration. A number h does what dividing gamma by h does;
+        mean takes the history as the mean over its tasks rather than as their sum, so that it
+        weighs the same after any number of tasks.
     history : {"merged", "trained", "both"}
-        Which passes over a task enter the history: through the merged model, through the trained
-        model before merging, or both. With ``"both"`` a task counts twice, as in the published
-        code (which goes with γ = 3; γ = 1.5 recalibrates alike on a history that counts once).
+        Model through which a task's moment enters the history: merged, trained (before the merge),
+        or both, which counts a task twice, as in the published code. That code has gamma 3; on a
+        history that counts a task once, gamma 1.5 recalibrates alike.
     history_decay : float
-        β, from 0 to 1: what the history is multiplied by before a finished task is added. 1
-        keeps all tasks alike; below, the history stays bounded over any number of tasks and
-        remembers about (1 + β) / (1 − β) of them.
+        Factor β (0 to 1) of the history before a finished task is added. 1 keeps all tasks alike;
+        below 1 the history stays bounded and remembers about (1 + β) / (1 - β) tasks.
     heldout : bool
-        Measure, from the second task on, what the chosen subspaces keep on the half of the images
-        that they were not chosen on. It only looks on: the bases are the same with it.
+        Measure, from the second task on, what the chosen directions keep on the half of the images
+        that they were not chosen on. The directions are the same with and without it.
+
+    Examples
+    --------
+    >>> settings = LoDASettings(rank=8, branches="both")
+    >>> settings.weight("general"), settings.names(first_task=True)
+    (0.25, ('general',))
     """
 
     target: Target = TIMM_QKV
     rank: int = 32
     general_weight: float = 0.5
     isolated_weight: float = 1.0
-    down_scale: float = 1 / math.sqrt(3)
+    down_scale: float = 3**-0.5
     branches: Branches = "both"
     isolated: IsolatedRule = "pencil"
     ridge: float = 1e-2
@@ -77,43 +90,57 @@ class LoDASettings:
     joint: bool = False
     gamma: float = 1.5
     history_weight: float | Literal["mean"] = 1.0
-    history: History = "merged"
+    history: HistoryPasses = "merged"
     history_decay: float = 1.0
     heldout: bool = False
 
     def __post_init__(self) -> None:
+        patterns = [self.target] if isinstance(self.target, str) else list(self.target)
+        if not patterns or not all(pattern.strip() for pattern in patterns):
+            msg = f"target must be a pattern of module names, or several, got {self.target!r}"
+            raise ValueError(msg)
         integer = hasattr(self.rank, "__index__") and not isinstance(self.rank, bool)
         if not integer or operator.index(self.rank) < 1:
             msg = f"rank must be an integer of at least 1, got {self.rank!r}"
             raise ValueError(msg)
         # A NumPy integer would not go into a file of settings.
         object.__setattr__(self, "rank", operator.index(self.rank))
+        for name in ("joint", "heldout"):
+            if getattr(self, name) is not True and getattr(self, name) is not False:
+                msg = f"{name} must be true or false, got {getattr(self, name)!r}"
+                raise ValueError(msg)
         for name in ("general_weight", "isolated_weight", "down_scale", "ridge", "gamma"):
             if not _is_weight(getattr(self, name)):
-                msg = f"{name} must be finite and at least 0, got {getattr(self, name)}"
+                msg = f"{name} must be finite and at least 0, got {getattr(self, name)!r}"
                 raise ValueError(msg)
+        if self.down_scale == 0:
+            msg = "down_scale must be above 0, got 0: the branches would stay closed"
+            raise ValueError(msg)
         if self.history_weight != "mean" and not _is_weight(self.history_weight):
             msg = f"history_weight must be 'mean' or at least 0, got {self.history_weight!r}"
             raise ValueError(msg)
         for name in ("energy_floor", "history_decay"):
             value = getattr(self, name)
-            if value is not None and not (_is_weight(value) and value <= 1):
-                msg = f"{name} must be a share from 0 to 1, got {value}"
+            if not (_is_weight(value) and value <= 1) and (name, value) != ("energy_floor", None):
+                msg = f"{name} must be a share from 0 to 1, got {value!r}"
                 raise ValueError(msg)
         for name, kind in (
             ("branches", Branches),
             ("isolated", IsolatedRule),
             ("recalibration", Recalibration),
-            ("history", History),
+            ("history", HistoryPasses),
         ):
             if getattr(self, name) not in get_args(kind):
                 msg = f"{name} must be one of {get_args(kind)}, got {getattr(self, name)!r}"
                 raise ValueError(msg)
         if self.energy_floor is not None and self.isolated != "trace_ratio":
-            msg = f"energy_floor must go with isolated='trace_ratio', got {self.isolated!r}"
+            msg = (
+                f"energy_floor must be left out unless isolated is 'trace_ratio', got "
+                f"{self.energy_floor} with {self.isolated!r}"
+            )
             raise ValueError(msg)
         if self.joint and self.recalibration == "none":
-            msg = "joint must go with a form of recalibration, got recalibration='none'"
+            msg = "joint must be false if recalibration is 'none', got true"
             raise ValueError(msg)
 
     def weight(self, branch: str) -> float:
@@ -127,7 +154,7 @@ class LoDASettings:
             return ("general",)
         return ("isolated",) if self.branches == "isolated" else ("general", "isolated")
 
-    def form(self, first_task: bool) -> RecalibrationForm | None:
+    def form(self, first_task: bool) -> "RecalibrationForm | None":
         """Form of Λ for the solver, or ``None`` where nothing is recalibrated."""
         if first_task or self.recalibration == "none":
             return None
@@ -137,10 +164,7 @@ class LoDASettings:
         """Passes over a task that enter the history."""
         return ("trained", "merged") if self.history == "both" else (self.history,)
 
-    def history_mass(self, tasks: int) -> float:
-        """Sum of the weights in the history after some tasks: what divides it to a mean."""
-        return len(self.passes()) * sum(self.history_decay**age for age in range(tasks))
-
 
 def _is_weight(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value >= 0  # type: ignore[arg-type, operator]

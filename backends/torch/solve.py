@@ -1,17 +1,25 @@
 """The solves of a task for all layers: those of one size in one batched call, where that pays."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from backends.torch.lora import LoRALinear
 from backends.torch.settings import LoDASettings
 from loda_math import (
     HeldoutRatio,
+    History,
+    RecalibrationForm,
+    UpdateEffect,
     general_subspace,
     heldout_ratio,
     isolated_subspace,
+    joint_recalibration,
     null_subspace,
+    recalibration,
+    stack_branches,
+    update_effect,
 )
 
 _LARGE = 256  # width from which a layer of a processor is solved by itself
@@ -26,7 +34,7 @@ HeldoutRatios = dict[str, dict[str, HeldoutRatio]]
 def solve_bases(
     settings: LoDASettings,
     new: Mapping[str, Tensor],
-    old: Mapping[str, Tensor] | None,
+    history: Mapping[str, History] | None,
     gram_eps: float,
 ) -> Bases:
     """Bases of the branches of every layer, from second moments.
@@ -37,8 +45,8 @@ def solve_bases(
         Rank, branches and the rule of the isolated one.
     new : mapping of str to Tensor, shape (D, D)
         Moment of the current task by layer.
-    old : mapping of str to Tensor, or None
-        History by layer; ``None`` on the first task.
+    history : mapping of str to History, or None
+        By layer; ``None`` on the first task.
     gram_eps : float
         Rounding unit of the Gram matrices that were summed into the moments.
 
@@ -47,27 +55,71 @@ def solve_bases(
     dict of str to dict of str to Tensor, shape (D, r)
     """
     bases: Bases = {name: {} for name in new}
-    for branch in settings.names(first_task=old is None):
+    for branch in settings.names(first_task=history is None):
         choose = _rule(settings, branch, gram_eps)
         for group in _calls(new):
-            s_new = torch.stack([new[name] for name in group])
-            s_old = None if old is None else torch.stack([old[name] for name in group])
-            for name, found in zip(group, choose(s_new, s_old), strict=True):
-                bases[name][branch] = found
+            old = None if history is None else _totals(history, group)
+            solved = choose(_stacked(new, group), old)
+            for name, basis in zip(group, solved, strict=True):
+                bases[name][branch] = basis
     return bases
+
+
+def random_bases(
+    settings: LoDASettings,
+    layers: Mapping[str, nn.Linear | LoRALinear],
+    *,
+    first_task: bool,
+    generator: torch.Generator,
+) -> Bases:
+    """Bases for ``LoDA.begin_task(bases=...)`` that know nothing of the data.
+
+    They are the control that shows what choosing directions is worth.
+
+    Parameters
+    ----------
+    settings : LoDASettings
+        Rank and branches.
+    layers : mapping of str to module
+        As :func:`find_layers` returns them.
+    first_task : bool
+        Whether it is the first task, which has a general branch alone.
+    generator : torch.Generator
+        A CPU generator.
+
+    Returns
+    -------
+    dict of str to dict of str to Tensor, shape (D, r)
+        Orthonormal columns of uniformly distributed span, by layer and branch.
+
+    Examples
+    --------
+    >>> import torch
+    >>> bases = random_bases(LoDASettings(rank=2), {"a": torch.nn.Linear(6, 3)}, first_task=False,
+    ...                      generator=torch.Generator().manual_seed(0))
+    >>> {branch: tuple(basis.shape) for branch, basis in bases["a"].items()}
+    {'general': (6, 2), 'isolated': (6, 2)}
+    """
+
+    def draw(width: int) -> Tensor:
+        basis: Tensor = torch.linalg.qr(torch.randn(width, settings.rank, generator=generator)).Q
+        return basis
+
+    branches = settings.names(first_task=first_task)
+    return {n: {branch: draw(x.in_features) for branch in branches} for n, x in layers.items()}
 
 
 def solve_heldout(
     settings: LoDASettings,
     halves: Mapping[str, tuple[Tensor, Tensor]],
-    old: Mapping[str, Tensor],
+    history: Mapping[str, History],
     gram_eps: float,
 ) -> HeldoutRatios:
     """What the rule of every branch keeps on the half of a task that it did not choose on.
 
     Parameters
     ----------
-    settings, old, gram_eps
+    settings, history, gram_eps
         As in :func:`solve_bases`.
     halves : mapping of str to two Tensors, shape (D, D)
         Moments of two halves of the task's images by layer.
@@ -80,33 +132,93 @@ def solve_heldout(
     ratios: HeldoutRatios = {name: {} for name in halves}
     for branch in settings.names(first_task=False):
         choose = _rule(settings, branch, gram_eps)
-        for group in _calls({name: old[name] for name in halves}):
-            first, second = (torch.stack([halves[n][side] for n in group]) for side in (0, 1))
-            found = heldout_ratio(choose, first, second, torch.stack([old[n] for n in group]))
-            for name, *values in zip(group, *found, strict=True):
+        for group in _calls({name: history[name].total for name in halves}):
+            first, second = (torch.stack([halves[n][half] for n in group]) for half in (0, 1))
+            batched = heldout_ratio(choose, first, second, _totals(history, group))
+            for name, *values in zip(group, *batched, strict=True):
                 ratios[name][branch] = HeldoutRatio(*values)
     return ratios
 
 
-def by_shape(*tensors: Mapping[str, Tensor]) -> list[list[str]]:
-    """Layer names grouped by the shapes of all their tensors, in order of first appearance."""
-    groups: dict[tuple[torch.Size, ...], list[str]] = {}
-    for name in tensors[0]:
-        groups.setdefault(tuple(t[name].shape for t in tensors), []).append(name)
-    return list(groups.values())
+def solve_recalibration(
+    settings: LoDASettings,
+    form: RecalibrationForm,
+    layers: Mapping[str, LoRALinear],
+    new: Mapping[str, Tensor],
+    history: Mapping[str, History],
+) -> dict[str, Tensor]:
+    """Λ of every layer (Theorem 2.3): of the general branch, or of all branches side by side.
 
+    Parameters
+    ----------
+    settings : LoDASettings
+        γ, the weight of the history, and whether branches are taken jointly.
+    form
+        As in :func:`loda_math.recalibration`.
+    layers : mapping of str to LoRALinear
+        The adapted layers with their branches as trained.
+    new : mapping of str to Tensor, shape (D, D)
+        Moment through the trained model by layer.
+    history : mapping of str to History
+        As it was before the task.
 
-def _calls(moments: Mapping[str, Tensor]) -> list[list[str]]:
-    """Layers that are solved in one call: large ones of a processor by themselves.
-
-    A stack of them would overflow its caches: twelve of width 768 take a quarter longer at once.
+    Returns
+    -------
+    dict of str to Tensor
+        (r, r), or with ``joint`` (R, R) over the R directions of all branches, in the dtype of
+        the moments.
     """
-    calls: list[list[str]] = []
-    for group in by_shape(moments):
-        first = moments[group[0]]
-        alone = first.device.type == "cpu" and len(first) >= _LARGE
-        calls += [[name] for name in group] if alone else [group]
-    return calls
+    coefficients: dict[str, Tensor] = {}
+    for group in _by_shape(_weights(layers), new):
+        ups, downs, weights = _branches([layers[name] for name in group], new[group[0]].dtype)
+        # All layers remember the same tasks, so one weight serves the whole group.
+        h = settings.history_weight
+        weight = 1 / history[group[0]].weight if h == "mean" else h
+        moments = (_stacked(new, group), _totals(history, group), settings.gamma)
+        if settings.joint:
+            solved = joint_recalibration(ups, downs, weights, *moments, form, history_weight=weight)
+        else:
+            solved = recalibration(ups[0], downs[0], *moments, form, history_weight=weight)
+        coefficients.update(zip(group, solved, strict=True))
+    return coefficients
+
+
+def solve_effects(
+    layers: Mapping[str, LoRALinear],
+    coefficients: Mapping[str, Tensor],
+    new: Mapping[str, Tensor],
+    history: Mapping[str, History],
+) -> dict[str, UpdateEffect]:
+    """Exact effect of the coming merge on the outputs of every layer, all branches together.
+
+    Parameters
+    ----------
+    layers, new, history
+        As in :func:`solve_recalibration`.
+    coefficients : mapping of str to Tensor
+        As it returns them; a branch without Λ is merged as trained.
+
+    Returns
+    -------
+    dict of str to UpdateEffect
+        Of scalars: mean squares over tokens, those on old inputs also over past tasks.
+    """
+    effects: dict[str, UpdateEffect] = {}
+    for group in _by_shape(_weights(layers), new):
+        dtype = new[group[0]].dtype
+        up, down = stack_branches(*_branches([layers[name] for name in group], dtype))
+        directions = up.shape[-1]
+        middle = torch.eye(directions, dtype=dtype, device=up.device).repeat(len(group), 1, 1)
+        for place, name in enumerate(group):
+            if name in coefficients:
+                # The general branch comes first; the others keep the identity.
+                size = coefficients[name].shape[-1]
+                middle[place, :size, :size] = coefficients[name]
+        old = torch.stack([history[name].mean for name in group])
+        batched = update_effect(middle, up, down, _stacked(new, group), old)
+        for name, *values in zip(group, *batched, strict=True):
+            effects[name] = UpdateEffect(*values)
+    return effects
 
 
 def _rule(
@@ -114,6 +226,8 @@ def _rule(
 ) -> Callable[[Tensor, Tensor | None], Tensor]:
     """How the directions of a branch are chosen from the new moments and the history."""
     rank = settings.rank
+    # Without a floor "trace_ratio" takes the largest ratio, which is that of a floor of 0; None
+    # asks for the generalised eigenvectors.
     floor = (settings.energy_floor or 0.0) if settings.isolated == "trace_ratio" else None
 
     def choose(new: Tensor, old: Tensor | None) -> Tensor:
@@ -133,3 +247,49 @@ def _rule(
         return torch.as_tensor(basis)
 
     return choose
+
+
+def _calls(moments: Mapping[str, Tensor]) -> list[list[str]]:
+    """Layers that are solved in one call: large ones of a processor by themselves.
+
+    A stack of them would overflow its caches: twelve of width 768 take a quarter longer at once.
+    """
+    calls: list[list[str]] = []
+    for group in _by_shape(moments):
+        first = moments[group[0]]
+        alone = first.device.type == "cpu" and len(first) >= _LARGE
+        calls += [[name] for name in group] if alone else [group]
+    return calls
+
+
+def _by_shape(*tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """Layer names grouped by the shapes of all their tensors, in order of first appearance."""
+    groups: dict[tuple[torch.Size, ...], list[str]] = {}
+    for name in tensors[0]:
+        groups.setdefault(tuple(t[name].shape for t in tensors), []).append(name)
+    return list(groups.values())
+
+
+def _stacked(moments: Mapping[str, Tensor], group: Sequence[str]) -> Tensor:
+    return torch.stack([moments[name] for name in group])
+
+
+def _totals(history: Mapping[str, History], group: Sequence[str]) -> Tensor:
+    return torch.stack([history[name].total for name in group])
+
+
+def _weights(layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
+    return {name: layer.base.weight for name, layer in layers.items()}
+
+
+def _branches(
+    layers: Sequence[LoRALinear], dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor], list[float]]:
+    """Ups (L, O, r), downs (L, r, D) and weights by branch, for L layers of one size."""
+    ups, downs, weights = [], [], []
+    for name in layers[0].branches:
+        branches = [layer.branch(name) for layer in layers]
+        ups.append(torch.stack([b.up.detach().to(dtype) for b in branches]))
+        downs.append(torch.stack([b.down.detach().to(dtype) for b in branches]))
+        weights.append(float(branches[0].scale))
+    return ups, downs, weights

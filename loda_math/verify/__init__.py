@@ -1,20 +1,15 @@
-"""Certificates: how good somebody's solution is, against the exact optimum of the same problem.
+"""Certificates: how close a solution is to the exact optimum of its problem.
 
-Every function takes moments and a solution as plain arrays, whoever computed it, solves the
-problem again, and returns a small report whose last field is the verdict. Quantities of second
-order (gaps of an objective) must stay below the tolerance, those of first order (residuals)
-below its square root.
+Every function takes moments and a solution as plain arrays, solves the problem again, and returns
+a small report whose last field is the verdict. It does not matter who computed the solution.
+Quantities of second order (gaps of an objective) must stay below the tolerance, those of first
+order (residuals) below its square root.
 """
 
-from loda_math.verify.coefficients import RecalibrationReport, verify_recalibration
+from loda_math.verify.gao import PerturbationReport, verify_perturbation
+from loda_math.verify.merge import MergeReport, implied_coefficients, verify_merge
+from loda_math.verify.recalibration import RecalibrationReport, verify_recalibration
 from loda_math.verify.subspaces import Objective, SubspaceReport, verify_subspace
-from loda_math.verify.weights import (
-    MergeReport,
-    PerturbationReport,
-    implied_coefficients,
-    verify_merge,
-    verify_perturbation,
-)
 
 __all__ = [
     "MergeReport",

@@ -1,29 +1,27 @@
-"""A basis against the exact optimum of the objective that it claims."""
+"""A basis against the exact optimum of its objective."""
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
-from loda_math import _pencil
+from loda_math import _subspaces
 from loda_math._arrays import (
     Array,
     Namespace,
+    coarsest_eps,
     descending_eigh,
     eye_like,
-    namespace,
     result_dtype,
     rounding_share,
     safe_divide,
+    span_energy,
     widen,
 )
 from loda_math._validation import (
     check_eps,
-    check_real,
     check_rows,
     check_scalar,
     check_share,
-    check_square,
-    check_values,
+    checked_moments,
 )
-from loda_math.verify import _objectives
 
 Objective = Literal["general", "isolated", "trace_ratio", "null"]
 
@@ -49,9 +47,9 @@ class SubspaceReport(NamedTuple):
     effective_rank : array of int, shape (...)
         Directions of the span with new-task energy above rounding.
     passed : array of bool, shape (...)
-        Whether the first three stay within the tolerance, and what the objective asks beside
-        holds: for the ratio of traces the energy floor, and that no direction is zero that carries
-        energy; for the null space that none is zero.
+        Whether the first three are within the tolerance and the basis is complete. For the ratio
+        of traces it must meet the energy floor, and only directions without energy may be zero
+        columns; for the null space no column may be zero.
     """
 
     orthonormality: Array
@@ -95,15 +93,15 @@ def verify_subspace(
     new, old : array, shape (..., D, D)
         Second moments that the basis was chosen from; zeros where there was no history.
     objective : {"general", "isolated", "trace_ratio", "null"}
-        What the basis claims to optimise.
+        What the basis is meant to optimise.
     ridge, energy_floor, accumulation_eps
-        As in :func:`isolated_subspace`. An isolated basis that claims less ridge than the rounding
-        of the moments asks for is judged twice, with that ridge and with the least that makes
-        their float64 values definite; the verdict in its favour counts.
+        As in :func:`isolated_subspace`. A ridge below the rounding of the moments is tried twice:
+        as raised to that rounding, and as the least one that makes the float64 moments definite.
+        The better result for the basis counts.
     tolerance : float, default 1e-5
-        Of gaps and orthonormality; its square root of the residual. Where R is nearly singular,
-        gap and residual of the isolated subspace cannot be told apart from rounding below
-        2·eps·cond(R), which (up to a quarter) then counts as the tolerance.
+        Limit of the gap and of the orthonormality; the residual may reach its square root. Where R
+        is nearly singular, rounding alone moves gap and residual of the isolated subspace by
+        2·eps·cond(R), which (up to a quarter) is added to both limits.
 
     Returns
     -------
@@ -136,59 +134,171 @@ def verify_subspace(
         raise ValueError(msg)
     ridge = check_scalar("ridge", ridge)
     energy_floor = check_share("energy_floor", energy_floor)
-    formed = check_eps("accumulation_eps", accumulation_eps)
+    gram_eps = check_eps("accumulation_eps", accumulation_eps)
     tolerance = check_scalar("tolerance", tolerance, positive=True)
-    xp = namespace(basis=basis, new=new, old=old)
-    check_real(xp, basis=basis, new=new, old=old)
-    check_rows("basis", basis, check_square(new=new, old=old))
-    check_values(xp, {"basis": basis}, {"new": new, "old": old})
+    xp, size = checked_moments({"new": new, "old": old}, basis=basis)
+    check_rows("basis", basis, size)
     (u,) = widen(xp, basis)
-    span, alive, orthonormality = _orthonormalised(xp, u)
-    s_new, s_old = (_pencil.normalised(xp, m)[0] for m in widen(xp, new, old))
-    whole, slack = orthonormality <= tolerance, 0.0
-    if objective in ("general", "null"):
-        value, best, gap, residual = _objectives.energy(
-            xp, span, new, old, minimise=objective == "null"
-        )
-        if objective == "null":  # fewer directions hold less energy, and are not what was asked
-            whole = whole & xp.all(alive, axis=-1)
-    elif objective == "isolated":
-        value, best, gap, residual, slack = _objectives.kindest(
-            xp, span, alive, new, old, ridge=ridge, formed=formed
-        )
+    span, active, orthonormality = _orthonormalised(xp, u)
+    if objective == "isolated":
+        quality = _isolated_at_better_ridge(xp, span, active, new, old, ridge, gram_eps)
+    elif objective == "trace_ratio":
+        quality = _trace_ratio(xp, span, active, new, old, ridge, energy_floor, gram_eps, tolerance)
     else:
-        value, best, residual, enough = _objectives.ratio(
-            xp, span, alive, new, old, ridge, energy_floor, formed, tolerance
-        )
-        whole = whole & enough
-        # What was left out as inert belongs to the stationary point: the rest alone is none.
-        residual = xp.where(xp.all(alive, axis=-1), residual, xp.zeros_like(residual))
-        # Without its inert directions a span may have more than r directions can have.
-        gap = safe_divide(xp, best - value, best)
-        gap = xp.where(xp.all(alive, axis=-1), gap, xp.maximum(gap, 0 * gap))
-    energies = [xp.sum(span * (m @ span), axis=(-2, -1)) for m in (s_new, s_old)]
-    carried, _ = descending_eigh(xp, span.mT @ (s_new @ span))
-    noise = rounding_share(xp, int(new.shape[-1]), new, old, formed=formed)
-    effective = _pencil.count(
-        xp, carried > noise * xp.max(xp.linalg.eigvalsh(s_new), axis=-1)[..., None]
+        quality = _energy(xp, span, active, new, old, minimise=objective == "null")
+    passed = (
+        (orthonormality <= tolerance)
+        & quality.is_complete
+        & (quality.gap <= tolerance + quality.slack)
+        & (quality.residual <= tolerance**0.5 + quality.slack)
     )
-    passed = whole & (gap <= tolerance + slack) & (residual <= tolerance**0.5 + slack)
-    reals = (orthonormality, residual, gap, value, best, *energies)
+    s_new, s_old = (_subspaces.normalised(xp, m)[0] for m in widen(xp, new, old))
+    carried, _ = descending_eigh(xp, span.mT @ (s_new @ span))
+    noise = rounding_share(xp, size, new, old, gram_eps=gram_eps)
+    noise = noise * xp.max(xp.linalg.eigvalsh(s_new), axis=-1)[..., None]
     dtype = result_dtype(xp, basis, new, old)
-    cast = (xp.astype(x, dtype) for x in reals)
-    return SubspaceReport._make((*cast, effective, passed))
+    return SubspaceReport(
+        orthonormality=xp.astype(orthonormality, dtype),
+        stationarity=xp.astype(quality.residual, dtype),
+        optimality_gap=xp.astype(quality.gap, dtype),
+        objective=xp.astype(quality.value, dtype),
+        optimum=xp.astype(quality.optimum, dtype),
+        energy_new=xp.astype(span_energy(xp, span, s_new), dtype),
+        energy_old=xp.astype(span_energy(xp, span, s_old), dtype),
+        effective_rank=_subspaces.count_true(xp, carried > noise),
+        passed=passed,
+    )
+
+
+class _Quality(NamedTuple):
+    """What a span achieves under its objective, beside the exact optimum."""
+
+    value: Array
+    optimum: Array
+    gap: Array
+    residual: Array
+    slack: Any = 0.0  # what rounding may add to gap and residual
+    is_complete: Any = True  # the basis has every direction, and the energy, that it must have
 
 
 def _orthonormalised(xp: Namespace, u: Array) -> tuple[Array, Array, Array]:
-    """An orthonormal basis of the span (zero columns at the end), which live, and the defect."""
+    """An orthonormal basis of the span, its columns that are not zero, and the defect of ``u``."""
     gram = u.mT @ u
-    rank = int(u.shape[-1])
+    rank, eps = int(u.shape[-1]), float(xp.finfo(u.dtype).eps)
     # Zero columns stand for inert directions; a column that is merely short is a defect.
-    whole = xp.astype(xp.linalg.diagonal(gram) > float(xp.finfo(u.dtype).eps), u.dtype)
-    defect = xp.max(xp.abs(gram - whole[..., None, :] * eye_like(xp, u, rank)), axis=(-2, -1))
+    ones = xp.astype(xp.linalg.diagonal(gram) > eps, u.dtype)
+    defect = xp.max(xp.abs(gram - ones[..., None, :] * eye_like(xp, u, rank)), axis=(-2, -1))
     values, vectors = descending_eigh(xp, gram)
-    eps = float(xp.finfo(u.dtype).eps)
-    alive = (values > rounding_share(xp, rank, u) * values[..., :1]) & (values > eps)
-    root = xp.sqrt(xp.where(alive, values, xp.ones_like(values)))
+    active = (values > rounding_share(xp, rank, u) * values[..., :1]) & (values > eps)
+    root = xp.sqrt(xp.where(active, values, xp.ones_like(values)))
     turned = (u @ vectors) / root[..., None, :]
-    return xp.where(alive[..., None, :], turned, xp.zeros_like(turned)), alive, defect
+    return xp.where(active[..., None, :], turned, xp.zeros_like(turned)), active, defect
+
+
+def _energy(
+    xp: Namespace, span: Array, active: Array, new: Array, old: Array, *, minimise: bool
+) -> _Quality:
+    """Of the general subspace, or minimised, of the null space."""
+    n, o = widen(xp, new, old)
+    s, _ = _subspaces.normalised(xp, o if minimise else 0.5 * n + 0.5 * o)
+    image = s @ span
+    value = xp.sum(span * image, axis=(-2, -1))
+    # eigvalsh of the standard need not sort: the order is set here.
+    values = xp.sort(xp.linalg.eigvalsh(s), axis=-1, descending=not minimise)
+    best = xp.sum(values[..., : int(span.shape[-1])], axis=-1)
+    return _Quality(
+        value,
+        best,
+        gap=value - best if minimise else safe_divide(xp, best - value, best),
+        residual=_relative(xp, image - span @ (span.mT @ image), s),
+        # Fewer directions hold less energy, and are not what was asked for.
+        is_complete=xp.all(active, axis=-1) if minimise else True,
+    )
+
+
+def _isolated_at_better_ridge(
+    xp: Namespace,
+    span: Array,
+    active: Array,
+    new: Array,
+    old: Array,
+    ridge: float,
+    gram_eps: float,
+) -> _Quality:
+    """Of the isolated subspace, at the ridge with the smaller gap: the given or the least one."""
+    given = _isolated(xp, span, active, new, old, ridge, gram_eps)
+    size = int(new.shape[-1])
+    if ridge >= 4 * size * coarsest_eps(xp, new, old, gram_eps=gram_eps):
+        return given
+    n, o = widen(xp, new, old)
+    # Rounding can leave small eigenvalues of a history negative: the least ridge lifts them all.
+    lowest = xp.min(xp.linalg.eigvalsh(_subspaces.normalised(xp, o)[0]))
+    least = xp.clip(-4 * size * lowest, ridge, None)
+    wide = _isolated(xp, span, active, n, o, least, 0.0)
+    is_better = wide.gap < given.gap
+    pairs = zip(wide[:-1], given[:-1], strict=True)
+    return _Quality(*(xp.where(is_better, a, b) for a, b in pairs))
+
+
+def _isolated(
+    xp: Namespace, span: Array, active: Array, new: Array, old: Array, ridge: Any, gram_eps: float
+) -> _Quality:
+    """Of the isolated subspace at one ridge."""
+    s, r = _subspaces.regularised(xp, new, old, ridge, gram_eps)
+    rank = int(span.shape[-1])
+    # A one on the diagonal for zero columns leaves their part of the pencil at zero.
+    ones = xp.astype(~active, span.dtype)[..., None] * eye_like(xp, span, rank)
+    image = s @ span
+    inner = xp.linalg.solve(span.mT @ (r @ span) + ones, span.mT @ image)
+    exact = _subspaces.isolated(xp, new, old, rank, ridge, gram_eps)
+    values = xp.where(exact.inert, xp.zeros_like(exact.values), exact.values)
+    value, best = xp.linalg.trace(inner), xp.sum(values[..., :rank], axis=-1)
+    spectrum = xp.linalg.eigvalsh(r)
+    condition = xp.max(spectrum, axis=-1) / xp.min(spectrum, axis=-1)
+    return _Quality(
+        value,
+        best,
+        gap=safe_divide(xp, best - value, best),
+        residual=_relative(xp, image - r @ (span @ inner), s),
+        slack=xp.clip(2 * float(xp.finfo(r.dtype).eps) * condition, 0.0, 0.25),
+    )
+
+
+def _trace_ratio(
+    xp: Namespace,
+    span: Array,
+    active: Array,
+    new: Array,
+    old: Array,
+    ridge: float,
+    energy_floor: float,
+    gram_eps: float,
+    tolerance: float,
+) -> _Quality:
+    """Of the ratio of traces under a floor."""
+    s, r = _subspaces.regularised(xp, new, old, ridge, gram_eps)
+    rank = int(span.shape[-1])
+    exact = _subspaces.trace_ratio(xp, new, old, rank, ridge, energy_floor, gram_eps)
+    carried, held = span_energy(xp, span, s), span_energy(xp, span, r)
+    value, best = safe_divide(xp, carried, held), exact.ratio[..., 0, 0]
+    image = s @ span - exact.multiplier * (r @ span)
+    residual = _relative(xp, image - span @ (span.mT @ image), s)
+    gap = safe_divide(xp, best - value, best)
+    # What was left out as inert belongs to the stationary point: the rest alone is none. Without
+    # its inert directions a span may also have more than r directions can have.
+    is_full = xp.all(active, axis=-1)
+    residual = xp.where(is_full, residual, xp.zeros_like(residual))
+    gap = xp.where(is_full, gap, xp.maximum(gap, 0 * gap))
+    # A basis of fewer directions has a larger ratio: only inert ones may be left out.
+    active_needed = _subspaces.count_true(xp, ~exact.directions.inert)
+    spectrum = xp.sort(xp.linalg.eigvalsh(s), axis=-1, descending=True)[..., :rank]
+    is_complete = (_subspaces.count_true(xp, active) >= active_needed) & (
+        carried >= (energy_floor - tolerance) * xp.sum(spectrum, axis=-1)
+    )
+    return _Quality(value, best, gap, residual, is_complete=is_complete)
+
+
+def _relative(xp: Namespace, residual: Array, s: Array) -> Array:
+    """Norm of a residual as a share of the norm of the moment that it came from."""
+    size = xp.sqrt(xp.sum(residual * residual, axis=(-2, -1)))
+    return safe_divide(xp, size, xp.sqrt(xp.sum(s * s, axis=(-2, -1))) + 0 * size)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from turns import in_turn, ratio
 
 from backends.torch import LoDA, LoDASettings, collect_moments
-from backends.torch.halves import collect_halves
+from backends.torch.moments import collect_halves
 
 BATCH, CLASSES, RANK, ROUNDS = 8, 4, 16, 5
 IMAGES = torch.randn(BATCH, 3, 224, 224, generator=torch.Generator().manual_seed(0))

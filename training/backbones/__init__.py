@@ -1,6 +1,21 @@
-"""Pretrained networks: timm's, Hugging Face's and those of the package, and their weights."""
+"""Pretrained networks: timm's, Hugging Face's and those of the package, and their weights.
 
-from training.backbones.backbone import Backbone
-from training.backbones.build import build_backbone, check_fits
+The settings load no torch; what builds a network is loaded when it is asked for.
+"""
 
-__all__ = ["Backbone", "build_backbone", "check_fits"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from training.backbones.config import BACKBONES, BackboneConfig
+
+if TYPE_CHECKING:
+    from training.backbones.build import Backbone, build_backbone, check_fits
+
+__all__ = ["BACKBONES", "Backbone", "BackboneConfig", "build_backbone", "check_fits"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    return getattr(import_module("training.backbones.build"), name)

@@ -4,22 +4,58 @@ import difflib
 import json
 import textwrap
 from collections.abc import Mapping
-from importlib.resources import as_file, files
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 from safetensors import safe_open
 from torch import Tensor, nn
 
 import training.backbones.conv_vit  # noqa: F401  timm learns its name
-from training.backbones.backbone import Backbone
-from training.backbones.hugging_face import build_hugging_face
-from training.backbones.weight_files import load_weights, tensors_sha256
-from training.config import HUGGING_FACE, PACKAGED_WEIGHTS, BackboneConfig
+from training.backbones.config import PACKAGED_WEIGHTS, BackboneConfig
+from training.backbones.weights import load_weights, tensors_sha256
 
 # Packages whose errors mean that the network failed; not all of them are OSErrors.
 _TRANSPORTS = {"huggingface_hub", "httpx", "httpcore", "requests", "urllib3"}
+
+
+class Backbone(NamedTuple):
+    """A network that gives one feature a picture.
+
+    Parameters
+    ----------
+    module
+        Maps images (N, C, H, W) to features (N, D): for a ViT, the class token after the last norm.
+    features
+        Number of features D.
+    timm_name
+        What rebuilds the module: ``timm.create_model(timm_name, num_classes=0, **timm_options)``;
+        for a name that starts with hf: the library transformers, for an import path its class.
+    timm_options
+        See there.
+    weights_sha256
+        Hash of the weights file; None for random weights and for those that timm downloaded.
+    channels
+        Channels of the images.
+    image_size
+        Side of the images; None if the model takes any.
+    tag
+        The published weights that were downloaded, with their exact tag; None for others.
+    tensors_sha256
+        Hash of the loaded weights themselves, from wherever they came (see `tensors_sha256`); None
+        where a trained model is loaded afterwards.
+    """
+
+    module: nn.Module
+    features: int
+    timm_name: str
+    timm_options: dict[str, Any]
+    weights_sha256: str | None
+    channels: int
+    image_size: int | None
+    tag: str | None = None
+    tensors_sha256: str | None = None
 
 
 def build_backbone(config: BackboneConfig, *, initialise: bool = True) -> Backbone:
@@ -38,11 +74,14 @@ def build_backbone(config: BackboneConfig, *, initialise: bool = True) -> Backbo
     FileNotFoundError
         If the weights file is not there.
     ValueError
-        If timm has no such model or refuses the options, or the weights do not fit.
+        If there is no such model or it refuses the options, or the weights do not fit.
     ConnectionError
         If the weights cannot be downloaded.
     """
-    backbone = _build(config, initialise=initialise)
+    built = config.build().build(initialise=initialise)
+    # A class of somebody's own gives the module alone: what else there is to know is read off it.
+    is_whole = isinstance(built, Backbone)
+    backbone: Backbone = built if is_whole else described(built, config.name, config.options)
     if not initialise:
         return backbone
     return backbone._replace(tensors_sha256=tensors_sha256(backbone.module))
@@ -75,34 +114,84 @@ def check_fits(backbone: Backbone, image: Tensor) -> None:
         raise ValueError(msg)
 
 
-def _build(config: BackboneConfig, *, initialise: bool) -> Backbone:
-    if config.name in PACKAGED_WEIGHTS:
-        with as_file(files("training").joinpath("weights", PACKAGED_WEIGHTS[config.name])) as path:
-            return _build_packaged(path, config, initialise=initialise)
-    if config.name.startswith(HUGGING_FACE):
-        return build_hugging_face(config, initialise=initialise)
-    module = _create(config.name, config.options)
-    digest = tag = None
-    if initialise and config.weights is not None:
-        path = Path(config.weights).expanduser()
-        digest = load_weights(module, path)
-    elif initialise and config.pretrained:
-        module = _download(config)
-        tag = _tag(module)
-    return _describe(module, config.name, config.options, digest)._replace(tag=tag)
-
-
-def _build_packaged(path: Path, config: BackboneConfig, *, initialise: bool) -> Backbone:
+def build_packaged(name: str, *, pretrained: bool) -> Backbone:
+    """Build a network of the package, as the metadata of its file of weights describe it."""
+    path = Path(str(files("training").joinpath("weights", PACKAGED_WEIGHTS[name])))
     if not path.is_file():
         msg = f"the package lacks its own weights, {path}: install it again."
         raise FileNotFoundError(msg)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-    name, options = metadata["timm_model"], json.loads(metadata["timm_options"])
+    model, options = metadata["timm_model"], json.loads(metadata["timm_options"])
     options.pop("num_classes", None)  # no backbone here has a classifier
+    module = _create(model, options)
+    digest = load_weights(module, path) if pretrained else None
+    return described(module, model, options, digest=digest)
+
+
+def build_timm(
+    name: str,
+    options: Mapping[str, Any],
+    weights: str | None = None,
+    *,
+    pretrained: bool = False,
+) -> Backbone:
+    """Build a model of timm with weights from a file, else from timm if ``pretrained``."""
     module = _create(name, options)
-    digest = load_weights(module, path) if initialise and config.pretrained else None
-    return _describe(module, name, options, digest)
+    digest = tag = None
+    if weights is not None:
+        digest = load_weights(module, Path(weights).expanduser())
+    elif pretrained:
+        module = _download(name, options)
+        tag = _tag(module)
+    return described(module, name, options, digest=digest, tag=tag)
+
+
+def described(
+    module: nn.Module,
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    digest: str | None = None,
+    tag: str | None = None,
+) -> Backbone:
+    """A module with what the package has to know of it.
+
+    It is asked for ``num_features`` (length of its features), ``in_chans`` (else what its first
+    convolution takes) and ``image_size`` (else the size that a patch embedding insists on).
+
+    Raises
+    ------
+    ValueError
+        If there is no way to know its features or channels.
+    """
+    # timm's models with a layer between the class token and the classifier name its width apart.
+    sizes = (getattr(module, key, None) for key in ("head_hidden_size", "num_features"))
+    features: Any = next((size for size in sizes if size), None)
+    channels: Any = getattr(module, "in_chans", None)
+    first = next((p for p in module.parameters() if p.ndim == 4), None)
+    if channels is None and first is not None:
+        groups = next((m.groups for m in module.modules() if isinstance(m, nn.Conv2d)), 1)
+        channels = first.shape[1] * groups
+    for attribute, value in (("num_features", features), ("in_chans", channels)):
+        if value is None:
+            msg = f"the module of backbone {name} must have {attribute}, a number; it has none"
+            raise ValueError(msg)
+    side: Any = getattr(module, "image_size", None)
+    patches = getattr(module, "patch_embed", None)
+    size = getattr(patches, "img_size", None)
+    if side is None and isinstance(size, tuple | list):
+        side = size[0] if getattr(patches, "strict_img_size", True) else None
+    return Backbone(
+        module,
+        int(features),
+        name,
+        dict(options),
+        digest,
+        int(channels),
+        None if side is None else int(side),
+        tag,
+    )
 
 
 def _create(name: str, options: Mapping[str, Any]) -> nn.Module:
@@ -119,31 +208,29 @@ def _create(name: str, options: Mapping[str, Any]) -> nn.Module:
     return module
 
 
-def _download(config: BackboneConfig) -> nn.Module:
-    if not timm.is_model_pretrained(config.name):
+def _download(name: str, options: Mapping[str, Any]) -> nn.Module:
+    if not timm.is_model_pretrained(name):
         msg = (
-            f"timm has no pretrained weights for {config.name}: give a file as backbone.weights, "
-            "or start from random weights by backbone.pretrained false."
+            f"timm has no pretrained weights for {name}: give a file as backbone.weights, or start "
+            "from random weights by backbone.pretrained false."
         )
         raise ValueError(msg)
     # The model was already built without weights: what fails now is the download or the loading.
     try:
-        module: nn.Module = timm.create_model(
-            config.name, pretrained=True, num_classes=0, **config.options
-        )
+        module: nn.Module = timm.create_model(name, pretrained=True, num_classes=0, **options)
     except Exception as error:  # each transport and each model has errors of its own
         reason = textwrap.shorten(str(error) or type(error).__name__, 400, placeholder=" ...")
         if _is_transport(error):
             msg = (
-                f"the pretrained weights of {config.name} could not be fetched ({reason}). Without "
-                "a network, fetch them elsewhere and give the file (.safetensors, .pth or .npz) as "
+                f"the pretrained weights of {name} could not be fetched ({reason}). Without a "
+                "network, fetch them elsewhere and give the file (.safetensors, .pth or .npz) as "
                 "backbone.weights; backbone.pretrained false starts from random weights."
             )
             raise ConnectionError(msg) from error
         msg = (
-            f"the pretrained weights of {config.name} do not fit the model with backbone.options "
-            f"{config.options}, or their file is damaged: {reason} Change the options, give a file "
-            "as backbone.weights, or start from random weights by backbone.pretrained false."
+            f"the pretrained weights of {name} do not fit the model with backbone.options "
+            f"{options}, or their file is damaged: {reason} Change the options, give a file as "
+            "backbone.weights, or start from random weights by backbone.pretrained false."
         )
         raise ValueError(msg) from error
     return module
@@ -160,16 +247,3 @@ def _tag(module: nn.Module) -> str | None:
 def _is_transport(error: Exception) -> bool:
     packages = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     return isinstance(error, OSError) or not packages.isdisjoint(_TRANSPORTS)
-
-
-def _describe(
-    module: nn.Module, name: str, options: Mapping[str, Any], digest: str | None
-) -> Backbone:
-    weight = next(p for p in module.parameters() if p.ndim == 4)  # the first convolution
-    features: Any = getattr(module, "head_hidden_size", None) or module.num_features
-    groups = next((m.groups for m in module.modules() if isinstance(m, nn.Conv2d)), 1)
-    channels = weight.shape[1] * groups
-    size = getattr(getattr(module, "patch_embed", None), "img_size", None)
-    strict = getattr(getattr(module, "patch_embed", None), "strict_img_size", True)
-    side = int(size[0]) if isinstance(size, tuple | list) and strict else None
-    return Backbone(module, int(features), name, dict(options), digest, channels, side)

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from training.backbones.backbone import Backbone
-from training.config import HUGGING_FACE, BackboneConfig
+from training.backbones.build import Backbone
+from training.backbones.config import HUGGING_FACE
 
 
 class ClassToken(nn.Module):
@@ -30,11 +30,18 @@ class ClassToken(nn.Module):
         return tokens[:, 0]
 
 
-def build_hugging_face(config: BackboneConfig, *, initialise: bool = True) -> Backbone:
+def build_hugging_face(name: str, *, pretrained: bool) -> Backbone:
     """Build a vision transformer of transformers by ``AutoModel``, without its pooler.
 
-    The name is that of a model on the Hugging Face hub, or of a folder that ``save_pretrained``
-    wrote. No code that comes with a model is run.
+    No code that comes with a model is run.
+
+    Parameters
+    ----------
+    name
+        ``hf:`` and the name of a model on the Hugging Face hub, or of a folder that
+        ``save_pretrained`` wrote.
+    pretrained
+        Whether to load its weights; otherwise they are random.
 
     Raises
     ------
@@ -44,53 +51,45 @@ def build_hugging_face(config: BackboneConfig, *, initialise: bool = True) -> Ba
         If the model is neither a folder nor can be fetched.
     """
     if find_spec("transformers") is None:
-        msg = f"backbone.name {config.name} is built by transformers: pip install 'loda[hf]'"
+        msg = f"backbone.name {name} is built by transformers: pip install 'loda[hf]'"
         raise ValueError(msg)
     from transformers import AutoConfig, AutoModel
 
     # A folder has to be told from a name on the hub: the library only takes it as it stands.
-    given = config.name.removeprefix(HUGGING_FACE)
+    given = name.removeprefix(HUGGING_FACE)
     place = str(Path(given).expanduser()) if Path(given).expanduser().is_dir() else given
     try:
         settings: Any = AutoConfig.from_pretrained(place)
         missing: list[str] = []
-        if initialise and config.pretrained:
-            module, report = AutoModel.from_pretrained(place, output_loading_info=True)
+        if pretrained:
+            model, report = AutoModel.from_pretrained(place, output_loading_info=True)
             missing = [name for name in report["missing_keys"] if not name.startswith("pooler.")]
         else:
             unloaded: Any = AutoModel
-            module = unloaded.from_config(settings)
+            model = unloaded.from_config(settings)
     except OSError as error:
         msg = (
-            f"backbone.name {config.name}: there is no such folder with a config.json and weights, "
-            f"and it could not be fetched: {_one_line(error)}"
+            f"backbone.name {name}: there is no such folder with a config.json and weights, and it "
+            f"could not be fetched: {_one_line(error)}"
         )
         raise ConnectionError(msg) from error
     except Exception as error:  # each model and each file format has errors of its own
-        msg = f"backbone.name {config.name}: transformers cannot build it: {_one_line(error)}"
+        msg = f"backbone.name {name}: transformers cannot build it: {_one_line(error)}"
         raise ValueError(msg) from error
     if missing:
-        msg = f"backbone.name {config.name}: its files lack the weights {', '.join(missing[:8])}"
+        msg = f"backbone.name {name}: its files lack the weights {', '.join(missing[:8])}"
         raise ValueError(msg)
     channels, features = (getattr(settings, key, None) for key in ("num_channels", "hidden_size"))
     if channels is None or features is None:
-        msg = f"backbone.name {config.name}: a {settings.model_type} model reads no images alone"
+        msg = f"backbone.name {name}: a {settings.model_type} model reads no images alone"
         raise ValueError(msg)
-    if hasattr(module, "pooler"):
-        module.pooler = None  # a layer after the class token, which is the feature here
+    if hasattr(model, "pooler"):
+        model.pooler = None  # a layer after the class token, which is the feature here
     size = settings.image_size
     side = int(size if isinstance(size, int) else size[0])
-    tag = getattr(settings, "_commit_hash", None) if initialise and config.pretrained else None
-    return Backbone(
-        ClassToken(module),
-        int(features),
-        config.name,
-        {},
-        None,
-        int(channels),
-        side,
-        tag=f"{given} at {tag}" if tag else None,
-    )
+    commit = getattr(settings, "_commit_hash", None) if pretrained else None
+    tag = f"{given} at {commit}" if commit else None
+    return Backbone(ClassToken(model), int(features), name, {}, None, int(channels), side, tag=tag)
 
 
 def _one_line(error: Exception) -> str:

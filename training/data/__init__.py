@@ -1,18 +1,29 @@
-"""Class-incremental streams of images: the data sets, the class order, transforms and loaders."""
+"""Class-incremental streams of images: the data sets, the class order, transforms and loaders.
 
-from training.data.batches import Batches, cut_loader, loader, passes_begun, start_at
-from training.data.check import DataReport, check_data, verify_data
-from training.data.dataset import ImageSet
-from training.data.decode import UnreadableImageError, open_image
-from training.data.shares import Share
-from training.data.stream import Stream, build_stream
-from training.data.transforms import Transform, test_transform, train_transform
+Settings and data sets load no torch; the rest is loaded when it is asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from training.data.config import DataConfig
+from training.data.datasets import DATA_SETS, DataSet, Split
+
+if TYPE_CHECKING:
+    from training.data.check import DataReport, check_data, verify_data
+    from training.data.images import ImageSet, UnreadableImageError, open_image
+    from training.data.loaders import Batches, cut_loader, loader, passes_begun, start_at
+    from training.data.stream import Stream, build_stream
+    from training.data.transforms import Transform, test_transform, train_transform
 
 __all__ = [
+    "DATA_SETS",
     "Batches",
+    "DataConfig",
     "DataReport",
+    "DataSet",
     "ImageSet",
-    "Share",
+    "Split",
     "Stream",
     "Transform",
     "UnreadableImageError",
@@ -27,3 +38,13 @@ __all__ = [
     "train_transform",
     "verify_data",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for module in ("transforms", "images", "stream", "loaders", "check"):
+            value = vars(import_module(f"{__name__}.{module}")).get(name)
+            if value is not None:
+                return value
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)

@@ -8,17 +8,23 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from training.config import DataConfig
-from training.cpus import usable_cpus
-from training.data.decode import UnreadableImageError, decode
-from training.data.domainnet import listed_domains, read_lists
-from training.data.folder import LAYOUT, Classes, named_folder, some, test_folder
-from training.data.walk import walk_classes
+from training.data.config import DataConfig
+from training.data.datasets import (
+    LAYOUT,
+    Walk,
+    listed_domains,
+    read_lists,
+    some,
+    split_folder,
+    walk_classes,
+)
+from training.data.images import UnreadableImageError, decode
+from training.distributed import usable_cpus
+from training.logging import aligned
 
 _SHOWN = 10
 _HEADER = ["split", "classes", "images", "a class", "width", "height"]
@@ -82,10 +88,9 @@ class DataReport:
     @property
     def problems(self) -> list[str]:
         """Everything that is wrong, one line each; empty if nothing is."""
-        found = list(self.missing)
-        for split in self.splits:
-            found += split.unreadable
-        return found + [f"{b} has the pixels of {a}" for a, b in self.duplicates]
+        unreadable = [line for split in self.splits for line in split.unreadable]
+        twice = [f"{b} has the pixels of {a}" for a, b in self.duplicates]
+        return [*self.missing, *unreadable, *twice]
 
     @property
     def passed(self) -> bool:
@@ -94,11 +99,7 @@ class DataReport:
 
     def __str__(self) -> str:
         rows = [_HEADER, *(self._row(split) for split in self.splits)]
-        widths = [max(len(row[k]) for row in rows) for k in range(len(_HEADER))]
-        lines = [
-            "  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+        lines = aligned(rows, left=len(_HEADER)).splitlines()
         lines.append("ranges are smallest/median/largest; twice: the same pixels in both splits")
         lines += [_ignored(split) for split in self.splits if split.ignored]
         problems = self.problems
@@ -110,7 +111,7 @@ class DataReport:
         return "\n".join(lines)
 
     def _row(self, split: SplitReport) -> list[str]:
-        side = 0 if split is self.splits[0] else 1
+        column = 0 if split is self.splits[0] else 1
         return [
             split.name,
             str(len(split.classes)),
@@ -119,21 +120,10 @@ class DataReport:
             _range(width for width, _ in split.sizes),
             _range(height for _, height in split.sizes),
             str(len(split.unreadable)),
-            str(len({pair[side] for pair in self.duplicates})),
+            str(len({pair[column] for pair in self.duplicates})),
             str(len(split.ignored)),
             str(len(split.loops)),
         ]
-
-
-class _Scan(NamedTuple):
-    size: tuple[int, int]
-    digest: bytes
-
-
-class _Listed(NamedTuple):
-    classes: Classes
-    ignored: list[Path]
-    loops: list[Path]
 
 
 def check_data(
@@ -158,29 +148,30 @@ def check_data(
         If DomainNet's lists are malformed, or there are no workers.
     """
     if workers is not None and workers < 1:
-        msg = f"workers is {workers}; allowed: at least 1"
+        msg = f"workers must be at least 1, got {workers}"
         raise ValueError(msg)
     folder = Path(root).expanduser()
-    listing, missing = _listing(folder, train_only=train_only)
-    scans: dict[str, dict[Path, _Scan | str]] = {}
+    listing = _listing(folder, train_only=train_only)
+    splits, digests = [], []
     with ThreadPoolExecutor(workers or usable_cpus()) as pool, warnings.catch_warnings():
         # Whatever Pillow warns of is refused, and said in the report.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        for name, listed in listing.items():
-            paths = [path for files in listed.classes.values() for path in files]
-            scans[name] = dict(zip(paths, pool.map(_scan, paths), strict=True))
-    splits = [
-        SplitReport(
-            name,
-            {label: len(files) for label, files in listed.classes.items()},
-            [scan.size for scan in scans[name].values() if isinstance(scan, _Scan)],
-            [scan for scan in scans[name].values() if isinstance(scan, str)],
-            tuple(listed.ignored),
-            tuple(listed.loops),
-        )
-        for name, listed in listing.items()
-    ]
-    return DataReport(folder, splits, _duplicates(*scans.values()), missing)
+        for name, (classes, beside) in listing.items():
+            paths = [path for tree in classes.values() for path in tree.images]
+            scans = dict(zip(paths, pool.map(_scan, paths), strict=True))
+            sound = {path: scan for path, scan in scans.items() if not isinstance(scan, str)}
+            trees = [beside, *classes.values()]
+            split = SplitReport(
+                name,
+                {label: len(tree.images) for label, tree in classes.items()},
+                [size for size, _ in sound.values()],
+                [scan for scan in scans.values() if isinstance(scan, str)],
+                tuple(path for tree in trees for path in tree.others),
+                tuple(path for tree in trees for path in tree.loops),
+            )
+            splits.append(split)
+            digests.append({path: digest for path, (_, digest) in sound.items()})
+    return DataReport(folder, splits, _duplicates(*digests), _missing(splits))
 
 
 def verify_data(config: DataConfig) -> None:
@@ -192,7 +183,7 @@ def verify_data(config: DataConfig) -> None:
         If something is wrong; the message holds the first problems.
     """
     report = check_data(
-        named_folder(config), workers=config.workers or None, train_only=config.validation > 0
+        config.build().folder(), workers=config.workers or None, train_only=config.validation > 0
     )
     if not report.passed:
         shown, rest = report.problems[:_SHOWN], len(report.problems) - _SHOWN
@@ -201,61 +192,54 @@ def verify_data(config: DataConfig) -> None:
         raise ValueError(msg)
 
 
-def _listing(root: Path, *, train_only: bool) -> tuple[dict[str, _Listed], list[str]]:
+def _listing(root: Path, *, train_only: bool) -> dict[str, tuple[dict[str, Walk], Walk]]:
+    """The files of each split by class, and what lies beside them."""
+    names, nothing = ["train"] if train_only else ["train", "test"], Walk([], [], [])
     domains = listed_domains(root)
     if domains:
-        names = ["train"] if train_only else ["train", "test"]
-        listing = {name: _Listed(read_lists(root, domains, name), [], []) for name in names}
-    else:
-        folders = [root / "train"] if train_only else [root / "train", test_folder(root)]
-        if not folders[0].is_dir():
-            msg = f"no folder {folders[0]}; {LAYOUT}"
-            raise FileNotFoundError(msg)
-        listing = {f.name: _list_split(f) for f in folders}
-    missing = []
-    for name, listed in listing.items():
-        empty = [label for label, files in listed.classes.items() if not files]
-        others = set().union(*(x.classes for x in listing.values())) - set(listed.classes)
+        lists = {name: read_lists(root, domains, name) for name in names}
+        return {
+            name: ({label: Walk(paths, [], []) for label, paths in classes.items()}, nothing)
+            for name, classes in lists.items()
+        }
+    folders = [split_folder(root, name) for name in names]
+    if not folders[0].is_dir():
+        msg = f"no folder {folders[0]}; {LAYOUT}"
+        raise FileNotFoundError(msg)
+    return {f.name: walk_classes(f) if f.is_dir() else ({}, nothing) for f in folders}
+
+
+def _missing(splits: list[SplitReport]) -> list[str]:
+    lines = []
+    every = {label for split in splits for label in split.classes}
+    for split in splits:
+        empty = {label for label, count in split.classes.items() if not count}
         if empty:
-            missing.append(f"{name} has no images of {some(empty)}")
-        if others:
-            missing.append(f"{name} lacks the classes {some(others)}")
-    return listing, missing
+            lines.append(f"{split.name} has no images of {some(empty)}")
+        if every - set(split.classes):
+            lines.append(f"{split.name} lacks the classes {some(every - set(split.classes))}")
+    return lines
 
 
-def _list_split(folder: Path) -> _Listed:
-    if not folder.is_dir():
-        return _Listed({}, [], [])
-    classes, beside = walk_classes(folder)
-    trees = [beside, *classes.values()]
-    ignored, loops = ([p for tree in trees for p in getattr(tree, k)] for k in ("others", "loops"))
-    return _Listed({name: tree.images for name, tree in classes.items()}, ignored, loops)
-
-
-def _scan(path: Path) -> _Scan | str:
+def _scan(path: Path) -> tuple[tuple[int, int], bytes] | str:
+    """Size and hash of an image, or what is wrong with it."""
     try:
         image = decode(path)
     except UnreadableImageError as error:
         return str(error)
-    # Decoded pixels, not bytes: the same picture saved again, or with other metadata, is found.
+    # Decoded pixels, not bytes: the same picture saved again, or with other metadata, is met too.
     digest = blake2b(np.asarray(image).data, digest_size=16)
     digest.update(repr(image.size).encode())
-    return _Scan(image.size, digest.digest())
+    return image.size, digest.digest()
 
 
 def _duplicates(
-    train: Mapping[Path, _Scan | str], test: Mapping[Path, _Scan | str] | None = None
+    train: Mapping[Path, bytes], test: Mapping[Path, bytes] | None = None
 ) -> list[tuple[Path, Path]]:
-    known: dict[bytes, list[Path]] = {}
-    for path, scan in train.items():
-        if isinstance(scan, _Scan):
-            known.setdefault(scan.digest, []).append(path)
-    return [
-        (twin, path)
-        for path, scan in (test or {}).items()
-        if isinstance(scan, _Scan)
-        for twin in known.get(scan.digest, [])
-    ]
+    twins: dict[bytes, list[Path]] = {}
+    for path, digest in train.items():
+        twins.setdefault(digest, []).append(path)
+    return [(twin, path) for path, digest in (test or {}).items() for twin in twins.get(digest, [])]
 
 
 def _ignored(split: SplitReport) -> str:
@@ -266,5 +250,5 @@ def _ignored(split: SplitReport) -> str:
 
 
 def _range(values: Iterable[int]) -> str:
-    found = sorted(values)
-    return f"{found[0]}/{median(found):g}/{found[-1]}" if found else "-"
+    ordered = sorted(values)
+    return f"{ordered[0]}/{median(ordered):g}/{ordered[-1]}" if ordered else "-"

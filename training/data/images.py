@@ -1,35 +1,78 @@
-"""Sources that give one image at a time, from memory or from where they are decoded."""
+"""Images by position, from memory or decoded from files, and sets of them with their labels.
 
-from collections.abc import Callable, Iterable, Sequence
+Every kind of image file becomes upright RGB (or grey), and what cannot be read is named.
+"""
+
+import struct
+import zlib
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, Self, cast
+from typing import Any, BinaryIO, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
 from torch import Tensor
+from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize as resize_tensor
 
-from training.config import DataConfig
-from training.data.decode import read_header
+from training.data.config import DataConfig
+from training.data.transforms import Transform
 
 CACHE_BYTES = 1_000_000_000
 """Decoded images are kept in memory below this size, unless ``data.cache`` decides."""
 
+Key = tuple[int, int]
+"""Position of an image, and the seed of its augmentation."""
 
-class Images(Protocol):
-    """Images by position: uint8, or float in [0, 1], of shape (C, H, W)."""
+# Besides its own errors, Pillow lets what a damaged file provokes in a codec through as it is.
+_DECODE_ERRORS = (
+    OSError,
+    EOFError,
+    SyntaxError,
+    ValueError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    MemoryError,
+    NotImplementedError,
+    RecursionError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+# Pillow goes by the content of a file, not by its name. Of what it reads, some formats start other
+# programs (EPS starts Ghostscript) and many are hardly ever met.
+_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
-    def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Tensor: ...
+class UnreadableImageError(ValueError):
+    """An image file is missing or cannot be decoded; the message names it and says what to do.
 
-    def select(self, indices: Sequence[int]) -> Self:
-        """Only these images, in this order."""
-        ...
+    The message is the same whether this process or a loading one met the file.
 
-    def check(self) -> None:
-        """Raise UnreadableImageError for an image that cannot be read, if that shows quickly."""
-        ...
+    Examples
+    --------
+    >>> UnreadableImageError("there is no image file x.png.")
+    UnreadableImageError('there is no image file x.png.')
+    """
+
+    def __init__(self, message: str) -> None:
+        # From a loading process, torch raises the class anew with the whole traceback as message,
+        # which ends with the original message behind the name of the class.
+        name = f"{type(self).__module__}.{type(self).__qualname__}: "
+        super().__init__(message.rpartition(name)[2].rstrip("\n"))
+
+
+def images_of(source: Any, config: DataConfig) -> "Images":
+    """Give what a data set has as images by position; see `training.data.datasets.Split`."""
+    if isinstance(source, Tensor | np.ndarray):
+        return ArrayImages(torch.as_tensor(source), config)
+    return LazyImages(source, config)
 
 
 class ArrayImages:
@@ -44,8 +87,7 @@ class ArrayImages:
     """
 
     def __init__(self, pixels: Tensor, config: DataConfig) -> None:
-        self.pixels = pixels
-        self.config = config
+        self.pixels, self.config = pixels, config
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -56,12 +98,13 @@ class ArrayImages:
     def select(self, indices: Sequence[int]) -> "ArrayImages":
         """Only these images, in this order; resized now if they are small enough to be kept."""
         pixels = self.pixels[torch.as_tensor(indices, dtype=torch.int64)]
-        if keeps(self.config, len(pixels), pixels.shape[1] * pixels.element_size()):
+        if _keeps(self.config, len(pixels), pixels.shape[1] * pixels.element_size()):
             pixels = _resize_square(pixels, self.config.resize)
         return ArrayImages(pixels, self.config)
 
-    def check(self) -> None:
-        """Nothing can be wrong with them: they are in memory."""
+    def files(self) -> list[Path]:
+        """None of them lies in a file of its own."""
+        return []
 
 
 class LazyImages:
@@ -69,64 +112,224 @@ class LazyImages:
 
     Parameters
     ----------
-    items
-        What ``opened`` makes an image of: a path, or a position in a data set.
-    opened
-        Decodes an item to uint8 of shape (C, H, W), the first resize included.
+    source
+        Gives a path, a PIL image or a uint8 tensor (C, H, W) by position. A list or tuple holds
+        paths.
     config
         Gives the side of the first resize, and whether to keep the resized images.
+    indices
+        The positions in ``source``; all of them when not given.
     """
 
     def __init__(
-        self, items: Iterable[Any], opened: Callable[[Any, DataConfig], Tensor], config: DataConfig
+        self, source: Sequence[Any], config: DataConfig, indices: Sequence[int] | None = None
     ) -> None:
-        self.items = list(items)
-        self.opened = opened
-        self.config = config
+        self.source, self.config = source, config
+        self.indices = range(len(source)) if indices is None else indices
         self._cache: Tensor | None = None
         self._filled: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> Tensor:
         if self._cache is None or self._filled is None:
-            return self.opened(self.items[index], self.config)
+            return self._decoded(index)
         if not self._filled[index]:
-            self._cache[index] = self.opened(self.items[index], self.config)
+            self._cache[index] = self._decoded(index)
             self._filled[index] = True
         return self._cache[index]
 
     def select(self, indices: Sequence[int]) -> "LazyImages":
-        """Only these images, in this order, with a cache of their own if they are small enough."""
-        chosen = LazyImages([self.items[index] for index in indices], self.opened, self.config)
-        side = self.config.resize
-        if side is not None and keeps(self.config, len(chosen), 3):
-            chosen._cache = torch.empty(len(chosen), 3, side, side, dtype=torch.uint8)
+        """Only these images, in this order, with a cache of their own if they are small enough.
+
+        Raises
+        ------
+        UnreadableImageError
+            If a file is no image that Pillow can read, or is too large, as far as its header says.
+        """
+        chosen = LazyImages(self.source, self.config, [self.indices[index] for index in indices])
+        for path in chosen.files():
+            _read_header(path)
+        side, channels = self.config.resize, len(self.config.mode)
+        if side is not None and _keeps(self.config, len(chosen), channels):
+            chosen._cache = torch.empty(len(chosen), channels, side, side, dtype=torch.uint8)
+            # Filled as images are first asked for: a run that ends early decodes nothing in vain.
             chosen._filled = torch.zeros(len(chosen), dtype=torch.bool)
             if self.config.workers > 0:  # what one loading process decodes serves the others
                 for shared in cast("tuple[Any, Any]", (chosen._cache, chosen._filled)):
                     shared.share_memory_()
         return chosen
 
-    def check(self) -> None:
-        """Read the header of every image that lies in a file of its own.
+    def files(self) -> list[Path]:
+        """The file of each image, where the source is a list of files."""
+        if not isinstance(self.source, list | tuple):
+            return []
+        return [Path(self.source[index]) for index in self.indices]
 
-        Raises
-        ------
-        UnreadableImageError
-            If one is no image that Pillow can read, or is too large; the message names it.
+    def _decoded(self, index: int) -> Tensor:
+        item = self.source[self.indices[index]]
+        if isinstance(item, Tensor) and item.dtype == torch.uint8:
+            return _resize_square(item, self.config.resize)
+        if isinstance(item, Image.Image):
+            return _as_tensor(_upright(item, self.config.mode), self.config)
+        if isinstance(item, str | Path):
+            return open_image(item, self.config)
+        msg = (
+            f"images by position must be paths, PIL images or uint8 tensors (C, H, W), got "
+            f"{type(item).__name__}; give float images as one array"
+        )
+        raise TypeError(msg)
+
+
+Images = ArrayImages | LazyImages
+"""Images by position: uint8, or float in [0, 1], of shape (C, H, W)."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet(Dataset[tuple[Tensor, int]]):
+    """Images with their labels in the class order of the stream.
+
+    Parameters
+    ----------
+    images
+        The images, shared by all subsets.
+    indices
+        Positions in ``images``, int64 of shape (N,).
+    labels
+        The label of each position, int64 of shape (N,).
+    transform
+        Applied to an image on access; without it an image comes as it was decoded.
+    """
+
+    images: Images
+    indices: Tensor
+    labels: Tensor
+    transform: Transform | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        return (self[position] for position in range(len(self)))
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+        image, label = self.images[int(self.indices[position])], int(self.labels[position])
+        return (image if self.transform is None else self.transform(image)), label
+
+    def prepared(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor, Tensor]:
+        """Images after the first half of the transform, their draws for the second, and labels.
+
+        Every image is drawn for from its seed, so it does not matter who does it. torch's global
+        generator is left as it was: loading data does not disturb the training's draws.
+
+        Parameters
+        ----------
+        keys
+            At least one.
         """
-        for path in self.items:
-            if isinstance(path, Path):
-                read_header(path)
+        if self.transform is None:
+            msg = "images are loaded in batches under a transform: use with_transform"
+            raise TypeError(msg)
+        # Seeding the CPU generator itself takes 2 us, torch.manual_seed 200 us: it seeds every
+        # device.
+        generator = torch.default_generator
+        state = generator.get_state()
+        positions = [position for position, _ in keys]
+        pixels, draws = [], []
+        try:
+            for index, (_, seed) in zip(self.indices[positions].tolist(), keys, strict=True):
+                generator.manual_seed(seed)
+                image, drawn = self.transform.prepare(self.images[index])
+                pixels.append(image)
+                draws.append(drawn)
+        finally:
+            generator.set_state(state)
+        return torch.stack(pixels), torch.stack(draws), self.labels[positions]
+
+    def subset(self, labels: Collection[int]) -> "ImageSet":
+        """Only the images with one of these labels, in the same order."""
+        wanted = torch.isin(self.labels, torch.tensor(sorted(labels), dtype=torch.int64))
+        return replace(self, indices=self.indices[wanted], labels=self.labels[wanted])
+
+    def with_transform(self, transform: Transform | None) -> "ImageSet":
+        """The same images under another transform."""
+        return replace(self, transform=transform)
 
 
-def keeps(config: DataConfig, count: int, pixel_bytes: int) -> bool:
-    """Whether so many images are kept in memory once they are decoded and resized."""
-    if config.cache is not None:
-        return config.cache
-    return config.resize is not None and count * config.resize**2 * pixel_bytes < CACHE_BYTES
+def open_image(path: str | Path, config: DataConfig) -> Tensor:
+    """Decode an image file as the experiment's own images are: channels, rotation, first resize.
+
+    The rotation noted by the camera is applied, transparency is dropped, and everything becomes
+    RGB (grey for digits).
+
+    Returns
+    -------
+    uint8 tensor of shape (C, H, W).
+
+    Raises
+    ------
+    UnreadableImageError
+        A ValueError, if the file is missing, cannot be decoded or has more pixels than
+        ``PIL.Image.MAX_IMAGE_PIXELS``; the message names it.
+    """
+    return _as_tensor(decode(path, config.mode), config)
+
+
+def decode(file: str | Path | BinaryIO, mode: str = "RGB", *, name: object = None) -> Image.Image:
+    """Decode a whole image file, turned as the camera noted it, to RGB or L.
+
+    Raises
+    ------
+    UnreadableImageError
+        As `open_image`; ``name`` is what the message calls a file without a path.
+    """
+    try:
+        with Image.open(file, formats=_FORMATS) as image:
+            _refuse_huge(image)
+            return _upright(image, mode)
+    except _DECODE_ERRORS as error:
+        raise _unreadable(file if name is None else name, error) from error
+
+
+def _read_header(path: Path) -> None:
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            _refuse_huge(image)
+    except _DECODE_ERRORS as error:
+        raise _unreadable(path, error) from error
+
+
+def _refuse_huge(image: Image.Image) -> None:
+    """Raise Image.DecompressionBombError where Pillow by itself might only warn.
+
+    A small file can unpack to gigabytes. The limit is ``PIL.Image.MAX_IMAGE_PIXELS``, 89 million
+    pixels unless a program sets another; None there means no limit.
+    """
+    pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
+    if limit is not None and pixels > limit:
+        msg = f"Image size ({pixels} pixels) exceeds limit of {limit} pixels"
+        raise Image.DecompressionBombError(msg)
+
+
+def _upright(image: Image.Image, mode: str) -> Image.Image:
+    """The image turned as the camera noted it, as RGB or L."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # Pillow would cut 16-bit greys off at 255
+        wide: NDArray[np.int64] = np.asarray(image).astype(np.int64)
+        image = Image.fromarray(((wide.clip(0, 65535) + 128) // 257).astype(np.uint8))
+    elif image.mode == "P":  # a palette may hold transparency, which a direct conversion warns of
+        image = image.convert("RGBA")
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _as_tensor(image: Image.Image, config: DataConfig) -> Tensor:
+    """An RGB or L image after the first resize, as uint8 of shape (C, H, W)."""
+    for side in (config.side, config.resize):
+        if side is not None and image.size != (side, side):
+            image = image.resize((side, side), Image.Resampling.BICUBIC)
+    pixels = np.array(image)
+    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
 
 
 def _resize_square(pixels: Tensor, side: int | None) -> Tensor:
@@ -136,3 +339,24 @@ def _resize_square(pixels: Tensor, side: int | None) -> Tensor:
     resized: Tensor = resize_tensor(pixels, [side, side], interpolation=bicubic, antialias=True)
     # Bicubic weights overshoot; uint8 is clipped by torchvision, float is not.
     return resized.clamp(0, 1) if resized.is_floating_point() else resized
+
+
+def _keeps(config: DataConfig, count: int, pixel_bytes: int) -> bool:
+    """Whether so many images are kept in memory once they are decoded and resized."""
+    if config.cache is not None:
+        return config.cache
+    return config.resize is not None and count * config.resize**2 * pixel_bytes < CACHE_BYTES
+
+
+def _unreadable(name: object, error: Exception) -> UnreadableImageError:
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return UnreadableImageError(f"there is no image file {name}.")
+    if isinstance(error, OSError) and isinstance(name, str | Path) and Path(name).is_dir():
+        return UnreadableImageError(f"{name} is a folder, not an image: give the files in it.")
+    # What the system says repeats the path; what Pillow says has no such short form.
+    reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+    huge = isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning)
+    cure = "Scale it down" if huge else "Repair it"
+    return UnreadableImageError(
+        f"cannot read the image {name}: {reason.rstrip('.')}. {cure}, or take it out."
+    )

@@ -1,33 +1,19 @@
 """The stream of tasks: classes in a seeded random order, cut into a first task and increments."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from training.config import DataConfig
-from training.data.cifar import cifar100_source
-from training.data.dataset import ImageSet
-from training.data.digits import digits_source
-from training.data.domainnet import domainnet_source
-from training.data.factory import timm_source
-from training.data.folder import folder_source, named_source
-from training.data.images import Images
-from training.data.source import Source, Split
-
-_SOURCES = {
-    "digits": digits_source,
-    "folder": folder_source,
-    "cifar100": cifar100_source,
-    "imagenet-r": named_source,
-    "imagenet-a": named_source,
-    "cub": named_source,
-    "domainnet": domainnet_source,
-    "timm": timm_source,
-}
+from training.data.config import DataConfig
+from training.data.datasets import Split, some
+from training.data.images import Images, ImageSet, images_of
 
 _VALIDATION_SEED = 0
 
@@ -56,6 +42,26 @@ class Stream:
     test: ImageSet
     order: list[int]
 
+    def fingerprint(self) -> str:
+        """Hash of what the stream holds, wherever it lies: the same data give the same text.
+
+        It covers the classes, the tasks, the labels, and where images are files their names (with
+        that of their folder) and sizes.
+
+        Examples
+        --------
+        >>> one, other = (build_stream(DataConfig(), seed).fingerprint() for seed in (0, 1))
+        >>> len(one), one == other
+        (64, False)
+        """
+        content: list[Any] = [self.class_names, self.order, self.tasks]
+        for part in (self.train, self.test):
+            files = part.images.files()
+            chosen = [files[index] for index in part.indices.tolist()] if files else []
+            named = [("/".join(path.parts[-2:]), path.stat().st_size) for path in chosen]
+            content.append([part.labels.tolist(), named])
+        return sha256(json.dumps(content).encode()).hexdigest()
+
 
 def build_stream(config: DataConfig, seed: int) -> Stream:
     """Open a data set and cut it into tasks; every image's header is read here.
@@ -80,16 +86,30 @@ def build_stream(config: DataConfig, seed: int) -> Stream:
     >>> stream.class_names[:4]
     ['2', '8', '4', '9']
     """
-    source = _SOURCES[config.name](config)
-    tasks = cut_tasks(config, len(source.class_names))
+    data = config.build()  # one instance for both splits: the second may need to know of the first
+    train = _checked(data.load("train"), config, "training")
+    names = list(train.classes)
+    without = sorted(set(range(len(names))) - set(np.asarray(train.targets).tolist()))
+    if without:
+        msg = f"{_place(config)} has no training image of {some([names[n] for n in without])}"
+        raise ValueError(msg)
+    tasks = cut_tasks(config, len(names))
     chosen = seed if config.order_seed is None else config.order_seed
-    count = len(source.class_names)
+    # The generator of the published code: another one would give other tasks.
     permutation = (
-        np.random.RandomState(chosen).permutation(count) if config.shuffle else np.arange(count)
+        np.random.RandomState(chosen).permutation(len(names))
+        if config.shuffle
+        else np.arange(len(names))
     )
     order = permutation[: tasks[-1][-1] + 1].tolist()
-    train, test = _splits(source, order, config)
-    return Stream([source.class_names[index] for index in order], tasks, train, test, order)
+    images, labels = _relabelled(train, order, config)
+    if config.validation == 0:
+        test = _matched(_checked(data.load("test"), config, "evaluation"), names, config)
+        parts = _image_set(images, labels), _image_set(*_relabelled(test, order, config))
+    else:
+        held_out = _held_out(labels, order, config.validation, names)
+        parts = _image_set(images, labels, ~held_out), _image_set(images, labels, held_out)
+    return Stream([names[number] for number in order], tasks, *parts, order)
 
 
 def cut_tasks(config: DataConfig, available: int) -> list[tuple[int, ...]]:
@@ -123,19 +143,63 @@ def cut_tasks(config: DataConfig, available: int) -> list[tuple[int, ...]]:
     return tasks[: config.tasks]
 
 
-def _splits(source: Source, order: list[int], config: DataConfig) -> tuple[ImageSet, ImageSet]:
-    images, labels = _relabelled(source.train, order)
-    if config.validation == 0:
-        return _image_set(images, labels), _image_set(*_relabelled(source.test(), order))
-    held_out = _held_out(labels, order, config.validation, source.class_names)
-    return _image_set(images, labels, ~held_out), _image_set(images, labels, held_out)
+def _checked(split: Any, config: DataConfig, use: str) -> Split:
+    """What a data set gave for a split; somebody's own may be mistaken in it."""
+    images, targets, classes = split
+    numbers = np.asarray(targets)
+    if numbers.ndim != 1 or numbers.dtype.kind not in "iu" or len(numbers) != len(images):
+        msg = (
+            f"{_place(config)} must give one class number for each of its {len(images)} {use} "
+            f"images, got {numbers.dtype} of shape {numbers.shape}"
+        )
+        raise ValueError(msg)
+    if not len(numbers) or numbers.min() < 0 or numbers.max() >= len(classes):
+        msg = f"{_place(config)}: {use} images must be of its {len(classes)} classes, from 0 on"
+        raise ValueError(msg)
+    if len(set(classes)) < len(classes):
+        msg = f"{_place(config)} must name its classes differently, got {some(list(classes))}"
+        raise ValueError(msg)
+    return Split(images, numbers.astype(np.int64), classes)
 
 
-def _relabelled(split: Split, order: list[int]) -> tuple[Images, NDArray[np.int64]]:
+def _matched(test: Split, names: Sequence[str], config: DataConfig) -> Split:
+    """The test split under the class numbers of the training split.
+
+    Raises
+    ------
+    ValueError
+        Unless both splits hold the same classes.
+    """
+    own, theirs = set(names), set(test.classes)
+    parts = []
+    if own - theirs:
+        parts.append(f"test lacks {some(own - theirs)}")
+    if theirs - own:
+        parts.append(f"train lacks {some(theirs - own)}")
+    if parts:
+        msg = f"{_place(config)}: both splits must hold the same classes, but {' and '.join(parts)}"
+        raise ValueError(msg)
+    # The splits may number the same classes differently, as DomainNet's lists can.
+    numbers = {name: number for number, name in enumerate(names)}
+    renumbered = np.array([numbers[name] for name in test.classes])
+    return Split(test.images, renumbered[np.asarray(test.targets)], names)
+
+
+def _place(config: DataConfig) -> str:
+    options = config.options
+    place = options.get("dataset") or options.get("root")
+    return f"data {config.name}" + (f" ({place})" if place else "")
+
+
+def _relabelled(
+    split: Split, order: list[int], config: DataConfig
+) -> tuple[Images, NDArray[np.int64]]:
     positions = np.flatnonzero(np.isin(split.targets, order))
-    images = split.images.select(positions.tolist())
-    images.check()
-    return images, np.argsort(order)[np.searchsorted(np.sort(order), split.targets[positions])]
+    images = images_of(split.images, config).select(positions.tolist())
+    labels = np.argsort(order)[
+        np.searchsorted(np.sort(order), np.asarray(split.targets)[positions])
+    ]
+    return images, labels
 
 
 def _held_out(

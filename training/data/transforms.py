@@ -4,48 +4,75 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from training.config import DataConfig
+from training.data.config import DataConfig
 
 
-@dataclass(frozen=True)
-class Window:
-    """A random square cut from a reflect-padded image, and perhaps its mirror image.
+@dataclass(frozen=True, kw_only=True)
+class Transform:
+    """From a decoded image to what the backbone reads, in two halves.
 
-    It gives what torchvision's RandomCrop and RandomHorizontalFlip give from the same state of the
-    global generator, but only the draws are made image by image: `cut` serves a whole batch, on
-    the device where it lies.
+    The first gives images one size, where they are decoded. The second cuts, mirrors and scales a
+    whole batch on the device that it was moved to, as bytes if it was decoded as bytes. Where to
+    cut and whether to mirror is drawn with the image, as torchvision's RandomCrop and
+    RandomHorizontalFlip would draw it from the same state of the global generator.
+
+    Calling it on one image of shape (C, H, W), uint8 or float in [0, 1], gives float32 of shape
+    (C, image_size, image_size).
 
     Parameters
     ----------
+    resized
+        Gives an image its size.
     size
-        Side of the square; that of the image without ``crop``.
+        Side of the square that is cut; that of the image without ``crop``.
     pad
         Pixels of reflected border on every side.
     crop
         Whether the square is cut at a random place of the padded image.
     flip
         Whether it is mirrored with probability 0.5.
+    mean, std
+        Subtracted from pixels in [0, 1], and divisor of what is left.
     """
 
+    resized: Callable[[Tensor], Tensor]
     size: int
+    mean: float
+    std: float
     pad: int = 0
     crop: bool = False
     flip: bool = False
 
-    def draw(self, side: int) -> tuple[int, int, int]:
-        """First row and column in a padded image of this side, and whether to mirror."""
-        row, column = (self._start(side), self._start(side)) if self.crop else (0, 0)
-        return row, column, int(self.flip and bool(torch.rand(1) < 0.5))
+    def __call__(self, image: Tensor) -> Tensor:
+        """Transform one image."""
+        pixels, draws = self.prepare(image)
+        return self.finish(pixels[None], draws[None])[0]
 
-    def _start(self, side: int) -> int:
-        spare = side + 2 * self.pad - self.size
-        return int(torch.randint(0, spare + 1, size=())) if spare > 0 else 0
+    def prepare(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """The first half for one image (C, H, W), and its draws for the second, int64 (3,).
 
-    def cut(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Cut from images (B, C, S, S) by draws (B, 3)."""
+        The draws are first row and column in the padded image, and whether to mirror.
+        """
+        pixels = self.resized(image)
+        spare = pixels.shape[-1] + 2 * self.pad - self.size if self.crop else 0
+        row, column = (
+            int(torch.randint(0, spare + 1, size=())) if spare > 0 else 0 for _ in range(2)
+        )
+        mirrored = self.flip and bool(torch.rand(1) < 0.5)
+        return pixels, torch.tensor([row, column, int(mirrored)])
+
+    def finish(self, images: Tensor, draws: Tensor) -> Tensor:
+        """The second half for images (B, C, S, S) and draws (B, 3) on one device."""
+        cut = self._cut(images, draws)
+        # A float image may leave [0, 1] in a bicubic resize; bytes are clipped there already.
+        whole = cut.dtype == torch.uint8
+        scaled = cut.to(torch.float32) / 255 if whole else cut.float().clamp(0, 1)
+        return scaled if (self.mean, self.std) == (0, 1) else scaled.sub_(self.mean).div_(self.std)
+
+    def _cut(self, images: Tensor, draws: Tensor) -> Tensor:
         mirrored = draws[:, 2, None].bool()
         if not self.crop:
             return images.where(~mirrored[:, None, None], images.flip(-1)) if self.flip else images
@@ -70,44 +97,6 @@ def _reflected(places: Tensor, side: int) -> Tensor:
     return places.where(places < side, 2 * (side - 1) - places)
 
 
-@dataclass(frozen=True)
-class Transform:
-    """From a decoded image to what the backbone reads, in two halves.
-
-    The first gives images one size, where they are decoded. The second cuts, mirrors and scales a
-    whole batch on the device that it was moved to, as bytes if it was decoded as bytes.
-
-    Calling it on one image of shape (C, H, W), uint8 or float in [0, 1], gives float32 of shape
-    (C, image_size, image_size).
-    """
-
-    resized: Callable[[Tensor], Tensor]
-    window: Window
-    mean: float
-    std: float
-
-    def __call__(self, image: Tensor) -> Tensor:
-        """Transform one image."""
-        pixels, draws = self.prepare(image)
-        return self.finish(pixels[None], draws[None])[0]
-
-    def prepare(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """The first half for one image (C, H, W), and its draws for the second, int64 (3,)."""
-        pixels = self.resized(image)
-        return pixels, torch.tensor(self.window.draw(pixels.shape[-1]))
-
-    def finish(self, images: Tensor, draws: Tensor) -> Tensor:
-        """The second half for images (B, C, S, S) and draws (B, 3) on one device.
-
-        Pixels are mapped to [0, 1], the mean is subtracted, and the standard deviation divides.
-        """
-        cut = self.window.cut(images, draws)
-        # A float image may leave [0, 1] in a bicubic resize; bytes are clipped there already.
-        whole = cut.dtype == torch.uint8
-        scaled = cut.to(torch.float32) / 255 if whole else cut.float().clamp(0, 1)
-        return scaled if (self.mean, self.std) == (0, 1) else scaled.sub_(self.mean).div_(self.std)
-
-
 def train_transform(config: DataConfig) -> Transform:
     """Build the random crop and flip of training images, drawing from torch's global generator.
 
@@ -119,12 +108,19 @@ def train_transform(config: DataConfig) -> Transform:
     torch.Size([1, 8, 8])
     """
     size, crop = config.image_size, config.train_crop == "pad"
-    window = Window(size, config.pad if crop else 0, crop=crop, flip=config.flip)
-    steps: list[Callable[[Tensor], Tensor]] = []
+    resized: nn.Module = nn.Identity()
     if config.train_crop == "random_resized":
         low, high = config.crop_scale
-        steps.append(v2.RandomResizedCrop(size, scale=(low, high), antialias=True))
-    return Transform(_chain(steps), window, config.mean, config.std)
+        resized = v2.RandomResizedCrop(size, scale=(low, high), antialias=True)
+    return Transform(
+        resized=resized,
+        size=size,
+        pad=config.pad if crop else 0,
+        crop=crop,
+        flip=config.flip,
+        mean=config.mean,
+        std=config.std,
+    )
 
 
 def test_transform(config: DataConfig) -> Transform:
@@ -136,24 +132,15 @@ def test_transform(config: DataConfig) -> Transform:
     >>> test_transform(DataConfig(mean=0.5, std=0.5))(torch.zeros(1, 8, 8)).unique()
     tensor([-1.])
     """
-    steps: list[Callable[[Tensor], Tensor]] = []
+    steps: list[nn.Module] = []
     if config.test_resize is not None:
         bicubic = v2.InterpolationMode.BICUBIC
         steps.append(v2.Resize(config.test_resize, interpolation=bicubic, antialias=True))
     if config.test_crop == "center":
         steps.append(v2.CenterCrop(config.image_size))
-    return Transform(_chain(steps), Window(config.image_size), config.mean, config.std)
+    resized = nn.Sequential(*steps)
+    return Transform(resized=resized, size=config.image_size, mean=config.mean, std=config.std)
 
 
 # pytest would take a function of this name, imported into a test module, for a test.
 test_transform.__test__ = False  # type: ignore[attr-defined]
-
-
-def _chain(steps: list[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
-    if not steps:
-        return _same
-    return steps[0] if len(steps) == 1 else v2.Compose(steps)
-
-
-def _same(image: Tensor) -> Tensor:
-    return image

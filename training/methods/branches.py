@@ -1,16 +1,144 @@
-"""What the baselines with low-rank branches share: sites, starts, and folding into the model."""
+"""What the baselines with low-rank branches share: options, starts, and folding into the model."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import torch
-from torch import Tensor, nn
+from backends.torch.settings import TIMM_QKV, Target
+from training.components import at_least, check
+from training.methods.base import Context, Method, look_ahead
 
-from backends.torch import LoRALinear, adapt, attach, check_rank, find_layers, restore
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from backends.torch import LoRALinear, TaskRecord
 
 Parts = Literal["all", "q", "k", "v", "qk", "kv", "qv"]
 _ORDER = "qkv"
+
+
+class BranchMethod(Method):
+    """A method that trains low-rank branches beside linear layers.
+
+    Parameters
+    ----------
+    rank
+        Rank of each branch.
+    target
+        Pattern, or several, of the names of the linear layers to adapt.
+    parts
+        Parts of a fused qkv layer that are adapted; all takes layers of any kind.
+    gao
+        Take gradient-aligned steps, or plain ones.
+    radius
+        Largest length of the look-ahead of a gradient-aligned step.
+    """
+
+    saves_open_task = True
+    sums_over_processes = True
+    keeps = ("branches",)
+
+    def __init__(
+        self,
+        *,
+        rank: int = 16,
+        target: Target = TIMM_QKV,
+        parts: Parts = "all",
+        gao: bool = False,
+        radius: float = 0.3,
+    ) -> None:
+        at_least("rank", rank, 1)
+        check(parts in get_args(Parts), "parts", parts, f"one of {', '.join(get_args(Parts))}")
+        self.rank, self.target, self.parts = rank, target, parts
+        self.radius = look_ahead(gao, radius)
+
+    def start(self, model: "nn.Module", context: Context) -> None:
+        """Attach to a model whose target layers suit the rank and the parts.
+
+        Raises
+        ------
+        ValueError
+            If the pattern matches no layer, or a layer is too small or no fused qkv.
+        """
+        from backends.torch import check_rank, find_layers
+
+        layers = find_layers(model, self.target)
+        check_rank(layers, self.rank)
+        for layer in layers.values():
+            output_rows(layer.out_features, self.parts)
+        super().start(model, context)
+
+
+class TaskBranches(BranchMethod):
+    """A method with new branches for every task, which are merged for good at its end.
+
+    Attributes
+    ----------
+    layers : dict of str to LoRALinear
+        The adapted layers by name; none between tasks.
+    tasks : int
+        Number of finished tasks.
+    """
+
+    scale = 1.0
+    trains_down = False
+
+    def start(self, model: "nn.Module", context: Context) -> None:
+        """Attach to a model."""
+        super().start(model, context)
+        self.layers: dict[str, LoRALinear] = {}
+        self.tasks = 0
+
+    def add_branches(self, down: "Callable[[str, LoRALinear], Tensor]") -> None:
+        """Put a branch of every part in place; ``down`` gives the down-projections (r, D)."""
+        self._adapt()
+        for name, layer in self.layers.items():
+            for part in output_rows(layer.out_features, self.parts):
+                self._add(layer, part, down(name, layer))
+
+    def merge_branches(self) -> "TaskRecord":
+        """Merge the branches for good; a record of them."""
+        from backends.torch import TaskRecord, restore
+
+        record = TaskRecord.of(self.layers, {}, {}, {}, {})
+        for layer in self.layers.values():
+            layer.merge()
+        restore(self.model, self.layers)
+        self.layers = {}
+        self.tasks += 1
+        return record
+
+    def parameters(self) -> "list[nn.Parameter]":
+        """Tensors of the branches that are trained."""
+        branches = [layer.branch(b) for layer in self.layers.values() for b in layer.branches]
+        return [p for branch in branches for p in branch.parameters() if p.requires_grad]
+
+    def state_dict(self) -> "dict[str, Tensor]":
+        """The number of tasks, and the branches of an open one."""
+        import torch
+
+        return {"tasks": torch.tensor(self.tasks)} | branch_state(self.layers)
+
+    def load_state_dict(self, state: "Mapping[str, Tensor]") -> None:
+        """Take over a state, with the branches of an open task."""
+        self.tasks = int(state["tasks"])
+        if any(key.startswith("down/") for key in state):
+            self._adapt()
+            load_branches(self.layers, state, self._add)
+
+    def _adapt(self) -> None:
+        from backends.torch import adapt
+
+        self.layers = adapt(self.model, self.target)
+
+    def _add(
+        self, layer: "LoRALinear", part: str, down: "Tensor", up: "Tensor | None" = None
+    ) -> None:
+        rows = output_rows(layer.out_features, self.parts)[part]
+        layer.add_branch(
+            part, down, up=up, rows=rows, scale=self.scale, train_down=self.trains_down
+        )
 
 
 def output_rows(out_features: int, parts: Parts) -> dict[str, tuple[int, int] | None]:
@@ -37,53 +165,38 @@ def output_rows(out_features: int, parts: Parts) -> dict[str, tuple[int, int] | 
     >>> output_rows(12, "qv")
     {'q': (0, 4), 'v': (8, 12)}
     """
-    if parts not in get_args(Parts):
-        msg = f"method.options parts is {parts!r}; allowed: {', '.join(get_args(Parts))}"
-        raise ValueError(msg)
     if parts == "all":
         return {"all": None}
     if out_features % 3:
         msg = (
-            f"method.options parts is {parts!r}, but a layer with {out_features} outputs is no "
-            "fused qkv; use parts: all, and name the layers by method.target"
+            f"parts must be all for layers that are not a fused qkv, got {parts} for a layer with "
+            f"{out_features} outputs; set parts to all, and name the layers by method.target"
         )
         raise ValueError(msg)
     third = out_features // 3
     pieces = [parts] if parts in _ORDER else list(parts)
-    found: dict[str, tuple[int, int] | None] = {}
+    rows: dict[str, tuple[int, int] | None] = {}
     for piece in pieces:
         first = _ORDER.index(piece[0]) * third
-        found[piece] = (first, first + len(piece) * third)
-    return found
+        rows[piece] = (first, first + len(piece) * third)
+    return rows
 
 
-def kaiming(rank: int, layer: LoRALinear, generator: torch.Generator) -> Tensor:
+def kaiming(rank: int, layer: "LoRALinear", generator: "torch.Generator") -> "Tensor":
     """A down-projection (r, D) as LoRA starts it, drawn on the CPU."""
+    import torch
+    from torch import nn
+
     down = torch.empty(rank, layer.in_features)
     nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
     return down
 
 
-def freeze(model: nn.Module, target: str, rank: int, parts: Parts = "all") -> None:
-    """Freeze a model, after a look at whether its target layers suit the rank and the parts.
-
-    Raises
-    ------
-    ValueError
-        If the pattern matches no layer, or a layer suits not.
-    """
-    layers = find_layers(model, target)
-    check_rank(layers, rank)
-    for layer in layers.values():
-        output_rows(layer.out_features, parts)
-    model.requires_grad_(False)
-
-
-AddBranch = Callable[[LoRALinear, str, Tensor, Tensor], object]
+AddBranch = Callable[..., Any]
 """``add(layer, branch, down, up)`` puts a branch in place."""
 
 
-def branch_state(layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
+def branch_state(layers: "Mapping[str, LoRALinear]") -> "dict[str, Tensor]":
     """A and B of every branch, by branch and layer."""
     state: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -94,7 +207,7 @@ def branch_state(layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
 
 
 def load_branches(
-    layers: Mapping[str, LoRALinear], state: Mapping[str, Tensor], add: AddBranch
+    layers: "Mapping[str, LoRALinear]", state: "Mapping[str, Tensor]", add: AddBranch
 ) -> None:
     """Add the branches of a state to layers, in the order of the state."""
     for key, down in state.items():
@@ -111,7 +224,9 @@ class FoldedLayers:
     a task starts from the exact unmerged state.
     """
 
-    def __init__(self, model: nn.Module, target: str) -> None:
+    def __init__(self, model: "nn.Module", target: Target) -> None:
+        from backends.torch import adapt, restore
+
         self.model = model
         self.layers: dict[str, LoRALinear] = adapt(model, target)
         self.weights = {
@@ -122,45 +237,55 @@ class FoldedLayers:
 
     def open(self) -> None:
         """Take the branches out of the weights again and put them in place."""
+        from backends.torch import attach
+
         self.is_open = True
         attach(self.model, self.layers)
         for layer in self.layers.values():
             if layer.merged:
                 layer.unmerge()
 
-    def fold(self) -> None:
-        """Fold the branches into the weights of the model."""
+    def fold(self) -> "TaskRecord":
+        """Fold the branches into the weights of the model; a record of them."""
+        from backends.torch import TaskRecord, restore
+
+        record = TaskRecord.of(self.layers, {}, {}, {}, {})
         for layer in self.layers.values():
             layer.merge()
         restore(self.model, self.layers)
         self.is_open = False
+        return record
 
-    def parameters(self, branches: Iterable[str]) -> list[nn.Parameter]:
+    def parameters(self, branches: Iterable[str]) -> "list[nn.Parameter]":
         """A and B of the named branches, in every layer."""
         found = [layer.branch(b) for layer in self.layers.values() for b in branches]
         return [p for branch in found for p in (branch.down, branch.up)]
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> "dict[str, Tensor]":
         """The branches and the weights without them, by layer, and whether a task is open."""
+        import torch
+
         state = {f"weight/{name}": weight for name, weight in self.weights.items()}
         if self.is_open:
             state["open"] = torch.tensor(True)
         return state | branch_state(self.layers)
 
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Tensor], add: AddBranch) -> None:
+    def load_state_dict(self, state: "Mapping[str, Tensor]", add: AddBranch) -> None:
         """Take over weights and branches, and attach them if a task is open."""
-        for name, layer in self.layers.items():
-            if layer.merged:
-                layer.unmerge()
-            self.weights[name].copy_(state[f"weight/{name}"])
-            layer.base.weight.copy_(self.weights[name])
-            for branch in list(layer.branches):
-                layer.drop_branch(branch)
-        load_branches(self.layers, state, add)
-        if "open" in state:
-            self.open()
-            return
-        for layer in self.layers.values():
-            if layer.branches:
-                layer.merge()
+        import torch
+
+        with torch.no_grad():
+            for name, layer in self.layers.items():
+                if layer.merged:
+                    layer.unmerge()
+                self.weights[name].copy_(state[f"weight/{name}"])
+                layer.base.weight.copy_(self.weights[name])
+                for branch in list(layer.branches):
+                    layer.drop_branch(branch)
+            load_branches(self.layers, state, add)
+            if "open" in state:
+                self.open()
+                return
+            for layer in self.layers.values():
+                if layer.branches:
+                    layer.merge()

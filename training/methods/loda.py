@@ -1,134 +1,131 @@
 """LoDA and its ablations."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import torch
-from torch import Tensor, nn
+from backends.torch.settings import LoDASettings
+from training.components import check
+from training.methods.base import Context, Method, look_ahead
+from training.seeds import derive
 
-from backends.torch import (
-    LoDA,
-    LoDASettings,
-    TaskRecord,
-    find_layers,
-    random_bases,
-)
-from training.config import MethodConfig
-from training.methods.base import Context
-from training.methods.options import read_options
-from training.methods.steps import Stepper, look_ahead
-from training.randomness import derive
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from backends.torch import TaskRecord
 
 Directions = Literal["solved", "random"]
 
 
-@dataclass(frozen=True)
-class LoDAOptions:
-    """What is no part of LoDA, but shows what a part of it is worth.
+class LoDAMethod(Method):
+    """LoDA (arXiv:2603.00191); its options switch its parts off one by one.
 
     Parameters
     ----------
+    gao
+        Take gradient-aligned steps, or plain ones.
+    radius
+        Largest length of the look-ahead of a gradient-aligned step.
     directions
-        solved from the second moments, or random ones in their place.
+        solved from the second moments, or random ones in their place, which shows what solving
+        them is worth.
+    rank
+        Directions of each branch, r.
+    heldout
+        Log what the chosen directions keep on images that they were not chosen on.
+    **settings
+        The further fields of LoDASettings.
     """
-
-    directions: Directions = "solved"
-
-    def __post_init__(self) -> None:
-        if self.directions not in get_args(Directions):
-            allowed = ", ".join(get_args(Directions))
-            msg = f"method.options directions is {self.directions!r}; allowed: {allowed}"
-            raise ValueError(msg)
-
-
-class LoDAMethod(Stepper):
-    """LoDA (arXiv:2603.00191); the settings of ``method`` switch its parts off one by one."""
 
     saves_open_task = True
     sums_over_processes = True
 
-    def __init__(self, config: MethodConfig, model: nn.Module, context: Context) -> None:
-        self.options, self.context = read_options(config, LoDAOptions), context
-        model.requires_grad_(False)
-        settings = LoDASettings(
-            target=config.target,
-            rank=config.rank,
-            general_weight=config.general_weight,
-            isolated_weight=config.isolated_weight,
-            down_scale=config.down_scale,
-            branches=config.branches,
-            isolated=config.isolated,
-            ridge=config.ridge,
-            energy_floor=config.energy_floor,
-            recalibration=config.recalibration,
-            joint=config.joint,
-            gamma=config.gamma,
-            history_weight=config.history_weight,
-            history=config.history,
-            history_decay=config.history_decay,
-            heldout=config.heldout,
-        )
-        self.loda = LoDA(model, settings, reduce=context.reduce)
-        self.radius = look_ahead(config, default=True)
-        self.reduce = context.reduce
+    # Two defaults are not those of the settings, which are the paper's: experiments start on small
+    # backbones, and it is here that somebody looks at the log.
+    def __init__(
+        self,
+        *,
+        gao: bool = True,
+        radius: float = 0.3,
+        directions: Directions = "solved",
+        rank: int = 16,
+        heldout: bool = True,
+        **settings: Any,
+    ) -> None:
+        self.settings = LoDASettings(rank=rank, heldout=heldout, **settings)
+        self.radius = look_ahead(gao, radius)
+        names = get_args(Directions)
+        check(directions in names, "directions", directions, f"one of {', '.join(names)}")
+        self.directions = directions
+
+    def start(self, model: "nn.Module", context: Context) -> None:
+        """Attach LoDA to a model."""
+        from backends.torch import LoDA
+
+        self.loda = LoDA(model, self.settings, reduce=context.reduce)
+        super().start(model, context)
 
     def begin_task(self, batches: Iterable[Any]) -> None:
         """Solve for the directions of the branches."""
-        bases = None
-        if self.options.directions == "random":
-            loda, seed = self.loda, derive(self.context.seed, self.loda.tasks, "method")
-            bases = random_bases(
-                loda.settings,
-                find_layers(loda.model, loda.settings.target),
-                first_task=loda.tasks == 0,
-                generator=torch.Generator().manual_seed(seed),
-            )
-        self.loda.begin_task(batches, bases=bases)
+        self.loda.begin_task(batches, bases=self._random_bases())
 
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> "list[nn.Parameter]":
         """The tensors of the branches."""
         return self.loda.lora_parameters()
 
-    def end_task(self, batches: Iterable[Any]) -> TaskRecord:
+    def end_task(self, batches: Iterable[Any]) -> "TaskRecord":
         """Recalibrate and merge."""
         return self.loda.end_task(batches)
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> "dict[str, Tensor]":
         """The history of second moments, and the branches of an open task."""
         return self.loda.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: "Mapping[str, Tensor]") -> None:
         """Take over the history, and an open task."""
         self.loda.load_state_dict(state)
 
+    def _random_bases(self) -> "dict[str, dict[str, Tensor]] | None":
+        if self.directions == "solved":
+            return None
+        import torch
 
-def null_lora(config: MethodConfig, model: nn.Module, context: Context) -> LoDAMethod:
+        from backends.torch import find_layers, random_bases
+
+        tasks = self.loda.tasks
+        return random_bases(
+            self.settings,
+            find_layers(self.model, self.settings.target),
+            first_task=tasks == 0,
+            generator=torch.Generator().manual_seed(derive(self.context.seed, tasks, "method")),
+        )
+
+
+class NullLoRA(LoDAMethod):
     """The isolated branch alone, in the null space of the old tasks: what LoDA argues against.
 
     The update leaves outputs on old inputs as they are, as far as their moment has a null space.
     As in LoDA the first task, which has no past, trains a general branch.
+
+    Parameters
+    ----------
+    gao
+        Take gradient-aligned steps, or plain ones.
+    **settings
+        The further options of LoDAMethod.
     """
-    return LoDAMethod(as_loda(config), model, context)
 
-
-def as_loda(config: MethodConfig) -> MethodConfig:
-    """Settings of LoDA under which it is the method of the settings: ``loda`` or ``null_lora``.
-
-    Raises
-    ------
-    ValueError
-        If the method is another one.
-
-    Examples
-    --------
-    >>> as_loda(MethodConfig("null_lora")).isolated
-    'null'
-    """
-    if config.name == "loda":
-        return config
-    if config.name != "null_lora":
-        msg = f"{config.name} is not LoDA under other settings"
-        raise ValueError(msg)
-    gao = False if config.gao is None else config.gao
-    return replace(config, branches="isolated", isolated="null", gao=gao)
+    def __init__(self, *, gao: bool = False, **settings: Any) -> None:
+        super().__init__(
+            gao=gao,
+            branches="isolated",
+            isolated="null",
+            # Without a general branch nothing is recalibrated, and the null space has neither
+            # ridge nor floor. Fixed here, these are no options that somebody could set in vain.
+            recalibration="none",
+            joint=False,
+            gamma=LoDASettings.gamma,
+            history_weight=LoDASettings.history_weight,
+            ridge=LoDASettings.ridge,
+            energy_floor=None,
+            **settings,
+        )

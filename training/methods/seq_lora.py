@@ -1,43 +1,43 @@
-"""Sequential LoRA: one low-rank branch trained on, task after task.
-
-On a stream whose tasks are joined into one it is the upper bound ``joint``.
-"""
+"""Sequential LoRA: one low-rank branch trained on, task after task; and its upper bound."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from backends.torch import LoRALinear, TaskRecord
-from training.config import MethodConfig
 from training.methods.base import Context
-from training.methods.branches import FoldedLayers, freeze, kaiming
-from training.methods.options import NoOptions, read_options
-from training.methods.steps import Stepper, look_ahead
+from training.methods.branches import BranchMethod, FoldedLayers, kaiming
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from backends.torch import LoRALinear, TaskRecord
 
 _BRANCH = "lora"
 
 
-class SequentialLoRA(Stepper):
-    """The baseline without any protection against forgetting.
+class SequentialLoRA(BranchMethod):
+    """One branch for all tasks, without any protection against forgetting.
 
     A starts Kaiming-uniform and B at zero, both are trained on every task, the weight of the
     branch is 1 and it is never dropped.
+
+    Parameters
+    ----------
+    **settings
+        The options of BranchMethod, parts aside.
     """
 
-    saves_open_task = True
-    sums_over_processes = True
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(parts="all", **settings)
 
-    def __init__(self, config: MethodConfig, model: nn.Module, context: Context) -> None:
-        read_options(config, NoOptions)
-        freeze(model, config.target, config.rank)
-        self.folded = FoldedLayers(model, config.target)
-        self.radius = look_ahead(config, default=False)
-        self.reduce = context.reduce
+    def start(self, model: "nn.Module", context: Context) -> None:
+        """Add the branch to a model."""
+        import torch
+
+        super().start(model, context)
+        self.folded = FoldedLayers(model, self.target)
         generator = torch.Generator().manual_seed(context.seed)
         for layer in self.folded.layers.values():
-            layer.add_branch(_BRANCH, kaiming(config.rank, layer, generator), train_down=True)
+            layer.add_branch(_BRANCH, kaiming(self.rank, layer, generator), train_down=True)
         self.folded.fold()
 
     def begin_task(self, batches: Iterable[Any]) -> None:
@@ -45,25 +45,29 @@ class SequentialLoRA(Stepper):
         del batches
         self.folded.open()
 
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> "list[nn.Parameter]":
         """A and B of every layer."""
         return self.folded.parameters([_BRANCH])
 
-    def end_task(self, batches: Iterable[Any]) -> TaskRecord:
+    def end_task(self, batches: Iterable[Any]) -> "TaskRecord":
         """Fold the branch into the weights until the next task."""
         del batches
-        record = TaskRecord.of(self.folded.layers, {}, {}, {}, {})
-        self.folded.fold()
-        return record
+        return self.folded.fold()
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> "dict[str, Tensor]":
         """The branch and the weights without it, by layer."""
         return self.folded.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: "Mapping[str, Tensor]") -> None:
         """Take over a branch and the weights without it."""
 
-        def add(layer: LoRALinear, branch: str, down: Tensor, up: Tensor) -> None:
+        def add(layer: "LoRALinear", branch: str, down: "Tensor", up: "Tensor") -> None:
             layer.add_branch(branch, down, up=up, train_down=True)
 
         self.folded.load_state_dict(state, add)
+
+
+class Joint(SequentialLoRA):
+    """Sequential LoRA on all tasks at once: the upper bound."""
+
+    joins_tasks = True

@@ -1,33 +1,50 @@
-"""Reports over finished runs: tables, figures and one page that holds them all."""
+"""Reports over finished runs: tables, figures and one page that holds them all.
 
-from training.report.finished import Finished
-from training.report.grouping import Section, by_section
-from training.report.pairs import Paired, Spread, paired, spread
-from training.report.records import read_records, write_records
-from training.report.runs import Found, find_runs, read_run
-from training.report.summary import comparison_curves, report_tables
-from training.report.tables import Cell, Table, latex, markdown
-from training.report.write import Report, write_report
+The numbers themselves, as a DataFrame::
+
+    from training.report import load
+
+    runs = load("runs/a", "docs/records/caltech101.jsonl")
+    runs[runs["primary"]].groupby(["section", "group"])["last"].agg(["mean", "std"])
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from training.report.figures import comparison_figure
+    from training.report.page import Report, write_report
+    from training.report.runs import find_runs, load, load_tasks, write_bundle
+    from training.report.tables import Table, differences, intervals, latex, leads, markdown
+
+_MODULES = {
+    "figures": ("comparison_figure",),
+    "page": ("Report", "write_report"),
+    "runs": ("find_runs", "load", "load_tasks", "write_bundle"),
+    "tables": ("Table", "differences", "intervals", "latex", "leads", "markdown"),
+}
+_PLACES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "Cell",
-    "Finished",
-    "Found",
-    "Paired",
     "Report",
-    "Section",
-    "Spread",
     "Table",
-    "by_section",
-    "comparison_curves",
+    "comparison_figure",
+    "differences",
     "find_runs",
+    "intervals",
     "latex",
+    "leads",
+    "load",
+    "load_tasks",
     "markdown",
-    "paired",
-    "read_records",
-    "read_run",
-    "report_tables",
-    "spread",
-    "write_records",
+    "write_bundle",
     "write_report",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for: `loda --help` waits for neither pandas nor jinja2."""
+    if name not in _PLACES:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)

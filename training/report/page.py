@@ -1,33 +1,32 @@
-"""The report as one HTML page that needs nothing beside it: no script, no network, no files."""
+"""A written report: tables, figures, and one HTML page that holds them all.
+
+The page needs nothing beside it: no script, no network, no other file.
+"""
 
 import re
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
-from training.report.tables import Table
+from training.report.figures import Drawing, drawings, side_drawings
+from training.report.runs import Inventory, Section, by_section, find_runs, measures, slug
+from training.report.tables import Table, latex, markdown, report_tables, side_by_side
+from training.run_dir import write_text
 
-_TEMPLATE = "page.html"
+MARKDOWN, LATEX, CSV, PAGE, FIGURES = (
+    "tables.md",
+    "tables.tex",
+    "runs.csv",
+    "report.html",
+    "figures",
+)
+_ENDINGS = (".png", ".svg")
 _PIXELS_A_POINT = 4 / 3
-
-
-class Figure(NamedTuple):
-    """A figure of the page; ``source`` is a data URI, sizes are in CSS pixels.
-
-    One that is folded is opened by the reader.
-    """
-
-    title: str
-    caption: str
-    alt: str
-    source: str
-    width: int
-    height: int
-    folded: bool = False
 
 
 class Part(NamedTuple):
@@ -36,52 +35,201 @@ class Part(NamedTuple):
     slug: str
     title: str
     tables: Sequence[Table]
-    figures: Sequence[Figure]
+    figures: Sequence[dict[str, Any]]
 
 
-def embed(path: Path, title: str, caption: str, alt: str) -> Figure:
-    """A figure from an SVG file, whose size is in points.
+class Report(NamedTuple):
+    """What a report is made of.
 
-    Raises
-    ------
-    ValueError
-        If the file does not say its size.
+    Attributes
+    ----------
+    inventory : Inventory
+        The runs, and what is named but not counted.
+    sections : list of Section
+        Data and backbones, each with its methods.
+    against, baseline : str or None
+        Whose lead is given, and relative to whom accuracies are drawn.
     """
-    content = path.read_bytes()
-    size = re.search(rb'viewBox="0 0 ([\d.]+) ([\d.]+)"', content)
-    if size is None:
-        msg = f"{path} does not say its size"
-        raise ValueError(msg)
-    width, height = (round(_PIXELS_A_POINT * float(side)) for side in size.groups())
-    source = f"data:image/svg+xml;base64,{b64encode(content).decode('ascii')}"
-    return Figure(title, caption, alt, source, width, height)
+
+    inventory: Inventory
+    sections: list[Section]
+    against: str | None
+    baseline: str | None
+
+    @classmethod
+    def over(
+        cls,
+        sources: Sequence[str | Path],
+        *,
+        against: str | None = None,
+        baseline: str | None = None,
+    ) -> "Report":
+        """Read the runs in folders and bundles, as :func:`find_runs` takes them.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no finished run.
+        ValueError
+            If a label is that of no group, or a seed occurs twice in one.
+        """
+        inventory = find_runs(sources)
+        sections = by_section(inventory.runs)
+        labels = sections[0].labels
+        for option, label in (("against", against), ("baseline", baseline)):
+            if label is not None and label not in labels:
+                msg = f"--{option} must be one of {', '.join(labels)}, got {label}"
+                raise ValueError(msg)
+        return cls(inventory, sections, against, baseline)
+
+    def notes(self) -> list[str]:
+        """What the reader should know first."""
+        _, unfinished, unreadable, others = self.inventory
+        # The logs of a sweep are met wherever runs are given by a pattern.
+        others = [p for p in others if "logs" not in (p.name, p.parent.name)]
+        notes = {
+            "Unfinished runs, not counted": map(str, unfinished),
+            "Unreadable runs, not counted": (f"{p} ({why})" for p, why in unreadable.items()),
+            "No run is in": (str(path) for path in others if path.suffix != ".json"),
+        }
+        texts = {what: ", ".join(names) for what, names in notes.items()}
+        return [f"{what}: {names}." for what, names in texts.items() if names]
+
+    def overview(self) -> list[Table]:
+        """Tables over several data sets or backbones."""
+        return side_by_side(self.sections, self.against)
+
+    def markdown(self) -> str:
+        """All tables as Markdown."""
+        parts = [*self.notes(), *map(markdown, self.overview())]
+        for section in self.sections:
+            parts += [f"## {section.title}", *map(markdown, report_tables(section, self.against))]
+        return "\n\n".join(parts) + "\n"
+
+    def latex(self) -> str:
+        """All tables as LaTeX floats; they need the package booktabs."""
+        tables = self.overview()
+        for section in self.sections:
+            for table in report_tables(section, self.against):
+                tables.append(table._replace(title=f"{section.title}: {table.title}"))
+        return (
+            "\n\n".join([r"% In the preamble: \usepackage{booktabs}", *map(latex, tables)]) + "\n"
+        )
 
 
-def page(
-    title: str,
-    count: str,
-    notes: Sequence[str],
-    parts: Sequence[Part],
-    runs: Table,
-) -> str:
-    """The page.
+def write_report(report: Report, out: Path, *, overwrite: bool = False) -> Path:
+    """Write tables, ``runs.csv``, ``figures/`` and ``report.html``; returns the page.
 
     Parameters
     ----------
-    title, count : str
-        Its title, and how much it covers.
-    notes : sequence of str
-        What the reader should know first.
-    parts : sequence of Part
-        The sections.
-    runs : Table
-        Which runs it is about.
+    report : Report
+        What to write.
+    out : Path
+        A new or empty folder.
+    overwrite : bool
+        Replace the report that is in the folder; other files stay.
+
+    Raises
+    ------
+    FileExistsError
+        If the folder has content and ``overwrite`` is off.
+    NotADirectoryError
+        If the path is a file.
+    OSError
+        If there is a link in the folder, where figures are to be.
     """
-    text = files("training.report").joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    if out.exists() and not out.is_dir():
+        msg = f"{out} is a file; give a folder"
+        raise NotADirectoryError(msg)
+    links = [path for path in (out / FIGURES, *(out / FIGURES).glob("*")) if path.is_symlink()]
+    if links:
+        msg = f"{links[0]} is a link; nothing is written through it: give another --out"
+        raise OSError(msg)
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            msg = f"{out} is not empty, and nothing is overwritten unasked: add --overwrite"
+            raise FileExistsError(msg)
+        _remove_report(out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / MARKDOWN, report.markdown())
+    write_text(out / LATEX, report.latex())
+    write_text(out / CSV, measures(report.inventory.runs).to_csv(index=False))
+    parts = []
+    overview = report.overview()
+    if overview:
+        figures = _figures(side_drawings(report.sections, report.against), out / FIGURES)
+        parts.append(Part("side-by-side", "Side by side", overview, figures))
+    for section in report.sections:
+        baseline = report.baseline if report.baseline in section.groups else None
+        folder = out / FIGURES / (section.slug if len(report.sections) > 1 else "")
+        drawn = drawings(section, against=report.against, baseline=baseline)
+        tables = report_tables(section, report.against)
+        parts.append(Part(section.slug, section.title, tables, _figures(drawn, folder)))
+    write_text(out / PAGE, _page(report, parts))
+    return out / PAGE
+
+
+def _figures(drawn: Iterable[Drawing], folder: Path) -> list[dict[str, Any]]:
+    """Draw figures into a folder; what the page shows of each."""
+    figures: dict[str, dict[str, Any]] = {}
+    for drawing in drawn:
+        # Names hold labels and read-outs, which may be any text: no path is made of them.
+        name = slug(drawing.name)
+        while name in figures:  # labels that differ in punctuation alone
+            name += "-"
+        for ending in _ENDINGS:
+            path = drawing.draw(folder / f"{name}{ending}")
+        figures[name] = drawing._asdict() | _embedded(path)
+    return list(figures.values())
+
+
+def _embedded(path: Path) -> dict[str, Any]:
+    """An SVG file as a data URI, and its size in CSS pixels."""
+    content = path.read_bytes()
+    size = re.search(rb'viewBox="0 0 ([\d.]+) ([\d.]+)"', content)  # in points
+    if size is None:
+        msg = f"{path} does not say its size"
+        raise ValueError(msg)
+    width, height = (round(_PIXELS_A_POINT * float(length)) for length in size.groups())
+    source = f"data:image/svg+xml;base64,{b64encode(content).decode('ascii')}"
+    return {"source": source, "width": width, "height": height}
+
+
+def _page(report: Report, parts: Sequence[Part]) -> str:
+    runs = [
+        {
+            "method": label,
+            "section": section.base,
+            "seed": str(run.seed),
+            "analysed": "yes" if run.content["analysis"] else "no",
+            "folder": str(run.path),
+        }
+        for section in report.sections
+        for label in section.fresh
+        for run in section.groups[label]
+    ]
+    methods = len(report.sections[0].labels)
+    text = files("training.report").joinpath("page.html").read_text(encoding="utf-8")
     # Whatever a label holds, it is text.
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
     )
     return environment.from_string(text).render(
-        title=title, count=count, notes=notes, parts=parts, runs=runs
+        title="Class-incremental learning: comparison of runs",
+        count=f"{_plural(len(runs), 'finished run')} of {_plural(methods, 'method')}.",
+        notes=report.notes(),
+        parts=parts,
+        runs=Table("Finished runs", pd.DataFrame(runs).set_index("method")),
     )
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _remove_report(out: Path) -> None:
+    for name in (MARKDOWN, LATEX, CSV, PAGE):
+        (out / name).unlink(missing_ok=True)
+    for ending in _ENDINGS:
+        for stale in (out / FIGURES).rglob(f"*{ending}"):
+            stale.unlink()

@@ -1,97 +1,381 @@
-"""Finished runs, found below folders and in files of records, and read back."""
+"""Finished runs, read from run folders and bundles, as tables of numbers in pandas.
 
+A *bundle* is one text file with what a report needs of many runs: weights, curves within tasks and
+the paths of the machine are left out. Its first line says what the file is, each further line holds
+a run as JSON.
+"""
+
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from math import isfinite, nan
 from pathlib import Path
+from re import fullmatch
 from typing import Any, NamedTuple
 
-from training.config import read_experiment
-from training.files import read_json
-from training.report.finished import Content, Finished, assemble, variant_of
-from training.report.records import is_records, read_records
-from training.run_folder import ANALYSIS, CLASSES, CONFIG, ENVIRONMENT, METRICS, SUMMARY
-from training.sweeps.groups import read_groups
+import pandas as pd
+
+from training.config import (
+    NEUTRAL,
+    READOUTS,
+    Experiment,
+    experiment_from,
+    experiment_values,
+    flat_settings,
+    read_experiment,
+)
+from training.methods import steps_a_batch
+from training.metrics import AccuracyMatrix
+from training.run_dir import (
+    ANALYSIS,
+    CLASSES,
+    CONFIG,
+    ENVIRONMENT,
+    METRICS,
+    SUMMARY,
+    read_json,
+    readable,
+    write_text,
+)
+from training.sweep import read_groups
+
+OTHERS = "others"
+"""Title of the variants that the file of a sweep puts in no group."""
+
+_BUNDLE, _VERSION = "loda bundle", 2
+_LONGEST_HEADER = 200
+
+# What a report takes from the files of a run, and a bundle holds.
+_FILES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "summary": (SUMMARY, ("counts", "task_given", "stored_bytes", "trainable_parameters")),
+    "classes": (CLASSES, ("class_names", "order", "tasks", "images")),
+    "environment": (ENVIRONMENT, ("backbone", "packages")),
+    "analysis": (ANALYSIS, ("subspaces", "losses")),
+}
+_EVENT = ("task", "seconds", "memory")
+
+# Settings that tell runs of one experiment apart without making them different experiments.
+_NOT_COMPARED = ("seed", "out", "threads", "device", "keep", "tracker")
+
+# Accuracies under other values of these are about other images, tasks or networks; so they are
+# under other options of a data set or a backbone, unless those only say where something is.
+_STREAM = ("classes", "init_cls", "increment", "task_sizes", "tasks", "validation", "image_size")
+_PLACES = ("data.root", "data.dataset", "data.download", "backbone.weights")
+
+_TIMES, _MEMORY = ("seconds", "training_seconds"), ("memory_mib", "gpu_memory_mib")
+_ENERGIES = ("ratio", "new_energy", "old_energy", "new_magnitude", "old_magnitude")
 
 
-class Found(NamedTuple):
-    """What was found below folders.
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its settings and what it measured.
 
     Attributes
     ----------
-    runs : list of Finished
+    path : Path
+        The run folder, or a place in a bundle.
+    name : str
+        What the user calls the group that the run belongs to; may be empty.
+    parts : mapping of str to sequence of str
+        The groups in the file of its sweep: titles, and variants by name.
+    experiment : Experiment
+        Its settings.
+    content : dict
+        What a report takes from its files, as JSON holds it.
+    """
+
+    path: Path
+    name: str
+    parts: Mapping[str, Sequence[str]]
+    experiment: Experiment
+    content: dict[str, Any]
+
+    def check(self) -> None:
+        """Look once at all that a report takes from the files, which may come from anybody.
+
+        Raises
+        ------
+        ValueError
+            If something is not what a run writes; the message names the file.
+        """
+        for file, read in (
+            (SUMMARY, lambda: (self.matrices, self.kept)),
+            (CLASSES, lambda: (self.order, self.compute)),
+            (ENVIRONMENT, lambda: self.weights),
+            (METRICS, lambda: self.costs),
+            (ANALYSIS, lambda: (self.energies, self.losses)),
+            (SUMMARY, lambda: [*self.readout_rows()]),
+        ):
+            with readable(self.path / file):
+                read()
+
+    @property
+    def seed(self) -> int:
+        """Seed of the class order and of the training."""
+        return self.experiment.seed
+
+    @cached_property
+    def matrices(self) -> dict[str, AccuracyMatrix]:
+        """Accuracies by read-out; heads that were never trained are not one, unless asked for."""
+        counts, head = self.content["summary"]["counts"], self.experiment.head
+        if self.experiment.train.epochs == 0 and head.readout != "heads":
+            counts = {kind: record for kind, record in counts.items() if kind != "heads"}
+        matrices = {kind: AccuracyMatrix.from_dict(record) for kind, record in counts.items()}
+        if not all(map(len, matrices.values())) or not matrices:
+            msg = "it has no counts of right predictions"
+            raise ValueError(msg)
+        return matrices
+
+    @property
+    def readout(self) -> str:
+        """Its primary read-out."""
+        kind = self.experiment.head.readout
+        return kind if kind in self.matrices else next(iter(self.matrices))
+
+    @property
+    def matrix(self) -> AccuracyMatrix:
+        """Accuracies of its primary read-out."""
+        return self.matrices[self.readout]
+
+    @property
+    def tasks(self) -> int:
+        """Tasks that it learned; a method that learns all at once has one."""
+        return len(self.matrix)
+
+    @cached_property
+    def order(self) -> str:
+        """Short hash of the class names in the order of learning; empty if the run does not say."""
+        names = self.content["classes"].get("class_names")
+        return hashlib.sha256("\n".join(names).encode()).hexdigest()[:8] if names else ""
+
+    @cached_property
+    def weights(self) -> str | None:
+        """Hash of the backbone's weights, or the exact name of those that were downloaded."""
+        backbone = self.content["environment"].get("backbone", {})
+        weights: str | None = backbone.get("weights_sha256") or backbone.get("tag")
+        return weights
+
+    @cached_property
+    def kept(self) -> dict[str, float]:
+        """Trained parameters, most of any task, and bytes carried from task to task."""
+        summary = self.content["summary"]
+        trained = max(map(_number, summary.get("trainable_parameters") or [0]))
+        stored = {k: _number(size) for k, size in (summary.get("stored_bytes") or {}).items()}
+        return {
+            # The heads count as trained only where there were epochs.
+            "trained_parameters": trained if self.experiment.train.epochs else 0,
+            "method_bytes": stored.get("method", 0) if stored else nan,
+            "readout_bytes": sum(v for k, v in stored.items() if k != "method") if stored else nan,
+        }
+
+    @cached_property
+    def compute(self) -> dict[str, float]:
+        """Optimiser steps, and images passed forth and back through the model.
+
+        They follow from the settings and the numbers of images. A mini-batch of one class takes one
+        step where others take two; that is not counted.
+        """
+        train, images = self.experiment.train, self.content["classes"].get("images")
+        each = steps_a_batch(self.experiment.method)
+        if not images or each is None:
+            return {"steps": nan, "image_passes": nan}
+        passes, batches = (
+            train.epochs * each,
+            sum(-(-count // train.batch_size) for count in images),
+        )
+        return {"steps": _number(passes * batches), "image_passes": _number(passes * sum(images))}
+
+    @cached_property
+    def costs(self) -> list[dict[str, float]]:
+        """Seconds and memory in MiB of each task; NaN where they were not logged."""
+        events: dict[int, Any] = {}
+        for event in self.content["log"]:
+            if event["task"] in events:
+                msg = (
+                    f"the end of task {event['task']} is logged more than once: two runs wrote to "
+                    "the file, or it was edited; train the run again, or leave it out"
+                )
+                raise ValueError(msg)
+            events[event["task"]] = event
+        if not events.keys() <= set(range(1, self.tasks + 1)):
+            msg = f"it logs tasks {sorted(events)}, but the run has tasks 1 to {self.tasks}"
+            raise ValueError(msg)
+        rows = []
+        for event in (events.get(task, {}) for task in range(1, self.tasks + 1)):
+            seconds = {part: _number(x) for part, x in event.get("seconds", {}).items()}
+            memory = {kind: _number(x) / 2**20 for kind, x in event.get("memory", {}).items()}
+            rows.append(
+                {
+                    "seconds": sum(seconds.values()) if seconds else nan,
+                    "training_seconds": seconds.get("load", nan) + seconds.get("train", nan),
+                    "memory_mib": memory.get("process", nan),
+                    "gpu_memory_mib": memory.get("device", nan),
+                }
+            )
+        return rows
+
+    @cached_property
+    def energies(self) -> list[dict[str, Any]]:
+        """Its analysis of subspaces: a row a task, layer and subspace; NaN for no ratio."""
+        return [
+            {"layer": layer, "subspace": name, **{key: _number(found[key]) for key in _ENERGIES}}
+            for task in self.content["analysis"].get("subspaces") or []
+            for layer, subspaces in task["layers"].items()
+            for name, found in subspaces.items()
+        ]
+
+    @cached_property
+    def losses(self) -> list[dict[str, Any]]:
+        """Its analysis of losses: a row a task, ``own`` or ``seen`` classes, ``old`` or ``new``.
+
+        ``steps`` and ``losses`` are the line; ``marks`` has places and losses of marked models.
+        """
+        rows = []
+        for task in self.content["analysis"].get("losses") or []:
+            steps = [_number(step) for step in task["step"]]
+            for among, age in product(("own", "seen"), ("old", "new")):
+                losses = [_number(loss) for loss in task[among][age]]
+                if len(losses) != len(steps) or not steps:
+                    msg = f"the losses of task {task['task']} are not one for each step"
+                    raise ValueError(msg)
+                marks = {
+                    name: (_number(mark["step"]), _number(mark[among][age]))
+                    for name, mark in task["marks"].items()
+                }
+                row = {"task": int(task["task"]), "among": among, "age": age}
+                rows.append({**row, "steps": steps, "losses": losses, "marks": marks})
+        return rows
+
+    def readout_rows(self) -> Iterator[dict[str, Any]]:
+        """What it measured, by read-out: most of the columns of :func:`load`."""
+        shared = {
+            **self.kept,
+            **self.compute,
+            # A sum over tasks of which one is missing is none.
+            **{key: sum(task[key] for task in self.costs) for key in _TIMES},
+            **{key: pd.Series([task[key] for task in self.costs]).max() for key in _MEMORY},
+            "analysed": bool(self.content["analysis"]),
+        }
+        for kind, matrix in self.matrices.items():
+            given = self.content["summary"].get("task_given", {}).get(kind, {}).get("last")
+            accuracies = {
+                "last": matrix.last,
+                "average": matrix.average,
+                "forgetting": matrix.forgetting,
+                "backward_transfer": matrix.backward_transfer,
+                "task_given": _number(given),
+            }
+            if len(matrix) == 1:  # as of a method that learns all tasks at once
+                accuracies = dict.fromkeys(accuracies, nan) | {"last": matrix.last}
+            per_cent = {name: 100 * x for name, x in accuracies.items()}
+            yield {**self._identity(kind), **per_cent, **shared}
+
+    def task_rows(self) -> Iterator[dict[str, Any]]:
+        """What it measured, by read-out and task: most of the columns of :func:`load_tasks`."""
+        for kind, matrix in self.matrices.items():
+            cells = matrix.matrix
+            for j, (size, right, count) in enumerate(
+                zip(matrix.sizes, matrix.correct, matrix.total, strict=True)
+            ):
+                accuracies = {
+                    "accuracy": sum(right) / sum(count),
+                    "old": sum(right[:-size]) / sum(count[:-size]) if j else nan,
+                    "new": sum(right[-size:]) / sum(count[-size:]),
+                    "forgetting": max(row[j] for row in cells[j:]) - cells[-1][j],
+                }
+                if j == len(cells) - 1:  # nothing can be forgotten yet
+                    accuracies["forgetting"] = nan
+                per_cent = {name: 100 * x for name, x in accuracies.items()}
+                yield {**self._identity(kind), "task": j + 1, **per_cent, **self.costs[j]}
+
+    def _identity(self, kind: str) -> dict[str, Any]:
+        return {
+            "run": str(self.path),
+            "seed": self.seed,
+            "order": self.order,
+            "tasks": len(self.matrices[kind]),
+            "readout": kind,
+            "primary": kind == self.readout,
+        }
+
+
+class Inventory(NamedTuple):
+    """What folders and bundles hold.
+
+    Attributes
+    ----------
+    runs : list of Run
         Finished runs.
     unfinished : list of Path
         Folders of runs that did not finish.
     unreadable : dict of Path to str
-        Folders of finished runs that cannot be read, and why: damaged, or of a method or version
-        that is not here.
+        Folders of finished runs that cannot be read, and why.
     others : list of Path
         What holds no run.
     """
 
-    runs: list[Finished]
+    runs: list[Run]
     unfinished: list[Path]
     unreadable: dict[Path, str]
     others: list[Path]
 
 
-def find_runs(sources: Sequence[str | Path]) -> Found:
-    """Finished runs among folders and files of records.
+def find_runs(sources: Sequence[str | Path]) -> Inventory:
+    """Finished runs among folders and bundles.
 
     Parameters
     ----------
     sources : sequence of str or Path
-        Folders, each a run or with runs somewhere below, or files that ``loda export`` wrote;
-        ``NAME=SOURCE`` names the group. A run in a folder below a given one is named
-        after that folder, and one in ``VARIANT/seedN``, as a sweep puts it, after the variant,
-        whether the sweep, its variants or its runs are given; others have no name. What is there
-        but holds no run (the logs of a sweep, say) is passed over beside folders that do.
+        Folders, each a run or with runs somewhere below, or files that ``loda bundle`` wrote;
+        ``NAME=SOURCE`` names the group. A run in a folder below a given one is named after that
+        folder, and one in ``VARIANT/seedN``, as a sweep puts it, after the variant, whether the
+        sweep, its variants or its runs are given; others have no name. Whatever holds no run (the
+        logs of a sweep, say) is passed over.
 
     Raises
     ------
     FileNotFoundError
         If a source is not there, or there is no run, or none that finished.
     ValueError
-        If a file of records cannot be read, or none of the runs.
+        If a bundle cannot be read, or none of the runs.
     """
-    runs: dict[Path, Finished] = {}
+    runs: dict[Path, Run] = {}
     unreadable: dict[Path, str] = {}
     unfinished: dict[Path, None] = {}
     others = []
     for source in sources:
         place, name = _named(source)
-        if is_records(place):
-            for run in read_records(place, name):
+        if is_bundle(place):
+            for run in read_bundle(place, name):
                 runs.setdefault(run.path.absolute(), run)
             continue
-        below = list(_run_folders(place, name))
-        if not below:
+        folders = dict(_run_folders(place, name))
+        if not folders:
             others.append(place)
-        for path, name in below:
-            if (path / SUMMARY).is_file():
-                try:
-                    runs.setdefault(path.resolve(), read_run(path, name))
-                except ValueError as error:
-                    unreadable[path] = str(error)
-            else:
+        for path, own_name in folders.items():
+            if not (path / SUMMARY).is_file():
                 unfinished[path] = None
+                continue
+            try:
+                runs.setdefault(path.resolve(), read_run(path, own_name))
+            except ValueError as error:
+                unreadable[path] = str(error)
     if not runs and unreadable:
         raise ValueError(next(iter(unreadable.values())))
-    if not runs and not unfinished:
-        named = ", ".join(map(str, others))
+    if not runs:
+        what, places = ("no finished run", unfinished) if unfinished else ("no run", others)
         msg = (
-            f"no run in {named}: a run folder holds {CONFIG} and, once finished, {SUMMARY}; files "
-            "are those of loda export"
+            f"{what} in {', '.join(map(str, places))}: a run folder holds {CONFIG} and, once "
+            f"finished, {SUMMARY}; a file must be one that loda bundle wrote"
         )
         raise FileNotFoundError(msg)
-    if not runs:
-        named = ", ".join(str(path) for path in unfinished)
-        msg = f"no run is finished yet: {named} without {SUMMARY}"
-        raise FileNotFoundError(msg)
-    return Found(list(runs.values()), list(unfinished), unreadable, others)
+    return Inventory(list(runs.values()), list(unfinished), unreadable, others)
 
 
-def read_run(path: Path, name: str = "") -> Finished:
+def read_run(path: Path, name: str = "") -> Run:
     """Read a run folder.
 
     Raises
@@ -99,38 +383,302 @@ def read_run(path: Path, name: str = "") -> Finished:
     FileNotFoundError
         If the folder holds no finished run.
     ValueError
-        If its summary is not that of a run.
+        If something in it is not what a run writes; the message names the file.
     """
     missing = [file for file in (CONFIG, SUMMARY) if not (path / file).is_file()]
     if missing:
         msg = f"{path} holds no finished run: {', '.join(missing)} not there"
         raise FileNotFoundError(msg)
-    classes, environment, analysis = (
-        read_json(path / file) if (path / file).is_file() else {}
-        for file in (CLASSES, ENVIRONMENT, ANALYSIS)
-    )
-    content = Content(
-        read_experiment(path / CONFIG),
-        read_json(path / SUMMARY),
-        classes,
-        environment,
-        _task_events(path / METRICS),
-        analysis,
-    )
+    content: dict[str, Any] = {"log": []}
+    for part, (file, keys) in _FILES.items():
+        values = read_json(path / file) if (path / file).is_file() else {}
+        with readable(path / file):
+            content[part] = _part(values, keys)
+    if "backbone" in content["environment"]:  # without the paths that may be among the rest
+        with readable(path / ENVIRONMENT):
+            backbone = _part(content["environment"]["backbone"], ("weights_sha256", "tag"))
+            content["environment"]["backbone"] = backbone
+    if (path / METRICS).is_file():
+        with readable(path / METRICS):
+            lines = (path / METRICS).read_text(encoding="utf-8").splitlines()
+            events = [event for event in map(json.loads, lines) if event["event"] == "task"]
+            content["log"] = [_part(event, _EVENT) for event in events]
     # Only a sweep puts its runs so deep; elsewhere a file of that name is somebody else's.
-    groups = read_groups(path.absolute().parent.parent) if variant_of(path) else {}
-    return assemble(path, name, content, groups)
+    parts = read_groups(path.absolute().parent.parent) if _variant(path) else {}
+    run = Run(path, name, parts, read_experiment(path / CONFIG), content)
+    run.check()
+    return run
 
 
-def _task_events(path: Path) -> list[dict[str, Any]]:
+def is_bundle(path: Path) -> bool:
+    """Whether there is a file that says it is a bundle."""
     if not path.is_file():
-        return []
+        return False
     try:
-        events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (ValueError, RecursionError) as error:
-        msg = f"cannot read {path} as lines of JSON: {error}"
-        raise ValueError(msg) from error
-    return [event for event in events if isinstance(event, dict) and event.get("event") == "task"]
+        with path.open(encoding="utf-8") as file:
+            return _is_header(json.loads(file.readline(_LONGEST_HEADER)))
+    except (ValueError, RecursionError):
+        return False
+
+
+def write_bundle(runs: Sequence[Run], path: Path, *, overwrite: bool = False) -> Path:
+    """Write what a report needs of finished runs to a file; returns it.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+        The runs.
+    path : Path
+        The file.
+    overwrite : bool
+        Replace a bundle that is there.
+
+    Raises
+    ------
+    FileExistsError
+        If it is there and ``overwrite`` is off, or it is no bundle.
+    """
+    if path.exists():
+        if not overwrite:
+            msg = f"{path} is there, and nothing is overwritten unasked: add --overwrite"
+            raise FileExistsError(msg)
+        if not is_bundle(path):
+            msg = f"{path} is no file of loda bundle and stays: give another --out"
+            raise FileExistsError(msg)
+    lines: list[dict[str, Any]] = [{"format": _BUNDLE, "version": _VERSION}]
+    for run, place in zip(runs, _places_in_bundle(run.path for run in runs), strict=True):
+        parts = {title: list(names) for title, names in run.parts.items()}
+        config = _portable(experiment_values(run.experiment)) | {"out": None}
+        lines.append(
+            {"run": place, "name": run.name, "groups": parts, "config": config, **run.content}
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return path
+
+
+def read_bundle(path: Path, name: str = "") -> Iterator[Run]:
+    """Read the runs of a bundle.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    name : str
+        What the user calls their group; by default each keeps the name that it had.
+
+    Raises
+    ------
+    ValueError
+        If the file holds something else, or another version of it; the message names the line.
+    """
+    with readable(path):
+        header, *lines = path.read_text(encoding="utf-8").split("\n")
+        version = json.loads(header).get("version")
+    if version != _VERSION:
+        msg = f"{path} is a bundle of version {version}, and this loda reads version {_VERSION}"
+        raise ValueError(msg)
+    places = set()
+    for number, line in enumerate(lines, 2):
+        if not line:
+            continue
+        with readable(path, f"line {number}"):
+            record = json.loads(line)
+            run = Run(
+                path / record["run"],
+                name or str(record["name"]),
+                {str(title): list(names) for title, names in record["groups"].items()},
+                experiment_from(record["config"], "config"),
+                {part: record[part] for part in (*_FILES, "log")},
+            )
+            if run.path in places:
+                msg = f"{record['run']} is there a second time"
+                raise ValueError(msg)
+            places.add(run.path)
+        run.check()
+        yield run
+
+
+@dataclass(frozen=True)
+class Section:
+    """Runs on the same data, cut into the same tasks, from the same backbone.
+
+    Where a sweep says which of its variants belong together, each such part is a section.
+
+    Attributes
+    ----------
+    base : str
+        Data and backbone.
+    part : str
+        Title of the part; empty where there is only one.
+    slug : str
+        Both as a file name.
+    groups : dict of str to list of Run
+        Label -> runs that differ by their seed alone, by seed.
+    labels : tuple of str
+        Labels of all sections, so that a method has one colour in all of them.
+    fresh : tuple of str
+        Labels that no earlier section on the same data and backbone has.
+    """
+
+    base: str
+    part: str
+    slug: str
+    groups: dict[str, list[Run]]
+    labels: tuple[str, ...]
+    fresh: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        """Data, backbone and part."""
+        return f"{self.base}: {self.part}" if self.part else self.base
+
+    @property
+    def readouts(self) -> list[str]:
+        """Read-outs that every run of some group has, primary ones first."""
+        runs = [run for group in self.groups.values() for run in group]
+        shared = [
+            kind
+            for group in self.groups.values()
+            for kind in group[0].matrices
+            if all(kind in run.matrices for run in group)
+        ]
+        return [k for k in dict.fromkeys([*(run.readout for run in runs), *shared]) if k in shared]
+
+    @cached_property
+    def measures(self) -> pd.DataFrame:
+        """A row a run and read-out, as :func:`load` describes them."""
+        return _frame(self.groups, Run.readout_rows)
+
+    @cached_property
+    def task_measures(self) -> pd.DataFrame:
+        """A row a run, read-out and task, as :func:`load_tasks` describes them."""
+        return _frame(self.groups, Run.task_rows)
+
+
+def by_section(runs: Sequence[Run]) -> list[Section]:
+    """Sections in the order of their first run, each with its groups in that order.
+
+    Parts of a sweep are in the order of its file, and so are their groups.
+
+    Raises
+    ------
+    ValueError
+        If a seed occurs twice among runs of the same name and settings.
+    """
+    bases = _by_base(runs)
+    labels = tuple(dict.fromkeys(label for groups in bases.values() for label in groups))
+    sections: list[Section] = []
+    for base, groups in bases.items():
+        shown: set[str] = set()
+        for part, members in _by_part(groups).items():
+            fresh = tuple(label for label in members if label not in shown)
+            whole = max(len(r.parts.get(part, ())) for group in members.values() for r in group)
+            if not fresh and len(members) < whole:
+                continue  # some variants of a part, all of which an earlier one shows
+            name = slug(f"{base}: {part}" if part else base)
+            if name in [section.slug for section in sections]:
+                name += f"-{len(sections) + 1}"
+            sections.append(Section(base, part, name, members, labels, fresh))
+            shown |= set(members)
+    return sections
+
+
+def load(*sources: str | Path) -> pd.DataFrame:
+    """What finished runs measured: a row a run and read-out.
+
+    Parameters
+    ----------
+    *sources : str or Path
+        Run folders, folders that hold runs, and files of ``loda bundle``; ``NAME=SOURCE`` names a
+        group.
+
+    Returns
+    -------
+    DataFrame
+        NaN stands for what a run has not measured. Runs can be compared within a section, and
+        paired where seed and order are equal. A method that learns all tasks at once has one task,
+        and of the accuracies only the last.
+
+        ============================ ==============================================================
+        ``section``                  data, tasks and backbone
+        ``group``                    name of the method or variant, as in the tables of a report
+        ``run``                      the run folder, or a place in a bundle
+        ``seed``, ``order``          the seed, and a short hash of the order of the classes
+        ``tasks``                    number of tasks learned
+        ``readout``, ``primary``     the read-out, and whether it is the first choice of the run
+        ``last``, ``average``,       accuracy at the end, its mean over the stream, loss of accuracy
+        ``forgetting``,              on old tasks and its signed version, and accuracy at the end
+        ``backward_transfer``,       where the task of every image is given, all in per cent
+        ``task_given``
+        ``trained_parameters``       most of any task
+        ``method_bytes``,            carried from task to task by the method and by the read-outs
+        ``readout_bytes``
+        ``steps``, ``image_passes``  optimiser steps, and images passed through the model
+        ``seconds``,                 of the whole stream
+        ``training_seconds``
+        ``memory_mib``,              largest of any task
+        ``gpu_memory_mib``
+        ``analysed``                 whether ``loda analyse`` was run on it
+        ``method.name``, ...         every setting under its dotted name; lists and mappings as JSON
+        ============================ ==============================================================
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As :func:`find_runs` says; also if a seed occurs twice in a group.
+    """
+    return measures(find_runs(sources).runs)
+
+
+def load_tasks(*sources: str | Path) -> pd.DataFrame:
+    """What finished runs measured after each task: a row a run, read-out and task.
+
+    Parameters
+    ----------
+    *sources : str or Path
+        As for :func:`load`.
+
+    Returns
+    -------
+    DataFrame
+        The columns ``section`` to ``primary`` of :func:`load`, and
+
+        ===================== =====================================================================
+        ``task``              number of the task, from 1
+        ``accuracy``,         accuracy in per cent after the task on all classes seen, on those of
+        ``old``, ``new``      earlier tasks and on its own
+        ``forgetting``        best accuracy ever on this task, less the one at the end, in points
+        ``seconds``,          of the task
+        ``training_seconds``
+        ``memory_mib``,       largest during the task
+        ``gpu_memory_mib``
+        ===================== =====================================================================
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As for :func:`load`.
+    """
+    return _by_section(find_runs(sources).runs, Run.task_rows)
+
+
+def measures(runs: Sequence[Run]) -> pd.DataFrame:
+    """What finished runs measured, as :func:`load` describes it."""
+    settings = pd.DataFrame([{"run": str(run.path), **_scalars(run.experiment)} for run in runs])
+    return _by_section(runs, Run.readout_rows).merge(settings.drop(columns="seed"), on="run")
+
+
+def slug(text: str) -> str:
+    """Text as part of a file name: small letters and digits of ASCII, joined by dashes.
+
+    Examples
+    --------
+    >>> slug("loda (method.gao False)"), slug("../../etc")
+    ('loda-method-gao-false', 'etc')
+    """
+    words = "".join(c if c.isascii() and c.isalnum() else " " for c in text.lower()).split()
+    return "-".join(words)[:100] or "runs"
 
 
 def _named(source: str | Path) -> tuple[Path, str]:
@@ -140,17 +688,225 @@ def _named(source: str | Path) -> tuple[Path, str]:
         name, _, rest = str(source).partition("=")
         place = Path(rest)
     if not place.exists():
-        msg = (
-            f"no folder or file {place}: a run folder holds {CONFIG} and, once finished, {SUMMARY}"
-        )
+        msg = f"no folder or file {place}; give run folders, or files of loda bundle"
         raise FileNotFoundError(msg)
     return place, name
 
 
 def _run_folders(folder: Path, name: str) -> Iterator[tuple[Path, str]]:
+    """Folders of runs in a folder, each with the name of its group."""
     if (folder / CONFIG).is_file():
-        yield folder, name or variant_of(folder)
+        yield folder, name or _variant(folder)
         return
-    for path in sorted(found.parent for found in folder.glob(f"**/{CONFIG}")):
+    for path in sorted(config.parent for config in folder.glob(f"**/{CONFIG}")):
         between = path.parent.relative_to(folder).as_posix()
-        yield path, name or (variant_of(path) if between == "." else between)
+        yield path, name or (_variant(path) if between == "." else between)
+
+
+def _variant(path: Path) -> str:
+    """Name of the variant whose run is in a folder, if the folder is called as in a sweep."""
+    return path.absolute().parent.name if fullmatch(r"seed\d+", path.name) else ""
+
+
+def _part(values: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    return {key: values[key] for key in keys if key in values}
+
+
+def _is_header(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("format") == _BUNDLE
+
+
+def _number(value: Any) -> float:
+    """A finite number; NaN for None."""
+    number = nan if value is None else float(value)
+    if value is not None and not isfinite(number):
+        msg = f"{value} is not a finite number"
+        raise ValueError(msg)
+    return number
+
+
+def _places_in_bundle(paths: Iterable[Path]) -> list[str]:
+    """Names of run folders, below sweep and variant if they are of one; numbered where equal."""
+    places: list[str] = []
+    for path in paths:
+        top, *below = path.absolute().parts[-3 if _variant(path) else -1 :]
+        place, number = "/".join([top, *below]), 1
+        while place in places:
+            number += 1
+            place = "/".join([f"{top}-{number}", *below])
+        places.append(place)
+    return places
+
+
+def _portable(value: Any) -> Any:
+    """Settings with the last names of absolute paths: the rest tells of this machine alone."""
+    if isinstance(value, dict):
+        return {key: _portable(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_portable(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    if Path(value).is_absolute():
+        return Path(value).name
+    if value.startswith("hf:") and Path(value[3:]).is_absolute():
+        return f"hf:{Path(value[3:]).name}"
+    kind, _, place = value.partition("/")
+    # Two slashes: still a folder, not a data set of the hub.
+    return f"{kind}//{Path(place).name}" if Path(place).is_absolute() else value
+
+
+def _by_base(runs: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:
+    """Groups of runs by data and backbone."""
+    alike: dict[str, list[Run]] = {}
+    for run in runs:
+        alike.setdefault(_key(_section_settings(run)), []).append(run)
+    members = list(alike.values())
+    bases = _distinct(
+        [_base_title(part[0].experiment, max(run.tasks for run in part)) for part in members],
+        [_section_settings(part[0]) for part in members],
+    )
+    return {base: _by_label(part) for base, part in zip(bases, members, strict=True)}
+
+
+def _by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs that differ by their seed alone, by seed.
+
+    Their label is the given name, or that of the method, with the settings in which groups of one
+    name differ.
+    """
+    alike: dict[str, list[Run]] = {}
+    for run in runs:
+        settings = {"name": run.name, "settings": _group_settings(run.experiment)}
+        alike.setdefault(_key(settings), []).append(run)
+    for group in alike.values():
+        if len({run.seed for run in group}) < len(group):
+            again = ", ".join(str(run.path) for run in group)
+            msg = (
+                f"these runs have the same settings and not all seeds differ: {again}; to compare "
+                f"them, name them apart: NAME={group[0].path} OTHER={group[-1].path}"
+            )
+            raise ValueError(msg)
+    first = [group[0] for group in alike.values()]
+    labels = _distinct(
+        [run.name or run.experiment.method.name for run in first],
+        [_group_settings(run.experiment) for run in first],
+    )
+    groups = zip(labels, alike.values(), strict=True)
+    return {label: sorted(group, key=lambda run: run.seed) for label, group in groups}
+
+
+def _by_part(groups: dict[str, list[Run]]) -> dict[str, dict[str, list[Run]]]:
+    """Groups by the part of a sweep that they are in; one may be in several."""
+    places = {
+        label: {
+            title: list(variants).index(_variant(run.path))
+            for run in runs
+            for title, variants in run.parts.items()
+            if _variant(run.path) in variants
+        }
+        for label, runs in groups.items()
+    }
+    titles = dict.fromkeys(title for runs in groups.values() for r in runs for title in r.parts)
+    parts = {}
+    for title in titles:
+        members = [label for label in groups if title in places[label]]
+        if members:
+            members.sort(key=lambda label: places[label][title])
+            parts[title] = {label: groups[label] for label in members}
+    rest = {label: runs for label, runs in groups.items() if not places[label]}
+    return parts | ({OTHERS if parts else "": rest} if rest else {})
+
+
+def _section_settings(run: Run) -> dict[str, Any]:
+    """What tells sections apart; folders and files that moved do not count."""
+    experiment, keys = run.experiment, _section_keys(run.experiment)
+    weights = experiment.backbone.options.get("weights")
+    return {
+        **{k: v for k, v in flat_settings(experiment).items() if k in keys - {*_PLACES}},
+        "data": _data_name(experiment),
+        "backbone.weights": run.weights or (weights and Path(weights).name),
+    }
+
+
+def _section_keys(experiment: Experiment) -> set[str]:
+    data = ("name", *_STREAM, *experiment.data.options)
+    keys = {f"data.{key}" for key in data}
+    return keys | {f"backbone.{key}" for key in ("name", *experiment.backbone.options)}
+
+
+def _group_settings(experiment: Experiment) -> dict[str, Any]:
+    """What tells groups of a section apart."""
+    apart = {*NEUTRAL, *_PLACES, *_section_keys(experiment), "head.also"}
+    # A run has only the options of the read-outs that it evaluates. One that evaluates more is no
+    # other experiment, unless their options are not the usual ones.
+    usual = {
+        f"head.{kind}.{option}": value
+        for kind in READOUTS.paths
+        for option, value in READOUTS.options(kind).items()
+    }
+    return {
+        key: value
+        for key, value in (usual | flat_settings(experiment)).items()
+        if key not in apart and key.partition(".")[0] not in _NOT_COMPARED
+    }
+
+
+def _base_title(experiment: Experiment, tasks: int) -> str:
+    """Data and backbone of runs that have learned so many tasks."""
+    held_out = ", held-out training images" if experiment.data.validation else ""
+    weights = experiment.backbone.options.get("weights")
+    file = f" ({Path(weights).stem})" if weights else ""
+    name = experiment.backbone.name.removeprefix("hf:").rstrip("/").rpartition("/")[2]
+    plural = "s" if tasks > 1 else ""
+    return f"{_data_name(experiment)}{held_out}, {tasks} task{plural}, {name}{file}"
+
+
+def _data_name(experiment: Experiment) -> str:
+    data = experiment.data
+    root, dataset = data.options.get("root"), data.options.get("dataset") or ""
+    if data.name == "folder" and root:
+        return Path(root).name
+    place = Path(dataset.partition("/")[2])  # a folder, or a name on the hub
+    return place.name if place.is_absolute() else dataset or data.name
+
+
+def _distinct(names: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names, each with the settings in which others of the same name differ."""
+    labels = []
+    for name, own in zip(names, settings, strict=True):
+        rivals = [other for rival, other in zip(names, settings, strict=True) if rival == name]
+        differing = [k for k in own if any(k in other and other[k] != own[k] for other in rivals)]
+        extra = ", ".join(f"{key} {own[key]}" for key in differing)
+        labels.append(f"{name} ({extra})" if extra else name)
+    # A given name may be that of a method with the same settings.
+    return [
+        label if labels.count(label) == 1 else f"{label} [{number}]"
+        for number, label in enumerate(labels, 1)
+    ]
+
+
+def _key(settings: Mapping[str, Any]) -> str:
+    """Settings as one string, equal where they are equal."""
+    return json.dumps(settings, sort_keys=True)
+
+
+def _scalars(experiment: Experiment) -> dict[str, Any]:
+    """Every setting under its dotted name; lists and mappings as JSON."""
+    return {
+        key: json.dumps(value) if isinstance(value, list | tuple | dict) else value
+        for key, value in flat_settings(experiment).items()
+    }
+
+
+def _frame(
+    groups: Mapping[str, Sequence[Run]], rows: Callable[[Run], Iterable[dict[str, Any]]]
+) -> pd.DataFrame:
+    labelled = [(label, run) for label, runs in groups.items() for run in runs]
+    return pd.DataFrame([{"group": label, **row} for label, run in labelled for row in rows(run)])
+
+
+def _by_section(
+    runs: Sequence[Run], rows: Callable[[Run], Iterable[dict[str, Any]]]
+) -> pd.DataFrame:
+    frames = {base: _frame(groups, rows) for base, groups in _by_base(runs).items()}
+    return pd.concat(frames, names=["section", None]).reset_index("section").reset_index(drop=True)

@@ -1,45 +1,38 @@
-"""Tables as data, and their text as Markdown and LaTeX."""
+"""Tables of a report: accuracies, leads over other methods, controls and costs."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import takewhile
+from math import isnan, nan
 from typing import NamedTuple
 
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "±": r"$\pm$",
-    "−": "$-$",
-    "–": "--",
-    "—": "---",
-    "·": r"$\cdot$",
-    "×": r"$\times$",
-    "≤": r"$\leq$",
-    "≥": r"$\geq$",
-    "|": r"\textbar{}",
-    "\n": " ",
+import numpy as np
+import pandas as pd
+
+from training.report.runs import Section
+
+DASH = "–"
+METRICS = {
+    "last": "last",
+    "average": "average",
+    "forgetting": "forgetting",
+    "task_given": "task given",
 }
+"""Columns of the measures, and their names in the tables."""
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
+    "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "\n": " ",
+    "±": r"$\pm$", "−": "$-$", "–": "--", "—": "---", "·": r"$\cdot$", "×": r"$\times$",
+    "≤": r"$\leq$", "≥": r"$\geq$",
+}  # fmt: skip
 _GREEK = (
     "αalpha βbeta γgamma δdelta εepsilon ζzeta ηeta θtheta ιiota κkappa λlambda μmu νnu ξxi πpi "
     "ρrho σsigma τtau υupsilon φphi χchi ψpsi ωomega ΓGamma ΔDelta ΘTheta ΛLambda ΞXi ΠPi ΣSigma "
     "ΦPhi ΨPsi ΩOmega"
 )
 _LATEX |= {name[0]: rf"$\{name[1:]}$" for name in _GREEK.split()}
-
-
-class Cell(NamedTuple):
-    """A cell; the best of its column is set in bold."""
-
-    text: str
-    best: bool = False
 
 
 class Table(NamedTuple):
@@ -49,18 +42,23 @@ class Table(NamedTuple):
     ----------
     title : str
         A line above.
-    header : sequence of str
-        Names of the columns; the first one is text, the others are numbers.
-    rows : sequence of sequences of Cell
-        As wide as the header.
+    cells : DataFrame
+        Texts. The index holds the names of the rows; its own name is the header above them.
     note : str
         How to read it; may be empty.
+    best : collection of (str, str)
+        Row and column of the cells that are set in bold.
     """
 
     title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
+    cells: pd.DataFrame
     note: str = ""
+    best: Collection[tuple[str, str]] = ()
+
+    @property
+    def header(self) -> list[str]:
+        """Names of the columns, that of the names of the rows first."""
+        return [str(self.cells.index.name), *map(str, self.cells.columns)]
 
 
 def markdown(table: Table, *, level: int = 3) -> str:
@@ -68,7 +66,8 @@ def markdown(table: Table, *, level: int = 3) -> str:
 
     Examples
     --------
-    >>> print(markdown(Table("T", ["m", "x"], [[Cell("a|b"), Cell("1", best=True)]], "Note.")))
+    >>> cells = pd.DataFrame({"x": ["1"]}, index=pd.Index(["a|b"], name="m"))
+    >>> print(markdown(Table("T", cells, "Note.", [("a|b", "x")])))
     ### T
     <BLANKLINE>
     | m | x |
@@ -77,8 +76,10 @@ def markdown(table: Table, *, level: int = 3) -> str:
     <BLANKLINE>
     Note.
     """
-    lines = [_row(table.header), f"|---|{'---:|' * (len(table.header) - 1)}"]
-    lines += [_row([f"**{c.text}**" if c.best else c.text for c in row]) for row in table.rows]
+    lines = [_markdown_row(table.header), f"|---|{'---:|' * len(table.cells.columns)}"]
+    for row, cells in table.cells.iterrows():
+        texts = (f"**{x}**" if (row, name) in table.best else x for name, x in cells.items())
+        lines.append(_markdown_row([row, *texts]))
     parts = [f"{'#' * level} {table.title}", "\n".join(lines), table.note]
     return "\n\n".join(part for part in parts if part)
 
@@ -88,34 +89,34 @@ def latex(table: Table) -> str:
 
     Examples
     --------
-    >>> print(latex(Table("T", ["m", "x"], [[Cell("a_b"), Cell("1 ± 2", best=True)]])))
+    >>> cells = pd.DataFrame({"x": ["1 ± 2"]}, index=pd.Index(["a_b"], name="m"))
+    >>> print(latex(Table("T", cells, best=[("a_b", "x")])))
     \begin{table}
-      \centering
-      \caption{T}
-      \begin{tabular}{lr}
-        \toprule
-        m & x \\
-        \midrule
-        a\_b & \textbf{1 $\pm$ 2} \\
-        \bottomrule
-      \end{tabular}
+    \centering
+    \caption{T}
+    \begin{tabular}{lr}
+    \toprule
+    m & x \\
+    \midrule
+    a\_b & \textbf{1 $\pm$ 2} \\
+    \bottomrule
+    \end{tabular}
     \end{table}
     """
-    rows = [_latex_row([escape_latex(name) for name in table.header]), r"\midrule"]
-    for row in table.rows:
-        texts = [(escape_latex(cell.text), cell.best) for cell in row]
-        rows.append(_latex_row([rf"\textbf{{{t}}}" if best else t for t, best in texts]))
+    texts = table.cells.map(escape_latex)
+    for row, name in table.best:
+        texts.loc[row, name] = rf"\textbf{{{texts.loc[row, name]}}}"
+    # The command that ends the line above would take these for an argument of its own.
+    guards = ["{}" if name.lstrip().startswith(("[", "*")) else "" for name in texts.index]
+    names = [guard + escape_latex(name) for guard, name in zip(guards, texts.index, strict=True)]
+    texts.insert(0, table.cells.index.name, names)
+    styled = texts.rename(columns=escape_latex).style.hide(axis="index")
     caption = escape_latex(f"{table.title}. {table.note}" if table.note else table.title)
-    lines = [
-        r"\begin{table}",
-        r"  \centering",
-        rf"  \caption{{{caption}}}",
-        rf"  \begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}",
-        *(f"    {line}" for line in (r"\toprule", *rows, r"\bottomrule")),
-        r"  \end{tabular}",
-        r"\end{table}",
-    ]
-    return "\n".join(lines)
+    columns = "l" + "r" * len(table.cells.columns)
+    text: str = styled.to_latex(
+        hrules=True, position_float="centering", caption=caption, column_format=columns
+    )
+    return text.rstrip()
 
 
 def escape_latex(text: str) -> str:
@@ -129,15 +130,332 @@ def escape_latex(text: str) -> str:
     return "".join(_LATEX.get(letter, letter) for letter in text)
 
 
-def _row(texts: Sequence[str]) -> str:
-    return "| " + " | ".join(_escape(text) for text in texts) + " |"
+def report_tables(section: Section, against: str | None = None) -> list[Table]:
+    """Accuracy and lead by read-out, controls, and costs.
+
+    Parameters
+    ----------
+    section : Section
+        What is compared.
+    against : str, optional
+        The label whose lead over the others is given; by default ``loda`` or else the first.
+    """
+    tables = []
+    chosen = reference(section, against)
+    for kind in section.readouts:
+        tables.append(accuracy_table(section, kind))
+        if chosen is not None:
+            tables += [t for t in [lead_table(section, kind, chosen)] if len(t.cells)]
+    return [*tables, controls_table(section), cost_table(section)]
 
 
-def _escape(text: str) -> str:
-    return text.replace("|", r"\|").replace("\n", " ")
+def reference(section: Section, against: str | None) -> str | None:
+    """Label of the method whose lead is given; None where the section lacks the named one."""
+    if against is not None:
+        return against if against in section.groups else None
+    return "loda" if "loda" in section.groups else next(iter(section.groups))
 
 
-def _latex_row(texts: Sequence[str]) -> str:
-    # The command that ends the line above would take these for an argument of its own.
-    guard = "{}" if texts[0].lstrip().startswith(("[", "*")) else ""
-    return guard + " & ".join(texts) + r" \\"
+def accuracy_table(section: Section, kind: str) -> Table:
+    """A row a method: mean and spread over seeds of every metric, for one read-out."""
+    measures = of_readout(section.measures, kind)
+    # Groups in which some run lacks the read-out have no row.
+    complete = measures.groupby("group")["seed"].transform("size") == measures["group"].map(
+        {label: len(runs) for label, runs in section.groups.items()}
+    )
+    by_group = measures[complete].groupby("group", sort=False)
+    mean, deviation = by_group[[*METRICS]].mean(), by_group[[*METRICS]].std()
+    several = by_group["tasks"].first() > 1
+    rivals = mean[several | ~several.any()].map(lambda x: round(x, 2))
+    best = rivals.max()
+    best["forgetting"] = rivals["forgetting"].min()
+    cells = pd.DataFrame(
+        {
+            **{METRICS[c]: map(spread_text, mean[c], deviation[c]) for c in METRICS},
+            "seeds": by_group["seed"].agg(lambda seeds: ", ".join(map(str, seeds))),
+        },
+        index=mean.index.rename("method"),
+    )
+    note = "Mean ± sample standard deviation over the seeds; the best of a column in bold."
+    if len(rivals) < len(mean):
+        note += " A method that learns all tasks at once has the last accuracy alone, unranked."
+    bold = [(row, METRICS[c]) for c in METRICS for row in rivals.index[rivals[c] == best[c]]]
+    title = f"Accuracy, read-out {kind} (%)"
+    return Table(title, cells, note, bold if len(rivals) > 1 else ())
+
+
+def lead_table(section: Section, kind: str, against: str) -> Table:
+    """Paired differences between a method and each of the others, for one read-out."""
+    measures = of_readout(section.measures, kind)
+    by_metric = {name: leads(measures, against, name) for name in METRICS}
+    labels = by_metric["last"].index
+    pairs = pd.DataFrame({name: found["pairs"] for name, found in by_metric.items()})
+    counts = [dict.fromkeys((x.min(), x.max())) for _, x in pairs.loc[labels].iterrows()]
+    cells = pd.DataFrame(
+        {
+            **{METRICS[c]: lead_texts(x.reindex(labels)) for c, x in by_metric.items()},
+            "pairs": [" to ".join(f"{count:.0f}" for count in ends) for ends in counts],
+        },
+        index=labels.rename("over"),
+    )
+    note = (
+        f"{against} minus the method, over the seeds that both have; in brackets the 95 % interval "
+        "of Student's t. More is better, for forgetting less."
+    )
+    return Table(f"Lead of {against}, read-out {kind} (points)", cells, note)
+
+
+def controls_table(section: Section) -> Table:
+    """What a method may train, keep and spend beside the others; means over seeds."""
+    by_group = section.measures.drop_duplicates("run").groupby("group", sort=False)
+    columns = {
+        "kept by the method (bytes)": ("method_bytes", 0),
+        "kept by the read-outs (bytes)": ("readout_bytes", 0),
+        "training (s)": ("training_seconds", 1),
+        "optimiser steps": ("steps", 0),
+        "image passes": ("image_passes", 0),
+    }
+    trained = by_group["trained_parameters"].max()
+    cells = pd.DataFrame(
+        {
+            "trained parameters": number_texts(trained, 0),
+            **{title: number_texts(by_group[c].mean(), n) for title, (c, n) in columns.items()},
+        },
+        index=trained.index.rename("method"),
+    )
+    note = (
+        "Trained parameters, those of the head of the task among them: the most of any task. Kept: "
+        "what is carried from task to task beside the model and the heads, at the end. Steps and "
+        "passes (an image forth, and back as far as something is trained) of the whole stream: a "
+        "gradient-aligned mini-batch takes two steps and passes each of its images twice. Means "
+        "over the seeds."
+    )
+    return Table("Controls", cells, note)
+
+
+def cost_table(section: Section) -> Table:
+    """Time and memory of a task by method; the time is the mean over tasks and seeds."""
+    runs = section.measures.drop_duplicates("run")
+    each = runs[["seconds", "training_seconds"]].div(runs["tasks"], axis=0)
+    time = each.groupby(runs["group"], sort=False).mean()
+    memory = runs.groupby("group", sort=False)[["memory_mib", "gpu_memory_mib"]].max()
+    cells = pd.DataFrame(
+        {
+            "time a task (s)": number_texts(time["seconds"], 1),
+            "training alone (s)": number_texts(time["training_seconds"], 1),
+            "peak memory (MiB)": number_texts(memory["memory_mib"], 0, thousands=""),
+            "peak GPU memory (MiB)": number_texts(memory["gpu_memory_mib"], 0, thousands=""),
+        },
+        index=time.index.rename("method"),
+    )
+    return Table("Costs", cells, "Peak memory: the largest of all tasks.")
+
+
+def side_by_side(sections: Sequence[Section], against: str | None = None) -> list[Table]:
+    """Last accuracy by method, and the lead of one of them, with a column a section.
+
+    Parts of a sweep are compared with the same parts of the others; where some have no parts, all
+    that a sweep holds is compared with all of the others. Differences are paired within a section
+    alone.
+    """
+    tables = []
+    for part, columns in shared_parts(sections).items():
+        labels = in_two(section.groups for section in columns.values())
+        for kind in shared_readouts(columns.values()):
+            texts = {}
+            for name, section in columns.items():
+                last = of_readout(section.measures, kind).groupby("group")["last"]
+                mean, deviation = last.mean().reindex(labels), last.std().reindex(labels)
+                texts[name] = [*map(spread_text, mean, deviation)]
+            title = f"Side by side{_of(part)}: last accuracy, read-out {kind} (%)"
+            cells = pd.DataFrame(texts, index=pd.Index(labels, name="method"))
+            note = "Mean ± sample standard deviation over the seeds."
+            tables += [Table(title, cells, note), *_side_leads(part, columns, kind, against)]
+    return tables
+
+
+def _side_leads(
+    part: str, columns: dict[str, Section], kind: str, against: str | None
+) -> Iterator[Table]:
+    """The table of leads, if there is a lead in any column."""
+    chosen = {name: reference(section, against) for name, section in columns.items()}
+    gains = {
+        name: differences(of_readout(section.measures, kind), chosen[name], "last")
+        for name, section in columns.items()
+    }
+    found = {name: intervals(gain) for name, gain in gains.items()}
+    labels = in_two(section.groups for section in columns.values())
+    labels = [label for label in labels if any(label in x.index for x in found.values())]
+    if not labels:
+        return
+    names = list(dict.fromkeys(name for name in chosen.values() if name is not None))
+    headers = [c if len(names) == 1 else f"{c}: {chosen[c] or ''}" for c in columns]
+    note = (
+        "Last accuracy less that of the method, paired over the seeds that both have on the same "
+        "data and backbone; in brackets the 95 % interval of Student's t, and the number of pairs."
+    )
+    if len(columns) == 2 and len(names) == 1:
+        # Over the seeds and class orders that both methods have in both columns.
+        one, other = gains.values()
+        change = intervals(other - one)
+        if any(label in change.index for label in labels):
+            found["change"] = change
+            note += (
+                f" Change: the lead with {headers[1]} less that with {headers[0]}, seed by seed."
+            )
+            headers.append("change")
+    texts = [lead_texts(x.reindex(labels), pairs=True) for x in found.values()]
+    cells = pd.DataFrame(
+        dict(zip(headers, texts, strict=True)), index=pd.Index(labels, name="over")
+    )
+    title = f"Side by side{_of(part)}: lead of {' or '.join(names)}, read-out {kind} (points)"
+    yield Table(title, cells, note)
+
+
+def shared_parts(sections: Sequence[Section]) -> dict[str, dict[str, Section]]:
+    """Sections by part and the name of their column, where two of them share a method."""
+    words = [section.base.split(", ") for section in sections]
+    alike = takewhile(lambda column: len(set(column)) == 1, zip(*words, strict=False))
+    common = min(len(list(alike)), *(len(own) - 1 for own in words))
+    titled = all(section.part for section in sections)
+    parts: dict[str, dict[str, Section]] = {}
+    for section in sections:
+        name = ", ".join(section.base.split(", ")[common:])
+        columns = parts.setdefault(section.part if titled else "", {})
+        earlier = columns[name].groups if name in columns else {}
+        columns[name] = replace(section, groups={**earlier, **section.groups})
+    return {
+        part: columns
+        for part, columns in parts.items()
+        if in_two(section.groups for section in columns.values())
+    }
+
+
+def shared_readouts(sections: Iterable[Section]) -> list[str]:
+    """Read-outs that at least two of the sections have, in their order; else the first one."""
+    kinds = [section.readouts for section in sections]
+    return in_two(kinds) or kinds[0][:1]
+
+
+def in_two(columns: Iterable[Iterable[str]]) -> list[str]:
+    """What at least two of the columns hold, in its order there."""
+    names = [name for column in columns for name in column]
+    return [name for name in dict.fromkeys(names) if names.count(name) > 1]
+
+
+def of_readout(measures: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """The rows of one read-out."""
+    return measures[measures["readout"] == kind]
+
+
+def leads(measures: pd.DataFrame, against: str | None, column: str) -> pd.DataFrame:
+    """How far one group is ahead of each of the others: paired differences with their intervals.
+
+    Parameters
+    ----------
+    measures : DataFrame
+        Rows of :func:`training.report.load`, of one section and read-out.
+    against : str or None
+        The group that is ahead, or behind.
+    column : str
+        What is compared, such as ``last``.
+
+    Returns
+    -------
+    DataFrame
+        As :func:`intervals` gives it, a row a group that shares a seed and class order.
+    """
+    return intervals(differences(measures, against, column))
+
+
+def differences(measures: pd.DataFrame, against: str | None, column: str) -> pd.DataFrame:
+    """One group minus each of the others: a row a seed and class order, a column a group."""
+    values = measures.pivot(index=["seed", "order"], columns="group", values=column)
+    if against not in values:
+        return pd.DataFrame()
+    others = [label for label in dict.fromkeys(measures["group"]) if label != against]
+    return values[others].rsub(values[against], axis=0)
+
+
+def intervals(differences: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame:
+    r"""Mean of paired differences, column by column, with Student's interval.
+
+    .. math:: \bar d \pm t_{n-1,\,(1+c)/2} \; s_d / \sqrt n
+
+    for the n differences d of one seed each, with sample standard deviation s. The interval
+    supposes that the differences are independent and near normal.
+
+    Parameters
+    ----------
+    differences : DataFrame
+        A row a seed, or whatever else makes a pair; NaN where there is no pair.
+    confidence : float
+        c, between 0 and 1.
+
+    Returns
+    -------
+    DataFrame
+        A row a column that has a pair: ``lead``, ``low``, ``high``, ``pairs``. One pair gives no
+        interval, but NaN.
+
+    Examples
+    --------
+    >>> intervals(pd.DataFrame({"frozen": [1.0, 2.0], "joint": [float("nan"), 3.0]})).round(2)
+            lead   low  high  pairs
+    frozen   1.5 -4.85  7.85      2
+    joint    3.0   NaN   NaN      1
+    """
+    from scipy.stats import t  # slow to import, and only needed here
+
+    pairs = differences.count()
+    pairs = pairs[pairs > 0]
+    mean, deviation = differences[pairs.index].mean(), differences[pairs.index].std()
+    half = t.ppf((1 + confidence) / 2, pairs - 1) * deviation / np.sqrt(pairs)
+    return pd.DataFrame({"lead": mean, "low": mean - half, "high": mean + half, "pairs": pairs})
+
+
+def lead_texts(leads: pd.DataFrame, *, pairs: bool = False) -> list[str]:
+    """Leads with their intervals, and the number of pairs if asked for.
+
+    Examples
+    --------
+    >>> lead_texts(pd.DataFrame({"lead": [1.5], "low": -4.853, "high": 7.853, "pairs": 2}))
+    ['+1.50 [−4.85, +7.85]']
+    """
+    texts = []
+    for lead, low, high, count in leads.itertuples(index=False):
+        text = DASH if isnan(lead) else signed(lead)
+        text += "" if isnan(low) else f" [{signed(low)}, {signed(high)}]"
+        texts.append(f"{text} ({count:.0f})" if pairs and not isnan(lead) else text)
+    return texts
+
+
+def spread_text(mean: float, deviation: float = nan) -> str:
+    """Mean and standard deviation with two digits; a dash where there is none."""
+    if isnan(mean):
+        return DASH
+    centre = f"{_rounded(mean):.2f}".replace("-", "−")
+    return centre if isnan(deviation) else f"{centre} ± {deviation:.2f}"
+
+
+def number_texts(values: pd.Series, digits: int, *, thousands: str = ",") -> list[str]:
+    """Numbers with so many digits; a dash for NaN."""
+    return [DASH if isnan(x) else f"{x:{thousands}.{digits}f}" for x in values]
+
+
+def signed(value: float) -> str:
+    """A number with two digits and its sign."""
+    return f"{_rounded(value):+.2f}".replace("-", "−")
+
+
+def _rounded(value: float) -> float:
+    return round(value, 2) + 0.0  # no minus before a zero
+
+
+def _of(part: str) -> str:
+    return f" ({part})" if part else ""
+
+
+def _markdown_row(texts: Iterable[str]) -> str:
+    escaped = (text.replace("|", r"\|").replace("\n", " ") for text in texts)
+    return f"| {' | '.join(escaped)} |"

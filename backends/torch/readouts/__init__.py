@@ -1,43 +1,64 @@
-"""Read-outs: classifiers over all classes seen, built from heads or stored statistics.
+"""Read-outs: classifiers over all classes seen, from the heads or from stored statistics.
 
-Every read-out has a ``kind``, gives ``logits(features)`` (N, C_seen) and its ``tensors()``, from
-which :func:`load_readout` rebuilds it bit for bit. Statistics are filled task by task: ``collect``
-batches of features, then ``end_task``.
+:class:`Readouts` holds those of a run: ``add_task`` gathers the statistics of a task, ``fit`` gives
+a :class:`Classifier` for each, ``state_dict`` what the next task needs. `Heads`, `NearestMean`,
+`Alignment` and `Ridge` are packaged; one of your own is a subclass of :class:`Readout`.
 """
 
-from backends.torch.readouts.align import (
-    AlignmentSettings,
-    align_heads,
-    alignment,
-    alignment_loss,
+from typing import TYPE_CHECKING
+
+from backends._lazy import load_on_use
+from backends.torch.readouts.readout import (
+    READOUTS,
+    Alignment,
+    Classifier,
+    Heads,
+    NearestMean,
+    Readout,
+    Readouts,
+    Ridge,
 )
-from backends.torch.readouts.base import Readout, load_readout
-from backends.torch.readouts.cosine import CosineReadout, heads, nearest_mean
-from backends.torch.readouts.ridge_regression import (
-    RIDGE_STRENGTHS,
-    RidgeReadout,
-    RidgeStatistics,
-    random_features,
-    ridge,
-    solve_ridge,
-)
-from backends.torch.readouts.statistics import ClassStatistics
+
+if TYPE_CHECKING:
+    from backends.torch.readouts.alignment import align_heads, alignment_loss
+    from backends.torch.readouts.heads import (
+        CosineClassifier,
+        CosineHead,
+        CosineHeads,
+        class_mean_start,
+    )
+    from backends.torch.readouts.ridge import (
+        RIDGE_STRENGTHS,
+        RidgeClassifier,
+        RidgeStatistics,
+        random_features,
+        solve_ridge,
+    )
+    from backends.torch.readouts.statistics import ClassStatistics, TaskStatistics
 
 __all__ = [
+    "READOUTS",
     "RIDGE_STRENGTHS",
-    "AlignmentSettings",
+    "Alignment",
     "ClassStatistics",
-    "CosineReadout",
+    "Classifier",
+    "CosineClassifier",
+    "CosineHead",
+    "CosineHeads",
+    "Heads",
+    "NearestMean",
     "Readout",
-    "RidgeReadout",
+    "Readouts",
+    "Ridge",
+    "RidgeClassifier",
     "RidgeStatistics",
+    "TaskStatistics",
     "align_heads",
-    "alignment",
     "alignment_loss",
-    "heads",
-    "load_readout",
-    "nearest_mean",
+    "class_mean_start",
     "random_features",
-    "ridge",
     "solve_ridge",
 ]
+
+# A command line shows the options without loading torch.
+__getattr__, __dir__ = load_on_use(__name__, __all__, ("heads", "statistics", "alignment", "ridge"))

@@ -1,14 +1,146 @@
-"""Mean and covariance of each class's features, filled task by task and never refreshed.
+"""Mean and covariance of each class's features, gathered task by task."""
 
-Classes are numbered in the order of the stream, so a task's labels follow those of the tasks
-before.
-"""
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from backends.torch.readouts._checks import check_batch, check_closed, check_keys, task_end
-from backends.torch.readouts.tasks import TaskStatistics
+from backends.torch.readouts.readout import check_names
+
+
+class TaskStatistics(ABC):
+    """Statistics of features that are gathered task by task; finished classes never change.
+
+    Classes are numbered in the order of the stream, so a task's labels go on from those of the
+    tasks before. A subclass says what is done with a batch (`gather`) and with a complete task
+    (`finish`), and what its state is.
+
+    Attributes
+    ----------
+    task_sizes : tuple of int
+        Classes of each finished task.
+    width : int or None
+        Width D of the features, once it is known.
+    """
+
+    def __init__(self, width: int | None = None) -> None:
+        self.task_sizes: tuple[int, ...] = ()
+        self.width = width
+        self._labels: set[int] = set()  # of the open task
+
+    @property
+    def classes(self) -> int:
+        """Number of classes of the finished tasks."""
+        return sum(self.task_sizes)
+
+    @abstractmethod
+    def gather(self, features: Tensor, labels: Tensor) -> None:
+        """Take up a sound batch (N, D) of the open task; labels (N,) on the features' device."""
+
+    @abstractmethod
+    def finish(self, first: int, end: int) -> None:
+        """Complete the open task, all of whose classes, from first to end - 1, were gathered."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Tensor]:
+        """Flat tensors of the finished tasks, ready for safetensors."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` gave; ValueError if it does not fit."""
+
+    def collect(self, features: Tensor, labels: Tensor) -> None:
+        """Add a batch of the open task.
+
+        Parameters
+        ----------
+        features : Tensor, shape (N, D)
+        labels : Tensor, shape (N,)
+            Integers from `classes` on.
+
+        Raises
+        ------
+        ValueError
+            For wrong shapes, features that are not finite, or labels of finished tasks.
+        """
+        floating = features.is_floating_point()
+        if features.ndim != 2 or labels.shape != features.shape[:1] or not floating:
+            msg = (
+                f"features must be floating (N, D) with labels (N,), got {features.dtype} of shape "
+                f"{tuple(features.shape)} and labels of shape {tuple(labels.shape)}"
+            )
+            raise ValueError(msg)
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            msg = f"labels must be integers, got {labels.dtype}"
+            raise ValueError(msg)
+        if self.width not in (None, features.shape[1]):
+            msg = f"features must be {self.width} wide, as those before, got {features.shape[1]}"
+            raise ValueError(msg)
+        if not bool(features.isfinite().all()):
+            bad = int((~features.isfinite().all(1)).sum())
+            msg = (
+                f"features must be finite, got NaN or infinity in {bad} of {len(features)} rows; "
+                "check the model and the images"
+            )
+            raise ValueError(msg)
+        present = set(labels.tolist())
+        if min(present, default=self.classes) < self.classes:
+            msg = (
+                f"labels of the open task must be at least {self.classes}, got {min(present)}; "
+                "classes of finished tasks never change"
+            )
+            raise ValueError(msg)
+        self.width = features.shape[1]
+        self._labels |= present
+        self.gather(features.detach(), labels.to(features.device))
+
+    def end_task(self, classes: int | None = None) -> None:
+        """Finish the open task.
+
+        Parameters
+        ----------
+        classes : int, optional
+            Number of its classes; by default up to the highest label.
+
+        Raises
+        ------
+        ValueError
+            If a class of the task has no features or a label lies beyond its classes.
+        """
+        first = self.classes
+        end = max(self._labels, default=first - 1) + 1 if classes is None else first + classes
+        if end <= first:
+            msg = "a task must have at least one class, got none; collect features before end_task"
+            raise ValueError(msg)
+        missing = sorted(set(range(first, end)) - self._labels)
+        if missing:
+            msg = f"every class of the task must have features, got none of the classes {missing}"
+            raise ValueError(msg)
+        beyond = sorted(label for label in self._labels if label >= end)
+        if beyond:
+            msg = f"labels of the task must be from {first} to {end - 1}, got {beyond}"
+            raise ValueError(msg)
+        self.finish(first, end)
+        self.task_sizes = (*self.task_sizes, end - first)
+        self._labels = set()
+
+    def add_task(self, features: Tensor, labels: Tensor, classes: int | None = None) -> None:
+        """`collect` one batch and `end_task`."""
+        self.collect(features, labels)
+        self.end_task(classes)
+
+    def require_classes(self) -> None:
+        """Raise ValueError while no task is finished."""
+        if not self.classes:
+            msg = "the statistics hold no class yet; collect a task and call end_task first"
+            raise ValueError(msg)
+
+    def require_closed(self) -> None:
+        """Raise ValueError in the middle of a task."""
+        if self._labels:
+            msg = "a task is being collected; call end_task before the state is taken"
+            raise ValueError(msg)
 
 
 class ClassStatistics(TaskStatistics):
@@ -17,12 +149,12 @@ class ClassStatistics(TaskStatistics):
     Sums run in float64 on the features' device, merged batch by batch in the form of Chan,
     Golub and LeVeque (1983), which has no cancellation. The covariance is the unbiased one
     (division by n - 1); a class of one image gets zero. Classifier alignment adds its ridge when
-    it samples, so what is kept here is the plain estimate.
+    it samples; stored here is the plain estimate.
 
     Parameters
     ----------
     dtype : torch.dtype
-        float32 (default) or float64: the type in which finished classes are kept.
+        float32 (default) or float64: the type in which finished classes are stored.
 
     Attributes
     ----------
@@ -44,7 +176,7 @@ class ClassStatistics(TaskStatistics):
 
     def __init__(self, *, dtype: torch.dtype = torch.float32) -> None:
         if dtype not in (torch.float32, torch.float64):
-            msg = f"Class statistics are kept in float32 or float64, not {dtype}."
+            msg = f"dtype must be torch.float32 or torch.float64, got {dtype}"
             raise ValueError(msg)
         super().__init__()
         self.dtype = dtype
@@ -54,34 +186,18 @@ class ClassStatistics(TaskStatistics):
         # Of the open task: class -> (images, mean, scatter), in float64.
         self._open: dict[int, tuple[int, Tensor, Tensor]] = {}
 
-    def collect(self, features: Tensor, labels: Tensor) -> None:
-        """Add a batch of features (N, D) with labels (N,) of the open task.
-
-        Raises
-        ------
-        ValueError
-            For wrong shapes, non-finite features, or labels of finished tasks.
-        """
-        width = _open_width(self._open, self.mean)
-        check_batch(features, labels, first=self.classes, width=width)
-        labels = labels.to(features.device)
+    def gather(self, features: Tensor, labels: Tensor) -> None:
+        """Merge the moments of each class of a batch into those of the open task."""
         for label in sorted(set(labels.tolist())):
             rows = features[labels == label].double()
             mean = rows.mean(0)
             centred = rows - mean
+            # Centred before it is squared: sums of squares less squares of sums would cancel.
             part = (len(rows), mean, centred.mT @ centred)
             self._open[label] = _merge(self._open[label], part) if label in self._open else part
 
-    def end_task(self, classes: int | None = None) -> None:
-        """Finish the open task of `classes` classes (default: up to the highest label seen).
-
-        Raises
-        ------
-        ValueError
-            If a class of the task has no features or a label lies beyond its classes.
-        """
-        first = self.classes
-        end = task_end(self._open, first, classes)
+    def finish(self, first: int, end: int) -> None:
+        """Append the classes of the open task to the finished ones."""
         parts = [self._open[label] for label in range(first, end)]
         device = parts[0][1].device
         count = torch.tensor([n for n, _, _ in parts], device=device)
@@ -92,12 +208,11 @@ class ClassStatistics(TaskStatistics):
             mean = torch.cat([self.mean.to(device), mean])
             covariance = torch.cat([self.covariance.to(device), covariance])
         self.count, self.mean, self.covariance = count, mean, covariance
-        self.task_sizes = (*self.task_sizes, end - first)
         self._open = {}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Flat tensors of the finished tasks, ready for safetensors."""
-        check_closed(open_task=bool(self._open))
+        self.require_closed()
         return {
             "count": self.count,
             "mean": self.mean,
@@ -105,21 +220,22 @@ class ClassStatistics(TaskStatistics):
             "task_sizes": torch.tensor(self.task_sizes, dtype=torch.int64),
         }
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state_dict` gave. Raises ValueError when keys or shapes do not fit."""
-        check_keys(state, {"count", "mean", "covariance", "task_sizes"})
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` gave; ValueError if keys or shapes do not fit."""
+        check_names(state, {"count", "mean", "covariance", "task_sizes"}, "class statistics")
         sizes = tuple(int(n) for n in state["task_sizes"])
         count, mean, covariance = state["count"], state["mean"], state["covariance"]
         expected = (sum(sizes), *mean.shape[1:], *mean.shape[1:])
         if len(count) != sum(sizes) or len(mean) != sum(sizes) or covariance.shape != expected:
             msg = (
-                f"Task sizes {sizes} do not fit {len(count)} counts, means {tuple(mean.shape)} "
-                f"and covariances {tuple(covariance.shape)}."
+                f"counts, means and covariances must be of {sum(sizes)} classes, got shapes "
+                f"{tuple(count.shape)}, {tuple(mean.shape)} and {tuple(covariance.shape)}"
             )
             raise ValueError(msg)
         self.dtype = mean.dtype
         self.count, self.mean, self.covariance = count, mean, covariance
-        self.task_sizes, self._open = sizes, {}
+        self.task_sizes, self._open, self._labels = sizes, {}, set()
+        self.width = mean.shape[1] if len(mean) else None
 
 
 def _merge(
@@ -129,9 +245,3 @@ def _merge(
     shift = b[1] - a[1]
     scatter = a[2] + b[2] + torch.outer(shift, shift) * (a[0] * b[0] / n)
     return n, a[1] + shift * (b[0] / n), scatter
-
-
-def _open_width(parts: dict[int, tuple[int, Tensor, Tensor]], mean: Tensor) -> int | None:
-    for _, m, _ in parts.values():
-        return len(m)
-    return mean.shape[1] if len(mean) else None

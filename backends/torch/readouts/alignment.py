@@ -1,0 +1,191 @@
+"""Classifier alignment: head weights retrained on samples of each class's stored Gaussian."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from backends.torch.readouts.heads import cosines
+from backends.torch.readouts.readout import Alignment, finite
+from backends.torch.readouts.statistics import ClassStatistics
+
+_EPS = 1e-6
+_ROUND = 50  # steps whose losses are averaged before they are judged
+_HALVINGS = 5  # of the learning rate, before training ends
+
+
+def alignment_loss(
+    cosines: Tensor, labels: Tensor, sizes: Sequence[int], temperature: float
+) -> Tensor:
+    """Cross-entropy of logits over their mean per-task norm and over τ, without scale or margin.
+
+    The logits (N, C) of a sample are divided by the mean over tasks of the norms of their
+    per-task parts (`sizes` classes each), so only their direction counts.
+    """
+    norms = torch.stack([part.norm(dim=1) for part in torch.split(cosines, list(sizes), dim=1)])
+    scale = (norms + 1e-7).mean(0)[:, None] * temperature
+    return functional.cross_entropy(cosines / scale, labels)
+
+
+def align_heads(
+    statistics: ClassStatistics,
+    settings: Alignment,
+    *,
+    generator: torch.Generator,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Head weights (C, D) retrained on samples of each class's stored Gaussian.
+
+    `Alignment` explains the two ways to train. Without ``epochs`` the weights start at the
+    least-squares solution S⁻¹μ_c (S: the second moment of the mixture) and are trained by Adam in
+    coordinates that whiten S. Every step draws anew, so the mean loss of a round of 50 steps
+    estimates the true risk. A round that lowers the best so far by less than ``tolerance`` halves
+    the learning rate (from 0.1); training ends at the sixth such round, or at ``max_steps``.
+
+    Parameters
+    ----------
+    statistics : ClassStatistics
+    settings : Alignment
+    generator : torch.Generator
+        Source of all randomness: the same state gives the same weights.
+    weight : (C, D) tensor, optional
+        The heads' weights: where the published schedule starts, and needed there only. To
+        reproduce it, old classes start at their weights of the alignment before.
+
+    Raises
+    ------
+    ValueError
+        While no task is finished, or when the weight is missing or does not fit.
+    """
+    statistics.require_classes()
+    mean = statistics.mean
+    if weight is not None and weight.shape != mean.shape:
+        msg = f"head weights must have shape {tuple(mean.shape)}, got {tuple(weight.shape)}"
+        raise ValueError(msg)
+    if settings.epochs is None:
+        return _converge(statistics, settings, generator)
+    if weight is None:
+        msg = "the published schedule starts from the heads: give their weight, or set epochs=None"
+        raise ValueError(msg)
+    # A copy: the heads themselves go on as they were trained.
+    start = finite("head weights", weight.detach().to(mean).clone())
+    if len(statistics.task_sizes) == 1:  # as published: nothing to align with yet
+        return start
+    return _schedule(statistics, settings, generator, start)
+
+
+def _schedule(
+    statistics: ClassStatistics, s: Alignment, generator: torch.Generator, weight: Tensor
+) -> Tensor:
+    """The published schedule: `s.epochs` epochs of C steps of 256 fresh samples."""
+    epochs = s.epochs or 0
+    sizes = statistics.task_sizes
+    device = weight.device
+    tasks = torch.arange(1, len(sizes) + 1, device=device)
+    shift = (0.9 + 0.1 * tasks / len(sizes)).repeat_interleave(torch.tensor(sizes, device=device))
+    mean = statistics.mean * shift[:, None].to(weight)
+    factors = _factors(statistics.covariance.double(), s, weight.dtype)
+    weight.requires_grad_()
+    optimiser = torch.optim.SGD([weight], lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
+    for epoch in range(epochs):
+        optimiser.param_groups[0]["lr"] = s.lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
+        samples, labels = _draw(mean, factors, 256, generator)
+        order = torch.randperm(len(labels), generator=generator, device=generator.device).to(device)
+        for batch in torch.split(order, 256):
+            logits = cosines(samples[batch], weight)
+            _step(optimiser, alignment_loss(logits, labels[batch], sizes, s.temperature))
+    return finite("aligned weights", weight.detach())
+
+
+def _converge(statistics: ClassStatistics, s: Alignment, generator: torch.Generator) -> Tensor:
+    """Run to convergence: see `align_heads`."""
+    mean, covariance = statistics.mean, _shrunk(statistics, s.shrinkage)
+    factors = _factors(covariance, s, mean.dtype)
+    wide = mean.double()
+    moment = covariance.mean(0) + wide.mT @ wide / len(wide)
+    whitener = _factors(moment[None], s, torch.float64)[0]
+    # Rows v of the trained matrix give w = K⁻ᵀv with S = K Kᵀ; v starts at K⁻¹μ.
+    start = torch.linalg.solve_triangular(whitener, wide.mT, upper=False).mT
+    start = start / start.square().mean().sqrt().clamp(min=_EPS)
+    whitener = whitener.to(mean.dtype)
+    rows = start.to(mean.dtype).requires_grad_()
+
+    def unwhiten() -> Tensor:
+        weight: Tensor = torch.linalg.solve_triangular(whitener, rows, upper=False, left=False)
+        return weight
+
+    optimiser = torch.optim.Adam([rows], lr=0.1, betas=(0.9, 0.99))
+    # As many samples as the published batch, and enough of every class where there are many.
+    draws = max(4, math.ceil(256 / len(mean)))
+    best, halvings, total = math.inf, 0, torch.zeros((), dtype=torch.float64, device=mean.device)
+    for step in range(1, s.max_steps + 1):
+        samples, labels = _draw(mean, factors, draws, generator)
+        loss = alignment_loss(
+            cosines(samples, unwhiten()), labels, statistics.task_sizes, s.temperature
+        )
+        _step(optimiser, loss)
+        total += loss.detach()  # read once a round, not once a step
+        if step % _ROUND == 0:
+            risk = float(total) / _ROUND
+            total.zero_()
+            if risk > (1 - s.tolerance) * best:
+                halvings += 1
+                optimiser.param_groups[0]["lr"] /= 2
+            if halvings > _HALVINGS or risk < 1e-6:
+                break
+            best = min(best, risk)
+    return finite("aligned weights", unwhiten().detach())
+
+
+def _step(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
+    optimiser.zero_grad()
+    torch.autograd.backward(loss)
+    optimiser.step()
+
+
+def _shrunk(statistics: ClassStatistics, shrinkage: float) -> Tensor:
+    """Covariances (C, D, D) in float64, each drawn to the pooled one by how few images it has."""
+    covariance = statistics.covariance.double()
+    freedom = (statistics.count - 1).to(covariance).clamp(min=0)[:, None, None]
+    pooled = (covariance * freedom).sum(0) / freedom.sum().clamp(min=1)
+    prior = shrinkage * covariance.shape[-1]
+    share = prior / (prior + freedom) if prior else torch.zeros_like(freedom)
+    return torch.lerp(covariance, pooled.expand_as(covariance), share)
+
+
+def _factors(covariance: Tensor, s: Alignment, dtype: torch.dtype) -> Tensor:
+    """Cholesky factors (C, D, D) of covariance + ridge, factorised in float64.
+
+    Stored covariances carry the rounding of float32: half an eps of the Frobenius norm at most,
+    hence of the trace. A ridge of one eps·trace (plus a tiny one for zero matrices) therefore
+    makes any of them positive definite.
+    """
+    trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
+    dim = covariance.shape[-1]
+    ridge = s.covariance * trace / dim if s.relative else torch.full_like(trace, s.covariance)
+    least = max(torch.finfo(torch.float32).eps, 4 * dim * torch.finfo(torch.float64).eps) * trace
+    jitter = torch.maximum(ridge, least).clamp(min=torch.finfo(torch.float64).tiny)
+    eye = torch.eye(dim).to(covariance)
+    # One class at a time: a batch of large float64 matrices needs several copies of them all.
+    return torch.stack(
+        [
+            torch.linalg.cholesky((c + c.mT) / 2 + j * eye).to(dtype)
+            for c, j in zip(covariance, jitter, strict=True)
+        ]
+    )
+
+
+def _draw(
+    mean: Tensor, factors: Tensor, number: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """`number` samples of each class (C·number, D) and their labels, in order of class."""
+    classes, dim = mean.shape
+    # Drawn on the generator's device, so that a GPU aligns to the same samples as a CPU.
+    noise = torch.randn(
+        classes, number, dim, generator=generator, device=generator.device, dtype=mean.dtype
+    ).to(mean.device)
+    samples = torch.baddbmm(mean[:, None], noise, factors.mT)
+    labels = torch.arange(classes, device=mean.device).repeat_interleave(number)
+    return samples.flatten(0, 1), labels

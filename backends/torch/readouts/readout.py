@@ -1,0 +1,514 @@
+"""Read-outs: how classes are decided from features, and the options of each.
+
+A read-out gathers statistics of every task's features (or nothing), and is fitted on them after
+each task. This file loads no torch, so that a command line can show the options; the algorithms
+are in the files beside it.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from backends.torch.readouts.heads import CosineClassifier
+    from backends.torch.readouts.ridge import RidgeClassifier, RidgeStatistics
+    from backends.torch.readouts.statistics import ClassStatistics, TaskStatistics
+
+
+class Classifier(Protocol):
+    """A fitted read-out: decides between all classes seen."""
+
+    def logits(self, features: "Tensor") -> "Tensor":
+        """Scores (N, C) of features (N, D); the highest one names the class."""
+
+    def tensors(self) -> "dict[str, Tensor]":
+        """All that `Readout.load` needs to build it again, ready for safetensors."""
+
+
+class Readout(ABC):
+    """Settings of a read-out, and what it does with them.
+
+    A read-out of one's own is a subclass, whose constructor arguments are its options. It keeps
+    no state: what is gathered and fitted belongs to :class:`Readouts`.
+
+    Attributes
+    ----------
+    name : str
+        Name in results and files.
+    gathers : str or None
+        Name of the statistics that it is fitted on; ``"statistics"`` are those of the classes.
+        Read-outs that give the same name share one object. None if the heads are enough.
+
+    Examples
+    --------
+    >>> from backends.torch.readouts import CosineClassifier
+    >>> class Centred(Readout):
+    ...     name, gathers = "centred", "statistics"
+    ...     def fit(self, statistics, **_):
+    ...         return CosineClassifier(statistics.mean - statistics.mean.mean(0))
+    >>> import torch
+    >>> readouts = Readouts([Centred()], dim=2)
+    >>> readouts.add_task(torch.tensor([[5.0, 4.0], [4.0, 5.0]]), torch.tensor([0, 1]))
+    >>> readouts.fit()["centred"].logits(torch.tensor([[3.0, 2.0]])).argmax().item()
+    0
+    """
+
+    name: ClassVar[str]
+    gathers: ClassVar[str | None] = None
+
+    @property
+    def warm_start(self) -> bool:
+        """Whether a fit starts from the classifier of the fit before, which is then saved."""
+        return False
+
+    def statistics(self, dim: int, seed: int) -> "TaskStatistics":  # noqa: ARG002
+        """New, empty statistics; by default counts, means and covariances of the classes.
+
+        Parameters
+        ----------
+        dim : int
+            Width D of the features.
+        seed : int
+            Seed of whatever is drawn once for all tasks.
+        """
+        from backends.torch.readouts.statistics import ClassStatistics
+
+        return ClassStatistics()
+
+    @abstractmethod
+    def fit(
+        self,
+        statistics: Any,
+        *,
+        head_weight: "Tensor | None",
+        generator: "torch.Generator",
+        previous: Any,
+    ) -> Classifier:
+        """The classifier over all classes seen so far; ``**_`` takes what is not needed.
+
+        Parameters
+        ----------
+        statistics : TaskStatistics or None
+            What was gathered under the name `gathers`. Only to be read.
+        head_weight : Tensor, shape (C, D), or None
+            Weights of the heads of all tasks, where there are heads. Only to be read.
+        generator : torch.Generator
+            A CPU generator for all that is drawn.
+        previous : Classifier or None
+            The classifier after the task before; None on the first, and without `warm_start`.
+        """
+
+    def load(self, tensors: "Mapping[str, Tensor]") -> Classifier:
+        """The classifier whose `tensors` were stored, with the same logits bit for bit.
+
+        By default one that stores a direction a class, `CosineClassifier`.
+
+        Raises
+        ------
+        ValueError
+            If the tensors are not those of this read-out.
+        """
+        from backends.torch.readouts.heads import CosineClassifier
+
+        check_names(tensors, {"weight"}, f"the read-out {self.name!r}")
+        return CosineClassifier(finite("weight", tensors["weight"]))
+
+
+@dataclass(frozen=True)
+class Heads(Readout):
+    """The heads as they were trained, all of them side by side: the paper's own read-out."""
+
+    name = "heads"
+
+    def fit(
+        self,
+        statistics: None = None,  # noqa: ARG002
+        *,
+        head_weight: "Tensor | None" = None,
+        **_: Any,
+    ) -> "CosineClassifier":
+        """Cosines to the head weights."""
+        from backends.torch.readouts.heads import CosineClassifier
+
+        if head_weight is None or head_weight.ndim != 2 or not len(head_weight):
+            shape = None if head_weight is None else tuple(head_weight.shape)
+            msg = f"head_weight must have shape (C, D) with at least one class, got {shape}"
+            raise ValueError(msg)
+        return CosineClassifier(finite("head weights", head_weight.detach().clone()))
+
+
+@dataclass(frozen=True)
+class NearestMean(Readout):
+    """The class whose mean feature has the largest cosine."""
+
+    name = "nearest_mean"
+    gathers = "statistics"
+
+    def fit(self, statistics: "ClassStatistics", **_: Any) -> "CosineClassifier":
+        """Cosines to the class means."""
+        from backends.torch.readouts.heads import CosineClassifier
+
+        statistics.require_classes()
+        return CosineClassifier(finite("class means", statistics.mean.clone()))
+
+
+@dataclass(frozen=True)
+class Alignment(Readout):
+    """Heads retrained on Gaussian samples of the class statistics ("classifier alignment").
+
+    There are two ways to train. With ``epochs`` (the paper: 5) it follows the published schedule:
+    every epoch draws 256 samples a class and takes as many SGD steps of 256 samples as there are
+    classes. The learning rate follows a cosine, epoch by epoch. The mean of a class of task t
+    (from 1) of T is multiplied by 0.9 + 0.1·t/T. Old classes start at their weights of the
+    alignment before, and the first task is left alone.
+
+    With ``epochs=None`` the same loss is minimised until it stops falling, so the result does not
+    depend on the heads. Means are not scaled, and covariances are shrunk towards the pooled one:
+    (1 - a)·S_c + a·S_pooled with a = k·D / (k·D + n_c - 1) and k = ``shrinkage``.
+
+    Parameters
+    ----------
+    epochs : int, optional
+        Epochs of the published schedule (the paper: 5); without it, train to convergence.
+    shrinkage : float
+        Strength k of the shrinkage of class covariances towards the pooled one, at least 0; used
+        when training to convergence.
+    lr : float
+        Learning rate of the published schedule.
+    temperature : float
+        Temperature τ that divides the normalised logits in the loss (paper: 0.3 for CIFAR-100,
+        0.2 for CUB, ImageNet-A and -R, 0.1 for DomainNet).
+    covariance : float
+        Added to the diagonal of every class covariance, at least 0.
+    relative : bool
+        Measure ``covariance`` in units of the mean of that diagonal.
+    momentum : float
+        Momentum of the published schedule.
+    weight_decay : float
+        L2 penalty of the published schedule.
+    tolerance : float
+        Relative fall of the loss over 50 steps below which training to convergence slows down.
+    max_steps : int
+        Most steps of training to convergence.
+    """
+
+    name = "alignment"
+    gathers = "statistics"
+
+    epochs: int | None = None
+    shrinkage: float = 0.3
+    lr: float = 0.01
+    temperature: float = 0.2
+    covariance: float = 1e-3
+    relative: bool = False
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    tolerance: float = 0.01
+    max_steps: int = 3000
+
+    def __post_init__(self) -> None:
+        if self.epochs is not None and self.epochs < 1:
+            msg = f"epochs must be at least 1, or None to train to convergence, got {self.epochs}"
+            raise ValueError(msg)
+        for option in ("lr", "temperature", "tolerance", "max_steps"):
+            value = getattr(self, option)
+            if not (math.isfinite(value) and value > 0):
+                msg = f"{option} must be finite and above 0, got {value}"
+                raise ValueError(msg)
+        for option in ("shrinkage", "covariance", "momentum", "weight_decay"):
+            value = getattr(self, option)
+            if not (math.isfinite(value) and value >= 0):
+                msg = f"{option} must be finite and at least 0, got {value}"
+                raise ValueError(msg)
+
+    @property
+    def warm_start(self) -> bool:
+        """The published schedule starts from the weights of the alignment before."""
+        return self.epochs is not None
+
+    def fit(
+        self,
+        statistics: "ClassStatistics",
+        *,
+        generator: "torch.Generator",
+        head_weight: "Tensor | None" = None,
+        previous: "CosineClassifier | None" = None,
+    ) -> "CosineClassifier":
+        """Cosines to the retrained weights; ``head_weight`` is needed with ``epochs`` only.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from backends.torch.readouts import ClassStatistics
+        >>> statistics = ClassStatistics()
+        >>> x = torch.tensor([[2.0, 0.1], [2.0, -0.1], [1.0, 2.0], [1.2, 2.0]])
+        >>> statistics.add_task(x, torch.tensor([0, 0, 1, 1]))
+        >>> aligned = Alignment().fit(statistics, generator=torch.Generator().manual_seed(0))
+        >>> aligned.logits(x).argmax(1).tolist()
+        [0, 0, 1, 1]
+        """
+        from backends.torch.readouts.alignment import align_heads
+        from backends.torch.readouts.heads import CosineClassifier
+
+        start = head_weight
+        if head_weight is not None and previous is not None:
+            start = head_weight.clone()
+            start[: len(previous.weight)] = previous.weight.to(start)
+        return CosineClassifier(align_heads(statistics, self, generator=generator, weight=start))
+
+
+@dataclass(frozen=True)
+class Ridge(Readout):
+    """Ridge regression on random ReLU features (RanPAC, McDonnell et al., arXiv:2307.02251).
+
+    Parameters
+    ----------
+    features : int
+        Number of random features (the paper: 10000); memory grows with its square.
+    """
+
+    name = "ridge"
+    gathers = "ridge"
+
+    features: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.features < 1:
+            msg = f"features must be at least 1, got {self.features}"
+            raise ValueError(msg)
+
+    def statistics(self, dim: int, seed: int) -> "RidgeStatistics":
+        """Sums over the random features, which are drawn with the seed."""
+        from backends.torch.readouts.ridge import RidgeStatistics
+
+        return RidgeStatistics(dim, features=self.features, seed=seed)
+
+    def fit(self, statistics: "RidgeStatistics", **_: Any) -> "RidgeClassifier":
+        """Linear scores at the strength that was chosen on the last task."""
+        from backends.torch.readouts.ridge import RidgeClassifier, solve_ridge
+
+        statistics.require_classes()
+        weight = solve_ridge(statistics.gram, statistics.cross, statistics.strength)
+        return RidgeClassifier(
+            statistics.projection.clone().contiguous(), finite("ridge weights", weight)
+        )
+
+    def load(self, tensors: "Mapping[str, Tensor]") -> "RidgeClassifier":
+        """The classifier of stored tensors."""
+        from backends.torch.readouts.ridge import RidgeClassifier
+
+        check_names(tensors, {"projection", "weight"}, f"the read-out {self.name!r}")
+        return RidgeClassifier(
+            finite("projection", tensors["projection"]), finite("weight", tensors["weight"])
+        )
+
+
+READOUTS: dict[str, type[Readout]] = {
+    readout.name: readout for readout in (Heads, NearestMean, Alignment, Ridge)
+}
+"""The packaged read-outs by name."""
+
+
+class Readouts:
+    """The read-outs of a run: what they gather, their classifiers, and the state of both.
+
+    Parameters
+    ----------
+    readouts : sequence of Readout
+        Each name once.
+    dim : int
+        Width D of the features.
+    seed : int, default 0
+        Seed of what statistics draw once for all tasks (the random features of `Ridge`).
+    keep_statistics : bool, default False
+        Gather means and covariances of the classes even if no read-out is fitted on them.
+
+    Attributes
+    ----------
+    statistics : dict of str to TaskStatistics
+        What is gathered, by the names that the read-outs give it.
+    classifiers : dict of str to Classifier
+        Of the last `fit`, by read-out.
+
+    Examples
+    --------
+    >>> import torch
+    >>> readouts = Readouts([NearestMean(), Ridge(features=50)], dim=2)
+    >>> x = torch.tensor([[1.0, 0.1], [1.0, 0.0], [0.1, 1.0], [0.0, 1.0]])
+    >>> readouts.add_task(x, torch.tensor([0, 0, 1, 1]))
+    >>> {name: c.logits(x).argmax(1).tolist() for name, c in readouts.fit().items()}
+    {'nearest_mean': [0, 0, 1, 1], 'ridge': [0, 0, 1, 1]}
+    """
+
+    def __init__(
+        self,
+        readouts: Sequence[Readout],
+        *,
+        dim: int,
+        seed: int = 0,
+        keep_statistics: bool = False,
+    ) -> None:
+        names = [readout.name for readout in readouts]
+        if len(set(names)) < len(names):
+            msg = f"read-outs must have different names, got {names}"
+            raise ValueError(msg)
+        self.readouts = {readout.name: readout for readout in readouts}
+        self.statistics: dict[str, TaskStatistics] = {}
+        self.classifiers: dict[str, Classifier] = {}
+        gathering = [*readouts, NearestMean()] if keep_statistics else readouts
+        for readout in gathering:
+            # Made once for all that share it: the sums of a ridge are large.
+            if readout.gathers is not None and readout.gathers not in self.statistics:
+                self.statistics[readout.gathers] = readout.statistics(dim, seed)
+
+    @property
+    def primary(self) -> str:
+        """Name of the first read-out."""
+        return next(iter(self.readouts))
+
+    def add_task(self, features: "Tensor", labels: "Tensor", classes: int | None = None) -> None:
+        """Gather a finished task; its classes are never refreshed.
+
+        Parameters
+        ----------
+        features : Tensor, shape (N, D)
+            Features of the task's training images.
+        labels : Tensor, shape (N,)
+            Integers that go on from the classes of the tasks before.
+        classes : int, optional
+            Number of classes of the task; by default up to the highest label.
+        """
+        for statistics in self.statistics.values():
+            statistics.add_task(features, labels, classes)
+
+    def fit(self, head_weight: "Tensor | None" = None, seed: int = 0) -> dict[str, Classifier]:
+        """Fit all read-outs to the classes seen so far.
+
+        Parameters
+        ----------
+        head_weight : Tensor, shape (C, D), optional
+            Weights of the heads of all tasks (`CosineHeads.weight`).
+        seed : int, default 0
+            Every read-out draws from a generator of its own with this seed, so that none depends
+            on which others there are.
+
+        Returns
+        -------
+        dict of str to Classifier
+            In the order of the read-outs.
+        """
+        import torch
+
+        self.classifiers = {
+            name: readout.fit(
+                self.statistics.get(readout.gathers or ""),
+                head_weight=head_weight,
+                generator=torch.Generator().manual_seed(seed),
+                previous=self.classifiers.get(name) if readout.warm_start else None,
+            )
+            for name, readout in self.readouts.items()
+        }
+        return self.classifiers
+
+    def load(self, tensors: "Mapping[str, Tensor]") -> dict[str, Classifier]:
+        """The classifiers whose `tensors` were stored.
+
+        Parameters
+        ----------
+        tensors : mapping of str to Tensor
+            As `tensors` gives them.
+
+        Raises
+        ------
+        ValueError
+            If tensors of a read-out are missing or not its own.
+        """
+        groups = _by_first_part(tensors)
+        self.classifiers = {
+            name: readout.load(groups.get(name, {})) for name, readout in self.readouts.items()
+        }
+        return self.classifiers
+
+    def tensors(self) -> "dict[str, Tensor]":
+        """Tensors of all classifiers of the last `fit`, as ``readout/tensor``."""
+        return _flat({name: c.tensors() for name, c in self.classifiers.items()})
+
+    def state_dict(self) -> "dict[str, Tensor]":
+        """All that the next task needs: statistics, and classifiers that a fit starts from."""
+        groups = {f"gathered/{name}": s.state_dict() for name, s in self.statistics.items()}
+        for name, classifier in self.classifiers.items():
+            if self.readouts[name].warm_start:
+                groups[f"fitted/{name}"] = classifier.tensors()
+        return _flat(groups)
+
+    def load_state_dict(self, state: "Mapping[str, Tensor]") -> None:
+        """Take over a state of the same read-outs.
+
+        Raises
+        ------
+        ValueError
+            If the state is one of other read-outs.
+        """
+        parts = {kind: _by_first_part(group) for kind, group in _by_first_part(state).items()}
+        gathered, fitted = parts.pop("gathered", {}), parts.pop("fitted", {})
+        warm = {name for name, readout in self.readouts.items() if readout.warm_start}
+        if parts or gathered.keys() != self.statistics.keys() or not fitted.keys() <= warm:
+            msg = (
+                f"the state must be of the statistics {sorted(self.statistics)} and the read-outs "
+                f"{sorted(warm)}, got {sorted(gathered)} and {sorted([*fitted, *parts])}"
+            )
+            raise ValueError(msg)
+        for name, statistics in self.statistics.items():
+            statistics.load_state_dict(gathered[name])
+        self.classifiers = {name: self.readouts[name].load(fitted[name]) for name in fitted}
+
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes of the statistics by name: what the read-outs carry from task to task."""
+        return {
+            name: sum(x.numel() * x.element_size() for x in statistics.state_dict().values())
+            for name, statistics in self.statistics.items()
+        }
+
+
+def finite(name: str, tensor: "Tensor") -> "Tensor":
+    """The tensor, contiguous; refused if it holds NaN or infinity."""
+    if not bool(tensor.isfinite().all()):
+        msg = f"the {name} must be finite, got NaN or infinite values"
+        raise ValueError(msg)
+    # safetensors stores contiguous tensors only, and a copy later could change the last bits.
+    return tensor.contiguous()
+
+
+def check_features(features: "Tensor", dim: int) -> None:
+    """Refuse features that a classifier of width D cannot read."""
+    if features.ndim != 2 or features.shape[1] != dim or not features.is_floating_point():
+        msg = (
+            f"features must be floating, of shape (N, {dim}), got {features.dtype} of shape "
+            f"{tuple(features.shape)}"
+        )
+        raise ValueError(msg)
+    finite("features", features)
+
+
+def check_names(tensors: "Mapping[str, Tensor]", names: set[str], what: str) -> None:
+    """Refuse stored tensors under other names than these."""
+    if tensors.keys() != names:
+        msg = f"the tensors of {what} must be {sorted(names)}, got {sorted(tensors)}"
+        raise ValueError(msg)
+
+
+def _flat(groups: "Mapping[str, Mapping[str, Tensor]]") -> "dict[str, Tensor]":
+    return {f"{group}/{name}": x for group, named in groups.items() for name, x in named.items()}
+
+
+def _by_first_part(tensors: "Mapping[str, Tensor]") -> "dict[str, dict[str, Tensor]]":
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        group, _, rest = name.partition("/")
+        groups.setdefault(group, {})[rest] = tensor
+    return groups

@@ -1,0 +1,237 @@
+"""Eigensolvers beneath the subspaces: part of a spectrum, pencils, triangular solves, Lanczos.
+
+The only file that may import SciPy, inside functions, for arrays that live in host memory. Every
+faster route gives what the standard one gives, up to the choice of a basis among equal eigenvalues;
+where a route does not apply, or its result fails its check, the standard decides.
+"""
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from importlib.util import find_spec
+from inspect import signature
+from typing import Any
+
+from loda_math._arrays import (
+    Array,
+    Namespace,
+    descending_eigh,
+    is_concrete,
+    is_jax,
+    is_numpy,
+    lower_cholesky,
+)
+
+# Below this size the standard solver is as fast as any.
+PARTIAL_SIZE = 160
+# From this size on Lanczos is tried first: its cost grows with the square of the size.
+LANCZOS_SIZE = 640
+# Lanczos vectors held for each eigenpair, at least so many, and restarts before giving up.
+LANCZOS_VECTORS, LANCZOS_LEAST, LANCZOS_RESTARTS = 3, 48, 12
+# Steps of the power method that bounds an eigenvalue: its order of magnitude is what counts.
+POWER_STEPS = 8
+
+
+def leading_eigh(xp: Namespace, x: Array, count: int) -> tuple[Array, Array]:
+    """The ``count`` largest eigenvalues of a symmetric matrix, falling, and eigenvectors."""
+    if _on_host(x, count):
+        return _each(xp, lambda a: _leading(a, count), x)
+    values, vectors = descending_eigh(xp, x)
+    return values[..., :count], vectors[..., :count]
+
+
+def trailing_eigh(xp: Namespace, x: Array, count: int) -> tuple[Array, Array, Array]:
+    """The ``count`` smallest eigenvalues, rising, eigenvectors, and the largest eigenvalue."""
+    if _on_host(x, count):
+        return _each(xp, lambda a: (*_dense(a, 0, count), _leading(a, 1)[0]), x)
+    values, vectors = descending_eigh(xp, x)
+    rising = xp.flip(values[..., -count:], axis=-1)
+    return rising, xp.flip(vectors[..., -count:], axis=-1), values[..., :1]
+
+
+def leading_pencil(xp: Namespace, s: Array, r: Array, count: int, name: str) -> tuple[Array, Array]:
+    """The ``count`` largest eigenvalues of (S, R), R = LLᵀ, and L⁻ᵀV for orthonormal V.
+
+    A failure of the factorisation is reported in terms of the argument ``name``.
+    """
+    factor = lower_cholesky(xp, r, name)
+    if _on_host(s, count):
+        values, vectors = _each(xp, lambda a, b: _leading_reduced(a, b, count), s, factor)
+    else:
+        half = lower_solve(xp, factor, s)
+        values, vectors = descending_eigh(xp, lower_solve(xp, factor, half.mT))
+        values, vectors = values[..., :count], vectors[..., :count]
+    return values, lower_solve(xp, factor, vectors, transpose=True)
+
+
+def lower_solve(xp: Namespace, factor: Array, rhs: Array, *, transpose: bool = False) -> Array:
+    """L⁻¹B, or L⁻ᵀB, for lower triangular L."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(factor, torch.Tensor):
+        matrix = factor.mT if transpose else factor
+        return torch.linalg.solve_triangular(matrix, rhs, upper=transpose)
+    if is_jax(factor):
+        solve = sys.modules["jax"].lax.linalg.triangular_solve
+        return solve(factor, rhs, left_side=True, lower=True, transpose_a=transpose)
+    if _on_host(factor, 0):
+        flag = "T" if transpose else "N"
+        return _each(xp, lambda a, b: (_triangular(a, b, flag),), factor, rhs)[0]
+    return xp.linalg.solve(factor.mT if transpose else factor, rhs)
+
+
+def largest_eigenvalue(xp: Namespace, s: Array) -> Array:
+    """Lower bound on the largest eigenvalue of a moment, seldom short by more than a tenth.
+
+    Power steps from its longest column. It is never above the eigenvalue, so that a threshold
+    relative to it marks nothing but noise.
+    """
+    squares = xp.sum(s * s, axis=-2)
+    start = xp.argmax(squares, axis=-1)[..., None, None]
+    x = xp.take_along_axis(s, start, axis=-1)
+    bound = xp.sqrt(xp.max(squares, axis=-1))[..., None]
+    for _ in range(POWER_STEPS):
+        length = xp.sqrt(xp.sum(x * x, axis=-2, keepdims=True))
+        x = s @ (x / xp.where(length > 0, length, xp.ones_like(length)))
+        bound = xp.maximum(bound, xp.sqrt(xp.sum(x * x, axis=-2)))
+    return bound
+
+
+def _on_host(x: Array, count: int) -> bool:
+    """Whether SciPy can work on the array where it lies, and pays: large, and few of many."""
+    size = int(x.shape[-1])
+    if size < PARTIAL_SIZE or 2 * count > size or 0 in x.shape or not is_concrete(x):
+        return False
+    if find_spec("scipy") is None:
+        return False
+    if is_numpy(x):
+        return bool(x.dtype.char in "fd" and x.dtype.isnative)
+    torch = sys.modules.get("torch")
+    if torch is None or type(x) is not torch.Tensor or x.requires_grad:
+        return False
+    return bool(x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64))
+
+
+def _each(
+    xp: Namespace, solve: Callable[..., tuple[Any, ...]], *arrays: Array
+) -> tuple[Array, ...]:
+    """Run a solver of NumPy matrices over leading dimensions; torch tensors share their memory."""
+    import numpy as np
+
+    batch = tuple(arrays[0].shape[:-2])
+    host = [a if is_numpy(a) else a.numpy() for a in arrays]
+    # Row-major throughout: BLAS would copy anything else at every call.
+    flat = [np.ascontiguousarray(a).reshape(-1, *a.shape[-2:]) for a in host]
+    with _threads_of(arrays[0]):
+        solved = [solve(*matrices) for matrices in zip(*flat, strict=True)]
+    parts = (xp.stack([xp.asarray(x) for x in part]) for part in zip(*solved, strict=True))
+    return tuple(xp.reshape(x, (*batch, *x.shape[1:])) for x in parts)
+
+
+def _threads_of(x: Array) -> AbstractContextManager[Any]:
+    """SciPy with as many threads as torch has, for tensors: its own default would be all cores."""
+    torch = sys.modules.get("torch")
+    if is_numpy(x) or torch is None or find_spec("threadpoolctl") is None:
+        return nullcontext()
+    limits: AbstractContextManager[Any] = _thread_control().limit(
+        limits=torch.get_num_threads(), user_api="blas"
+    )
+    return limits
+
+
+@cache
+def _thread_control() -> Any:
+    """Made once, when SciPy's BLAS is loaded: finding the libraries takes milliseconds."""
+    import scipy.linalg  # noqa: F401
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
+
+
+def _leading(a: Any, count: int) -> tuple[Any, Any]:
+    """Leading eigenpairs of one row-major NumPy matrix, of which the lower triangle is read."""
+    proven = _lanczos(a, count) if len(a) >= LANCZOS_SIZE else None
+    if proven is not None:
+        return proven
+    values, vectors = _dense(a, len(a) - count, len(a))
+    return values[::-1].copy(), vectors[:, ::-1].copy()
+
+
+def _lanczos(a: Any, count: int) -> tuple[Any, Any] | None:
+    """Leading eigenpairs of one row-major NumPy matrix by Lanczos; ``None`` if not certain.
+
+    The lower triangle is read. Lanczos may miss an eigenvector, one of an equal pair say, without a
+    sign in the residuals. So the result counts only if a Cholesky factorisation shows that no other
+    eigenvalue is larger.
+    """
+    import numpy as np
+    from scipy.linalg.blas import get_blas_funcs
+    from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
+
+    size = len(a)
+    steps = max(LANCZOS_VECTORS * count, LANCZOS_LEAST)
+    if 4 * steps > size:
+        return None
+    # Row-major lower is column-major upper. Reading one triangle halves the traffic.
+    times_vector, times_matrix = get_blas_funcs(("symv", "symm"), (a,))
+    operator = LinearOperator(a.shape, lambda x: times_vector(1.0, a.T, x), dtype=a.dtype)
+    # A fixed start without structure: a constant one is dead for centred features.
+    start = np.sin(np.arange(1.0, size + 1) ** 2).astype(a.dtype)
+    tolerance = size * float(np.finfo(a.dtype).eps)
+    options = {"v0": start, "ncv": steps, "maxiter": LANCZOS_RESTARTS, "tol": tolerance}
+    if "rng" in signature(eigsh).parameters:
+        # Where the matrix runs out of directions ARPACK draws new ones: the same every time.
+        options["rng"] = np.random.default_rng(0)
+    try:
+        values, vectors = eigsh(operator, count, which="LA", **options)
+    except ArpackError:
+        return None
+    values, vectors = values[::-1].copy(), vectors[:, ::-1].copy()
+    residual = times_matrix(1.0, a.T, vectors) - vectors * values
+    slack = tolerance * float(np.abs(values).max())
+    is_proven = (
+        np.linalg.norm(residual, axis=0).max() <= slack
+        and np.abs(vectors.T @ vectors - np.eye(count)).max() <= tolerance
+        and _complete(a, values, vectors, slack)
+    )
+    return (values, vectors) if is_proven else None
+
+
+def _complete(a: Any, values: Any, vectors: Any, slack: float) -> bool:
+    """Whether no eigenvalue above the last one found was missed: τI − A + VΘVᵀ is definite."""
+    from scipy.linalg.lapack import get_lapack_funcs
+
+    rest = (vectors * values) @ vectors.T
+    rest -= a
+    rest.ravel()[:: len(a) + 1] += values[-1] + slack
+    functions: Any = get_lapack_funcs(("potrf",), (rest,))
+    _, failed = functions[0](rest.T, lower=0, clean=0, overwrite_a=1)
+    return bool(failed == 0)
+
+
+def _leading_reduced(s: Any, factor: Any, count: int) -> tuple[Any, Any]:
+    """Leading eigenpairs of L⁻¹SL⁻ᵀ, for one pair of row-major NumPy matrices."""
+    from scipy.linalg.lapack import get_lapack_funcs
+
+    # Row-major L is column-major U = Lᵀ: no copy on the way to LAPACK.
+    functions: Any = get_lapack_funcs(("sygst",), (s, factor))
+    reduced, _ = functions[0](s.T, factor.T, lower=0)
+    return _leading(reduced.T, count)
+
+
+def _dense(a: Any, start: int, stop: int) -> tuple[Any, Any]:
+    """Eigenpairs ``start`` to ``stop``, rising, by reduction to tridiagonal form."""
+    from scipy.linalg import LinAlgError, eigh
+
+    try:
+        return eigh(a, subset_by_index=(start, stop - 1), check_finite=False)
+    except LinAlgError:  # inverse iteration may fail among equal eigenvalues; all of them never do
+        values, vectors = eigh(a, driver="evd", check_finite=False)
+        return values[start:stop], vectors[:, start:stop]
+
+
+def _triangular(a: Any, b: Any, flag: str) -> Any:
+    from scipy.linalg import solve_triangular
+
+    solve: Any = solve_triangular
+    return solve(a, b, trans=flag, lower=True, check_finite=False)

@@ -1,0 +1,265 @@
+"""The eigenproblems behind the subspaces: general, generalised, null, and the ratio of traces.
+
+Each gives directions in order of merit with their eigenvalues, one more than is asked for, so that
+the gap behind the last one is known.
+"""
+
+from typing import Any, NamedTuple
+
+from loda_math._arrays import (
+    Array,
+    Namespace,
+    coarsest_eps,
+    descending_eigh,
+    fix_signs,
+    is_array,
+    peak,
+    raise_diagonal,
+    result_dtype,
+    rounding_share,
+    safe_divide,
+    span_energy,
+    trace,
+    widen,
+)
+from loda_math._eigh import largest_eigenvalue, leading_eigh, leading_pencil, trailing_eigh
+
+# Newton's steps on f are Dinkelbach's: quadratic at the end, and f·f' falls by a factor of four a
+# step before. From the generalised eigenvectors six reach rounding at the default ridge, twelve
+# at a ridge of 1e-11.
+NEWTON_STEPS = 16
+# Halvings of the bracket of log(1 + κ): from 30 (a singular history) to 1e-7.
+BISECTIONS = 28
+
+
+class Directions(NamedTuple):
+    """Directions in order of merit, k = min(r + 1, D) of them, in the widest dtype."""
+
+    basis: Array  # (..., D, k), orthonormal
+    values: Array  # (..., k)
+    inert: Array  # (..., k), true where a direction is rounding noise
+    largest: Array  # (..., 1), the largest eigenvalue of the problem
+
+
+def normalised(xp: Namespace, moment: Array) -> tuple[Array, Array]:
+    """Moment of trace one (a zero moment stays zero), and the trace, shape (..., 1, 1)."""
+    # A first division by the largest entry keeps the trace of huge or tiny moments in range.
+    largest = peak(xp, moment)
+    moment = safe_divide(xp, moment, largest)
+    # The trace of a true moment is positive; a negative one must not flip its sign.
+    total = xp.abs(trace(xp, moment))
+    # The symmetric part in one scaling: large moments are bound by memory, not by arithmetic.
+    moment = moment + moment.mT
+    moment *= safe_divide(xp, xp.full_like(total, 0.5), total)
+    return moment, total * largest
+
+
+def regularised(
+    xp: Namespace, new: Array, old: Array, ridge: Any, gram_eps: float = 0.0
+) -> tuple[Array, Array]:
+    """Both moments of trace one, and the history with the ridge (α / D) I on it."""
+    size = int(new.shape[-1])
+    s_new, s_old = (normalised(xp, s)[0] for s in widen(xp, new, old))
+    least = 4 * size * coarsest_eps(xp, new, old, gram_eps=gram_eps)
+    # An array is not read: it may be on an accelerator, or stand for a value that comes later.
+    traced = is_array(ridge)
+    alpha = xp.clip(xp.astype(ridge, s_old.dtype), least, None) if traced else max(ridge, least)
+    return s_new, raise_diagonal(xp, s_old, alpha / size)
+
+
+def general(
+    xp: Namespace, new: Array, old: Array | None, rank: int, gram_eps: float = 0.0
+) -> Directions:
+    """Leading eigenvectors of the sum of the moments, eigenvalues in the units of the moments."""
+    (s,) = widen(xp, new)
+    units = 1.0
+    if old is not None:
+        # Halving both keeps the sum of two large moments from overflowing.
+        s, units = 0.5 * s, 2.0
+        s += 0.5 * widen(xp, old)[0]
+    s, total = normalised(xp, s)
+    noise = rounding_share(xp, int(s.shape[-1]), new, old, gram_eps=gram_eps)
+    directions = leading(xp, s, rank, noise)
+    scale = units * total[..., 0]
+    return directions._replace(values=directions.values * scale, largest=directions.largest * scale)
+
+
+def leading(xp: Namespace, s: Array, rank: int, noise: float) -> Directions:
+    """Leading eigenvectors of a moment; below ``noise`` times the largest they are inert."""
+    count = min(rank + 1, int(s.shape[-1]))
+    values, vectors = leading_eigh(xp, s, count)
+    largest = values[..., :1]
+    return Directions(vectors, values, values <= noise * largest, largest)
+
+
+def isolated(
+    xp: Namespace, new: Array, old: Array | None, rank: int, ridge: Any, gram_eps: float = 0.0
+) -> Directions:
+    """Leading generalised eigenvectors of (new, old + ridge), Theorem 2.2, made orthonormal."""
+    size = int(new.shape[-1])
+    if old is None:
+        s_new, _ = normalised(xp, *widen(xp, new))
+        return leading(xp, s_new, rank, rounding_share(xp, size, new, gram_eps=gram_eps))
+    s_new, r = regularised(xp, new, old, ridge, gram_eps)
+    noise = rounding_share(xp, size, new, old, gram_eps=gram_eps) * largest_eigenvalue(xp, s_new)
+    return generalised(xp, s_new, r, min(rank + 1, size), noise)
+
+
+def generalised(xp: Namespace, s_new: Array, r: Array, count: int, noise: Array) -> Directions:
+    """Leading generalised eigenvectors of (S_new, R), orthonormalised in that order."""
+    values, directions = leading_pencil(xp, s_new, r, count, "old")
+    # Householder QR keeps the span of leading columns whatever the conditioning of the factor.
+    basis, _ = xp.linalg.qr(directions)
+    # The ratio alone cannot tell noise: the ridge magnifies what rounding left in ``new``.
+    directions = directions / xp.sqrt(xp.sum(directions * directions, axis=-2, keepdims=True))
+    energy = xp.sum(directions * (s_new @ directions), axis=-2)
+    largest = values[..., :1]
+    rounding = rounding_share(xp, int(s_new.shape[-1]), s_new) * largest
+    return Directions(basis, values, (energy <= noise) | (values <= rounding), largest)
+
+
+def null(xp: Namespace, old: Array, rank: int) -> Directions:
+    """Trailing eigenvectors of the history, least energy first; none counts as inert."""
+    count = min(rank + 1, int(old.shape[-1]))
+    s, total = normalised(xp, *widen(xp, old))
+    values, vectors, largest = trailing_eigh(xp, s, count)
+    values, largest = (v * total[..., 0] for v in (values, largest))
+    return Directions(vectors, values, xp.zeros_like(values) > 0, largest)
+
+
+def finished_basis(xp: Namespace, directions: Directions, rank: int, *like: Array | None) -> Array:
+    """The basis as it is returned: inert columns zero, signs fixed, in the dtype of the inputs."""
+    basis = fix_signs(xp, directions.basis[..., :rank]) + 0.0  # turns -0 into 0
+    inert = directions.inert[..., None, :rank]
+    return xp.astype(xp.where(inert, xp.zeros_like(basis), basis), result_dtype(xp, *like))
+
+
+def count_true(xp: Namespace, mask: Array) -> Array:
+    """How many entries of the last axis are true."""
+    return xp.sum(xp.astype(mask, xp.int32), axis=-1)
+
+
+# The ratio of traces, maximised with and without a floor on the new-task energy. All bases met on
+# the way are U(κ), the r leading eigenvectors of S − κR. With f(κ) = max tr(Uᵀ(S − κR)U), convex
+# and falling, the largest ratio κ* is the root of f.
+
+
+class TraceRatio(NamedTuple):
+    """U(κ) with what proves how good it is; scalars have the shape (..., 1, 1)."""
+
+    directions: Directions
+    multiplier: Array  # κ
+    ratio: Array  # of U(κ), all r directions counted
+    upper: Array  # no basis that meets the floor has a larger ratio
+    residual: Array  # tr(Uᵀ(S − κR)U)
+    energy: Array  # new-task energy of U(κ), over the most that r directions can carry
+    gap: Array  # (..., 1): of the eigenvalues of S − κR around r, over those of S and κR
+
+
+class _Point(NamedTuple):
+    basis: Array
+    new: Array  # energies of the basis, (..., 1, 1)
+    old: Array
+
+
+def trace_ratio(
+    xp: Namespace,
+    new: Array,
+    old: Array | None,
+    rank: int,
+    ridge: Any,
+    energy_floor: Any,
+    gram_eps: float = 0.0,
+) -> TraceRatio:
+    """κ = min(κ*, the last κ at which U(κ) carries its share of new-task energy)."""
+    size = int(new.shape[-1])
+    old = xp.zeros_like(new) if old is None else old
+    s, r = regularised(xp, new, old, ridge, gram_eps)
+    spectrum, _ = leading_eigh(xp, s, rank)
+    noise = rounding_share(xp, size, new, old, gram_eps=gram_eps)
+    most = xp.sum(spectrum, axis=-1)[..., None, None]
+    start = generalised(xp, s, r, rank, 0 * spectrum[..., :1]).basis
+    best, value = _newton(xp, s, r, start)
+    least, _, r_norm = trailing_eigh(xp, r, rank)
+    least = xp.sum(least, axis=-1)[..., None, None]
+    # No r directions hold less old energy: what f still has at κ bounds the ratio from above.
+    upper = best + xp.where(value > 0, value, xp.zeros_like(value)) / least
+    multiplier = best
+    if not (isinstance(energy_floor, (int, float)) and energy_floor == 0):
+        # At κ = 0 the floor holds by definition; rounding must not undo that.
+        wanted = (energy_floor - rounding_share(xp, size, s)) * most
+        multiplier, bound = _bisect(xp, s, r, rank, best, wanted, energy_floor * most)
+        upper = xp.where(multiplier < best, bound, upper)
+    values, vectors = leading_eigh(xp, s - multiplier * r, min(rank + 1, size))
+    point = _measured(xp, s, r, vectors[..., :rank])
+    # Turned within its span so that what is inert separates from the rest: a column that is
+    # dropped then takes no energy with it.
+    energies, turn = descending_eigh(xp, point.basis.mT @ (s @ point.basis))
+    basis = point.basis @ turn
+    ratios = energies / xp.sum(basis * (r @ basis), axis=-2)
+    inert = energies <= noise * spectrum[..., :1]
+    # Not over the largest eigenvalue of S − κR: for one direction that is zero at the maximiser.
+    scale = spectrum[..., :1] + multiplier[..., 0] * r_norm
+    gap = scale if rank == size else values[..., rank - 1 : rank] - values[..., rank:]
+    return TraceRatio(
+        directions=Directions(basis, ratios, inert, xp.max(ratios, axis=-1, keepdims=True)),
+        multiplier=multiplier,
+        ratio=point.new / point.old,
+        upper=upper,
+        residual=point.new - multiplier * point.old,
+        energy=safe_divide(xp, point.new, most),
+        gap=safe_divide(xp, gap, scale),
+    )
+
+
+def _newton(
+    xp: Namespace, s: Array, r: Array, start: Array, steps: int = NEWTON_STEPS
+) -> tuple[Array, Array]:
+    """κ*, and f there: zero to rounding. Starts at the ratio of a basis, and only rises."""
+    rank = int(start.shape[-1])
+    point = _measured(xp, s, r, start)
+    kappa = point.new / point.old
+    kappa = xp.where(kappa > 0, kappa, xp.zeros_like(kappa))
+    for _ in range(steps):
+        point = _at(xp, s, r, rank, kappa)
+        # The new ratio is never below κ but by rounding, which must not let it drift.
+        kappa = xp.maximum(kappa, point.new / point.old)
+    point = _at(xp, s, r, rank, kappa)
+    return kappa, point.new - kappa * point.old
+
+
+def _bisect(
+    xp: Namespace, s: Array, r: Array, rank: int, best: Array, wanted: Array, floor: Array
+) -> tuple[Array, Array]:
+    """Last κ up to κ* that carries the wanted energy, and a bound on the ratio beyond it.
+
+    The energy of U(κ) falls with κ, in steps where eigenvalues cross, so only its sign counts.
+    """
+    beyond = _at(xp, s, r, rank, best)
+    is_free = beyond.new >= wanted  # the floor does not bind at κ*
+    high = xp.log1p(best)
+    low = xp.where(is_free, high, xp.zeros_like(high))
+    carried, old = beyond.new, beyond.old
+    for _ in range(BISECTIONS):
+        middle = 0.5 * (low + high)
+        point = _at(xp, s, r, rank, xp.expm1(middle))
+        meets = point.new >= wanted
+        low = xp.where(meets, middle, low)
+        high = xp.where(meets, high, middle)
+        carried, old = xp.where(meets, carried, point.new), xp.where(meets, old, point.old)
+    # Any V with the energy has E_R(V) >= E_R(U(κ)) + (E(V) − E(U(κ))) / κ: U(κ) is optimal for κ.
+    kappa = xp.expm1(high)
+    missing = floor - carried
+    missing = xp.where(missing > 0, missing, xp.zeros_like(missing))
+    bound = (carried + missing) / (old + safe_divide(xp, missing, kappa))
+    return xp.where(is_free, best, xp.expm1(low)), bound
+
+
+def _at(xp: Namespace, s: Array, r: Array, rank: int, kappa: Array) -> _Point:
+    """U(κ)."""
+    _, vectors = leading_eigh(xp, s - kappa * r, rank)
+    return _measured(xp, s, r, vectors)
+
+
+def _measured(xp: Namespace, s: Array, r: Array, basis: Array) -> _Point:
+    return _Point(basis, *(span_energy(xp, basis, m, keepdims=True) for m in (s, r)))

@@ -1,0 +1,151 @@
+"""Merged weights against what they should be."""
+
+from typing import NamedTuple
+
+from loda_math._arrays import (
+    Array,
+    Namespace,
+    descending_eigh,
+    namespace,
+    reciprocal,
+    result_dtype,
+    rounding_share,
+    safe_divide,
+    widen,
+)
+from loda_math._validation import check_real, check_scalar, check_values
+
+
+class MergeReport(NamedTuple):
+    """Whether a merged weight is the old one plus the update.
+
+    Attributes
+    ----------
+    error : array, shape (...)
+        Norm of what is unexplained, over the norm of the update.
+    update : array, shape (...)
+        Norm of the update over that of the weight before.
+    passed : array of bool, shape (...)
+        Whether the error is within the tolerance and the rounding of the weight's own dtype.
+    """
+
+    error: Array
+    update: Array
+    passed: Array
+
+
+def implied_coefficients(change: Array, up: Array, down: Array, /) -> Array:
+    r"""Recover Λ from the change of a weight, :math:`\Lambda = B^+ \, \Delta W A^+`.
+
+    Parameters
+    ----------
+    change : array, shape (..., O, D)
+        ΔW, what the merge of this branch added to the weight.
+    up : array, shape (..., O, r)
+        B, the weight of the branch included.
+    down : array, shape (..., r, D)
+        A.
+
+    Returns
+    -------
+    array, shape (..., r, r)
+        Λ of least squares; directions that B or A does not have get 0.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not a real floating-point array.
+    ValueError
+        If shapes do not match or values are not finite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> up, down = np.eye(3)[:, :2], np.eye(4)[:2]
+    >>> implied_coefficients(up @ np.diag([0.5, 0.25]) @ down, up, down)
+    array([[0.5 , 0.  ],
+           [0.  , 0.25]])
+    """
+    xp = _updates(change=change, up=up, down=down)
+    c, b, a = widen(xp, change, up, down)
+    left, right = _pseudo_inverse(xp, b.mT @ b), _pseudo_inverse(xp, a @ a.mT)
+    return xp.astype(left @ (b.mT @ c @ a.mT) @ right, result_dtype(xp, change, up, down))
+
+
+def verify_merge(
+    before: Array,
+    after: Array,
+    up: Array,
+    down: Array,
+    /,
+    coefficients: Array | None = None,
+    *,
+    tolerance: float = 1e-5,
+) -> MergeReport:
+    r"""Check :math:`W' = W + B \Lambda A`.
+
+    Parameters
+    ----------
+    before, after : array, shape (..., O, D)
+        The weight around the merge.
+    up, down : array, shape (..., O, r) and (..., r, D)
+        B, the weight of the branch included, and A; several branches by :func:`stack_branches`.
+    coefficients : array, shape (..., r, r), optional
+        Λ; the identity by default.
+    tolerance : float, default 1e-5
+        Of the error.
+
+    Returns
+    -------
+    MergeReport
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in :func:`implied_coefficients`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> up, down = np.ones((3, 1)), np.ones((1, 2))
+    >>> bool(verify_merge(np.zeros((3, 2)), np.ones((3, 2)), up, down).passed)
+    True
+    """
+    tolerance = check_scalar("tolerance", tolerance, positive=True)
+    xp = _updates(before=before, after=after, up=up, down=down)
+    w, v, b, a = widen(xp, before, after, up, down)
+    if coefficients is not None:
+        b = b @ widen(xp, coefficients)[0]
+    update = b @ a
+    unexplained, length, size = (
+        xp.sqrt(xp.sum(x * x, axis=(-2, -1))) for x in (v - w - update, update, w)
+    )
+    rounding = 2 * float(xp.finfo(after.dtype).eps) * size
+    dtype = result_dtype(xp, before, after, up, down)
+    return MergeReport(
+        error=xp.astype(safe_divide(xp, unexplained, length), dtype),
+        update=xp.astype(safe_divide(xp, length, size + 0 * length), dtype),
+        passed=unexplained <= tolerance * length + rounding,
+    )
+
+
+def _updates(**arrays: Array) -> Namespace:
+    xp = namespace(**arrays)
+    check_real(xp, **arrays)
+    shapes = {name: tuple(x.shape) for name, x in arrays.items()}
+    up, down = shapes["up"], shapes["down"]
+    weights = [shape for name, shape in shapes.items() if name not in ("up", "down")]
+    fit = min(len(shape) for shape in shapes.values()) > 1 and up[-1] == down[-2]
+    if not fit or any(w[-2:] != (up[-2], down[-1]) for w in weights):
+        msg = f"shapes must be (..., O, D), up (..., O, r) and down (..., r, D), got {shapes}"
+        raise ValueError(msg)
+    check_values(xp, arrays)
+    return xp
+
+
+def _pseudo_inverse(xp: Namespace, gram: Array) -> Array:
+    """Inverse of a Gram matrix on its range; its kernel, up to rounding, gets 0."""
+    values, vectors = descending_eigh(xp, gram)
+    noise = rounding_share(xp, int(gram.shape[-1]), gram) * values[..., :1]
+    inverse = reciprocal(xp, values, values > noise)
+    return (vectors * inverse[..., None, :]) @ vectors.mT

@@ -1,0 +1,135 @@
+"""Models with separate query, key and value layers: Hugging Face's ViTModel, and timm's."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import tiny, tree
+from transformers import ViTConfig, ViTModel
+from transformers.utils import logging
+
+from backends.torch import adapt, restore
+from training import load
+from training.backbones import BackboneConfig, build_backbone, check_fits
+from training.cli import main
+from training.run_dir import read_json
+from training.train import train
+
+TARGET = "*.attention.[qkv]_proj"
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    before = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    yield
+    logging.set_verbosity(before)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A random ViTModel of two small blocks, as ``save_pretrained`` writes it."""
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=16,
+        patch_size=8,
+    )
+    ViTModel(config).save_pretrained(tmp_path / "vit")
+    return tmp_path / "vit"
+
+
+def test_the_feature_is_the_class_token_of_the_last_hidden_state(saved: Path) -> None:
+    backbone = build_backbone(BackboneConfig(f"hf:{saved}"))
+    images = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        expected = ViTModel.from_pretrained(saved).eval()(images).last_hidden_state[:, 0]
+        torch.testing.assert_close(backbone.module.eval()(images), expected)
+    assert (backbone.features, backbone.channels, backbone.image_size) == (16, 3, 16)
+    assert not any("pooler" in name for name, _ in backbone.module.named_parameters())
+    check_fits(backbone, images[0])
+    again = build_backbone(BackboneConfig(f"hf:{saved}"))
+    assert backbone.tensors_sha256 == again.tensors_sha256
+    random = build_backbone(BackboneConfig(f"hf:{saved}", {"pretrained": False}))
+    assert backbone.tensors_sha256 != random.tensors_sha256
+
+
+def test_a_run_on_a_hugging_face_model_from_training_to_prediction(
+    saved: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """LoDA on separate q, k and v layers: trained, merged, saved, loaded, evaluated again."""
+    root = tree(tmp_path_factory)
+    experiment = tiny(root, tmp_path / "run", method={"target": TARGET})
+    experiment.backbone = BackboneConfig(f"hf:{saved}")
+    before = build_backbone(experiment.backbone).module.state_dict()
+    run = train(experiment, quiet=True)
+    classifier = load(run)
+    after = classifier.model.state_dict()
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {
+        f"model.layers.{block}.attention.{part}_proj.weight" for block in (0, 1) for part in "qkv"
+    }
+    assert len(classifier.predict([root / "test" / "red" / "0.png"])[0]) == 1
+    assert main(["eval", str(run)]) == 0
+    recorded = read_json(run / "environment.json")["backbone"]
+    assert recorded["timm_name"] == f"hf:{saved}"
+    assert len(recorded["tensors_sha256"]) == 64
+    summary = read_json(run / "summary.json")
+    assert summary["readouts"]["nearest_mean"]["last"] > 1 / 6  # six classes
+
+
+def test_separate_layers_of_timm_are_named_by_a_pattern_too() -> None:
+    options = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    name = "eva02_base_patch14_224"
+    module = build_backbone(
+        BackboneConfig(name, {"options": options, "pretrained": False})
+    ).module.eval()
+    images = torch.randn(2, 3, 16, 16)
+    expected = module(images)
+    layers = adapt(module, "*.attn.[qkv]_proj")
+    assert sorted(name.rpartition(".")[2] for name in layers) == [
+        *["k_proj"] * 2,
+        *["q_proj"] * 2,
+        *["v_proj"] * 2,
+    ]
+    for layer in layers.values():
+        layer.add_branch("test", torch.ones(1, 16), up=torch.zeros(16, 1))
+    assert torch.equal(module(images), expected)
+    next(iter(layers.values())).drop_branch("test")
+    next(iter(layers.values())).add_branch("test", torch.ones(1, 16), up=torch.ones(16, 1))
+    assert not torch.equal(module(images), expected)
+    restore(module, layers)
+    assert torch.equal(module(images), expected)
+
+
+def test_models_that_cannot_be_used_are_refused(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConnectionError, match=r"hf:some/where: there is no such folder"):
+        build_backbone(BackboneConfig("hf:some/where"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty: transformers cannot build it: Unrecognized"):
+        build_backbone(BackboneConfig(f"hf:{tmp_path / 'empty'}"))
+    (saved / "model.safetensors").rename(saved / "moved")
+    with pytest.raises(ConnectionError, match=r"no such folder with a config\.json and weights"):
+        build_backbone(BackboneConfig(f"hf:{saved}"))
+    (saved / "moved").rename(saved / "model.safetensors")
+    config = read_json(saved / "config.json")
+    (saved / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(ValueError, match=r"files lack the weights .*layers\.2\."):
+        build_backbone(BackboneConfig(f"hf:{saved}"))
+    text = {"model_type": "bert", "hidden_size": 8, "num_attention_heads": 1, "vocab_size": 9}
+    (saved / "config.json").write_text(json.dumps({**text, "num_hidden_layers": 1}))
+    with pytest.raises(ValueError, match="a bert model reads no images"):
+        build_backbone(BackboneConfig(f"hf:{saved}", {"pretrained": False}))
+    monkeypatch.setattr("training.backbones.hugging_face.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'loda\[hf\]'"):
+        build_backbone(BackboneConfig(f"hf:{saved}"))

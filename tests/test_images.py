@@ -1,0 +1,190 @@
+"""Images: decoding of files, what is refused, and what is kept in memory."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from image_folders import augmented, folder, grow
+from PIL import Image
+
+from training.data import DataConfig, UnreadableImageError, build_stream, loader, open_image
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    return grow(tmp_path / "tree", {"train": 5, "test": 2})
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_an_unreadable_header_is_found_at_the_start(tree: Path, split: str) -> None:
+    path = tree / split / "dog" / "1.png"
+    path.write_bytes(b"GIF of something else")
+    with pytest.raises(ValueError, match=r"cannot read the image .*dog.1\.png"):
+        build_stream(folder(tree), 0)
+
+
+@pytest.fixture
+def truncated(tree: Path) -> Path:
+    path = tree / "train" / "dog" / "1.png"
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[:-400])
+    return path
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_gives_the_same_sentence_for_any_number_of_workers(
+    tree: Path, truncated: Path, workers: int
+) -> None:
+    train = augmented(tree, workers)  # the headers are sound
+    with pytest.raises(ValueError, match="truncated") as caught:
+        list(loader(train, 4, shuffle=True, seed=0, workers=workers))
+    said = str(caught.value)
+    assert said.startswith(f"cannot read the image {truncated}: ")
+    assert said.endswith(". Repair it, or take it out.")
+    assert "\n" not in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_is_gone_is_named_for_any_number_of_workers(tree: Path, workers: int) -> None:
+    train = augmented(tree, workers)
+    path = tree / "train" / "dog" / "1.png"
+    path.unlink()
+    with pytest.raises(UnreadableImageError) as caught:
+        list(loader(train, 4, shuffle=True, seed=0, workers=workers))
+    assert str(caught.value) == f"there is no image file {path}."
+
+
+def test_paths_that_are_no_files_are_told_from_damaged_images(tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as missing:
+        open_image(tmp_path / "x.png", DataConfig())
+    assert str(missing.value) == f"there is no image file {tmp_path / 'x.png'}."
+    with pytest.raises(ValueError, match="is a folder, not an image: give") as a_folder:
+        open_image(tmp_path, DataConfig())
+    for caught in (missing, a_folder):
+        assert "Errno" not in str(caught.value)
+        assert "Repair" not in str(caught.value)
+
+
+def test_the_limit_on_image_size_stays_on(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
+    path = tree / "train" / "dog" / "1.png"
+    for side in (20, 40):  # Pillow warns from the limit on, and refuses from twice the limit on
+        Image.new("RGB", (side, side)).save(path)
+        for warnings_are in ("error", "ignore"):
+            with warnings.catch_warnings():
+                warnings.simplefilter(warnings_are, Image.DecompressionBombWarning)  # type: ignore[arg-type]
+                with pytest.raises(
+                    ValueError, match=r"cannot read the image .*dog.1\.png"
+                ) as caught:
+                    build_stream(folder(tree), 0)
+                with pytest.raises(UnreadableImageError):
+                    open_image(path, folder(tree))
+            said = f"Image size ({side * side} pixels) exceeds limit of "
+            assert said in str(caught.value)
+            assert "Scale it down, or take it out" in str(caught.value)
+    Image.new("RGB", (15, 20)).save(path)
+    assert len(build_stream(folder(tree), 0).train) == 25
+
+
+# --- decoding
+
+
+def grey_alpha() -> Image.Image:
+    return Image.merge("LA", [Image.new("L", (8, 8), 99), Image.new("L", (8, 8), 3)])
+
+
+def palette(*, transparent: bool) -> Image.Image:
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    if transparent:
+        image.info["transparency"] = bytes([0, 128])
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (Image.new("L", (8, 8), 99), (99, 99, 99)),
+        (Image.new("1", (8, 8), 1), (255, 255, 255)),
+        (grey_alpha(), (99, 99, 99)),
+        (Image.new("RGBA", (8, 8), (200, 100, 50, 10)), (200, 100, 50)),
+        (palette(transparent=False), (200, 100, 50)),
+        (palette(transparent=True), (200, 100, 50)),
+        (Image.fromarray(np.full((8, 8), 99 * 257, np.uint16)), (99, 99, 99)),
+    ],
+    ids=["grey", "bits", "grey+alpha", "alpha", "palette", "palette+alpha", "16 bit"],
+)
+def test_every_kind_of_image_becomes_rgb(
+    tmp_path: Path, image: Image.Image, expected: tuple[int, int, int]
+) -> None:
+    image.save(tmp_path / "x.png")
+    pixels = open_image(tmp_path / "x.png", folder(tmp_path))
+    assert pixels.shape == (3, 8, 8)
+    assert pixels.dtype == torch.uint8
+    assert torch.equal(
+        pixels, torch.tensor(expected, dtype=torch.uint8)[:, None, None] + 0 * pixels
+    )
+
+
+def test_the_rotation_noted_by_the_camera_is_applied(tmp_path: Path) -> None:
+    upright = np.zeros((8, 8, 3), dtype=np.uint8)
+    upright[:4] = 250  # bright above, dark below
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise for display
+    Image.fromarray(np.rot90(upright)).save(tmp_path / "x.png", exif=exif)
+    pixels = open_image(tmp_path / "x.png", folder(tmp_path))
+    np.testing.assert_array_equal(pixels.permute(1, 2, 0), upright)
+
+
+def test_an_image_for_digits_becomes_grey_and_8_wide(tmp_path: Path) -> None:
+    Image.new("RGB", (60, 40), (90, 90, 90)).save(tmp_path / "x.png")
+    assert (open_image(tmp_path / "x.png", DataConfig()) == 90).all()
+    assert open_image(tmp_path / "x.png", DataConfig()).shape == (1, 8, 8)
+    larger = DataConfig(image_size=16, resize=16)
+    assert open_image(tmp_path / "x.png", larger).shape == (1, 16, 16)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "bmp"])
+def test_damaged_files_give_an_image_or_an_error_that_names_them(tmp_path: Path, kind: str) -> None:
+    rng = np.random.default_rng(3)
+    path = tmp_path / f"x.{kind}"
+    Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(path)
+    sound = np.frombuffer(path.read_bytes(), dtype=np.uint8)
+    outcomes = set()
+    for _ in range(150):
+        damaged = sound.copy()
+        spots = rng.integers(len(sound), size=rng.integers(4))
+        damaged[spots] = rng.integers(256, size=len(spots))
+        path.write_bytes(damaged.tobytes()[: rng.integers(1, 2 * len(sound))])
+        try:
+            said = str(tuple(open_image(path, folder(tmp_path)).shape))
+        except ValueError as error:
+            said = str(error)
+        outcomes.add("(3, 8, 8)" if said == "(3, 8, 8)" else f"error {str(path) in said}")
+    assert outcomes == {"(3, 8, 8)", "error True"}
+
+
+def test_decoded_images_are_kept_only_when_small_and_resized(tree: Path) -> None:
+    cached = build_stream(folder(tree), 0).train
+    first = [cached[index][0] for index in range(len(cached))]
+    uncached = build_stream(folder(tree, cache=False), 0).train
+    assert all(torch.equal(a, uncached[index][0]) for index, a in enumerate(first))
+    tree.rename(tree.with_name("moved"))
+    assert all(torch.equal(a, cached.subset(range(5))[index][0]) for index, a in enumerate(first))
+    with pytest.raises(UnreadableImageError, match="no image file"):
+        uncached[0]
+
+
+def test_digits_are_resized_alike_with_and_without_the_cache() -> None:
+    streams = [
+        build_stream(DataConfig(image_size=16, resize=16, cache=c), 0) for c in (True, False)
+    ]
+    for index in (0, 50):
+        cached, fresh = (stream.train[index][0] for stream in streams)
+        assert cached.shape == (1, 16, 16)
+        assert 0 <= cached.min() < cached.max() <= 1
+        torch.testing.assert_close(cached, fresh)

@@ -1,0 +1,653 @@
+"""Read-outs: statistics, heads, alignment, ridge, and the collection that a training loop holds."""
+
+from typing import Any, ClassVar
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from backends.torch.readouts import (
+    READOUTS,
+    Alignment,
+    Classifier,
+    ClassStatistics,
+    CosineClassifier,
+    CosineHead,
+    CosineHeads,
+    Heads,
+    NearestMean,
+    Readout,
+    Readouts,
+    Ridge,
+    RidgeStatistics,
+    TaskStatistics,
+    alignment_loss,
+    class_mean_start,
+    solve_ridge,
+)
+
+SIZES = (2, 3, 1)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def made_up(images: int = 40, dim: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Elongated classes on a common offset: nearest mean fails where a linear rule need not."""
+    g = seeded(seed)
+    shapes = torch.Generator().manual_seed(99)
+    classes = sum(SIZES)
+    stretch = torch.randn(dim, dim, generator=shapes) * torch.logspace(0, -1.5, dim)
+    means = 0.8 * torch.randn(classes, dim, generator=shapes) @ stretch + 2.0
+    y = torch.arange(classes).repeat(images)
+    return means[y] + torch.randn(len(y), dim, generator=g) @ stretch, y
+
+
+def by_task(x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor, int]]:
+    ends = [sum(SIZES[: k + 1]) for k in range(len(SIZES))]
+    parts = []
+    for end, size in zip(ends, SIZES, strict=True):
+        mask = (y >= end - size) & (y < end)
+        parts.append((x[mask], y[mask], size))
+    return parts
+
+
+def gathered(x: Tensor, y: Tensor, dtype: torch.dtype = torch.float32) -> ClassStatistics:
+    statistics = ClassStatistics(dtype=dtype)
+    for features, labels, size in by_task(x, y):
+        statistics.add_task(features, labels, size)
+    return statistics
+
+
+def accuracy(classifier: Classifier, x: Tensor, y: Tensor) -> float:
+    return (classifier.logits(x).argmax(1) == y).float().mean().item()
+
+
+def align(
+    statistics: ClassStatistics, seed: int = 0, weight: Tensor | None = None, **options: Any
+) -> CosineClassifier:
+    return Alignment(**options).fit(statistics, generator=seeded(seed), head_weight=weight)
+
+
+# Statistics
+
+
+@given(
+    cuts=st.lists(st.integers(1, 59), max_size=5, unique=True),
+    offset=st.sampled_from([0.0, 1e3]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_streaming_statistics_equal_the_definition(
+    cuts: list[int], offset: float, dtype: torch.dtype
+) -> None:
+    x = torch.randn(60, 5, generator=seeded(), dtype=torch.float64).to(dtype) + offset
+    y = torch.randint(0, 3, (60,), generator=seeded(1))
+    statistics = ClassStatistics(dtype=torch.float64)
+    for part in torch.arange(60).tensor_split(sorted(cuts)):
+        statistics.collect(x[part], y[part])
+    statistics.end_task(3)
+    for label in range(3):
+        rows = x[y == label].double()
+        assert int(statistics.count[label]) == len(rows)
+        torch.testing.assert_close(statistics.mean[label], rows.mean(0), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            statistics.covariance[label], torch.cov(rows.T), rtol=1e-9, atol=1e-9
+        )
+
+
+def test_finished_classes_are_never_refreshed() -> None:
+    x, y = made_up()
+    statistics = gathered(x, y)
+    first = ClassStatistics()
+    first.add_task(*by_task(x, y)[0])
+    assert torch.equal(statistics.mean[:2], first.mean)
+    assert torch.equal(statistics.covariance[:2], first.covariance)
+    with pytest.raises(ValueError, match="finished"):
+        statistics.collect(x[:1], torch.tensor([0]))
+
+
+def test_statistics_round_trip() -> None:
+    statistics = gathered(*made_up())
+    again = ClassStatistics()
+    again.load_state_dict(statistics.state_dict())
+    assert again.task_sizes == SIZES
+    assert torch.equal(align(again).weight, align(statistics).weight)
+    with pytest.raises(ValueError, match="must be"):
+        again.load_state_dict({})
+
+
+@pytest.mark.parametrize("kind", ["class", "ridge"])
+def test_bad_features_are_refused(kind: str) -> None:
+    statistics = ClassStatistics() if kind == "class" else RidgeStatistics(3, features=8)
+    good, labels = torch.ones(4, 3), torch.tensor([0, 0, 1, 1])
+    for bad in (float("nan"), float("inf")):
+        broken = good.clone()
+        broken[2, 1] = bad
+        with pytest.raises(ValueError, match="1 of 4"):
+            statistics.collect(broken, labels)
+    with pytest.raises(ValueError, match="at least 0"):
+        statistics.collect(good, labels - 1)
+    with pytest.raises(ValueError, match="floating"):
+        statistics.collect(good[None], labels)
+    with pytest.raises(ValueError, match="integers"):
+        statistics.collect(good, labels.float())
+    with pytest.raises(ValueError, match="class"):
+        statistics.end_task()
+    statistics.collect(good, labels)
+    with pytest.raises(ValueError, match="end_task"):
+        statistics.state_dict()
+    with pytest.raises(ValueError, match="wide"):
+        statistics.collect(torch.ones(1, 4), torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"\[2\]"):
+        statistics.end_task(3)
+    with pytest.raises(ValueError, match=r"\[1\]"):
+        statistics.end_task(1)
+    statistics.end_task(2)
+    assert statistics.task_sizes == (2,)
+
+
+def test_alignment_loss_is_the_definition() -> None:
+    cosines = torch.randn(5, 6, generator=seeded(), dtype=torch.float64)
+    labels = torch.tensor([0, 5, 2, 3, 1])
+    total = 0.0
+    for row, label in zip(cosines, labels.tolist(), strict=True):
+        norm = (row[:2].norm() + row[2:5].norm() + row[5:].norm()) / 3
+        logits = row / norm / 0.2
+        total -= (logits[label] - logits.logsumexp(0)).item() / 5
+    loss = alignment_loss(cosines, labels, SIZES, 0.2)
+    assert loss.item() == pytest.approx(total, rel=1e-6)
+    # Only the direction of the logits counts.
+    assert alignment_loss(7 * cosines, labels, SIZES, 0.2).item() == pytest.approx(total, rel=1e-5)
+
+
+def test_converged_alignment_is_much_better_than_nearest_mean() -> None:
+    statistics = gathered(*made_up())
+    x, y = made_up(images=300, seed=1)
+    aligned = align(statistics)
+    # Oracle: the best rule for these classes, which share one covariance, is linear; it has a
+    # bias, which cosines lack.
+    covariance = statistics.covariance.double().mean(0)
+    mean = statistics.mean.double()
+    w = torch.linalg.solve(covariance, mean.T)
+    best = (x.double() @ w - (mean.T * w).sum(0) / 2).argmax(1)
+    best_accuracy = (best == y).float().mean().item()
+    assert accuracy(aligned, x, y) > accuracy(NearestMean().fit(statistics), x, y) + 0.15
+    assert accuracy(aligned, x, y) > best_accuracy - 0.05
+
+
+def test_converged_alignment_depends_on_statistics_and_generator_alone() -> None:
+    statistics = gathered(*made_up())
+    weight = align(statistics).weight
+    assert torch.equal(weight, align(statistics).weight)
+    start = torch.randn(6, 12, generator=seeded(4))
+    assert torch.equal(weight, align(statistics, weight=start).weight)
+    other = align(statistics, 1).weight
+    assert not torch.equal(weight, other)
+    # Another draw converges to the same rule.
+    x, _ = made_up(images=100, seed=1)
+    votes = [CosineClassifier(w).logits(x).argmax(1) for w in (weight, other)]
+    assert (votes[0] == votes[1]).float().mean() > 0.95
+
+
+def test_the_published_schedule() -> None:
+    """A second, plain implementation of the table row, with the same draws."""
+    statistics = gathered(*made_up(), torch.float64)
+    start = torch.randn(6, 12, generator=seeded(7), dtype=torch.float64)
+    weight = align(statistics, weight=start, epochs=5, temperature=0.2).weight
+
+    g = seeded()
+    w = start.clone().requires_grad_()
+    momentum = torch.zeros_like(w)
+    task_of = [0, 0, 1, 1, 1, 2]
+    for epoch in range(5):
+        noise = torch.randn(6, 256, 12, generator=g, dtype=torch.float64)
+        samples = []
+        for c in range(6):
+            factor = torch.linalg.cholesky(
+                statistics.covariance[c] + 1e-3 * torch.eye(12, dtype=torch.float64)
+            )
+            mean = statistics.mean[c] * (0.9 + 0.1 * (task_of[c] + 1) / 3)
+            samples.append(mean + noise[c] @ factor.T)
+        order = torch.randperm(6 * 256, generator=g)
+        x, y = torch.cat(samples)[order], (order // 256)
+        lr = 0.01 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * epoch / 5)).item())
+        for step in range(6):
+            rows = slice(256 * step, 256 * (step + 1))
+            unit = x[rows] / x[rows].norm(dim=1, keepdim=True)
+            cosines = unit @ (w / w.norm(dim=1, keepdim=True)).T
+            norms = (
+                cosines[:, :2].norm(dim=1) + cosines[:, 2:5].norm(dim=1) + cosines[:, 5].abs()
+            ) / 3
+            loss = torch.nn.functional.cross_entropy(cosines / norms[:, None] / 0.2, y[rows])
+            (grad,) = torch.autograd.grad(loss, w)
+            with torch.no_grad():
+                momentum = 0.9 * momentum + grad + 5e-4 * w
+                w -= lr * momentum
+    torch.testing.assert_close(weight, w.detach(), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(weight, start, atol=1e-3)
+
+
+def test_the_published_schedule_leaves_the_first_task_alone() -> None:
+    x, y = made_up()
+    statistics = ClassStatistics()
+    statistics.add_task(*by_task(x, y)[0])
+    start = torch.randn(2, 12, generator=seeded())
+    assert torch.equal(align(statistics, weight=start, epochs=5).weight, start)
+
+
+@pytest.mark.parametrize("epochs", [None, 5])
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_alignment_never_fails_on_singular_covariances(
+    epochs: int | None, relative: bool, scale: float
+) -> None:
+    # One class of a single image, one of two, one constant: ranks 0, 1 and 0 in 8 dimensions.
+    x = scale * torch.randn(5, 8, generator=seeded())
+    x[4] = x[3]
+    statistics = ClassStatistics()
+    statistics.add_task(x[:3], torch.tensor([0, 1, 1]))
+    statistics.add_task(x[3:], torch.tensor([2, 2]))
+    for amount in (0.0, 1e-3):
+        for shrinkage in (0.0, 0.3):
+            aligned = align(
+                statistics, weight=statistics.mean, epochs=epochs, covariance=amount,
+                relative=relative, shrinkage=shrinkage, max_steps=100,
+            )  # fmt: skip
+            assert aligned.weight.isfinite().all()
+            # An absolute amount far above the features rightly drowns them.
+            if epochs is None and (relative or amount == 0 or scale >= 1):
+                assert aligned.logits(x).argmax(1).tolist() == [0, 1, 1, 2, 2]
+
+
+def test_one_class_alone() -> None:
+    statistics = ClassStatistics()
+    statistics.add_task(torch.ones(1, 3), torch.tensor([0]))
+    assert align(statistics).logits(torch.ones(2, 3)).argmax(1).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("readout", "options"),
+    [
+        (Alignment, {"epochs": 0}), (Alignment, {"temperature": 0.0}),
+        (Alignment, {"covariance": -1.0}), (Alignment, {"shrinkage": float("nan")}),
+        (Ridge, {"features": 0}),
+    ],
+)  # fmt: skip
+def test_options_are_checked(readout: Any, options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(options))} must be"):
+        readout(**options)
+
+
+# Ridge regression
+
+
+def test_random_features_solve_ridge_regression_by_task_as_at_once() -> None:
+    x, y = made_up()
+    streamed = RidgeStatistics(x.shape[1], features=50, seed=3)
+    for features, labels, size in by_task(x, y):
+        for part in torch.split(torch.arange(len(labels)), 17):
+            streamed.collect(features[part], labels[part])
+        streamed.end_task(size)
+    at_once = RidgeStatistics(x.shape[1], features=50, seed=3)
+    at_once.add_task(x, y)
+    at_once.strength = streamed.strength
+    torch.testing.assert_close(
+        Ridge().fit(streamed).weight, Ridge().fit(at_once).weight, rtol=1e-8, atol=1e-10
+    )
+    h = torch.relu(x @ streamed.projection).double()
+    onehot = torch.nn.functional.one_hot(y).double()
+    # The least-squares form of ridge: rows of sqrt(s)·I below the data.
+    rows = torch.cat([h, streamed.strength**0.5 * torch.eye(50, dtype=torch.float64)])
+    targets = torch.cat([onehot, torch.zeros(50, onehot.shape[1], dtype=torch.float64)])
+    expected = torch.linalg.lstsq(rows, targets, driver="gelsd").solution
+    torch.testing.assert_close(Ridge().fit(streamed).weight, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_the_strength_is_the_best_on_the_last_fifth() -> None:
+    x, y = made_up()
+    statistics = RidgeStatistics(x.shape[1], features=30)
+    statistics.add_task(x, y)
+    h = torch.relu(x @ statistics.projection).double()
+    onehot = torch.nn.functional.one_hot(y).double()
+    held = torch.zeros(len(y), dtype=torch.bool)
+    for label in range(sum(SIZES)):
+        held[(y == label).nonzero().flatten()[32:]] = True
+    errors = {}
+    for k in range(-8, 9):
+        a = h[~held].T @ h[~held] + 10.0**k * torch.eye(30, dtype=torch.float64)
+        w = torch.linalg.lstsq(a, h[~held].T @ onehot[~held], driver="gelsd").solution
+        errors[10.0**k] = (h[held] @ w - onehot[held]).square().sum().item()
+    assert errors[statistics.strength] <= min(errors.values()) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("features", [torch.ones(3, 4), torch.zeros(3, 4), torch.full((1, 4), 1e6)])
+def test_ridge_never_fails_on_degenerate_features(features: Tensor) -> None:
+    statistics = RidgeStatistics(4, features=20)
+    statistics.add_task(features, torch.zeros(len(features), dtype=torch.int64))
+    assert Ridge().fit(statistics).logits(features).isfinite().all()
+
+
+def test_ridge_state_round_trip() -> None:
+    x, y = made_up()
+    statistics = RidgeStatistics(x.shape[1], features=20)
+    parts = by_task(x, y)
+    statistics.add_task(*parts[0])
+    again = RidgeStatistics(x.shape[1], features=20, seed=5)
+    again.load_state_dict(statistics.state_dict())
+    for s in (statistics, again):
+        s.add_task(*parts[1])
+    assert torch.equal(Ridge().fit(statistics).weight, Ridge().fit(again).weight)
+
+
+def test_solve_ridge_floor_is_far_below_any_useful_strength() -> None:
+    gram = torch.diag(torch.tensor([4.0, 1.0], dtype=torch.float64))
+    solved = solve_ridge(gram, torch.eye(2, dtype=torch.float64), 0.0)
+    torch.testing.assert_close(solved, torch.diag(1 / gram.diagonal()), rtol=1e-12, atol=0)
+
+
+# Heads
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cosines_of_a_head(dtype: torch.dtype) -> None:
+    head = CosineHead(3, 5, generator=seeded()).to(dtype)
+    x = torch.randn(7, 5, generator=seeded(1), dtype=dtype)
+    expected = torch.nn.functional.cosine_similarity(x[:, None], head.weight[None], dim=-1)
+    torch.testing.assert_close(head(x), expected)
+    torch.testing.assert_close(head(1e4 * x), expected)
+
+
+def test_cosines_stay_in_range_and_gradients_finite() -> None:
+    x = torch.randn(200, 64, generator=seeded())
+    head = CosineHead(200, 64, start=3 * x)
+    assert head(x).abs().max() <= 1
+    features = torch.zeros(2, 64, requires_grad=True)
+    head(features).sum().backward()
+    assert features.grad is not None
+    assert features.grad.isfinite().all()
+
+
+def test_autocast_does_not_lower_the_precision() -> None:
+    head, x = CosineHead(3, 8, generator=seeded()), torch.randn(4, 8, generator=seeded(1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = head(x)
+    torch.testing.assert_close(low, head(x), rtol=0, atol=0)
+
+
+def test_random_start_is_seeded_and_truncated() -> None:
+    weight = CosineHead(100, 100, generator=seeded()).weight
+    assert torch.equal(weight, CosineHead(100, 100, generator=seeded()).weight)
+    assert not torch.equal(weight, CosineHead(100, 100, generator=seeded(1)).weight)
+    assert weight.abs().max() <= 0.04
+    # A normal cut at two deviations keeps 0.88 of its deviation.
+    assert weight.std().item() == pytest.approx(0.02 * 0.88, rel=0.05)
+
+
+def test_class_mean_start_gives_the_nearest_mean() -> None:
+    means = torch.randn(4, 6, generator=seeded())
+    start = class_mean_start(means)
+    torch.testing.assert_close(start.norm(dim=1), torch.ones(4))
+    assert CosineHead(4, 6, start=start)(5 * means).argmax(1).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
+def test_class_mean_start_needs_a_direction(bad: float) -> None:
+    means = torch.ones(3, 4)
+    means[1] = bad
+    with pytest.raises(ValueError, match=r"\[1\]"):
+        class_mean_start(means)
+
+
+def test_only_the_current_head_is_trained() -> None:
+    heads = CosineHeads(6)
+    first = heads.add(2, generator=seeded())
+    second = heads.add(3, generator=seeded(1))
+    before = first.weight.detach().clone()
+    optimiser = torch.optim.SGD([p for p in heads.parameters() if p.requires_grad], lr=1.0)
+    heads(torch.randn(4, 6, generator=seeded(2))).square().sum().backward()
+    optimiser.step()
+    assert first.weight.grad is None
+    assert torch.equal(first.weight, before)
+    assert second.weight.grad is not None
+    assert second.weight.grad.abs().sum() > 0
+    assert heads.current is second
+
+
+def test_concatenation_follows_the_tasks() -> None:
+    heads = CosineHeads(6)
+    parts = [heads.add(n, generator=seeded(n)) for n in (2, 1, 3)]
+    x = torch.randn(4, 6, generator=seeded())
+    assert torch.equal(heads(x), torch.cat([part(x) for part in parts], dim=1))
+    assert torch.equal(heads.weight(), torch.cat([part.weight for part in parts]))
+    assert heads.sizes == (2, 1, 3)
+
+
+def test_heads_round_trip() -> None:
+    heads = CosineHeads(5)
+    heads.add(2, generator=seeded())
+    heads.add(4, generator=seeded(1))
+    again = CosineHeads(5, sizes=heads.sizes)
+    again.load_state_dict(heads.state_dict())
+    assert torch.equal(again.weight(), heads.weight())
+
+
+def test_new_heads_follow_the_type_of_the_old() -> None:
+    heads = CosineHeads(5, sizes=(2,)).double()
+    assert heads.add(1).weight.dtype == torch.float64
+
+
+def test_heads_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="classes"):
+        CosineHead(0, 3)
+    with pytest.raises(ValueError, match="start"):
+        CosineHead(2, 3, start=torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="features"):
+        CosineHead(2, 3)(torch.zeros(1, 4))
+    with pytest.raises(ValueError, match="head"):
+        CosineHeads(3)(torch.zeros(1, 3))
+
+
+# Classifiers, and the collection
+
+
+def test_read_outs_by_cosine_follow_the_definition() -> None:
+    x, y = made_up()
+    statistics = gathered(x, y, torch.float64)
+    x = x.double()
+    expected = torch.nn.functional.cosine_similarity(x[:, None], statistics.mean[None], dim=-1)
+    for classifier in (NearestMean().fit(statistics), Heads().fit(head_weight=statistics.mean)):
+        torch.testing.assert_close(classifier.logits(x), expected)
+
+
+def all_readouts(**options: Any) -> Readouts:
+    readouts = [
+        Alignment(**{"max_steps": 100, **options}),
+        Heads(),
+        NearestMean(),
+        Ridge(features=30),
+    ]
+    return Readouts(readouts, dim=12, seed=3)
+
+
+def after(readouts: Readouts, tasks: int, first: int = 0) -> Readouts:
+    """Gather and fit a few tasks, with heads at random."""
+    x, y = made_up()
+    for task, part in list(enumerate(by_task(x, y)))[first:tasks]:
+        readouts.add_task(*part)
+        weight = torch.randn(sum(SIZES[: task + 1]), 12, generator=seeded(task))
+        readouts.fit(weight, seed=task)
+    return readouts
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_packaged_read_outs_are_known_by_name() -> None:
+    assert {name: type(r) for name, r in all_readouts().readouts.items()} == dict(
+        sorted(READOUTS.items())
+    )
+
+
+def test_each_is_fitted_on_what_it_gathers() -> None:
+    readouts = after(all_readouts(epochs=2), 3)
+    assert list(readouts.classifiers) == ["alignment", "heads", "nearest_mean", "ridge"]
+    statistics = gathered(*made_up())
+    assert list(readouts.statistics) == ["statistics", "ridge"]  # two share the first
+    assert same(readouts.statistics["statistics"].state_dict(), statistics.state_dict())
+    sums = RidgeStatistics(12, features=30, seed=3)
+    for part in by_task(*made_up()):
+        sums.add_task(*part)
+    weight = torch.randn(6, 12, generator=seeded(2))
+    expected = {
+        "heads": Heads().fit(head_weight=weight),
+        "nearest_mean": NearestMean().fit(statistics),
+        "ridge": Ridge().fit(sums),
+    }
+    for name, classifier in expected.items():
+        assert same(readouts.classifiers[name].tensors(), classifier.tensors()), name
+
+
+def test_the_published_alignment_goes_on_from_the_one_before() -> None:
+    aligned, statistics = torch.empty(0, 12), ClassStatistics()
+    for task, part in enumerate(by_task(*made_up())):
+        statistics.add_task(*part)
+        start = torch.randn(sum(SIZES[: task + 1]), 12, generator=seeded(task))
+        start[: len(aligned)] = aligned
+        aligned = align(statistics, task, start, epochs=2).weight
+    readouts = after(all_readouts(epochs=2), 3)
+    assert torch.equal(readouts.classifiers["alignment"].tensors()["weight"], aligned)
+
+
+@pytest.mark.parametrize("done", [0, 1, 2])
+@pytest.mark.parametrize("epochs", [None, 2])
+def test_a_stored_state_goes_on_bit_for_bit(done: int, epochs: int | None, tmp_path: Any) -> None:
+    whole, again = (all_readouts(epochs=epochs) for _ in range(2))
+    save_file(after(whole, done).state_dict(), tmp_path / "state")
+    again.load_state_dict(load_file(tmp_path / "state"))
+    for readouts in (whole, again):
+        after(readouts, 3, done)
+    assert same(whole.tensors(), again.tensors())
+    assert same(whole.state_dict(), again.state_dict())
+    assert whole.stored_bytes() == again.stored_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_stored_classifiers_give_the_same_logits_bit_for_bit(
+    dtype: torch.dtype, tmp_path: Any
+) -> None:
+    readouts = after(all_readouts(), 3)
+    save_file(readouts.tensors(), tmp_path / "readouts")
+    stored = all_readouts().load(load_file(tmp_path / "readouts"))
+    features = made_up()[0].to(dtype)
+    assert stored.keys() == readouts.classifiers.keys()
+    for name, classifier in readouts.classifiers.items():
+        logits = classifier.logits(features)
+        assert logits.shape == (len(features), 6)
+        assert torch.equal(stored[name].logits(features), logits)
+
+
+def test_none_depends_on_the_others() -> None:
+    alone = after(Readouts([Alignment(max_steps=100)], dim=12, seed=3), 3)
+    assert same(
+        alone.tensors(),
+        {"alignment/weight": after(all_readouts(), 3).tensors()["alignment/weight"]},
+    )
+
+
+def test_statistics_can_be_kept_for_their_own_sake() -> None:
+    readouts = Readouts([Heads()], dim=12, keep_statistics=True)
+    assert same(
+        after(readouts, 3).statistics["statistics"].state_dict(), gathered(*made_up()).state_dict()
+    )
+    assert readouts.stored_bytes() == {"statistics": 6 * 8 + 6 * 12 * 4 + 6 * 144 * 4 + 3 * 8}
+    assert not Readouts([Heads()], dim=12).statistics
+
+
+class Count(TaskStatistics):
+    """How often each class occurred."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = torch.zeros(0)
+
+    def gather(self, features: Tensor, labels: Tensor) -> None:
+        self.count = torch.cat([self.count, torch.bincount(labels - self.classes).float()])
+
+    def finish(self, first: int, end: int) -> None:
+        assert len(self.count) == end
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"count": self.count, "sizes": torch.tensor(self.task_sizes)}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.count, self.task_sizes = state["count"], tuple(state["sizes"].tolist())
+
+
+class MostFrequent(Readout):
+    """One of one's own: takes whatever class it has seen most."""
+
+    name, gathers = "most_frequent", "count"
+    made: ClassVar[list[tuple[int, int]]] = []
+
+    def statistics(self, dim: int, seed: int) -> Count:
+        self.made.append((dim, seed))
+        return Count()
+
+    def fit(self, statistics: Count, **_: Any) -> CosineClassifier:
+        return CosineClassifier(statistics.count[:, None].repeat(1, 12))
+
+
+def test_a_read_out_of_ones_own_is_one_among_others() -> None:
+    readouts = after(Readouts([MostFrequent(), NearestMean()], dim=12, seed=5), 2)
+    assert MostFrequent.made == [(12, 5)]
+    assert readouts.classifiers["most_frequent"].tensors()["weight"][:, 0].tolist() == [40] * 5
+    again = Readouts([MostFrequent(), NearestMean()], dim=12)
+    again.load_state_dict(readouts.state_dict())
+    assert same(after(again, 3, 2).tensors(), after(readouts, 3, 2).tensors())
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="names"):
+        Readouts([Ridge(), Ridge(features=2)], dim=3)
+    readouts = after(all_readouts(epochs=2), 1)
+    state = readouts.state_dict()
+    for wrong in (
+        {},
+        {k: v for k, v in state.items() if "ridge" not in k},
+        state | {"fitted/heads/weight": torch.ones(2, 2)},
+        state | {"others/x": torch.ones(2)},
+        {k: v for k, v in state.items() if not k.endswith("mean")},
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            all_readouts(epochs=2).load_state_dict(wrong)
+    tensors = readouts.tensors()
+    for wrong in (
+        {k: v for k, v in tensors.items() if "heads" not in k},
+        tensors | {"ridge/bias": torch.ones(2)},
+        tensors | {"heads/weight": torch.full((1, 2), torch.nan)},
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            all_readouts().load(wrong)
+
+
+def test_a_fit_needs_what_it_is_fitted_on() -> None:
+    for readout in (NearestMean(), Alignment()):
+        with pytest.raises(ValueError, match="class"):
+            readout.fit(ClassStatistics(), generator=seeded())
+    with pytest.raises(ValueError, match="class"):
+        Ridge().fit(RidgeStatistics(3, features=4))
+    with pytest.raises(ValueError, match="head_weight"):
+        Heads().fit()
+    statistics = gathered(*made_up())
+    with pytest.raises(ValueError, match="weight"):
+        align(statistics, epochs=5)
+    with pytest.raises(ValueError, match="shape"):
+        align(statistics, weight=torch.ones(2, 12))
+    for features in (torch.ones(1, 3), torch.full((1, 2), torch.nan), torch.ones(1, 2).long()):
+        with pytest.raises(ValueError, match="features"):
+            CosineClassifier(torch.eye(2)).logits(features)

@@ -1,0 +1,218 @@
+"""Streams: the order of classes, the cut into tasks, validation, and the sources by name."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from image_folders import CALTECH, CLASSES, colour, folder, grow
+
+from training.data import DataConfig, build_stream, loader
+from training.data import test_transform as evaluation_transform
+from training.data.stream import cut_tasks
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    return grow(tmp_path / "tree", {"train": 5, "test": 2})
+
+
+# --- the order of classes and the cut into tasks
+
+
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 20))
+def test_tasks_cut_the_labels_in_order(count: int, first: int, increment: int) -> None:
+    config = DataConfig(classes=count, init_cls=min(first, count), increment=increment)
+    tasks = cut_tasks(config, 60)
+    assert [label for task in tasks for label in task] == list(range(count))
+    assert len(tasks[0]) == config.init_cls
+    assert all(len(task) == increment for task in tasks[1:-1])
+    assert len(tasks) == 1 or 1 <= len(tasks[-1]) <= increment
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"classes": 11}, "data.classes"),
+        ({"init_cls": 11}, "data.init_cls"),
+        ({"classes": 3, "init_cls": 4}, "data.init_cls"),
+        ({"tasks": 6}, "data.tasks"),
+    ],
+)
+def test_a_stream_that_asks_for_too_much_is_refused(settings: dict[str, int], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        build_stream(DataConfig(**settings), 0)  # type: ignore[arg-type]
+
+
+def test_order_seed_replaces_the_seed_of_the_run() -> None:
+    orders = [build_stream(DataConfig(order_seed=4), seed).order for seed in (0, 1)]
+    assert orders[0] == orders[1] == np.random.RandomState(4).permutation(10).tolist()
+    assert build_stream(DataConfig(), 0).order != build_stream(DataConfig(), 1).order
+
+
+def test_classes_and_tasks_cut_the_stream() -> None:
+    stream = build_stream(DataConfig(classes=7, init_cls=3, increment=2, tasks=2), 0)
+    assert stream.tasks == [(0, 1, 2), (3, 4)]
+    assert stream.order == np.random.RandomState(0).permutation(10)[:5].tolist()
+    for images in (stream.train, stream.test):
+        assert set(images.labels.tolist()) == set(range(5))
+        assert images.labels.dtype == torch.int64
+
+
+def test_tasks_of_given_sizes_leave_out_what_follows() -> None:
+    stream = build_stream(DataConfig(task_sizes=[1, 4, 2]), 3)
+    assert stream.tasks == [(0,), (1, 2, 3, 4), (5, 6)]
+    assert set(stream.train.labels.tolist()) == set(range(7))
+    assert len(build_stream(DataConfig(task_sizes=[1, 4, 2], tasks=2), 3).tasks) == 2
+    with pytest.raises(ValueError, match="task_sizes"):
+        build_stream(DataConfig(task_sizes=[6, 5]), 3)
+    with pytest.raises(ValueError, match=r"data.tasks is 3.*2 tasks"):
+        build_stream(DataConfig(task_sizes=[6, 4], tasks=3), 3)
+
+
+def test_classes_stay_in_the_order_of_their_numbers_without_shuffle() -> None:
+    stream = build_stream(DataConfig(shuffle=False, classes=6), 3)
+    assert stream.order == list(range(6))
+    assert stream.class_names == list("012345")
+
+
+def test_subset_keeps_pairs_and_order() -> None:
+    train = build_stream(DataConfig(), 0).train
+    part = train.subset((3, 1))
+    expected = [index for index, label in enumerate(train.labels.tolist()) if label in (1, 3)]
+    assert len(part) == len(expected)
+    for position in (0, len(part) - 1):
+        pixels, label = part[position]
+        assert label == train[expected[position]][1]
+        assert torch.equal(pixels, train[expected[position]][0])
+
+
+# --- validation
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.4, 2), (0.01, 1), (0.9, 4)])
+def test_validation_holds_out_a_share_of_each_class(tree: Path, share: float, count: int) -> None:
+    stream = build_stream(folder(tree, validation=share), 0)
+    assert torch.bincount(stream.test.labels).tolist() == [count] * 5
+    assert torch.bincount(stream.train.labels).tolist() == [5 - count] * 5
+    seen = [tuple(p[:, 0, 0].tolist()) for part in (stream.train, stream.test) for p, _ in part]
+    assert sorted(seen) == sorted(colour(name, i) for name in CLASSES for i in range(5))
+
+
+def test_validation_never_opens_the_test_split(tree: Path) -> None:
+    for path in (tree / "test").rglob("*.png"):
+        path.write_bytes(b"no image")
+    build_stream(folder(tree, validation=0.2), 0)
+    (tree / "test").rename(tree / "elsewhere")
+    build_stream(folder(tree, validation=0.2), 0)
+    with pytest.raises(FileNotFoundError, match="val"):
+        build_stream(folder(tree), 0)
+
+
+def test_validation_holds_out_the_same_images_in_every_order(tree: Path) -> None:
+    held = [
+        {tuple(p[:, 0, 0].tolist()) for p, _ in build_stream(folder(tree, validation=0.4), s).test}
+        for s in (0, 1)
+    ]
+    assert held[0] == held[1]
+
+
+def test_validation_needs_two_images(tmp_path: Path) -> None:
+    grow(tmp_path, {"train": 1, "test": 1})
+    with pytest.raises(ValueError, match=r"class [a-z]+ has 1 training image"):
+        build_stream(folder(tmp_path, validation=0.5, classes=5), 0)
+
+
+# --- Caltech-101
+
+
+def test_caltech_as_the_reference_used_it(shared: Path) -> None:
+    settings = {"classes": 100, "init_cls": 10, "increment": 10, "tasks": 2}
+    config = folder(shared / "data" / "caltech101", **settings, mean=0.5, std=0.5, **CALTECH)
+    stream = build_stream(config, 1993)
+    assert stream.order == np.random.RandomState(1993).permutation(101)[:20].tolist()
+    assert len(stream.tasks) == 2
+    test = stream.test.subset(stream.tasks[0]).with_transform(evaluation_transform(config))
+    images, labels = next(iter(loader(test, 64, shuffle=False, seed=0)))
+    assert images.shape[1:] == (3, 32, 32)
+    assert -1 <= images.min() < images.max() <= 1
+    assert labels.max() < 10
+
+
+# --- what a stream holds
+
+
+def test_the_fingerprint_is_that_of_the_data_wherever_they_lie(tree: Path) -> None:
+    config = folder(tree, validation=0.2)
+    before = build_stream(config, 0).fingerprint()
+    assert build_stream(config, 0).fingerprint() == before
+    moved = tree.rename(tree.with_name("moved"))
+    assert build_stream(folder(moved, validation=0.2), 0).fingerprint() == before
+    others = {build_stream(folder(moved, validation=0.4), 0).fingerprint()}
+    others.add(build_stream(folder(moved, validation=0.2), 1).fingerprint())
+    others.add(build_stream(folder(moved, validation=0.2, tasks=1), 0).fingerprint())
+    path = moved / "train" / "ant" / "0.png"
+    path.write_bytes(path.read_bytes() + b"0")  # of another size
+    others.add(build_stream(folder(moved, validation=0.2), 0).fingerprint())
+    path.rename(path.with_name("a.png"))
+    others.add(build_stream(folder(moved, validation=0.2), 0).fingerprint())
+    assert len(others | {before}) == 6
+
+
+# --- data sets of one's own
+
+
+def own(**options: object) -> DataConfig:
+    return DataConfig("own_components.Squares", dict(options), image_size=6, shuffle=False)
+
+
+def test_a_data_set_of_ones_own_is_chosen_by_its_path() -> None:
+    config = own(count=4)
+    assert (config.side, config.mode) == (6, "L")
+    stream = build_stream(config, 0)
+    assert (stream.class_names, stream.tasks) == (["dark", "grey", "light"], [(0, 1), (2,)])
+    shades = {"dark": 10, "grey": 100, "light": 250}
+    for images in (stream.train, stream.test):  # whose classes have other numbers
+        assert torch.bincount(images.labels).tolist() == [4] * 3
+        for pixels, label in images:
+            assert (pixels == shades[stream.class_names[label]]).all()
+
+
+@pytest.mark.parametrize("kind", ["pictures", "tensors"])
+@pytest.mark.parametrize("cache", [True, False])
+def test_images_may_come_one_by_one(kind: str, cache: bool) -> None:
+    one, other = (
+        build_stream(replace(own(kind=kind), resize=12, image_size=12, cache=cache), 0)
+        for kind in ("array", kind)
+    )
+    for a, b in ((one.train, other.train), (one.test, other.test)):
+        assert all(torch.equal(x, y) for (x, _), (y, _) in zip(a, b, strict=True))
+    assert one.fingerprint() == other.fingerprint()  # which says nothing of pixels
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        ("targets", "one class number"),
+        ("shares", "one class number"),
+        ("numbers", "classes, from 0 on"),
+        ("names", "differently"),
+        ("empty", "no training image of white"),
+        ("other", "test lacks grey and train lacks white"),
+    ],
+)
+def test_mistakes_in_a_data_set_of_ones_own_are_named(spoil: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        build_stream(own(spoil=spoil), 0)
+    with pytest.raises(TypeError, match="uint8"):
+        build_stream(own(spoil="floats"), 0).train[0]
+
+
+def test_options_of_ones_own_data_set_are_checked_as_any() -> None:
+    with pytest.raises(ValueError, match="count must be at least 1"):
+        own(count=0)
+    with pytest.raises(ValueError, match=r"data\.root"):
+        own(root="x")

@@ -1,0 +1,187 @@
+"""Finding, replacing and restoring layers in models of all kinds."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from backends.torch import LoRALinear, adapt, attach, find_layers, restore
+
+
+class Attention(nn.Module):
+    """Separate projections, as in most libraries but timm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(4, 4) for _ in range(4))
+        self.heads = nn.ModuleDict({"a": nn.Linear(4, 2), "b": nn.Identity()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (self.q(x) @ self.k(x).mT).softmax(-1)
+        y: Tensor = self.out(weights @ self.v(x))
+        return y
+
+
+def vit() -> VisionTransformer:
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        img_size=8, patch_size=4, embed_dim=8, depth=2, num_heads=2, num_classes=3
+    )
+    return model.eval()
+
+
+def fill(layers: dict[str, LoRALinear]) -> None:
+    """A branch with something in it in every layer."""
+    for seed, layer in enumerate(layers.values()):
+        torch.manual_seed(seed)
+        up = torch.randn(layer.out_features, 2)
+        layer.add_branch("general", torch.randn(2, layer.in_features), up=up)
+
+
+@pytest.mark.parametrize(
+    ("model", "target", "names"),
+    [
+        (vit(), "*.attn.qkv", ["blocks.0.attn.qkv", "blocks.1.attn.qkv"]),
+        (vit(), ["*.mlp.fc1", "head"], ["blocks.0.mlp.fc1", "blocks.1.mlp.fc1", "head"]),
+        (nn.Sequential(Attention(), Attention()), "*.[qv]", ["0.q", "0.v", "1.q", "1.v"]),
+        (nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), "*", ["0", "2"]),
+        (Attention(), ("heads.*", "out"), ["out", "heads.a"]),
+    ],
+)
+def test_logits_agree_before_adapted_merged_unmerged_and_restored(
+    model: nn.Module, target: str, names: list[str]
+) -> None:
+    x = torch.randn(2, 3, 8, 8) if isinstance(model, VisionTransformer) else torch.randn(2, 5, 4)
+    keys, modules = list(model.state_dict()), list(model.named_modules())
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    logits = model(x)
+
+    layers = adapt(model, target)
+    assert list(layers) == names
+    found = dict(model.named_modules())
+    assert all(found[name] is layer for name, layer in layers.items())
+    assert all(layer.base is dict(modules)[name] for name, layer in layers.items())
+    assert torch.equal(model(x), logits)
+
+    fill(layers)
+    adapted = model(x)
+    used = [name for name in names if not name.startswith("heads")]
+    assert torch.equal(adapted, logits) == (not used)
+    for layer in layers.values():
+        layer.merge()
+    torch.testing.assert_close(model(x), adapted)
+    restore(model, layers)
+    torch.testing.assert_close(model(x), adapted)  # merged weights stay in the original layers
+    for layer in layers.values():
+        layer.unmerge()
+    assert torch.equal(model(x), logits)
+
+    assert list(model.state_dict()) == keys
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    after = list(model.named_modules())
+    assert [n for n, _ in after] == [n for n, _ in modules]
+    assert all(a is b for (_, a), (_, b) in zip(after, modules, strict=True))
+
+
+def test_attach_puts_the_same_layers_back() -> None:
+    model = vit()
+    layers = adapt(model)
+    fill(layers)
+    x = torch.randn(1, 3, 8, 8)
+    adapted = model(x)
+    restore(model, layers)
+    restore(model, layers)
+    assert not torch.allclose(model(x), adapted)
+    attach(model, layers)
+    attach(model, layers)  # a second time changes nothing
+    assert dict(find_layers(model)) == layers
+    assert all(type(layer.base) is nn.Linear for layer in layers.values())
+    assert torch.equal(model(x), adapted)
+
+
+def test_only_the_branches_are_trained() -> None:
+    model = vit().requires_grad_(False)
+    layers = adapt(model)
+    fill(layers)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"blocks.{i}.attn.qkv.branches.general.up" for i in (0, 1)}
+    model(torch.randn(1, 3, 8, 8)).sum().backward()
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == trained
+
+
+def test_layer_shared_by_two_parents_stays_shared() -> None:
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Sequential(shared, nn.ReLU()), nn.Sequential(shared))
+    layers = adapt(model, "*")
+    assert len(layers) == 1
+    assert model[0][0] is model[1][0] is layers["0.0"]
+    restore(model, layers)
+    assert model[0][0] is model[1][0] is shared
+
+
+def test_layer_used_twice_by_one_parent_is_replaced_in_both_places() -> None:
+    shared = nn.Linear(4, 4)
+    model, x = nn.Sequential(shared, nn.Tanh(), shared), torch.randn(3, 4)
+    layers = adapt(model, "0")
+    fill(layers)
+    assert model[0] is model[2] is layers["0"]
+    weight = layers["0"].weight
+    step = nn.functional.linear(x, weight, shared.bias).tanh()
+    torch.testing.assert_close(model(x), nn.functional.linear(step, weight, shared.bias))
+    restore(model, layers)
+    assert model[0] is model[2] is shared
+
+
+def test_wrapped_layers_are_not_found_inside_their_wrapper() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    layers = adapt(model, "0")
+    assert list(find_layers(model, "*")) == ["0", "1"]
+    with pytest.raises(ValueError, match="restore"):
+        adapt(model, "*")
+    assert type(model[1]) is nn.Linear
+    assert adapt(model, "1")["1"] is model[1]
+    restore(model, layers)
+    assert type(model[0]) is nn.Linear
+    assert isinstance(model[1], LoRALinear)
+
+
+def test_pattern_without_a_match_lists_the_linear_layers() -> None:
+    model = nn.Sequential(Attention(), nn.Conv2d(1, 1, 1))
+    with pytest.raises(ValueError, match=r"attn\.qkv.*0\.q, 0\.k, 0\.v, 0\.out"):
+        adapt(model)
+    with pytest.raises(ValueError, match="wrong"):
+        adapt(model, ["0.q", "wrong"])
+    assert not any(isinstance(m, LoRALinear) for m in model.modules())
+    with pytest.raises(ValueError, match="none"):
+        adapt(nn.Sequential(nn.ReLU()), "*")
+    with pytest.raises(ValueError, match="pattern"):
+        adapt(model, [])
+
+
+def test_parametrised_layer_is_refused_and_its_neighbours_stay_as_they_were() -> None:
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    model = nn.Sequential(nn.Linear(4, 4), normed)
+    with pytest.raises(TypeError, match="parametris"):
+        adapt(model, "?")
+    assert type(model[0]) is nn.Linear
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_bare_linear_layer_cannot_be_replaced_in_place() -> None:
+    with pytest.raises(ValueError, match="Sequential"):
+        adapt(nn.Linear(3, 3), "*")
+    layers = adapt(nn.Sequential(nn.Linear(3, 3)), "*")
+    assert list(layers) == ["0"]
+
+
+@given(chosen=st.sets(st.integers(0, 5), min_size=1))
+def test_any_subset_of_layers_comes_back_as_it_was(chosen: set[int]) -> None:
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(6)))
+    originals = list(model)
+    layers = adapt(model, [str(i) for i in sorted(chosen)])
+    for i, original in enumerate(originals):
+        assert (model[i] is original) == (i not in chosen)
+    restore(model, layers)
+    assert all(a is b for a, b in zip(model, originals, strict=True))

@@ -1,0 +1,894 @@
+"""LoDA over whole models: tasks, directions, merging, history, states and failures."""
+
+import copy
+import gc
+import io
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from tiny_models import (
+    MLP,
+    WIDTHS,
+    batches,
+    breaking,
+    fit,
+    inputs,
+    learn,
+    means,
+    mlp,
+    same,
+    snapshot,
+    totals,
+    vit,
+)
+from torch import Tensor, nn
+
+from backends.torch import LoDA, LoDASettings, LoRALinear, adapt
+from loda_math import (
+    general_subspace,
+    isolated_subspace,
+    null_subspace,
+    recalibration,
+    trace_ratio_subspace,
+)
+
+
+def small(**settings: Any) -> LoDA:
+    return LoDA(mlp(), LoDASettings(**{**MLP, **settings}))
+
+
+# Directions and what is trained on them
+
+
+def test_first_task_trains_the_general_branch_and_its_down_projection() -> None:
+    model = mlp()
+    loda = LoDA(model, LoDASettings(**MLP))
+    loda.begin_task(batches(0, model))
+    expected = {n: general_subspace(m, None, 3) for n, m in means(mlp(), 0, MLP["target"]).items()}
+    for name, layer in loda.layers.items():
+        assert list(layer.branches) == ["general"]
+        branch = layer.branch("general")
+        assert branch.scale == 0.25
+        assert branch.down.requires_grad
+        torch.testing.assert_close(branch.down.detach() * 3**0.5, expected[name].mT)
+        assert torch.count_nonzero(branch.up) == 0
+    before = {n: layer.branch("general").down.clone() for n, layer in loda.layers.items()}
+    fit(loda, 0)
+    record = loda.end_task(batches(0, model))
+    assert all(not torch.equal(record.downs[n]["general"], before[n]) for n in before)
+    assert record.weights == {"general": 0.25}
+    assert record.coefficients == {}
+
+
+def test_later_tasks_train_two_up_projections_on_frozen_directions() -> None:
+    model = mlp()
+    loda = LoDA(model, LoDASettings(**MLP))
+    learn(loda, 0)
+    old, new = totals(loda), means(model, 1, MLP["target"])
+    loda.begin_task(batches(1, model))
+    for name, layer in loda.layers.items():
+        wanted = {
+            "general": general_subspace(new[name], old[name], 3),
+            "isolated": isolated_subspace(new[name], old[name], 3, ridge=1e-2),
+        }
+        assert list(layer.branches) == list(wanted)
+        for branch, basis in wanted.items():
+            found = layer.branch(branch)
+            torch.testing.assert_close(found.down.detach() * 3**0.5, basis.mT)
+            assert not found.down.requires_grad
+            assert found.scale == {"general": 0.25, "isolated": 0.5}[branch]
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {
+        f"{layer}.branches.{b}.up" for layer in WIDTHS for b in ("general", "isolated")
+    }
+    assert {id(p) for p in loda.trainable_parameters()} == {id(p) for p in loda.lora_parameters()}
+    downs = [layer.branch(b).down for layer in loda.layers.values() for b in layer.branches]
+    before = [d.clone() for d in downs]
+    fit(loda, 1)
+    assert all(torch.equal(a, b) for a, b in zip(downs, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ({"isolated": "null"}, lambda _, old: null_subspace(old, 3)),
+        ({"isolated": "trace_ratio"}, lambda new, old: trace_ratio_subspace(new, old, 3)),
+        *(
+            (
+                {"isolated": "trace_ratio", "energy_floor": floor},
+                lambda new, old, floor=floor: isolated_subspace(new, old, 3, energy_floor=floor),
+            )
+            for floor in (0.0, 0.5, 1.0)
+        ),
+    ],
+    ids=str,
+)
+def test_isolated_directions_are_those_of_the_rule(options: dict[str, Any], rule: Any) -> None:
+    loda, other = small(**options), small()
+    for method in (loda, other):
+        learn(method, 0)
+    new = means(loda.model, 1, MLP["target"])
+    for method in (loda, other):
+        method.begin_task(batches(1, method.model))
+    for name, layer in loda.layers.items():
+        down = layer.branch("isolated").down.detach()
+        basis = rule(new[name], loda.history[name].total)
+        torch.testing.assert_close(down * 3**0.5, basis.mT)
+        assert not torch.allclose(down, other.layers[name].branch("isolated").down, atol=1e-3)
+
+
+def test_branches_separate_old_from_new_tasks_better_than_general_ones() -> None:
+    model = mlp()
+    loda = LoDA(model, LoDASettings(**MLP))
+    learn(loda, 0)
+    loda.begin_task(batches(1, model))
+    new, old = means(model, 1, "0")["0"], loda.history["0"].total
+    ratio = {}
+    for branch in ("general", "isolated"):
+        down = loda.layers["0"].branch(branch).down.detach()
+        ratio[branch] = float(torch.trace(down @ new @ down.T) / torch.trace(down @ old @ down.T))
+    assert ratio["isolated"] > 2 * ratio["general"]
+
+
+# Failures
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [],
+        [torch.full((2, 6), float("nan"), dtype=torch.float64)],
+        [torch.zeros(2, 7, dtype=torch.float64)],
+        breaking([torch.zeros(2, 6, dtype=torch.float64)], KeyboardInterrupt()),
+    ],
+)
+def test_begin_task_that_fails_leaves_the_model_as_it_was(given: Any) -> None:
+    model = mlp().eval()
+    loda = LoDA(model, LoDASettings(**MLP))
+    learn(loda, 0)
+    modules, state = list(model.modules()), snapshot(model)
+    history = totals(loda)
+    with pytest.raises((ValueError, RuntimeError, KeyboardInterrupt)):
+        loda.begin_task(given)
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    assert same(snapshot(model), state)
+    assert same(totals(loda), history)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(m.training for m in model.modules())
+    learn(loda, 1)
+    assert loda.tasks == 2
+
+
+def test_model_adapted_by_somebody_else_is_refused_before_any_batch() -> None:
+    model = mlp()
+    loda = LoDA(model, LoDASettings(**MLP))
+    adapt(model, "2")
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+
+    def never() -> Iterator[Tensor]:
+        pytest.fail("a batch was asked for")
+        yield torch.ones(1)
+
+    with pytest.raises(ValueError, match="already"):
+        loda.begin_task(never())
+    assert {n for n, p in model.named_parameters() if not p.requires_grad} == frozen
+
+
+# Settings that do not fit are known at the start
+
+
+def test_settings_that_do_not_fit_the_model_are_refused_at_construction() -> None:
+    with pytest.raises(ValueError, match=r"rank 7.*'0': 6"):
+        LoDA(mlp(), LoDASettings(target=("0", "2"), rank=7))
+    with pytest.raises(ValueError, match=r"no linear layer.*0, 2"):
+        LoDA(mlp())
+
+
+def test_trainable_pattern_without_a_match_is_an_error() -> None:
+    model = mlp()
+    loda = LoDA(model, LoDASettings(**MLP), trainable=["head.*"])
+    with pytest.raises(ValueError, match=r"head\.\*.*0\.weight"):
+        loda.begin_task(batches(0, model))
+    assert all(p.requires_grad for p in model.parameters())
+    assert type(model[0]) is nn.Linear
+
+
+# Bases of the caller's own
+
+
+def bases(task: int = 0) -> dict[str, dict[str, Tensor]]:
+    torch.manual_seed(7)
+    names = ("general",) if task == 0 else ("general", "isolated")
+    return {
+        layer: {n: torch.linalg.qr(torch.randn(width, 3, dtype=torch.float64))[0] for n in names}
+        for layer, width in WIDTHS.items()
+    }
+
+
+def test_injected_bases_are_used_as_they_are() -> None:
+    model = mlp()
+    loda = LoDA(model, LoDASettings(**MLP, down_scale=0.5))
+    for task in range(2):
+        given = bases(task)
+        loda.begin_task(batches(task, model), bases=given)
+        for name, layer in loda.layers.items():
+            assert list(layer.branches) == list(given[name])
+            for branch, basis in given[name].items():
+                assert torch.equal(layer.branch(branch).down, basis.mT * 0.5)
+        record = loda.end_task(batches(task, model))
+        torch.testing.assert_close(record.new, means(mlp(), task, MLP["target"]))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda b: b.pop("2"), "name"),
+        (lambda b: b.update(x=b["0"]), "name"),
+        (lambda b: b["2"].pop("general"), "shapes"),
+        (lambda b: b["2"].update(isolated=torch.zeros(10, 3)), "shapes"),
+        (lambda b: b["2"].update(general=torch.zeros(3, 10)), "shapes"),
+        (lambda b: b["4"]["general"].fill_(float("nan")), "finite"),
+    ],
+)
+def test_bases_that_do_not_fit_are_refused_before_any_batch(spoil: Any, message: str) -> None:
+    def never() -> Iterator[Tensor]:
+        pytest.fail("a batch was asked for")
+        yield torch.ones(1)
+
+    model, given = mlp(), bases()
+    loda = LoDA(model, LoDASettings(**MLP))
+    spoil(given)
+    with pytest.raises(ValueError, match=message):
+        loda.begin_task(never(), bases=given)
+    assert type(model[0]) is nn.Linear
+    loda.begin_task(batches(0, model), bases=bases())
+
+
+FORMS = ("full", "diagonal", "box", "direction", "scalar")
+
+
+# History and merging against their definitions
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("history", ["merged", "trained", "both"])
+def test_history_is_the_weighted_sum_of_the_passes(history: str, decay: float) -> None:
+    loda, weight = small(history=history, history_decay=decay), 0.0
+    model = loda.model
+    expected = {n: torch.zeros(w, w, dtype=torch.float64) for n, w in WIDTHS.items()}
+    for task in range(3):
+        before = means(model, task, MLP["target"])
+        loda.begin_task(batches(task, model))
+        fit(loda, task)
+        trained = means(model, task, MLP["target"])
+        record = loda.end_task(batches(task, model))
+        merged = means(model, task, MLP["target"])
+        weight = decay * weight + (2 if history == "both" else 1)
+        for name in WIDTHS:
+            torch.testing.assert_close(record.new[name], before[name])
+            expected[name] *= decay
+            if history != "merged":
+                expected[name] += trained[name]
+            if history != "trained":
+                expected[name] += merged[name]
+            torch.testing.assert_close(loda.history[name].total, expected[name])
+            assert loda.history[name].weight == pytest.approx(weight)
+            for found, wanted in ((record.trained, trained), (record.merged, merged)):
+                if found:
+                    torch.testing.assert_close(found[name], wanted[name])
+        assert bool(record.trained) == (history != "merged" or task > 0)
+        assert bool(record.merged) == (history != "trained")
+        if task:  # the passes must differ, or this test could not tell them apart
+            assert not torch.allclose(before["2"], trained["2"])
+            assert not torch.allclose(merged["2"], trained["2"])
+
+
+@pytest.mark.parametrize("form", [*FORMS, "none"])
+@pytest.mark.parametrize("build", [vit, mlp])
+def test_merged_weight_is_computed_by_hand_from_the_record(build: Any, form: str) -> None:
+    model = build()
+    options: dict[str, Any] = MLP if isinstance(model, nn.Sequential) else {"rank": 3}
+    loda = LoDA(model, LoDASettings(**options, recalibration=form, gamma=0.7))  # type: ignore[arg-type]
+    for task in range(2):
+        weights, old = snapshot(model), totals(loda)
+        loda.begin_task(batches(task, model))
+        fit(loda, task)
+        trained = means(model, task, loda.settings.target)
+        record = loda.end_task(batches(task, model))
+        for name, history in old.items():
+            up, down = (part[name]["general"] for part in (record.ups, record.downs))
+            update = 0.5 * record.ups[name]["isolated"] @ record.downs[name]["isolated"]
+            if form == "none":
+                assert record.coefficients == {}
+                update = update + 0.25 * up @ down
+            else:
+                new = trained[name]
+                middle = recalibration(up.double(), down.double(), new, history, 0.7, form=form)  # type: ignore[arg-type]
+                torch.testing.assert_close(record.coefficients[name], middle, rtol=1e-4, atol=1e-5)
+                assert float((middle - torch.eye(3)).abs().max()) > 0.05
+                update = update + 0.25 * up @ middle.to(up) @ down
+            expected = weights[f"{name}.weight"] + update
+            torch.testing.assert_close(model.get_submodule(name).weight.detach(), expected)
+        if not task:
+            for name in loda.history:
+                update = 0.25 * record.ups[name]["general"] @ record.downs[name]["general"]
+                found = model.get_submodule(name).weight.detach()
+                torch.testing.assert_close(found, weights[f"{name}.weight"] + update)
+
+
+@pytest.mark.parametrize(
+    ("branches", "weights"),
+    [
+        ("both", [{"general": 0.25}, {"general": 0.25, "isolated": 0.5}]),
+        ("general", [{"general": 0.5}, {"general": 0.5}]),
+        ("isolated", [{"general": 0.5}, {"isolated": 1.0}]),
+    ],
+)
+def test_branches_of_the_ablations(branches: str, weights: list[dict[str, float]]) -> None:
+    model = mlp()
+    loda = LoDA(model, LoDASettings(**MLP, branches=branches))  # type: ignore[arg-type]
+    for task in range(2):
+        before = snapshot(model)
+        record = learn(loda, task)
+        assert record.weights == weights[task]
+        assert bool(record.coefficients) == ("general" in weights[task] and task > 0)
+        for name in WIDTHS:
+            update = torch.zeros_like(before[f"{name}.weight"])
+            for branch, weight in weights[task].items():
+                middle = record.coefficients.get(name) if branch == "general" else None
+                down = record.downs[name][branch]
+                down = down if middle is None else middle @ down
+                update += weight * record.ups[name][branch] @ down
+            found = model.get_submodule(name).weight.detach()
+            torch.testing.assert_close(found, before[f"{name}.weight"] + update)
+
+
+@pytest.mark.parametrize("isolated", ["null", "pencil"])
+def test_update_in_the_null_space_of_the_history_leaves_old_outputs(isolated: str) -> None:
+    """Old inputs in four dimensions, new ones in all eight; four null directions carry the update.
+
+    The isolated rule with a vanishing ridge finds the same space by itself.
+    """
+    torch.manual_seed(1)
+    axes = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
+    old = torch.randn(30, 4, dtype=torch.float64) @ axes[:, :4].T
+    new = torch.randn(30, 8, dtype=torch.float64) @ axes.T
+    model = nn.Sequential(nn.Linear(8, 4)).double()
+    settings = LoDASettings(
+        target="0", rank=3, branches="isolated", isolated=isolated, ridge=1e-10,  # type: ignore[arg-type]
+    )  # fmt: skip
+    loda = LoDA(model, settings)
+    y = torch.arange(30) % 4
+    loda.begin_task([old])
+    loda.end_task([old])
+    before_old, before_new = model(old).detach(), F.cross_entropy(model(new), y).detach()
+    loda.begin_task([new])
+    optimizer = torch.optim.SGD(loda.trainable_parameters(), lr=0.5)
+    for _ in range(20):
+        loda.step(lambda rows: F.cross_entropy(model(new[rows]), y[rows]), y, optimizer, radius=0.1)
+    loda.end_task([new])
+    torch.testing.assert_close(model(old).detach(), before_old, rtol=0, atol=1e-6)
+    assert float(F.cross_entropy(model(new), y).detach() - before_new) < -0.02
+
+
+# Failures
+
+
+@pytest.mark.parametrize("task", [0, 1])
+@pytest.mark.parametrize("on_walk", [1, 2])
+@pytest.mark.parametrize("failure", [OSError("unreadable image"), KeyboardInterrupt("stopped")])
+def test_end_task_that_fails_can_be_tried_again(
+    task: int, on_walk: int, failure: BaseException
+) -> None:
+    model = mlp()
+    loda = LoDA(model, LoDASettings(**MLP, history="both"))
+    for past in range(task):
+        learn(loda, past)
+    loda.begin_task(batches(task, model))
+    fit(loda, task)
+    twin = copy.deepcopy(loda)
+    state, mine = snapshot(model), {k: v.clone() for k, v in loda.state_dict().items()}
+    with pytest.raises(type(failure), match=str(failure)):
+        loda.end_task(breaking(batches(task, model), failure, on_walk))
+    assert same(snapshot(model), state)
+    assert same(loda.state_dict(), mine)
+    assert all(not layer.merged for layer in loda.layers.values())
+    assert loda.tasks == task
+    loda.end_task(batches(task, model))
+    twin.end_task(batches(task, model))
+    assert same(snapshot(model), snapshot(twin.model))
+    assert same(loda.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize("history", ["merged", "trained", "both"])
+def test_branch_that_is_not_finite_is_never_merged(history: str) -> None:
+    model = mlp()
+    loda = LoDA(model, LoDASettings(**MLP, history=history))  # type: ignore[arg-type]
+    loda.begin_task(batches(0, model))
+    fit(loda, 0)
+    last = loda.layers["4"].branch("general")
+    good, base = (
+        last.up.detach().clone(),
+        {n: x.base.weight.clone() for n, x in loda.layers.items()},
+    )
+    with torch.no_grad():
+        last.up[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="NaN"):
+        loda.end_task(batches(0, model))
+    assert all(torch.equal(x.base.weight, base[n]) for n, x in loda.layers.items())
+    with torch.no_grad():
+        last.up.copy_(good)
+    loda.end_task(batches(0, model))
+    assert loda.tasks == 1
+
+
+def test_nan_images_at_the_end_keep_the_task_open() -> None:
+    model = mlp()
+    loda = LoDA(model, LoDASettings(**MLP))
+    learn(loda, 0)
+    loda.begin_task(batches(1, model))
+    state, history = snapshot(model), totals(loda)
+    with pytest.raises(ValueError, match="NaN"):
+        loda.end_task([torch.full((2, 6), float("nan"), dtype=torch.float64)])
+    assert same(snapshot(model), state)
+    assert same(totals(loda), history)
+    loda.end_task(batches(1, model))
+
+
+def test_iterator_is_refused_before_a_pass_where_two_are_needed() -> None:
+    model = mlp()
+    loda = LoDA(model, LoDASettings(**MLP))
+    loda.begin_task(iter(batches(0, model)))  # one pass: a generator will do
+    loda.end_task(iter(batches(0, model)))
+    loda.begin_task(iter(batches(1, model)))
+    fit(loda, 1)
+    state, given = snapshot(model), iter(batches(1, model))
+    with pytest.raises(ValueError, match="twice"):
+        loda.end_task(given)
+    assert len(list(given)) == 3  # not even begun
+    assert same(snapshot(model), state)
+    used = iter([torch.ones(1)])
+    next(used)
+    with pytest.raises(ValueError, match="twice"):
+        loda.end_task(used)
+    with pytest.raises(ValueError, match="used up"):
+        loda.end_task([])
+    assert same(snapshot(model), state)
+    loda.end_task(batches(1, model))
+    assert loda.tasks == 2
+
+
+# Coefficients
+
+
+def by_hand(record: Any, name: str, new: Tensor, old: Tensor, gamma: float) -> tuple[Tensor, ...]:
+    """B, A and the minimiser over the stacked branches, from Theorem 2.3."""
+    weights = {b: w for b, w in record.weights.items() if b in record.ups[name]}
+    up = torch.cat([w * record.ups[name][b] for b, w in weights.items()], dim=1)
+    down = torch.cat([record.downs[name][b] for b in weights])
+    p, q = (down @ moment @ down.mT for moment in (old, new))
+    middle: Tensor = gamma * torch.linalg.solve(p + gamma * q, q, left=False)
+    return up, down, middle
+
+
+@pytest.mark.parametrize("branches", ["both", "isolated"])
+def test_joint_recalibration_reaches_all_branches(branches: str) -> None:
+    method = small(joint=True, branches=branches, gamma=0.7)
+    learn(method, 0)
+    for task in (1, 2):
+        before, old = snapshot(method.model), totals(method)
+        method.begin_task(batches(task, method.model))
+        fit(method, task)
+        trained = means(method.model, task, MLP["target"])
+        record = method.end_task(batches(task, method.model))
+        for name in WIDTHS:
+            up, down, middle = by_hand(record, name, trained[name], old[name], 0.7)
+            assert len(middle) == (6 if branches == "both" else 3)
+            torch.testing.assert_close(record.coefficients[name], middle, rtol=1e-5, atol=1e-7)
+            assert float((middle - torch.eye(len(middle))).abs().max()) > 0.05
+            expected = before[f"{name}.weight"] + up @ middle @ down
+            torch.testing.assert_close(method.model.get_submodule(name).weight.detach(), expected)
+
+
+def test_joint_makes_no_difference_to_a_general_branch_alone() -> None:
+    plain, joint = small(branches="general"), small(branches="general", joint=True)
+    for task in range(2):
+        learn(plain, task)
+        learn(joint, task)
+    for name in WIDTHS:
+        torch.testing.assert_close(
+            joint.model.get_submodule(name).weight, plain.model.get_submodule(name).weight
+        )
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_box_keeps_every_direction_between_dropped_and_whole(joint: bool) -> None:
+    method = small(recalibration="box", joint=joint)
+    learn(method, 0)
+    record = learn(method, 1)
+    for middle in record.coefficients.values():
+        diagonal = middle.diagonal()
+        assert torch.equal(middle, torch.diag(diagonal))
+        assert float(diagonal.min()) >= 0
+        assert float(diagonal.max()) <= 1
+        assert len(diagonal) == (6 if joint else 3)
+
+
+# Weights of the history
+
+
+@pytest.mark.parametrize(("history_weight", "decay"), [(0.0, 1.0), (2.5, 1.0), ("mean", 0.5)])
+@pytest.mark.parametrize("history", ["merged", "both"])
+def test_weight_of_the_history_in_the_recalibration(
+    history_weight: Any, decay: float, history: str
+) -> None:
+    method = small(history_weight=history_weight, history_decay=decay, history=history)
+    learn(method, 0)
+    for task in (1, 2):
+        old, mass = totals(method), 1.0 if task == 1 else 1.5
+        weight = 1 / (mass * (2 if history == "both" else 1))
+        if history_weight != "mean":
+            weight = history_weight
+        method.begin_task(batches(task, method.model))
+        fit(method, task)
+        trained = means(method.model, task, MLP["target"])
+        record = method.end_task(batches(task, method.model))
+        for name in WIDTHS:
+            up, down = record.ups[name]["general"], record.downs[name]["general"]
+            middle = recalibration(up, down, trained[name], weight * old[name], 1.5)
+            torch.testing.assert_close(record.coefficients[name], middle, rtol=1e-5, atol=1e-6)
+            if history_weight == 0.0:
+                whole = torch.eye(3, dtype=torch.float64)
+                torch.testing.assert_close(middle, whole, rtol=1e-5, atol=1e-6)
+
+
+# The user's story, as in the documentation
+
+
+def test_two_tasks_in_a_training_loop_of_ones_own() -> None:
+    torch.manual_seed(0)
+    body, heads = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh()), []
+    loda, accuracy = LoDA(body, LoDASettings(target="*", rank=4)), []
+    tasks = [(3 * torch.randn(2, 8).repeat(40, 1) + torch.randn(80, 8)) for _ in range(2)]
+    y = torch.arange(80) % 2
+    for x in tasks:
+        loda.begin_task(x.split(20))
+        heads.append(nn.Linear(16, 2))
+        optimizer = torch.optim.SGD([*loda.trainable_parameters(), *heads[-1].parameters()], lr=0.2)
+        for rows in torch.randperm(80).repeat(10).split(20):
+            loda.step(
+                lambda half, x=x, rows=rows: F.cross_entropy(
+                    heads[-1](body(x[rows][half])), y[rows][half]
+                ),
+                y[rows], optimizer, radius=0.1,
+            )  # fmt: skip
+        loda.end_task(x.split(20))
+    for x, head in zip(tasks, heads, strict=True):
+        accuracy.append(float((head(body(x)).argmax(1) == y).float().mean()))
+    assert min(accuracy) > 0.95
+    assert [type(m) for m in body] == [nn.Linear, nn.Tanh] * 2
+
+
+# Life cycle
+
+
+@pytest.mark.parametrize("build", [vit, mlp])
+def test_model_has_its_original_shape_after_every_task(build: Any) -> None:
+    model = build()
+    for parameter in list(model.parameters())[:3]:
+        parameter.requires_grad_(False)  # flags differ, and must all come back
+    model.eval()
+    settings = LoDASettings(**MLP) if isinstance(model, nn.Sequential) else LoDASettings(rank=3)
+    modules, state = list(model.named_modules()), snapshot(model)
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    loda, past = LoDA(model, settings), state
+    for task in range(3):
+        learn(loda, task)
+        after = list(model.named_modules())
+        assert [n for n, _ in after] == [n for n, _ in modules]
+        assert all(a is b for (_, a), (_, b) in zip(after, modules, strict=True))
+        assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+        assert all(p is parameters[n] for n, p in model.named_parameters())
+        assert not any(m.training for m in model.modules())
+        now = snapshot(model)
+        moved = {k for k in now if not torch.equal(now[k], past[k])}
+        assert moved == {f"{name}.weight" for name in loda.history}
+        assert loda.tasks == task + 1
+        assert loda.layers == {}
+        past = now
+    assert list(past) == list(state)
+
+
+def test_a_task_without_training_leaves_every_weight_as_it_was() -> None:
+    model = mlp()
+    state, loda = snapshot(model), LoDA(model, LoDASettings(**MLP))
+    for task in range(2):
+        loda.begin_task(batches(task, model))
+        loda.end_task(batches(task, model))
+    assert same(snapshot(model), state)
+
+
+def test_calls_out_of_order_say_what_to_do() -> None:
+    model = mlp()
+    loda = LoDA(model, LoDASettings(**MLP))
+    for call in (
+        lambda: loda.end_task(batches(0, model)),
+        loda.trainable_parameters,
+        loda.lora_parameters,
+        loda.abandon_task,
+        lambda: loda.step(lambda rows: rows.sum(), torch.zeros(2), None, radius=0.0, draw=0.0),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(RuntimeError, match="begin_task"):
+            call()
+    loda.begin_task(batches(0, model))
+    for call in (
+        lambda: loda.begin_task(batches(0, model)),
+        lambda: loda.load_state_dict(loda.state_dict()),
+    ):
+        with pytest.raises(RuntimeError, match="open"):
+            call()
+    assert loda.layers
+
+
+def test_abandoned_task_leaves_no_trace() -> None:
+    model = mlp()
+    loda = LoDA(model, LoDASettings(**MLP))
+    learn(loda, 0)
+    state, mine = snapshot(model), {k: v.clone() for k, v in loda.state_dict().items()}
+    flags = [p.requires_grad for p in model.parameters()]
+    loda.begin_task(batches(1, model))
+    fit(loda, 1)
+    loda.abandon_task()
+    assert same(snapshot(model), state)
+    assert same(loda.state_dict(), mine)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    twin = LoDA(mlp(), LoDASettings(**MLP))
+    learn(twin, 0)
+    learn(loda, 1)
+    learn(twin, 1)
+    assert same(snapshot(model), snapshot(twin.model))
+
+
+def test_nothing_of_a_task_stays_in_memory_but_the_history() -> None:
+    model = vit()
+    loda = LoDA(model, LoDASettings(rank=3))
+    for task in range(2):
+        x = inputs(task, model)[0]
+        loda.begin_task([x])
+        references = [weakref.ref(layer) for layer in loda.layers.values()]
+        references += [weakref.ref(p) for p in loda.lora_parameters()]
+        images = weakref.ref(x)
+        fit(loda, task)
+        loda.end_task([x])
+        del x
+        gc.collect()
+        assert images() is None
+        assert all(reference() is None for reference in references)
+    sizes = [v.numel() for v in loda.state_dict().values()]
+    assert sorted(sizes) == [1, 144, 144]
+
+
+# Models with a head of their own, precision, randomness
+
+
+def test_head_inside_the_model_is_trained_beside_the_branches() -> None:
+    model = mlp()
+    model[0].requires_grad_(False)
+    loda = LoDA(model, LoDASettings(**MLP), trainable=["5.*", "0.weight", "2.weight"])
+    loda.begin_task(batches(0, model))
+    own = {n for n, p in model.named_parameters() if p.requires_grad and "branches" not in n}
+    assert own == {"5.weight", "5.bias"}  # a target layer stays frozen whatever is asked
+    assert len(loda.trainable_parameters()) == len(loda.lora_parameters()) + 2
+    before = model[5].weight.detach().clone()
+    fit(loda, 0)
+    loda.end_task(batches(0, model))
+    assert not torch.equal(model[5].weight, before)
+    assert [p.requires_grad for p in model[0].parameters()] == [False, False]
+    assert all(p.requires_grad for p in model[2].parameters())
+
+
+def test_optimizer_holds_the_very_tensors_of_the_layers() -> None:
+    model = mlp()
+    loda = LoDA(model, LoDASettings(**MLP))
+    loda.begin_task(batches(0, model))
+    optimizer = torch.optim.SGD(loda.trainable_parameters(), lr=0.1)
+    inside = {id(p) for n, p in model.named_parameters() if "branches" in n}
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == inside
+    fit(loda, 0, optimizer)
+    assert {id(p) for n, p in model.named_parameters() if "branches" in n} == inside
+
+
+@pytest.mark.parametrize("whole_model", [False, True])
+def test_bfloat16_models_and_autocast_go_through_two_tasks(whole_model: bool) -> None:
+    model = vit().to(torch.bfloat16 if whole_model else torch.float32)
+    dtype = next(model.parameters()).dtype
+    loda = LoDA(model, LoDASettings(rank=3, history="both", joint=True, heldout=True))
+    state = snapshot(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not whole_model):
+        for task in range(2):
+            learn(loda, task)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert all(m.dtype == torch.float64 for m in totals(loda).values())
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    for name, moment in totals(loda).items():
+        values = torch.linalg.eigvalsh(moment)
+        assert float(values[0]) > -1e-6 * float(values[-1])  # a bf16 Gram matrix is indefinite
+        assert not torch.equal(model.get_submodule(name).weight, state[f"{name}.weight"])
+
+
+def test_draws_follow_the_generator_and_can_be_injected() -> None:
+    def trained(seed: int | None, **draws: Any) -> dict[str, Tensor]:
+        model = mlp()
+        x, y = inputs(0, model)
+        loda = LoDA(model, LoDASettings(**MLP))
+        loda.begin_task([x])
+        optimizer = torch.optim.SGD(loda.trainable_parameters(), lr=0.1)
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        for _ in range(2):
+            done = loda.step(
+                lambda rows: F.cross_entropy(model(x[rows]), y[rows]),
+                y, optimizer, radius=0.5, generator=generator, **draws,
+            )  # fmt: skip
+            assert done.steps == 2
+        return snapshot(model)
+
+    order = torch.tensor([3, 1, 0, 2])
+    assert same(trained(1), trained(1))
+    assert not same(trained(1), trained(2))
+    fixed = trained(None, draw=0.4, permutation=order)
+    assert same(fixed, trained(9, draw=0.4, permutation=order))
+    assert not same(fixed, trained(9, draw=0.5, permutation=order))
+    assert not same(fixed, trained(9, draw=0.4, permutation=torch.tensor([0, 3, 1, 2])))
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return dict(torch.load(file, weights_only=True))
+
+
+@pytest.mark.parametrize("build", [vit, mlp])
+def test_run_continues_bit_for_bit_in_a_fresh_object_between_tasks(build: Any) -> None:
+    model = build()
+    settings = LoDASettings(**MLP) if isinstance(model, nn.Sequential) else LoDASettings(rank=3)
+    loda = LoDA(model, settings)
+    learn(loda, 0)
+    saved = through_a_file({"loda": loda.state_dict(), "model": model.state_dict()})
+    twin = LoDA(build(), settings)
+    twin.model.load_state_dict(saved["model"])
+    twin.load_state_dict(saved["loda"])
+    for task in (1, 2):
+        learn(loda, task)
+        learn(twin, task)
+        assert same(snapshot(model), snapshot(twin.model))
+        assert same(loda.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        (0, {"history": "both"}),
+        (1, {"history": "both"}),
+        (
+            1,
+            {
+                "isolated": "trace_ratio", "energy_floor": 0.7, "recalibration": "box",
+                "joint": True, "history_weight": "mean", "history_decay": 0.5, "heldout": True,
+            },
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_run_continues_bit_for_bit_from_the_middle_of_a_task(
+    task: int, options: dict[str, Any]
+) -> None:
+    model, settings = mlp(), LoDASettings(**MLP, **options)
+    loda = LoDA(model, settings, trainable=["5.*"])
+    for past in range(task):
+        learn(loda, past)
+    loda.begin_task(batches(task, model))
+    optimizer = fit(loda, task)
+    saved = through_a_file(
+        {"loda": loda.state_dict(), "model": model.state_dict(), "sgd": optimizer.state_dict()}
+    )
+    twin = LoDA(mlp(seed=5), settings, trainable=["5.*"])
+    # The names of the saved weights are those of the adapted model, so the method comes first.
+    twin.load_state_dict(saved["loda"])
+    twin.model.load_state_dict(saved["model"])
+    assert twin.history.keys() == loda.history.keys()
+    assert all(twin.history[n][1:] == loda.history[n][1:] for n in loda.history)  # the weights
+    other = torch.optim.SGD(twin.trainable_parameters(), lr=0.05, momentum=0.9)
+    other.load_state_dict(saved["sgd"])
+    fit(loda, task, optimizer)
+    fit(twin, task, other)
+    flags = [[p.requires_grad for p in x.model.parameters()] for x in (loda, twin)]
+    assert flags[0] == flags[1]
+    records = [x.end_task(batches(task, model)) for x in (loda, twin)]
+    assert same(snapshot(model), snapshot(twin.model))
+    assert same(loda.state_dict(), twin.state_dict())
+    assert same(records[0].moment_tensors(), records[1].moment_tensors())
+    assert same(records[0].branch_tensors(), records[1].branch_tensors())
+    assert records[0].diagnostics() == records[1].diagnostics()
+    assert all(p.requires_grad for p in twin.model.parameters())
+
+
+def test_loaded_state_is_a_copy() -> None:
+    model = mlp()
+    loda = LoDA(model, LoDASettings(**MLP))
+    learn(loda, 0)
+    loda.begin_task(batches(1, model))
+    fit(loda, 1)
+    state = {k: v.clone() for k, v in loda.state_dict().items()}
+    twin = LoDA(mlp(), LoDASettings(**MLP))
+    twin.load_state_dict(state)
+    for value in state.values():
+        value.zero_()
+    assert same(twin.state_dict(), loda.state_dict())
+
+
+def test_deep_copy_in_the_middle_of_a_task_goes_its_own_way() -> None:
+    loda = LoDA(mlp(), LoDASettings(**MLP))
+    loda.begin_task(batches(0, loda.model))
+    twin = copy.deepcopy(loda)
+    fit(loda, 0)
+    fit(twin, 0)
+    loda.end_task(batches(0, loda.model))
+    assert all(isinstance(twin.model.get_submodule(n), LoRALinear) for n in WIDTHS)
+    twin.end_task(batches(0, twin.model))
+    assert same(snapshot(loda.model), snapshot(twin.model))
+    assert all(p.requires_grad for p in twin.model.parameters())
+
+
+def test_state_of_another_model_or_other_settings_is_refused_whole() -> None:
+    source = LoDA(mlp(), LoDASettings(**MLP))
+    learn(source, 0)
+    between = source.state_dict()
+    source.begin_task(batches(1, source.model))
+    within = source.state_dict()
+    without = {k: v for k, v in within.items() if k != "up/isolated/2"}
+    model = mlp()
+    for settings, state in (
+        ({**MLP, "target": ("0", "2")}, between),
+        ({**MLP, "target": ("0", "2", "4", "5")}, between),
+        (MLP, {k: v for k, v in between.items() if k != "tasks"}),
+        (MLP, between | {"history/0": torch.zeros(7, 7)}),
+        (MLP, between | {"history/0": torch.zeros(6, 6, dtype=torch.int32)}),
+        (MLP, {}),
+        (MLP, without),
+        ({**MLP, "branches": "general"}, within),
+        ({**MLP, "rank": 2}, within),
+    ):
+        loda = LoDA(model, LoDASettings(**settings))
+        with pytest.raises(ValueError, match="state"):
+            loda.load_state_dict(state)
+        assert loda.tasks == 0
+        assert loda.history == loda.layers == {}
+        assert type(model[0]) is nn.Linear
+    # Between tasks the rank may change: the history knows nothing of it.
+    loda = LoDA(model, LoDASettings(**{**MLP, "rank": 2}))
+    loda.load_state_dict(between)
+    assert loda.tasks == 1
+
+
+def test_names_with_slashes_survive_the_state() -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.ModuleDict({"a/b": nn.Linear(6, 4)}))
+
+    def forward(model: Any, x: Tensor) -> Any:
+        return model[0]["a/b"](x)
+
+    settings = LoDASettings(target="*a/b", rank=2)
+    loda = LoDA(build(), settings, forward=forward)
+    loda.begin_task([torch.randn(5, 6)])
+    loda.end_task([torch.randn(5, 6)])
+    loda.begin_task([torch.randn(5, 6)])
+    twin = LoDA(build(), settings)
+    twin.load_state_dict(loda.state_dict())
+    assert same(twin.state_dict(), loda.state_dict())

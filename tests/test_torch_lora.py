@@ -1,0 +1,366 @@
+"""LoRA layers against dense algebra and autograd: outputs, gradients, merging, what is refused."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import seeds
+from torch import Tensor, nn
+
+from backends.torch import LoRALinear
+
+D, O, R = 6, 9, 2  # noqa: E741 - the shapes of the method: inputs, outputs, rank
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def linear(seed: int = 0, *, bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Linear:
+    layer = nn.Linear(D, O, bias=bias, dtype=dtype)
+    with torch.no_grad():
+        layer.weight.copy_(random(O, D, seed=seed))
+        if bias:
+            layer.bias.copy_(random(O, seed=seed + 1))
+    return layer
+
+
+def two_branches(dtype: torch.dtype = torch.float32) -> LoRALinear:
+    layer = LoRALinear(linear(dtype=dtype))
+    layer.add_branch("general", random(R, D, seed=2), up=random(O, R, seed=3), scale=0.25)
+    layer.add_branch("isolated", random(3, D, seed=4), up=random(O, 3, seed=5), scale=0.5)
+    return layer
+
+
+def dense(layer: LoRALinear) -> Tensor:
+    """W + Σ w B A in float64, rows placed by hand."""
+    weight = layer.base.weight.detach().double().clone()
+    for name in layer.branches:
+        branch = layer.branch(name)
+        first, last = branch.rows or (0, O)
+        update = branch.up.detach().double() @ branch.down.detach().double()
+        weight[first:last] += branch.scale * update
+    return weight
+
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 5e-2}
+
+
+@given(
+    seed=seeds,
+    branches=st.lists(
+        st.tuples(
+            st.integers(1, 5),
+            st.floats(-2, 2),
+            st.none() | st.tuples(st.integers(0, O - 1), st.integers(1, O)),
+        ),
+        max_size=4,
+    ),
+    leading=st.lists(st.integers(0, 3), max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    bias=st.booleans(),
+)
+def test_output_is_that_of_the_dense_weight_before_merged_and_unmerged(
+    seed: int,
+    branches: list[tuple[int, float, tuple[int, int] | None]],
+    leading: list[int],
+    dtype: torch.dtype,
+    bias: bool,
+) -> None:
+    seed %= 2**31
+    layer = LoRALinear(linear(seed, bias=bias, dtype=dtype))
+    for i, (rank, scale, rows) in enumerate(branches):
+        rows = None if rows is None or rows[0] >= rows[1] else rows
+        count = O if rows is None else rows[1] - rows[0]
+        up = random(count, rank, seed=seed + i)
+        layer.add_branch(f"b{i}", random(rank, D, seed=seed - i), up=up, scale=scale, rows=rows)
+    x = random(*leading, D, seed=seed + 9, dtype=dtype)
+    weight = dense(layer)
+    shift = layer.bias.double() if layer.bias is not None else None
+    expected = F.linear(x.double(), weight, shift)
+    close = {"rtol": TOLERANCE[dtype], "atol": 50 * TOLERANCE[dtype]}
+    torch.testing.assert_close(layer(x).double(), expected, **close)
+    torch.testing.assert_close(layer.weight.double(), weight, **close)
+    before = layer.base.weight.clone()
+    layer.merge()
+    torch.testing.assert_close(layer(x).double(), expected, **close)
+    torch.testing.assert_close(layer.base(x).double(), expected, **close)
+    layer.unmerge()
+    torch.testing.assert_close(layer(x).double(), expected, **close)
+    assert torch.equal(layer.base.weight, before)
+
+
+def test_output_is_the_sum_of_the_branches_one_by_one() -> None:
+    layer, x = two_branches(), random(7, D, seed=6)
+    expected = layer.base(x)
+    for name in layer.branches:
+        branch = layer.branch(name)
+        expected = expected + branch.scale * (x @ branch.down.T @ branch.up.T)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_branch_on_value_rows_leaves_queries_and_keys_bit_identical() -> None:
+    layer, x = LoRALinear(linear()), random(4, D, seed=7)
+    plain = layer(x)
+    values = (2 * O // 3, O)
+    layer.add_branch("v", random(R, D, seed=8), up=random(O // 3, R, seed=9), rows=values)
+    y = layer(x)
+    assert torch.equal(y[:, : values[0]], plain[:, : values[0]])
+    assert bool((y[:, values[0] :] != plain[:, values[0] :]).all())
+    assert torch.count_nonzero(layer.delta()[: values[0]]) == 0
+    before = layer.base.weight.clone()
+    layer.merge()
+    assert torch.equal(layer.base.weight[: values[0]], before[: values[0]])
+
+
+def test_new_branch_and_no_branch_change_no_bit_of_the_output() -> None:
+    base, x = linear(), random(4, D, seed=7)
+    plain = base(x)
+    layer = LoRALinear(base)
+    assert torch.equal(layer(x), plain)
+    assert torch.equal(layer.weight, base.weight)
+    layer.add_branch("general", random(R, D, seed=8))
+    assert torch.equal(layer(x), plain)
+    layer.drop_branch("general")
+    assert torch.equal(layer(x), plain)
+    assert layer.base is base
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_branches_take_the_dtype_of_the_layer(dtype: torch.dtype) -> None:
+    layer = two_branches(dtype)
+    assert {p.dtype for p in layer.parameters()} == {dtype}
+    x = random(3, D, seed=1, dtype=dtype)
+    assert layer(x).dtype == layer.weight.dtype == dtype
+    # The update itself is summed in float32 or wider: halves would lose small branches.
+    assert layer.delta().dtype == torch.promote_types(dtype, torch.float32)
+    expected = dense(layer).to(dtype)
+    torch.testing.assert_close(layer.weight, expected, rtol=1e-2, atol=1e-2)
+    effective = layer.weight.clone()
+    layer.merge()
+    assert torch.equal(layer.base.weight, effective)
+
+
+def test_branch_works_under_autocast() -> None:
+    layer, x = two_branches(), random(5, D, seed=3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), layer(x), rtol=5e-2, atol=0.3)
+    y.sum().backward()
+    assert {p.grad.dtype for p in layer.parameters() if p.grad is not None} == {torch.float32}
+
+
+@pytest.mark.parametrize("train_down", [False, True])
+def test_gradients_are_those_of_the_dense_formulation(train_down: bool) -> None:
+    layer = LoRALinear(linear(dtype=torch.float64))
+    layer.add_branch(
+        "v", random(R, D, seed=2), up=random(4, R, seed=3), scale=0.3, rows=(2, 6),
+        train_down=train_down,
+    )  # fmt: skip
+    layer.add_branch("all", random(3, D, seed=4), up=random(O, 3, seed=5), scale=-1.5)
+    x = random(8, D, seed=6, dtype=torch.float64).requires_grad_()
+    goal = random(8, O, seed=7, dtype=torch.float64)
+    F.mse_loss(layer(x), goal).backward()
+
+    copies = {n: p.detach().clone().requires_grad_() for n, p in layer.named_parameters()}
+    rows = torch.zeros(O, 4, dtype=torch.float64)
+    rows[2:6] = torch.eye(4, dtype=torch.float64)
+    weight = (
+        copies["base.weight"]
+        + 0.3 * rows @ copies["branches.v.up"] @ copies["branches.v.down"]
+        - 1.5 * copies["branches.all.up"] @ copies["branches.all.down"]
+    )
+    z = x.detach().clone().requires_grad_()
+    F.mse_loss(z @ weight.T + copies["base.bias"], goal).backward()
+    torch.testing.assert_close(x.grad, z.grad)
+    trained = {"branches.v.up", "branches.all.up"} | ({"branches.v.down"} if train_down else set())
+    for name, parameter in layer.named_parameters():
+        assert parameter.requires_grad == (name in trained)
+        assert (parameter.grad is not None) == (name in trained)
+        if name in trained:
+            torch.testing.assert_close(parameter.grad, copies[name].grad)
+
+
+def test_training_moves_the_up_projection_alone() -> None:
+    layer = two_branches()
+    before = copy.deepcopy(layer.state_dict())
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.1)
+    layer(random(4, D, seed=9)).square().sum().backward()
+    optimizer.step()
+    moved = {k for k, v in layer.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved == {"branches.general.up", "branches.isolated.up"}
+
+
+def test_projections_are_copied() -> None:
+    down, up = random(R, D, seed=1), random(O, R, seed=2)
+    layer = LoRALinear(linear())
+    branch = layer.add_branch("general", down, up=up)
+    down.zero_()
+    up.zero_()
+    assert bool(branch.down.abs().sum() > 0)
+    assert bool(branch.up.abs().sum() > 0)
+
+
+@pytest.mark.parametrize(
+    ("down", "keywords", "message"),
+    [
+        ((R, D + 1), {}, "down"),
+        ((0, D), {}, "down"),
+        ((R, D, 1), {}, "down"),
+        ((R, D), {"up": (O + 1, R)}, "up"),
+        ((R, D), {"up": (O, R), "rows": (0, 3)}, "up"),
+        ((R, D), {"rows": (3, 3)}, "rows"),
+        ((R, D), {"rows": (-1, 3)}, "rows"),
+        ((R, D), {"rows": (0, O + 1)}, "rows"),
+    ],
+)
+def test_branches_that_do_not_fit_are_refused(
+    down: tuple[int, ...], keywords: dict[str, tuple[int, ...]], message: str
+) -> None:
+    layer = LoRALinear(linear())
+    given = {k: torch.ones(v) if k == "up" else v for k, v in keywords.items()}
+    with pytest.raises(ValueError, match=message):
+        layer.add_branch("general", torch.ones(down), **given)  # type: ignore[arg-type]
+    assert not layer.branches
+
+
+def test_names_are_unique_and_known() -> None:
+    layer = two_branches()
+    with pytest.raises(ValueError, match="general"):
+        layer.add_branch("general", random(R, D))
+    for act in (layer.branch, layer.drop_branch):
+        with pytest.raises(KeyError, match=r"shared.*general.*isolated"):
+            act("shared")
+    assert "general" in repr(layer)
+    assert "merged=False" in repr(layer)
+
+
+def test_only_linear_layers_with_a_weight_of_their_own_can_be_adapted() -> None:
+    with pytest.raises(TypeError, match="Conv2d"):
+        LoRALinear(nn.Conv2d(1, 1, 1))  # type: ignore[arg-type]
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(D, O))
+    with pytest.raises(TypeError, match="parametris"):
+        LoRALinear(normed)
+
+
+def test_a_backward_hook_on_the_frozen_layer_changes_nothing() -> None:
+    plain, hooked = two_branches(), two_branches()
+    seen = []
+    hooked.base.register_full_backward_hook(lambda *_: seen.append(1))
+    found = []
+    for layer in (plain, hooked):
+        x = random(2, 3, D, seed=7).requires_grad_()
+        y = layer(x)
+        y.square().sum().backward()
+        ups = [layer.branch(name).up.grad for name in layer.branches]
+        found.append([y, x.grad, *ups])
+    assert seen
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_coefficients_go_between_up_and_down() -> None:
+    layer = two_branches(torch.float64)
+    between = random(R, R, seed=11, dtype=torch.float64)
+    general, isolated = layer.branch("general"), layer.branch("isolated")
+    expected = 0.25 * general.up @ between @ general.down + 0.5 * isolated.up @ isolated.down
+    torch.testing.assert_close(layer.delta({"general": between}), expected)
+    weight = layer.base.weight + expected
+    layer.merge({"general": between})
+    torch.testing.assert_close(layer.base.weight, weight, check_stride=False)
+
+
+def test_coefficients_of_all_branches_mix_them() -> None:
+    layer = two_branches(torch.float64)
+    between = random(R + 3, R + 3, seed=11, dtype=torch.float64)
+    general, isolated = layer.branch("general"), layer.branch("isolated")
+    up = torch.cat([0.25 * general.up, 0.5 * isolated.up], dim=1)
+    expected = up @ between @ torch.cat([general.down, isolated.down])
+    torch.testing.assert_close(layer.delta(between), expected)
+    whole = torch.eye(R + 3, dtype=torch.float64)
+    torch.testing.assert_close(layer.delta(whole), layer.delta())
+    weight = layer.base.weight + expected
+    layer.merge(between)
+    torch.testing.assert_close(layer.base.weight, weight, check_stride=False)
+
+
+def test_coefficients_that_do_not_fit_are_refused_and_nothing_is_written() -> None:
+    layer = two_branches()
+    before = layer.base.weight.clone()
+    with pytest.raises(KeyError, match=r"genral.*general.*isolated"):
+        layer.merge({"genral": torch.eye(R)})
+    with pytest.raises(ValueError, match="2×2"):
+        layer.merge({"general": torch.ones(R)})
+    with pytest.raises(ValueError, match="5×5"):
+        layer.merge(torch.eye(R))
+    assert not layer.merged
+    assert torch.equal(layer.base.weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unmerge_is_bit_exact(dtype: torch.dtype) -> None:
+    layer = two_branches(dtype)
+    with torch.no_grad():
+        layer.base.weight.mul_(1e4)  # adding and subtracting the update would lose digits here
+    before, storage = layer.base.weight.clone(), layer.base.weight.data_ptr()
+    layer.merge()
+    assert layer.merged
+    assert not torch.equal(layer.base.weight, before)
+    layer.unmerge()
+    assert not layer.merged
+    assert torch.equal(layer.base.weight, before)
+    assert layer.base.weight.data_ptr() == storage
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_merge_refuses_values_that_are_not_finite(value: float) -> None:
+    layer = two_branches()
+    before = layer.base.weight.clone()
+    with torch.no_grad():
+        layer.branch("isolated").up[0, 0] = value
+    with pytest.raises(FloatingPointError, match="NaN"):
+        layer.merge()
+    assert not layer.merged
+    assert torch.equal(layer.base.weight, before)
+
+
+def test_merge_refuses_an_update_that_overflows_the_dtype_of_the_weight() -> None:
+    layer = LoRALinear(linear(dtype=torch.float16))
+    layer.add_branch("big", torch.full((1, D), 300.0), up=torch.full((O, 1), 300.0))
+    with pytest.raises(FloatingPointError):
+        layer.merge()
+    assert bool(layer.base.weight.isfinite().all())
+
+
+def test_a_merged_layer_can_only_be_unmerged() -> None:
+    layer = two_branches()
+    layer.merge()
+    weight = layer.base.weight.clone()
+    for act in (
+        lambda: layer.add_branch("third", random(R, D)),
+        lambda: layer.drop_branch("general"),
+        layer.merge,
+    ):
+        with pytest.raises(ValueError, match="unmerge"):
+            act()
+    assert torch.equal(layer.base.weight, weight)
+    assert list(layer.branches) == ["general", "isolated"]
+    layer.unmerge()
+    with pytest.raises(ValueError, match="merged"):
+        layer.unmerge()
+
+
+def test_copy_in_the_middle_of_a_merge_is_independent() -> None:
+    layer = two_branches()
+    before = layer.base.weight.clone()
+    layer.merge()
+    twin = copy.deepcopy(layer)
+    twin.unmerge()
+    assert layer.merged
+    assert torch.equal(twin.base.weight, before)
+    assert not torch.equal(layer.base.weight, before)

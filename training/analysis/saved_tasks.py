@@ -1,0 +1,184 @@
+"""What a run of LoDA saved of its tasks: moments with their history, branches, coefficients."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from numpy.typing import NDArray
+from torch import Tensor
+
+from backends.torch.settings import LoDASettings
+from loda_math import History, remember
+from training.methods.loda import LoDAMethod
+from training.run_dir import (
+    TASKS,
+    begun_experiment,
+    nested,
+    not_finite,
+    read_tensors,
+    readable,
+    task_folder,
+)
+
+Array = NDArray[Any]
+Layer = Mapping[str, Array]
+"""What is known of an adapted layer in one task, under the names of ``docs/verify.md``."""
+
+# From the names that backends.torch.TaskRecord gives them.
+_NAMES = {
+    "new": "moment_new",
+    "trained": "moment_new_trained",
+    "merged": "moment_new_merged",
+    "down/general": "A_general",
+    "up/general": "B_general",
+    "down/isolated": "A_isolated",
+    "up/isolated": "B_isolated",
+    "coefficients": "coefficients",
+}
+
+
+class SavedTask(NamedTuple):
+    """A task of a run.
+
+    Attributes
+    ----------
+    number : int
+        Counted from 1.
+    layers : dict of str to Layer
+        The adapted layers by name.
+    history : dict of str to History
+        By layer, as the task began; empty on the first task.
+    """
+
+    number: int
+    layers: dict[str, Layer]
+    history: dict[str, History]
+
+
+def read_settings(path: Path, *, allow: Sequence[str] = ()) -> LoDASettings:
+    """Settings of LoDA that a run trained under; ``null_lora`` is LoDA under some of them.
+
+    Parameters
+    ----------
+    path : Path
+        The run.
+    allow : sequence of str
+        Import paths of classes of other packages that the run may load.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder is no run.
+    ValueError
+        If the run used a method that chooses no subspaces by moments.
+    """
+    method = begun_experiment(path, allow).method
+    if not (method.is_known and issubclass(method.kind, LoDAMethod)):
+        msg = (
+            f"{path} must be a run of loda or null_lora, the methods that choose their directions "
+            f"by second moments, got a run of {method.name}"
+        )
+        raise ValueError(msg)
+    settings: LoDASettings = method.build().settings
+    return settings
+
+
+def saved_tasks(
+    path: Path, settings: LoDASettings, *, branches: bool = False
+) -> Iterator[SavedTask]:
+    """Read the moments of all tasks in order, each task with the history that it began with.
+
+    Parameters
+    ----------
+    path : Path
+        A run trained with ``keep.moments``.
+    settings : LoDASettings
+        As :func:`read_settings` returns them: they say what enters the history.
+    branches : bool, default False
+        Read the branches too, which ``keep.branches`` saves.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a task lacks one of the files.
+    ValueError
+        If a file is damaged; the message names it.
+    """
+    names = ("moments", "branches") if branches else ("moments",)
+    tasks = range(1, 1 + sum(folder.is_dir() for folder in (path / TASKS).glob("*")))
+    if not tasks or not all(task_file(path, n, name).is_file() for n in tasks for name in names):
+        switches = " ".join(f"--keep.{name} true" for name in names)
+        msg = f"{path} did not keep {' and '.join(names)} of all its tasks: train with {switches}"
+        raise FileNotFoundError(msg)
+    passes = {"trained": "moment_new_trained", "merged": "moment_new_merged"}
+    history: dict[str, History] = {}
+    for number in tasks:
+        layers = read_task(path, number, *names)
+        with readable(task_file(path, number, "moments")):
+            expected = set(history or layers)
+            given = {name for name, layer in layers.items() if "moment_new" in layer}
+            if not given or given != expected:
+                msg = f"moments must be of the layers {sorted(expected)}, got {sorted(given)}"
+                raise ValueError(msg)
+            yield SavedTask(number, layers, dict(history))
+            for name, layer in layers.items():
+                moments = [layer[passes[through]] for through in settings.passes()]
+                decay = settings.history_decay
+                history[name] = remember(history.get(name), *moments, decay=decay)
+
+
+def read_task(path: Path, number: int, *names: str) -> dict[str, Layer]:
+    """Read ``moments`` or ``branches`` of one task, counted from 1, by layer.
+
+    Raises
+    ------
+    FileNotFoundError
+        If one of the files is not there.
+    ValueError
+        If one of them is damaged; the message names it.
+    """
+    layers: dict[str, dict[str, Array]] = {}
+    for file in (task_file(path, number, name) for name in names):
+        tensors = read_finite(file)
+        with readable(file):
+            for prefix, name in _NAMES.items():
+                for layer, tensor in nested(tensors, prefix).items():
+                    layers.setdefault(layer, {})[name] = tensor.numpy()
+    return dict(layers)
+
+
+def task_file(path: Path, number: int, name: str) -> Path:
+    """Where a run keeps the ``moments``, ``branches`` or ``heads`` of a task, counted from 1."""
+    return task_folder(path, number) / f"{name}.safetensors"
+
+
+def read_finite(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file of a run.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is not there.
+    ValueError
+        If it cannot be read or holds NaN or infinite values; the message names it.
+    """
+    tensors = read_tensors(path)
+    with readable(path):
+        broken = not_finite(tensors)
+        if broken:
+            msg = f"NaN or infinite values: {', '.join(broken[:8])}"
+            raise ValueError(msg)
+    return tensors
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Sorting key under which layer 10 comes after layer 2.
+
+    Examples
+    --------
+    >>> sorted(["blocks.10.qkv", "blocks.2.qkv"], key=natural)
+    ['blocks.2.qkv', 'blocks.10.qkv']
+    """
+    parts = re.split(r"(\d+)", name)
+    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts]

@@ -1,0 +1,170 @@
+"""The section ``backbone`` of an experiment, and the kinds of networks that it may name.
+
+The classes hold settings and check them; what they build is in `training.backbones.build`, which
+is loaded when it is needed.
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from training.components import Component, Registry
+
+if TYPE_CHECKING:
+    from training.backbones.build import Backbone
+
+PACKAGED_WEIGHTS = {"glyphs": "glyphs_vit.safetensors", "cifar_vit": "cifar_vit.safetensors"}
+"""Files of the backbones that come with the package, by the name of the backbone."""
+
+HUGGING_FACE = "hf:"
+"""What the name of a backbone starts with that the library transformers builds."""
+
+# By these timm would be told of a classifier, or of files and addresses to read weights from.
+_RESERVED = {
+    "num_classes",
+    "pretrained",
+    "checkpoint_path",
+    "cache_dir",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+}
+# Options of timm, beside drop rates, under which it still loads every pretrained weight.
+_KEEP_WEIGHTS = {"dynamic_img_pad", "dynamic_img_size", "img_size", "in_chans", "strict_img_size"}
+
+
+@dataclass
+class Packaged:
+    """A small vision transformer that comes with the package.
+
+    Parameters
+    ----------
+    name
+        glyphs or cifar_vit.
+    pretrained
+        Start from its weights; else from random ones.
+    """
+
+    name: str
+    pretrained: bool = True
+
+    def build(self, *, initialise: bool) -> "Backbone":
+        """Build it; see `build_backbone`."""
+        from training.backbones.build import build_packaged
+
+        return build_packaged(self.name, pretrained=self.pretrained and initialise)
+
+
+@dataclass
+class HuggingFace:
+    """A vision transformer of transformers.
+
+    Parameters
+    ----------
+    name
+        hf:ORGANISATION/NAME on the Hugging Face hub, or hf:FOLDER.
+    pretrained
+        Start from its weights; else from random ones.
+    """
+
+    name: str
+    pretrained: bool = True
+
+    def build(self, *, initialise: bool) -> "Backbone":
+        """Build it; see `build_backbone`."""
+        from training.backbones.hugging_face import build_hugging_face
+
+        return build_hugging_face(self.name, pretrained=self.pretrained and initialise)
+
+
+@dataclass
+class Timm:
+    """A model of timm.
+
+    Parameters
+    ----------
+    name
+        The name of the model, with or without the tag of its weights.
+    weights
+        A local .safetensors, .pth or .npz file with the weights; its classifier is dropped.
+    options
+        Further arguments for timm.create_model, such as {img_size: 32, in_chans: 1}. Those that
+        change the architecture need weights, or pretrained false.
+    pretrained
+        Start from pretrained weights, which timm downloads if no file is given; else random ones.
+    """
+
+    name: str
+    weights: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    pretrained: bool = True
+
+    def __post_init__(self) -> None:
+        reserved = sorted(_RESERVED & set(self.options))
+        if reserved:
+            msg = (
+                f"backbone.options must not hold {reserved}: the classifier is always left out, "
+                "and weights are chosen by backbone.weights and backbone.pretrained."
+            )
+            raise ValueError(msg)
+        if self.weights is not None and not self.pretrained:
+            msg = "backbone.weights is given, but backbone.pretrained is false: set one of them."
+            raise ValueError(msg)
+        # timm would download the weights first, and then drop or leave random what does not match.
+        changing = sorted(k for k in self.options if k not in _KEEP_WEIGHTS and "drop" not in k)
+        if changing and self.pretrained and self.weights is None:
+            msg = (
+                f"backbone.options {changing} change the architecture, which timm's pretrained "
+                "weights do not fit: give a file with weights for it as --backbone.weights FILE, "
+                "or start from random ones by --backbone.pretrained false."
+            )
+            raise ValueError(msg)
+
+    def build(self, *, initialise: bool) -> "Backbone":
+        """Build it; see `build_backbone`."""
+        from training.backbones.build import build_timm
+
+        if not initialise:
+            return build_timm(self.name, self.options)
+        return build_timm(self.name, self.options, self.weights, pretrained=self.pretrained)
+
+
+def _by_library(name: str) -> str:
+    kind = HuggingFace if name.startswith(HUGGING_FACE) else Timm
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+BACKBONES = Registry(
+    "backbone",
+    dict.fromkeys(PACKAGED_WEIGHTS, f"{Packaged.__module__}.Packaged"),
+    requires=("build",),
+    group="loda.backbones",
+    other=_by_library,
+)
+
+
+@dataclass
+class BackboneConfig(Component):
+    """The frozen, pretrained network.
+
+    Parameters
+    ----------
+    name
+        glyphs or cifar_vit (in the package, no download), the name of any timm model,
+        hf:ORGANISATION/NAME or hf:FOLDER for a vision transformer of transformers, or the import
+        path of a class with a function build.
+    """
+
+    registry = BACKBONES
+    section = "backbone"
+
+    name: str = "glyphs"
+
+    def recorded(self) -> Self:
+        """The same with absolute paths, as a run records it."""
+        name, options = self.name, dict(self.options)
+        folder = name.removeprefix(HUGGING_FACE)
+        if folder != name and Path(folder).expanduser().is_dir():
+            name = f"{HUGGING_FACE}{Path(folder).expanduser().absolute()}"
+        if isinstance(options.get("weights"), str):
+            options["weights"] = str(Path(options["weights"]).expanduser().absolute())
+        return replace(self, name=name, options=options)

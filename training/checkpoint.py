@@ -1,0 +1,376 @@
+"""Checkpoints of a run, a file each, and the signals that stop a run where it can be saved.
+
+A checkpoint is a safetensors file: the tensors of the state, the log of the run, and as metadata
+its record. It is put in place by one ``os.replace`` (`training.run_dir.write_atomically`), so it is
+whole or not there, and a checksum over the whole file tells damage. Nothing here loads torch before
+tensors are written or read.
+"""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, Self
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from training.config import CheckpointConfig
+from training.run_dir import (
+    CHECKPOINTS,
+    checkpoint_files,
+    make_folder,
+    storable,
+    sync,
+    write_atomically,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCHEMA = 3
+_LOG = "metrics"
+_BLANK = "0" * 64
+# Where the checksum stands: in the only entry of the metadata, which begins every file.
+_CHECKSUM = re.compile(
+    rb'^.{8}{"__metadata__":{"loda":"{\\"sha256\\": \\"([0-9a-f]{64})', re.DOTALL
+)
+_BLOCK = 2**20
+# Seconds of training after which a task is saved once more before what follows its last step.
+_WORTH_SAVING = 60.0
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes
+    ----------
+    tensors : dict of str to Tensor
+        In the order in which they were written.
+    record : dict
+        The rest of the state, as JSON holds it.
+    metrics : bytes
+        The log of the run as it was.
+    path : Path
+        Its file.
+    passed_over : tuple of Path
+        Newer ones that cannot be used.
+    """
+
+    tensors: "dict[str, Tensor]"
+    record: dict[str, Any]
+    metrics: bytes
+    path: Path
+    passed_over: tuple[Path, ...] = ()
+
+
+def write_state(
+    path: Path, tensors: "Mapping[str, Tensor]", record: Mapping[str, Any], metrics: bytes
+) -> None:
+    """Write one file that `read_checkpoint` reads, whole or not at all.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; the message names it.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    log = torch.from_numpy(np.frombuffer(bytearray(metrics), dtype=np.uint8))
+    copies = storable({**tensors, _LOG: log})
+    # A safetensors file has an order of its own, but branches are summed in theirs.
+    content = {"schema": SCHEMA, "tensors": list(tensors), "record": record}
+    metadata = {"loda": json.dumps({"sha256": _BLANK, **content})}
+
+    def write(temporary: Path) -> None:
+        save_file(copies, temporary, metadata)
+        seal(temporary)
+
+    write_atomically(path, write)
+
+
+def seal(path: Path) -> None:
+    """Put the checksum of a file into it, computed with zeros in its place."""
+    with path.open("r+b") as file:
+        _, correct, place = _checksums(file)
+        file.seek(place)
+        file.write(correct.encode())
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint, and its checksum.
+
+    Raises
+    ------
+    ValueError
+        If it is damaged, or of another schema.
+    """
+    try:
+        _check_whole(path)
+        with safe_open(path, framework="pt") as file:
+            content = json.loads(file.metadata()["loda"])
+            if content["schema"] != SCHEMA:
+                msg = f"schema {content['schema']}, and this version reads {SCHEMA}"
+                raise ValueError(msg)
+            # Copies: these are parts of the file itself, which is removed while they are in use.
+            tensors = {name: file.get_tensor(name).clone() for name in content["tensors"]}
+            metrics = file.get_tensor(_LOG).numpy().tobytes()
+        return Checkpoint(tensors, dict(content["record"]), metrics, path)
+    except (
+        ValueError,
+        OSError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        SafetensorError,
+    ) as error:
+        msg = f"checkpoint {path} is damaged: {error}"
+        raise ValueError(msg) from error
+
+
+def write_checkpoint(
+    run: Path,
+    tensors: "Mapping[str, Tensor]",
+    record: Mapping[str, Any],
+    metrics: bytes,
+    *,
+    keep: int,
+    unusable: Sequence[Path] = (),
+) -> Path:
+    """Write the next checkpoint of a run and remove all but the last ``keep``.
+
+    ``unusable`` ones are removed first: they must not take the place of those that can be used.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; the checkpoints before it are then as they were.
+    """
+    before = checkpoint_files(run)
+    number = int(before[-1].stem) + 1 if before else 1
+    path = run / CHECKPOINTS / f"{number:06d}.safetensors"
+    try:
+        make_folder(path.parent)
+        write_state(path, tensors, record, metrics)
+    except OSError as error:
+        rest = (
+            f"the checkpoints before it are unharmed, and once this is mended loda train --resume "
+            f"{run} goes on"
+            if before
+            else "there is no checkpoint before it"
+        )
+        msg = f"the run could not be saved: {error}; {rest}"
+        raise OSError(msg) from error
+    for old in unusable:
+        old.unlink(missing_ok=True)
+    for old in checkpoint_files(run)[:-keep]:
+        old.unlink()
+    sync(path.parent)
+    return path
+
+
+def newest_checkpoint(run: Path, identity: str | None = None) -> Checkpoint:
+    """The newest checkpoint of a run that is sound; others are passed over with a warning.
+
+    Parameters
+    ----------
+    run : Path
+        The run folder.
+    identity : str, optional
+        What the record of its checkpoints says under ``identity``; one of another run cannot be
+        used.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none at all.
+    ValueError
+        If every one is damaged, of another run, or written by another version of this format.
+    """
+    newest_first = checkpoint_files(run)[::-1]
+    if not newest_first:
+        msg = f"{run} holds no checkpoint to go on from"
+        raise FileNotFoundError(msg)
+    reasons: list[str] = []
+    for number, path in enumerate(newest_first):
+        try:
+            checkpoint = read_checkpoint(path)
+            if identity is not None and checkpoint.record.get("identity") != identity:
+                msg = f"checkpoint {path} is of a run with other settings, classes or backbone"
+                raise ValueError(msg)
+        except ValueError as error:
+            reasons.append(str(error))
+            continue
+        for reason in reasons:
+            warnings.warn(f"{reason}; {path} is used", RuntimeWarning, stacklevel=2)
+        return checkpoint._replace(passed_over=tuple(newest_first[:number]))
+    msg = f"no checkpoint in {run} can be used: {'; '.join(reasons)}"
+    raise ValueError(msg)
+
+
+def has_checkpoint(run: Path) -> bool:
+    """Whether a run has a checkpoint that is not damaged; its content is not looked at."""
+    for path in checkpoint_files(run):
+        try:
+            _check_whole(path)
+        except (ValueError, OSError):
+            continue
+        return True
+    return False
+
+
+def _check_whole(path: Path) -> None:
+    with path.open("rb") as file:
+        recorded, correct, _ = _checksums(file)
+    if recorded != correct:
+        msg = "it does not have its checksum"
+        raise ValueError(msg)
+
+
+def _checksums(file: BinaryIO) -> tuple[str, str, int]:
+    """The checksum that a file holds, the one that it should hold, and where it stands."""
+    start = file.read(_BLOCK)
+    match = _CHECKSUM.match(start)
+    if match is None:
+        msg = "it holds no checksum"
+        raise ValueError(msg)
+    total = hashlib.sha256(start[: match.start(1)] + _BLANK.encode() + start[match.end(1) :])
+    while block := file.read(_BLOCK):
+        total.update(block)
+    return match[1].decode(), total.hexdigest(), match.start(1)
+
+
+class Checkpoints:
+    """Writes the checkpoints of a run, and says when the next one is due.
+
+    Parameters
+    ----------
+    run : Path
+        The run folder.
+    config : CheckpointConfig
+        How often, and how many are kept.
+    identity : str
+        What tells the checkpoints of this run from those of others.
+    """
+
+    def __init__(self, run: Path, config: CheckpointConfig, identity: str) -> None:
+        self.run, self.config, self.identity = run, config, identity
+        self._unusable: tuple[Path, ...] = ()
+        self._steps, self._written = 0, time.monotonic()
+
+    def newest(self) -> Checkpoint:
+        """The newest one of this run; see `newest_checkpoint`."""
+        checkpoint = newest_checkpoint(self.run, self.identity)
+        self._unusable = checkpoint.passed_over
+        return checkpoint
+
+    def write(
+        self, tensors: "Mapping[str, Tensor]", record: Mapping[str, Any], metrics: bytes
+    ) -> None:
+        """Write the next one."""
+        write_checkpoint(
+            self.run,
+            tensors,
+            {"identity": self.identity, **record},
+            metrics,
+            keep=self.config.keep,
+            unusable=self._unusable,
+        )
+        self._unusable = ()
+
+    def wait(self) -> None:
+        """Begin to wait for the next one."""
+        self._steps, self._written = 0, time.monotonic()
+
+    def due(self, *, last: bool) -> bool:
+        """Whether it is time for the next one, after one more step.
+
+        After the ``last`` step of a task it is time sooner: there is none while the task is
+        merged, read out and evaluated.
+        """
+        self._steps += 1
+        steps, minutes = self.config.steps, self.config.minutes
+        since = time.monotonic() - self._written
+        worth = last and since >= _WORTH_SAVING and (steps, minutes) != (None, None)
+        return (
+            worth
+            or (steps is not None and self._steps >= steps)
+            or (minutes is not None and since >= 60 * minutes)
+        )
+
+
+# --- signals --------------------------------------------------------------------------------------
+
+Handler = Callable[[int, FrameType | None], None]
+
+
+def handle_signals(names: Iterable[str], handler: Handler) -> dict[signal.Signals, Any]:
+    """Install a handler for those signals that this system has; returns the handlers before it.
+
+    Nothing is done outside the main thread, where Python allows no handlers.
+    """
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is not threading.main_thread():
+        return before
+    for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
+        handled = signal.getsignal(number)
+        # One that is ignored (nohup, a job in the background) stays so.
+        if handled is not None and handled != signal.SIG_IGN:
+            before[number] = handled
+            signal.signal(number, handler)
+    return before
+
+
+def restore_signals(before: dict[signal.Signals, Any]) -> None:
+    """Put back the handlers that `handle_signals` returned, and empty the mapping."""
+    while before:
+        signal.signal(*before.popitem())
+
+
+class StopSignals:
+    """Within a ``with`` block, notes the first SIGINT or SIGTERM; the second acts at once.
+
+    Attributes
+    ----------
+    received : signal.Signals or None
+        The signal that has arrived.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._before = handle_signals(("SIGINT", "SIGTERM"), self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        restore_signals(self._before)
+
+    def leave(self, message: str) -> NoReturn:
+        """End as the signal asks: KeyboardInterrupt, or SystemExit with status 143."""
+        if self.received == signal.SIGTERM:
+            os.write(2, f"{message}\n".encode())
+            raise SystemExit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt(message)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self.received = signal.Signals(number)
+        restore_signals(self._before)
+        # Not by print: the signal may have come in the middle of one.
+        os.write(2, f"{self.received.name}: stopping as soon as the run is saved\n".encode())

@@ -1,0 +1,355 @@
+"""Components of an experiment: methods, data sets, backbones and read-outs, chosen by name.
+
+A component is a class. It is chosen by a name of the package, by a name that an installed package
+registers as an entry point, or by its import path, ``my_package.MyMethod``. Its options are the
+arguments of its constructor, with their types and defaults; its docstring is their help. There is
+nothing to register: a file beside the configuration is enough. jsonargparse reads signatures and
+docstrings.
+
+The constructor checks what it is given and does no work, since it also runs where settings are only
+read. A constructor with an argument ``name`` receives the name that was chosen.
+"""
+
+import importlib
+import math
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from inspect import cleandoc, signature
+from pathlib import Path
+from types import NoneType
+from typing import Any, ClassVar, Self, get_args, get_type_hints
+
+import jsonargparse
+
+_NAME = "name"
+_LARGEST_SEED = 2**32 - 1  # NumPy's RandomState, which draws the class order, takes no more
+
+
+@dataclass(frozen=True)
+class Registry:
+    """Where the components of one kind are found.
+
+    Attributes
+    ----------
+    kind : str
+        What they are called: ``"method"``.
+    paths : mapping of str to str
+        Import paths of the package's own classes, by name. Nothing is imported before it is used.
+    requires : tuple of str
+        Functions that a class must have to be one.
+    group : str, optional
+        Entry-point group in which other packages name theirs.
+    other : callable, optional
+        Gives the import path of the class that takes a name found nowhere else (a model of timm,
+        say), or None where no class does.
+    """
+
+    kind: str
+    paths: Mapping[str, str]
+    requires: tuple[str, ...]
+    group: str | None = None
+    other: Callable[[str], str | None] = lambda _: None
+
+    def names(self) -> list[str]:
+        """Names of the package, and those that installed packages add; imports none of them."""
+        added = {entry.name for entry in entry_points(group=self.group)} if self.group else set()
+        return [*self.paths, *sorted(added - set(self.paths))]
+
+    def is_packaged(self, name: str) -> bool:
+        """Whether a name stands for a class of this package: its code is ours."""
+        return name in self.paths or (not is_import_path(name) and self.other(name) is not None)
+
+    def require_known(self, name: str, section: str, *, trusted: bool) -> None:
+        """Refuse to import a class of another package that only a file of a run names.
+
+        Raises
+        ------
+        ValueError
+            With the option that allows it.
+        """
+        if not trusted and not self.is_packaged(name):
+            msg = (
+                f"{section} must be a {self.kind} of loda, got {name}, whose code would be run; if "
+                f"you know it, allow it: --allow {name}"
+            )
+            raise ValueError(msg)
+
+    def find(self, name: str) -> type:
+        """The class of a name or import path.
+
+        Raises
+        ------
+        ValueError
+            If there is none, or what is there is not a component of this kind.
+        """
+        path = self.paths.get(name)
+        if path is None:
+            for entry in entry_points(group=self.group, name=name) if self.group else ():
+                return self._checked(name, entry.load())
+            if is_import_path(name):
+                return self._checked(name, _imported(name))
+            path = self.other(name)
+        if path is None:
+            msg = (
+                f"{self.kind} must be one of {', '.join(self.names())} or the import path of a "
+                f"class, package.module.Class, got {name}"
+            )
+            raise ValueError(msg)
+        kind: type = _imported(path)
+        return kind
+
+    def _checked(self, name: str, value: Any) -> type:
+        missing = [need for need in self.requires if not callable(getattr(value, need, None))]
+        if not isinstance(value, type) or missing:
+            needs = ", ".join(self.requires)
+            msg = f"{self.kind} must be a class with the functions {needs}, got {name}: {value!r}"
+            raise ValueError(msg)
+        return value
+
+    def add_options(self, group: Any, name: str, section: str) -> None:
+        """Add the options of a component as arguments ``--SECTION.OPTION`` of a group."""
+        group.add_class_arguments(self.find(name), section, as_group=False, skip={_NAME})
+
+    def options(self, name: str) -> dict[str, Any]:
+        """Options of a component with their defaults; None for those without one.
+
+        Examples
+        --------
+        >>> sets = Registry("set", {"digits": "training.components.Registry"}, ("find",))
+        >>> sorted(sets.options("digits"))
+        ['group', 'kind', 'other', 'paths', 'requires']
+        """
+        return dict(_reader(self.find(name)).get_defaults().as_dict())
+
+    def complete(self, name: str, options: Mapping[str, Any], section: str) -> dict[str, Any]:
+        """Options of a component, those that are not given at their defaults.
+
+        Raises
+        ------
+        ValueError
+            If an option is unknown or required and not given, or if a value is of another type
+            than the constructor says or refused by it. Messages call it ``SECTION.OPTION``.
+        """
+        kind = self.find(name)
+        defaults = self.options(name)
+        unknown = sorted(set(map(str, options)) - set(defaults))
+        if unknown:
+            msg = (
+                f"{self.kind} {name} has no {', '.join(f'{section}.{key}' for key in unknown)}; "
+                f"its options: {', '.join(defaults) or 'none'}"
+            )
+            raise ValueError(msg)
+        try:
+            values = dict(_reader(kind).parse_object(dict(options)).as_dict())
+        except ArgumentError as error:
+            msg = f"{self.kind} {name}: {' '.join(str(error).split())}"
+            raise ValueError(msg) from error
+        refuse_null(values, kind, f"{section}.", defaults)
+        self.build(name, values)  # its own checks
+        return values
+
+    def build(self, name: str, options: Mapping[str, Any]) -> Any:
+        """A new instance of a component.
+
+        Raises
+        ------
+        ValueError
+            If its constructor refuses an option.
+        """
+        kind = self.find(name)
+        named = {_NAME: name} if _NAME in signature(kind).parameters else {}
+        try:
+            return kind(**named, **options)
+        except ValueError as error:
+            msg = f"{self.kind} {name}: {error}"
+            raise ValueError(msg) from error
+
+
+@dataclass
+class Component:
+    """A component and its options: a section of an experiment.
+
+    A subclass names its registry; further fields of it are settings that all components of the
+    kind share.
+
+    Parameters
+    ----------
+    name
+        A name of the registry, or the import path of a class.
+    options
+        Arguments of its constructor; those that are left out get their defaults.
+    trusted
+        Whether a class of another package may be imported. A file of a run only says what it was
+        made with: options of such a component are then kept as they stand.
+    """
+
+    registry: ClassVar[Registry]
+    section: ClassVar[str]
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    trusted: bool = field(default=True, kw_only=True, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.is_known:
+            self.options = self.registry.complete(self.name, self.options, self.section)
+
+    @classmethod
+    def shared(cls) -> list[str]:
+        """Settings that all components of the kind have, the name aside."""
+        return [f.name for f in fields(cls) if f.name not in (_NAME, "options", "trusted")]
+
+    def values(self) -> dict[str, Any]:
+        """Name, options and shared settings side by side, as a file of settings has them."""
+        return {
+            _NAME: self.name,
+            **self.options,
+            **{key: getattr(self, key) for key in self.shared()},
+        }
+
+    def recorded(self) -> Self:
+        """The same as a run records it: where options or the name hold paths, absolute ones."""
+        return self
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the class may be imported: it is ours, or somebody has named it here."""
+        return self.trusted or self.registry.is_packaged(self.name)
+
+    @property
+    def kind(self) -> type:
+        """The class.
+
+        Raises
+        ------
+        ValueError
+            If a file alone names it: importing it would run code that nobody has asked for.
+        """
+        self.registry.require_known(self.name, self.section, trusted=self.trusted)
+        return self.registry.find(self.name)
+
+    def build(self) -> Any:
+        """A new instance with these options."""
+        self.registry.require_known(self.name, self.section, trusted=self.trusted)
+        return self.registry.build(self.name, self.options)
+
+
+def is_import_path(name: str) -> bool:
+    """Whether a name is the path of something in a module that can be imported.
+
+    Names of models have dots as well, so the first part must be a module. The working directory
+    counts: a file there is enough.
+
+    Examples
+    --------
+    >>> is_import_path("fractions.Fraction"), is_import_path("vit_base_patch16_224.dino")
+    (True, False)
+    """
+    parts = name.split(".")
+    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+        return False
+    try:
+        if find_spec(parts[0]) is not None:
+            return True
+    except ValueError:  # __main__ has no spec
+        return parts[0] in sys.modules
+    here = Path.cwd()
+    return (here / parts[0]).is_dir() or (here / f"{parts[0]}.py").is_file()
+
+
+def refuse_null(
+    values: Mapping[str, Any], kind: type, prefix: str, defaults: Mapping[str, Any] | None = None
+) -> None:
+    """Refuse null where the type of a setting does not have it; jsonargparse lets it pass.
+
+    Parameters
+    ----------
+    values : mapping of str to object
+        The settings.
+    kind : type
+        The class whose constructor takes them.
+    prefix : str
+        What stands before their names in the message: ``"train."``.
+    defaults : mapping of str to object, optional
+        Defaults of those that the constructor hands on: null may stand where it is the default.
+
+    Raises
+    ------
+    ValueError
+        If there is one.
+    """
+    try:
+        hints = get_type_hints(kind.__init__)  # type: ignore[misc]
+    except NameError:  # types that are imported for a type checker alone
+        hints = {}
+    for key in [key for key, value in values.items() if value is None]:
+        hint = hints.get(key)
+        fits = (defaults or {}).get(key) is None if hint is None else NoneType in get_args(hint)
+        if not fits and hint is not Any:
+            msg = f"{prefix}{key} must have a value, got null"
+            raise ValueError(msg)
+
+
+def check(ok: bool, key: str, value: object, rule: str) -> None:
+    """Refuse the value of a setting that breaks a rule.
+
+    Examples
+    --------
+    >>> check(False, "train.lr", -1.0, "positive")
+    Traceback (most recent call last):
+    ...
+    ValueError: train.lr must be positive, got -1.0
+    """
+    if not ok:
+        msg = f"{key} must be {rule}, got {value}"
+        raise ValueError(msg)
+
+
+def at_least(key: str, value: int | None, low: int) -> None:
+    """Refuse a number below a limit; None is left alone."""
+    check(value is None or value >= low, key, value, f"at least {low}")
+
+
+def positive(key: str, value: float) -> None:
+    """Refuse a number that is not above 0 or not finite."""
+    check(math.isfinite(value) and value > 0, key, value, "positive and finite")
+
+
+def not_negative(key: str, value: float) -> None:
+    """Refuse a number that is below 0 or not finite."""
+    check(math.isfinite(value) and value >= 0, key, value, "at least 0 and finite")
+
+
+def check_seed(key: str, value: int | None) -> None:
+    """Refuse a number that cannot be a seed; None is left alone."""
+    fits = value is None or 0 <= value <= _LARGEST_SEED
+    check(fits, key, value, f"from 0 to {_LARGEST_SEED}")
+
+
+def summary(kind: type) -> str:
+    """First line of the docstring of a class, without its full stop."""
+    return cleandoc(kind.__doc__ or kind.__name__).splitlines()[0].rstrip(".")
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    if find_spec(module.partition(".")[0]) is None and (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # last: nothing that is installed is shadowed
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        msg = f"{path} cannot be imported: {error}"
+        raise ValueError(msg) from error
+
+
+@lru_cache(maxsize=64)
+def _reader(kind: type) -> jsonargparse.ArgumentParser:
+    """A parser of the options of a class."""
+    reader = jsonargparse.ArgumentParser(exit_on_error=False)
+    reader.add_class_arguments(kind, as_group=False, skip={_NAME})
+    return reader

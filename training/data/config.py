@@ -1,0 +1,188 @@
+"""The section ``data`` of an experiment: what is common to all data sets.
+
+Which images, and how they are transformed and cut into tasks. What one data set alone has, such as
+the folder that it lies in, is an option of its class, see `training.data.datasets`.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Self
+
+from training.components import Component, at_least, check, check_seed, positive
+from training.data.datasets import DATA_SETS, DataSet
+
+_DIGITS_SIDE = 8  # the default size: no user of other images has chosen it
+
+
+@dataclass
+class DataConfig(Component):
+    """The images and the stream of tasks that they are cut into.
+
+    Parameters
+    ----------
+    name
+        digits (embedded, no download), folder (train/CLASS/* with test/ or val/), cifar100, one of
+        imagenet-r, imagenet-a, cub and domainnet (the folder of that name in root), timm (what
+        data.dataset names), or the import path of a class with a function load.
+    classes
+        Use only the first so many classes of the random order; all when not given.
+    init_cls
+        Number of classes of the first task.
+    increment
+        Number of classes of every later task; the last task may have fewer.
+    task_sizes
+        Number of classes of each task, instead of init_cls and increment; later classes are left
+        out.
+    tasks
+        Cut the stream to its first so many tasks; all when not given.
+    shuffle
+        Put the classes in a random order; otherwise they stay in that of their numbers.
+    order_seed
+        Seed of the class order; the seed of the run when not given.
+    validation
+        Share of each class's training images, 0 to 0.9, to evaluate on instead of the test split,
+        which is then never opened; 0 evaluates on the test split.
+    image_size
+        Side, in pixels, of the square images that the backbone reads.
+    resize
+        Side of a first resize of every image to a square (bicubic, antialiased); none if not given.
+    train_crop
+        none, pad (reflect-pad, then a random crop) or random_resized (torchvision's).
+    pad
+        Pixels of reflected border on every side before the random crop, for train_crop pad.
+    crop_scale
+        Smallest and largest share of the image area, for train_crop random_resized.
+    flip
+        Mirror training images left to right with probability 0.5.
+    test_crop
+        none or center.
+    test_resize
+        Resize the shorter side of evaluation images to this (bicubic); none if not given.
+    mean
+        Subtracted from pixels in [0, 1].
+    std
+        Divides pixels after the mean is subtracted.
+    cache
+        Keep decoded images in memory; when not given, if resize is set and they take under 1 GB.
+    workers
+        Processes that load images; 0 loads them in the main process. Results do not depend on it.
+    verify
+        Decode every image before training, and stop at what is unreadable or in both splits.
+    """
+
+    registry = DATA_SETS
+    section = "data"
+
+    name: str = "digits"
+    classes: int | None = None
+    init_cls: int = 2
+    increment: int = 2
+    task_sizes: list[int] | None = None
+    tasks: int | None = None
+    shuffle: bool = True
+    order_seed: int | None = None
+    validation: float = 0.0
+    image_size: int = _DIGITS_SIDE
+    resize: int | None = None
+    train_crop: Literal["none", "pad", "random_resized"] = "none"
+    pad: int = 0
+    crop_scale: tuple[float, float] = (0.05, 1.0)
+    flip: bool = False
+    test_crop: Literal["none", "center"] = "none"
+    test_resize: int | None = None
+    mean: float = 0.0
+    std: float = 1.0
+    cache: bool | None = None
+    workers: int = 0
+    verify: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("classes", "init_cls", "increment", "tasks"):
+            at_least(f"data.{key}", getattr(self, key), 1)
+        for key in ("image_size", "resize", "test_resize"):
+            at_least(f"data.{key}", getattr(self, key), 1)
+        for key in ("pad", "workers"):
+            at_least(f"data.{key}", getattr(self, key), 0)
+        check_seed("data.order_seed", self.order_seed)
+        check(0 <= self.validation <= 0.9, "data.validation", self.validation, "in [0, 0.9]")
+        check(math.isfinite(self.mean), "data.mean", self.mean, "finite")
+        positive("data.std", self.std)
+        low, high = self.crop_scale
+        check(0 < low <= high <= 1, "data.crop_scale", [low, high], "0 < smallest <= largest <= 1")
+        sizes = self.task_sizes
+        allowed = sizes is None or (bool(sizes) and min(sizes) >= 1)
+        check(allowed, "data.task_sizes", sizes, "a list of sizes of at least 1")
+        if self.is_known:  # of other data sets nothing is known here, not even the size of images
+            self._check_sizes()
+            if self.verify and not hasattr(self.kind, "folder"):
+                msg = (
+                    f"data.verify must be false for data.name {self.name}, got true: image folders "
+                    "alone can be looked through"
+                )
+                raise ValueError(msg)
+
+    @cached_property  # asked for with every image
+    def side(self) -> int | None:
+        """Side of the decoded images of the data set in pixels, if they all have one size."""
+        facts = self.kind if self.is_known else DataSet
+        side: int | None = getattr(facts, "side", DataSet.side)
+        return side
+
+    @cached_property
+    def mode(self) -> str:
+        """Pillow's name for the channels of the images, RGB or L."""
+        facts = self.kind if self.is_known else DataSet
+        mode: str = getattr(facts, "mode", DataSet.mode)
+        return mode
+
+    def recorded(self) -> Self:
+        """The same with absolute paths, as a run records it."""
+        options = dict(self.options)
+        if isinstance(options.get("root"), str):
+            options["root"] = str(Path(options["root"]).expanduser().absolute())
+        kind, _, place = str(options.get("dataset") or "").partition("/")
+        if kind.lower() == "hfds" and place and Path(place).is_dir():
+            options["dataset"] = f"{kind}/{Path(place).absolute()}"
+        return replace(self, options=options)
+
+    def _check_sizes(self) -> None:
+        # Sizes that do not meet would only show when the first batch is stacked, or not at all.
+        size, side = self.image_size, self.resize or self.side
+        shorter = self.test_resize or side  # of evaluation images
+        images = "of several sizes" if side is None else f"{side} pixels wide"
+        unchosen = self.side != _DIGITS_SIDE and size == _DIGITS_SIDE
+        wanted = (side or 224) if unchosen else size
+        cure = f"set what the backbone reads, --data.resize {wanted} --data.image_size {wanted}"
+        one_size = "images of one size, got several; set data.resize"
+        crop = self.train_crop
+        rules = [
+            (not self.cache or side is not None, f"data.cache needs {one_size}"),
+            (
+                crop != "none" or side == size,
+                f"data.image_size must be that of the training images, which are {images}, got "
+                f"{size}; {cure}, or choose a data.train_crop",
+            ),
+            (crop != "pad" or side is not None, f"data.train_crop pad needs {one_size}"),
+            (
+                crop != "pad" or side is None or (size - side) / 2 <= self.pad < side,
+                f"data.pad must be below the side of the images, {side}, and a crop of "
+                f"data.image_size {size} must fit into {side} + 2 * pad, got {self.pad}",
+            ),
+            (
+                self.test_crop != "center" or (shorter or 0) >= size,
+                f"data.test_resize must be at least data.image_size {size} for data.test_crop "
+                f"center, got {self.test_resize} for images {images}; set it to {size}",
+            ),
+            (
+                self.test_crop != "none" or (side is not None and shorter == size),
+                f"data.image_size must be that of the evaluation images, which are {images} "
+                f"(data.test_resize {self.test_resize}), got {size}; {cure}, or cut it out by "
+                "--data.test_resize and --data.test_crop center",
+            ),
+        ]
+        for fits, msg in rules:
+            if not fits:
+                raise ValueError(msg)

@@ -1,1 +1,0 @@
-"""What is done with a finished run: predicting, evaluating and checking it again."""

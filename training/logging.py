@@ -1,0 +1,288 @@
+"""What a run shows and tells: the bar, tables for the terminal, trackers, peak memory."""
+
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from training.metrics import AccuracyMatrix, Meter
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from rich.progress import TaskID
+    from rich.table import Table
+
+_REFRESH = 0.25  # seconds between two reads of the device
+
+
+class Progress:
+    """Progress bar of a run; on a terminal live, elsewhere a line a task. Tasks count from 1.
+
+    Parameters
+    ----------
+    tasks : int
+        Tasks of the stream.
+    quiet : bool
+        Show nothing.
+    """
+
+    def __init__(self, tasks: int, *, quiet: bool = False) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+        from rich.progress import Progress as Bars
+
+        self.tasks = tasks
+        # A path may hold what rich takes for its markup.
+        self.console = Console(quiet=quiet, stderr=False, markup=False, highlight=False)
+        self._bars = Bars(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=quiet or not self.console.is_terminal,
+        )
+        self._bar: TaskID | None = None
+        self._shown = 0.0
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bars.stop()
+
+    def begin_task(self, task: int, steps: int) -> None:
+        """Open the bar of a task of so many mini-batches."""
+        title = f"task {task}/{self.tasks}"
+        self._bar = self._bars.add_task(title, total=steps, status="")
+
+    def advance(self, meter: Meter, steps: int = 1) -> None:
+        """Mini-batches are done; loss and accuracy are refreshed a few times a second."""
+        if self._bar is None:
+            return
+        now = time.monotonic()
+        if not self._bars.disable and now - self._shown > _REFRESH:
+            values = meter.read()
+            status = f"loss {values['loss']:.3f}  accuracy {100 * values['accuracy']:.1f} %"
+            self._bars.update(self._bar, status=status)
+            self._shown = now
+        self._bars.advance(self._bar, steps)
+
+    def end_task(self, task: int, accuracy: float, seconds: float) -> None:
+        """Close the bar and print the line of the task."""
+        if self._bar is not None:
+            self._bars.remove_task(self._bar)
+            self._bar = None
+        self.console.print(
+            f"task {task}/{self.tasks}: accuracy over all classes so far "
+            f"{100 * accuracy:.2f} % ({seconds:.1f} s)",
+            soft_wrap=True,
+        )
+
+    def finish(self, matrix: AccuracyMatrix, run: Path, figure: Path | None = None) -> None:
+        """Print the accuracy matrix and where everything is."""
+        table = accuracy_table(matrix)
+        if self.console.is_terminal and self.console.measure(table).minimum <= self.console.width:
+            self.console.print(table)
+        else:  # whole lines, whatever the width, for logs and pipes
+            self.console.print(plain_table(matrix), soft_wrap=True)
+        self.console.print(f"results: {run}", soft_wrap=True)
+        if figure is not None:
+            self.console.print(f"figure:  {figure}", soft_wrap=True)
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def aligned(rows: Sequence[Sequence[str]], *, left: int = 0) -> str:
+    """Rows as plain text with columns two spaces apart, the first ``left`` of them left-aligned.
+
+    Examples
+    --------
+    >>> print(aligned([["layer", "rank"], ["a", "4"], ["b.c", "16"]], left=1))
+    layer  rank
+    a         4
+    b.c      16
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        padded = [c.ljust(w) if k < left else c.rjust(w) for k, (c, w) in enumerate(cells)]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
+
+
+def accuracy_table(matrix: AccuracyMatrix, *, title: str = "Accuracy (%)") -> "Table":
+    """A `rich` table: a row a task learned, a column a task, the metrics below.
+
+    Examples
+    --------
+    >>> accuracy_table(AccuracyMatrix((1,), ((9,),), ((10,),))).row_count
+    1
+    """
+    from rich.table import Table
+
+    header, *rows = _cells(matrix)
+    table = Table(title=title, caption=_caption(matrix), header_style="bold")
+    for name in header:
+        style = "bold" if name == header[-1] else None
+        table.add_column(name, justify="right", style=style, no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def plain_table(matrix: AccuracyMatrix) -> str:
+    """The same as aligned plain text, for logs and pipes.
+
+    Examples
+    --------
+    >>> print(plain_table(AccuracyMatrix((1, 1), ((9,), (6, 4)), ((10,), (10, 5)))))
+    after task  task 1  task 2  all seen
+             1    90.0              90.0
+             2    60.0    80.0      66.7
+    last 66.67 · average 78.33 · forgetting 30.00 · backward transfer -30.00
+    """
+    return "\n".join([aligned(_cells(matrix)), _caption(matrix)])
+
+
+def markdown_table(matrix: AccuracyMatrix) -> str:
+    """The same as a Markdown table with the metrics in a line below.
+
+    Examples
+    --------
+    >>> print(markdown_table(AccuracyMatrix((1,), ((9,),), ((10,),))).splitlines()[2])
+    | 1 | 90.0 | 90.0 |
+    """
+    header, *rows = _cells(matrix)
+    rule = ["---:"] * len(header)
+    lines = ["| " + " | ".join(row) + " |" for row in (header, rule, *rows)]
+    return "\n".join([*lines, "", _caption(matrix)])
+
+
+def _cells(matrix: AccuracyMatrix) -> list[list[str]]:
+    """Header and rows in per cent: task learned, accuracy on each task, accuracy on all seen."""
+    tasks = len(matrix)
+    rows = [["after task", *(f"task {j + 1}" for j in range(tasks)), "all seen"]]
+    for i, (row, seen) in enumerate(zip(matrix.matrix, matrix.curve, strict=True)):
+        blanks = [""] * (tasks - len(row))
+        rows.append([str(i + 1), *(f"{100 * a:.1f}" for a in row), *blanks, f"{100 * seen:.1f}"])
+    return rows
+
+
+def _caption(matrix: AccuracyMatrix) -> str:
+    return (
+        f"last {100 * matrix.last:.2f} · average {100 * matrix.average:.2f} · "
+        f"forgetting {100 * matrix.forgetting:.2f} · "
+        f"backward transfer {100 * matrix.backward_transfer:+.2f}"
+    )
+
+
+# --- trackers -------------------------------------------------------------------------------------
+
+
+def require_tracker(name: str) -> None:
+    """Refuse a tracker that Accelerate does not know, or whose package is not installed.
+
+    Raises
+    ------
+    ValueError
+        Says what is known, or what to install; Accelerate would go on without the tracker.
+    """
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    known = sorted(kind.value for kind in LoggerType if kind.value != "all")
+    if name not in known:
+        msg = f"tracker must be one of {', '.join(known)}, got {name!r}"
+        raise ValueError(msg)
+    if name not in {str(getattr(kind, "value", kind)) for kind in get_available_trackers()}:
+        msg = f"the tracker {name} is not installed: pip install {name}"
+        raise ValueError(msg)
+
+
+def start_tracker(accelerator: "Accelerator", settings: Mapping[str, Any], run: Path) -> None:
+    """Open the tracker that the accelerator was made for, and give it the settings of the run."""
+    accelerator.project_configuration.project_dir = str(run)
+    accelerator.project_configuration.logging_dir = str(run)
+    # Trackers take numbers, truth values and text.
+    plain = {
+        name: value if isinstance(value, bool | int | float | str) else str(value)
+        for name, value in settings.items()
+    }
+    accelerator.init_trackers("loda", config=plain)
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+_PROCESS = Path("/proc/self")
+
+
+def reset_peak(device: "torch.device") -> None:
+    """Begin to measure; what was in use before counts from what is left of it now."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+    # Only Linux can start anew (proc(5), clear_refs); a container may forbid it.
+    with suppress(OSError):
+        (_PROCESS / "clear_refs").write_text("5\n", encoding="ascii")
+
+
+def peak_memory(device: "torch.device") -> dict[str, int]:
+    """Bytes at most in use since `reset_peak`.
+
+    Returns
+    -------
+    dict of str to int
+        ``process``: resident memory of this process, without its loaders' workers; where the
+        system cannot start anew, the most since the process began, and absent where it does not
+        tell at all. ``device``: memory that torch had allocated on a CUDA device.
+
+    Examples
+    --------
+    >>> import torch
+    >>> "device" in peak_memory(torch.device("cpu"))
+    False
+    """
+    peak = {}
+    resident = _resident()
+    if resident is not None:
+        peak["process"] = resident
+    if device.type == "cuda":
+        import torch
+
+        peak["device"] = torch.cuda.max_memory_allocated(device)
+    return peak
+
+
+def _resident() -> int | None:
+    with suppress(OSError):
+        status = (_PROCESS / "status").read_text(encoding="utf-8")
+        if line := re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE):
+            return 1024 * int(line[1])
+    with suppress(ImportError):
+        import resource  # not on Windows
+
+        largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return largest if sys.platform == "darwin" else 1024 * largest
+    return None

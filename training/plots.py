@@ -1,0 +1,505 @@
+"""Figures as PNG or SVG files: accuracies over tasks, curves with bands, intervals, heat maps.
+
+The same numbers give the same bytes: no date, version or random name gets into a file. Nothing here
+loads matplotlib before a figure is drawn.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from pathlib import Path
+from statistics import fmean, stdev
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from training.run_dir import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from training.metrics import AccuracyMatrix
+
+# Okabe and Ito's colours, told apart with any kind of colour vision. Their yellow is too pale on
+# white; a grey takes its place.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8C8C8C")
+_MARKERS = "osD^vPX<>"
+_DASHES = ("-", "--", "-.", ":")  # for prints without colour
+_DPI = 150
+_WIDTH, _HEIGHT = 5.4, 3.1  # inches of a panel: legible when a phone shows the whole width
+_LEGEND = 64  # letters in a line of the legend
+_TASK_TICKS = 12
+_END_LABELS = 16
+_MATRIX_TICKS = 20
+_ANNOTATED = 20  # tasks up to which every cell of a heat map shows its number
+
+
+class Curve(NamedTuple):
+    """A curve of a panel.
+
+    Attributes
+    ----------
+    label : str
+        Its name in the legend; curves of one label in several panels share an entry.
+    x, centre : sequence of float
+        Places and values.
+    low, high : sequence of float
+        Edges of the band; empty for none.
+    style : int
+        Number of its colour, marker and dashes.
+    line : bool
+        Join the points.
+    """
+
+    label: str
+    x: Sequence[float]
+    centre: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    style: int = 0
+    line: bool = True
+
+
+class Panel(NamedTuple):
+    """A pair of axes.
+
+    Attributes
+    ----------
+    curves : sequence of Curve
+        At least one.
+    x, y : str
+        Names of the axes, with their units.
+    title : str
+        A line above.
+    ends : str
+        Format of the last value, written beside the end of each curve; none if empty.
+    whole : bool
+        The places are whole numbers, such as tasks.
+    log : bool
+        Logarithmic values.
+    level : float or None
+        Value at which a thin line crosses the panel.
+    """
+
+    curves: Sequence[Curve]
+    x: str
+    y: str
+    title: str = ""
+    ends: str = ""
+    whole: bool = True
+    log: bool = False
+    level: float | None = None
+
+
+class Interval(NamedTuple):
+    """A difference and the ends of its interval; they are NaN where there is none."""
+
+    mean: float
+    low: float = float("nan")
+    high: float = float("nan")
+
+
+def spread_curves(
+    values: Mapping[str, Sequence[Sequence[float]]], *, scale: float = 1.0, first: int = 1
+) -> list[Curve]:
+    """Mean over seeds with a band of one sample standard deviation, a curve a name.
+
+    Parameters
+    ----------
+    values : mapping of str to sequence of sequences
+        Name -> one list a seed, of equal lengths. A name without seeds gives no curve, and no
+        other curve takes its style.
+    scale : float
+        Factor of the values; 100 turns fractions into per cent.
+    first : int
+        Place of the first value. A single value, as of a method that learns all at once, is put
+        at the last place of the longest curve.
+
+    Raises
+    ------
+    ValueError
+        If the lists of one name are empty or differ in length.
+
+    Examples
+    --------
+    >>> (curve,) = spread_curves({"loda": [[90.0, 70.0], [94.0, 74.0]]})
+    >>> curve.label, list(curve.x), curve.centre
+    ('loda (n = 2)', [1, 2], [92.0, 72.0])
+    """
+    for name, seeds in values.items():
+        lengths = [len(seed) for seed in seeds]
+        if seeds and (0 in lengths or len(set(lengths)) > 1):
+            msg = f"the curves of {name!r} must have one length of at least 1, got {lengths}"
+            raise ValueError(msg)
+    longest = max((len(seeds[0]) for seeds in values.values() if seeds), default=0)
+    curves = []
+    for style, (name, seeds) in enumerate(values.items()):
+        if not seeds:
+            continue
+        columns = [[scale * x for x in column] for column in zip(*seeds, strict=True)]
+        mean = [fmean(column) for column in columns]
+        deviations = [stdev(column) for column in columns] if len(seeds) > 1 else []
+        start = first if len(mean) > 1 else first + longest - 1
+        curves.append(
+            Curve(
+                f"{name} (n = {len(seeds)})" if len(seeds) > 1 else name,
+                range(start, start + len(mean)),
+                mean,
+                [m - s for m, s in zip(mean, deviations, strict=False)],
+                [m + s for m, s in zip(mean, deviations, strict=False)],
+                style,
+            )
+        )
+    return curves
+
+
+def line_figure(panels: Sequence[Panel], path: str | os.PathLike[str], *, title: str = "") -> Path:
+    """Draw panels one above the other with one legend; returns the path.
+
+    Parameters
+    ----------
+    panels : sequence of Panel
+        At least one, each with at least one curve.
+    path : path
+        A PNG or SVG file; written whole or not at all.
+    title : str
+        A line above.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to draw.
+    """
+    if not panels or not all(panel.curves for panel in panels):
+        msg = "a figure must have at least one panel, and each panel at least one curve"
+        raise ValueError(msg)
+    labels = {curve.label: curve.style for panel in panels for curve in panel.curves}
+    wrapped = {label: wrap(label, _LEGEND) or [""] for label in labels}
+    widest = max(len(line) for lines in wrapped.values() for line in lines)
+    # The sample of a line takes the room of some ten letters.
+    columns = min(max(_LEGEND // (widest + 10), 1), 3)
+    legend = 0.3 + 0.2 * -(-sum(map(len, wrapped.values())) // columns)
+    figure = _new_figure(_WIDTH, _HEIGHT * len(panels) + legend)
+    grid = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for axes, panel in zip(grid, panels, strict=True):
+        _draw_panel(axes, panel)
+    handles = {h.get_label(): h for axes in grid for h in axes.get_lines()}
+    figure.legend(
+        [handles[_plain(label)] for label in labels],
+        [_plain("\n".join(lines)) for lines in wrapped.values()],
+        loc="outside lower center", ncols=columns, frameon=False, fontsize=8, handlelength=3,
+    )  # fmt: skip
+    return _save(figure, path, title)
+
+
+def interval_figure(
+    series: Mapping[str, Mapping[str, Interval]],
+    path: str | os.PathLike[str],
+    *,
+    x: str,
+    title: str = "",
+) -> Path:
+    """Draw differences as points with intervals, the first name at the top; returns the path.
+
+    Parameters
+    ----------
+    series : mapping of str to mapping of str to Interval
+        What is compared, such as backbones, and in it the differences by name.
+    path : path
+        A PNG or SVG file; written whole or not at all.
+    x : str
+        What the differences are, with their unit.
+    title : str
+        A line above.
+
+    Raises
+    ------
+    ValueError
+        If there is no difference.
+    """
+    names = list(dict.fromkeys(name for differences in series.values() for name in differences))
+    if not names:
+        msg = "a figure of intervals must have at least one difference, got none"
+        raise ValueError(msg)
+    # The axis and its name, a line for each name and series, a line of the legend for each series.
+    height = 1.1 + 0.22 * len(names) * max(len(series), 1.4) + 0.2 * len(series)
+    figure = _new_figure(_WIDTH, height)
+    axes = figure.subplots()
+    for number, (label, differences) in enumerate(series.items()):
+        style = line_style(number) | {"ls": "none", "ms": 5}
+        shift = (number - (len(series) - 1) / 2) * 0.7 / len(series)
+        places = [names.index(name) + shift for name in differences]
+        for place, value in zip(places, differences.values(), strict=True):
+            if isfinite(value.low) and isfinite(value.high):
+                axes.plot([value.low, value.high], [place] * 2, color=style["color"], lw=1.6)
+        centres = [value.mean for value in differences.values()]
+        axes.plot(centres, places, label=_plain(label), **style)
+    axes.axvline(0, color="#555555", lw=0.8, zorder=0)
+    axes.set_yticks(range(len(names)), [_shorten(name, 34) for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel(x)
+    _open_frame(axes, grid="x")
+    if len(series) > 1:
+        figure.legend(loc="outside lower center", frameon=False, fontsize=8)
+    return _save(figure, path, title)
+
+
+def accuracy_figure(
+    matrix: "AccuracyMatrix",
+    path: str | os.PathLike[str],
+    *,
+    title: str = "",
+    task_labels: Sequence[str] | None = None,
+) -> Path:
+    """Draw the accuracy matrix beside the accuracy over tasks; returns the path.
+
+    Parameters
+    ----------
+    matrix : AccuracyMatrix
+        At least one task.
+    path : path
+        A PNG or SVG file; written whole or not at all.
+    title : str
+        A line above both parts.
+    task_labels : sequence of str, optional
+        One label a task, for instance the names of its classes; by default 1 ... T.
+
+    Raises
+    ------
+    ValueError
+        For an empty matrix or a wrong number of labels.
+    """
+    tasks = len(matrix)
+    if not tasks:
+        msg = "an accuracy matrix must have at least one task to be drawn, got none"
+        raise ValueError(msg)
+    if task_labels is not None and len(task_labels) != tasks:
+        msg = f"there must be one label a task, got {len(task_labels)} for {tasks} tasks"
+        raise ValueError(msg)
+    names = [_shorten(label, 18) for label in task_labels or map(str, range(1, tasks + 1))]
+    side = _matrix_side(tasks)
+    below = 0.4 + 0.075 * max(len(name) for name in names) if _tilted(names) else 0.0
+    figure = _new_figure(side + 2.3 + 4.8, side + 1.1 + below)
+    left, right = figure.subplots(1, 2, width_ratios=[side + 1.6, 4.6])
+    _draw_matrix(left, matrix.matrix, names)
+    _draw_accuracies(right, matrix)
+    return _save(figure, path, title)
+
+
+def matrix_figure(
+    rows: Sequence[Sequence[float]], path: str | os.PathLike[str], *, title: str = ""
+) -> Path:
+    """Draw accuracies a[i][j] in [0, 1], j up to i, as a heat map; returns the path.
+
+    Parameters
+    ----------
+    rows : sequence of sequences of float
+        Row i holds i + 1 accuracies.
+    path : path
+        A PNG or SVG file.
+    title : str
+        A line above.
+
+    Raises
+    ------
+    ValueError
+        For no rows, or rows of other lengths.
+    """
+    lengths = [len(row) for row in rows]
+    if not rows or lengths != list(range(1, len(rows) + 1)):
+        msg = f"the rows of an accuracy matrix must have 1, 2, ... entries, got {lengths}"
+        raise ValueError(msg)
+    side = _matrix_side(len(rows))
+    figure = _new_figure(side + 2.1, side + 1.2)
+    _draw_matrix(figure.subplots(), rows, [str(j + 1) for j in range(len(rows))])
+    return _save(figure, path, title)
+
+
+def line_style(number: int) -> dict[str, Any]:
+    """Colour, marker and dashes of a curve; 36 of them differ even without their colour.
+
+    Examples
+    --------
+    >>> line_style(1)["marker"], line_style(1)["ls"]
+    ('s', '--')
+    """
+    return {
+        "color": _COLOURS[number % len(_COLOURS)],
+        "marker": _MARKERS[number % len(_MARKERS)],
+        "ls": _DASHES[number % len(_DASHES)],
+        "ms": 5,
+        "lw": 1.8,
+    }
+
+
+def _draw_panel(axes: "Axes", panel: Panel) -> None:
+    for curve in panel.curves:
+        style = line_style(curve.style)
+        if not curve.line:
+            style |= {"ls": "none", "ms": 8}
+        axes.plot(curve.x, curve.centre, label=_plain(curve.label), **style)
+        if curve.low:
+            axes.fill_between(
+                curve.x, curve.low, curve.high, color=style["color"], alpha=0.16, lw=0
+            )
+    if panel.log:
+        _log_scale(axes)
+    if panel.level is not None:
+        axes.axhline(panel.level, color="#555555", lw=0.8, zorder=0)
+    first = min(min(curve.x) for curve in panel.curves)
+    last = max(max(curve.x) for curve in panel.curves)
+    if panel.ends:
+        ends = [(c.centre[-1], line_style(c.style)["color"]) for c in panel.curves]
+        _label_ends(axes, last, ends, panel.ends)
+    if panel.whole:
+        _whole_numbers(axes, int(first), int(last), room=bool(panel.ends))
+    axes.set_xlabel(panel.x)
+    axes.set_ylabel(panel.y)
+    axes.set_title(_plain(panel.title), fontsize=10)
+    _open_frame(axes, grid="y")
+
+
+def _draw_matrix(axes: "Axes", rows: Sequence[Sequence[float]], names: Sequence[str]) -> None:
+    tasks = len(rows)
+    grid = [[*(100 * a for a in row), *[float("nan")] * (tasks - len(row))] for row in rows]
+    image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=100, aspect="equal")
+    if tasks <= _ANNOTATED:
+        size = 10 if tasks <= 10 else 7
+        for i, row in enumerate(rows):
+            for j, accuracy in enumerate(row):
+                colour = "black" if accuracy > 0.55 else "white"  # on a light or a dark cell
+                text = f"{100 * accuracy:.0f}"
+                axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=size)
+    ticks = range(0, tasks, -(-tasks // _MATRIX_TICKS))
+    tilted = _tilted(names)
+    axes.set_xticks(
+        ticks, [names[t] for t in ticks], fontsize=9, rotation_mode="anchor",
+        rotation=40 if tilted else 0, ha="right" if tilted else "center",
+    )  # fmt: skip
+    axes.set_yticks(ticks, [str(t + 1) for t in ticks], fontsize=9)
+    if not tilted:  # names of classes need no explanation
+        axes.tick_params(axis="x", pad=10)
+        axes.set_xlabel("evaluated on the classes of task")
+    axes.tick_params(length=0)
+    axes.set_ylabel("after learning task")
+    axes.set_title("Accuracy by task (%)", fontsize=11)
+    axes.spines[:].set_visible(False)
+    figure = axes.get_figure()
+    if figure is not None:
+        figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03).outline.set_visible(False)
+
+
+def _draw_accuracies(axes: "Axes", matrix: "AccuracyMatrix") -> None:
+    x = range(1, len(matrix) + 1)
+    seen = [100 * accuracy for accuracy in matrix.curve]
+    new = [100 * row[-1] for row in matrix.matrix]
+    axes.plot(x, seen, color=_COLOURS[0], marker="o", ms=5, lw=2, label="all classes seen")
+    axes.plot(
+        x, new, color=_COLOURS[1], marker="s", ms=4, lw=1.2, ls="--", label="task just learned"
+    )
+    axes.set_ylim(0, 104)
+    _label_ends(axes, len(x), [(seen[-1], _COLOURS[0])], ".1f")
+    _whole_numbers(axes, 1, len(x), room=True)
+    axes.set_xlabel("tasks learned")
+    axes.set_ylabel("accuracy (%)")
+    _open_frame(axes, grid="y")
+    axes.legend(frameon=False, fontsize=9)
+    axes.set_title(
+        f"last {100 * matrix.last:.1f} · average {100 * matrix.average:.1f} · "
+        f"forgetting {100 * matrix.forgetting:.1f}",
+        fontsize=11,
+    )
+
+
+def _matrix_side(tasks: int) -> float:
+    """Side of a square heat map, in inches."""
+    return min(max(0.4 * tasks, 3.0), 7.5)
+
+
+def _tilted(names: Sequence[str]) -> bool:
+    """Whether the labels of tasks are too long to stand side by side."""
+    return max(len(name) for name in names) > 3
+
+
+def _log_scale(axes: "Axes") -> None:
+    """Decades, with plain numbers beside the ticks."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _whole_numbers(axes: "Axes", low: int, high: int, *, room: bool) -> None:
+    """Whole numbers along the bottom; room on the right for the values at the ends of curves."""
+    axes.set_xticks(range(low, high + 1, -(-(high - low + 1) // _TASK_TICKS)))
+    width = max(high - low, 1)
+    axes.set_xlim(low - 0.06 * width, high + (0.14 if room else 0.06) * width)
+
+
+def _label_ends(axes: "Axes", last: float, ends: Sequence[tuple[float, str]], form: str) -> None:
+    """Write each curve's last value at its end, moved apart where they would overlap."""
+    if len(ends) > _END_LABELS:  # they would need more room than the curves
+        return
+    low, high = axes.get_ylim()
+    gap = 0.06 * max(high - low, 1e-9)
+    placed = -float("inf")
+    for value, colour in sorted(ends):
+        placed = max(value, placed + gap)
+        axes.annotate(
+            f"{value:{form}}", (last, placed), xytext=(8, 0), textcoords="offset points",
+            va="center", color=colour, fontsize=9, fontweight="bold", annotation_clip=False,
+        )  # fmt: skip
+
+
+def _open_frame(axes: "Axes", *, grid: Literal["x", "y"]) -> None:
+    """A faint grid along one axis, and no frame at the top and on the right."""
+    axes.grid(axis=grid, color="#dddddd", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _plain(text: str) -> str:
+    """Text as it is: matplotlib would read what stands between two dollars as a formula."""
+    return text.replace("$", r"\$")
+
+
+def _shorten(label: str, width: int) -> str:
+    """A label of at most so many letters, ready to be drawn."""
+    return _plain(label if len(label) <= width else label[: width - 1] + "…")
+
+
+def _new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of a size in inches."""
+    # Imported here so that a run without figures, or `loda --help`, does not load matplotlib.
+    # The object interface with its own Agg canvas leaves the caller's pyplot state alone.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: "Figure", path: str | os.PathLike[str], title: str) -> Path:
+    """Write a figure under its title as PNG or SVG, by the ending of the path."""
+    from matplotlib import rc_context
+
+    target = Path(path)
+    kind = target.suffix.lower().removeprefix(".")
+    if kind not in {"png", "svg"}:
+        msg = f"the path of a figure must end in .png or .svg, got {target}"
+        raise ValueError(msg)
+    if title:
+        figure.suptitle(_plain(title), fontsize=12)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Without version, date and random names the file depends on the numbers alone.
+    unnamed: dict[str, Any] = {"Software": None}
+    if kind == "svg":
+        unnamed = {"Date": None, "Creator": None}
+    with rc_context({"svg.hashsalt": "loda"}):
+        write_atomically(
+            target, lambda file: figure.savefig(file, format=kind, dpi=_DPI, metadata=unnamed)
+        )
+    return target

@@ -1,1 +1,0 @@
-"""The recipe that drew and trained the small backbone in ``training/weights``."""

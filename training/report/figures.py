@@ -1,0 +1,396 @@
+"""Which figures a section of a report has, each with what it shows in words."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+import pandas as pd
+
+from training.plots import (
+    Curve,
+    Interval,
+    Panel,
+    interval_figure,
+    line_figure,
+    matrix_figure,
+    spread_curves,
+)
+from training.report.runs import Run, Section
+from training.report.tables import (
+    in_two,
+    lead_texts,
+    leads,
+    of_readout,
+    reference,
+    shared_parts,
+    shared_readouts,
+    signed,
+)
+
+_AGES = {"old": "old tasks", "new": "the new task", "accuracy": "all classes seen"}
+_SUBSPACES = {"null": "null space of the old tasks", "isolated": "isolated subspace of LoDA"}
+_MARKS = {"recalibrated": "recalibrated", "merged": "merged, both branches"}
+_AMONG = {"own": "among the classes of the image's own task", "seen": "among all classes seen"}
+_ACCURACY = "accuracy over all classes seen (%)"
+_BAND = "Mean over seeds; the band is one sample standard deviation."
+_JOINT = "A method that learns all tasks at once is a single point."
+
+
+class Drawing(NamedTuple):
+    """A figure to be drawn.
+
+    Attributes
+    ----------
+    name : str
+        What its file is called, before that is made a file name.
+    title, caption : str
+        What it is, and how to read it.
+    alt : str
+        What it shows, in words.
+    draw : callable
+        Draws it to a path.
+    folded : bool
+        The page shows it when it is asked for: there is one for every method.
+    """
+
+    name: str
+    title: str
+    caption: str
+    alt: str
+    draw: Callable[[Path], Path]
+    folded: bool = False
+
+
+def drawings(
+    section: Section, *, against: str | None = None, baseline: str | None = None
+) -> Iterator[Drawing]:
+    """Every figure that the runs of a section allow.
+
+    Parameters
+    ----------
+    section : Section
+        What is compared.
+    against, baseline : str, optional
+        Labels: whose lead is given, and relative to whom accuracies are drawn; by default a method
+        without LoDA's ideas, ``seq_lora`` or ``frozen``, if there is one.
+    """
+    yield from _lead(section, reference(section, against))
+    for kind in section.readouts:
+        curves = _curves(section, of_readout(section.task_measures, kind), "accuracy")
+        ends = [
+            f"{label} {fmean(seed[-1] for seed in seeds):.1f} per cent"
+            for label, seeds in curves.items()
+            if seeds
+        ]
+        panel = Panel(
+            spread_curves(curves), "tasks learned", "accuracy over all classes seen (%)", ends=".1f"
+        )
+        yield Drawing(
+            f"accuracy-{kind}",
+            f"Accuracy over tasks, read-out {kind}",
+            f"Accuracy over all classes seen so far. {_BAND} {_JOINT}",
+            f"Lines of accuracy over the tasks learned. At the end: {', '.join(ends)}.",
+            partial(line_figure, [panel]),
+        )
+    yield from _relative(section, baseline or _baseline(section, against))
+    yield from _forgetting(section)
+    yield from _costs(section)
+    yield from _matrices(section)
+    for label in section.fresh:
+        yield from analysis_drawings(label, section.groups[label])
+
+
+def side_drawings(sections: Sequence[Section], against: str | None = None) -> Iterator[Drawing]:
+    """Leads with their intervals, a figure for each part of the sweeps."""
+    for part, columns in shared_parts(sections).items():
+        kind = shared_readouts(columns.values())[0]
+        shared = in_two(section.groups for section in columns.values())
+        series = {}
+        for name, section in columns.items():
+            first = reference(section, against)
+            found = leads(of_readout(section.measures, kind), first, "last")
+            found = found.loc[[label for label in shared if label in found.index]]
+            if len(found):
+                series[f"{name} ({first})"] = found
+        if len(series) > 1:
+            yield _leads_drawing(
+                f"side-by-side {part}",
+                f"Lead by backbone or data{f' ({part})' if part else ''}, read-out {kind}",
+                "Last accuracy of the method in brackets minus that of the method beside the line, "
+                "paired over seeds on the same data and backbone: mean, and 95 % interval of "
+                "Student's t. A single pair has no interval.",
+                series,
+            )
+
+
+def comparison_figure(sections: Sequence[Section], path: str | os.PathLike[str]) -> Path:
+    """Draw accuracy over tasks of every method, by the primary read-out of each run.
+
+    Parameters
+    ----------
+    sections : sequence of Section
+        What is compared.
+    path : path
+        A PNG or SVG file; written whole or not at all.
+    """
+    alone = len({section.base for section in sections}) == 1
+    curves = {
+        label if alone else f"{label}, {section.base}": [run.matrix.curve for run in runs]
+        for section in sections
+        for label, runs in section.groups.items()
+    }
+    panel = Panel(spread_curves(curves, scale=100), "tasks learned", _ACCURACY, ends=".1f")
+    return line_figure([panel], path, title="Accuracy over all classes seen")
+
+
+def _curves(section: Section, rows: pd.DataFrame, column: str) -> dict[str, list[list[float]]]:
+    """A column over tasks, a list a run, by label; a run that lacks part of it is left out.
+
+    There is an entry for every label of the report, so that a method has one colour in all of it.
+    """
+    curves: dict[str, list[list[float]]] = {label: [] for label in section.labels}
+    for (label, _), values in rows.groupby(["group", "run"], sort=False)[column]:
+        if values.notna().all():
+            curves[label].append(values.tolist())
+    return curves
+
+
+def _lead(section: Section, first: str | None) -> Iterator[Drawing]:
+    kind = section.readouts[0]
+    found = leads(of_readout(section.measures, kind), first, "last")
+    if first is not None and len(found):
+        yield _leads_drawing(
+            "lead",
+            f"Lead of {first}, read-out {kind}",
+            f"Last accuracy of {first} minus that of the method beside the line, paired over "
+            "seeds: mean, and 95 % interval of Student's t.",
+            {first: found},
+        )
+
+
+def _leads_drawing(
+    name: str, title: str, caption: str, series: Mapping[str, pd.DataFrame]
+) -> Drawing:
+    points = {
+        name: {label: Interval(*row[:3]) for label, *row in found.itertuples()}
+        for name, found in series.items()
+    }
+    words = [
+        f"{name} over " + ", ".join(map(" ".join, zip(found.index, lead_texts(found), strict=True)))
+        for name, found in series.items()
+    ]
+    draw = partial(interval_figure, points, x="lead, last accuracy (points)")
+    return Drawing(name, title, caption, f"Points with intervals. {'; '.join(words)}.", draw)
+
+
+def _relative(section: Section, baseline: str | None) -> Iterator[Drawing]:
+    kind = section.readouts[0]
+    rows = of_readout(section.task_measures, kind)
+    base = rows[rows["group"] == baseline]
+    if not (base["tasks"] > 1).any():
+        return
+    pair = ["seed", "order", "tasks", "task"]
+    both = rows[rows["group"] != baseline].merge(base, on=pair, suffixes=("", "_base"))
+    panels = []
+    for age, words in _AGES.items():
+        both["difference"] = both[age] - both[f"{age}_base"]
+        # Before the second task there is no old one.
+        first = 2 if age == "old" else 1
+        curves = spread_curves(
+            _curves(section, both[both["task"] >= first], "difference"), first=first
+        )
+        if not curves:
+            return
+        panels.append(Panel(curves, "tasks learned", "difference (points)", f"On {words}", level=0))
+    ends = [
+        f"{panel.title.lower()} "
+        + ", ".join(f"{curve.label} {signed(curve.centre[-1])}" for curve in panel.curves)
+        for panel in panels
+    ]
+    yield Drawing(
+        "relative",
+        f"Accuracy relative to {baseline}, read-out {kind}",
+        f"Accuracy minus that of {baseline} with the same seed, on the old tasks, the task just "
+        f"learned and all classes seen. {_BAND} The paper's figure 4.",
+        f"Three panels of accuracy differences to {baseline} over the tasks learned. At the end: "
+        f"{'; '.join(ends)}.",
+        partial(line_figure, panels),
+    )
+
+
+def _baseline(section: Section, against: str | None) -> str | None:
+    usual = [name for name in ("seq_lora", "frozen") if name in section.groups]
+    ours = reference(section, against)
+    others = [k for k, runs in section.groups.items() if k != ours and runs[0].tasks > 1]
+    return next(iter([*usual, *others]), None)
+
+
+def _forgetting(section: Section) -> Iterator[Drawing]:
+    rows = section.task_measures
+    rows = rows[rows["primary"] & (rows["task"] < rows["tasks"])]
+    curves = spread_curves(_curves(section, rows, "forgetting"))
+    if curves:
+        means = ", ".join(f"{curve.label} {fmean(curve.centre):.1f}" for curve in curves)
+        yield Drawing(
+            "forgetting",
+            "Forgetting by task",
+            "Best accuracy that a task ever had, less the accuracy at the end; each method with "
+            f"its primary read-out. {_BAND}",
+            f"Lines of forgetting by task. Mean over tasks: {means}.",
+            partial(line_figure, [Panel(curves, "task", "forgetting (points)", level=0)]),
+        )
+
+
+def _costs(section: Section) -> Iterator[Drawing]:
+    rows = section.task_measures[section.task_measures["primary"]]
+    columns = {
+        "time (s)": "seconds",
+        "peak memory (MiB)": "memory_mib",
+        "peak GPU memory (MiB)": "gpu_memory_mib",
+    }
+    curves = {unit: spread_curves(_curves(section, rows, c)) for unit, c in columns.items()}
+    panels = [Panel(drawn, "task", unit) for unit, drawn in curves.items() if drawn]
+    if panels:
+        yield Drawing(
+            "costs",
+            "Time and memory a task",
+            f"{_BAND} {_JOINT}",
+            f"Panels of {' and '.join(panel.y for panel in panels)} by task.",
+            partial(line_figure, panels),
+        )
+
+
+def _matrices(section: Section) -> Iterator[Drawing]:
+    for label in section.fresh:
+        runs = section.groups[label]
+        if runs[0].tasks < 2:
+            continue
+        mean = [
+            [fmean(cells) for cells in zip(*rows, strict=True)]
+            for rows in zip(*(run.matrix.matrix for run in runs), strict=True)
+        ]
+        last = ", ".join(f"{100 * x:.0f}" for x in mean[-1])
+        yield Drawing(
+            f"matrix-{label}",
+            f"Accuracy matrix of {label}, read-out {runs[0].readout}",
+            "Row: after learning a task; column: on the classes of a task. Mean over seeds.",
+            f"Heat map of accuracies. Last row, by task: {last} per cent.",
+            partial(matrix_figure, mean),
+            folded=True,
+        )
+
+
+def analysis_drawings(label: str, runs: Sequence[Run]) -> Iterator[Drawing]:
+    """What happens inside LoDA, from the analyses of the runs of a group."""
+    energies = pd.DataFrame([row for run in runs for row in run.energies])
+    if len(energies):
+        yield from _ratios(label, energies)
+        yield from _energies(label, energies)
+    losses = pd.DataFrame([row for run in runs for row in run.losses])
+    for number, rows in losses.groupby("task") if len(losses) else ():
+        yield _losses(label, number, rows)
+
+
+def _ratios(label: str, energies: pd.DataFrame) -> Iterator[Drawing]:
+    curves = [
+        curve
+        for style, (name, title) in enumerate(_SUBSPACES.items())
+        for curve in [_by_layer(energies, name, "ratio", title, style)]
+        if curve.x
+    ]
+    if not curves:  # old tasks have no energy anywhere
+        return
+    drawn = energies[energies["subspace"].isin(_SUBSPACES)]
+    missing = " Left out: layers and tasks where old tasks have no energy."
+    yield Drawing(
+        f"ratio-{label}",
+        f"Energy ratio of the null space and of the isolated subspace, {label}",
+        "Relative energy on the new task over that on the old tasks: 1 where both use the "
+        "directions alike. Median over tasks and seeds; the band is from the smallest to the "
+        f"largest.{missing if drawn['ratio'].isna().any() else ''} The paper's figure 2.",
+        f"Energy ratio by layer. {_medians(curves)}",
+        partial(line_figure, [Panel(curves, "layer", "energy ratio r(U)", log=True, level=1)]),
+    )
+
+
+def _energies(label: str, energies: pd.DataFrame) -> Iterator[Drawing]:
+    subspaces = [n for n in ("general", "isolated") if n in set(energies["subspace"])]
+    panels = []
+    for measure, y in (
+        ("magnitude", "projection magnitude (rms)"),
+        ("energy", "relative energy"),
+    ):
+        lines = [(name, age) for name in subspaces for age in ("new", "old")]
+        curves = [
+            _by_layer(energies, name, f"{age}_{measure}", f"{name}, {age} task inputs", style)
+            for style, (name, age) in enumerate(lines)
+        ]
+        panels.append(Panel([curve for curve in curves if curve.x], "layer", y))
+    if not all(panel.curves for panel in panels):  # null space alone, as of null_lora
+        return
+    yield Drawing(
+        f"energy-{label}",
+        f"Projection magnitude and relative energy of the branches, {label}",
+        "Root mean square length of a token's projection on the directions of a branch, and its "
+        "share of all energy, on inputs of the new and of the old tasks. Median over tasks and "
+        "seeds; the band is from the smallest to the largest. The paper's figure 5.",
+        f"Two panels by layer. Relative energy: {_medians(panels[1].curves)}",
+        partial(line_figure, panels),
+    )
+
+
+def _by_layer(energies: pd.DataFrame, subspace: str, measure: str, label: str, style: int) -> Curve:
+    """A measure of a subspace over the layers: median over tasks and seeds, smallest to largest."""
+    places = {layer: place for place, layer in enumerate(energies["layer"].unique(), 1)}
+    rows = energies[energies["subspace"] == subspace].dropna(subset=measure)
+    found = rows.groupby("layer", sort=False)[measure].agg(["median", "min", "max"])
+    x = [places[layer] for layer in found.index]
+    centre, low, high = (found[name].tolist() for name in ("median", "min", "max"))
+    return Curve(label, x, centre, low, high, style)
+
+
+def _medians(curves: Sequence[Curve]) -> str:
+    parts = [f"{c.label} from {min(c.centre):.3g} to {max(c.centre):.3g}" for c in curves]
+    return "; ".join(parts) + "."
+
+
+def _losses(label: str, number: int, rows: pd.DataFrame) -> Drawing:
+    """Losses of one task along the step."""
+    # Runs that were analysed at other steps cannot be averaged with the first one.
+    steps = rows["steps"].iloc[0]
+    alike = rows[[own == steps for own in rows["steps"]]]
+    missing = (len(rows) - len(alike)) // 4  # a run has four curves
+    left_out = f" Left out: {missing} analysed at other steps." if missing else ""
+    panels = []
+    for among, title in _AMONG.items():
+        found = {
+            age: alike[(alike["among"] == among) & (alike["age"] == age)] for age in ("old", "new")
+        }
+        seeds = {"old tasks": [*found["old"]["losses"]], "new task": [*found["new"]["losses"]]}
+        curves = [curve._replace(x=steps) for curve in spread_curves(seeds)]
+        for style, (mark, words) in enumerate(_MARKS.items(), 2):
+            for own in (found["old"], found["new"]):
+                points = [marks[mark] for marks in own["marks"] if mark in marks]
+                if points:
+                    x, y = ([fmean(values)] for values in zip(*points, strict=True))
+                    curves.append(Curve(words, x, y, style=style, line=False))
+        panels.append(Panel(curves, "step α", "CosFace loss", title, whole=False))
+    ends = [
+        f"{c.label}, {panel.title}: {c.centre[0]:.3g} at 0, {c.centre[-1]:.3g} at {steps[-1]:g}."
+        for panel in panels
+        for c in panel.curves
+        if c.line
+    ]
+    return Drawing(
+        f"loss-{label}-task{number}",
+        f"Loss along the general direction, {label}, task {number}",
+        "Mean loss of evaluation images at W + α·w·BA of the general branch, from the weights W "
+        "before the task (α = 0) past the trained branch (α = 1); heads as after the task. Marked: "
+        "the recalibrated general branch, and the model as merged with both branches, above the "
+        f"nearest point of the line.{left_out} The paper's figure 3.",
+        f"Two panels of the loss of old and of new tasks along the update. {' '.join(ends)}",
+        partial(line_figure, panels),
+    )

@@ -1,0 +1,687 @@
+"""The folder of a run: names of its files, writing that a crash cannot spoil, the log, the lock.
+
+Nothing here loads torch before tensors are written or read.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import time
+import weakref
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from training.config import Experiment, as_recorded, dump_experiment, read_experiment
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there the folder is not guarded
+    fcntl = None  # type: ignore[assignment]
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG, CLASSES, ENVIRONMENT = "config.yaml", "classes.json", "environment.json"
+METRICS, SUMMARY, FIGURE = "metrics.jsonl", "summary.json", "accuracy.png"
+MODEL, READOUTS, STATE = "model.safetensors", "readouts.safetensors", "state.safetensors"
+TASKS, CHECKPOINTS = "tasks", "checkpoints"
+MANIFEST, ANALYSIS, LOCK = "manifest.json", "analysis.json", ".lock"
+
+_RESULTS = (METRICS, SUMMARY, FIGURE, MODEL, READOUTS, STATE, MANIFEST, ANALYSIS)
+_FILES = (CONFIG, CLASSES, ENVIRONMENT, *_RESULTS)
+_PACKAGES = (
+    "loda",
+    "torch",
+    "torchvision",
+    "timm",
+    "transformers",
+    "accelerate",
+    "numpy",
+    "safetensors",
+)
+
+
+def task_folder(run: Path, task: int) -> Path:
+    """Where a run keeps what belongs to a task, counted from 1.
+
+    Examples
+    --------
+    >>> task_folder(Path("run"), 1).as_posix()
+    'run/tasks/001'
+    """
+    return run / TASKS / f"{task:03d}"
+
+
+# --- writing and reading files --------------------------------------------------------------------
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Name the file in the error of a failed write: of a full disk, the system does not."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        msg = f"cannot write {path}: {getattr(error, 'strerror', None) or error}"
+        raise OSError(msg) from error
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then put it in place in one step.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written, for instance on a full disk; the message names it. What was there
+        before is as it was, unless all that failed is to sync the folder.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with _writing(path):
+            temporary.unlink(missing_ok=True)  # it might be a link to somewhere else
+            # Some writers make their files private; the rights are those of any new file instead.
+            temporary.touch()
+            rights = temporary.stat().st_mode
+            write(temporary)
+            temporary.chmod(rights)
+            sync(temporary)
+            temporary.replace(path)  # os.replace: readers see the old file or the new one
+            sync(path.parent)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are where a power cut leaves them.
+
+    Folders of file systems that cannot do that, and those that nobody may list, are passed over.
+    """
+    folder = path.is_dir()
+    if folder and (os.name == "nt" or not os.access(path, os.R_OK)):
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if not (folder and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)):
+            raise
+    finally:
+        os.close(handle)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, unless it is there, so that a power cut leaves it."""
+    if not path.is_dir():
+        path.mkdir(parents=True, exist_ok=True)
+        sync(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically."""
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file atomically."""
+    write_bytes(path, _as_json(content))
+
+
+def append_line(path: Path, line: str) -> None:
+    """Write one more line to a text file, not synced; the error of a full disk names it."""
+    with _writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; the error names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        msg = f"cannot read {path} as JSON: {error}"
+        raise ValueError(msg) from error
+
+
+@contextmanager
+def readable(path: Path, where: str = "") -> Iterator[None]:
+    """Name a file whose content turns out not to be what this package writes.
+
+    For code that takes the content of a file apart. Files may come from anybody; whatever a wrong
+    one provokes there becomes one clear error, so that its content need not be checked first.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    where : str, optional
+        The place in it.
+
+    Raises
+    ------
+    ValueError
+        Names the file and the reason.
+
+    Examples
+    --------
+    >>> with readable(Path("a.json")):
+    ...     {"b": 1}["c"]
+    Traceback (most recent call last):
+    ...
+    ValueError: a.json does not hold what a run writes there: KeyError('c')
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        MemoryError,
+        SafetensorError,
+    ) as error:
+        plain = isinstance(error, ValueError | SafetensorError)
+        reason = " ".join(str(error).split()) if plain else repr(error)
+        place = f"{path}, {where}," if where else f"{path}"
+        msg = f"{place} does not hold what a run writes there: {reason}"
+        raise ValueError(msg) from error
+
+
+def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
+    """Write a safetensors file atomically.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written, for instance on a full disk.
+    """
+    from safetensors.torch import save_file
+
+    copies = storable(tensors)
+    write_atomically(path, lambda temporary: save_file(copies, temporary))
+
+
+def storable(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+    """Copies on the CPU: a file may not hold tensors that share memory, as views and ties do."""
+    return {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()}
+
+
+def read_tensors(path: Path) -> "dict[str, Tensor]":
+    """Read a safetensors file; the error names it."""
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        msg = f"no file {path}"
+        raise FileNotFoundError(msg)
+    try:
+        return load_file(path)
+    except Exception as error:
+        msg = f"cannot read {path} as safetensors: {error}"
+        raise ValueError(msg) from error
+
+
+def not_finite(tensors: "Mapping[str, Tensor]") -> list[str]:
+    """Names of the tensors that hold NaN or infinite values.
+
+    Examples
+    --------
+    >>> import torch
+    >>> not_finite({"a": torch.ones(2), "b": torch.tensor([1.0, torch.nan])})
+    ['b']
+    """
+    return [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+
+
+def nested(tensors: "Mapping[str, Tensor]", prefix: str) -> "dict[str, Tensor]":
+    """The tensors whose names begin with ``prefix/``, without it."""
+    start = f"{prefix}/"
+    return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+
+
+def flattened(**groups: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+    """Groups of tensors under one flat name each, ``group/name``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> sorted(flattened(a={"x": torch.zeros(1)}, b={"x": torch.ones(1)}))
+    ['a/x', 'b/x']
+    """
+    return {f"{group}/{k}": v for group, part in groups.items() for k, v in part.items()}
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of the content of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Numbers that were measured or trained hardly compress, repeated ones a thousandfold.
+_LARGE, _RATIO = 2**30, 200
+
+
+def require_plausible_archive(path: Path) -> None:
+    """Refuse a zip archive, such as an ``.npz`` file, that would unpack to far more than it is.
+
+    Raises
+    ------
+    ValueError
+        If it announces more than 1 GiB and more than 200 times its own size, or is no archive.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError) as error:
+        msg = f"it is no archive: {error}"
+        raise ValueError(msg) from error
+    size = path.stat().st_size
+    if unpacked > max(_LARGE, _RATIO * size):
+        msg = f"an archive of {size} bytes must not unpack to {unpacked}"
+        raise ValueError(msg)
+
+
+def _as_json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+# --- one process at a time ------------------------------------------------------------------------
+
+_TRIES, _PAUSE = 20, 0.01  # seconds; who asks for the owner holds the file for a moment too
+_locked: set[int] = set()
+
+
+class FolderLock:
+    """Holds a folder until it is released, collected or the process ends, however it ends.
+
+    The library filelock is no match: a worker of a loader that outlives its parent would hold the
+    folder on, since a forked process shares the lock.
+
+    Parameters
+    ----------
+    folder : Path
+        Gets a file with the number of the process. The system drops the lock of a process that
+        is gone, so that a file which one left behind does not matter.
+
+    Raises
+    ------
+    BlockingIOError
+        If another process holds it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if fcntl is None:
+            return
+        path, tries = folder / LOCK, 0
+        while True:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is_at(handle, path):
+                    break
+            except BlockingIOError as error:
+                owner = _owner(handle)
+                os.close(handle)
+                tries += 1
+                if tries < _TRIES:
+                    time.sleep(_PAUSE)
+                    continue
+                msg = (
+                    f"{folder} is in use by another run (process {owner}): wait for its end, or "
+                    f"give another folder"
+                )
+                raise BlockingIOError(msg) from error
+            except OSError:
+                os.close(handle)
+                raise
+            os.close(handle)
+        os.truncate(handle, 0)
+        os.write(handle, f"{os.getpid()}\n".encode())
+        _locked.add(handle)
+        self._end = weakref.finalize(self, _unlock, handle, path, os.getpid())
+
+    def release(self) -> None:
+        """Let others use the folder; does nothing the second time."""
+        if fcntl is not None:
+            self._end()
+
+
+def held_by(folder: Path) -> str | None:
+    """Number of the process that holds a folder; None where none does."""
+    if fcntl is None:
+        return None
+    try:
+        handle = os.open(folder / LOCK, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        # Shared, so that those who only ask do not find one another.
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _owner(handle)
+    finally:
+        os.close(handle)
+    return None
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether a path leads to an open file, or has been removed since by whoever held it."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _owner(handle: int) -> str:
+    return os.read(handle, 32).decode(errors="replace").strip() or "unknown"
+
+
+def _unlock(handle: int, path: Path, owner: int) -> None:
+    if os.getpid() != owner:  # a forked worker, which has closed its copy
+        return
+    _locked.discard(handle)
+    path.unlink(missing_ok=True)
+    os.close(handle)
+
+
+def _close_in_child() -> None:
+    # A worker of a loader may live on for a while after its parent was killed: without the lock.
+    for handle in _locked:
+        os.close(handle)
+    _locked.clear()
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_close_in_child)
+
+
+# --- the folder of a run --------------------------------------------------------------------------
+
+
+def choose_folder(experiment: Experiment, *, overwrite: bool = False) -> Path:
+    """Folder of the run: as given, or a new one under ``runs`` named after data and method.
+
+    Raises
+    ------
+    FileExistsError
+        If the folder has content and ``overwrite`` is off.
+    NotADirectoryError
+        If the path is a file.
+    """
+    if experiment.out is None:
+        stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+        name = f"{experiment.data.name}-{experiment.method.name}-seed{experiment.seed}-{stamp}"
+        return Path("runs", name)
+    folder = Path(experiment.out).expanduser()
+    if folder.exists() and not folder.is_dir():
+        msg = f"out must be a folder, got {folder}, which is a file"
+        raise NotADirectoryError(msg)
+    filled = folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
+    if filled and not overwrite:
+        unfinished = (folder / CONFIG).is_file() and not is_finished(folder)
+        note = " (it holds a run that did not finish)" if unfinished else ""
+        resume = f", --resume {folder} to go on with it" if unfinished else ""
+        msg = (
+            f"{folder} is not empty{note}, and nothing is overwritten unasked: give another "
+            f"--out{resume}, or --overwrite to replace the run in it"
+        )
+        raise FileExistsError(msg)
+    return folder
+
+
+def is_finished(path: Path) -> bool:
+    """Whether a folder holds a run with its results."""
+    return (path / CONFIG).is_file() and (path / SUMMARY).is_file()
+
+
+def begun_experiment(path: Path, allow: Sequence[str] = ()) -> Experiment:
+    """The settings of a run that began in a folder.
+
+    Parameters
+    ----------
+    path : Path
+        The run folder.
+    allow : sequence of str
+        Import paths of components whose code may be loaded; see `training.config.read_experiment`.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    """
+    if not (path / CONFIG).is_file():
+        msg = f"{path} is no run folder: no {CONFIG} in it"
+        raise FileNotFoundError(msg)
+    return read_experiment(path / CONFIG, allow)
+
+
+def tidy(path: Path) -> None:
+    """Remove the checkpoints of a finished run whose process was killed before it could."""
+    if (path / CHECKPOINTS).is_dir():
+        with suppress(OSError), closing(RunFolder(path, resume=True)):  # no harm if it cannot be
+            remove_checkpoints(path)
+
+
+def checkpoint_files(run: Path) -> list[Path]:
+    """The checkpoints of a run, the oldest first."""
+    numbered = (p for p in (run / CHECKPOINTS).glob("*.safetensors") if p.stem.isdecimal())
+    return sorted(numbered, key=lambda path: int(path.stem))
+
+
+def remove_checkpoints(run: Path) -> None:
+    """Remove all checkpoints of a run, and their folder if nothing else is in it."""
+    for path in checkpoint_files(run):
+        path.unlink()
+    folder = run / CHECKPOINTS
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def environment(backbone: Mapping[str, Any]) -> dict[str, Any]:
+    """What ran: versions, machine, and what the caller knows of the backbone."""
+    import torch
+
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "backbone": dict(backbone),
+    }
+
+
+class RunFolder:
+    """Writes the files of one run; no other process can do so until it is closed.
+
+    Parameters
+    ----------
+    path : Path
+        Made if it is not there. What an earlier run left under the same names is removed first.
+    fresh : bool
+        Make a new folder in any case, numbered if the name is taken: runs that begin in the same
+        second get one each.
+    resume : bool
+        Go on with the run in the folder: nothing is removed.
+    writes : bool
+        False in the processes of a run that leave all writing to the first one: they only know
+        where the folder is.
+
+    Raises
+    ------
+    OSError
+        If the folder cannot be written to, or another process is writing to it.
+    """
+
+    def __init__(
+        self, path: Path, *, fresh: bool = False, resume: bool = False, writes: bool = True
+    ) -> None:
+        self.path, self.writes = path, writes
+        if not writes:
+            return
+        try:
+            self.path = _new_folder(path) if fresh else path
+            self.path.mkdir(parents=True, exist_ok=True)
+            sync(self.path.parent)
+            self._lock = FolderLock(self.path)
+            _refuse_links(self.path)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            msg = f"cannot write to the run folder {path}: {error.strerror or error}"
+            raise OSError(msg) from error
+        _remove_half_written(self.path)
+        if not resume:
+            _remove_results(self.path)
+
+    def close(self) -> None:
+        """Let other processes write to the folder."""
+        if self.writes:
+            self._lock.release()
+
+    def begin(
+        self, experiment: Experiment, classes: Mapping[str, Any], environment: Mapping[str, Any]
+    ) -> None:
+        """Write what is known before training."""
+        if self.writes:
+            write_text(self.path / CONFIG, dump_experiment(as_recorded(experiment)))
+            write_json(self.path / CLASSES, classes)
+            write_json(self.path / ENVIRONMENT, environment)
+
+    def check_classes(self, classes: Mapping[str, Any]) -> None:
+        """Refuse to go on with other classes or images than the run began with."""
+        if read_json(self.path / CLASSES) != classes:
+            msg = (
+                f"the classes, tasks or images of the data are not those in "
+                f"{self.path / CLASSES}: the data have changed since the run began, and it cannot "
+                f"go on"
+            )
+            raise ValueError(msg)
+
+    def log(self, event: str, **values: Any) -> None:
+        """Append one line to the metrics, for all to read at once; checkpoints hold what counts."""
+        if self.writes:
+            line = json.dumps({"event": event, **values}, ensure_ascii=False)
+            append_line(self.path / METRICS, line)
+
+    def read_log(self) -> bytes:
+        """The metrics so far."""
+        path = self.path / METRICS
+        return path.read_bytes() if path.is_file() else b""
+
+    def restore_log(self, content: bytes) -> None:
+        """Make the metrics what they were at a checkpoint."""
+        if self.writes:
+            write_bytes(self.path / METRICS, content)
+
+    def keep(self, task: int, **groups: "Mapping[str, Tensor]") -> None:
+        """Write groups of tensors of a task, counted from 1: a file a group that is not empty."""
+        if not self.writes:
+            return
+        folder = task_folder(self.path, task)
+        for name, tensors in groups.items():
+            if tensors:
+                make_folder(folder.parent)
+                make_folder(folder)
+                write_tensors(folder / f"{name}.safetensors", tensors)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write the manifest and the summary, which makes the run a finished one."""
+        if not self.writes:
+            return
+        sync(self.path / METRICS)
+        # The summary comes last, but the manifest names it: its content is known already.
+        content = _as_json(summary)
+        hashes = _hashes(self.path, _written(self.path))
+        hashes[SUMMARY] = hashlib.sha256(content).hexdigest()
+        write_json(self.path / MANIFEST, {"files": dict(sorted(hashes.items()))})
+        write_bytes(self.path / SUMMARY, content)
+        remove_checkpoints(self.path)
+
+
+def update_manifest(run: Path, *names: str) -> None:
+    """Record files that were written to a finished run, such as ``analysis.json``."""
+    path = run / MANIFEST
+    if path.is_file():
+        with readable(path):
+            hashes = {**read_json(path)["files"], **_hashes(run, [run / name for name in names])}
+        write_json(path, {"files": dict(sorted(hashes.items()))})
+
+
+def _hashes(run: Path, paths: list[Path]) -> dict[str, str]:
+    return {path.relative_to(run).as_posix(): file_sha256(path) for path in paths}
+
+
+def _written(run: Path) -> list[Path]:
+    """Files of a run that this package wrote."""
+    files = [run / name for name in _FILES if name not in (MANIFEST, SUMMARY)]
+    return [*(p for p in files if p.is_file()), *(run / TASKS).glob("*/*.safetensors")]
+
+
+def _refuse_links(path: Path) -> None:
+    """Refuse links to folders: nothing outside the run folder is written or removed through one."""
+    # A tracker has a folder of its own here; its name is not known.
+    below = [p for p in path.iterdir() if p.is_dir()]
+    below += [p for name in (TASKS, CHECKPOINTS) for p in (path / name).glob("*")]
+    for link in (path / TASKS, path / CHECKPOINTS, *below):
+        if link.is_symlink():
+            msg = f"{link} is a link; put what it stands for there, or give another folder"
+            raise OSError(msg)
+
+
+def _new_folder(path: Path) -> Path:
+    candidate, number = path, 1
+    while True:
+        try:
+            candidate.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+            candidate = path.with_name(f"{path.name}-{number}")
+        else:
+            return candidate
+
+
+def _remove_results(path: Path) -> None:
+    for name in _RESULTS:
+        (path / name).unlink(missing_ok=True)
+    for stale in (path / TASKS).glob("*/*.safetensors"):
+        stale.unlink()
+    for folder in [*(path / TASKS).glob("*"), path / TASKS]:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    remove_checkpoints(path)
+
+
+def _remove_half_written(path: Path) -> None:
+    """Remove what a process that was killed was just writing."""
+    names = [f".{name}.*.tmp" for name in _FILES]
+    tensors = ".*.safetensors.*.tmp"
+    for pattern in (*names, f"{TASKS}/*/{tensors}", f"{CHECKPOINTS}/{tensors}"):
+        for temporary in path.glob(pattern):
+            temporary.unlink()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

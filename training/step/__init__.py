@@ -1,1 +1,0 @@
-"""What a step of training is made of: heads, loss, optimiser and the model as it is called."""

@@ -1,1 +1,0 @@
-"""What lets a run go on after it was interrupted: checkpoints, locks and signals."""

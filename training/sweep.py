@@ -1,0 +1,676 @@
+"""Many runs: variants of an experiment times seeds, each run in a process of its own.
+
+What is done already is skipped, what was interrupted goes on, and a failure stops no other run. No
+run outlives its sweep, unless the sweep is killed outright.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Literal, NamedTuple, NoReturn, Self
+
+from training.checkpoint import handle_signals, has_checkpoint, restore_signals
+from training.components import check
+from training.config import (
+    NEUTRAL,
+    Experiment,
+    as_recorded,
+    differing_settings,
+    dump_experiment,
+    effective,
+    experiment_of,
+    foreign_classes,
+    read_experiment,
+    read_yaml,
+)
+from training.distributed import usable_cpus
+from training.run_dir import (
+    CONFIG,
+    ENVIRONMENT,
+    file_sha256,
+    held_by,
+    is_finished,
+    read_json,
+    readable,
+    write_json,
+    write_text,
+)
+
+Engine = Literal["processes", "slurm", "local"]
+Standing = Literal["done", "to do", "running elsewhere", "unreadable"]
+Status = Literal[
+    "done before",
+    "finished",
+    "failed",
+    "unreadable",
+    "running elsewhere",
+    "stopped",
+    "not started",
+]
+_KEYS = {"configs", "settings", "variants", "groups", "seeds", "slurm"}
+_GROUPS = "groups.json"
+_LOGS = "logs"
+_SEED_MAX = 2**32 - 1
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+_PAUSE = 0.2  # seconds between two looks at a job of submitit's
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Runs of one comparison: every variant with every seed.
+
+    Runs with one seed see the same class order, mini-batches and augmentation whatever the
+    variant, so differences between variants can be paired.
+
+    Parameters
+    ----------
+    variants
+        By name: the settings in which the variant differs.
+    seeds
+        Seeds of class order and training.
+    configs
+        Configurations that all runs start from, as ``--config`` of ``loda train``.
+    settings
+        Settings of all runs, over those of the configurations.
+    slurm
+        What submitit asks the cluster for, such as {timeout_min: 600, gpus_per_node: 1}.
+    groups
+        By title: the variants that a report shows together; one may be in several.
+
+    Raises
+    ------
+    ValueError
+        If something is not as it should be.
+    """
+
+    variants: Mapping[str, Mapping[str, Any] | None]
+    seeds: Sequence[int]
+    configs: Sequence[str] = ()
+    settings: Mapping[str, Any] | None = None
+    slurm: Mapping[str, Any] | None = None
+    groups: Mapping[str, Sequence[str]] | None = None
+
+    def __post_init__(self) -> None:
+        variants, groups = self.variants, self.groups
+        check(
+            isinstance(variants, Mapping)
+            and all(isinstance(own, Mapping | None) for own in variants.values())
+            and all(map(_is_folder_name, variants))
+            and len({name.casefold() for name in variants}) == len(variants) > 0,
+            "variants",
+            variants,
+            "different names (letters, digits, . _ -) with a mapping of settings each",
+        )
+        check(
+            isinstance(self.seeds, Sequence)
+            and all(type(seed) is int and 0 <= seed <= _SEED_MAX for seed in self.seeds)
+            and len(set(self.seeds)) == len(self.seeds) > 0,
+            "seeds",
+            self.seeds,
+            f"a list of different whole numbers from 0 to {_SEED_MAX}",
+        )
+        check(
+            isinstance(self.configs, list | tuple)
+            and all(isinstance(name, str) for name in self.configs),
+            "configs",
+            self.configs,
+            "a list of configurations",
+        )
+        for key in ("settings", "slurm"):
+            value = getattr(self, key)
+            check(isinstance(value, Mapping | None), key, value, "a mapping")
+        check(
+            isinstance(groups, Mapping | None)
+            and all(isinstance(title, str) and title.strip() for title in groups or {})
+            and all(_is_part(names, variants) for names in (groups or {}).values()),
+            "groups",
+            groups,
+            "lists of different variants of the sweep, each under a title",
+        )
+
+
+class Job(NamedTuple):
+    """One run of a sweep."""
+
+    name: str
+    experiment: Experiment
+    folder: Path
+
+
+class Outcome(NamedTuple):
+    """What became of a run, where its output is, and what there is to say of it."""
+
+    job: Job
+    status: Status
+    log: Path
+    reason: str = ""
+
+
+class UnreadableRunError(ValueError):
+    """A run is finished, but the record of its settings cannot be read."""
+
+
+def packaged_sweeps() -> list[str]:
+    """Names of the sweeps in the package."""
+    folder = files("training").joinpath("configs", "sweeps")
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir())
+
+
+def read_sweep(source: str | Path) -> Sweep:
+    """Read a sweep from a YAML file, or a packaged one by its name.
+
+    Raises
+    ------
+    ValueError
+        If there is no such sweep, or the file does not hold one, or holds a key twice.
+    """
+    path = Path(source)
+    if not path.is_file():
+        if str(source) not in packaged_sweeps():
+            known = ", ".join(packaged_sweeps())
+            msg = f"a sweep must be a YAML file or a packaged one ({known}), got {str(source)!r}"
+            raise ValueError(msg)
+        path = Path(str(files("training").joinpath("configs", "sweeps", f"{source}.yaml")))
+    content = read_yaml(path)
+    if not isinstance(content, dict) or not {"variants", "seeds"} <= set(content) <= _KEYS:
+        keys = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        msg = (
+            f"{path}: a sweep must have variants and seeds, and may have configs, settings, groups "
+            f"and slurm, got {keys}"
+        )
+        raise ValueError(msg)
+    variants = content["variants"]
+    if isinstance(variants, list) and all(isinstance(name, str) for name in variants):
+        # Plain names are names of methods.
+        content["variants"] = {name: {"method": {"name": name}} for name in variants}
+    try:
+        return Sweep(**content)
+    except ValueError as error:
+        msg = f"{path}: {error}"
+        raise ValueError(msg) from error
+
+
+def write_groups(out: Path, groups: Mapping[str, Sequence[str]] | None) -> None:
+    """Put the groups of a sweep into its folder; a sweep without groups leaves what is there."""
+    if groups:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / _GROUPS, {title: list(names) for title, names in groups.items()})
+
+
+def read_groups(out: Path) -> dict[str, list[str]]:
+    """The groups of the sweep in a folder, in the order of its file; empty where it has none.
+
+    Raises
+    ------
+    ValueError
+        If the file holds no lists of names by title.
+    """
+    path = out / _GROUPS
+    if not path.is_file():
+        return {}
+    content = read_json(path)
+    with readable(path):
+        return {title: [str(name) for name in names] for title, names in content.items()}
+
+
+def plan(
+    sweep: Sweep, out: Path, extra: Sequence[str] = (), *, only: Sequence[str] | None = None
+) -> list[Job]:
+    """The runs of a sweep, their settings checked; seeds change slowest.
+
+    Parameters
+    ----------
+    sweep : Sweep
+        Variants and seeds.
+    out : Path
+        Folder of the sweep; a run goes to ``out/VARIANT/seedN``.
+    extra : sequence of str
+        Further arguments of ``loda train`` for every run.
+    only : sequence of str, optional
+        Variants to run; all by default.
+
+    Raises
+    ------
+    ValueError
+        If there is no such variant, settings of one are wrong, or a run's folder holds a run of
+        other settings. A finished run that cannot be read stops nothing: it fails in its turn.
+    """
+    unknown = sorted(set(only or ()) - set(sweep.variants))
+    if unknown:
+        names = ", ".join(sweep.variants)
+        msg = f"variants must be among {names}, got {', '.join(unknown)}"
+        raise ValueError(msg)
+    chosen = [name for name in sweep.variants if only is None or name in only]
+    variants = {name: _experiment(sweep, name, extra) for name in chosen}
+    jobs = []
+    for seed in sweep.seeds:
+        for name, experiment in variants.items():
+            folder = out / name / f"seed{seed}"
+            own = replace(experiment, seed=seed, out=str(folder))
+            jobs.append(Job(f"{name}, seed {seed}", own, folder))
+            standing(jobs[-1])
+    return jobs
+
+
+def _experiment(sweep: Sweep, name: str, extra: Sequence[str]) -> Experiment:
+    """The settings of a variant."""
+    configs = [f"--config={config}" for config in sweep.configs]
+    given = [sweep.settings or {}, sweep.variants[name] or {}]
+    fixed = [key for layer in given for key in layer if key in ("seed", "out")]
+    fixed += [x for x in extra if x.partition("=")[0] in ("--seed", "--out")]
+    try:
+        if fixed:
+            msg = f"{', '.join(fixed)}: the sweep itself sets seeds and folders; leave it out"
+            raise ValueError(msg)
+        # What the command line says wins over the file, but a variant is what it is.
+        return experiment_of(configs, given[0], extra, given[1])
+    except ValueError as error:
+        msg = f"variant {name}: {error}"
+        raise ValueError(msg) from error
+
+
+def standing(job: Job) -> Standing:
+    """Where the run of a job stands.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds a finished run of other settings.
+    """
+    try:
+        done = finished(job)
+    except UnreadableRunError:
+        return "unreadable"
+    if done:
+        return "done"
+    return "to do" if held_by(job.folder) is None else "running elsewhere"
+
+
+def finished(job: Job) -> bool:
+    """Whether the run of a job is in its folder already.
+
+    Raises
+    ------
+    UnreadableRunError
+        If the folder holds a finished run whose settings cannot be read.
+    ValueError
+        If the folder holds a finished run of other settings.
+    """
+    if not is_finished(job.folder):
+        return False
+    try:
+        differing = _differing(job, {*NEUTRAL, "device", "threads", "tracker"})
+    except (ValueError, OSError) as error:
+        msg = f"{job.folder} holds a finished run that cannot be read, move it away: {error}"
+        raise UnreadableRunError(msg) from error
+    if "backbone.weights" in differing and _same_weights(job):
+        differing.remove("backbone.weights")
+    if differing:
+        msg = (
+            f"{job.folder} holds a run with other settings ({', '.join(differing)} differ): give "
+            "another --out, or move that run away"
+        )
+        raise ValueError(msg)
+    return True
+
+
+def can_go_on(job: Job) -> bool:
+    """Whether the folder of a job holds an unfinished run of its settings with a checkpoint.
+
+    It then goes on as it was begun: settings that do not decide what is learned may differ.
+
+    Raises
+    ------
+    ValueError
+        If an unfinished run of other settings is there, or one whose settings cannot be read: it
+        could still go on, and is not replaced.
+    """
+    begun = (job.folder / CONFIG).is_file() and not is_finished(job.folder)
+    if not begun or not has_checkpoint(job.folder):
+        return False
+    try:
+        # A run that goes on looks for its data where they were.
+        differing = _differing(job, {*NEUTRAL} - {"data.root"})
+    except ValueError as error:
+        msg = f"{job.folder} holds an unfinished run that cannot be read, move it away: {error}"
+        raise ValueError(msg) from error
+    if differing:
+        msg = (
+            f"{job.folder} holds an unfinished run with other settings ({', '.join(differing)} "
+            "differ): give another --out, or move that run away"
+        )
+        raise ValueError(msg)
+    return True
+
+
+def _differing(job: Job, ignored: Collection[str]) -> list[str]:
+    """Settings of the job other than those that the run in its folder recorded."""
+    recorded = read_experiment(job.folder / CONFIG)
+    differing = differing_settings(recorded, as_recorded(effective(job.experiment)))
+    return [name for name in differing if name not in ignored]
+
+
+def _same_weights(job: Job) -> bool:
+    """Whether the file of weights has the content that the run in the folder recorded."""
+    path = Path(job.experiment.backbone.options.get("weights") or "").expanduser()
+    if not path.is_file() or not (job.folder / ENVIRONMENT).is_file():
+        return False
+    recorded = read_json(job.folder / ENVIRONMENT).get("backbone", {}).get("weights_sha256")
+    return recorded is not None and recorded == _digest(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _digest(path: Path, modified: int) -> str:
+    """Hash of a file: many runs ask for that of the same one."""
+    del modified
+    return file_sha256(path)
+
+
+def run_sweep(
+    jobs: Sequence[Job],
+    out: Path,
+    *,
+    workers: int = 1,
+    engine: Engine = "processes",
+    slurm: Mapping[str, Any] | None = None,
+    tell: Callable[[str], None] = print,
+    children: "Children | None" = None,
+) -> list[Outcome]:
+    """Run every job that is not done yet, each in a process of its own.
+
+    A run that was begun and not finished goes on from its newest checkpoint. A failed run leaves
+    its log, and the others go on. A run that another process is at is left to it, and looked at
+    once more in the end. SIGTERM, SIGHUP or Ctrl-C stop the runs, which save themselves first.
+
+    Parameters
+    ----------
+    jobs : sequence of Job
+        As :func:`plan` gives them.
+    out : Path
+        Folder of the sweep; logs go to ``out/logs``.
+    workers : int
+        Runs at a time on this machine; the cores are shared out evenly.
+    engine : str
+        ``processes`` (on this machine), ``slurm`` (submitit, on a cluster: a job a run) or
+        ``local`` (submitit without a cluster).
+    slurm : mapping, optional
+        Parameters of the cluster jobs.
+    tell : callable
+        Receives a line as runs end.
+    children : Children, optional
+        What starts the processes on this machine.
+
+    Returns
+    -------
+    list of Outcome
+        In the order of the jobs.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If the engine is not installed.
+    ValueError
+        If there is no cluster, or its parameters are wrong.
+    """
+
+    def told(outcome: Outcome) -> Outcome:
+        tell(f"{outcome.job.name}: {outcome.status}{_hint(outcome)}")
+        return outcome
+
+    with children or Children() as children:
+        if engine == "processes":
+            outcomes = _side_by_side(jobs, out, workers, children, told)
+            elsewhere = [o.job for o in outcomes if o.status == "running elsewhere"]
+            if elsewhere and len(elsewhere) < len(jobs) and children.stopped is None:
+                again = _side_by_side(elsewhere, out, workers, children, told)
+                newer = {o.job.folder: o for o in again}
+                outcomes = [newer.get(o.job.folder, o) for o in outcomes]
+        else:
+            outcomes = list(map(told, _submitted(jobs, out, engine, slurm or {}, children)))
+        if children.stopped is not None:
+            children.leave()
+    return outcomes
+
+
+def summarise(outcomes: Sequence[Outcome]) -> tuple[list[str], list[str]]:
+    """What became of the runs of a sweep, in lines; first those that are no failure."""
+    names: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        names.setdefault(outcome.status, []).append(outcome.job.name)
+
+    def line(title: str, *kinds: Status) -> list[str]:
+        found = [name for kind in kinds for name in names.get(kind, [])]
+        return [f"{title}: {'; '.join(found)}"] if found else []
+
+    done = len(names.get("done before", [])) + len(names.get("finished", []))
+    said = [f"{done} of {len(outcomes)} runs are done"]
+    # A job of a cluster may be stopped there, and the sweep not.
+    stopped = line("stopped", "stopped", "not started")
+    said += line("running elsewhere", "running elsewhere")
+    return said, [*stopped, *line("failed", "failed", "unreadable")]
+
+
+def run_job(
+    job: Job, out: Path, threads: int | None = None, children: "Children | None" = None
+) -> Outcome:
+    """Run one job in a process of its own, unless it is done; output goes to its log."""
+    if children is None:  # in a process of submitit's, which gets signals of its own
+        with Children() as own:
+            return run_job(job, out, threads, own)
+    log = _log(job, out)
+    try:
+        # The lock first: whoever held it may be done by the time of the second look.
+        owner = held_by(job.folder)
+        if owner is not None:
+            return Outcome(job, "running elsewhere", log, f"process {owner}")
+        if finished(job):
+            return Outcome(job, "done before", log)
+        return _train(job, log, threads, children)
+    except UnreadableRunError as error:
+        return Outcome(job, "unreadable", log, str(error))
+    except (ValueError, OSError) as error:
+        return Outcome(job, "failed", log, str(error))
+
+
+class Children:
+    """Starts processes and waits for them; within a ``with`` block, signals are passed on.
+
+    The first SIGINT, SIGTERM or SIGHUP to this process is passed on as SIGTERM, at which a run
+    saves itself and ends; so is the next one, at which it ends at once.
+
+    Attributes
+    ----------
+    stopped : signal.Signals or None
+        The signal that has arrived.
+    """
+
+    def __init__(self) -> None:
+        self.stopped: signal.Signals | None = None
+        self._running: list[subprocess.Popen[bytes]] = []
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._before = handle_signals(_SIGNALS, self._stop)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:  # threads that still run begin nothing new
+            self.stopped = self.stopped or signal.SIGTERM
+        for child in list(self._running):
+            child.terminate()
+        for child in list(self._running):
+            child.wait()
+        restore_signals(self._before)
+
+    def run(
+        self, command: Sequence[str], log: Path, environment: Mapping[str, str], *, append: bool
+    ) -> int:
+        """Run a command to its end, its output in a log; returns its status."""
+        if not append:
+            log.write_bytes(b"")
+        with log.open("ab") as file:
+            child = subprocess.Popen(  # noqa: S603 - our own command
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=dict(environment),
+                # Ctrl-C reaches a whole group: a run would get it twice, and end unsaved.
+                process_group=0 if os.name == "posix" else None,
+            )
+        self._running.append(child)
+        if self.stopped is not None:  # it arrived while the process was started
+            child.terminate()
+        status = child.wait()
+        self._running.remove(child)
+        return status
+
+    def leave(self) -> NoReturn:
+        """End as the signal asks: KeyboardInterrupt, or SystemExit with its usual status."""
+        if self.stopped == signal.SIGINT or self.stopped is None:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + self.stopped)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self.stopped = self.stopped or signal.Signals(number)
+        for child in list(self._running):
+            child.terminate()
+        # Not by print: the signal may have come in the middle of one.
+        text = f"{signal.Signals(number).name}: stopping as soon as every run is saved\n"
+        os.write(2, text.encode())
+
+
+def _train(job: Job, log: Path, threads: int | None, children: Children) -> Outcome:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    resumed = can_go_on(job)
+    if resumed:
+        arguments = ["--resume", str(job.folder)]
+        # The sweep names its classes on purpose; the file of a run may not.
+        arguments += [f"--allow={name}" for name in foreign_classes(job.experiment)]
+    else:
+        config = log.with_suffix(".yaml")
+        write_text(config, dump_experiment(job.experiment))
+        # The folder is the sweep's own: what a run left there that cannot go on is replaced.
+        arguments = ["--config", str(config), "--overwrite"]
+    environment = dict(os.environ)
+    if threads is not None:
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
+    # -P: a folder called training where the sweep was started is not ours.
+    command = [sys.executable, "-P", "-m", "training.cli", "train", *arguments]
+    status = children.run(command, log, environment, append=resumed)
+    if status == 0:
+        return Outcome(job, "finished", log)
+    if children.stopped is not None:
+        return Outcome(job, "stopped", log)
+    owner = held_by(job.folder)
+    if owner is not None:  # another process began the run while ours was started
+        return Outcome(job, "running elsewhere", log, f"process {owner}")
+    return Outcome(job, "failed", log, _last_line(log))
+
+
+def _side_by_side(
+    jobs: Sequence[Job],
+    out: Path,
+    workers: int,
+    children: Children,
+    told: Callable[[Outcome], Outcome],
+) -> list[Outcome]:
+    threads = max(1, usable_cpus() // workers)
+
+    def run(job: Job) -> Outcome:
+        if children.stopped is not None:
+            return Outcome(job, "not started", _log(job, out))
+        return told(run_job(job, out, threads, children))
+
+    # Threads are enough: each only waits for the process of its run.
+    pool = ThreadPoolExecutor(workers)
+    try:
+        return list(pool.map(run, jobs))
+    finally:  # after an error, Children ends the processes that the threads wait for
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _submitted(
+    jobs: Sequence[Job], out: Path, engine: Engine, slurm: Mapping[str, Any], children: Children
+) -> Iterator[Outcome]:
+    try:
+        import submitit
+    except ModuleNotFoundError as error:
+        msg = "the engine slurm needs submitit: pip install 'loda[slurm]'"
+        raise ModuleNotFoundError(msg) from error
+    if engine == "slurm" and shutil.which("srun") is None:
+        msg = (
+            "the engine slurm needs a SLURM cluster, and there is no srun here: start the sweep "
+            "on a machine of the cluster, or use --engine processes"
+        )
+        raise ValueError(msg)
+    executor = submitit.AutoExecutor(folder=out / _LOGS / "cluster", cluster=engine)
+    try:
+        executor.update_parameters(**slurm)
+    except (NameError, TypeError, AssertionError) as error:  # what submitit checks them with
+        msg = f"slurm must hold parameters of submitit, got {dict(slurm)}: {error}"
+        raise ValueError(msg) from error
+    waiting = executor.map_array(run_job, jobs, [out] * len(jobs))
+    for job, handle in zip(jobs, waiting, strict=True):
+        while not handle.done() and children.stopped is None:
+            time.sleep(_PAUSE)
+        if children.stopped is not None:
+            if engine == "local":  # jobs of a cluster go on without us
+                for other in waiting:
+                    other.cancel()
+            return
+        try:
+            yield handle.result()
+        except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError):
+            yield Outcome(job, "failed", _log(job, out), _last_line(_log(job, out)))
+
+
+def _log(job: Job, out: Path) -> Path:
+    return out / _LOGS / f"{job.folder.parent.name}-{job.folder.name}.log"
+
+
+def _last_line(log: Path) -> str:
+    """The last line of a log that says anything."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "no output"
+
+
+def _hint(outcome: Outcome) -> str:
+    if outcome.status == "failed":
+        return f" ({outcome.reason}; log: {outcome.log})"
+    if outcome.status == "stopped":
+        return " (the sweep goes on with it when started again)"
+    return f" ({outcome.reason})" if outcome.reason else ""
+
+
+def _is_folder_name(name: Any) -> bool:
+    """Whether a name of a variant can be that of a folder beside the sweep's own files."""
+    return (
+        isinstance(name, str)
+        and all(c.isalnum() or c in "._-" for c in name)
+        and name.casefold() not in ("", ".", "..", _LOGS, _GROUPS)
+        and not name.startswith("-")
+    )
+
+
+def _is_part(names: Any, variants: Mapping[str, Any]) -> bool:
+    """Whether names are some of the variants, each once."""
+    listed = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    return listed and set(names) <= set(variants) and len(set(names)) == len(names) > 0

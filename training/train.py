@@ -1,0 +1,827 @@
+"""A run from its settings to its results, top to bottom.
+
+Set up, tasks, epochs, steps, evaluate, save: in this order. What a method does in its three parts
+of a task (choose directions, step, merge) is in `training.methods` and `backends.torch`; formulas
+are in docs/theory.md. Inside this file tasks, epochs and mini-batches are counted from 0; whatever
+is written or said counts tasks and epochs from 1.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, Optimizer
+
+from backends.torch import RowsLoss, TaskRecord
+from backends.torch.readouts import CosineHeads, Readouts, class_mean_start
+from training.backbones import Backbone, build_backbone, check_fits
+from training.checkpoint import Checkpoint, Checkpoints, StopSignals, write_state
+from training.config import NEUTRAL, Experiment, TrainConfig, effective, flat_settings
+from training.data import (
+    ImageSet,
+    Stream,
+    build_stream,
+    cut_loader,
+    loader,
+    passes_begun,
+    start_at,
+    test_transform,
+    train_transform,
+    verify_data,
+)
+from training.distributed import Processes, launched_processes, make_accelerator
+from training.logging import (
+    Progress,
+    peak_memory,
+    require_tracker,
+    reset_peak,
+    start_tracker,
+)
+from training.loss import cosface
+from training.methods import Context
+from training.metrics import Meter, count_correct
+from training.plots import accuracy_figure
+from training.run_dir import (
+    FIGURE,
+    MODEL,
+    READOUTS,
+    STATE,
+    RunFolder,
+    begun_experiment,
+    choose_folder,
+    environment,
+    flattened,
+    is_finished,
+    nested,
+    not_finite,
+    readable,
+    write_tensors,
+)
+from training.seeds import derive, seeded
+from training.state import OpenTask, State
+
+
+def train(experiment: Experiment, *, overwrite: bool = False, quiet: bool = False) -> Path:
+    """Run an experiment; returns the folder with its results.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        All settings.
+    overwrite : bool
+        Replace the run in a folder that is not empty.
+    quiet : bool
+        Show no progress bars and no table.
+
+    Returns
+    -------
+    Path
+        The run folder.
+
+    Raises
+    ------
+    ValueError, OSError
+        If settings, data, weights or the folder are not sound; raised before training starts. An
+        OSError later is a full disk, or a process of the loader or of the run that is gone.
+    FloatingPointError
+        If training diverges; the message says where.
+    """
+    return run_to_end(prepare(experiment, overwrite=overwrite), quiet=quiet)
+
+
+def resume(path: Path, experiment: Experiment | None = None, *, quiet: bool = False) -> Path:
+    """Go on with a run that was interrupted, from its newest sound checkpoint.
+
+    On the CPU of the same machine the result is the same, bit for bit, as without interruption.
+
+    Parameters
+    ----------
+    path : Path
+        The run folder.
+    experiment : Experiment, optional
+        Its settings, with other folders of data, workers or checkpoints than it began with.
+    quiet : bool
+        Show no progress bars and no table.
+
+    Returns
+    -------
+    Path
+        The run folder.
+
+    Raises
+    ------
+    ValueError, OSError
+        If the folder holds no run that can go on, or another process is writing to it.
+    FloatingPointError
+        If training diverges.
+    """
+    if is_finished(path):
+        msg = f"the run in {path} is finished: there is nothing to go on with"
+        raise ValueError(msg)
+    return run_to_end(prepare(experiment or begun_experiment(path), resume=path), quiet=quiet)
+
+
+# --- set up ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A run that is set up: everything that could be wrong at the start has been checked.
+
+    Parameters
+    ----------
+    experiment, stream, backbone, accelerator, processes, folder, checkpoints
+        What it consists of; fixed from here on.
+    state : State
+        What changes while it trains.
+    stop : StopSignals
+        Whether a signal asks the run to stop.
+    on_step : callable, optional
+        Called with the run after every mini-batch, before the run may be saved.
+    """
+
+    experiment: Experiment
+    stream: Stream
+    backbone: Backbone
+    accelerator: Accelerator
+    processes: Processes
+    folder: RunFolder
+    checkpoints: Checkpoints
+    state: State
+    stop: StopSignals = field(default_factory=StopSignals)
+    on_step: Callable[[Run], object] | None = None
+
+
+def prepare(experiment: Experiment, resume: Path | None = None, *, overwrite: bool = False) -> Run:
+    """Set a run up, in the order in which mistakes are cheapest to find.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        All settings.
+    resume : Path, optional
+        Folder of a run of these settings to go on with, from its newest checkpoint.
+    overwrite : bool
+        Replace the run in a folder that is not empty.
+
+    Raises
+    ------
+    ValueError, OSError
+        For whatever is wrong; nothing has been written then.
+    """
+    experiment = effective(experiment)
+    seed, method, processes = experiment.seed, experiment.method.build(), launched_processes()
+    if processes.count > 1 and not method.sums_over_processes:
+        msg = (
+            f"method {experiment.method.name} does not say that it sums over processes "
+            f"(sums_over_processes = True): train it with one process"
+        )
+        raise ValueError(msg)
+    if experiment.tracker is not None:
+        require_tracker(experiment.tracker)
+    accelerator = make_accelerator(experiment)
+    if experiment.threads is not None:
+        torch.set_num_threads(experiment.threads)
+    processes.require_same("settings", _shared_settings(experiment))
+    path = resume or Path(
+        processes.from_first(lambda: str(choose_folder(experiment, overwrite=overwrite)))
+    )
+    if experiment.device == "cuda" and accelerator.device.type != "cuda":
+        msg = f"device is cuda, but torch sees none here; it would use {accelerator.device}"
+        raise ValueError(msg)
+    if experiment.train.compile:
+        require_compiler(accelerator.device)
+    if experiment.data.verify:
+        verify_data(experiment.data)
+
+    with processes.first_of_each_machine():  # it may download data and weights
+        stream = build_stream(experiment.data, seed)
+        if method.joins_tasks:
+            stream = replace(
+                stream, tasks=[tuple(label for task in stream.tasks for label in task)]
+            )
+        with seeded(derive(seed, 0, "backbone")):
+            backbone = build_backbone(experiment.backbone)
+    classes = _classes(stream)
+    processes.require_same("images", classes)
+    processes.require_same("backbone", backbone.tensors_sha256)
+    with seeded(derive(seed, 0, "backbone")):
+        train_image, _ = stream.train.with_transform(train_transform(experiment.data))[0]
+    test_image, _ = stream.test.with_transform(test_transform(experiment.data))[0]
+    check_fits(backbone, train_image)
+    check_fits(backbone, test_image)
+
+    model = backbone.module.to(accelerator.device)
+    context = Context(
+        seed=derive(seed, 0, "method"),
+        tasks=len(stream.tasks),
+        processes=processes.count,
+        reduce=processes.sum if processes.count > 1 else None,
+    )
+    method.start(model, context)
+    readouts = Readouts(
+        experiment.head.build(),
+        dim=backbone.features,
+        seed=derive(seed, 0, "ridge"),
+        keep_statistics=experiment.keep.statistics,
+    )
+    heads = CosineHeads(backbone.features).to(accelerator.device)
+    state = State(model, method, heads, readouts)
+
+    opened: list[RunFolder] = []
+
+    def open_folder() -> str:
+        fresh = resume is None and experiment.out is None
+        opened.append(RunFolder(path, fresh=fresh, resume=resume is not None))
+        return str(opened[0].path)
+
+    # The other processes only learn where it is.
+    path = Path(processes.from_first(open_folder))
+    folder = opened[0] if opened else RunFolder(path, writes=False)
+    identity = _identity(experiment, classes, backbone)
+    checkpoints = Checkpoints(path, experiment.checkpoint, identity)
+    run = Run(experiment, stream, backbone, accelerator, processes, folder, checkpoints, state)
+    try:
+        if resume is None:
+            folder.begin(experiment, classes, environment(_described(backbone)))
+        else:
+            folder.check_classes(classes)
+            restore(run, checkpoints.newest())
+        if processes.writes and experiment.tracker is not None:
+            start_tracker(accelerator, flat_settings(experiment), path)
+        processes.require_same("checkpoint", state.record())
+    except BaseException:
+        folder.close()
+        raise
+    return run
+
+
+def _shared_settings(experiment: Experiment) -> dict[str, object]:
+    """What all processes of a run must have in common."""
+    own = {*NEUTRAL, "out", "threads", "backbone.weights"}  # a path
+    return {name: value for name, value in flat_settings(experiment).items() if name not in own}
+
+
+def _identity(experiment: Experiment, classes: dict[str, Any], backbone: Backbone) -> str:
+    """What a run is, wherever it lies: a hash of all that must be the same to go on with it."""
+    parts = [_shared_settings(experiment), classes, backbone.tensors_sha256]
+    return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _classes(stream: Stream) -> dict[str, Any]:
+    """What ``classes.json`` holds."""
+    labels = stream.train.labels
+    return {
+        "class_names": list(stream.class_names),
+        "order": list(stream.order),
+        "tasks": [list(task) for task in stream.tasks],
+        "images": [int(torch.isin(labels, torch.tensor(task)).sum()) for task in stream.tasks],
+        "fingerprint": stream.fingerprint(),
+    }
+
+
+def _described(backbone: Backbone) -> dict[str, Any]:
+    """What ``environment.json`` says of the backbone."""
+    return {
+        "timm_name": backbone.timm_name,
+        "options": backbone.timm_options,
+        "tag": backbone.tag,
+        "weights_sha256": backbone.weights_sha256,
+        "tensors_sha256": backbone.tensors_sha256,
+    }
+
+
+_COMPILERS = ("c++", "g++", "clang++", "cl")
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raise if `torch.compile` cannot work here, before any training.
+
+    Raises
+    ------
+    ValueError
+        If there is no C++ compiler, which torch needs for every device.
+    """
+    if not any(shutil.which(name) for name in _COMPILERS):
+        msg = (
+            f"train.compile is true, but torch.compile needs a C++ compiler for {device.type} on "
+            f"{platform.system()}, and none of {', '.join(_COMPILERS)} is there: install one, or "
+            "leave train.compile false"
+        )
+        raise ValueError(msg)
+
+
+# --- tasks ----------------------------------------------------------------------------------------
+
+
+def run_to_end(run: Run, *, quiet: bool = False) -> Path:
+    """Learn all tasks that are left and write the results; returns the run folder."""
+    experiment, state, tasks = run.experiment, run.state, len(run.stream.tasks)
+    catching = run.stop if experiment.checkpoint.keep else nullcontext()
+    quiet = quiet or not run.processes.writes
+    try:
+        with catching, Progress(tasks, quiet=quiet) as progress:
+            if state.tasks == 0 and state.open is None:
+                save_between_tasks(run)
+            for task in range(state.tasks, tasks):
+                learn_task(run, task, progress)
+                if task + 1 < tasks:  # after the last one comes the result itself
+                    save_between_tasks(run)
+            if run.processes.writes:
+                write_results(run)
+    except RuntimeError as error:
+        _explain_lost_worker(error, run)
+        raise
+    finally:
+        run.accelerator.end_training()
+        run.folder.close()
+    figure = run.folder.path / FIGURE if experiment.keep.figure else None
+    progress.finish(state.accuracy[state.readouts.primary], run.folder.path, figure)
+    return run.folder.path
+
+
+def learn_task(run: Run, task: int, progress: Progress) -> None:
+    """Learn one task and evaluate on all tasks so far; it may be open already."""
+    experiment, state = run.experiment, run.state
+    reset_peak(run.accelerator.device)
+    clock = time.perf_counter()
+    # The images as the method walks them: before training, and at the end as often as it likes.
+    passes = loader(
+        _training_images(run, task),
+        experiment.train.eval_batch_size,
+        shuffle=True,
+        seed=derive(experiment.seed, task, "moments"),
+        workers=experiment.data.workers,
+        share=run.processes,
+        device=run.accelerator.device,
+    )
+    # Every pass has augmentations of its own: those of an earlier process count.
+    start_at(passes, state.passes, 0)
+
+    at = state.open
+    if at is None:
+        state.method.begin_task(passes)  # LoDA: second moments, then the two subspaces
+        state.passes = passes_begun(passes)
+        _agree_on_weights(run)
+        add_head(run, task)
+        at = state.open = open_task(run, task)
+        at.spent("begin", clock)
+
+    with seeded(derive(experiment.seed, task, "dropout")):
+        fit(run, task, at, progress)
+    clock = time.perf_counter()
+
+    learned = state.method.end_task(passes)  # LoDA: recalibrate, merge, remember the moments
+    _agree_on_weights(run)
+    clock = at.spent("end", clock)
+
+    fit_readouts(run, task)
+    clock = at.spent("readouts", clock)
+
+    evaluate(run, task)
+    at.spent("evaluate", clock)
+    seconds = at.rounded_seconds()
+    state.complete(seconds)
+    _require_finite(run, task)
+    record_task(run, task, learned, seconds)
+    accuracy = state.accuracy[state.readouts.primary].curve[-1]
+    progress.end_task(task + 1, accuracy, sum(seconds.values()))
+
+
+def record_task(
+    run: Run, task: int, learned: TaskRecord | None, seconds: Mapping[str, float]
+) -> None:
+    """Write what is kept of a task, and what there is to say of it."""
+    state, keep = run.state, run.experiment.keep
+    run.folder.keep(
+        task + 1,
+        branches=learned.branch_tensors() if learned and keep.branches else {},
+        moments=learned.moment_tensors() if learned and keep.moments else {},
+        heads=state.heads.state_dict() if keep.heads else {},
+        statistics=state.readouts.statistics["statistics"].state_dict() if keep.statistics else {},
+    )
+    accuracy = {name: matrix.curve[-1] for name, matrix in state.accuracy.items()}
+    run.folder.log(
+        "task",
+        task=task + 1,
+        accuracy=accuracy,
+        counts={name: [m.correct[-1], m.total[-1]] for name, m in state.accuracy.items()},
+        seconds=seconds,
+        memory=peak_memory(run.accelerator.device),
+        **({"layers": learned.diagnostics()} if learned and learned.effects else {}),
+    )
+    tracked = {f"accuracy/{name}": value for name, value in accuracy.items()}
+    # Where nothing is trained, tasks are steps: of equal ones a tracker shows the last alone.
+    run.accelerator.log(tracked, step=(task + 1) * max(run.experiment.train.epochs, 1))
+
+
+def add_head(run: Run, task: int) -> None:
+    """Give the task a head, which starts as the settings say and is the same in all processes."""
+    classes = run.stream.tasks[task]
+    start = None
+    if run.experiment.head.start == "class_mean":
+        features, labels = _features(run, run.stream.train.subset(classes))
+        means = [features[(labels == label).to(features.device)].mean(dim=0) for label in classes]
+        start = class_mean_start(torch.stack(means))
+    generator = torch.Generator().manual_seed(derive(run.experiment.seed, task, "head"))
+    head = run.state.heads.add(len(classes), start=start, generator=generator)
+    head.to(run.accelerator.device)
+    run.processes.copy_first([head.weight])
+
+
+def _training_images(run: Run, task: int) -> ImageSet:
+    """The task's training images, augmented."""
+    images = run.stream.train.subset(run.stream.tasks[task])
+    return images.with_transform(train_transform(run.experiment.data))
+
+
+def _agree_on_weights(run: Run) -> None:
+    """Solves of the same moments may round otherwise in another process."""
+    model = run.state.model
+    run.processes.copy_first([*model.parameters(), *model.buffers()])
+
+
+def _require_finite(run: Run, task: int) -> None:
+    """Stop before anything of a task is written that left NaN or infinite values."""
+    state = run.state
+    broken = not_finite(state.tensors() | flattened(readouts=state.readouts.tensors()))
+    if broken:
+        more = f" and {len(broken) - 4} more" if len(broken) > 4 else ""
+        msg = (
+            f"task {task + 1} left values that are not finite in {', '.join(broken[:4])}{more}; "
+            f"nothing of it was saved, the task before it is. Lower train.lr or method.radius"
+        )
+        raise FloatingPointError(msg)
+
+
+def _explain_lost_worker(error: RuntimeError, run: Run) -> None:
+    """Raise another error if a process that loads images was killed, mostly for lack of memory."""
+    said = str(error)
+    if said.startswith("DataLoader worker"):  # torch has no type of its own for it
+        again = f"; loda train --resume {run.folder.path} goes on from the newest checkpoint"
+        msg = (
+            f"a process that loads images has ended ({' '.join(said.split())}): if memory ran out, "
+            f"lower data.workers{again if run.experiment.checkpoint.keep else ''}"
+        )
+        raise ChildProcessError(msg) from error
+
+
+# --- epochs and steps -----------------------------------------------------------------------------
+
+
+def open_task(run: Run, task: int) -> OpenTask:
+    """The start of the task's training: a new optimiser, and a generator for its steps."""
+    parameters = run.state.trained()
+    run.state.trainable.append(sum(p.numel() for p in parameters))
+    generator = torch.Generator().manual_seed(derive(run.experiment.seed, task, "steps"))
+    return OpenTask(make_optimizer(run.experiment.train, parameters), generator)
+
+
+def make_optimizer(config: TrainConfig, parameters: Sequence[nn.Parameter]) -> Optimizer:
+    """A new optimiser over the parameters of a task; momenta of an earlier one are not taken on."""
+    if config.optimizer == "adam":
+        return Adam(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    return SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+def learning_rate(config: TrainConfig, epoch: int) -> float:
+    """Learning rate of an epoch, counted from 0; a cosine reaches zero after the last one.
+
+    Examples
+    --------
+    >>> learning_rate(TrainConfig(epochs=2, lr=0.1), 1)
+    0.05
+    >>> learning_rate(TrainConfig(epochs=2, lr=0.1, schedule="constant"), 1)
+    0.1
+    """
+    if config.schedule == "constant":
+        return config.lr
+    return float(config.lr * (1 + np.cos(np.pi * epoch / config.epochs)) / 2)
+
+
+def fit(run: Run, task: int, at: OpenTask, progress: Progress) -> None:
+    """Train the method's tensors and the task's head, from where the open task stands.
+
+    Raises
+    ------
+    FloatingPointError
+        If training diverges; the message says where.
+    """
+    experiment, config, state = run.experiment, run.experiment.train, run.state
+    clock = time.perf_counter()
+    batches = cut_loader(
+        _training_images(run, task),
+        config.batch_size,
+        shuffle=True,
+        seed=derive(experiment.seed, task, "batches"),
+        workers=experiment.data.workers,
+        share=run.processes,
+        device=run.accelerator.device,
+    )
+    done = at.epoch * len(batches) + at.batch
+    progress.begin_task(task + 1, config.epochs * len(batches))
+    progress.advance(at.meter, done)
+    at.restore_generators()
+    if run.processes.rank:  # drop-out: other images, other masks, others again after a checkpoint
+        place = run.processes.rank + run.processes.count * done
+        torch.manual_seed(derive(experiment.seed, task, "dropout") + place)
+
+    first_class = run.stream.tasks[task][0]
+    # The halves of a mini-batch have any size: one graph serves them all. Moments and evaluation
+    # call the model as it is.
+    forward = torch.compile(state.model, dynamic=True) if config.compile else state.model
+    start_at(batches, at.epoch, at.batch, epochs=config.epochs - at.epoch)
+    loading = iter(batches)  # over all epochs that are left
+    while at.epoch < config.epochs:
+        lr = learning_rate(config, at.epoch)
+        for group in at.optimizer.param_groups:
+            group["lr"] = lr
+        _training_mode(state.model)
+        for _ in range(len(batches) - at.batch):
+            clock = at.spent("train", clock)
+            images, labels = next(loading)
+            clock = at.spent("load", clock)
+            targets, counted = labels - first_class, Meter()
+            step = state.method.step(
+                _loss(run, forward, images, targets, counted),
+                targets,
+                at.optimizer,
+                generator=at.generator,
+                backward=run.accelerator.backward,
+            )
+            at.meter.add(step.loss, len(labels))
+            _join_counts(run, counted, at.meter)
+            at.batch += 1
+            clock = at.spent("train", clock)
+            progress.advance(at.meter)
+            if run.on_step is not None:
+                run.on_step(run)
+            last = at.epoch + 1 == config.epochs and at.batch == len(batches)
+            save_in_task(run, task, at, last=last)
+        # The last step may have broken the weights after the last loss was taken.
+        if not at.is_finite():
+            _raise_diverged(task, at)
+        values = at.meter.read()
+        run.folder.log("epoch", task=task + 1, epoch=at.epoch + 1, lr=lr, **values)
+        tracked = {f"train/{name}": value for name, value in {**values, "lr": lr}.items()}
+        run.accelerator.log(tracked, step=task * config.epochs + at.epoch + 1)
+        at.epoch, at.batch, at.meter = at.epoch + 1, 0, Meter()
+    at.spent("train", clock)
+
+
+def _loss(
+    run: Run,
+    forward: Callable[[Tensor], Tensor],
+    images: Tensor,
+    targets: Tensor,
+    counted: Meter,
+) -> RowsLoss:
+    """The mean loss over rows of a mini-batch, or the part of it that this process holds.
+
+    ``images`` are those of the process, ``targets`` of the whole mini-batch.
+    """
+    accelerator, head, config = run.accelerator, run.state.heads.current, run.experiment.head
+    start, stop = run.processes.bounds(len(targets))
+
+    def loss(rows: Tensor) -> Tensor:
+        alone = run.processes.count == 1
+        own = rows if alone else rows[(rows >= start) & (rows < stop)]
+        # Right ones among the rows of the others are added later, the rows themselves here.
+        counted.predicted += len(rows) - len(own)
+        if len(own) == 0:
+            return 0 * head.weight.sum()
+        with accelerator.autocast():
+            mine = (own - start).to(accelerator.device, non_blocking=True)
+            features = forward(images[mine])
+        cosines = head(features.float())
+        wanted = targets[own].to(accelerator.device, non_blocking=True)
+        counted.count(cosines, wanted)
+        value = cosface(cosines, wanted, scale=config.scale, margin=config.margin)
+        return value if alone else value * (len(own) / len(rows))
+
+    return loss
+
+
+def _join_counts(run: Run, counted: Meter, meter: Meter) -> None:
+    """Add what all processes have counted in a step to the meter of the epoch."""
+    if run.processes.count > 1:
+        right = torch.as_tensor(counted.right, device=run.accelerator.device).clone()
+        run.processes.sum([right])
+        counted.right = right
+    meter.right = meter.right + counted.right
+    meter.predicted += counted.predicted
+
+
+def _training_mode(model: nn.Module) -> None:
+    """Enable drop-out, if any, but keep the running statistics of batch norms: they are frozen."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+            module.eval()
+
+
+def _raise_diverged(task: int, at: OpenTask) -> NoReturn:
+    loss, weights = at.meter.read()["loss"], "finite" if at.has_finite_weights() else "not finite"
+    # Squares of large gradients may overflow in Adam before anything else does.
+    if not_finite(nested(at.tensors(), "optimizer")):
+        weights += ", the state of the optimiser is not"
+    msg = (
+        f"training diverged: in task {task + 1}, epoch {at.epoch + 1} the loss is "
+        f"{loss:.4g} and the trained weights are {weights}; nothing was merged. "
+        f"Lower train.lr or method.radius"
+    )
+    raise FloatingPointError(msg)
+
+
+# --- evaluate -------------------------------------------------------------------------------------
+
+
+def fit_readouts(run: Run, task: int) -> None:
+    """Fit the read-outs to all classes; features of old classes are never taken again."""
+    state, classes = run.state, run.stream.tasks[task]
+    if state.readouts.statistics:
+        features, labels = _features(run, run.stream.train.subset(classes))
+        state.readouts.add_task(features, labels, len(classes))
+    state.readouts.fit(state.heads.weight(), derive(run.experiment.seed, task, "alignment"))
+
+
+def evaluate(run: Run, task: int) -> None:
+    """Count what the read-outs get right on the evaluation images of all tasks so far.
+
+    Once among all classes, and once where the task of every image is given.
+    """
+    state, sizes = run.state, [len(labels) for labels in run.stream.tasks[: task + 1]]
+    seen = [label for labels in run.stream.tasks[: task + 1] for label in labels]
+    features, labels = _features(run, run.stream.test.subset(seen))
+    for matrices, given in ((state.accuracy, None), (state.task_given, sizes)):
+        counts = count_correct(
+            state.readouts.classifiers, features, labels, len(seen), task_sizes=given
+        )
+        for name, (correct, total) in counts.items():
+            matrices[name] = matrices[name].extended(sizes[-1], correct, total)
+
+
+def _features(run: Run, images: ImageSet) -> tuple[Tensor, Tensor]:
+    """Features under the test transform, in the order of the images, and labels."""
+    device = run.accelerator.device
+    batches = loader(
+        images.with_transform(test_transform(run.experiment.data)),
+        run.experiment.train.eval_batch_size,
+        shuffle=False,
+        seed=0,
+        workers=run.experiment.data.workers,
+        share=run.processes,
+        device=device,
+    )
+    if run.processes.count == 1:
+        return extract_features(run.state.model, batches, run.accelerator)
+    part = torch.zeros(0, run.backbone.features, device=device)
+    if len(batches):
+        part, _ = extract_features(run.state.model, batches, run.accelerator)
+    return run.processes.rows(part, len(images)), images.labels
+
+
+@torch.no_grad()
+def extract_features(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], accelerator: Accelerator
+) -> tuple[Tensor, Tensor]:
+    """Features (N, D) in float32 on the device, and labels (N,) on the CPU, of all batches.
+
+    Raises
+    ------
+    FloatingPointError
+        If a feature is not finite.
+    """
+    model.eval()
+    parts, labels = [], []
+    for images, targets in batches:
+        with accelerator.autocast():
+            parts.append(model(images.to(accelerator.device)).float())
+        labels.append(targets)
+    features = torch.cat(parts)
+    if not bool(features.isfinite().all()):
+        msg = (
+            "the model gives features that are not finite: its weights have grown too large. "
+            "Lower train.lr or method.radius"
+        )
+        raise FloatingPointError(msg)
+    return features, torch.cat(labels)
+
+
+# --- save -----------------------------------------------------------------------------------------
+
+
+def save_between_tasks(run: Run) -> None:
+    """Save the run, and end it if a signal asks for that."""
+    _, stopping = _agree(run, last=False)
+    _save(run)
+    if stopping:
+        _leave(run, saved=True)
+
+
+def save_in_task(run: Run, task: int, at: OpenTask, *, last: bool) -> None:
+    """Save the run after a step, if it is time or a signal came.
+
+    Parameters
+    ----------
+    run, task, at
+        The run, its task, and where that stands.
+    last : bool
+        Whether that was the last step of the task.
+
+    Raises
+    ------
+    KeyboardInterrupt, SystemExit
+        After it was saved, if a signal came.
+    FloatingPointError
+        If training has diverged: that is not saved.
+    """
+    due, stopping = _agree(run, last=last)
+    if not (due or stopping):
+        return
+    if not at.is_finite():
+        _raise_diverged(task, at)
+    saved = run.state.method.saves_open_task
+    if saved:
+        _save(run)
+    else:  # not looked at again a step later
+        run.checkpoints.wait()
+    if stopping:
+        _leave(run, saved=saved)
+
+
+def _agree(run: Run, *, last: bool) -> tuple[bool, bool]:
+    """Whether it is time to save for one of the processes, and whether one got a signal to stop."""
+    own = 2 * int(run.stop.received or 0) + run.checkpoints.due(last=last)
+    number, due = divmod(run.processes.largest(own), 2)
+    # One that comes just now counts after the next step, when all processes know of it.
+    if number:
+        run.stop.received = signal.Signals(number)
+    return bool(due), bool(number)
+
+
+def _save(run: Run) -> None:
+    """Write a checkpoint. One process does: between two steps all have the same state."""
+    if run.processes.writes and run.experiment.checkpoint.keep:
+        run.checkpoints.write(run.state.tensors(), run.state.record(), run.folder.read_log())
+    run.checkpoints.wait()
+
+
+def _leave(run: Run, *, saved: bool) -> NoReturn:
+    """End all processes as the signal to one of them asks."""
+    run.processes.wait()  # the launcher ends the others as soon as one has ended
+    what = "a checkpoint was written" if saved else "the checkpoint of the last task is there"
+    run.stop.leave(f"{what}: loda train --resume {run.folder.path} goes on")
+
+
+def restore(run: Run, checkpoint: Checkpoint) -> None:
+    """Put a fresh run, and its log, where a checkpoint stands."""
+    with readable(checkpoint.path):
+        optimizer = partial(make_optimizer, run.experiment.train)
+        run.state.load(checkpoint.tensors, checkpoint.record, optimizer)
+    run.folder.restore_log(checkpoint.metrics)
+
+
+def write_results(run: Run) -> None:
+    """Write the model, the read-outs, the state, the figure and the summary."""
+    experiment, state, path = run.experiment, run.state, run.folder.path
+    primary = run.state.readouts.primary
+    write_tensors(path / MODEL, state.model.state_dict())
+    write_tensors(path / READOUTS, state.readouts.tensors())
+    if experiment.keep.state:
+        record = {"identity": run.checkpoints.identity, **state.record()}
+        write_state(path / STATE, state.tensors(), record, run.folder.read_log())
+    if experiment.keep.figure:
+        data = (
+            experiment.data.options.get("root")
+            if experiment.data.name == "folder"
+            else experiment.data.name
+        )
+        title = f"{experiment.method.name} on {Path(str(data)).name}, read-out {primary}"
+        accuracy_figure(state.accuracy[primary], path / FIGURE, title=title)
+    run.folder.finish(
+        {
+            "readout": primary,
+            "readouts": {name: matrix.summary() for name, matrix in state.accuracy.items()},
+            "counts": {name: matrix.to_dict() for name, matrix in state.accuracy.items()},
+            "task_given": {name: matrix.summary() for name, matrix in state.task_given.items()},
+            "stored_bytes": state.stored_bytes(),
+            "trainable_parameters": state.trainable,
+            "seconds": state.seconds,
+        }
+    )
