@@ -13,7 +13,8 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,7 +27,7 @@ from commands import assert_clear, says
 from hypothesis import example, given
 from hypothesis import strategies as st
 from interrupted import CutOff, at_step, end, stopped
-from mangled import DEEP, ODD, damaged, mangled
+from mangled import DEEP, ODD, damaged, mangled, places
 from PIL import Image
 from run_contents import set_in_config
 from safetensors.torch import load, save
@@ -35,7 +36,13 @@ from small_runs import finished, small_vit, tiny, tree
 from training import cli
 from training.backbones.weights import load_weights
 from training.checkpoint import newest_checkpoint, read_checkpoint, write_checkpoint, write_state
-from training.config import DataConfig, Experiment, dump_experiment, read_experiment
+from training.config import (
+    DataConfig,
+    Experiment,
+    dump_experiment,
+    experiment_from,
+    read_experiment,
+)
 from training.data import UnreadableImageError, open_image
 from training.report.figures import drawings
 from training.report.runs import by_section, read_run
@@ -116,6 +123,17 @@ def test_configurations(tmp_path_factory: pytest.TempPathFactory, text: bytes) -
     path = tmp_path_factory.getbasetemp() / "config.yaml"
     path.write_bytes(text)
     works_or_refuses(path, read_experiment)
+
+
+def test_sections_that_are_no_mappings() -> None:
+    for *keys, last in filter(None, places(CONFIG)):
+        for odd in (None, -1, []):
+            content: Any = json.loads(json.dumps(CONFIG))
+            section = reduce(getitem, keys, content)
+            if isinstance(section[last], dict):
+                section[last] = odd
+                with suppress(ValueError):
+                    experiment_from(content, "config.yaml")
 
 
 @pytest.mark.parametrize("text", TEXTS)
