@@ -23,6 +23,7 @@ from interrupted import differences
 from PIL import Image
 
 from training.checkpoint import Checkpoint, read_checkpoint
+from training.run_dir import checkpoint_files
 
 SIDE, TRAIN, TEST = 16, 8, 4  # pixels, and images a class
 EPOCHS, BATCH = 6, 4
@@ -72,7 +73,7 @@ def settings(root: Path, tasks: int) -> list[str]:
 def sound(run: Path) -> list[Checkpoint]:
     """The checkpoints of a run that can be used, the newest one last."""
     found = []
-    for path in sorted((run / "checkpoints").glob("[0-9]*")):
+    for path in checkpoint_files(run):
         with suppress(ValueError):
             found.append(read_checkpoint(path))
     return found
@@ -95,13 +96,13 @@ def reached(run: Path) -> str:
     """Task and epoch that a run is in, as its log tells."""
     found = events(run)
     task = sum(e["event"] == "task" for e in found)
-    epochs = sum(e["event"] == "epoch" and e["task"] == task for e in found)
+    epochs = sum(e["event"] == "epoch" and e["task"] == task + 1 for e in found)
     return f"task {task + 1}, " + (f"epoch {epochs + 1}" if epochs < EPOCHS else "after training")
 
 
 def stands(checkpoint: Checkpoint) -> str:
     """Where a checkpoint stands."""
-    at, task = checkpoint.record["open"], checkpoint.record["run"]["tasks"] + 1
+    at, task = checkpoint.record["open"], checkpoint.record["tasks"] + 1
     if at is None:
         return f"start of task {task}"
     return f"task {task}, epoch {at['epoch'] + 1}, step {at['batch']}"
@@ -121,10 +122,10 @@ def end(process: BaseProcess, run: Path, kind: str, draw: random.Random) -> End 
         raise RuntimeError(msg)
     found = sound(run)
     if cut and len(found) > 1:  # one of two stays: more than that nobody promises
-        state = found.pop().path / "state.safetensors"
-        os.truncate(state, draw.randrange(state.stat().st_size))
+        newest = found.pop().path
+        os.truncate(newest, draw.randrange(newest.stat().st_size))
         name = kind
-    saved = (found[-1].path / "checkpoint.json").stat().st_mtime
+    saved = found[-1].path.stat().st_mtime
     return End(name, where, stands(found[-1]), max(moment - saved, 0.0))
 
 

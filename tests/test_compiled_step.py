@@ -2,23 +2,17 @@
 
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from safetensors.torch import load_file
-from small_runs import tiny, tree
 from tiny_models import inputs
 from torch import Tensor, nn
 
 from backends.torch import LoDA, LoDASettings
-from training.train import train
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.usefixtures("no_figure"),
     pytest.mark.skipif(
         not any(shutil.which(name) for name in ("c++", "g++", "clang++")),
         reason="torch.compile needs a C++ compiler, and there is none here",
@@ -87,35 +81,3 @@ def test_later_tasks_find_the_second_compiled() -> None:
         loda.end_task([inputs(task, loda.model)[0]])
         loda.begin_task([inputs(task + 1, loda.model)[0]])
     assert len(graphs) == 1
-
-
-def test_a_run_may_train_through_the_compiled_model(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiled, compile_it = [], torch.compile
-
-    def counted(model: nn.Module, **settings: bool) -> object:
-        compiled.append(model)
-        return compile_it(model, **settings)
-
-    monkeypatch.setattr(torch, "compile", counted)
-    plain = tiny(tree(tmp_path_factory), tmp_path / "plain")
-    quick = tiny(tree(tmp_path_factory), tmp_path / "quick")
-    quick = replace(quick, train=replace(plain.train, compile=True))
-    expected = load_file(train(plain, quiet=True) / "model.safetensors")
-    assert not compiled
-    found = load_file(train(quick, quiet=True) / "model.safetensors")
-    assert compiled
-    for name, weight in expected.items():
-        torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-4)
-
-
-def test_compiling_without_a_compiler_is_refused_at_the_start(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("training.step.compiled.shutil.which", lambda _: None)
-    experiment = tiny(tree(tmp_path_factory), tmp_path / "run")
-    experiment = replace(experiment, train=replace(experiment.train, compile=True))
-    with pytest.raises(ValueError, match=r"train\.compile is true, .* C\+\+ compiler"):
-        train(experiment, quiet=True)
-    assert not (tmp_path / "run").exists()

@@ -23,10 +23,10 @@ ALLOWED = {
 # A unit is a module or a sub-package; the settings of a sub-package are a unit of their own, for
 # the configuration of an experiment is made of them.
 FLOORS = (
-    {"config", "data.config", "backbones.config", "methods.config", "seeds", "metrics"},
+    {"components", "data.config", "backbones.config", "config", "seeds", "metrics", "loss"},
     {"run_dir", "distributed", "logging", "plots"},
     {"backbones", "data", "methods"},
-    {"checkpoint"},
+    {"checkpoint", "state"},
     {"train"},
     {"analysis", "report", "sweep"},
     {"cli"},

@@ -1,5 +1,9 @@
 """Loaders: batches that depend on the seed alone, whatever the workers."""
 
+import signal
+import subprocess
+import sys
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +11,7 @@ import pytest
 import torch
 from image_folders import augmented, folder, grow
 from PIL import Image
+from small_runs import tiny
 
 from training.data import build_stream, loader, passes_begun, start_at, train_transform
 from training.data.loaders import SeededBatches
@@ -130,3 +135,22 @@ def test_augmenting_does_not_write_into_kept_images(noisy: Path) -> None:
         list(train.with_transform(train_transform(config)))
     after = torch.stack([image for image, _ in train.with_transform(None)])
     assert torch.equal(before, after)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells who sent a signal")
+def test_workers_heed_their_parent_alone(root: Path) -> None:
+    data = tiny(root, None).data
+    images = build_stream(data, seed=0).train.with_transform(train_transform(data))
+    batches = iter(loader(images, 4, shuffle=True, seed=0, workers=1))
+    others = {*active_children()}  # of other tests in this process
+    next(batches)
+    (worker,) = {*active_children()} - others
+    for number in (signal.SIGTERM, signal.SIGINT):
+        subprocess.run(["kill", f"-{int(number)}", str(worker.pid)], check=True)
+    assert len(list(batches)) == 8  # it still works
+    again = iter(loader(images, 4, shuffle=True, seed=0, workers=1))
+    next(again)
+    (worker,) = {*active_children()} - others
+    worker.terminate()  # as Python does at its end, where a pass is still open
+    worker.join()
+    assert worker.exitcode == 0

@@ -15,8 +15,8 @@ from torch import Tensor
 from backends.torch import LoDA, LoDASettings
 from backends.torch.readouts import CosineHeads
 from training.config import TrainConfig
-from training.logging import Meter
 from training.loss import cosface
+from training.metrics import Meter
 from training.train import make_optimizer
 
 

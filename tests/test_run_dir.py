@@ -141,9 +141,11 @@ def test_damaged_and_missing_files_are_named(
 def test_content_of_another_shape_is_one_line_that_names_the_file(
     take_apart: Callable[[], object],
 ) -> None:
-    with pytest.raises(ValueError, match=r"x\.json, task 2, does not hold") as said:
-        with readable(Path("x.json"), "task 2"):
-            take_apart()
+    with (
+        pytest.raises(ValueError, match=r"x\.json, task 2, does not hold") as said,
+        readable(Path("x.json"), "task 2"),
+    ):
+        take_apart()
     assert "\n" not in str(said.value)
     with pytest.raises(OSError), readable(Path("x.json")):
         raise FileNotFoundError

@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from small_runs import KEPT, READOUTS, changed, finished, flags, plain, squares, tiny, tree
 from torch import nn
 
+from training.analysis.predict import evaluate_run
 from training.checkpoint import Checkpoints, StopSignals, newest_checkpoint
 from training.config import CheckpointConfig, Experiment, TrainConfig, read_experiment
 from training.data import ImageSet
-from training.finished.evaluate import evaluate_run
 from training.methods import METHODS
 from training.metrics import AccuracyMatrix
 from training.run_dir import read_json, task_folder

@@ -1,6 +1,8 @@
 """Class-incremental experiments with LoDA: data, methods, the training loop and the command line.
 
-Importing this package loads nothing heavy; the parts that need torch are imported when used.
+`load` gives the classifier of a finished run; a run is trained by `training.train.train` from an
+`training.config.Experiment`, and goes on by `training.train.resume`. Importing this package loads
+nothing heavy; the parts that need torch are imported when used.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from training.config import Experiment
-
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
+
+    from training.config import Experiment
 
 TIMEOUT = 600.0
 """Seconds that a process waits for the others, unless LODA_TIMEOUT says otherwise."""
@@ -226,7 +226,7 @@ class Processes(Share):
             raise ConnectionError(msg) from error
 
 
-def make_accelerator(experiment: Experiment) -> "Accelerator":
+def make_accelerator(experiment: "Experiment") -> "Accelerator":
     """Device, precision and tracker of an experiment, and its processes if there are several.
 
     Parameters

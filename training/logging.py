@@ -3,13 +3,12 @@
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from training.config import Experiment, flat_settings
 from training.metrics import AccuracyMatrix, Meter
 
 if TYPE_CHECKING:
@@ -221,17 +220,16 @@ def require_tracker(name: str) -> None:
         raise ValueError(msg)
 
 
-def start_tracker(accelerator: "Accelerator", experiment: Experiment, run: Path) -> None:
-    """Open the tracker of an experiment, if it has one, and give it the settings."""
-    if experiment.tracker is not None:
-        accelerator.project_configuration.project_dir = str(run)
-        accelerator.project_configuration.logging_dir = str(run)
-        # Trackers take numbers, truth values and text.
-        settings = {
-            name: value if isinstance(value, bool | int | float | str) else str(value)
-            for name, value in flat_settings(experiment).items()
-        }
-        accelerator.init_trackers("loda", config=settings)
+def start_tracker(accelerator: "Accelerator", settings: Mapping[str, Any], run: Path) -> None:
+    """Open the tracker that the accelerator was made for, and give it the settings of the run."""
+    accelerator.project_configuration.project_dir = str(run)
+    accelerator.project_configuration.logging_dir = str(run)
+    # Trackers take numbers, truth values and text.
+    plain = {
+        name: value if isinstance(value, bool | int | float | str) else str(value)
+        for name, value in settings.items()
+    }
+    accelerator.init_trackers("loda", config=plain)
 
 
 # --- memory ---------------------------------------------------------------------------------------

@@ -121,7 +121,13 @@ class State:
             As `tensors` and `record` gave them.
         make_optimizer : callable
             Gives a fresh optimiser over the trained tensors of a task that was open.
+
+        Raises
+        ------
+        ValueError, LookupError, TypeError, RuntimeError
+            If it is no state of this experiment.
         """
+        _require_numbers(tensors)
         self.tasks, self.passes = int(record["tasks"]), int(record["passes"])
         self.trainable, self.seconds = list(record["trainable"]), dict(record["seconds"])
         self.accuracy, self.task_given = (
@@ -255,3 +261,22 @@ class OpenTask:
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.generator.set_state(tensors["generator"])
         self.resumed = nested(tensors, "generators")
+
+
+# Types of tensors in a state. Somebody else's file may hold others, which fail late and unclearly.
+_DTYPES = {
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.int64, torch.int32, torch.uint8, torch.bool),
+}
+
+
+def _require_numbers(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            msg = f"{name} is of {tensor.dtype}"
+            raise ValueError(msg)
+    # Ratios that were measured may be infinite, and decide nothing.
+    broken = not_finite({k: t for k, t in tensors.items() if "/heldout/" not in k})
+    if broken:
+        msg = f"{broken[0]} holds values that are not finite"
+        raise ValueError(msg)

@@ -45,7 +45,6 @@ from training.data import (
     verify_data,
 )
 from training.distributed import Processes, launched_processes, make_accelerator
-from training.plots import accuracy_figure
 from training.logging import (
     Progress,
     peak_memory,
@@ -56,6 +55,7 @@ from training.logging import (
 from training.loss import cosface
 from training.methods import Context
 from training.metrics import Meter, count_correct
+from training.plots import accuracy_figure
 from training.run_dir import (
     FIGURE,
     MODEL,
@@ -265,8 +265,8 @@ def prepare(experiment: Experiment, resume: Path | None = None, *, overwrite: bo
         else:
             folder.check_classes(classes)
             restore(run, checkpoints.newest())
-        if together.writes:
-            start_tracker(accelerator, experiment, path)
+        if together.writes and experiment.tracker is not None:
+            start_tracker(accelerator, flat_settings(experiment), path)
         together.require_same("checkpoint", state.record())
     except BaseException:
         folder.close()
@@ -791,11 +791,6 @@ def _leave_if_asked(run: Run, *, saved: bool) -> None:
 def restore(run: Run, checkpoint: Checkpoint) -> None:
     """Put a fresh run, and its log, where a checkpoint stands."""
     with readable(checkpoint.path):
-        # Ratios that were measured may be infinite, and decide nothing.
-        decisive = {k: t for k, t in checkpoint.tensors.items() if "/heldout/" not in k}
-        if broken := not_finite(decisive):
-            msg = f"{broken[0]} holds values that are not finite"
-            raise ValueError(msg)
         optimizer = partial(make_optimizer, run.experiment.train)
         run.state.load(checkpoint.tensors, checkpoint.record, optimizer)
     run.folder.restore_log(checkpoint.metrics)

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+import training.train
 from training.config import CheckpointConfig, DataConfig, Experiment
-from training.train import train
-from training.survival.saver import Saver
+from training.run_dir import checkpoint_files
+from training.train import prepare, run_to_end
 
 SETTINGS = {
     "tasks and every 5 minutes": CheckpointConfig(),
@@ -29,7 +30,6 @@ def test_checkpoints_cost_little(
 ) -> None:
     torch.set_num_threads(1)
     spent, sizes = 0.0, []
-    inside, between, write = Saver.inside_task, Saver.between_tasks, Saver._write
 
     def timed(function: Any) -> Any:
         def called(*arguments: Any, **settings: Any) -> Any:
@@ -42,14 +42,8 @@ def test_checkpoints_cost_little(
 
         return called
 
-    def weighed(saver: Saver, *arguments: Any) -> None:
-        write(saver, *arguments)
-        newest = max((saver.folder.path / "checkpoints").iterdir())
-        sizes.append(sum(path.stat().st_size for path in newest.iterdir()))
-
-    monkeypatch.setattr(Saver, "inside_task", timed(inside))
-    monkeypatch.setattr(Saver, "between_tasks", timed(between))
-    monkeypatch.setattr(Saver, "_write", weighed)
+    for name in ("save_in_task", "save_between_tasks"):
+        monkeypatch.setattr(training.train, name, timed(getattr(training.train, name)))
     lines = []
 
     def run(number: int, name: str) -> float:
@@ -60,7 +54,15 @@ def test_checkpoints_cost_little(
             data=DataConfig(tasks=2), checkpoint=SETTINGS[name], out=str(tmp_path / str(number))
         )
         start = time.perf_counter()
-        train(experiment, quiet=True)
+        trained = prepare(experiment)
+        write = trained.checkpoints.write
+
+        def weighed(*arguments: Any) -> None:
+            write(*arguments)
+            sizes.append(checkpoint_files(trained.folder.path)[-1].stat().st_size)
+
+        trained.checkpoints.write = weighed  # type: ignore[method-assign]
+        run_to_end(trained, quiet=True)
         whole = time.perf_counter() - start
         lines.append(
             f"  {name:26} {len(sizes):3} of {sum(sizes) / len(sizes) / 2**20:.1f} MiB, "

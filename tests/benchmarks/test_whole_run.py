@@ -5,10 +5,10 @@ and weights that the reference was measured on; skipped where they are not at ha
 """
 
 import json
+import sys
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,10 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from turns import seconds
 
 from backends.torch import gao
-from training import loop
 from training.config import load_experiment
 from training.data.transforms import Transform
-from training.methods.steps import Stepper
+from training.methods import Method
+from training.train import train
 
 GROUPS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
@@ -73,7 +73,7 @@ def run(shared: Path, out: Path, *changes: str) -> list[dict[str, Any]]:
         f"--out={out}",
         *changes,
     ]
-    loop.train(load_experiment(arguments), quiet=True)
+    train(load_experiment(arguments), quiet=True)
     events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [event for event in events if event["event"] == "task"]
 
@@ -89,7 +89,7 @@ def profiled(
     shared: Path, out: Path, patch: pytest.MonkeyPatch, *, first: int = 15, steps: int = 4
 ) -> tuple[float, dict[str, float]]:
     """Operations of the products of a step of the second task, and milliseconds by operator."""
-    step, number = Stepper.step, 0
+    step, number = Method.step, 0
     flops, groups = 0.0, dict.fromkeys([*GROUPS, "all other operators"], 0.0)
 
     def watched(*args: Any, **kwargs: Any) -> Any:
@@ -109,7 +109,7 @@ def profiled(
             groups[next(fitting, "all other operators")] += event.self_cpu_time_total / 1e3 / steps
         return result
 
-    patch.setattr(Stepper, "step", watched)
+    patch.setattr(Method, "step", watched)
     run(shared, out, "--train.epochs=1", "--head.also=[]")
     return flops, groups
 
@@ -129,13 +129,11 @@ def test_where_the_time_of_a_run_goes(
 ) -> None:
     torch.set_num_threads(1)
     clock = Clock(monkeypatch)
-    processor = SimpleNamespace(perf_counter=time.process_time, monotonic=time.monotonic)
     with monkeypatch.context() as patch:
         clock.patch = patch
-        for module in ("loop", "fit"):
-            patch.setattr(f"training.{module}.time", processor)
-        clock.watch("fit", loop, "fit")
-        clock.watch("step", Stepper, "step")
+        patch.setattr("time.perf_counter", time.process_time)
+        clock.watch("fit", sys.modules[train.__module__], "fit")
+        clock.watch("step", Method, "step")
         clock.watch("loading, augmenting", _BaseDataLoaderIter, "__next__", inside="fit")
         clock.watch("loading, augmenting", Transform, "finish", inside="fit")
         clock.watch("backward", torch.autograd, "grad", inside="step")
