@@ -11,6 +11,7 @@ from training.report.runs import Section, by_section, find_runs
 from training.report.tables import Table
 
 FROZEN = MethodConfig("frozen")
+AGES, AMONG = ("old", "new"), ("own", "seen")
 IMAGES = 100  # of each class; one class a task
 
 
@@ -51,6 +52,40 @@ def changed_json(path: Path, **changes: Any) -> None:
     """Put other values into a JSON file, which need not be there."""
     content = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     path.write_text(json.dumps(content | changes), "utf-8")
+
+
+def measures(scale: float) -> dict[str, float | None]:
+    """The analysis of a subspace."""
+    names = (f"{age}_{what}" for age in ("new", "old") for what in ("energy", "magnitude"))
+    return {"ratio": scale} | {name: scale * k for k, name in enumerate(names, 1)}
+
+
+def analysis() -> dict[str, Any]:
+    """What `loda analyse` writes of three tasks and two layers; every number is another one."""
+    scales = {"null": 1.0, "general": 10.0, "isolated": 100.0}
+    subspaces = [
+        {
+            "task": task,
+            "layers": {
+                f"blocks.{k}": {n: measures(s * (k + 4 * task - 3)) for n, s in scales.items()}
+                for k in range(2)
+            },
+        }
+        for task in (2, 3)
+    ]
+    curves = {
+        a: {g: [10.0 * i + j, 20.0 * i + j] for j, g in enumerate(AGES)}
+        for i, a in enumerate(AMONG)
+    }
+    marks = {
+        mark: {
+            "step": step,
+            **{a: {g: step + 2 * i + j for j, g in enumerate(AGES)} for i, a in enumerate(AMONG)},
+        }
+        for mark, step in (("recalibrated", 0.5), ("merged", 0.25))
+    }
+    losses = [{"task": 2, "step": [0.0, 1.5], **curves, "marks": marks}]
+    return {"subspaces": subspaces, "losses": losses}
 
 
 def sections(*sources: Path | str) -> list[Section]:

@@ -15,7 +15,6 @@ from training.plots import (
     Interval,
     Panel,
     accuracy_figure,
-    comparison_figure,
     interval_figure,
     line_figure,
     line_style,
@@ -60,17 +59,23 @@ def test_labels_of_any_length(tmp_path: Path) -> None:
     assert pixels(accuracy_figure(decaying(3), tmp_path / "a.png", task_labels=labels)).size
 
 
-def test_comparison(tmp_path: Path) -> None:
-    curves = {"LoDA": [[1.0, 0.9], [0.98, 0.8]], "frozen": [[0.9, 0.7]]}
-    image = pixels(comparison_figure(curves, tmp_path / "c.png", title="Two $methods_{$"))
+def drawn(seeds: list[list[float]], path: Path) -> bytes:
+    """A figure of one curve."""
+    panel = Panel(spread_curves({"a": seeds}), "tasks", "accuracy", ends=".1f")
+    return line_figure([panel], path, title="A $title_{$").read_bytes()
+
+
+def test_curves_have_colours_of_their_own(tmp_path: Path) -> None:
+    curves = spread_curves({"LoDA": [[1.0, 0.9], [0.98, 0.8]], "frozen": [[0.9, 0.7]]})
+    image = pixels(line_figure([Panel(curves, "x", "y", "Two $methods_{$")], tmp_path / "c.png"))
     colours = {tuple(c) for c in image.reshape(-1, 3).tolist()}
     assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} <= colours
 
 
 def test_an_svg_depends_on_the_numbers_alone(tmp_path: Path) -> None:
-    first = comparison_figure({"a": [[1.0, 0.9]]}, tmp_path / "a.svg").read_bytes()
-    assert comparison_figure({"a": [[1.0, 0.9]]}, tmp_path / "b.svg").read_bytes() == first
-    assert comparison_figure({"a": [[1.0, 0.8]]}, tmp_path / "c.svg").read_bytes() != first
+    first = drawn([[1.0, 0.9]], tmp_path / "a.svg")
+    assert drawn([[1.0, 0.9]], tmp_path / "b.svg") == first
+    assert drawn([[1.0, 0.8]], tmp_path / "c.svg") != first
     assert ElementTree.fromstring(first).tag == "{http://www.w3.org/2000/svg}svg"
 
 
@@ -110,8 +115,9 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_many_ends_leave_room_for_the_curves(tmp_path: Path) -> None:
-    curves = {f"method {k}": [[0.5, 0.4]] for k in range(30)}  # a warning would be an error
-    assert comparison_figure(curves, tmp_path / "a.svg").stat().st_size > 1000
+    curves = spread_curves({f"method {k}": [[0.5, 0.4]] for k in range(30)})
+    # A warning of the layout would be an error.
+    line_figure([Panel(curves, "x", "y", ends=".1f")], tmp_path / "a.svg")
 
 
 def test_intervals_of_several_series(tmp_path: Path) -> None:
@@ -140,10 +146,10 @@ def test_errors(tmp_path: Path) -> None:
         line_figure([Panel([], "x", "y")], path)
     with pytest.raises(ValueError, match=r"got \[1, 1\]"):
         matrix_figure([[0.5], [0.5]], path)
-    with pytest.raises(ValueError, match="curve"):
-        comparison_figure({}, path)
+    with pytest.raises(ValueError, match="panel"):
+        line_figure([], path)
     with pytest.raises(ValueError, match=r"got \[1, 2\]"):
-        comparison_figure({"a": [[1.0], [1.0, 0.5]]}, path)
+        spread_curves({"a": [[1.0], [1.0, 0.5]]})
     with pytest.raises(ValueError, match="difference"):
         interval_figure({"a": {}}, path, x="x")
     assert not path.exists()

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_runs import changed_json, fake_run, sections
+from fake_runs import AGES, analysis, changed_json, fake_run, measures, sections
 
+from training import cli
 from training.config import BackboneConfig, MethodConfig
 from training.report.figures import Drawing, drawings, side_drawings
-
-AGES, AMONG = ("old", "new"), ("own", "seen")
 
 
 def drawn(*sources: Path | str, **options: str) -> dict[str, Drawing]:
@@ -97,39 +96,11 @@ def test_a_run_that_measured_only_some_tasks_is_left_out_of_its_curve(tmp_path: 
     assert [(curve.label, list(curve.centre)) for curve in device.curves] == [("loda", [5, 5])]
 
 
-def measures(scale: float) -> dict[str, float]:
-    names = (f"{age}_{what}" for age in ("new", "old") for what in ("energy", "magnitude"))
-    return {"ratio": scale} | {name: scale * k for k, name in enumerate(names, 1)}
-
-
 @pytest.fixture
 def analysed(tmp_path: Path) -> Path:
     """A run with two tasks analysed, in which every number is another one."""
-    scales = {"null": 1.0, "general": 10.0, "isolated": 100.0}
-    subspaces = [
-        {
-            "task": task,
-            "layers": {
-                f"blocks.{k}": {n: measures(s * (k + 4 * task - 3)) for n, s in scales.items()}
-                for k in range(2)
-            },
-        }
-        for task in (2, 3)
-    ]
-    curves = {
-        a: {g: [10.0 * i + j, 20.0 * i + j] for j, g in enumerate(AGES)}
-        for i, a in enumerate(AMONG)
-    }
-    marks = {
-        mark: {
-            "step": step,
-            **{a: {g: step + 2 * i + j for j, g in enumerate(AGES)} for i, a in enumerate(AMONG)},
-        }
-        for mark, step in (("recalibrated", 0.5), ("merged", 0.25))
-    }
-    losses = [{"task": 2, "step": [0.0, 1.5], **curves, "marks": marks}]
     run = fake_run(tmp_path / "run", ((90,), (60, 80), (60, 80, 70)))
-    changed_json(run / "analysis.json", subspaces=subspaces, losses=losses)
+    changed_json(run / "analysis.json", **analysis())
     return run
 
 
@@ -200,3 +171,10 @@ def test_a_figure_says_which_runs_it_leaves_out(tmp_path: Path) -> None:
     figure = drawn(tmp_path)["loss-loda-task2"]
     assert "1 analysed at other steps" in figure.caption
     assert "(n = 2)" in panels(figure)[0].curves[0].label
+
+
+def test_a_figure_on_its_own(two: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = two / "figure.svg"
+    assert cli.main(["report", str(two), "--figure", str(out)]) == 0
+    assert "Accuracy" in capsys.readouterr().out  # the tables are printed all the same
+    assert "Accuracy over all classes seen" in out.read_text("utf-8")

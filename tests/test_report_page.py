@@ -4,38 +4,17 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
 from browser import measured
-from fake_runs import changed_json, fake_run
+from fake_runs import FROZEN, analysis, changed_json, fake_run
 
 from training.config import BackboneConfig, HeadConfig, MethodConfig
 from training.report import Report, write_report
 
 PHONE = 390  # CSS pixels
 NAME = 'LoDA <b>&"50 %"_{x}</b> with a name that is far too long for a column of a table'
-
-
-def measures(scale: float) -> dict[str, float]:
-    kinds = (f"{age}_{what}" for age in ("new", "old") for what in ("energy", "magnitude"))
-    return {"ratio": scale, **dict.fromkeys(kinds, 0.5 * scale)}
-
-
-def analysis() -> dict[str, Any]:
-    """As `loda analyse` writes it: three layers, in one of them old tasks have no energy."""
-    names = ("null", "general", "isolated")
-    layers = {f"blocks.{k}": {n: measures(0.3 * (k + 1)) for n in names} for k in range(3)}
-    layers["blocks.0"]["null"]["ratio"] = None
-    losses = {"old": [0.1, 0.2, 0.4], "new": [0.9, 0.5, 0.4]}
-    point = {"old": 0.15, "new": 0.6}
-    mark = {"step": 0.7, "own": point, "seen": point}
-    task = {"task": 2, "step": [0.0, 0.75, 1.5], "own": losses, "seen": losses}
-    return {
-        "subspaces": [{"task": 2, "layers": layers}],
-        "losses": [{**task, "marks": {"recalibrated": mark, "merged": mark}}],
-    }
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +25,12 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in (1, 2):
         rows = ((90,), (60 + seed, 80))
         sources.append(f"{NAME}={fake_run(folder / f'loda{seed}', rows, seed=seed)}")
-        frozen = MethodConfig("frozen")
-        sources.append(fake_run(folder / f"frozen{seed}", seed=seed, method=frozen))
+        sources.append(fake_run(folder / f"frozen{seed}", seed=seed, method=FROZEN))
     changed_json(folder / "loda1" / "analysis.json", **analysis())
     joint = MethodConfig("joint")
     sources.append(fake_run(folder / "joint", ((99, 99),), seed=1, method=joint))
     other = BackboneConfig("cifar_vit")
-    sources.append(fake_run(folder / "other", seed=1, method=frozen, backbone=other))
+    sources.append(fake_run(folder / "other", seed=1, method=FROZEN, backbone=other))
     (fake_run(folder / "half", seed=3) / "summary.json").unlink()
     out = tmp_path_factory.mktemp("out") / "report"
     report = Report.over([*sources, folder / "half"])

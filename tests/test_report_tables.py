@@ -11,7 +11,7 @@ from fake_runs import FROZEN, changed_json, fake_run, sections, texts
 from scipy import stats
 
 from training.config import BackboneConfig, MethodConfig, TrainConfig
-from training.report import Report, Table, comparison_curves, intervals, latex, markdown
+from training.report import Report, Table, intervals, latex, markdown
 from training.report.runs import Section
 from training.report.tables import escape_latex, report_tables
 
@@ -39,8 +39,6 @@ def test_mean_and_sample_deviation_over_seeds(tmp_path: Path) -> None:
             "1, 2, 3",
         ]
     ]
-    curves = comparison_curves([section])
-    assert curves == {"loda": [[0.9, 0.7], [0.9, 0.9], [0.9, 0.5]]}  # by seed
 
 
 def test_one_seed_has_no_deviation(tmp_path: Path) -> None:

@@ -3,11 +3,19 @@
 from functools import cache
 from pathlib import Path
 
-from training.report import Report, find_runs, report_tables
-from training.report.measures import lead, lead_text
-from training.report.side import side_by_side
-from training.report.tables import Table, markdown
-from training.sweeps import plan, read_sweep
+import pandas as pd
+
+from training.report import Report, find_runs
+from training.report.tables import (
+    Table,
+    lead_texts,
+    leads,
+    markdown,
+    of_readout,
+    report_tables,
+    side_by_side,
+)
+from training.sweep import plan, read_sweep
 
 DOCS = Path(__file__).parents[1] / "docs"
 COMPARED = ["caltech101.jsonl", "caltech101-cifar_vit.jsonl"]
@@ -41,7 +49,7 @@ def test_the_report_page_is_what_the_report_prints() -> None:
 def test_every_group_has_all_seeds() -> None:
     for section in report().sections:
         for label, runs in section.groups.items():
-            assert [run.experiment.seed for run in runs] == SEEDS, label
+            assert [run.seed for run in runs] == SEEDS, label
 
 
 def test_the_page_of_results_quotes_the_report() -> None:
@@ -65,32 +73,36 @@ def test_the_page_of_results_shows_how_the_lead_moves_with_the_backbone() -> Non
 
 def test_what_a_control_changes_of_its_own_method() -> None:
     methods, controls = report().sections[:2]
-    runs = {**methods.groups, **controls.groups}
-    changed = [label for label in runs if label.endswith(("-aligned", "-double-epochs"))]
+    runs = pd.concat([controls.measures, methods.measures]).drop_duplicates(["run", "readout"])
+    labels = set(runs["group"])
+    changed = [label for label in labels if label.endswith(("-aligned", "-double-epochs"))]
     assert len(changed) == 9
     for label in changed:
         method = label.removesuffix("-aligned").removesuffix("-double-epochs")
-        if method in runs:
-            leads = [lead(runs[label], runs[method], kind, "last") for kind in controls.readouts]
-            assert all(found is not None and found.size == len(SEEDS) for found in leads)
-            assert f"| {label} | {' | '.join(map(lead_text, leads))} |" in page("results.md")
+        if method in labels:
+            found = [
+                leads(of_readout(runs, k), label, "last").loc[[method]] for k in controls.readouts
+            ]
+            assert {int(lead["pairs"].iloc[0]) for lead in found} == {len(SEEDS)}
+            texts = " | ".join(text for lead in found for text in lead_texts(lead))
+            assert f"| {label} | {texts} |" in page("results.md")
 
 
 def test_the_energy_ratios_are_those_of_the_analysis() -> None:
     (run,) = find_runs(recorded(INSIDE)).runs
-    layers = [layer for task in run.analysis["subspaces"] for layer in task["layers"].values()]
+    by_subspace = pd.DataFrame(run.energies).groupby("subspace")
     for name in ("null", "isolated"):
-        ratios = [layer[name]["ratio"] for layer in layers]
-        assert f"{min(ratios):.2f} to {max(ratios):.2f}" in page("results.md")
-    shares = [100 * layer["isolated"]["new_energy"] for layer in layers]
-    assert f"{min(shares):.1f} to {max(shares):.1f} %" in page("results.md")
+        ratios = by_subspace.get_group(name)["ratio"]
+        assert f"{ratios.min():.2f} to {ratios.max():.2f}" in page("results.md")
+    shares = 100 * by_subspace.get_group("isolated")["new_energy"]
+    assert f"{shares.min():.1f} to {shares.max():.1f} %" in page("results.md")
 
 
 def test_records_name_no_path_of_a_machine() -> None:
     for run in find_runs(recorded(*COMPARED, INSIDE, TRIALS)).runs:
-        data, backbone = run.experiment.data, run.experiment.backbone
-        assert data.root == "caltech101"
-        assert backbone.weights in (None, "vit_cifar10.safetensors")
+        data, backbone = run.experiment.data.options, run.experiment.backbone.options
+        assert data["root"] == "caltech101"
+        assert backbone.get("weights") in (None, "vit_cifar10.safetensors")
         assert run.experiment.out is None
 
 

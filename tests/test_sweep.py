@@ -7,7 +7,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -203,7 +204,7 @@ class Fake(Children):
     ) -> int:
         self.commands.append(command[5:])  # behind loda train
         self.environments.append(environment)
-        return self.train(command[-1] if "--resume" in command else command[-2], log)
+        return self.train(command[command.index("train") + 2], log)
 
     def train(self, source: str, log: Path) -> int:
         if not source.endswith(".yaml"):  # the folder of a run that goes on
@@ -282,6 +283,16 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     assert run_job(other, tmp_path, children=children).status == "finished"
     assert children.commands == [["--resume", str(job.folder)]]
     assert not can_go_on(job)
+
+
+def test_a_run_with_a_class_of_ones_own_goes_on(tmp_path: Path) -> None:
+    own = {"backbone": {"name": "noted_images.Noting"}}
+    job, children = planned(tmp_path, **own), Fake()
+    interrupted(job)
+    assert run_job(job, tmp_path, children=children).status == "finished"
+    allowed = "--allow=noted_images.Noting"
+    assert children.commands == [["--resume", str(job.folder), allowed]]
+    assert finished(planned(tmp_path, **own))
 
 
 def test_an_unfinished_run_of_other_settings_is_not_replaced(tmp_path: Path) -> None:
@@ -501,6 +512,18 @@ with Children() as children:
 """
 
 
+@contextmanager
+def started(*command: str | Path, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that does not outlive its test."""
+    with subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def wait_for(there: Callable[[], object], process: subprocess.Popen[bytes]) -> None:
     """Wait as long as the process lives."""
     while not there():
@@ -515,24 +538,20 @@ def wait_for(there: Callable[[], object], process: subprocess.Popen[bytes]) -> N
 def test_a_signal_to_the_parent_alone_ends_its_children_first(
     number: signal.Signals, status: int, tmp_path: Path
 ) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", PARENT, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    wait_for((tmp_path / "ready").exists, process)
-    process.send_signal(number)
-    out, _ = process.communicate()
+    with started("-c", PARENT, tmp_path) as process:
+        wait_for((tmp_path / "ready").exists, process)
+        process.send_signal(number)
+        out, _ = process.communicate()
     assert process.returncode == status
     assert out == b"143\n"
     assert (tmp_path / "saved").exists()
 
 
 def test_ctrl_c_in_a_terminal_reaches_a_child_once(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", PARENT, tmp_path], stderr=subprocess.PIPE, start_new_session=True
-    )
-    wait_for((tmp_path / "ready").exists, process)
-    os.killpg(process.pid, signal.SIGINT)  # to all of the group, as a terminal does
-    process.communicate()
+    with started("-c", PARENT, tmp_path, start_new_session=True) as process:
+        wait_for((tmp_path / "ready").exists, process)
+        os.killpg(process.pid, signal.SIGINT)  # to all of the group, as a terminal does
+        process.communicate()
     assert (tmp_path / "saved").exists()
     assert not (tmp_path / "twice").exists()
 
@@ -562,6 +581,29 @@ def small(root: Path) -> list[str]:
     return [*own, "--data.tasks=1"]
 
 
+def test_runs_of_one_seed_see_the_same_classes_and_mini_batches(root: Path, tmp_path: Path) -> None:
+    import noted_images
+
+    from training.train import train
+
+    # An aligned step would show the two halves of a mini-batch one by one.
+    variants = {"seq_lora": {}, "loda": {"method.gao": False}, "frozen": {}}
+    given = [flag for flag in small(root) if not flag.startswith(("--backbone", "--method"))]
+    given += ["--backbone=noted_images.Noting", "--keep.figure=false"]
+    sweep = Sweep({name: own | {"method.name": name} for name, own in variants.items()}, [5])
+    mini_batches: list[str] = []
+    for job in plan(sweep, tmp_path, given):
+        noted_images.shown.clear()
+        noted_images.trained.clear()
+        train(job.experiment, quiet=True)
+        mini_batches = mini_batches or [*noted_images.trained]
+        others = iter(noted_images.shown)  # moments and evaluations among them
+        assert all(batch in others for batch in mini_batches), job.name
+    assert len(set(mini_batches)) > 2
+    classes = {(tmp_path / name / "seed5" / "classes.json").read_bytes() for name in variants}
+    assert len(classes) == 1
+
+
 @pytest.mark.slow
 def test_runs_have_processes_of_their_own_and_logs(root: Path, tmp_path: Path) -> None:
     sweep = Sweep({"good": {}, "bad": {"method.target": "nowhere"}}, [0])
@@ -587,24 +629,17 @@ def test_submitit_runs_a_sweep(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_stopped_sweep_leaves_runs_that_go_on(root: Path, tmp_path: Path) -> None:
     long = [*small(root), "--train.epochs=5000"]
-    path, out = (
-        sweep_file(tmp_path, {"variants": ["loda", "frozen"], "seeds": [0]}),
-        tmp_path / "out",
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-m", "training.cli", "sweep", path, f"--out={out}", *long],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    path, out = tmp_path / "sweep.yaml", tmp_path / "out"
+    path.write_text("variants: [loda, seq_lora]\nseeds: [0]\n", "utf-8")
     jobs = plan(read_sweep(path), out, long)
-    wait_for((jobs[0].folder / "metrics.jsonl").is_file, process)
-    # Meanwhile a second sweep would leave the run to the first.
-    assert [standing(job) for job in jobs] == ["running elsewhere", "to do"]
-    owner = held_by(jobs[0].folder)
-    assert run_job(jobs[0], out)[1::2] == ("running elsewhere", f"process {owner}")
-
-    process.send_signal(signal.SIGTERM)
-    printed, errors = process.communicate()
+    with started("-m", "training.cli", "sweep", path, f"--out={out}", *long) as process:
+        wait_for((jobs[0].folder / "metrics.jsonl").is_file, process)
+        # Meanwhile a second sweep would leave the run to the first.
+        assert [standing(job) for job in jobs] == ["running elsewhere", "to do"]
+        owner = held_by(jobs[0].folder)
+        assert run_job(jobs[0], out)[1::2] == ("running elsewhere", f"process {owner}")
+        process.send_signal(signal.SIGTERM)
+        printed, errors = process.communicate()
     assert process.returncode == 143, errors
     assert b"SIGTERM: stopping as soon as every run is saved" in errors
     assert printed == b"loda, seed 0: stopped (the sweep goes on with it when started again)\n"

@@ -318,7 +318,7 @@ def _add_report(commands: "Commands[argparse.ArgumentParser]") -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from training.report import Report, comparison_curves, write_report
+    from training.report import Report, comparison_figure, write_report
 
     report = Report.over(arguments.runs, against=arguments.against, baseline=arguments.baseline)
     if arguments.out is None:
@@ -326,10 +326,7 @@ def _report(arguments: argparse.Namespace) -> None:
     else:
         print(f"report: {write_report(report, arguments.out, overwrite=arguments.overwrite)}")
     if arguments.figure is not None:
-        from training.plots import comparison_figure
-
-        title = "Accuracy over all classes seen"
-        comparison_figure(comparison_curves(report.sections), arguments.figure, title=title)
+        comparison_figure(report.sections, arguments.figure)
 
 
 def _add_bundle(commands: "Commands[argparse.ArgumentParser]") -> None:

@@ -153,35 +153,6 @@ def spread_curves(
     return curves
 
 
-def comparison_figure(
-    curves: Mapping[str, Sequence[Sequence[float]]],
-    path: str | os.PathLike[str],
-    *,
-    title: str = "",
-) -> Path:
-    """Draw accuracy over tasks of several methods: mean over seeds, band of one deviation.
-
-    Parameters
-    ----------
-    curves : mapping of str to sequence of curves
-        Method -> one curve a seed; a curve holds an accuracy in [0, 1] a task
-        (``AccuracyMatrix.curve``). The band is the mean ± the sample standard deviation. A
-        method without seeds is not drawn, and no other method takes its colour.
-    path : path
-        A PNG or SVG file; written whole or not at all.
-    title : str
-        A line above the axes.
-
-    Raises
-    ------
-    ValueError
-        For no method, an empty curve or seeds of one method that differ in length.
-    """
-    drawn = spread_curves(curves, scale=100)
-    panel = Panel(drawn, "tasks learned", "accuracy over all classes seen (%)", ends=".1f")
-    return line_figure([panel], path, title=title)
-
-
 def line_figure(panels: Sequence[Panel], path: str | os.PathLike[str], *, title: str = "") -> Path:
     """Draw panels one above the other with one legend; returns the path.
 

@@ -29,6 +29,7 @@ from training.config import (
     dump_experiment,
     effective,
     experiment_of,
+    foreign_classes,
     read_experiment,
     read_yaml,
 )
@@ -560,6 +561,8 @@ def _train(job: Job, log: Path, threads: int | None, children: Children) -> Outc
     resumed = can_go_on(job)
     if resumed:
         arguments = ["--resume", str(job.folder)]
+        # The sweep names its classes on purpose; the file of a run may not.
+        arguments += [f"--allow={name}" for name in foreign_classes(job.experiment)]
     else:
         config = log.with_suffix(".yaml")
         write_text(config, dump_experiment(job.experiment))

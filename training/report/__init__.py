@@ -12,13 +12,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from training.report.figures import comparison_curves
+    from training.report.figures import comparison_figure
     from training.report.page import Report, write_report
     from training.report.runs import find_runs, load, load_tasks, write_bundle
     from training.report.tables import Table, differences, intervals, latex, leads, markdown
 
 _MODULES = {
-    "figures": ("comparison_curves",),
+    "figures": ("comparison_figure",),
     "page": ("Report", "write_report"),
     "runs": ("find_runs", "load", "load_tasks", "write_bundle"),
     "tables": ("Table", "differences", "intervals", "latex", "leads", "markdown"),
@@ -28,7 +28,7 @@ _PLACES = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
     "Report",
     "Table",
-    "comparison_curves",
+    "comparison_figure",
     "differences",
     "find_runs",
     "intervals",

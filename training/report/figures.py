@@ -1,5 +1,6 @@
 """Which figures a section of a report has, each with what it shows in words."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ _AGES = {"old": "old tasks", "new": "the new task", "accuracy": "all classes see
 _SUBSPACES = {"null": "null space of the old tasks", "isolated": "isolated subspace of LoDA"}
 _MARKS = {"recalibrated": "recalibrated", "merged": "merged, both branches"}
 _AMONG = {"own": "among the classes of the image's own task", "seen": "among all classes seen"}
+_ACCURACY = "accuracy over all classes seen (%)"
 _BAND = "Mean over seeds; the band is one sample standard deviation."
 _JOINT = "A method that learns all tasks at once is a single point."
 
@@ -98,7 +100,7 @@ def drawings(
     yield from _costs(section)
     yield from _matrices(section)
     for label in section.fresh:
-        yield from _analysed(label, section.groups[label])
+        yield from analysis_drawings(label, section.groups[label])
 
 
 def side_drawings(sections: Sequence[Section], against: str | None = None) -> Iterator[Drawing]:
@@ -124,22 +126,24 @@ def side_drawings(sections: Sequence[Section], against: str | None = None) -> It
             )
 
 
-def comparison_curves(sections: Sequence[Section]) -> dict[str, list[list[float]]]:
-    """Accuracy over all classes seen after each task, a list of seeds by method.
+def comparison_figure(sections: Sequence[Section], path: str | os.PathLike[str]) -> Path:
+    """Draw accuracy over tasks of every method, by the primary read-out of each run.
 
-    The read-out is the primary one of each run.
-
-    Returns
-    -------
-    dict of str to list of list of float
-        As :func:`training.plots.comparison_figure` takes them.
+    Parameters
+    ----------
+    sections : sequence of Section
+        What is compared.
+    path : path
+        A PNG or SVG file; written whole or not at all.
     """
     alone = len({section.base for section in sections}) == 1
-    return {
+    curves = {
         label if alone else f"{label}, {section.base}": [run.matrix.curve for run in runs]
         for section in sections
         for label, runs in section.groups.items()
     }
+    panel = Panel(spread_curves(curves, scale=100), "tasks learned", _ACCURACY, ends=".1f")
+    return line_figure([panel], path, title="Accuracy over all classes seen")
 
 
 def _curves(section: Section, rows: pd.DataFrame, column: str) -> dict[str, list[list[float]]]:
@@ -279,7 +283,7 @@ def _matrices(section: Section) -> Iterator[Drawing]:
         )
 
 
-def _analysed(label: str, runs: Sequence[Run]) -> Iterator[Drawing]:
+def analysis_drawings(label: str, runs: Sequence[Run]) -> Iterator[Drawing]:
     """What happens inside LoDA, from the analyses of the runs of a group."""
     energies = pd.DataFrame([row for run in runs for row in run.energies])
     if len(energies):
@@ -344,7 +348,8 @@ def _by_layer(energies: pd.DataFrame, subspace: str, measure: str, label: str, s
     rows = energies[energies["subspace"] == subspace].dropna(subset=measure)
     found = rows.groupby("layer", sort=False)[measure].agg(["median", "min", "max"])
     x = [places[layer] for layer in found.index]
-    return Curve(label, x, *(found[name].tolist() for name in ("median", "min", "max")), style)
+    centre, low, high = (found[name].tolist() for name in ("median", "min", "max"))
+    return Curve(label, x, centre, low, high, style)
 
 
 def _medians(curves: Sequence[Curve]) -> str:

@@ -113,9 +113,10 @@ def latex(table: Table) -> str:
     styled = texts.rename(columns=escape_latex).style.hide(axis="index")
     caption = escape_latex(f"{table.title}. {table.note}" if table.note else table.title)
     columns = "l" + "r" * len(table.cells.columns)
-    return styled.to_latex(
+    text: str = styled.to_latex(
         hrules=True, position_float="centering", caption=caption, column_format=columns
-    ).rstrip()
+    )
+    return text.rstrip()
 
 
 def escape_latex(text: str) -> str:
@@ -164,7 +165,8 @@ def accuracy_table(section: Section, kind: str) -> Table:
     )
     by_group = measures[complete].groupby("group", sort=False)
     mean, deviation = by_group[[*METRICS]].mean(), by_group[[*METRICS]].std()
-    rivals = mean[(by_group["tasks"].first() > 1) | (section.tasks == 1)].map(lambda x: round(x, 2))
+    several = by_group["tasks"].first() > 1
+    rivals = mean[several | ~several.any()].map(lambda x: round(x, 2))
     best = rivals.max()
     best["forgetting"] = rivals["forgetting"].min()
     cells = pd.DataFrame(
