@@ -1,4 +1,7 @@
-"""The configurations of the paper's experiments: what they say, and that they run."""
+"""The packaged configurations: what they say, and that they run.
+
+Those of the paper's experiments, the baselines' own settings over them, and the small ones.
+"""
 
 import hashlib
 import pickle
@@ -12,14 +15,23 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from small_runs import flags, tiny
 from torchvision.datasets import CIFAR100
 
-from training.config import Experiment, load_experiment, packaged_configs, resolve_config
+from training.config import (
+    Experiment,
+    experiment_of,
+    flat_settings,
+    packaged_configs,
+    resolve_config,
+)
+from training.methods import METHODS, steps_a_batch
 from training.run_dir import read_json
 from training.train import train
-from training.methods import steps_a_batch
 
 CONFIGS = [name for name in packaged_configs() if name.startswith("paper/")]
+# One a data set is trained by every test, the others with the slow ones.
+FAST = ("paper/cifar100", "paper/cub-ca", "paper/imagenet-r-10-ibot")
 VIT: dict[str, Any] = {"img_size": 32, "patch_size": 16, "embed_dim": 96, "depth": 1}
 VIT["num_heads"] = 2
 
@@ -73,7 +85,7 @@ ABLATIONS: dict[str, dict[str, object]] = {
 
 @cache
 def read(name: str) -> Experiment:
-    return load_experiment(["--config", name, "--data.root", "x"])
+    return experiment_of(["--config", name, "--data.root", "x"])
 
 
 def text(name: str) -> str:
@@ -91,9 +103,9 @@ def test_settings_by_data_set(name: str) -> None:
         found.data.increment,
         found.train.lr,
         found.train.weight_decay,
-        found.method.radius,
+        found.method.options["radius"],
         found.head.margin,
-        found.method.rank,
+        found.method.options["rank"],
     )
     assert found.data.init_cls == found.data.increment
 
@@ -107,14 +119,14 @@ def test_settings_of_all(name: str) -> None:
     assert (data.test_resize, data.test_crop, data.resize) == (256, "center", None)
     assert data.order_seed is None  # one seed sets class order and training
     assert data.shuffle
-    assert (method.general_weight, method.isolated_weight) == (0.5, 1.0)
-    assert method.down_scale == pytest.approx(3**-0.5, abs=1e-12)
-    assert (method.name, method.gamma, method.history) == ("loda", 3.0, "both")
-    assert method.target == "*.attn.qkv"
+    expected = {"general_weight": 0.5, "isolated_weight": 1.0, "gamma": 3.0, "history": "both"}
+    assert method.name == "loda"
+    assert method.options.items() >= {**expected, "target": "*.attn.qkv"}.items()
+    assert method.options["down_scale"] == pytest.approx(3**-0.5, abs=1e-12)
     assert (found.train.epochs, found.train.batch_size, found.train.momentum) == (20, 48, 0.9)
     assert (found.head.start, found.head.scale) == ("random", 20.0)
     assert (found.precision, found.seed) == ("no", 1993)
-    assert found.backbone.pretrained
+    assert found.backbone.options["pretrained"]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -123,23 +135,22 @@ def test_variants_differ_from_their_experiment_in_what_they_are_named_after(name
     variant = name.removeprefix(base).removeprefix("-")
     found, plain = read(name), read(base)
     assert (found.data, found.train) == (plain.data, plain.train)
-    changed = {k: v for k, v in vars(found.method).items() if v != getattr(plain.method, k)}
+    changed = {k: v for k, v in found.method.options.items() if v != plain.method.options[k]}
     assert changed == ABLATIONS.get(variant, {})
     if variant == "ca":
-        head = found.head
-        assert (head.readout, head.also, head.alignment_epochs) == ("alignment", ["heads"], 5)
-        assert head.alignment_temperature == TEMPERATURES[found.data.name]
-        assert (head.alignment_lr, head.alignment_covariance) == (0.01, 1e-3)
+        assert (found.head.readout, found.head.also) == ("alignment", ["heads"])
+        schedule = {"epochs": 5, "lr": 0.01, "temperature": TEMPERATURES[found.data.name]}
+        options = found.head.options["alignment"]
+        assert options.items() >= {**schedule, "covariance": 1e-3}.items()
     else:
         assert found.head == plain.head
-        assert (found.head.readout, found.method.recalibration) == (
-            "heads",
-            changed.get("recalibration", "direction"),
-        )
+        assert found.head.readout == "heads"
+        form = changed.get("recalibration", "direction")
+        assert found.method.options["recalibration"] == form
     name = BACKBONES.get(variant, "vit_base_patch16_224.augreg_in21k")
     assert found.backbone.name == name
     assert timm.is_model_pretrained(name)
-    assert (found.backbone.weights is not None) == (variant == "ibot")
+    assert (found.backbone.options["weights"] is not None) == (variant == "ibot")
 
 
 def test_every_experiment_of_the_paper_has_a_configuration() -> None:
@@ -160,7 +171,7 @@ def flops_of_an_image() -> float:
 def test_heads_say_the_command_the_time_the_number_and_the_origin(name: str) -> None:
     found, head = read(name), text(name).partition("base:")[0]
     assert f"# Command:   loda train --config {name} --data.root DATA" in head
-    assert ("--backbone.weights FILE" in head) == (found.backbone.weights is not None)
+    assert ("--backbone.weights FILE" in head) == (found.backbone.options["weights"] is not None)
     number = PUBLISHED.get(name, "no number is recorded here")
     assert f"# Published: {number}" in head or (found.data.name, number[:2]) == ("domainnet", "no")
     origin = "released" if name in RELEASED else "inferred|ours"
@@ -265,7 +276,7 @@ def small(name: str, data: Path, weights: Path, out: Path, tasks: int | None) ->
     source = (
         f"--backbone.weights={weights}" if name.endswith("ibot") else "--backbone.pretrained=false"
     )
-    return load_experiment(
+    return experiment_of(
         [
             f"--config={name}",
             f"--data.root={data}",
@@ -276,6 +287,7 @@ def small(name: str, data: Path, weights: Path, out: Path, tasks: int | None) ->
             f"--backbone.options={VIT}",
             source,
             "--train.epochs=1",
+            "--keep.figure=false",
             "--device=cpu",
             f"--out={out}",
         ]
@@ -294,12 +306,9 @@ def check_run(folder: Path, experiment: Experiment, tasks: int) -> None:
     assert len(totals) == size * tasks
 
 
-@pytest.fixture(autouse=True)
-def _no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.loop.accuracy_figure", lambda *_, **__: None)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in CONFIGS]
+)
 def test_the_first_tasks_run(
     name: str, data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,3 +326,60 @@ def test_the_whole_stream_runs(
     experiment = small(name, data, weights, tmp_path / "run", None)
     tasks = IMAGES[experiment.data.name][2] // experiment.data.increment
     check_run(train(experiment, quiet=True), experiment, tasks)
+
+
+# --- the baselines' own settings, laid over those of a data set
+
+NATIVE = [f"native/{name}" for name in ("inflora", "o_lora", "ranpac_frozen", "sd_lora")]
+# What the authors' papers and code say: rank, optimiser, schedule, rate, batch and epochs.
+OWN = {
+    "native/inflora": (10, "adam", "cosine", 5e-4, 128, 20),
+    "native/sd_lora": (10, "sgd", "constant", 8e-3, 128, 20),
+}
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_what_is_not_a_methods_own_stays_that_of_the_data_set(name: str) -> None:
+    below = read("paper/cifar100")
+    found = experiment_of(["--config=paper/cifar100", f"--config={name}", "--data.root=x"])
+    assert found.method.name == name.removeprefix("native/")
+    assert (found.data, found.backbone) == (below.data, below.backbone)
+    assert steps_a_batch(found.method) == 1
+    if name in OWN:
+        rank, t = found.method.options["rank"], found.train
+        assert OWN[name] == (rank, t.optimizer, t.schedule, t.lr, t.batch_size, t.epochs)
+
+
+@pytest.mark.parametrize("method", sorted({*METHODS.paths} - {"loda"}))
+def test_no_method_gets_the_look_ahead_of_loda_from_the_settings_of_a_paper(method: str) -> None:
+    found = experiment_of(["--config=paper/cub", "--data.root=x", f"--method={method}"])
+    assert steps_a_batch(found.method) == 1
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_the_settings_of_a_baseline_train(name: str, root: Path, tmp_path: Path) -> None:
+    small = flags(tiny(root, tmp_path / "run"))
+    small = [flag for flag in small if not flag.startswith(("--train.lr", "--head.readout"))]
+    if name == "native/ranpac_frozen":  # it has no rank, and 10,000 features take a while
+        small = [flag for flag in small if "rank" not in flag] + ["--head.ridge.features=32"]
+    experiment = experiment_of([f"--config={name}", *small, "--data.tasks=2", "--train.epochs=1"])
+    assert (train(experiment, quiet=True) / "summary.json").is_file()
+
+
+# --- the small ones
+
+
+def test_the_configuration_of_the_digits_says_the_defaults() -> None:
+    assert experiment_of(["--config=digits"]) == Experiment()
+
+
+def test_the_packaged_caltech101_asks_for_weights() -> None:
+    with pytest.raises(ValueError, match="weights FILE"):
+        read("caltech101")
+    found = experiment_of(["--config=caltech101", "--data.root=x", "--backbone.weights=w.pth"])
+    settings = flat_settings(found)
+    assert settings["backbone.options"]["depth"] == 6
+    assert (settings["method.recalibration"], settings["head.also"]) == (
+        "direction",
+        ["nearest_mean", "alignment", "ridge"],
+    )
