@@ -5,17 +5,37 @@ BIN := $(VENV)/bin
 # A worker a core, and one thread a worker.
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-# JAX compiles for every shape: what says most about it in little time. CONTRIBUTING.md has the rest.
+# JAX compiles for every shape: what says most about it in little time. `make full` has the rest.
 JAX_TESTS := $(addprefix tests/test_,libraries.py theory_page.py frameworks_page.py)
+WITH_JAX := $(ONE_THREAD) LODA_LIBRARIES=jax,jax-x32
+# One worker has all tests of a file, whose runs and processes they share.
+PYTEST = $(ONE_THREAD) $(BIN)/pytest -n auto --dist loadfile
 
-.PHONY: run test test-numpy mutants bench soak lint types clean
+.PHONY: run test gate full gpu jax-all test-numpy mutants bench soak lint types clean
 
 run: $(VENV)/.train
 	$(BIN)/loda train
 
+# All but what takes more than a few seconds: five minutes on two idle cores.
 test: $(VENV)/.test
-	$(ONE_THREAD) $(BIN)/pytest -n auto
-	$(ONE_THREAD) LODA_LIBRARIES=jax,jax-x32 $(BIN)/pytest -n auto -m jax $(JAX_TESTS)
+	$(PYTEST) -m "not slow and not gpu and not jax"
+
+# What .ci/run adds to that: the slow tests that say most, and those of JAX that take least.
+gate: $(VENV)/.test
+	$(PYTEST) -m "gate and not gpu and not jax"
+	$(WITH_JAX) $(BIN)/pytest -n auto -m "jax and not slow" $(JAX_TESTS)
+
+# What neither of them runs, by hand before a release: over an hour on two cores.
+full: gpu jax-all soak
+	$(PYTEST) -m "slow and not gate and not gpu and not jax"
+
+# One process: tests of memory and of waiting mind each other. Skipped where there is no GPU.
+gpu: $(VENV)/.test
+	$(ONE_THREAD) $(BIN)/pytest -p no:xdist -m gpu
+
+# File by file, for what JAX has compiled stays in memory. 5: a file without such tests.
+jax-all: $(VENV)/.test
+	for file in tests/test_*.py; do $(WITH_JAX) $(BIN)/pytest -q -m jax $$file || test $$? = 5 || exit 1; done
 
 # The mathematics on NumPy alone, without torch: seconds.
 test-numpy: $(VENV)/.test
@@ -30,8 +50,9 @@ mutants: $(VENV)/.dev
 bench: $(VENV)/.test
 	$(ONE_THREAD) $(BIN)/pytest tests/benchmarks -p no:xdist
 
-# Fifty tasks, ended at random moments: ten minutes on an idle core. `make clean` before the next.
+# Fifty tasks, ended at random moments: ten minutes on an idle core.
 soak: $(VENV)/.test
+	rm -rf build/soak
 	$(ONE_THREAD) $(BIN)/python tests/soak.py build/soak
 
 lint: $(VENV)/.dev

@@ -51,14 +51,26 @@ def xp(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what uses JAX: it runs in a process of its own (see the Makefile).
+    """Mark what uses JAX, and what needs a GPU: they run apart (see the Makefile).
 
     JAX starts threads, and the loaders' worker processes are forked, which do not go together.
     """
     for item in items:
         call = getattr(item, "callspec", None)
-        if call is not None and any(str(x).startswith("jax") for x in call.params.values()):
+        given = [str(value) for value in call.params.values()] if call is not None else []
+        if any(value.startswith("jax") for value in given):
             item.add_marker("jax")
+        if any(value == "cupy" or value.endswith("-cuda") for value in given):
+            item.add_marker("gpu")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what is marked ``gpu`` where there is none."""
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device here")
 
 
 @pytest.hookimpl(wrapper=True)

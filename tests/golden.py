@@ -72,6 +72,10 @@ LOG = re.compile(r"^(checkpoint \d+|state)/metrics$")
 ONE_SIDED: tuple[tuple[str, str, str, str], ...] = (
     ("new", "", r"^state/", "what a later task would start from; it was not written"),
     ("new", "", r"^classes\.json:fingerprint$", "a fingerprint of the data was not written"),
+    (
+        *("old", "converged$", r"^checkpoint \d+/readouts/fitted/alignment/"),
+        "the alignment to convergence does not start from the last one",
+    ),
     ("new", "^replay/", r"\.history\..*\.(squares|weight)$", "a history was its sum alone"),
 )
 
@@ -235,6 +239,8 @@ def all_cases() -> Iterator[Case]:
         own = {"method.name": method, "method.rank": None if method == "frozen" else 4}
         more = {"signal": how, "after": after}
         yield Case("resume", f"{method}-{how}", "resume", {**SQUARES, **own}, more)
+    own = {"head.alignment_epochs": None, "head.also": ["alignment"]}
+    yield Case("resume", "converged", "resume", {**SQUARES, **own}, {"signal": "kill", "after": 4})
     for method in ("loda", "o_lora", "inflora"):
         yield Case("processes", method, "processes", {**SQUARES, "method.name": method})
     yield Case("replay", "recorded-run", "replay")
@@ -469,6 +475,9 @@ class Worker:
         if self._help is None:
             self._help = self.loda(["train", "--help"])
         given = {key: value for key, value in settings.items() if value is not None}
+        # Settings of a read-out that is not asked for may be refused.
+        asked = {given.get("head.readout", "alignment"), *given.get("head.also", [])}
+        given = {k: v for k, v in given.items() if _readout(k) in {None, *asked}}
         own = {k.removeprefix(OWN): given.pop(k) for k in [*given] if k.startswith(OWN)}
         if own and f"--{OWN_MAPPING}" in self._help:
             given[OWN_MAPPING] = own
@@ -525,6 +534,12 @@ class Worker:
                 msg = f"{what} ended with {os.waitstatus_to_exitcode(status)}:\n{said}"
                 raise Failed(msg)
             return out.read_text()
+
+
+def _readout(setting: str) -> str | None:
+    """The read-out that a setting is one of."""
+    found = re.match(r"head\.(alignment|ridge)[._]", setting)
+    return found and found[1]
 
 
 def _written(value: Any) -> str:
@@ -928,11 +943,12 @@ Content = tuple[str, ...]
 def normalised(run: Mapping[str, Any]) -> dict[str, Content]:
     """Contents of a run by names that do not depend on where they are stored."""
     found: dict[str, Content] = {}
-    counted = [int(n) for path in run["tensors"] for n in re.findall(r"tasks?/(\d+)", path)]
-    first = min(counted, default=0)
+    paths = list(run["tensors"])
     for path, (kind, shape, digest) in run["tensors"].items():
         file, _, tensor = path.partition(":")
-        place = re.sub(r"tasks?/(\d+)", lambda m: f"task {int(m[1]) - first + 1}", file)
+        place = _from_one(r"\b(tasks?/)(\d+)", file, paths)
+        # A branch of SD-LoRA has the name of its task.
+        tensor = _from_one(r"(/task)(\d+)(?=_)", tensor, paths)
         # A checkpoint is a folder of its own among the copies: how its file is called is no matter.
         place = re.sub(r"^(\d{3})/.*$", r"checkpoint \1", place.removesuffix(".safetensors"))
         name = _aliased(f"{place}/{tensor}")
@@ -947,6 +963,13 @@ def normalised(run: Mapping[str, Any]) -> dict[str, Content]:
             if not DROPPED.search(name):
                 found[_aliased(f"{path}:{name}")] = ("value", value)
     return found
+
+
+def _from_one(pattern: str, name: str, names: list[str]) -> str:
+    """The name with its task counted from 1; the lowest number among all names is the first."""
+    counted = [int(number) for x in names for _, number in re.findall(pattern, x)]
+    first = min(counted, default=1)
+    return re.sub(pattern, lambda m: f"{m[1]}{int(m[2]) - first + 1}", name)
 
 
 def _aliased(name: str) -> str:

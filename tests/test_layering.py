@@ -20,13 +20,16 @@ ALLOWED = {
     "backends": {"loda_math", "backends", "torch"},
 }
 # The floors of `training`, the lowest first: what stands on one imports from it and from below.
-# A unit is a module or a sub-package; the settings of a sub-package are a unit of their own, for
-# the configuration of an experiment is made of them.
+# A unit is a module or a sub-package. The modules of a sub-package that declare settings, of which
+# the configuration is made, are a unit of their own, though they lie beside what they are settings
+# of; that they call the rest of their package when something is built stays in the package.
+DECLARED = {"backbones.config", "data.config", "data.datasets", "methods.base"}
+SETTINGS = {f"settings of {name.partition('.')[0]}" for name in DECLARED}
 FLOORS = (
-    {"components", "data.config", "backbones.config", "config", "seeds", "metrics", "loss"},
+    {"components", "config", *SETTINGS, "seeds", "metrics", "loss"},
     {"run_dir", "distributed", "logging", "plots"},
     {"backbones", "data", "methods"},
-    {"checkpoint", "state"},
+    {"state", "checkpoint"},
     {"train"},
     {"analysis", "report", "sweep"},
     {"cli"},
@@ -137,7 +140,8 @@ def units() -> dict[str, set[str]]:
             continue  # the package itself stands for no unit
         own = unit(".".join(names))
         used = {unit(name) for name in imports(without_types(ast.parse(path.read_text("utf-8"))))}
-        found.setdefault(own, set()).update(used - {own, ""})
+        package = own.removeprefix("settings of ")
+        found.setdefault(own, set()).update(used - {own, package, ""})
     return {own: used & found.keys() for own, used in found.items()}
 
 
@@ -146,8 +150,8 @@ def unit(module: str) -> str:
     first, *rest = f"{module}..".split(".")
     if first != "training":
         return ""
-    settings = rest[1] == "config"
-    return f"{rest[0]}.config" if settings else rest[0]
+    declares = ".".join(rest[:2]) in DECLARED
+    return f"settings of {rest[0]}" if declares else rest[0]
 
 
 def without_types(tree: ast.Module) -> ast.Module:

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 import training
-from training.backbones import build_backbone, conv_vit
-from training.config import PACKAGED_WEIGHTS, BackboneConfig
+from training.backbones import BackboneConfig, build_backbone, conv_vit
+from training.backbones.config import PACKAGED_WEIGHTS
 
 RECORDED = "884ccced8cc1a099e9b20bc02b1ec9382ed88a2ca75795ffd28f44a71da257b7"
 WEIGHTS = Path(training.__file__).parent / "weights" / PACKAGED_WEIGHTS["cifar_vit"]

@@ -79,7 +79,7 @@ def build_backbone(config: BackboneConfig, *, initialise: bool = True) -> Backbo
         If the weights cannot be downloaded.
     """
     built = config.build().build(initialise=initialise)
-    # A class of somebody's own gives the module alone.
+    # A class of somebody's own gives the module alone: what else there is to know is read off it.
     is_whole = isinstance(built, Backbone)
     backbone: Backbone = built if is_whole else described(built, config.name, config.options)
     if not initialise:

@@ -61,7 +61,7 @@ def load_weights(module: nn.Module, path: Path) -> str:
         weights = {_plain_name(key, own): value for key, value in _read(path).items()}
         weights = {k: v for k, v in weights.items() if k in own or not _is_classifier(module, k)}
         _require_fit(own, weights, path)
-        module.load_state_dict(weights)
+        module.load_state_dict(weights)  # converts a file's float16 to the model's float32
     infinite = [key for key, value in module.state_dict().items() if not value.isfinite().all()]
     if infinite:
         msg = f"the weights in {path} hold NaN or infinite values: {_some(infinite)}."

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
-
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from training.components import Registry
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """How the name of an image file ends, in small letters; torchvision's list."""
@@ -47,7 +47,7 @@ class Split(NamedTuple):
     """
 
     images: Any
-    targets: ArrayLike
+    targets: "ArrayLike"
     classes: Sequence[str]
 
 
@@ -79,6 +79,7 @@ class Digits(DataSet):
 
     def load(self, split: str) -> Split:
         """Load a split from scikit-learn."""
+        import numpy as np
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
@@ -114,6 +115,7 @@ class Cifar100(DataSet):
         FileNotFoundError
             If it is neither there nor can be downloaded; the message says what to put where.
         """
+        import numpy as np
         from torchvision.datasets import CIFAR100
 
         root, train = _folder(self.root), split == "train"
@@ -345,7 +347,9 @@ class TimmData(DataSet):
             msg = f"data.dataset {name}: timm cannot open split {split}: {_one_line(error)}{hint}"
             raise ValueError(msg) from error
 
-    def _targets(self, data: Any) -> NDArray[np.int64]:
+    def _targets(self, data: Any) -> "NDArray[Any]":
+        import numpy as np
+
         reader: Any = getattr(data, "reader", None)
         samples = _samples(data)
         numbers: Any
@@ -460,8 +464,7 @@ def _listed_classes(folder: Path) -> Classes:
 
 def _file_split(classes: Classes) -> Split:
     """A split of image files; classes are numbered in the order of the dictionary."""
-    counts = [len(paths) for paths in classes.values()]
-    targets = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+    targets = [number for number, paths in enumerate(classes.values()) for _ in paths]
     return Split(list(chain.from_iterable(classes.values())), targets, list(classes))
 
 

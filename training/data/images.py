@@ -154,6 +154,7 @@ class LazyImages:
         side, channels = self.config.resize, len(self.config.mode)
         if side is not None and _keeps(self.config, len(chosen), channels):
             chosen._cache = torch.empty(len(chosen), channels, side, side, dtype=torch.uint8)
+            # Filled as images are first asked for: a run that ends early decodes nothing in vain.
             chosen._filled = torch.zeros(len(chosen), dtype=torch.bool)
             if self.config.workers > 0:  # what one loading process decodes serves the others
                 for shared in cast("tuple[Any, Any]", (chosen._cache, chosen._filled)):

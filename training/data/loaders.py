@@ -32,6 +32,7 @@ class UninterruptedLoader(DataLoader[T]):
     """
 
     def __init__(self, dataset: Dataset[T], **settings: Any) -> None:
+        # A worker inherits the blocked signals, and has to hear of its parent's in another way.
         settings["worker_init_fn"] = _heed_parent
         super().__init__(dataset, **settings)
 
@@ -109,6 +110,7 @@ class SeededBatches(Sampler[list[Key]]):
     def _keys(self, epoch: int) -> list[Key]:
         rng = np.random.default_rng((self.seed, epoch))
         order = rng.permutation(self.length) if self.shuffle else np.arange(self.length)
+        # A seed for every image, also for those that another process loads: shares change nothing.
         seeds = rng.integers(2**63, size=self.length, dtype=np.uint64)
         mine = slice(self.first, self.stop)
         return list(zip(order[mine].tolist(), seeds[mine].tolist(), strict=True))
@@ -120,6 +122,7 @@ class _PreparedBatches(Dataset[Prepared]):
     def __init__(self, images: ImageSet, cut: Share) -> None:
         self.images, self.cut = images, cut
 
+    # torch asks for a whole mini-batch at once: its pixels can be stacked where they are decoded.
     def __getitems__(self, keys: Sequence[Key]) -> Prepared:
         first, stop = self.cut.bounds(len(keys))
         labels = self.images.labels[[position for position, _ in keys]]
@@ -202,7 +205,7 @@ def _batches(
         _PreparedBatches(images, cut),
         batch_sampler=order,
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=_as_it_is,  # they are stacked already
         pin_memory=device.type == "cuda",
         # Without it, every pass would take one draw from the global generator.
         generator=torch.Generator().manual_seed(order.seed),

@@ -86,7 +86,7 @@ def build_stream(config: DataConfig, seed: int) -> Stream:
     >>> stream.class_names[:4]
     ['2', '8', '4', '9']
     """
-    data = config.build()
+    data = config.build()  # one instance for both splits: the second may need to know of the first
     train = _checked(data.load("train"), config, "training")
     names = list(train.classes)
     without = sorted(set(range(len(names))) - set(np.asarray(train.targets).tolist()))
@@ -95,6 +95,7 @@ def build_stream(config: DataConfig, seed: int) -> Stream:
         raise ValueError(msg)
     tasks = cut_tasks(config, len(names))
     chosen = seed if config.order_seed is None else config.order_seed
+    # The generator of the published code: another one would give other tasks.
     permutation = (
         np.random.RandomState(chosen).permutation(len(names))
         if config.shuffle
@@ -178,6 +179,7 @@ def _matched(test: Split, names: Sequence[str], config: DataConfig) -> Split:
     if parts:
         msg = f"{_place(config)}: both splits must hold the same classes, but {' and '.join(parts)}"
         raise ValueError(msg)
+    # The splits may number the same classes differently, as DomainNet's lists can.
     numbers = {name: number for number, name in enumerate(names)}
     renumbered = np.array([numbers[name] for name in test.classes])
     return Split(test.images, renumbered[np.asarray(test.targets)], names)
