@@ -186,6 +186,13 @@ def test_structured_values_on_the_command_line() -> None:
     assert experiment.method.options["target"] == "*.mlp.fc1"
 
 
+def test_a_value_may_be_called_as_a_section_is() -> None:
+    found = load_experiment(
+        ["--data", "folder", "--data.root", "data", "--data.resize=8", "--out", "method"]
+    )
+    assert (found.data.options["root"], found.out) == ("data", "method")
+
+
 def test_the_weight_of_the_history_is_a_number_or_a_word() -> None:
     for word, expected in (("mean", "mean"), ("0.25", 0.25), ("2", 2.0)):
         method = load_experiment([f"--method.history_weight={word}"]).method
