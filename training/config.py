@@ -598,9 +598,9 @@ def _named_on(argv: Sequence[str]) -> _Sections:
     )
     for name in (*(f"{section}.name" for section in _COMPONENTS), "head.readout", "head.also"):
         finder.add_argument(f"--{name}", nargs="?")
-    found = vars(finder.parse_known_args(argv)[0])
+    values = vars(finder.parse_known_args(argv)[0])
     # A value that is missing is reported by the parser.
-    named = {key: value for key, value in found.items() if value is not None}
+    named = {key: value for key, value in values.items() if value is not None}
     if "head.also" in named:
         with suppress(yaml.YAMLError):
             named["head.also"] = yaml.safe_load(named["head.also"])
