@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_sweeps import short, sweep_file
+from small_runs import flags, tiny
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "docs" / "records" / "caltech101.jsonl"
@@ -72,8 +72,10 @@ def test_plans_of_sweeps_load_nothing_that_trains(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_starts_runs_loads_nothing_that_trains(tmp_path: Path, root: Path) -> None:
-    sweep = sweep_file(tmp_path, {"seeds": [1], "variants": {"frozen": {"method.name": "frozen"}}})
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text("{seeds: [1], variants: {frozen: {method.name: frozen}}}", "utf-8")
     out = tmp_path / "out"
-    names, _ = loaded(["sweep", str(sweep), f"--out={out}", *short(root)], tmp_path)
+    short = [x for x in flags(tiny(root, out)) if not x.startswith(("--out", "--method"))]
+    names, _ = loaded(["sweep", str(sweep), f"--out={out}", *short], tmp_path)
     assert not names & HEAVY
     assert (out / "frozen" / "seed1" / "summary.json").is_file()

@@ -19,6 +19,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -456,7 +457,7 @@ def parser(*, exit_on_error: bool = True) -> jsonargparse.ArgumentParser:
     exit_on_error : bool
         Print an error and leave with status 2; otherwise raise argparse.ArgumentError.
     """
-    return _parser(_DEFAULTS, exit_on_error=exit_on_error)
+    return _parser(*_DEFAULTS.key(), exit_on_error=exit_on_error)
 
 
 @contextmanager
@@ -557,6 +558,10 @@ class _Choice(NamedTuple):
         own = getattr(METHODS.find(self.components["method"]), "readout", None)
         return list(dict.fromkeys([*([own] if own else []), self.readout, *self.also]))
 
+    def key(self) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
+        """What the parser depends on."""
+        return tuple(self.components.items()), tuple(self.readouts())
+
     def named(self) -> set[str]:
         """All names."""
         return {*self.components.values(), self.readout, *self.also}
@@ -598,9 +603,9 @@ def _named_on(argv: Sequence[str]) -> _Sections:
     )
     for name in (*(f"{section}.name" for section in _COMPONENTS), "head.readout", "head.also"):
         finder.add_argument(f"--{name}", nargs="?")
-    found = vars(finder.parse_known_args(argv)[0])
+    values = vars(finder.parse_known_args(argv)[0])
     # A value that is missing is reported by the parser.
-    named = {key: value for key, value in found.items() if value is not None}
+    named = {key: value for key, value in values.items() if value is not None}
     if "head.also" in named:
         with suppress(yaml.YAMLError):
             named["head.also"] = yaml.safe_load(named["head.also"])
@@ -659,7 +664,7 @@ def _experiment(
         else:
             arguments.append(f"--config={_yaml(_sections_without(layer, others))}")
     try:
-        values = _parser(chosen).parse_args(arguments).as_dict()
+        values = _parser(*chosen.key()).parse_args(arguments).as_dict()
     except (argparse.ArgumentError, OverflowError) as error:
         raise ValueError(str(error)) from error
     return _built(values, chosen, aside or {})
@@ -703,8 +708,15 @@ def _arguments_without(argv: Sequence[str], others: Mapping[str, set[str]]) -> l
     return result
 
 
-def _parser(choice: _Choice, *, exit_on_error: bool = False) -> jsonargparse.ArgumentParser:
-    """A parser with exactly the options of the chosen components."""
+# A report reads hundreds of experiments that choose alike, and to build the parser takes longest.
+@lru_cache(maxsize=32)
+def _parser(
+    components: tuple[tuple[str, str], ...],
+    readouts: tuple[str, ...],
+    *,
+    exit_on_error: bool = False,
+) -> jsonargparse.ArgumentParser:
+    """A parser with exactly the options of the chosen components, by section, and read-outs."""
     result = jsonargparse.ArgumentParser(
         prog="loda train",
         description="Train one class-incremental experiment and write its run folder, or go on "
@@ -722,8 +734,8 @@ def _parser(choice: _Choice, *, exit_on_error: bool = False) -> jsonargparse.Arg
         help=f"A YAML file, or the name of a packaged configuration: {packaged}",
     )
     result.add_class_arguments(Experiment, as_group=False, skip={*_COMPONENTS, *_PLAIN, "head"})
-    for section, kind in _COMPONENTS.items():
-        name, registry = choice.components[section], kind.registry
+    for section, name in components:
+        kind, registry = _COMPONENTS[section], _COMPONENTS[section].registry
         group = result.add_argument_group(
             f"{section}: {summary(kind)}", f"{name}: {summary(registry.find(name))}"
         )
@@ -734,7 +746,7 @@ def _parser(choice: _Choice, *, exit_on_error: bool = False) -> jsonargparse.Arg
         group.add_class_arguments(plain, section, as_group=False)
     group = result.add_argument_group(f"head: {summary(HeadConfig)}")
     group.add_class_arguments(HeadConfig, "head", as_group=False, skip={"options", "trusted"})
-    for name in choice.readouts():
+    for name in readouts:
         READOUTS.add_options(group, name, f"head.{_last(name)}")
     return result
 
