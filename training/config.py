@@ -658,10 +658,11 @@ def _experiment(
         choices.append(_choice(layer, choices[-1]))
     chosen, arguments = choices[-1], list[str]()
     for layer, choice in zip(layers, choices[1:], strict=True):
+        others = _options_of_others(choice, chosen)
         if isinstance(layer, list):
-            arguments += layer
+            arguments += _arguments_without(layer, others)
         else:
-            arguments.append(f"--config={_yaml(_without_others(layer, choice, chosen))}")
+            arguments.append(f"--config={_yaml(_sections_without(layer, others))}")
     try:
         values = _parser(*chosen.key()).parse_args(arguments).as_dict()
     except (argparse.ArgumentError, OverflowError) as error:
@@ -669,23 +670,41 @@ def _experiment(
     return _built(values, chosen, aside or {})
 
 
-def _without_others(layer: _Sections, choice: _Choice, chosen: _Choice) -> _Sections:
-    """What a layer says, without options that only components have that are not chosen any more.
+def _options_of_others(choice: _Choice, chosen: _Choice) -> dict[str, set[str]]:
+    """Options by section that only components have that are not chosen any more.
 
-    What neither these nor the chosen ones have stays, for the parser to refuse.
+    What neither these nor the chosen ones have is not among them, for the parser to refuse.
     """
-    result = dict(layer)
     others = {
         section: set(kind.registry.options(choice.components[section]))
         - set(kind.registry.options(chosen.components[section]))
         for section, kind in _COMPONENTS.items()
-        if section in layer and choice.components[section] != chosen.components[section]
+        if choice.components[section] != chosen.components[section]
     }
-    if "head" in layer:
-        others["head"] = {*map(_last, choice.readouts())} - {*map(_last, chosen.readouts())}
+    others["head"] = {*map(_last, choice.readouts())} - {*map(_last, chosen.readouts())}
+    return others
+
+
+def _sections_without(layer: _Sections, others: Mapping[str, set[str]]) -> _Sections:
+    """A layer without some options, given by section."""
+    result = dict(layer)
     for section, names in others.items():
-        own = layer[section]
-        result[section] = {k: v for k, v in own.items() if k.partition(".")[0] not in names}
+        if section in layer:
+            own = layer[section]
+            result[section] = {k: v for k, v in own.items() if k.partition(".")[0] not in names}
+    return result
+
+
+def _arguments_without(argv: Sequence[str], others: Mapping[str, set[str]]) -> list[str]:
+    """A command line without some options, as one of a sweep is for several methods."""
+    result: list[str] = []
+    left_out = False
+    for argument in argv:
+        if argument.startswith("--"):  # else it is the value of the one before
+            section, _, option = argument.removeprefix("--").partition("=")[0].partition(".")
+            left_out = option.partition(".")[0] in others.get(section, set())
+        if not left_out:
+            result.append(argument)
     return result
 
 
