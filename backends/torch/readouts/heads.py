@@ -50,6 +50,7 @@ class CosineClassifier:
         """
         check_features(features, self.weight.shape[1])
         dtype = torch.promote_types(features.dtype, self.weight.dtype)
+        # Clamped: rounding leaves the cosine of equal directions a little above 1.
         return cosines(features.to(dtype), self.weight.to(features.device, dtype)).clamp(-1.0, 1.0)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -206,6 +207,7 @@ class CosineHeads(nn.Module):
         head = CosineHead(classes, self.dim, start=start, generator=generator)
         if len(self.tasks):  # drawn on the CPU in any case, so that devices do not matter
             head = head.to(self.current.weight)
+        # Before the new one is appended: it alone is trained.
         self.requires_grad_(requires_grad=False)
         self.tasks.append(head)
         return head
