@@ -291,7 +291,7 @@ class LoDA:
             effects = solve_effects(task.layers, coefficients, new, self.history)
         try:
             for name, layer in task.layers.items():
-                # One Λ of all branches is passed as it is; one of the general branch under its name.
+                # Λ of all branches is passed as it is, Λ of the general one under its name.
                 middle = coefficients.get(name)
                 layer.merge(middle if middle is None or settings.joint else {"general": middle})
             if "merged" in passes:

@@ -252,7 +252,7 @@ class Alignment(Readout):
         from backends.torch.readouts.heads import CosineClassifier
 
         start = head_weight
-        # The heads of old tasks have not moved, but their aligned weights have.
+        # As published, old classes go on from their last alignment and new ones from their head.
         if head_weight is not None and previous is not None:
             start = head_weight.clone()
             start[: len(previous.weight)] = previous.weight.to(start)
@@ -291,7 +291,6 @@ class Ridge(Readout):
 
         statistics.require_classes()
         weight = solve_ridge(statistics.gram, statistics.cross, statistics.strength)
-        # A copy: the classifier may outlive the statistics, which move between devices.
         return RidgeClassifier(
             statistics.projection.clone().contiguous(), finite("ridge weights", weight)
         )
