@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
+from tiny_models import vit
 from torch import Tensor, nn
 
 from backends.torch import LoRALinear, adapt, attach, find_layers, restore
@@ -22,14 +23,6 @@ class Attention(nn.Module):
         weights = (self.q(x) @ self.k(x).mT).softmax(-1)
         y: Tensor = self.out(weights @ self.v(x))
         return y
-
-
-def vit() -> VisionTransformer:
-    torch.manual_seed(0)
-    model = VisionTransformer(
-        img_size=8, patch_size=4, embed_dim=8, depth=2, num_heads=2, num_classes=3
-    )
-    return model.eval()
 
 
 def fill(layers: dict[str, LoRALinear]) -> None:
