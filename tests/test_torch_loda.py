@@ -145,8 +145,8 @@ def test_branches_separate_old_from_new_tasks_better_than_general_ones() -> None
     ],
 )
 def test_begin_task_that_fails_leaves_the_model_as_it_was(given: Any) -> None:
-    model = mlp().eval()
-    loda = LoDA(model, LoDASettings(**MLP))
+    loda = small()
+    model = loda.model.eval()
     learn(loda, 0)
     modules, state = list(model.modules()), snapshot(model)
     history = totals(loda)
@@ -204,11 +204,10 @@ def bases(task: int = 0) -> dict[str, dict[str, Tensor]]:
 
 
 def test_injected_bases_are_used_as_they_are() -> None:
-    model = mlp()
-    loda = LoDA(model, LoDASettings(**MLP, down_scale=0.5))
+    loda = small(down_scale=0.5)
     for task in range(2):
         given = bases(task)
-        loda.begin_task(batches(task, model), bases=given)
+        loda.begin_task(batches(task, loda.model), bases=given)
         for name, layer in loda.layers.items():
             assert list(layer.branches) == list(given[name])
             for branch, basis in given[name].items():
@@ -229,13 +228,12 @@ def test_injected_bases_are_used_as_they_are() -> None:
     ],
 )
 def test_bases_that_do_not_fit_are_refused_before_any_batch(spoil: Any, message: str) -> None:
-    model, given = mlp(), bases()
-    loda = LoDA(model, LoDASettings(**MLP))
+    loda, given = small(), bases()
     spoil(given)
     with pytest.raises(ValueError, match=message):
         loda.begin_task(never(), bases=given)
-    assert type(model[0]) is nn.Linear
-    loda.begin_task(batches(0, model), bases=bases())
+    assert type(loda.model[0]) is nn.Linear
+    loda.begin_task(batches(0, loda.model), bases=bases())
 
 
 FORMS = ("full", "diagonal", "box", "direction", "scalar")
@@ -369,8 +367,8 @@ def test_update_in_the_null_space_of_the_history_leaves_old_outputs(isolated: st
 def test_end_task_that_fails_can_be_tried_again(
     task: int, on_walk: int, failure: BaseException
 ) -> None:
-    model = mlp()
-    loda = LoDA(model, LoDASettings(**MLP, history="both"))
+    loda = small(history="both")
+    model = loda.model
     for past in range(task):
         learn(loda, past)
     begin(loda, task)
@@ -395,10 +393,8 @@ def test_branch_that_is_not_finite_is_never_merged(history: str) -> None:
     begin(loda, 0)
     fit(loda, 0)
     last = loda.layers["4"].branch("general")
-    good, base = (
-        last.up.detach().clone(),
-        {n: x.base.weight.clone() for n, x in loda.layers.items()},
-    )
+    good = last.up.detach().clone()
+    base = {n: x.base.weight.clone() for n, x in loda.layers.items()}
     with torch.no_grad():
         last.up[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match="NaN"):
@@ -610,10 +606,10 @@ def test_optimizer_holds_the_very_tensors_of_the_layers() -> None:
     model = loda.model
     begin(loda, 0)
     optimizer = torch.optim.SGD(loda.trainable_parameters(), lr=0.1)
-    inside = {id(p) for n, p in model.named_parameters() if "branches" in n}
-    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == inside
+    branches = {id(p) for n, p in model.named_parameters() if "branches" in n}
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == branches
     fit(loda, 0, optimizer)
-    assert {id(p) for n, p in model.named_parameters() if "branches" in n} == inside
+    assert {id(p) for n, p in model.named_parameters() if "branches" in n} == branches
 
 
 @pytest.mark.parametrize("whole_model", [False, True])
@@ -636,9 +632,9 @@ def test_bfloat16_models_and_autocast_go_through_two_tasks(whole_model: bool) ->
 
 def test_draws_follow_the_generator_and_can_be_injected() -> None:
     def trained(seed: int | None, **draws: Any) -> dict[str, Tensor]:
-        model = mlp()
+        loda = small()
+        model = loda.model
         x, y = inputs(0, model)
-        loda = LoDA(model, LoDASettings(**MLP))
         loda.begin_task([x])
         optimizer = torch.optim.SGD(loda.trainable_parameters(), lr=0.1)
         generator = None if seed is None else torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What the record of a task says of its directions and of its merge, against inputs kept here."""
+"""What the record of a task says of its directions and its merge, against inputs seen here."""
 
 import json
 import math
@@ -66,7 +66,7 @@ def mean_square(x: Tensor) -> float:
     ids=str,
 )
 def test_predicted_effect_is_the_change_of_the_outputs(options: dict[str, Any]) -> None:
-    """Old and new inputs are kept here, and sent through the weights around the merge."""
+    """Old and new inputs are recorded, and sent through the weights around the merge."""
     method = small(**options)
     passes, decay = method.settings.passes(), method.settings.history_decay
     remembered: list[list[dict[str, Tensor]]] = []
