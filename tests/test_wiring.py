@@ -8,20 +8,13 @@ import torch
 from PIL import Image
 from run_contents import events
 from safetensors.torch import load_file
-from small_runs import small_vit, tiny, tree
+from small_runs import small_vit, tiny
 from torch.nn import functional
 
 from backends.torch.readouts import Alignment, ClassStatistics, align_heads
-from training.run_dir import nested, read_json
-from training.train import train
+from training.run_dir import nested, read_json, task_folder
 from training.seeds import derive
-
-pytestmark = pytest.mark.usefixtures("no_figure")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tree(tmp_path_factory)
+from training.train import train
 
 
 @pytest.mark.parametrize(("scale", "margin"), [(20.0, 0.0), (20.0, 0.3), (7.0, 0.3)])
@@ -36,11 +29,11 @@ def test_the_loss_that_is_trained_has_scale_and_margin(
             data={"train_crop": "none", "flip": False, "tasks": 1},
             train={"epochs": 1, "lr": 1e-12},
             head={"scale": scale, "margin": margin},
-            keep={"heads": True},
+            keep={"heads": True, "figure": False},
         ),
         quiet=True,
     )
-    ((_, weight),) = load_file(run / "tasks" / "000" / "heads.safetensors").items()
+    ((_, weight),) = load_file(task_folder(run, 1) / "heads.safetensors").items()
     model, losses = small_vit().eval(), []
     model.load_state_dict(load_file(run / "model.safetensors"))
     for label, name in enumerate(read_json(run / "classes.json")["class_names"][: len(weight)]):
@@ -56,20 +49,20 @@ def test_the_loss_that_is_trained_has_scale_and_margin(
 
 
 def test_alignment_follows_its_settings_from_task_to_task(tmp_path: Path, root: Path) -> None:
-    given = {"alignment_epochs": 2, "alignment_temperature": 0.7, "alignment_lr": 0.05}
+    given = {"epochs": 2, "temperature": 0.7, "lr": 0.05, "covariance": 0.02}
     run = train(
         tiny(
             root,
             tmp_path / "run",
-            head={"readout": "alignment", "alignment_covariance": 0.02, **given},
-            keep={"heads": True, "statistics": True},
+            head={"readout": "alignment", "alignment": given},
+            keep={"heads": True, "statistics": True, "figure": False},
         ),
         quiet=True,
     )
-    settings = Alignment(epochs=2, temperature=0.7, lr=0.05, covariance=0.02)
+    settings = Alignment(**given)
     aligned = torch.empty(0, 16)
     for task in range(3):
-        folder = run / "tasks" / f"{task:03d}"
+        folder = task_folder(run, task + 1)
         start = torch.cat(list(load_file(folder / "heads.safetensors").values()))
         start[: len(aligned)] = aligned  # old classes start where the last alignment left them
         statistics = ClassStatistics()

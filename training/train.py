@@ -13,7 +13,7 @@ import platform
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
-from backends.torch import RowsLoss
+from backends.torch import RowsLoss, TaskRecord
 from backends.torch.readouts import CosineHeads, Readouts, class_mean_start
 from training.backbones import Backbone, build_backbone, check_fits
 from training.checkpoint import Checkpoint, Checkpoints, StopSignals, write_state
@@ -59,6 +59,7 @@ from training.plots import accuracy_figure
 from training.run_dir import (
     FIGURE,
     MODEL,
+    READOUTS,
     STATE,
     RunFolder,
     begun_experiment,
@@ -70,9 +71,6 @@ from training.run_dir import (
     not_finite,
     readable,
     write_tensors,
-)
-from training.run_dir import (
-    READOUTS as READOUTS_FILE,
 )
 from training.seeds import derive, seeded
 from training.state import OpenTask, State
@@ -187,16 +185,21 @@ def prepare(experiment: Experiment, resume: Path | None = None, *, overwrite: bo
         For whatever is wrong; nothing has been written then.
     """
     experiment = effective(experiment)
-    seed, method = experiment.seed, experiment.method.build()
-    together = launched_processes()
+    seed, method, processes = experiment.seed, experiment.method.build(), launched_processes()
+    if processes.count > 1 and not method.sums_over_processes:
+        msg = (
+            f"method {experiment.method.name} does not say that it sums over processes "
+            f"(sums_over_processes = True): train it with one process"
+        )
+        raise ValueError(msg)
     if experiment.tracker is not None:
         require_tracker(experiment.tracker)
     accelerator = make_accelerator(experiment)
     if experiment.threads is not None:
         torch.set_num_threads(experiment.threads)
-    together.require_same("settings", _shared_settings(experiment))
+    processes.require_same("settings", _shared_settings(experiment))
     path = resume or Path(
-        together.from_first(lambda: str(choose_folder(experiment, overwrite=overwrite)))
+        processes.from_first(lambda: str(choose_folder(experiment, overwrite=overwrite)))
     )
     if experiment.device == "cuda" and accelerator.device.type != "cuda":
         msg = f"device is cuda, but torch sees none here; it would use {accelerator.device}"
@@ -206,7 +209,7 @@ def prepare(experiment: Experiment, resume: Path | None = None, *, overwrite: bo
     if experiment.data.verify:
         verify_data(experiment.data)
 
-    with together.first_of_each_machine():  # it may download data and weights
+    with processes.first_of_each_machine():  # it may download data and weights
         stream = build_stream(experiment.data, seed)
         if method.joins_tasks:
             stream = replace(
@@ -215,8 +218,8 @@ def prepare(experiment: Experiment, resume: Path | None = None, *, overwrite: bo
         with seeded(derive(seed, 0, "backbone")):
             backbone = build_backbone(experiment.backbone)
     classes = _classes(stream)
-    together.require_same("images", classes)
-    together.require_same("backbone", backbone.tensors_sha256)
+    processes.require_same("images", classes)
+    processes.require_same("backbone", backbone.tensors_sha256)
     with seeded(derive(seed, 0, "backbone")):
         train_image, _ = stream.train.with_transform(train_transform(experiment.data))[0]
     test_image, _ = stream.test.with_transform(test_transform(experiment.data))[0]
@@ -227,16 +230,10 @@ def prepare(experiment: Experiment, resume: Path | None = None, *, overwrite: bo
     context = Context(
         seed=derive(seed, 0, "method"),
         tasks=len(stream.tasks),
-        processes=together.count,
-        reduce=together.sum if together.count > 1 else None,
+        processes=processes.count,
+        reduce=processes.sum if processes.count > 1 else None,
     )
     method.start(model, context)
-    if together.count > 1 and not method.sums_over_processes:
-        msg = (
-            f"method {experiment.method.name} does not say that it sums over processes "
-            f"(sums_over_processes = True): train it with one process"
-        )
-        raise ValueError(msg)
     readouts = Readouts(
         experiment.head.build(),
         dim=backbone.features,
@@ -254,20 +251,20 @@ def prepare(experiment: Experiment, resume: Path | None = None, *, overwrite: bo
         return str(opened[0].path)
 
     # The other processes only learn where it is.
-    path = Path(together.from_first(open_folder))
+    path = Path(processes.from_first(open_folder))
     folder = opened[0] if opened else RunFolder(path, writes=False)
-    identity = _identity(experiment, stream, backbone)
+    identity = _identity(experiment, classes, backbone)
     checkpoints = Checkpoints(path, experiment.checkpoint, identity)
-    run = Run(experiment, stream, backbone, accelerator, together, folder, checkpoints, state)
+    run = Run(experiment, stream, backbone, accelerator, processes, folder, checkpoints, state)
     try:
         if resume is None:
             folder.begin(experiment, classes, environment(_described(backbone)))
         else:
             folder.check_classes(classes)
             restore(run, checkpoints.newest())
-        if together.writes and experiment.tracker is not None:
+        if processes.writes and experiment.tracker is not None:
             start_tracker(accelerator, flat_settings(experiment), path)
-        together.require_same("checkpoint", state.record())
+        processes.require_same("checkpoint", state.record())
     except BaseException:
         folder.close()
         raise
@@ -280,15 +277,9 @@ def _shared_settings(experiment: Experiment) -> dict[str, object]:
     return {name: value for name, value in flat_settings(experiment).items() if name not in own}
 
 
-def _identity(experiment: Experiment, stream: Stream, backbone: Backbone) -> str:
+def _identity(experiment: Experiment, classes: dict[str, Any], backbone: Backbone) -> str:
     """What a run is, wherever it lies: a hash of all that must be the same to go on with it."""
-    tasks = [list(task) for task in stream.tasks]
-    parts = [
-        _shared_settings(experiment),
-        list(stream.class_names),
-        tasks,
-        backbone.tensors_sha256,
-    ]
+    parts = [_shared_settings(experiment), classes, backbone.tensors_sha256]
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -384,7 +375,7 @@ def learn_task(run: Run, task: int, progress: Progress) -> None:
 
     at = state.open
     if at is None:
-        state.method.begin_task(passes)  # LoDA: moments, then the two subspaces
+        state.method.begin_task(passes)  # LoDA: second moments, then the two subspaces
         state.passes = passes_begun(passes)
         _agree_on_weights(run)
         add_head(run, task)
@@ -395,7 +386,7 @@ def learn_task(run: Run, task: int, progress: Progress) -> None:
         fit(run, task, at, progress)
     clock = time.perf_counter()
 
-    record = state.method.end_task(passes)  # LoDA: recalibrate, merge, remember the moments
+    learned = state.method.end_task(passes)  # LoDA: recalibrate, merge, remember the moments
     _agree_on_weights(run)
     clock = at.spent("end", clock)
 
@@ -407,12 +398,20 @@ def learn_task(run: Run, task: int, progress: Progress) -> None:
     seconds = at.rounded_seconds()
     state.complete(seconds)
     _require_finite(run, task)
+    record_task(run, task, learned, seconds)
+    accuracy = state.accuracy[state.readouts.primary].curve[-1]
+    progress.end_task(task + 1, accuracy, sum(seconds.values()))
 
-    keep = experiment.keep
+
+def record_task(
+    run: Run, task: int, learned: TaskRecord | None, seconds: Mapping[str, float]
+) -> None:
+    """Write what is kept of a task, and what there is to say of it."""
+    state, keep = run.state, run.experiment.keep
     run.folder.keep(
         task + 1,
-        branches=record.branch_tensors() if record and keep.branches else {},
-        moments=record.moment_tensors() if record and keep.moments else {},
+        branches=learned.branch_tensors() if learned and keep.branches else {},
+        moments=learned.moment_tensors() if learned and keep.moments else {},
         heads=state.heads.state_dict() if keep.heads else {},
         statistics=state.readouts.statistics["statistics"].state_dict() if keep.statistics else {},
     )
@@ -424,12 +423,11 @@ def learn_task(run: Run, task: int, progress: Progress) -> None:
         counts={name: [m.correct[-1], m.total[-1]] for name, m in state.accuracy.items()},
         seconds=seconds,
         memory=peak_memory(run.accelerator.device),
-        **({"layers": record.diagnostics()} if record and record.effects else {}),
+        **({"layers": learned.diagnostics()} if learned and learned.effects else {}),
     )
     tracked = {f"accuracy/{name}": value for name, value in accuracy.items()}
     # Where nothing is trained, tasks are steps: of equal ones a tracker shows the last alone.
-    run.accelerator.log(tracked, step=(task + 1) * max(experiment.train.epochs, 1))
-    progress.end_task(task + 1, accuracy[state.readouts.primary], sum(seconds.values()))
+    run.accelerator.log(tracked, step=(task + 1) * max(run.experiment.train.epochs, 1))
 
 
 def add_head(run: Run, task: int) -> None:
@@ -730,9 +728,10 @@ def extract_features(
 
 def save_between_tasks(run: Run) -> None:
     """Save the run, and end it if a signal asks for that."""
-    _agree(run, last=False)
+    _, stopping = _agree(run, last=False)
     _save(run)
-    _leave_if_asked(run, saved=True)
+    if stopping:
+        _leave(run, saved=True)
 
 
 def save_in_task(run: Run, task: int, at: OpenTask, *, last: bool) -> None:
@@ -752,8 +751,8 @@ def save_in_task(run: Run, task: int, at: OpenTask, *, last: bool) -> None:
     FloatingPointError
         If training has diverged: that is not saved.
     """
-    due = _agree(run, last=last)
-    if not due and run.stop.received is None:
+    due, stopping = _agree(run, last=last)
+    if not (due or stopping):
         return
     if not at.is_finite():
         _raise_diverged(task, at)
@@ -762,15 +761,18 @@ def save_in_task(run: Run, task: int, at: OpenTask, *, last: bool) -> None:
         _save(run)
     else:  # not looked at again a step later
         run.checkpoints.wait()
-    _leave_if_asked(run, saved=saved)
+    if stopping:
+        _leave(run, saved=saved)
 
 
-def _agree(run: Run, *, last: bool) -> bool:
-    """Let a signal that one process got be one to all; whether it is time for one of them."""
+def _agree(run: Run, *, last: bool) -> tuple[bool, bool]:
+    """Whether it is time to save for one of the processes, and whether one got a signal to stop."""
     own = 2 * int(run.stop.received or 0) + run.checkpoints.due(last=last)
     number, due = divmod(run.processes.largest(own), 2)
-    run.stop.received = signal.Signals(number) if number else None
-    return bool(due)
+    # One that comes just now counts after the next step, when all processes know of it.
+    if number:
+        run.stop.received = signal.Signals(number)
+    return bool(due), bool(number)
 
 
 def _save(run: Run) -> None:
@@ -780,9 +782,8 @@ def _save(run: Run) -> None:
     run.checkpoints.wait()
 
 
-def _leave_if_asked(run: Run, *, saved: bool) -> None:
-    if run.stop.received is None:
-        return
+def _leave(run: Run, *, saved: bool) -> NoReturn:
+    """End all processes as the signal to one of them asks."""
     run.processes.wait()  # the launcher ends the others as soon as one has ended
     what = "a checkpoint was written" if saved else "the checkpoint of the last task is there"
     run.stop.leave(f"{what}: loda train --resume {run.folder.path} goes on")
@@ -801,7 +802,7 @@ def write_results(run: Run) -> None:
     experiment, state, path = run.experiment, run.state, run.folder.path
     primary = run.state.readouts.primary
     write_tensors(path / MODEL, state.model.state_dict())
-    write_tensors(path / READOUTS_FILE, state.readouts.tensors())
+    write_tensors(path / READOUTS, state.readouts.tensors())
     if experiment.keep.state:
         record = {"identity": run.checkpoints.identity, **state.record()}
         write_state(path / STATE, state.tensors(), record, run.folder.read_log())
