@@ -101,7 +101,7 @@ class TaskBranches(BranchMethod):
         """Merge the branches for good; a record of them."""
         from backends.torch import TaskRecord, restore
 
-        record = TaskRecord.of(self.layers, {}, {}, {}, {})
+        record = TaskRecord.of(self.layers)
         for layer in self.layers.values():
             layer.merge()
         restore(self.model, self.layers)
@@ -249,7 +249,7 @@ class FoldedLayers:
         """Fold the branches into the weights of the model; a record of them."""
         from backends.torch import TaskRecord, restore
 
-        record = TaskRecord.of(self.layers, {}, {}, {}, {})
+        record = TaskRecord.of(self.layers)
         for layer in self.layers.values():
             layer.merge()
         restore(self.model, self.layers)
