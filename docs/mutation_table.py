@@ -57,7 +57,8 @@ CLASSES: tuple[tuple[str, str, Rule], ...] = (
         like(
             r"_arrays\.py:(is_concrete|_is_traced|full_precision|is_\w+|transposed|widest) "
             r"|_eigh\.py:_thread|torch|jax|dask|compensated|is_concrete\(|is_deferred"
-            r"|a\.numpy\(\)|widest\(xp, None\)|is_numpy\(None\)|__module__"
+            r"|a\.numpy\(\)|widest\(xp, None\)|is_(numpy|array)\(None\)|__module__"
+            r"|full_precision\(None\)|zeros_like\(None\)"
         ),
     ),
     (
@@ -74,7 +75,10 @@ CLASSES: tuple[tuple[str, str, Rule], ...] = (
         "Where nothing is read",
         "The value stands in entries that the next step does not look at, or is what the call does "
         "by itself, or a bound that the argument never reaches.",
-        like(r"[01] \* (spectrum|chosen)|clip\(xp\.linalg\.diagonal|clean="),
+        like(
+            r"[01] \* (spectrum|chosen)|clip\(xp\.linalg\.diagonal|clean="
+            r"|clip\(x, (0\.0, 2\.0|None, 1\.0)\)"
+        ),
     ),
     (
         "A zero that carries a shape",
@@ -96,12 +100,15 @@ CLASSES: tuple[tuple[str, str, Rule], ...] = (
         "A longer list, of which the first entry is read; another word that is not looked for; or "
         "what the library does by itself.",
         # mutmut puts "XXXX" in the place of an empty string.
-        like(r"\"XXXX\"|_leading\(a, 2\)|spectrum\[\.\.\., :2\]|take_along_axis\(s, start, \)"),
+        like(
+            r"\"XXXX\"|_leading\(a, 2\)|spectrum\[\.\.\., :2\]|take_along_axis\(s, start, \)"
+            r"|lowest, ridge, \)|best\.directions, None"
+        ),
     ),
     (
         "Widths",
         "The dtype that the array has already on NumPy, where everything is solved in float64.",
-        like(r"\| .*(astype\([^|]*, None\)|dtype=None|eye\(size, device)[^|]*$"),
+        like(r"\| .*(astype\([^|]*, None\)|dtype=None|eye\(size, device|bits < 33)[^|]*$"),
     ),
     (
         "The way, not the result",
@@ -109,7 +116,7 @@ CLASSES: tuple[tuple[str, str, Rule], ...] = (
         "uses: the answer is the same, later or sooner.",
         like(
             r"_spectral|recalibration\.py:_box \| pairs"
-            r"|range\(0, size"
+            r"|range\(0, size|parts\.insert"
             r"|_eigh\.py:_lanczos \| (start|operator|options|steps|if \"rng\")"
             r"|_eigh\.py.*(check_finite|overwrite|clean=|ascontiguousarray|\.copy\(\))"
         ),

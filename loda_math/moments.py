@@ -193,6 +193,9 @@ def combine(a: Moments, b: Moments, /) -> Moments:
 class History(NamedTuple):
     r"""Weighted sum of the mean moments of past tasks, :math:`S_{old} = \sum_t w_t S_t`.
 
+    To store a history, store its three fields; ``History(total, weight, squares)`` is the same
+    history again.
+
     Attributes
     ----------
     total : array, shape (..., D, D)

@@ -71,11 +71,13 @@ LOG = re.compile(r"^(checkpoint \d+|state)/metrics$")
 # What one side alone may have: (side, pattern of case, pattern of name, reason).
 ONE_SIDED: tuple[tuple[str, str, str, str], ...] = (
     ("new", "", r"^state/", "what a later task would start from; it was not written"),
+    ("new", "^report/", r"^runs\.csv:", "a table of all runs was not written"),
     ("new", "", r"^classes\.json:fingerprint$", "a fingerprint of the data was not written"),
     (
         *("old", "converged$", r"^checkpoint \d+/readouts/fitted/alignment/"),
         "the alignment to convergence does not start from the last one",
     ),
+    ("new", "^report/", r"^runs\.csv:", "the table of all numbers was not written"),
     ("new", "^replay/", r"\.history\..*\.(squares|weight)$", "a history was its sum alone"),
 )
 
@@ -986,7 +988,11 @@ def entries(path: str, text: str) -> Iterator[tuple[str, str]]:
     if path.endswith(".jsonl"):
         yield from _events(text)
     elif path.endswith(".json"):
-        yield from _leaves("", json.loads(text))
+        content = json.loads(text)
+        if name == "analysis.json":
+            for part in ("subspaces", "losses"):
+                _count_from_one(content.get(part, []), "task")
+        yield from _leaves("", content)
     elif path.endswith((".md", ".tex", ".csv")):
         yield from _tables(path, text)
     elif path.endswith(".txt"):
@@ -1010,14 +1016,19 @@ def _events(text: str) -> Iterator[tuple[str, str]]:
     """Lines of a log; tasks and epochs may be counted from 0 or from 1."""
     lines = [json.loads(line) for line in text.splitlines()]
     for key in ("task", "epoch"):
-        first = min((line[key] for line in lines if key in line), default=0)
-        for line in lines:
-            if key in line:
-                line[key] -= first - 1
+        _count_from_one(lines, key)
     seen: Counter[str] = Counter()
     for line in lines:
         seen[line["event"]] += 1
         yield from _leaves(f"{line['event']} {seen[line['event']]}", line)
+
+
+def _count_from_one(entries: list[dict[str, Any]], key: str) -> None:
+    """Shift the numbers of tasks or epochs so that the first of them is one."""
+    first = min((entry[key] for entry in entries if key in entry), default=0)
+    for entry in entries:
+        if key in entry:
+            entry[key] -= first - 1
 
 
 def _tables(path: str, text: str) -> Iterator[tuple[str, str]]:

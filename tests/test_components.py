@@ -178,7 +178,7 @@ def test_what_a_file_names_is_not_imported_unasked() -> None:
     assert shape.options == {"side": "any", "more": 1}
     assert not shape.is_known
     for use in (shape.build, lambda: shape.kind):
-        with pytest.raises(ValueError, match="--allow shapes_of_mine.Square"):
+        with pytest.raises(ValueError, match=r"--allow shapes_of_mine\.Square"):
             use()
     assert "shapes_of_mine" not in sys.modules
     assert Shape("square", trusted=False).is_known  # our own are always known
@@ -203,7 +203,7 @@ class _Settings:
 
 def test_null_is_refused_where_the_type_has_none() -> None:
     refuse_null({"count": 2, "size": None}, _Settings, "it.")
-    with pytest.raises(ValueError, match="it.count"):
+    with pytest.raises(ValueError, match="count"):
         refuse_null({"count": None, "size": None}, _Settings, "it.")
     assert summary(_Settings) == "Some settings. And more about them"
 

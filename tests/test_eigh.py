@@ -207,10 +207,11 @@ def test_largest_eigenvalue_is_bounded_from_below(xp: ModuleType, kind: str) -> 
         assert np.all(bound >= 0.5 * exact)
 
 
-def test_triangular_solves(xp: ModuleType) -> None:
+@pytest.mark.parametrize("size", [4, DENSE])
+def test_triangular_solves(xp: ModuleType, size: int) -> None:
     rng = np.random.default_rng(0)
-    factor = np.tril(rng.standard_normal((2, 4, 4))) + 4 * np.eye(4)
-    rhs = rng.standard_normal((2, 4, 3))
+    factor = np.tril(rng.standard_normal((2, size, size))) / size + np.eye(size)
+    rhs = rng.standard_normal((2, size, 3))
     a, b = to_library(xp, factor, "float32"), to_library(xp, rhs, "float32")
     for transpose, matrix in ((False, factor), (True, np.swapaxes(factor, 1, 2))):
         x = to_numpy(_eigh.lower_solve(namespace(a=a), a, b, transpose=transpose))

@@ -246,3 +246,5 @@ def test_shapes_of_updates(xp: ModuleType) -> None:
     for wrong in ((g, a, g), (x, a, x[:2, :]), (x, a[0, :], g), (x[:0, :], a, g[:0, :])):
         with pytest.raises(ValueError, match="shapes must be"):
             first_order_update(*wrong, 0.1)
+    none = first_order_update(x[None, :, :][:0, :, :], a, g[None, :, :][:0, :, :], 0.1)
+    assert none.output.shape == (0, 3, 4)

@@ -70,6 +70,7 @@ def test_split_refuses_wrong_labels(xp: ModuleType) -> None:
         (TypeError, "labels must be integers", (xp.asarray([1.0, 2.0]), order)),
         (TypeError, "permutation must be integers", (labels, order == 1)),
         (TypeError, "permutation must be an array", (labels, [2, 1])),
+        (TypeError, "labels must be an array", ([1, 2, 2], order)),
     ):
         with pytest.raises(error, match=rf"^{words}"):
             class_split(*pair)

@@ -44,9 +44,7 @@ def model() -> nn.Module:
 
 
 @pytest.fixture(scope="session")
-def final(
-    root: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., dict[str, Tensor]]:
+def final(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Tensor]]:
     """Weights after a short run under changed settings of LoDA."""
 
     def final(tasks: int = 2, **method: Any) -> dict[str, Tensor]:

@@ -374,7 +374,7 @@ def test_the_configuration_of_the_digits_says_the_defaults() -> None:
 
 
 def test_the_packaged_caltech101_asks_for_weights() -> None:
-    with pytest.raises(ValueError, match="--backbone.weights FILE"):
+    with pytest.raises(ValueError, match="weights FILE"):
         read("caltech101")
     found = experiment_of(["--config=caltech101", "--data.root=x", "--backbone.weights=w.pth"])
     settings = flat_settings(found)

@@ -108,6 +108,7 @@ def test_the_check_knows_the_same_rounding(
     basis = choose(new, old, 2, ridge=1e-6, accumulation_eps=EPS32)
     report = verify_subspace(basis, new, old, objective, accumulation_eps=EPS32, **settings)
     assert bool(report.passed)
+    assert abs(float(report.optimality_gap)) < 1e-9
     assert int(report.effective_rank) == 2
     assert not bool(verify_subspace(basis, new, old, objective, **settings).passed)
 
@@ -124,21 +125,26 @@ def deficient() -> np.ndarray:
     return ((basis * values) @ basis.T).astype(np.float32)
 
 
-@pytest.mark.parametrize("solver", ["general", "isolated", "ratio", "rank"])
-def test_rounding_of_a_float32_task_is_no_direction(xp: ModuleType, solver: str) -> None:
+@pytest.mark.parametrize("coarse", ["new", "old", None])
+def test_rounding_of_a_float32_moment_is_no_direction(xp: ModuleType, coarse: str | None) -> None:
+    """In float64 alone the values do not say so: they are directions like any other."""
     needs_float64(xp)
-    new, old = to_library(xp, deficient(), "float32"), to_library(xp, np.eye(SIZE))
-    nothing = 0 * old
-    found = {
-        "general": lambda: lm.general_solution(new, nothing, SIZE).effective_rank,
-        "isolated": lambda: lm.isolated_solution(new, old, SIZE).effective_rank,
-        "ratio": lambda: lm.trace_ratio_solution(new, old, SIZE).effective_rank,
-        "rank": lambda: lm.rank_for(new, nothing, 1.0).rank,
-    }[solver]()
-    assert int(found) == RANK
-    # The values alone do not say so: as float64 they are directions like any other.
-    wide = to_library(xp, deficient().astype(np.float64))
-    assert int(lm.general_solution(wide, nothing, SIZE).effective_rank) > RANK
+    dtypes = {name: "float32" if name == coarse else "float64" for name in ("new", "old")}
+    new, old = (to_library(xp, deficient(), dtypes[name]) for name in ("new", "old"))
+    flat = to_library(xp, np.eye(SIZE), dtypes["old"])
+    branch = to_library(xp, np.eye(SIZE)), to_library(xp, np.eye(SIZE))
+    ranks = {
+        "general": lm.general_solution(new, old, SIZE).effective_rank,
+        "isolated": lm.isolated_solution(new, flat, SIZE).effective_rank,
+        "trace ratio": lm.trace_ratio_solution(new, flat, SIZE).effective_rank,
+        "rank": lm.rank_for(new, old, 1.0).rank,
+        "recalibration": np.linalg.matrix_rank(
+            to_numpy(lm.recalibration(*branch, new, old, 1.0)), tol=1e-3
+        ),
+    }
+    assert {name: int(rank) for name, rank in ranks.items()} == dict.fromkeys(
+        ranks, SIZE if coarse is None else RANK
+    )
 
 
 def test_the_check_knows_the_coarser_dtype(xp: ModuleType) -> None:

@@ -137,6 +137,9 @@ class Registry:
         """
         kind = self.find(name)
         defaults = self.options(name)
+        if not isinstance(options, Mapping):
+            msg = f"{section} must hold options by name, got {options!r}"
+            raise ValueError(msg)  # noqa: TRY004 - a value of a setting
         unknown = sorted(set(map(str, options)) - set(defaults))
         if unknown:
             msg = (

@@ -370,8 +370,9 @@ def load_experiment(
     try:
         if recorded is None:
             return experiment_of(argv)
-        layers = [*_file_layers(recorded), *_layers(argv)]
-        return _experiment(layers, {*allow, *_choice(layers[-1], _DEFAULTS).named()})
+        more = _layers(argv)
+        allow = {*allow, *_choice(more[-1]).named()}
+        return _recorded(_file_layers(recorded), allow, more)
     except ValueError as error:
         parser().error(str(error))
 
@@ -394,7 +395,7 @@ def experiment_of(*layers: Sequence[str] | Mapping[str, Any]) -> Experiment:
     >>> experiment_of({"method": {"rank": 4}}, ["--method", "o_lora"]).method.options["rank"]
     4
     """
-    return _experiment([part for layer in layers for part in _layers(layer)], None)
+    return _experiment([part for layer in layers for part in _layers(layer)])
 
 
 def read_experiment(path: str | Path, allow: Collection[str] = ()) -> Experiment:
@@ -416,7 +417,7 @@ def read_experiment(path: str | Path, allow: Collection[str] = ()) -> Experiment
         If it holds an unknown key, or a value of the wrong type or out of range.
     """
     with _not_a_configuration(str(path)):
-        return _experiment(_file_layers(Path(path)), allow)
+        return _recorded(_file_layers(Path(path)), allow)
 
 
 def experiment_from(
@@ -444,7 +445,7 @@ def experiment_from(
     1e-05
     """
     with _not_a_configuration(source):
-        return _experiment(_layers(values), allow)
+        return _recorded(_layers(values), allow)
 
 
 def parser(*, exit_on_error: bool = True) -> jsonargparse.ArgumentParser:
@@ -455,7 +456,7 @@ def parser(*, exit_on_error: bool = True) -> jsonargparse.ArgumentParser:
     exit_on_error : bool
         Print an error and leave with status 2; otherwise raise argparse.ArgumentError.
     """
-    return _parser(_DEFAULTS, None, exit_on_error=exit_on_error)
+    return _parser(_DEFAULTS, exit_on_error=exit_on_error)
 
 
 @contextmanager
@@ -482,7 +483,7 @@ def _layers(given: Sequence[str] | Mapping[str, Any]) -> list[_Layer]:
         option, equals, value = argument.partition("=")
         if option == "--config":
             configs += _file_layers(resolve_config(value if equals else next(arguments, "")))
-        elif option.removeprefix("--") in _COMPONENTS:  # short for the name of the component
+        elif option in (f"--{section}" for section in _COMPONENTS):  # short for its name
             rest.append(f"{option}.name{equals}{value}")
         else:
             rest.append(argument)
@@ -551,9 +552,14 @@ class _Choice(NamedTuple):
     readout: str
     also: list[str]
 
-    def named(self) -> list[str]:
-        """All of them."""
-        return [*self.components.values(), self.readout, *self.also]
+    def readouts(self) -> list[str]:
+        """Read-outs that are fitted, that of the method included, if it has its own."""
+        own = getattr(METHODS.find(self.components["method"]), "readout", None)
+        return list(dict.fromkeys([*([own] if own else []), self.readout, *self.also]))
+
+    def named(self) -> set[str]:
+        """All names."""
+        return {*self.components.values(), self.readout, *self.also}
 
 
 _DEFAULTS = _Choice(
@@ -568,14 +574,15 @@ _DEFAULTS = _Choice(
 )
 
 
-def _choice(layer: _Layer, before: _Choice) -> _Choice:
+def _choice(layer: _Layer, before: _Choice = _DEFAULTS) -> _Choice:
     """The choice after a layer."""
     given = _named_on(layer) if isinstance(layer, list) else layer
-    components = dict(before.components)
-    for section in components:
-        name = given.get(section, {}).get("name", components[section])
+    components = {
+        section: given.get(section, {}).get("name", name)
+        for section, name in before.components.items()
+    }
+    for section, name in components.items():
         check(isinstance(name, str), f"{section}.name", name, "a name")
-        components[section] = name
     head = given.get("head", {})
     readout, also = head.get("readout", before.readout), head.get("also", before.also)
     check(isinstance(readout, str), "head.readout", readout, "a name")
@@ -600,80 +607,85 @@ def _named_on(argv: Sequence[str]) -> _Sections:
     return _sections(named)
 
 
-def _may_import(registry: Registry, name: str, allow: Collection[str] | None) -> bool:
-    return allow is None or name in allow or registry.is_packaged(name)
+def _set_aside(values: _Sections, allow: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Take out of a recorded file what classes are made with that may not be imported.
+
+    Returns
+    -------
+    dict of str to dict
+        Names and options by section, which are kept as they stand.
+    """
+    aside: dict[str, dict[str, Any]] = {}
+    for section, kind in _COMPONENTS.items():
+        own = values.get(section, {})
+        if not _may_import(kind.registry, own.get("name", ""), allow):
+            aside[section] = {key: own.pop(key) for key in [*own] if key not in kind.shared()}
+    head = values.get("head", {})
+    also = head.get("also")
+    names = [head.get("readout", ""), *(also if isinstance(also, list) else [])]
+    if not all(_may_import(READOUTS, name, allow) for name in names):
+        aside["head"] = {key: head.pop(key) for key in [*head] if key not in _HEAD[:3]}
+    return aside
 
 
-def _readouts(choice: _Choice, allow: Collection[str] | None) -> list[str]:
-    """Read-outs that are fitted, that of the method included, if it has its own."""
-    name = choice.components["method"]
-    method = METHODS.find(name) if _may_import(METHODS, name, allow) else None
-    own = getattr(method, "readout", None)
-    return list(dict.fromkeys([*([own] if own else []), choice.readout, *choice.also]))
+def _may_import(registry: Registry, name: Any, allow: Collection[str]) -> bool:
+    # What is no name at all is refused later.
+    return not isinstance(name, str) or name in {"", *allow} or registry.is_packaged(name)
 
 
-def _experiment(layers: Sequence[_Layer], allow: Collection[str] | None) -> Experiment:
-    """The experiment of layers; ``allow`` names the classes that may be imported, None all."""
+def _recorded(
+    layers: Sequence[_Layer], allow: Collection[str], more: Sequence[_Layer] = ()
+) -> Experiment:
+    """The experiment of a file that somebody else may have made, with further layers over it."""
+    aside: dict[str, dict[str, Any]] = {}
+    for layer in layers:
+        if isinstance(layer, dict):
+            aside |= _set_aside(layer, allow)
+    return _experiment([*layers, *more], aside)
+
+
+def _experiment(
+    layers: Sequence[_Layer], aside: Mapping[str, dict[str, Any]] | None = None
+) -> Experiment:
+    """The experiment of layers, and of components that were set aside."""
     choices = [_DEFAULTS]
     for layer in layers:
         choices.append(_choice(layer, choices[-1]))
-    chosen = choices[-1]
-    unread: dict[str, dict[str, Any]] = {}  # options of classes that may not be imported
-    arguments: list[str] = []
+    chosen, arguments = choices[-1], list[str]()
     for layer, choice in zip(layers, choices[1:], strict=True):
         if isinstance(layer, list):
             arguments += layer
         else:
-            arguments.append(f"--config={_yaml(_fitting(layer, choice, chosen, allow, unread))}")
+            arguments.append(f"--config={_yaml(_without_others(layer, choice, chosen))}")
     try:
-        values = _parser(chosen, allow).parse_args(arguments).as_dict()
+        values = _parser(chosen).parse_args(arguments).as_dict()
     except (argparse.ArgumentError, OverflowError) as error:
         raise ValueError(str(error)) from error
-    return _built(values, unread, chosen, allow)
+    return _built(values, chosen, aside or {})
 
 
-def _fitting(
-    layer: _Sections,
-    choice: _Choice,
-    chosen: _Choice,
-    allow: Collection[str] | None,
-    unread: dict[str, dict[str, Any]],
-) -> _Sections:
-    """What a layer says of the chosen components, without what it says of others.
+def _without_others(layer: _Sections, choice: _Choice, chosen: _Choice) -> _Sections:
+    """What a layer says, without options that only components have that are not chosen any more.
 
-    What neither those nor the ones in effect in the layer have stays, for the parser to refuse.
+    What neither these nor the chosen ones have stays, for the parser to refuse.
     """
     result = dict(layer)
-    for section, kind in _COMPONENTS.items():
-        if section not in layer:
-            continue
-        before, after = choice.components[section], chosen.components[section]
-        if not _may_import(kind.registry, after, allow):
-            options = [key for key in layer[section] if key not in ("name", *kind.shared())]
-            unread.setdefault(section, {}).update({key: layer[section][key] for key in options})
-        elif before == after:
-            continue
-        else:
-            others = set(kind.registry.options(before)) - set(kind.registry.options(after))
-            options = [key for key in layer[section] if key.partition(".")[0] in others]
-        result[section] = {k: v for k, v in layer[section].items() if k not in options}
+    others = {
+        section: set(kind.registry.options(choice.components[section]))
+        - set(kind.registry.options(chosen.components[section]))
+        for section, kind in _COMPONENTS.items()
+        if section in layer and choice.components[section] != chosen.components[section]
+    }
     if "head" in layer:
-        fitted = _readouts(chosen, allow)
-        others = {_last(n) for n in _readouts(choice, allow)} - {_last(n) for n in fitted}
-        closed = {_last(n) for n in fitted if not _may_import(READOUTS, n, allow)}
-        groups = {key: key.partition(".")[0] for key in layer["head"]}
-        unread.setdefault("head", {}).update(
-            {key: layer["head"][key] for key, group in groups.items() if group in closed}
-        )
-        result["head"] = {
-            k: v for k, v in layer["head"].items() if groups[k] not in others | closed
-        }
+        others["head"] = {*map(_last, choice.readouts())} - {*map(_last, chosen.readouts())}
+    for section, names in others.items():
+        own = layer[section]
+        result[section] = {k: v for k, v in own.items() if k.partition(".")[0] not in names}
     return result
 
 
-def _parser(
-    choice: _Choice, allow: Collection[str] | None, *, exit_on_error: bool = False
-) -> jsonargparse.ArgumentParser:
+def _parser(choice: _Choice, *, exit_on_error: bool = False) -> jsonargparse.ArgumentParser:
+    """A parser with exactly the options of the chosen components."""
     result = jsonargparse.ArgumentParser(
         prog="loda train",
         description="Train one class-incremental experiment and write its run folder, or go on "
@@ -684,63 +696,54 @@ def _parser(
         allow_abbrev=False,
         exit_on_error=exit_on_error,
     )
+    packaged = ", ".join(packaged_configs())
     result.add_argument(
         "--config",
         action="config",
-        help="A YAML file, or the name of a packaged configuration: "
-        + ", ".join(packaged_configs()),
+        help=f"A YAML file, or the name of a packaged configuration: {packaged}",
     )
     result.add_class_arguments(Experiment, as_group=False, skip={*_COMPONENTS, *_PLAIN, "head"})
     for section, kind in _COMPONENTS.items():
         name, registry = choice.components[section], kind.registry
-        importable = _may_import(registry, name, allow)
         group = result.add_argument_group(
-            f"{section}: {summary(kind)}",
-            f"{name}: {summary(registry.find(name))}" if importable else None,
+            f"{section}: {summary(kind)}", f"{name}: {summary(registry.find(name))}"
         )
         group.add_class_arguments(kind, section, as_group=False, skip={"options", "trusted"})
-        if importable:
-            registry.add_options(group, name, section)
+        registry.add_options(group, name, section)
     for section, plain in _PLAIN.items():
         group = result.add_argument_group(f"{section}: {summary(plain)}")
         group.add_class_arguments(plain, section, as_group=False)
     group = result.add_argument_group(f"head: {summary(HeadConfig)}")
     group.add_class_arguments(HeadConfig, "head", as_group=False, skip={"options", "trusted"})
-    for name in _readouts(choice, allow):
-        if _may_import(READOUTS, name, allow):
-            READOUTS.add_options(group, name, f"head.{_last(name)}")
+    for name in choice.readouts():
+        READOUTS.add_options(group, name, f"head.{_last(name)}")
     return result
 
 
 def _built(
-    values: Mapping[str, Any],
-    unread: Mapping[str, dict[str, Any]],
-    chosen: _Choice,
-    allow: Collection[str] | None,
+    values: Mapping[str, Any], chosen: _Choice, aside: Mapping[str, dict[str, Any]]
 ) -> Experiment:
     """The experiment of parsed values."""
     sections: dict[str, Any] = {}
     for section, kind in _COMPONENTS.items():
-        given = dict(values[section])
-        shared = {key: given.pop(key) for key in kind.shared()}
+        options = dict(values[section])
+        shared = {key: options.pop(key) for key in kind.shared()}
         refuse_null(shared, kind, f"{section}.")
-        name = given.pop("name")
-        trusted = _may_import(kind.registry, name, allow)
-        options = {**given, **unread.get(section, {})}
-        sections[section] = kind(name, options, trusted=trusted, **shared)
+        options = aside.get(section, options)
+        name = options.pop("name")
+        sections[section] = kind(name, options, trusted=section not in aside, **shared)
     for section, plain in _PLAIN.items():
         refuse_null(values[section], plain, f"{section}.")
         sections[section] = plain(**values[section])
-    head = dict(values["head"])
-    shared = {key: head.pop(key) for key in _HEAD}
-    refuse_null(shared, HeadConfig, "head.")
-    names = _readouts(chosen, allow)
-    if names[0] != chosen.readout:  # the method's own
-        shared["readout"], *shared["also"] = names
-    trusted = all(_may_import(READOUTS, name, allow) for name in names)
-    sections["head"] = HeadConfig(
-        **shared, options={**head, **unread.get("head", {})}, trusted=trusted
-    )
+    options = dict(values["head"])
+    head = {key: options.pop(key) for key in _HEAD}
+    refuse_null(head, HeadConfig, "head.")
+    if chosen.readouts()[0] != chosen.readout:  # the method's own
+        head["readout"], *head["also"] = chosen.readouts()
+    if "head" in aside:
+        options = aside["head"]
+        head |= {key: options.pop(key) for key in ("readout", "also") if key in options}
+    sections["head"] = HeadConfig(**head, options=options, trusted="head" not in aside)
     top = {item.name: values[item.name] for item in fields(Experiment) if item.name not in sections}
     refuse_null(top, Experiment, "")
     return effective(Experiment(**sections, **top))

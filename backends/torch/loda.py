@@ -476,7 +476,7 @@ class LoDA:
         for key, value in state.items():
             # torch computes next to nothing in 8 bits.
             if key != "tasks" and not (value.is_floating_point() and value.element_size() > 1):
-                msg = f"{key} must be floating point of at least 16 bits, got {value.dtype}"
+                msg = f"{key} of the state must be floating point (16 bits up), got {value.dtype}"
                 raise ValueError(msg)
         shapes = {key: tuple(value.shape) for key, value in state.items()}
         if tasks < 0 or shapes != expected:

@@ -245,16 +245,8 @@ class Run:
                     name: (_number(mark["step"]), _number(mark[among][age]))
                     for name, mark in task["marks"].items()
                 }
-                rows.append(
-                    {
-                        "task": int(task["task"]),
-                        "among": among,
-                        "age": age,
-                        "steps": steps,
-                        "losses": losses,
-                        "marks": marks,
-                    }
-                )
+                row = {"task": int(task["task"]), "among": among, "age": age}
+                rows.append({**row, "steps": steps, "losses": losses, "marks": marks})
         return rows
 
     def readout_rows(self) -> Iterator[dict[str, Any]]:
@@ -266,7 +258,6 @@ class Run:
             **{key: sum(task[key] for task in self.costs) for key in _TIMES},
             **{key: pd.Series([task[key] for task in self.costs]).max() for key in _MEMORY},
             "analysed": bool(self.content["analysis"]),
-            "run": str(self.path),
         }
         for kind, matrix in self.matrices.items():
             given = self.content["summary"].get("task_given", {}).get(kind, {}).get("last")
@@ -279,15 +270,8 @@ class Run:
             }
             if len(matrix) == 1:  # as of a method that learns all tasks at once
                 accuracies = dict.fromkeys(accuracies, nan) | {"last": matrix.last}
-            yield {
-                "seed": self.seed,
-                "order": self.order,
-                "tasks": len(matrix),
-                "readout": kind,
-                "primary": kind == self.readout,
-                **{name: 100 * x for name, x in accuracies.items()},
-                **shared,
-            }
+            per_cent = {name: 100 * x for name, x in accuracies.items()}
+            yield {**self._identity(kind), **per_cent, **shared}
 
     def task_rows(self) -> Iterator[dict[str, Any]]:
         """What it measured, by read-out and task: most of the columns of :func:`load_tasks`."""
@@ -300,22 +284,22 @@ class Run:
                     "accuracy": sum(right) / sum(count),
                     "old": sum(right[:-size]) / sum(count[:-size]) if j else nan,
                     "new": sum(right[-size:]) / sum(count[-size:]),
-                    # Of the last task, nothing can be forgotten yet.
-                    "forgetting": max(row[j] for row in cells[j:]) - cells[-1][j]
-                    if j + 1 < len(cells)
-                    else nan,
+                    "forgetting": max(row[j] for row in cells[j:]) - cells[-1][j],
                 }
-                yield {
-                    "seed": self.seed,
-                    "order": self.order,
-                    "tasks": len(matrix),
-                    "readout": kind,
-                    "primary": kind == self.readout,
-                    "task": j + 1,
-                    **{name: 100 * x for name, x in accuracies.items()},
-                    **self.costs[j],
-                    "run": str(self.path),
-                }
+                if j == len(cells) - 1:  # nothing can be forgotten yet
+                    accuracies["forgetting"] = nan
+                per_cent = {name: 100 * x for name, x in accuracies.items()}
+                yield {**self._identity(kind), "task": j + 1, **per_cent, **self.costs[j]}
+
+    def _identity(self, kind: str) -> dict[str, Any]:
+        return {
+            "run": str(self.path),
+            "seed": self.seed,
+            "order": self.order,
+            "tasks": len(self.matrices[kind]),
+            "readout": kind,
+            "primary": kind == self.readout,
+        }
 
 
 class Inventory(NamedTuple):
@@ -328,8 +312,7 @@ class Inventory(NamedTuple):
     unfinished : list of Path
         Folders of runs that did not finish.
     unreadable : dict of Path to str
-        Folders of finished runs that cannot be read, and why: damaged, or of a component that is
-        not installed.
+        Folders of finished runs that cannot be read, and why.
     others : list of Path
         What holds no run.
     """
@@ -562,11 +545,6 @@ class Section:
         ]
         return [k for k in dict.fromkeys([*(run.readout for run in runs), *shared]) if k in shared]
 
-    @property
-    def tasks(self) -> int:
-        """Tasks of the stream; a method that learns all at once has one."""
-        return max(run.tasks for runs in self.groups.values() for run in runs)
-
     @cached_property
     def measures(self) -> pd.DataFrame:
         """A row a run and read-out, as :func:`load` describes them."""
@@ -625,6 +603,7 @@ def load(*sources: str | Path) -> pd.DataFrame:
         ============================ ==============================================================
         ``section``                  data, tasks and backbone
         ``group``                    name of the method or variant, as in the tables of a report
+        ``run``                      the run folder, or a place in a bundle
         ``seed``, ``order``          the seed, and a short hash of the order of the classes
         ``tasks``                    number of tasks learned
         ``readout``, ``primary``     the read-out, and whether it is the first choice of the run
@@ -641,7 +620,6 @@ def load(*sources: str | Path) -> pd.DataFrame:
         ``memory_mib``,              largest of any task
         ``gpu_memory_mib``
         ``analysed``                 whether ``loda analyse`` was run on it
-        ``run``                      the run folder, or a place in a bundle
         ``method.name``, ...         every setting under its dotted name; lists and mappings as JSON
         ============================ ==============================================================
 
@@ -664,7 +642,7 @@ def load_tasks(*sources: str | Path) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        The columns ``section`` to ``primary`` and ``run`` of :func:`load`, and
+        The columns ``section`` to ``primary`` of :func:`load`, and
 
         ===================== =====================================================================
         ``task``              number of the task, from 1

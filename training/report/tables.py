@@ -165,7 +165,8 @@ def accuracy_table(section: Section, kind: str) -> Table:
     )
     by_group = measures[complete].groupby("group", sort=False)
     mean, deviation = by_group[[*METRICS]].mean(), by_group[[*METRICS]].std()
-    rivals = mean[(by_group["tasks"].first() > 1) | (section.tasks == 1)].map(lambda x: round(x, 2))
+    several = by_group["tasks"].first() > 1
+    rivals = mean[several | ~several.any()].map(lambda x: round(x, 2))
     best = rivals.max()
     best["forgetting"] = rivals["forgetting"].min()
     cells = pd.DataFrame(
