@@ -182,8 +182,8 @@ def test_correct_arrays_of_somebody_else_pass(tmp_path: Path) -> None:
 def test_each_mistake_is_found(tmp_path: Path, name: str, broken: set[str]) -> None:
     arrays = foreign()
     arrays[name] = arrays[name] + 0.5 * np.eye(*arrays[name].shape)
-    found = verdicts(save(tmp_path / "a.npz", arrays))
-    assert broken <= {what for what, passed in found.items() if not passed}
+    verdict = verdicts(save(tmp_path / "a.npz", arrays))
+    assert broken <= {what for what, passed in verdict.items() if not passed}
 
 
 def test_settings_travel_with_the_arrays(tmp_path: Path) -> None:
@@ -199,9 +199,9 @@ def test_settings_travel_with_the_arrays(tmp_path: Path) -> None:
             *(arrays[k] for k in ("B_general", "A_general", "moment_new", "moment_old")), 3.0
         )
     }
-    found = verdicts(save(path, given, recalibration="full"))
-    assert found["Λ full"]
-    assert not found["merge"]  # the weights were merged with other coefficients
+    verdict = verdicts(save(path, given, recalibration="full"))
+    assert verdict["Λ full"]
+    assert not verdict["merge"]  # the weights were merged with other coefficients
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,7 +27,7 @@ from commands import assert_clear, says
 from hypothesis import example, given
 from hypothesis import strategies as st
 from interrupted import CutOff, at_step, end, stopped
-from mangled import DEEP, ODD, damaged, mangled
+from mangled import DEEP, ODD, damaged, mangled, places
 from PIL import Image
 from run_contents import set_in_config
 from safetensors.torch import load, save
@@ -35,7 +36,13 @@ from small_runs import finished, small_vit, tiny, tree
 from training import cli
 from training.backbones.weights import load_weights
 from training.checkpoint import newest_checkpoint, read_checkpoint, write_checkpoint, write_state
-from training.config import DataConfig, Experiment, dump_experiment, read_experiment
+from training.config import (
+    DataConfig,
+    Experiment,
+    dump_experiment,
+    experiment_from,
+    read_experiment,
+)
 from training.data import UnreadableImageError, open_image
 from training.report.figures import drawings
 from training.report.runs import by_section, read_run
@@ -116,6 +123,17 @@ def test_configurations(tmp_path_factory: pytest.TempPathFactory, text: bytes) -
     path = tmp_path_factory.getbasetemp() / "config.yaml"
     path.write_bytes(text)
     works_or_refuses(path, read_experiment)
+
+
+def test_sections_that_are_no_mappings() -> None:
+    for *keys, last in filter(None, places(CONFIG)):
+        for odd in (None, -1, []):
+            content: Any = json.loads(json.dumps(CONFIG))
+            section = reduce(getitem, keys, content)
+            if isinstance(section[last], dict):
+                section[last] = odd
+                with suppress(ValueError):
+                    experiment_from(content, "config.yaml")
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -399,7 +417,10 @@ def spoilt(draw: st.DrawFn, path: Path) -> bytes:
         return draw(strange_tensors(content))
     if path.suffix == ".jsonl":
         lines = [json.loads(line) for line in content.splitlines()]
-        return b"\n".join(json.dumps(x).encode() for x in draw(mangled(lines)) or [])
+        lines = draw(mangled(lines))
+        return b"\n".join(
+            json.dumps(x).encode() for x in (lines if isinstance(lines, list) else [lines])
+        )
     if path.suffix == ".yaml":
         return json.dumps(draw(mangled(yaml.safe_load(content)))).encode()  # JSON is YAML
     return json.dumps(draw(mangled(json.loads(content)))).encode()
@@ -507,13 +528,13 @@ def test_checkpoints_with_sound_checksums(begun: Path, data: st.DataObject) -> N
     # Whoever writes a checkpoint writes its checksum: it is no proof of who that was.
     with TemporaryDirectory() as folder:
         run = Path(shutil.copytree(begun, Path(folder, "run")))
-        found = newest_checkpoint(run)
-        record, tensors = found.record, found.tensors
+        newest = newest_checkpoint(run)
+        record, tensors = newest.record, newest.tensors
         if data.draw(st.booleans()):
             record = data.draw(mangled(record))
         else:
             tensors = load(data.draw(strange_tensors(save(dict(tensors)))))
-        write_checkpoint(run, tensors, record, found.metrics, keep=9)
+        write_checkpoint(run, tensors, record, newest.metrics, keep=9)
         goes_on_or_refuses(run)
 
 
@@ -532,10 +553,10 @@ def test_sealed_checkpoints_of_odd_numbers(
     begun: Path, tmp_path: Path, name: str, spoil: Callable[..., torch.Tensor], said: str
 ) -> None:
     run = Path(shutil.copytree(begun, tmp_path / "run"))
-    found = newest_checkpoint(run)
-    key = next(key for key in found.tensors if key.endswith(name))
-    tensors = {**found.tensors, key: spoil(found.tensors[key])}
-    write_checkpoint(run, tensors, found.record, found.metrics, keep=9)
+    newest = newest_checkpoint(run)
+    key = next(key for key in newest.tensors if key.endswith(name))
+    tensors = {**newest.tensors, key: spoil(newest.tensors[key])}
+    write_checkpoint(run, tensors, newest.record, newest.metrics, keep=9)
     with pytest.raises(ValueError, match=said):
         resume(run, quiet=True)
 
@@ -544,14 +565,14 @@ def test_sealed_checkpoints_of_odd_numbers(
 def test_damaged_checkpoints_are_passed_over(begun: Path, data: st.DataObject) -> None:
     with TemporaryDirectory() as folder:
         run = Path(shutil.copytree(begun, Path(folder, "run")))
-        newest = newest_checkpoint(run).path
-        copy = newest.with_name("000900.safetensors")
-        copy.write_bytes(data.draw(damaged(newest.read_bytes())))
+        sound = newest_checkpoint(run).path
+        copy = sound.with_name("000900.safetensors")
+        copy.write_bytes(data.draw(damaged(sound.read_bytes())))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            found = newest_checkpoint(run)
-        assert found.path in (newest, copy)
-        assert len(caught) == (found.path == newest)
+            newest = newest_checkpoint(run)
+        assert newest.path in (sound, copy)
+        assert len(caught) == (newest.path == sound)
         assert all("000900" in str(warning.message) for warning in caught)
 
 

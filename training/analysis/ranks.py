@@ -51,7 +51,7 @@ def layer_ranks(path: Path, shares: Sequence[float]) -> pd.DataFrame:
             with readable(task_file(path, task.number, "moments"), name):
                 for of in _MEASURES if task.history else _MEASURES[:1]:
                     for share in shares:
-                        found = rank_for(
+                        choice = rank_for(
                             layer["moment_new"],
                             old,
                             share,
@@ -59,8 +59,8 @@ def layer_ranks(path: Path, shares: Sequence[float]) -> pd.DataFrame:
                             ridge=settings.ridge,
                             accumulation_eps=rounding_unit(),
                         )
-                        row[f"{of} {share:g}"] = int(found.rank)
-                    row[f"{of} at {settings.rank}"] = float(found.curve[settings.rank - 1])
+                        row[f"{of} {share:g}"] = int(choice.rank)
+                    row[f"{of} at {settings.rank}"] = float(choice.curve[settings.rank - 1])
             rows.append(row)
     # Whole numbers stay whole where the first task has none.
     ranks = pd.DataFrame(rows).convert_dtypes()
