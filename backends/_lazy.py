@@ -31,10 +31,11 @@ def load_on_use(
     def __getattr__(name: str) -> Any:  # noqa: N807
         if name in names:
             for module in modules:
-                found = vars(import_module(f"{package}.{module}")).get(name)
-                if found is not None:
-                    setattr(sys.modules[package], name, found)
-                    return found
+                public = vars(import_module(f"{package}.{module}")).get(name)
+                if public is not None:
+                    # Kept as an attribute, so that the next use does not come here.
+                    setattr(sys.modules[package], name, public)
+                    return public
         msg = f"module {package!r} has no attribute {name!r}"
         raise AttributeError(msg)
 

@@ -56,8 +56,9 @@ def by_task(x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor, int]]:
     return parts
 
 
-def gathered(x: Tensor, y: Tensor, dtype: torch.dtype = torch.float32) -> ClassStatistics:
-    statistics = ClassStatistics(dtype=dtype)
+def gathered(x: Tensor, y: Tensor, statistics: Any = None) -> Any:
+    """Statistics of all tasks, those of the classes by default."""
+    statistics = statistics or ClassStatistics()
     for features, labels, size in by_task(x, y):
         statistics.add_task(features, labels, size)
     return statistics
@@ -108,16 +109,6 @@ def test_finished_classes_are_never_refreshed() -> None:
     assert torch.equal(statistics.covariance[:2], first.covariance)
     with pytest.raises(ValueError, match="finished"):
         statistics.collect(x[:1], torch.tensor([0]))
-
-
-def test_statistics_round_trip() -> None:
-    statistics = gathered(*made_up())
-    again = ClassStatistics()
-    again.load_state_dict(statistics.state_dict())
-    assert again.task_sizes == SIZES
-    assert torch.equal(align(again).weight, align(statistics).weight)
-    with pytest.raises(ValueError, match="must be"):
-        again.load_state_dict({})
 
 
 @pytest.mark.parametrize("kind", ["class", "ridge"])
@@ -195,7 +186,7 @@ def test_converged_alignment_depends_on_statistics_and_generator_alone() -> None
 
 def test_the_published_schedule() -> None:
     """A second, plain implementation of the table row, with the same draws."""
-    statistics = gathered(*made_up(), torch.float64)
+    statistics = gathered(*made_up(), ClassStatistics(dtype=torch.float64))
     start = torch.randn(6, 12, generator=seeded(7), dtype=torch.float64)
     weight = align(statistics, weight=start, epochs=5, temperature=0.2).weight
 
@@ -331,18 +322,6 @@ def test_ridge_never_fails_on_degenerate_features(features: Tensor) -> None:
     assert Ridge().fit(statistics).logits(features).isfinite().all()
 
 
-def test_ridge_state_round_trip() -> None:
-    x, y = made_up()
-    statistics = RidgeStatistics(x.shape[1], features=20)
-    parts = by_task(x, y)
-    statistics.add_task(*parts[0])
-    again = RidgeStatistics(x.shape[1], features=20, seed=5)
-    again.load_state_dict(statistics.state_dict())
-    for s in (statistics, again):
-        s.add_task(*parts[1])
-    assert torch.equal(Ridge().fit(statistics).weight, Ridge().fit(again).weight)
-
-
 def test_solve_ridge_floor_is_far_below_any_useful_strength() -> None:
     gram = torch.diag(torch.tensor([4.0, 1.0], dtype=torch.float64))
     solved = solve_ridge(gram, torch.eye(2, dtype=torch.float64), 0.0)
@@ -456,21 +435,16 @@ def test_heads_that_do_not_fit_are_refused() -> None:
 
 def test_read_outs_by_cosine_follow_the_definition() -> None:
     x, y = made_up()
-    statistics = gathered(x, y, torch.float64)
+    statistics = gathered(x, y, ClassStatistics(dtype=torch.float64))
     x = x.double()
     expected = torch.nn.functional.cosine_similarity(x[:, None], statistics.mean[None], dim=-1)
     for classifier in (NearestMean().fit(statistics), Heads().fit(head_weight=statistics.mean)):
         torch.testing.assert_close(classifier.logits(x), expected)
 
 
-def all_readouts(**options: Any) -> Readouts:
-    readouts = [
-        Alignment(**{"max_steps": 100, **options}),
-        Heads(),
-        NearestMean(),
-        Ridge(features=30),
-    ]
-    return Readouts(readouts, dim=12, seed=3)
+def all_readouts(seed: int = 3, **options: Any) -> Readouts:
+    aligned = Alignment(**{"max_steps": 100, **options})
+    return Readouts([aligned, Heads(), NearestMean(), Ridge(features=30)], dim=12, seed=seed)
 
 
 def after(readouts: Readouts, tasks: int, first: int = 0) -> Readouts:
@@ -488,9 +462,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def test_packaged_read_outs_are_known_by_name() -> None:
-    assert {name: type(r) for name, r in all_readouts().readouts.items()} == dict(
-        sorted(READOUTS.items())
-    )
+    assert {name: type(r) for name, r in all_readouts().readouts.items()} == READOUTS
 
 
 def test_each_is_fitted_on_what_it_gathers() -> None:
@@ -499,9 +471,7 @@ def test_each_is_fitted_on_what_it_gathers() -> None:
     statistics = gathered(*made_up())
     assert list(readouts.statistics) == ["statistics", "ridge"]  # two share the first
     assert same(readouts.statistics["statistics"].state_dict(), statistics.state_dict())
-    sums = RidgeStatistics(12, features=30, seed=3)
-    for part in by_task(*made_up()):
-        sums.add_task(*part)
+    sums = gathered(*made_up(), statistics=RidgeStatistics(12, features=30, seed=3))
     weight = torch.randn(6, 12, generator=seeded(2))
     expected = {
         "heads": Heads().fit(head_weight=weight),
@@ -526,9 +496,11 @@ def test_the_published_alignment_goes_on_from_the_one_before() -> None:
 @pytest.mark.parametrize("done", [0, 1, 2])
 @pytest.mark.parametrize("epochs", [None, 2])
 def test_a_stored_state_goes_on_bit_for_bit(done: int, epochs: int | None, tmp_path: Any) -> None:
-    whole, again = (all_readouts(epochs=epochs) for _ in range(2))
+    whole, again = all_readouts(epochs=epochs), all_readouts(5, epochs=epochs)
     save_file(after(whole, done).state_dict(), tmp_path / "state")
     again.load_state_dict(load_file(tmp_path / "state"))
+    for name, statistics in again.statistics.items():
+        assert statistics.task_sizes == whole.statistics[name].task_sizes == SIZES[:done]
     for readouts in (whole, again):
         after(readouts, 3, done)
     assert same(whole.tensors(), again.tensors())

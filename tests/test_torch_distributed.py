@@ -81,14 +81,9 @@ def test_a_step_is_that_of_one_process(aligned: bool, cuts: list[list[int]]) -> 
         for order in ([0, 1, 3], [3, 0, 1]):
             if aligned:
                 step = gradient_aligned_step(
-                    loss,
-                    y,
-                    optimizer,
-                    parameters[:2],
-                    radius=0.3,
-                    permutation=torch.tensor(order),
-                    reduce=reduce,
-                )
+                    loss, y, optimizer, parameters[:2],
+                    radius=0.3, permutation=torch.tensor(order), reduce=reduce,
+                )  # fmt: skip
             else:
                 step = plain_step(loss, y, optimizer, reduce=reduce)
             seen.append(step.loss)
@@ -96,9 +91,8 @@ def test_a_step_is_that_of_one_process(aligned: bool, cuts: list[list[int]]) -> 
 
     models = [mlp() for _ in range(3)]  # threads share torch's generator
     expected = steps(models[2], range(7), None)
-    for found in together(2, lambda rank, reduce: steps(models[rank], cuts[rank], reduce)):
-        for one, other in zip(expected, found, strict=True):
-            torch.testing.assert_close(other, one, rtol=1e-11, atol=1e-13)
+    for shared in together(2, lambda rank, reduce: steps(models[rank], cuts[rank], reduce)):
+        torch.testing.assert_close(shared, expected, rtol=1e-11, atol=1e-13)
 
 
 def test_a_gradient_that_is_not_finite_anywhere_stops_the_step_everywhere() -> None:
@@ -111,8 +105,8 @@ def test_a_gradient_that_is_not_finite_anywhere_stops_the_step_everywhere() -> N
         before = copy.deepcopy(model.state_dict())
         loss = share_loss(model, x, y, [2 * rank, 2 * rank + 1], next(model.parameters()))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        found = plain_step(loss, y, optimizer, skip_nonfinite=True, reduce=reduce)
-        return found.steps, all(v.equal(before[k]) for k, v in model.state_dict().items())
+        done = plain_step(loss, y, optimizer, skip_nonfinite=True, reduce=reduce)
+        return done.steps, all(v.equal(before[k]) for k, v in model.state_dict().items())
 
     assert together(2, step) == [(0, True)] * 2
 
@@ -131,14 +125,13 @@ def test_moments_and_halves_are_those_of_one_process(cuts: tuple[int, int]) -> N
 
     models = [mlp() for _ in range(3)]
     whole, halves = collect_halves(models[2], x.split(4), target)
-    for plain, moments, found in together(2, collect):
-        assert list(plain) == list(moments) == list(whole) == list(found)
+    for plain, moments, shared in together(2, collect):
+        assert list(plain) == list(moments) == list(whole) == list(shared)
         for name, expected in whole.items():
             for one in (plain[name], moments[name]):
                 assert one.count == expected.count == 55
                 torch.testing.assert_close(one.total, expected.total, rtol=1e-12, atol=1e-12)
-            for one, other in zip(found[name], halves[name], strict=True):
-                torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+            torch.testing.assert_close(shared[name], halves[name], rtol=1e-11, atol=1e-11)
 
 
 def test_without_a_batch_anywhere_every_process_says_so() -> None:
@@ -174,6 +167,6 @@ def test_tasks_are_those_of_one_process() -> None:
     models = [mlp() for _ in range(3)]
     expected = learn(models[2], range(20), None)
     parts = [range(6), range(6, 20)]
-    for found in together(2, lambda rank, reduce: learn(models[rank], parts[rank], reduce)):
+    for shared in together(2, lambda rank, reduce: learn(models[rank], parts[rank], reduce)):
         for name, tensor in expected.items():
-            torch.testing.assert_close(found[name], tensor, rtol=1e-8, atol=1e-10)
+            torch.testing.assert_close(shared[name], tensor, rtol=1e-8, atol=1e-10)

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
+from tiny_models import vit
 from torch import Tensor, nn
 
 from backends.torch import LoRALinear, adapt, attach, find_layers, restore
@@ -22,14 +23,6 @@ class Attention(nn.Module):
         weights = (self.q(x) @ self.k(x).mT).softmax(-1)
         y: Tensor = self.out(weights @ self.v(x))
         return y
-
-
-def vit() -> VisionTransformer:
-    torch.manual_seed(0)
-    model = VisionTransformer(
-        img_size=8, patch_size=4, embed_dim=8, depth=2, num_heads=2, num_classes=3
-    )
-    return model.eval()
 
 
 def fill(layers: dict[str, LoRALinear]) -> None:
@@ -60,8 +53,7 @@ def test_logits_agree_before_adapted_merged_unmerged_and_restored(
 
     layers = adapt(model, target)
     assert list(layers) == names
-    found = dict(model.named_modules())
-    assert all(found[name] is layer for name, layer in layers.items())
+    assert all(model.get_submodule(name) is layer for name, layer in layers.items())
     assert all(layer.base is dict(modules)[name] for name, layer in layers.items())
     assert torch.equal(model(x), logits)
 
@@ -181,7 +173,6 @@ def test_any_subset_of_layers_comes_back_as_it_was(chosen: set[int]) -> None:
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(6)))
     originals = list(model)
     layers = adapt(model, [str(i) for i in sorted(chosen)])
-    for i, original in enumerate(originals):
-        assert (model[i] is original) == (i not in chosen)
+    assert {i for i, original in enumerate(originals) if model[i] is not original} == chosen
     restore(model, layers)
     assert all(a is b for a, b in zip(model, originals, strict=True))

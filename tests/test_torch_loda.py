@@ -4,7 +4,6 @@ import copy
 import gc
 import io
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,13 +13,18 @@ from tiny_models import (
     MLP,
     WIDTHS,
     batches,
+    begin,
     breaking,
+    end,
     fit,
     inputs,
     learn,
+    learn_and_look,
     means,
     mlp,
+    never,
     same,
+    small,
     snapshot,
     totals,
     vit,
@@ -36,18 +40,12 @@ from loda_math import (
     trace_ratio_subspace,
 )
 
-
-def small(**settings: Any) -> LoDA:
-    return LoDA(mlp(), LoDASettings(**{**MLP, **settings}))
-
-
 # Directions and what is trained on them
 
 
 def test_first_task_trains_the_general_branch_and_its_down_projection() -> None:
-    model = mlp()
-    loda = LoDA(model, LoDASettings(**MLP))
-    loda.begin_task(batches(0, model))
+    loda = small()
+    begin(loda, 0)
     expected = {n: general_subspace(m, None, 3) for n, m in means(mlp(), 0, MLP["target"]).items()}
     for name, layer in loda.layers.items():
         assert list(layer.branches) == ["general"]
@@ -58,29 +56,29 @@ def test_first_task_trains_the_general_branch_and_its_down_projection() -> None:
         assert torch.count_nonzero(branch.up) == 0
     before = {n: layer.branch("general").down.clone() for n, layer in loda.layers.items()}
     fit(loda, 0)
-    record = loda.end_task(batches(0, model))
+    record = end(loda, 0)
     assert all(not torch.equal(record.downs[n]["general"], before[n]) for n in before)
     assert record.weights == {"general": 0.25}
     assert record.coefficients == {}
 
 
 def test_later_tasks_train_two_up_projections_on_frozen_directions() -> None:
-    model = mlp()
-    loda = LoDA(model, LoDASettings(**MLP))
+    loda = small()
+    model = loda.model
     learn(loda, 0)
     old, new = totals(loda), means(model, 1, MLP["target"])
-    loda.begin_task(batches(1, model))
+    begin(loda, 1)
     for name, layer in loda.layers.items():
         wanted = {
             "general": general_subspace(new[name], old[name], 3),
             "isolated": isolated_subspace(new[name], old[name], 3, ridge=1e-2),
         }
         assert list(layer.branches) == list(wanted)
-        for branch, basis in wanted.items():
-            found = layer.branch(branch)
-            torch.testing.assert_close(found.down.detach() * 3**0.5, basis.mT)
-            assert not found.down.requires_grad
-            assert found.scale == {"general": 0.25, "isolated": 0.5}[branch]
+        for name, basis in wanted.items():
+            branch = layer.branch(name)
+            torch.testing.assert_close(branch.down.detach() * 3**0.5, basis.mT)
+            assert not branch.down.requires_grad
+            assert branch.scale == {"general": 0.25, "isolated": 0.5}[name]
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {
         f"{layer}.branches.{b}.up" for layer in WIDTHS for b in ("general", "isolated")
@@ -113,7 +111,7 @@ def test_isolated_directions_are_those_of_the_rule(options: dict[str, Any], rule
         learn(method, 0)
     new = means(loda.model, 1, MLP["target"])
     for method in (loda, other):
-        method.begin_task(batches(1, method.model))
+        begin(method, 1)
     for name, layer in loda.layers.items():
         down = layer.branch("isolated").down.detach()
         basis = rule(new[name], loda.history[name].total)
@@ -122,10 +120,10 @@ def test_isolated_directions_are_those_of_the_rule(options: dict[str, Any], rule
 
 
 def test_branches_separate_old_from_new_tasks_better_than_general_ones() -> None:
-    model = mlp()
-    loda = LoDA(model, LoDASettings(**MLP))
+    loda = small()
+    model = loda.model
     learn(loda, 0)
-    loda.begin_task(batches(1, model))
+    begin(loda, 1)
     new, old = means(model, 1, "0")["0"], loda.history["0"].total
     ratio = {}
     for branch in ("general", "isolated"):
@@ -147,8 +145,8 @@ def test_branches_separate_old_from_new_tasks_better_than_general_ones() -> None
     ],
 )
 def test_begin_task_that_fails_leaves_the_model_as_it_was(given: Any) -> None:
-    model = mlp().eval()
-    loda = LoDA(model, LoDASettings(**MLP))
+    loda = small()
+    model = loda.model.eval()
     learn(loda, 0)
     modules, state = list(model.modules()), snapshot(model)
     history = totals(loda)
@@ -164,14 +162,10 @@ def test_begin_task_that_fails_leaves_the_model_as_it_was(given: Any) -> None:
 
 
 def test_model_adapted_by_somebody_else_is_refused_before_any_batch() -> None:
-    model = mlp()
-    loda = LoDA(model, LoDASettings(**MLP))
+    loda = small()
+    model = loda.model
     adapt(model, "2")
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
-
-    def never() -> Iterator[Tensor]:
-        pytest.fail("a batch was asked for")
-        yield torch.ones(1)
 
     with pytest.raises(ValueError, match="already"):
         loda.begin_task(never())
@@ -192,7 +186,7 @@ def test_trainable_pattern_without_a_match_is_an_error() -> None:
     model = mlp()
     loda = LoDA(model, LoDASettings(**MLP), trainable=["head.*"])
     with pytest.raises(ValueError, match=r"head\.\*.*0\.weight"):
-        loda.begin_task(batches(0, model))
+        begin(loda, 0)
     assert all(p.requires_grad for p in model.parameters())
     assert type(model[0]) is nn.Linear
 
@@ -210,16 +204,15 @@ def bases(task: int = 0) -> dict[str, dict[str, Tensor]]:
 
 
 def test_injected_bases_are_used_as_they_are() -> None:
-    model = mlp()
-    loda = LoDA(model, LoDASettings(**MLP, down_scale=0.5))
+    loda = small(down_scale=0.5)
     for task in range(2):
         given = bases(task)
-        loda.begin_task(batches(task, model), bases=given)
+        loda.begin_task(batches(task, loda.model), bases=given)
         for name, layer in loda.layers.items():
             assert list(layer.branches) == list(given[name])
             for branch, basis in given[name].items():
                 assert torch.equal(layer.branch(branch).down, basis.mT * 0.5)
-        record = loda.end_task(batches(task, model))
+        record = end(loda, task)
         torch.testing.assert_close(record.new, means(mlp(), task, MLP["target"]))
 
 
@@ -235,17 +228,12 @@ def test_injected_bases_are_used_as_they_are() -> None:
     ],
 )
 def test_bases_that_do_not_fit_are_refused_before_any_batch(spoil: Any, message: str) -> None:
-    def never() -> Iterator[Tensor]:
-        pytest.fail("a batch was asked for")
-        yield torch.ones(1)
-
-    model, given = mlp(), bases()
-    loda = LoDA(model, LoDASettings(**MLP))
+    loda, given = small(), bases()
     spoil(given)
     with pytest.raises(ValueError, match=message):
         loda.begin_task(never(), bases=given)
-    assert type(model[0]) is nn.Linear
-    loda.begin_task(batches(0, model), bases=bases())
+    assert type(loda.model[0]) is nn.Linear
+    loda.begin_task(batches(0, loda.model), bases=bases())
 
 
 FORMS = ("full", "diagonal", "box", "direction", "scalar")
@@ -262,10 +250,7 @@ def test_history_is_the_weighted_sum_of_the_passes(history: str, decay: float) -
     expected = {n: torch.zeros(w, w, dtype=torch.float64) for n, w in WIDTHS.items()}
     for task in range(3):
         before = means(model, task, MLP["target"])
-        loda.begin_task(batches(task, model))
-        fit(loda, task)
-        trained = means(model, task, MLP["target"])
-        record = loda.end_task(batches(task, model))
+        trained, record = learn_and_look(loda, task)
         merged = means(model, task, MLP["target"])
         weight = decay * weight + (2 if history == "both" else 1)
         for name in WIDTHS:
@@ -277,9 +262,9 @@ def test_history_is_the_weighted_sum_of_the_passes(history: str, decay: float) -
                 expected[name] += merged[name]
             torch.testing.assert_close(loda.history[name].total, expected[name])
             assert loda.history[name].weight == pytest.approx(weight)
-            for found, wanted in ((record.trained, trained), (record.merged, merged)):
-                if found:
-                    torch.testing.assert_close(found[name], wanted[name])
+            for recorded, wanted in ((record.trained, trained), (record.merged, merged)):
+                if recorded:
+                    torch.testing.assert_close(recorded[name], wanted[name])
         assert bool(record.trained) == (history != "merged" or task > 0)
         assert bool(record.merged) == (history != "trained")
         if task:  # the passes must differ, or this test could not tell them apart
@@ -287,64 +272,62 @@ def test_history_is_the_weighted_sum_of_the_passes(history: str, decay: float) -
             assert not torch.allclose(merged["2"], trained["2"])
 
 
-@pytest.mark.parametrize("form", [*FORMS, "none"])
-@pytest.mark.parametrize("build", [vit, mlp])
-def test_merged_weight_is_computed_by_hand_from_the_record(build: Any, form: str) -> None:
-    model = build()
-    options: dict[str, Any] = MLP if isinstance(model, nn.Sequential) else {"rank": 3}
-    loda = LoDA(model, LoDASettings(**options, recalibration=form, gamma=0.7))  # type: ignore[arg-type]
-    for task in range(2):
-        weights, old = snapshot(model), totals(loda)
-        loda.begin_task(batches(task, model))
-        fit(loda, task)
-        trained = means(model, task, loda.settings.target)
-        record = loda.end_task(batches(task, model))
-        for name, history in old.items():
-            up, down = (part[name]["general"] for part in (record.ups, record.downs))
-            update = 0.5 * record.ups[name]["isolated"] @ record.downs[name]["isolated"]
-            if form == "none":
-                assert record.coefficients == {}
-                update = update + 0.25 * up @ down
-            else:
-                new = trained[name]
-                middle = recalibration(up.double(), down.double(), new, history, 0.7, form=form)  # type: ignore[arg-type]
-                torch.testing.assert_close(record.coefficients[name], middle, rtol=1e-4, atol=1e-5)
-                assert float((middle - torch.eye(3)).abs().max()) > 0.05
-                update = update + 0.25 * up @ middle.to(up) @ down
-            expected = weights[f"{name}.weight"] + update
-            torch.testing.assert_close(model.get_submodule(name).weight.detach(), expected)
-        if not task:
-            for name in loda.history:
-                update = 0.25 * record.ups[name]["general"] @ record.downs[name]["general"]
-                found = model.get_submodule(name).weight.detach()
-                torch.testing.assert_close(found, weights[f"{name}.weight"] + update)
+WEIGHTS = {  # of the branches, on the first task and on later ones
+    "both": [{"general": 0.25}, {"general": 0.25, "isolated": 0.5}],
+    "general": [{"general": 0.5}, {"general": 0.5}],
+    "isolated": [{"general": 0.5}, {"isolated": 1.0}],
+}
+MERGES: list[tuple[Any, dict[str, Any]]] = [
+    *((build, {"recalibration": form}) for build in (vit, mlp) for form in (*FORMS, "none")),
+    *((mlp, {"branches": b, "joint": joint}) for b in WEIGHTS for joint in (False, True)),
+    *(
+        (mlp, {"history_weight": weight, "history_decay": decay, "history": history})
+        for weight, decay in ((0.0, 1.0), (2.5, 1.0), ("mean", 0.5))
+        for history in ("merged", "both")
+    ),
+]
 
 
 @pytest.mark.parametrize(
-    ("branches", "weights"),
-    [
-        ("both", [{"general": 0.25}, {"general": 0.25, "isolated": 0.5}]),
-        ("general", [{"general": 0.5}, {"general": 0.5}]),
-        ("isolated", [{"general": 0.5}, {"isolated": 1.0}]),
-    ],
+    ("build", "options"), MERGES, ids=[f"{build.__name__}-{options}" for build, options in MERGES]
 )
-def test_branches_of_the_ablations(branches: str, weights: list[dict[str, float]]) -> None:
-    model = mlp()
-    loda = LoDA(model, LoDASettings(**MLP, branches=branches))  # type: ignore[arg-type]
-    for task in range(2):
-        before = snapshot(model)
-        record = learn(loda, task)
-        assert record.weights == weights[task]
-        assert bool(record.coefficients) == ("general" in weights[task] and task > 0)
-        for name in WIDTHS:
-            update = torch.zeros_like(before[f"{name}.weight"])
-            for branch, weight in weights[task].items():
-                middle = record.coefficients.get(name) if branch == "general" else None
-                down = record.downs[name][branch]
-                down = down if middle is None else middle @ down
-                update += weight * record.ups[name][branch] @ down
-            found = model.get_submodule(name).weight.detach()
-            torch.testing.assert_close(found, before[f"{name}.weight"] + update)
+def test_merged_weight_is_computed_by_hand_from_the_record(
+    build: Any, options: dict[str, Any]
+) -> None:
+    loda, mass = small(build, gamma=0.7, **options), 0.0
+    settings = loda.settings
+    close = {"rtol": 1e-4, "atol": 1e-5} if build is vit else {"rtol": 1e-5, "atol": 1e-6}
+    for task in range(3):
+        before, old = snapshot(loda.model), totals(loda)
+        trained, record = learn_and_look(loda, task)
+        assert record.weights == WEIGHTS[settings.branches][task > 0]
+        reached = settings.joint or "general" in record.weights
+        recalibrated = task > 0 and settings.recalibration != "none" and reached
+        assert set(record.coefficients) == (set(loda.history) if recalibrated else set())
+        for name in loda.history:
+            ups, downs = record.ups[name], record.downs[name]
+            up = torch.cat([w * ups[b] for b, w in record.weights.items()], dim=1).double()
+            down = torch.cat([downs[b] for b in record.weights]).double()
+            middle = torch.eye(len(down), dtype=torch.float64)
+            if recalibrated:
+                h = 1 / mass if settings.history_weight == "mean" else settings.history_weight
+                new, past = trained[name], h * old[name]
+                if settings.joint:  # the minimiser over the stacked branches, from Theorem 2.3
+                    p, q = (down @ moment @ down.mT for moment in (past, new))
+                    middle = 0.7 * torch.linalg.solve(p + 0.7 * q, q, left=False)
+                else:
+                    factors = ups["general"].double(), downs["general"].double()
+                    form: Any = settings.recalibration
+                    middle[:3, :3] = recalibration(*factors, new, past, 0.7, form)
+                coefficients = record.coefficients[name]
+                size = len(middle) if settings.joint else 3
+                torch.testing.assert_close(coefficients, middle[:size, :size], **close)
+                # A history of weight 0 asks for no change; any other for one that shows.
+                change = float((middle - torch.eye(len(middle))).abs().max())
+                assert change < 1e-5 if h == 0 else change > 0.05
+            expected = before[f"{name}.weight"] + (up @ middle @ down).to(ups[next(iter(ups))])
+            torch.testing.assert_close(loda.model.get_submodule(name).weight.detach(), expected)
+        mass = settings.history_decay * mass + len(settings.passes())
 
 
 @pytest.mark.parametrize("isolated", ["null", "pencil"])
@@ -384,11 +367,11 @@ def test_update_in_the_null_space_of_the_history_leaves_old_outputs(isolated: st
 def test_end_task_that_fails_can_be_tried_again(
     task: int, on_walk: int, failure: BaseException
 ) -> None:
-    model = mlp()
-    loda = LoDA(model, LoDASettings(**MLP, history="both"))
+    loda = small(history="both")
+    model = loda.model
     for past in range(task):
         learn(loda, past)
-    loda.begin_task(batches(task, model))
+    begin(loda, task)
     fit(loda, task)
     twin = copy.deepcopy(loda)
     state, mine = snapshot(model), {k: v.clone() for k, v in loda.state_dict().items()}
@@ -398,50 +381,47 @@ def test_end_task_that_fails_can_be_tried_again(
     assert same(loda.state_dict(), mine)
     assert all(not layer.merged for layer in loda.layers.values())
     assert loda.tasks == task
-    loda.end_task(batches(task, model))
-    twin.end_task(batches(task, model))
+    end(loda, task)
+    end(twin, task)
     assert same(snapshot(model), snapshot(twin.model))
     assert same(loda.state_dict(), twin.state_dict())
 
 
 @pytest.mark.parametrize("history", ["merged", "trained", "both"])
 def test_branch_that_is_not_finite_is_never_merged(history: str) -> None:
-    model = mlp()
-    loda = LoDA(model, LoDASettings(**MLP, history=history))  # type: ignore[arg-type]
-    loda.begin_task(batches(0, model))
+    loda = small(history=history)
+    begin(loda, 0)
     fit(loda, 0)
     last = loda.layers["4"].branch("general")
-    good, base = (
-        last.up.detach().clone(),
-        {n: x.base.weight.clone() for n, x in loda.layers.items()},
-    )
+    good = last.up.detach().clone()
+    base = {n: x.base.weight.clone() for n, x in loda.layers.items()}
     with torch.no_grad():
         last.up[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match="NaN"):
-        loda.end_task(batches(0, model))
+        end(loda, 0)
     assert all(torch.equal(x.base.weight, base[n]) for n, x in loda.layers.items())
     with torch.no_grad():
         last.up.copy_(good)
-    loda.end_task(batches(0, model))
+    end(loda, 0)
     assert loda.tasks == 1
 
 
 def test_nan_images_at_the_end_keep_the_task_open() -> None:
-    model = mlp()
-    loda = LoDA(model, LoDASettings(**MLP))
+    loda = small()
+    model = loda.model
     learn(loda, 0)
-    loda.begin_task(batches(1, model))
+    begin(loda, 1)
     state, history = snapshot(model), totals(loda)
     with pytest.raises(ValueError, match="NaN"):
         loda.end_task([torch.full((2, 6), float("nan"), dtype=torch.float64)])
     assert same(snapshot(model), state)
     assert same(totals(loda), history)
-    loda.end_task(batches(1, model))
+    end(loda, 1)
 
 
 def test_iterator_is_refused_before_a_pass_where_two_are_needed() -> None:
-    model = mlp()
-    loda = LoDA(model, LoDASettings(**MLP))
+    loda = small()
+    model = loda.model
     loda.begin_task(iter(batches(0, model)))  # one pass: a generator will do
     loda.end_task(iter(batches(0, model)))
     loda.begin_task(iter(batches(1, model)))
@@ -458,51 +438,11 @@ def test_iterator_is_refused_before_a_pass_where_two_are_needed() -> None:
     with pytest.raises(ValueError, match="used up"):
         loda.end_task([])
     assert same(snapshot(model), state)
-    loda.end_task(batches(1, model))
+    end(loda, 1)
     assert loda.tasks == 2
 
 
 # Coefficients
-
-
-def by_hand(record: Any, name: str, new: Tensor, old: Tensor, gamma: float) -> tuple[Tensor, ...]:
-    """B, A and the minimiser over the stacked branches, from Theorem 2.3."""
-    weights = {b: w for b, w in record.weights.items() if b in record.ups[name]}
-    up = torch.cat([w * record.ups[name][b] for b, w in weights.items()], dim=1)
-    down = torch.cat([record.downs[name][b] for b in weights])
-    p, q = (down @ moment @ down.mT for moment in (old, new))
-    middle: Tensor = gamma * torch.linalg.solve(p + gamma * q, q, left=False)
-    return up, down, middle
-
-
-@pytest.mark.parametrize("branches", ["both", "isolated"])
-def test_joint_recalibration_reaches_all_branches(branches: str) -> None:
-    method = small(joint=True, branches=branches, gamma=0.7)
-    learn(method, 0)
-    for task in (1, 2):
-        before, old = snapshot(method.model), totals(method)
-        method.begin_task(batches(task, method.model))
-        fit(method, task)
-        trained = means(method.model, task, MLP["target"])
-        record = method.end_task(batches(task, method.model))
-        for name in WIDTHS:
-            up, down, middle = by_hand(record, name, trained[name], old[name], 0.7)
-            assert len(middle) == (6 if branches == "both" else 3)
-            torch.testing.assert_close(record.coefficients[name], middle, rtol=1e-5, atol=1e-7)
-            assert float((middle - torch.eye(len(middle))).abs().max()) > 0.05
-            expected = before[f"{name}.weight"] + up @ middle @ down
-            torch.testing.assert_close(method.model.get_submodule(name).weight.detach(), expected)
-
-
-def test_joint_makes_no_difference_to_a_general_branch_alone() -> None:
-    plain, joint = small(branches="general"), small(branches="general", joint=True)
-    for task in range(2):
-        learn(plain, task)
-        learn(joint, task)
-    for name in WIDTHS:
-        torch.testing.assert_close(
-            joint.model.get_submodule(name).weight, plain.model.get_submodule(name).weight
-        )
 
 
 @pytest.mark.parametrize("joint", [False, True])
@@ -516,34 +456,6 @@ def test_box_keeps_every_direction_between_dropped_and_whole(joint: bool) -> Non
         assert float(diagonal.min()) >= 0
         assert float(diagonal.max()) <= 1
         assert len(diagonal) == (6 if joint else 3)
-
-
-# Weights of the history
-
-
-@pytest.mark.parametrize(("history_weight", "decay"), [(0.0, 1.0), (2.5, 1.0), ("mean", 0.5)])
-@pytest.mark.parametrize("history", ["merged", "both"])
-def test_weight_of_the_history_in_the_recalibration(
-    history_weight: Any, decay: float, history: str
-) -> None:
-    method = small(history_weight=history_weight, history_decay=decay, history=history)
-    learn(method, 0)
-    for task in (1, 2):
-        old, mass = totals(method), 1.0 if task == 1 else 1.5
-        weight = 1 / (mass * (2 if history == "both" else 1))
-        if history_weight != "mean":
-            weight = history_weight
-        method.begin_task(batches(task, method.model))
-        fit(method, task)
-        trained = means(method.model, task, MLP["target"])
-        record = method.end_task(batches(task, method.model))
-        for name in WIDTHS:
-            up, down = record.ups[name]["general"], record.downs[name]["general"]
-            middle = recalibration(up, down, trained[name], weight * old[name], 1.5)
-            torch.testing.assert_close(record.coefficients[name], middle, rtol=1e-5, atol=1e-6)
-            if history_weight == 0.0:
-                whole = torch.eye(3, dtype=torch.float64)
-                torch.testing.assert_close(middle, whole, rtol=1e-5, atol=1e-6)
 
 
 # The user's story, as in the documentation
@@ -578,15 +490,14 @@ def test_two_tasks_in_a_training_loop_of_ones_own() -> None:
 
 @pytest.mark.parametrize("build", [vit, mlp])
 def test_model_has_its_original_shape_after_every_task(build: Any) -> None:
-    model = build()
+    loda = small(build)
+    model = loda.model.eval()
     for parameter in list(model.parameters())[:3]:
         parameter.requires_grad_(False)  # flags differ, and must all come back
-    model.eval()
-    settings = LoDASettings(**MLP) if isinstance(model, nn.Sequential) else LoDASettings(rank=3)
     modules, state = list(model.named_modules()), snapshot(model)
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     parameters = dict(model.named_parameters())
-    loda, past = LoDA(model, settings), state
+    past = state
     for task in range(3):
         learn(loda, task)
         after = list(model.named_modules())
@@ -605,19 +516,18 @@ def test_model_has_its_original_shape_after_every_task(build: Any) -> None:
 
 
 def test_a_task_without_training_leaves_every_weight_as_it_was() -> None:
-    model = mlp()
-    state, loda = snapshot(model), LoDA(model, LoDASettings(**MLP))
+    loda = small()
+    state = snapshot(loda.model)
     for task in range(2):
-        loda.begin_task(batches(task, model))
-        loda.end_task(batches(task, model))
-    assert same(snapshot(model), state)
+        begin(loda, task)
+        end(loda, task)
+    assert same(snapshot(loda.model), state)
 
 
 def test_calls_out_of_order_say_what_to_do() -> None:
-    model = mlp()
-    loda = LoDA(model, LoDASettings(**MLP))
+    loda = small()
     for call in (
-        lambda: loda.end_task(batches(0, model)),
+        lambda: end(loda, 0),
         loda.trainable_parameters,
         loda.lora_parameters,
         loda.abandon_task,
@@ -625,9 +535,9 @@ def test_calls_out_of_order_say_what_to_do() -> None:
     ):
         with pytest.raises(RuntimeError, match="begin_task"):
             call()
-    loda.begin_task(batches(0, model))
+    begin(loda, 0)
     for call in (
-        lambda: loda.begin_task(batches(0, model)),
+        lambda: begin(loda, 0),
         lambda: loda.load_state_dict(loda.state_dict()),
     ):
         with pytest.raises(RuntimeError, match="open"):
@@ -636,18 +546,18 @@ def test_calls_out_of_order_say_what_to_do() -> None:
 
 
 def test_abandoned_task_leaves_no_trace() -> None:
-    model = mlp()
-    loda = LoDA(model, LoDASettings(**MLP))
+    loda = small()
+    model = loda.model
     learn(loda, 0)
     state, mine = snapshot(model), {k: v.clone() for k, v in loda.state_dict().items()}
     flags = [p.requires_grad for p in model.parameters()]
-    loda.begin_task(batches(1, model))
+    begin(loda, 1)
     fit(loda, 1)
     loda.abandon_task()
     assert same(snapshot(model), state)
     assert same(loda.state_dict(), mine)
     assert [p.requires_grad for p in model.parameters()] == flags
-    twin = LoDA(mlp(), LoDASettings(**MLP))
+    twin = small()
     learn(twin, 0)
     learn(loda, 1)
     learn(twin, 1)
@@ -655,10 +565,9 @@ def test_abandoned_task_leaves_no_trace() -> None:
 
 
 def test_nothing_of_a_task_stays_in_memory_but_the_history() -> None:
-    model = vit()
-    loda = LoDA(model, LoDASettings(rank=3))
+    loda = small(vit)
     for task in range(2):
-        x = inputs(task, model)[0]
+        x = inputs(task, loda.model)[0]
         loda.begin_task([x])
         references = [weakref.ref(layer) for layer in loda.layers.values()]
         references += [weakref.ref(p) for p in loda.lora_parameters()]
@@ -680,27 +589,27 @@ def test_head_inside_the_model_is_trained_beside_the_branches() -> None:
     model = mlp()
     model[0].requires_grad_(False)
     loda = LoDA(model, LoDASettings(**MLP), trainable=["5.*", "0.weight", "2.weight"])
-    loda.begin_task(batches(0, model))
+    begin(loda, 0)
     own = {n for n, p in model.named_parameters() if p.requires_grad and "branches" not in n}
     assert own == {"5.weight", "5.bias"}  # a target layer stays frozen whatever is asked
     assert len(loda.trainable_parameters()) == len(loda.lora_parameters()) + 2
     before = model[5].weight.detach().clone()
     fit(loda, 0)
-    loda.end_task(batches(0, model))
+    end(loda, 0)
     assert not torch.equal(model[5].weight, before)
     assert [p.requires_grad for p in model[0].parameters()] == [False, False]
     assert all(p.requires_grad for p in model[2].parameters())
 
 
 def test_optimizer_holds_the_very_tensors_of_the_layers() -> None:
-    model = mlp()
-    loda = LoDA(model, LoDASettings(**MLP))
-    loda.begin_task(batches(0, model))
+    loda = small()
+    model = loda.model
+    begin(loda, 0)
     optimizer = torch.optim.SGD(loda.trainable_parameters(), lr=0.1)
-    inside = {id(p) for n, p in model.named_parameters() if "branches" in n}
-    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == inside
+    branches = {id(p) for n, p in model.named_parameters() if "branches" in n}
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == branches
     fit(loda, 0, optimizer)
-    assert {id(p) for n, p in model.named_parameters() if "branches" in n} == inside
+    assert {id(p) for n, p in model.named_parameters() if "branches" in n} == branches
 
 
 @pytest.mark.parametrize("whole_model", [False, True])
@@ -723,9 +632,9 @@ def test_bfloat16_models_and_autocast_go_through_two_tasks(whole_model: bool) ->
 
 def test_draws_follow_the_generator_and_can_be_injected() -> None:
     def trained(seed: int | None, **draws: Any) -> dict[str, Tensor]:
-        model = mlp()
+        loda = small()
+        model = loda.model
         x, y = inputs(0, model)
-        loda = LoDA(model, LoDASettings(**MLP))
         loda.begin_task([x])
         optimizer = torch.optim.SGD(loda.trainable_parameters(), lr=0.1)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -755,18 +664,15 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("build", [vit, mlp])
 def test_run_continues_bit_for_bit_in_a_fresh_object_between_tasks(build: Any) -> None:
-    model = build()
-    settings = LoDASettings(**MLP) if isinstance(model, nn.Sequential) else LoDASettings(rank=3)
-    loda = LoDA(model, settings)
+    loda, twin = small(build), small(build)
     learn(loda, 0)
-    saved = through_a_file({"loda": loda.state_dict(), "model": model.state_dict()})
-    twin = LoDA(build(), settings)
+    saved = through_a_file({"loda": loda.state_dict(), "model": loda.model.state_dict()})
     twin.model.load_state_dict(saved["model"])
     twin.load_state_dict(saved["loda"])
     for task in (1, 2):
         learn(loda, task)
         learn(twin, task)
-        assert same(snapshot(model), snapshot(twin.model))
+        assert same(snapshot(loda.model), snapshot(twin.model))
         assert same(loda.state_dict(), twin.state_dict())
 
 
@@ -792,7 +698,7 @@ def test_run_continues_bit_for_bit_from_the_middle_of_a_task(
     loda = LoDA(model, settings, trainable=["5.*"])
     for past in range(task):
         learn(loda, past)
-    loda.begin_task(batches(task, model))
+    begin(loda, task)
     optimizer = fit(loda, task)
     saved = through_a_file(
         {"loda": loda.state_dict(), "model": model.state_dict(), "sgd": optimizer.state_dict()}
@@ -809,7 +715,7 @@ def test_run_continues_bit_for_bit_from_the_middle_of_a_task(
     fit(twin, task, other)
     flags = [[p.requires_grad for p in x.model.parameters()] for x in (loda, twin)]
     assert flags[0] == flags[1]
-    records = [x.end_task(batches(task, model)) for x in (loda, twin)]
+    records = [end(x, task) for x in (loda, twin)]
     assert same(snapshot(model), snapshot(twin.model))
     assert same(loda.state_dict(), twin.state_dict())
     assert same(records[0].moment_tensors(), records[1].moment_tensors())
@@ -819,13 +725,12 @@ def test_run_continues_bit_for_bit_from_the_middle_of_a_task(
 
 
 def test_loaded_state_is_a_copy() -> None:
-    model = mlp()
-    loda = LoDA(model, LoDASettings(**MLP))
+    loda = small()
     learn(loda, 0)
-    loda.begin_task(batches(1, model))
+    begin(loda, 1)
     fit(loda, 1)
     state = {k: v.clone() for k, v in loda.state_dict().items()}
-    twin = LoDA(mlp(), LoDASettings(**MLP))
+    twin = small()
     twin.load_state_dict(state)
     for value in state.values():
         value.zero_()
@@ -833,23 +738,23 @@ def test_loaded_state_is_a_copy() -> None:
 
 
 def test_deep_copy_in_the_middle_of_a_task_goes_its_own_way() -> None:
-    loda = LoDA(mlp(), LoDASettings(**MLP))
-    loda.begin_task(batches(0, loda.model))
+    loda = small()
+    begin(loda, 0)
     twin = copy.deepcopy(loda)
     fit(loda, 0)
     fit(twin, 0)
-    loda.end_task(batches(0, loda.model))
+    end(loda, 0)
     assert all(isinstance(twin.model.get_submodule(n), LoRALinear) for n in WIDTHS)
-    twin.end_task(batches(0, twin.model))
+    end(twin, 0)
     assert same(snapshot(loda.model), snapshot(twin.model))
     assert all(p.requires_grad for p in twin.model.parameters())
 
 
 def test_state_of_another_model_or_other_settings_is_refused_whole() -> None:
-    source = LoDA(mlp(), LoDASettings(**MLP))
+    source = small()
     learn(source, 0)
     between = source.state_dict()
-    source.begin_task(batches(1, source.model))
+    begin(source, 1)
     within = source.state_dict()
     without = {k: v for k, v in within.items() if k != "up/isolated/2"}
     model = mlp()

@@ -250,42 +250,33 @@ def test_only_linear_layers_with_a_weight_of_their_own_can_be_adapted() -> None:
 
 def test_a_backward_hook_on_the_frozen_layer_changes_nothing() -> None:
     plain, hooked = two_branches(), two_branches()
-    seen = []
+    seen, results = [], []
     hooked.base.register_full_backward_hook(lambda *_: seen.append(1))
-    found = []
     for layer in (plain, hooked):
         x = random(2, 3, D, seed=7).requires_grad_()
         y = layer(x)
         y.square().sum().backward()
         ups = [layer.branch(name).up.grad for name in layer.branches]
-        found.append([y, x.grad, *ups])
+        results.append([y, x.grad, *ups])
     assert seen
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(*results)
 
 
-def test_coefficients_go_between_up_and_down() -> None:
+@pytest.mark.parametrize("joint", [False, True])
+def test_coefficients_go_between_up_and_down(joint: bool) -> None:
     layer = two_branches(torch.float64)
-    between = random(R, R, seed=11, dtype=torch.float64)
     general, isolated = layer.branch("general"), layer.branch("isolated")
-    expected = 0.25 * general.up @ between @ general.down + 0.5 * isolated.up @ isolated.down
-    torch.testing.assert_close(layer.delta({"general": between}), expected)
-    weight = layer.base.weight + expected
-    layer.merge({"general": between})
-    torch.testing.assert_close(layer.base.weight, weight, check_stride=False)
-
-
-def test_coefficients_of_all_branches_mix_them() -> None:
-    layer = two_branches(torch.float64)
-    between = random(R + 3, R + 3, seed=11, dtype=torch.float64)
-    general, isolated = layer.branch("general"), layer.branch("isolated")
+    size = R + 3 if joint else R
+    drawn = random(size, size, seed=11, dtype=torch.float64)
+    between = torch.eye(R + 3, dtype=torch.float64)
+    torch.testing.assert_close(layer.delta(between), layer.delta())
+    between[:size, :size] = drawn
     up = torch.cat([0.25 * general.up, 0.5 * isolated.up], dim=1)
     expected = up @ between @ torch.cat([general.down, isolated.down])
-    torch.testing.assert_close(layer.delta(between), expected)
-    whole = torch.eye(R + 3, dtype=torch.float64)
-    torch.testing.assert_close(layer.delta(whole), layer.delta())
+    coefficients = drawn if joint else {"general": drawn}
+    torch.testing.assert_close(layer.delta(coefficients), expected)
     weight = layer.base.weight + expected
-    layer.merge(between)
+    layer.merge(coefficients)
     torch.testing.assert_close(layer.base.weight, weight, check_stride=False)
 
 

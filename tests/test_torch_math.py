@@ -79,8 +79,8 @@ def test_autocast_does_not_halve_the_gram_matrix() -> None:
     plain = second_moment(x).total
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert (x.T @ x).dtype == torch.bfloat16  # the danger is there
-        inside = second_moment(x).total
-    assert torch.equal(plain, inside)
+        under = second_moment(x).total
+    assert torch.equal(plain, under)
 
 
 @pytest.mark.parametrize("form", ["full", "diagonal", "direction", "scalar"])

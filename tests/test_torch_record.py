@@ -1,4 +1,4 @@
-"""What the record of a task says of its directions and of its merge, against inputs kept here."""
+"""What the record of a task says of its directions and its merge, against inputs seen here."""
 
 import json
 import math
@@ -6,7 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import MLP, WIDTHS, batches, fit, inputs, learn, mlp, same, snapshot, totals, vit
+from tiny_models import (
+    MLP,
+    WIDTHS,
+    batches,
+    begin,
+    end,
+    fit,
+    inputs,
+    learn,
+    mlp,
+    same,
+    small,
+    snapshot,
+    totals,
+    vit,
+)
 from torch import Tensor, nn
 
 from backends.torch import LoDA, LoDASettings
@@ -14,23 +29,19 @@ from backends.torch.moments import collect_halves
 from loda_math import general_subspace, isolated_subspace
 
 
-def loda(**settings: Any) -> LoDA:
-    return LoDA(mlp(), LoDASettings(**{**MLP, **settings}))
-
-
 def layer_inputs(model: nn.Module, task: int) -> dict[str, Tensor]:
     """What goes into every target layer, over all images of a task."""
-    found: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Any:
-        return lambda _, x: found.update({name: x[0].detach()})
+    def see(name: str) -> Any:
+        return lambda _, x: seen.update({name: x[0].detach()})
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in WIDTHS]
+    handles = [model.get_submodule(name).register_forward_pre_hook(see(name)) for name in WIDTHS]
     with torch.no_grad():
         model(inputs(task, model)[0])
     for handle in handles:
         handle.remove()
-    return found
+    return seen
 
 
 def mean_square(x: Tensor) -> float:
@@ -55,17 +66,17 @@ def mean_square(x: Tensor) -> float:
     ids=str,
 )
 def test_predicted_effect_is_the_change_of_the_outputs(options: dict[str, Any]) -> None:
-    """Old and new inputs are kept here, and sent through the weights around the merge."""
-    method = loda(**options)
+    """Old and new inputs are recorded, and sent through the weights around the merge."""
+    method = small(**options)
     passes, decay = method.settings.passes(), method.settings.history_decay
     remembered: list[list[dict[str, Tensor]]] = []
     for task in range(3):
         previous = layer_inputs(method.model, task)
         before = snapshot(method.model)
-        method.begin_task(batches(task, method.model))
+        begin(method, task)
         fit(method, task)
         trained = layer_inputs(method.model, task)
-        record = method.end_task(batches(task, method.model))
+        record = end(method, task)
         seen = {"trained": trained, "merged": layer_inputs(method.model, task)}
         assert set(record.effects) == (set(WIDTHS) if task else set())
         ages = [decay ** (task - 1 - past) for past in range(task)]
@@ -75,11 +86,11 @@ def test_predicted_effect_is_the_change_of_the_outputs(options: dict[str, Any]) 
                 w * record.ups[name][b] @ record.downs[name][b] for b, w in record.weights.items()
             )
             new = (trained if record.trained else previous)[name]
-            old = [[x[name] for x in kept] for kept in remembered]
+            old = [[x[name] for x in seen_then] for seen_then in remembered]
             change, unweighted = (
                 sum(
-                    age * sum(mean_square(x @ update.mT) for x in kept) / len(kept)
-                    for age, kept in zip(ages, old, strict=True)
+                    age * sum(mean_square(x @ update.mT) for x in tokens) / len(tokens)
+                    for age, tokens in zip(ages, old, strict=True)
                 )
                 / sum(ages)
                 for update in (merged, whole)
@@ -98,7 +109,7 @@ def test_predicted_effect_is_the_change_of_the_outputs(options: dict[str, Any]) 
 
 
 def test_heldout_ratios_are_those_of_the_rule_across_two_halves() -> None:
-    method = loda(heldout=True)
+    method = small(heldout=True)
     assert learn(method, 0).heldout == {}
     old = totals(method)
     _, halves = collect_halves(method.model, batches(1, method.model), MLP["target"])
@@ -110,20 +121,20 @@ def test_heldout_ratios_are_those_of_the_rule_across_two_halves() -> None:
         }
         assert list(record.heldout[name]) == list(rules)
         for branch, choose in rules.items():
-            found = record.heldout[name][branch]
-            inside, outside, energy = 0.0, 0.0, 0.0
+            ratio = record.heldout[name][branch]
+            chosen, heldout, energy = 0.0, 0.0, 0.0
             for here, there in ((first, second), (second, first)):
                 basis = choose(here)
                 share = [
                     float(torch.trace(basis.mT @ m @ basis) / m.trace())
                     for m in (here, there, old[name])
                 ]
-                inside += share[0] / share[2] / 2
-                outside += share[1] / share[2] / 2
+                chosen += share[0] / share[2] / 2
+                heldout += share[1] / share[2] / 2
                 energy += share[1] / 2
-            assert float(found.chosen) == pytest.approx(inside)
-            assert float(found.heldout) == pytest.approx(outside)
-            assert float(found.energy) == pytest.approx(energy)
+            assert float(ratio.chosen) == pytest.approx(chosen)
+            assert float(ratio.heldout) == pytest.approx(heldout)
+            assert float(ratio.energy) == pytest.approx(energy)
 
 
 def test_directions_of_single_images_do_not_hold_out() -> None:
@@ -142,18 +153,16 @@ def test_directions_of_single_images_do_not_hold_out() -> None:
 def test_measuring_does_not_change_the_run(build: Any) -> None:
     finals = []
     for heldout in (False, True):
-        model = build()
-        options: dict[str, Any] = MLP if isinstance(model, nn.Sequential) else {"rank": 3}
-        method = LoDA(model, LoDASettings(**options, heldout=heldout))
+        method = small(build, heldout=heldout)
         for task in range(2):
             record = learn(method, task)
         assert bool(record.heldout) is heldout
-        finals.append((snapshot(model), method.state_dict(), record.moment_tensors()))
+        finals.append((snapshot(method.model), method.state_dict(), record.moment_tensors()))
     assert all(same(a, b) for a, b in zip(*finals, strict=True))
 
 
 def test_nothing_is_measured_for_bases_of_the_callers_own() -> None:
-    method = loda(heldout=True)
+    method = small(heldout=True)
     learn(method, 0)
     bases = {
         name: {b: torch.eye(width, 3, dtype=torch.float64) for b in ("isolated", "general")}
@@ -161,11 +170,11 @@ def test_nothing_is_measured_for_bases_of_the_callers_own() -> None:
     }
     method.begin_task(batches(1, method.model), bases=bases)
     assert all(list(x.branches) == ["general", "isolated"] for x in method.layers.values())
-    assert method.end_task(batches(1, method.model)).heldout == {}
+    assert end(method, 1).heldout == {}
 
 
 def test_a_task_of_one_image_has_no_held_out_ratio() -> None:
-    method = loda(heldout=True)
+    method = small(heldout=True)
     learn(method, 0)
     one = [inputs(1, method.model)[0][:1]]
     method.begin_task(one)
@@ -173,9 +182,9 @@ def test_a_task_of_one_image_has_no_held_out_ratio() -> None:
 
 
 def test_state_with_ratios_of_the_wrong_shape_is_refused() -> None:
-    method, twin = loda(heldout=True), loda(heldout=True)
+    method, twin = small(heldout=True), small(heldout=True)
     learn(method, 0)
-    method.begin_task(batches(1, method.model))
+    begin(method, 1)
     state = method.state_dict() | {"heldout/isolated/2": torch.zeros(2)}
     with pytest.raises(ValueError, match="state"):
         twin.load_state_dict(state)
@@ -185,7 +194,7 @@ def test_state_with_ratios_of_the_wrong_shape_is_refused() -> None:
 
 
 def test_record_gives_flat_tensors_for_files() -> None:
-    method = loda(history="both")
+    method = small(history="both")
     learn(method, 0)
     record = learn(method, 1)
     kinds = {"coefficients", *(f"{k}/{b}" for k in ("down", "up") for b in record.weights)}
@@ -196,18 +205,18 @@ def test_record_gives_flat_tensors_for_files() -> None:
 
 
 def test_diagnostics_are_plain_numbers_for_json() -> None:
-    method = loda(heldout=True, isolated="null", rank=2, target=("0",))
+    method = small(heldout=True, isolated="null", rank=2, target=("0",))
     # Old inputs in three of six dimensions: null directions have a ratio of infinity.
     x = inputs(0, method.model)[0] * torch.tensor([1, 1, 1, 0, 0, 0])
     method.begin_task([x])
     assert method.end_task([x]).diagnostics() == {}
     record = learn(method, 1)
     assert math.isinf(record.heldout["0"]["isolated"].heldout)
-    found = json.loads(json.dumps(record.diagnostics(), allow_nan=False))
-    assert list(found) == ["0"]
-    assert set(found["0"]["heldout"]) == {"general", "isolated"}
-    assert found["0"]["heldout"]["isolated"]["heldout"] is None
+    logged = json.loads(json.dumps(record.diagnostics(), allow_nan=False))
+    assert list(logged) == ["0"]
+    assert set(logged["0"]["heldout"]) == {"general", "isolated"}
+    assert logged["0"]["heldout"]["isolated"]["heldout"] is None
     general = record.heldout["0"]["general"]
-    assert found["0"]["heldout"]["general"] == {k: float(v) for k, v in general._asdict().items()}
+    assert logged["0"]["heldout"]["general"] == {k: float(v) for k, v in general._asdict().items()}
     effect = record.effects["0"]
-    assert found["0"]["effect"] == {k: float(v) for k, v in effect._asdict().items()}
+    assert logged["0"]["effect"] == {k: float(v) for k, v in effect._asdict().items()}

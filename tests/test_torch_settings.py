@@ -26,9 +26,9 @@ ROOT = Path(__file__).parents[1]
         {"down_scale": 0.0}, {"branches": "none"}, {"isolated": "pca"}, {"history": "all"},
         {"recalibration": "exact"}, {"energy_floor": 1.5, "isolated": "trace_ratio"},
         {"energy_floor": 0.5}, {"energy_floor": 0.5, "isolated": "null"},
-        {"joint": True, "recalibration": "none"}, {"joint": None}, {"heldout": 1}, {"history_decay": -0.1},
-        {"history_decay": float("nan")}, {"history_decay": None}, {"history_weight": -1.0},
-        {"history_weight": "sum"},
+        {"joint": True, "recalibration": "none"}, {"joint": None}, {"heldout": 1},
+        {"history_decay": -0.1}, {"history_decay": float("nan")}, {"history_decay": None},
+        {"history_weight": -1.0}, {"history_weight": "sum"},
     ],
     ids=str,
 )  # fmt: skip

@@ -20,9 +20,9 @@ def test_every_layer_gets_its_own_directions(sizes: tuple[int, ...]) -> None:
     old = {f"layer{n}": moment(size, 10 + n) for n, size in enumerate(sizes)}
     settings = LoDASettings(rank=3)
     history = {name: remember(None, moment) for name, moment in old.items()}
-    found = solve_bases(settings, new, history, 0.0)
-    assert list(found) == list(new)
-    for name, bases in found.items():
+    solved = solve_bases(settings, new, history, 0.0)
+    assert list(solved) == list(new)
+    for name, bases in solved.items():
         general = torch.as_tensor(general_subspace(new[name], old[name], 3))
         isolated = isolated_subspace(new[name], old[name], 3, ridge=settings.ridge)
         torch.testing.assert_close(bases["general"], general)

@@ -4,15 +4,17 @@ A task's images and draws depend on its number alone, so two runs of one task ca
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from backends.torch import LoDA, TaskRecord, collect_moments
+from backends.torch import LoDA, LoDASettings, TaskRecord, collect_moments
 
 
 def mlp(seed: int = 0) -> nn.Sequential:
@@ -27,11 +29,17 @@ MLP = {"target": ("0", "2", "4"), "rank": 3}
 WIDTHS = {"0": 6, "2": 10, "4": 10}
 
 
-def vit() -> VisionTransformer:
+def vit(**options: Any) -> VisionTransformer:
     torch.manual_seed(0)
-    return VisionTransformer(
-        img_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=2, num_classes=4
-    )
+    small = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2}
+    return VisionTransformer(**{**small, "num_classes": 4, **options})
+
+
+def small(build: Callable[[], nn.Module] = mlp, **settings: Any) -> LoDA:
+    """LoDA over a new model, three directions a branch unless the settings say otherwise."""
+    model = build()
+    options = MLP if isinstance(model, nn.Sequential) else {"rank": 3}
+    return LoDA(model, LoDASettings(**{**options, **settings}))
 
 
 def inputs(task: int, model: nn.Module) -> tuple[Tensor, Tensor]:
@@ -63,10 +71,25 @@ def fit(
     return optimizer
 
 
-def learn(loda: LoDA, task: int) -> TaskRecord:
+def begin(loda: LoDA, task: int) -> None:
     loda.begin_task(batches(task, loda.model))
-    fit(loda, task)
+
+
+def end(loda: LoDA, task: int) -> TaskRecord:
     return loda.end_task(batches(task, loda.model))
+
+
+def learn(loda: LoDA, task: int) -> TaskRecord:
+    begin(loda, task)
+    fit(loda, task)
+    return end(loda, task)
+
+
+def learn_and_look(loda: LoDA, task: int) -> tuple[dict[str, Tensor], TaskRecord]:
+    """Moments through the trained model, before the merge, and the record of the task."""
+    begin(loda, task)
+    fit(loda, task)
+    return means(loda.model, task, loda.settings.target), end(loda, task)
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -83,8 +106,34 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def means(model: nn.Module, task: int, target: Any) -> dict[str, Tensor]:
-    found = collect_moments(copy.deepcopy(model), batches(task, model), target)
-    return {name: m.mean for name, m in found.items()}
+    moments = collect_moments(copy.deepcopy(model), batches(task, model), target)
+    return {name: m.mean for name, m in moments.items()}
+
+
+def never() -> Iterator[Tensor]:
+    """Batches that must not be asked for."""
+    pytest.fail("a batch was asked for")
+    yield torch.ones(1)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what would make an accelerator wait: reads of values, or sizes that hang on them."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func.__name__.partition(".")[0]
+        moves = name in ("_to_copy", "copy_") and kwargs.get("device") is not None
+        if name in self.NAMES or moves:
+            self.seen.append(name)
+        return func(*args, **kwargs)
 
 
 def breaking(good: list[Tensor], failure: BaseException, on_walk: int = 1) -> Any:

@@ -148,7 +148,9 @@ def gradient_aligned_step(
             if not stepped:
                 _copy(perturbed, before)
         if stepped:
-            _add(perturbed, [a - b for a, b in zip(before, moved, strict=True)])
+            with torch.no_grad():
+                for tensor, start, end in zip(perturbed, before, moved, strict=True):
+                    tensor.add_(start - end)
         # The halves may differ in size; both losses are means over their own rows.
         losses.append(value * (target.numel() / labels.shape[0]))
         steps += int(stepped)
@@ -259,9 +261,3 @@ def _gradients_finite(optimizer: Optimizer, moved: Sequence[Tensor]) -> bool:
 def _copy(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for tensor, value in zip(tensors, values, strict=True):
         tensor.copy_(value)
-
-
-@torch.no_grad()
-def _add(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for tensor, value in zip(tensors, values, strict=True):
-        tensor.add_(value)

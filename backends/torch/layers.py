@@ -199,6 +199,7 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 def _replace(model: nn.Module, swap: Mapping[nn.Module, nn.Module]) -> None:
     """Swap modules everywhere they occur; a layer shared by two parents stays shared."""
     for parent in list(model.modules()):
+        # An adapted layer holds the original as a child, which must not be swapped for itself.
         if parent in swap or any(parent is new for new in swap.values()):
             continue
         # named_children() would leave out the second name of a child that occurs twice.

@@ -291,18 +291,18 @@ class LoDA:
             effects = solve_effects(task.layers, coefficients, new, self.history)
         try:
             for name, layer in task.layers.items():
+                # Λ of all branches is passed as it is, Λ of the general one under its name.
                 middle = coefficients.get(name)
                 layer.merge(middle if middle is None or settings.joint else {"general": middle})
             if "merged" in passes:
                 moments["merged"] = self._moments(batches)
             record = TaskRecord.of(
                 task.layers,
-                task.new,
-                moments["trained"],
-                moments["merged"],
-                coefficients,
-                task.heldout,
-                effects,
+                new=task.new,
+                **moments,
+                coefficients=coefficients,
+                heldout=task.heldout,
+                effects=effects,
             )
             history = {
                 name: remember(
@@ -366,6 +366,7 @@ class LoDA:
         tasks = int(state["tasks"])
         if any(key.startswith("new/") for key in state):
             task = self._attach()
+            # The moment in the state takes the place of the pass over the task's images.
             for name, layer in task.layers.items():
                 device = layer.base.weight.device
                 task.new[name] = state[f"new/{name}"].to(device, copy=True)
@@ -390,6 +391,7 @@ class LoDA:
     def _attach(self) -> _OpenTask:
         """Put adapted layers in place and freeze all but what is trained; opens the task."""
         model, target = self.model, self.settings.target
+        # With the second name of a shared parameter too, which a pattern may mean.
         named = list(model.named_parameters(remove_duplicate=False))
         for pattern in self.trainable:
             if not any(fnmatchcase(name, pattern) for name, _ in named):
@@ -457,6 +459,7 @@ class LoDA:
 
     def _check_state(self, state: Mapping[str, Tensor]) -> None:
         """Refuse a state whose entries or shapes are not those of these layers and settings."""
+        # No task count at all is refused below, together with other missing entries.
         tasks = int(state["tasks"]) if "tasks" in state else -1
         is_open = any(key.startswith("new/") for key in state)
         expected: dict[str, tuple[int, ...]] = {"tasks": ()}

@@ -47,6 +47,7 @@ class LoRABranch(nn.Module):
         up = self.scale * self.up
         if self.rows is None:
             return up
+        # Zeros in the other rows, so that all branches fit into one fused product.
         return F.pad(up, (0, 0, self.rows[0], out_features - self.rows[1]))
 
 
@@ -140,16 +141,11 @@ class LoRALinear(nn.Module):
         ----------
         name : str
             A name not in use.
-        down : Tensor, shape (r, in_features)
-            Down-projection, copied to the layer's dtype and device.
-        up : Tensor, shape (len(rows) or out_features, r), optional
-            Up-projection, copied; zeros by default.
-        scale : float or Tensor, 0-d, default 1
-            Weight of the branch; an ``nn.Parameter`` may be shared by branches of many layers.
-        rows : tuple of int, optional
-            Half-open range of output rows, such as those of the values in a fused qkv.
-        train_down : bool, default False
-            Whether the down-projection is trained as well.
+        down, up : Tensor
+            As for :class:`LoRABranch`; copied to the layer's dtype and device.
+        scale, rows, train_down
+            As for :class:`LoRABranch`. A scale that is an ``nn.Parameter`` may be shared by
+            branches of many layers; rows may be those of the values in a fused qkv.
 
         Returns
         -------
@@ -243,7 +239,7 @@ class LoRALinear(nn.Module):
             if tuple(given.shape) != (rank, rank):
                 msg = f"coefficients of {name!r} must be {rank}×{rank}, got {tuple(given.shape)}"
                 raise ValueError(msg)
-        # In float32 or wider: sums in bfloat16 would lose small branches.
+        # Sums in bfloat16 would lose small branches.
         total = torch.zeros_like(weight, dtype=dtype)
         for name in self.branches:
             branch = self.branch(name)
@@ -299,7 +295,7 @@ class LoRALinear(nn.Module):
         downs: list[Tensor] = [branch.down for branch in branches]
         ups = [branch.full_up(self.out_features) for branch in branches]
         if len(branches) == 1:
-            return downs[0], ups[0]
+            return downs[0], ups[0]  # joining one branch would copy it in every forward pass
         return torch.cat(downs), torch.cat(ups, dim=1)
 
     def _require_unmerged(self, action: str) -> None:

@@ -1,7 +1,7 @@
 """Second moments of the inputs of linear layers, and of two halves of the images, in one pass."""
 
 from collections.abc import Callable, Iterable
-from types import TracebackType
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -15,7 +15,6 @@ from loda_math import Moments, combine, second_moment
 
 Forward = Callable[[nn.Module, Any], Any]
 """Runs a model on one element of an iterable of batches."""
-
 
 Halves = dict[str, tuple[Tensor, Tensor]]
 """Second moments (D, D) of two halves of the images, by layer."""
@@ -57,16 +56,11 @@ class MomentCollector:
 
     def __enter__(self) -> Self:
         for name, layer in self.layers.items():
-            hook = self._hook(name)
+            hook = partial(self._see, name)
             self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -75,11 +69,11 @@ class MomentCollector:
         """Replace the sums by those over all processes."""
         self.moments = sum_moments(self.moments, self.layers, reduce)
 
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def collect(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            self._add(name, args[0] if args else next(iter(kwargs.values())))
-
-        return collect
+    def _see(
+        self, name: str, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+    ) -> None:
+        # Some models pass the input of a layer by keyword.
+        self._add(name, args[0] if args else next(iter(kwargs.values())))
 
     def _add(self, name: str, tokens: Tensor) -> None:
         _accumulate(self.moments, name, tokens)
@@ -257,9 +251,9 @@ def _walk(
     model: nn.Module,
     batches: Iterable[Any],
     forward: Forward,
-    reduce: Reduce | None = None,
+    reduce: Reduce | None,
 ) -> None:
-    """Let a collector see all batches, as in :func:`collect_moments`."""
+    """Let a collector see all batches, and check what it saw, as in :func:`collect_moments`."""
     # Each submodule by itself: train(mode) on the model would give all of them one mode.
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -272,10 +266,6 @@ def _walk(
             module.training = mode
     if reduce is not None:
         collector.share(reduce)
-    _check(collector)
-
-
-def _check(collector: MomentCollector) -> None:
     unseen = [name for name in collector.layers if name not in collector.moments]
     if unseen:
         msg = (

@@ -49,32 +49,26 @@ class TaskRecord(NamedTuple):
     effects: dict[str, UpdateEffect]
 
     @classmethod
-    def of(
-        cls,
-        layers: Mapping[str, LoRALinear],
-        new: dict[str, Tensor],
-        trained: dict[str, Tensor],
-        merged: dict[str, Tensor],
-        coefficients: Mapping[str, Tensor],
-        heldout: HeldoutRatios | None = None,
-        effects: Mapping[str, UpdateEffect] | None = None,
-    ) -> Self:
-        """Copy the branches of the adapted layers and put them beside what was computed."""
+    def of(cls, layers: Mapping[str, LoRALinear], **computed: Mapping[str, Any]) -> Self:
+        """Copy the branches of the adapted layers and put them beside what was computed.
+
+        Parameters
+        ----------
+        layers : mapping of str to LoRALinear
+            The adapted layers, with their branches as trained.
+        **computed
+            The other attributes by name; those that are not given are empty.
+        """
         # Copies: the branches are dropped when the task is closed.
         named = {
             name: [(b, layer.branch(b)) for b in layer.branches] for name, layer in layers.items()
         }
-        return cls(
-            new=dict(new),
-            trained=trained,
-            merged=merged,
-            downs={n: {b: x.down.detach().clone() for b, x in bs} for n, bs in named.items()},
-            ups={n: {b: x.up.detach().clone() for b, x in bs} for n, bs in named.items()},
-            coefficients=dict(coefficients),
-            weights={b: float(x.scale) for bs in named.values() for b, x in bs},
-            heldout=heldout or {},
-            effects=dict(effects or {}),
-        )
+        copied: dict[str, Any] = {
+            "downs": {n: {b: x.down.detach().clone() for b, x in bs} for n, bs in named.items()},
+            "ups": {n: {b: x.up.detach().clone() for b, x in bs} for n, bs in named.items()},
+            "weights": {b: float(x.scale) for bs in named.values() for b, x in bs},
+        }
+        return cls(**{field: {} for field in cls._fields} | copied | computed)
 
     def branch_tensors(self) -> dict[str, Tensor]:
         """Branches and coefficients under flat names, ready for a safetensors file."""

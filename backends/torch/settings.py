@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
+# In quotes below, as in readouts/readout.py: a command line must not run this block.
 if TYPE_CHECKING:
     from loda_math import RecalibrationForm
 
@@ -166,5 +167,6 @@ class LoDASettings:
 
 
 def _is_weight(value: object) -> bool:
+    # In Python true is an integer, and a gamma of true is surely a mistake.
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return number and math.isfinite(value) and value >= 0  # type: ignore[arg-type, operator]

@@ -1,6 +1,6 @@
 """The solves of a task for all layers: those of one size in one batched call, where that pays."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +58,8 @@ def solve_bases(
     for branch in settings.names(first_task=history is None):
         choose = _rule(settings, branch, gram_eps)
         for group in _calls(new):
-            old = None if history is None else _totals(history, group)
-            solved = choose(_stacked(new, group), old)
+            old = None if history is None else _stack(history[name].total for name in group)
+            solved = choose(_stack(new[name] for name in group), old)
             for name, basis in zip(group, solved, strict=True):
                 bases[name][branch] = basis
     return bases
@@ -132,9 +132,10 @@ def solve_heldout(
     ratios: HeldoutRatios = {name: {} for name in halves}
     for branch in settings.names(first_task=False):
         choose = _rule(settings, branch, gram_eps)
-        for group in _calls({name: history[name].total for name in halves}):
-            first, second = (torch.stack([halves[n][half] for n in group]) for half in (0, 1))
-            batched = heldout_ratio(choose, first, second, _totals(history, group))
+        for group in _calls({name: first for name, (first, _) in halves.items()}):
+            first, second = (_stack(halves[name][half] for name in group) for half in (0, 1))
+            old = _stack(history[name].total for name in group)
+            batched = heldout_ratio(choose, first, second, old)
             for name, *values in zip(group, *batched, strict=True):
                 ratios[name][branch] = HeldoutRatio(*values)
     return ratios
@@ -169,12 +170,13 @@ def solve_recalibration(
         the moments.
     """
     coefficients: dict[str, Tensor] = {}
-    for group in _by_shape(_weights(layers), new):
+    for group in _by_shape({name: layer.base.weight for name, layer in layers.items()}):
         ups, downs, weights = _branches([layers[name] for name in group], new[group[0]].dtype)
         # All layers remember the same tasks, so one weight serves the whole group.
         h = settings.history_weight
         weight = 1 / history[group[0]].weight if h == "mean" else h
-        moments = (_stacked(new, group), _totals(history, group), settings.gamma)
+        old = _stack(history[name].total for name in group)
+        moments = (_stack(new[name] for name in group), old, settings.gamma)
         if settings.joint:
             solved = joint_recalibration(ups, downs, weights, *moments, form, history_weight=weight)
         else:
@@ -204,7 +206,7 @@ def solve_effects(
         Of scalars: mean squares over tokens, those on old inputs also over past tasks.
     """
     effects: dict[str, UpdateEffect] = {}
-    for group in _by_shape(_weights(layers), new):
+    for group in _by_shape({name: layer.base.weight for name, layer in layers.items()}):
         dtype = new[group[0]].dtype
         up, down = stack_branches(*_branches([layers[name] for name in group], dtype))
         directions = up.shape[-1]
@@ -214,8 +216,8 @@ def solve_effects(
                 # The general branch comes first; the others keep the identity.
                 size = coefficients[name].shape[-1]
                 middle[place, :size, :size] = coefficients[name]
-        old = torch.stack([history[name].mean for name in group])
-        batched = update_effect(middle, up, down, _stacked(new, group), old)
+        old = _stack(history[name].mean for name in group)
+        batched = update_effect(middle, up, down, _stack(new[name] for name in group), old)
         for name, *values in zip(group, *batched, strict=True):
             effects[name] = UpdateEffect(*values)
     return effects
@@ -262,24 +264,16 @@ def _calls(moments: Mapping[str, Tensor]) -> list[list[str]]:
     return calls
 
 
-def _by_shape(*tensors: Mapping[str, Tensor]) -> list[list[str]]:
-    """Layer names grouped by the shapes of all their tensors, in order of first appearance."""
-    groups: dict[tuple[torch.Size, ...], list[str]] = {}
-    for name in tensors[0]:
-        groups.setdefault(tuple(t[name].shape for t in tensors), []).append(name)
+def _by_shape(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """Layer names grouped by the shape of their tensor, in order of first appearance."""
+    groups: dict[torch.Size, list[str]] = {}
+    for name, tensor in tensors.items():
+        groups.setdefault(tensor.shape, []).append(name)
     return list(groups.values())
 
 
-def _stacked(moments: Mapping[str, Tensor], group: Sequence[str]) -> Tensor:
-    return torch.stack([moments[name] for name in group])
-
-
-def _totals(history: Mapping[str, History], group: Sequence[str]) -> Tensor:
-    return torch.stack([history[name].total for name in group])
-
-
-def _weights(layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
-    return {name: layer.base.weight for name, layer in layers.items()}
+def _stack(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(tensors))
 
 
 def _branches(
@@ -289,7 +283,7 @@ def _branches(
     ups, downs, weights = [], [], []
     for name in layers[0].branches:
         branches = [layer.branch(name) for layer in layers]
-        ups.append(torch.stack([b.up.detach().to(dtype) for b in branches]))
-        downs.append(torch.stack([b.down.detach().to(dtype) for b in branches]))
+        ups.append(_stack(b.up.detach().to(dtype) for b in branches))
+        downs.append(_stack(b.down.detach().to(dtype) for b in branches))
         weights.append(float(branches[0].scale))
     return ups, downs, weights

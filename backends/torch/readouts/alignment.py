@@ -65,7 +65,7 @@ def align_heads(
         msg = f"head weights must have shape {tuple(mean.shape)}, got {tuple(weight.shape)}"
         raise ValueError(msg)
     if settings.epochs is None:
-        return _converge(statistics, settings, generator)
+        return finite("aligned weights", _converge(statistics, settings, generator))
     if weight is None:
         msg = "the published schedule starts from the heads: give their weight, or set epochs=None"
         raise ValueError(msg)
@@ -73,14 +73,18 @@ def align_heads(
     start = finite("head weights", weight.detach().to(mean).clone())
     if len(statistics.task_sizes) == 1:  # as published: nothing to align with yet
         return start
-    return _schedule(statistics, settings, generator, start)
+    aligned = _schedule(statistics, settings, settings.epochs, generator, start)
+    return finite("aligned weights", aligned)
 
 
 def _schedule(
-    statistics: ClassStatistics, s: Alignment, generator: torch.Generator, weight: Tensor
+    statistics: ClassStatistics,
+    s: Alignment,
+    epochs: int,
+    generator: torch.Generator,
+    weight: Tensor,
 ) -> Tensor:
-    """The published schedule: `s.epochs` epochs of C steps of 256 fresh samples."""
-    epochs = s.epochs or 0
+    """The published schedule: epochs of C steps of 256 fresh samples."""
     sizes = statistics.task_sizes
     device = weight.device
     tasks = torch.arange(1, len(sizes) + 1, device=device)
@@ -96,7 +100,7 @@ def _schedule(
         for batch in torch.split(order, 256):
             logits = cosines(samples[batch], weight)
             _step(optimiser, alignment_loss(logits, labels[batch], sizes, s.temperature))
-    return finite("aligned weights", weight.detach())
+    return weight.detach()
 
 
 def _converge(statistics: ClassStatistics, s: Alignment, generator: torch.Generator) -> Tensor:
@@ -136,7 +140,7 @@ def _converge(statistics: ClassStatistics, s: Alignment, generator: torch.Genera
             if halvings > _HALVINGS or risk < 1e-6:
                 break
             best = min(best, risk)
-    return finite("aligned weights", unwhiten().detach())
+    return unwhiten().detach()
 
 
 def _step(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:

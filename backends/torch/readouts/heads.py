@@ -50,6 +50,7 @@ class CosineClassifier:
         """
         check_features(features, self.weight.shape[1])
         dtype = torch.promote_types(features.dtype, self.weight.dtype)
+        # Clamped: rounding leaves the cosine of equal directions a little above 1.
         return cosines(features.to(dtype), self.weight.to(features.device, dtype)).clamp(-1.0, 1.0)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -181,16 +182,12 @@ class CosineHeads(nn.Module):
     @property
     def sizes(self) -> tuple[int, ...]:
         """Classes of each task."""
-        return tuple(int(head.weight.shape[0]) for head in self._heads())
+        return tuple(len(weight) for weight in self.parameters())
 
     @property
     def current(self) -> CosineHead:
         """The head of the current task; ValueError before the first `add`."""
-        heads = self._heads()
-        if not heads:
-            msg = "there is no head yet; call add(classes) when a task begins"
-            raise ValueError(msg)
-        return heads[-1]
+        return self._begun()[-1]
 
     def add(
         self,
@@ -206,19 +203,23 @@ class CosineHeads(nn.Module):
         head = CosineHead(classes, self.dim, start=start, generator=generator)
         if len(self.tasks):  # drawn on the CPU in any case, so that devices do not matter
             head = head.to(self.current.weight)
+        # Before the new one is appended: it alone is trained.
         self.requires_grad_(requires_grad=False)
         self.tasks.append(head)
         return head
 
     def forward(self, features: Tensor) -> Tensor:
         """Cosines (..., C_seen) to every class seen so far."""
-        self.current  # noqa: B018  (raises the error that says what is missing)
-        return torch.cat([head(features) for head in self._heads()], dim=-1)
+        return torch.cat([head(features) for head in self._begun()], dim=-1)
 
     def weight(self) -> Tensor:
         """All weights (C_seen, D), detached: a copy."""
-        self.current  # noqa: B018
-        return torch.cat([head.weight.detach() for head in self._heads()])
+        return torch.cat([head.weight.detach() for head in self._begun()])
 
-    def _heads(self) -> list[CosineHead]:
-        return [head for head in self.tasks if isinstance(head, CosineHead)]
+    def _begun(self) -> list[CosineHead]:
+        """The heads of all tasks; ValueError before the first `add`."""
+        heads = [head for head in self.tasks if isinstance(head, CosineHead)]
+        if not heads:
+            msg = "there is no head yet; call add(classes) when a task begins"
+            raise ValueError(msg)
+        return heads

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+# The types below stand in quotes. Postponed annotations would not do: a command line resolves
+# those of a constructor by running this block, which loads torch.
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -113,10 +115,8 @@ class Readout(ABC):
         ValueError
             If the tensors are not those of this read-out.
         """
-        from backends.torch.readouts.heads import CosineClassifier
-
         check_names(tensors, {"weight"}, f"the read-out {self.name!r}")
-        return CosineClassifier(finite("weight", tensors["weight"]))
+        return _by_cosine("weight", tensors["weight"])
 
 
 @dataclass(frozen=True)
@@ -133,13 +133,11 @@ class Heads(Readout):
         **_: Any,
     ) -> "CosineClassifier":
         """Cosines to the head weights."""
-        from backends.torch.readouts.heads import CosineClassifier
-
         if head_weight is None or head_weight.ndim != 2 or not len(head_weight):
             shape = None if head_weight is None else tuple(head_weight.shape)
             msg = f"head_weight must have shape (C, D) with at least one class, got {shape}"
             raise ValueError(msg)
-        return CosineClassifier(finite("head weights", head_weight.detach().clone()))
+        return _by_cosine("head weights", head_weight.detach().clone())
 
 
 @dataclass(frozen=True)
@@ -151,10 +149,8 @@ class NearestMean(Readout):
 
     def fit(self, statistics: "ClassStatistics", **_: Any) -> "CosineClassifier":
         """Cosines to the class means."""
-        from backends.torch.readouts.heads import CosineClassifier
-
         statistics.require_classes()
-        return CosineClassifier(finite("class means", statistics.mean.clone()))
+        return _by_cosine("class means", statistics.mean.clone())
 
 
 @dataclass(frozen=True)
@@ -256,6 +252,7 @@ class Alignment(Readout):
         from backends.torch.readouts.heads import CosineClassifier
 
         start = head_weight
+        # As published, old classes go on from their last alignment and new ones from their head.
         if head_weight is not None and previous is not None:
             start = head_weight.clone()
             start[: len(previous.weight)] = previous.weight.to(start)
@@ -360,8 +357,8 @@ class Readouts:
         self.readouts = {readout.name: readout for readout in readouts}
         self.statistics: dict[str, TaskStatistics] = {}
         self.classifiers: dict[str, Classifier] = {}
-        gathering = [*readouts, NearestMean()] if keep_statistics else readouts
-        for readout in gathering:
+        # NearestMean stands here for what it gathers; it is not fitted.
+        for readout in [*readouts, NearestMean()] if keep_statistics else readouts:
             # Made once for all that share it: the sums of a ridge are large.
             if readout.gathers is not None and readout.gathers not in self.statistics:
                 self.statistics[readout.gathers] = readout.statistics(dim, seed)
@@ -454,6 +451,7 @@ class Readouts:
         ValueError
             If the state is one of other read-outs.
         """
+        # All names are checked before anything is taken over.
         parts = {kind: _by_first_part(group) for kind, group in _by_first_part(state).items()}
         gathered, fitted = parts.pop("gathered", {}), parts.pop("fitted", {})
         warm = {name for name, readout in self.readouts.items() if readout.warm_start}
@@ -473,6 +471,13 @@ class Readouts:
             name: sum(x.numel() * x.element_size() for x in statistics.state_dict().values())
             for name, statistics in self.statistics.items()
         }
+
+
+def _by_cosine(name: str, weight: "Tensor") -> "CosineClassifier":
+    # Imported where the first classifier is made: the options alone need no torch.
+    from backends.torch.readouts.heads import CosineClassifier
+
+    return CosineClassifier(finite(name, weight))
 
 
 def finite(name: str, tensor: "Tensor") -> "Tensor":

@@ -28,7 +28,7 @@ class RidgeStatistics(TaskStatistics):
     dim : int
         Width D of the features.
     features : int
-        Number M of random features (RanPAC: 10 000).
+        Number M of random features, as `Ridge` has it.
     seed : int
         The projection P (D, M) is drawn from N(0, 1) with this seed, on the CPU.
 
@@ -41,7 +41,7 @@ class RidgeStatistics(TaskStatistics):
     (torch.Size([16, 16]), torch.Size([16, 2]))
     """
 
-    def __init__(self, dim: int, *, features: int = 1000, seed: int = 0) -> None:
+    def __init__(self, dim: int, *, features: int, seed: int = 0) -> None:
         if dim < 1 or features < 1:
             msg = f"dim and features must be at least 1, got {dim} and {features}"
             raise ValueError(msg)
@@ -64,11 +64,11 @@ class RidgeStatistics(TaskStatistics):
         device = features.device
         self.projection = self.projection.to(device)
         # Old tasks cannot be held out: only their sums are there.
-        held = _last_fifth(local)
-        gram, cross = self._sums(features[~held], local[~held], end - first)
-        if bool(held.any()):
-            self.strength = self._choose(gram, cross, features[held], local[held])
-            more = self._sums(features[held], local[held], end - first)
+        last = _last_fifth(local)
+        gram, cross = self._sums(features[~last], local[~last], end - first)
+        if bool(last.any()):
+            self.strength = self._choose(gram, cross, features[last], local[last])
+            more = self._sums(features[last], local[last], end - first)
             gram, cross = gram + more[0], cross + more[1]
         self.gram = self.gram.to(device) + gram
         self.cross = torch.cat([self.cross.to(device), cross], dim=1)
@@ -166,9 +166,9 @@ def solve_ridge(gram: Tensor, cross: Tensor, strength: float) -> Tensor:
 
 def _last_fifth(labels: Tensor) -> Tensor:
     """Mask of the last fifth of each class, at least one image where a class has two."""
-    held = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
+    last = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
     for label in sorted(set(labels.tolist())):
         rows = (labels == label).nonzero().flatten()
-        keep = len(rows) - max(len(rows) // 5, int(len(rows) > 1))
-        held[rows[keep:]] = True
-    return held
+        start = len(rows) - max(len(rows) // 5, int(len(rows) > 1))
+        last[rows[start:]] = True
+    return last

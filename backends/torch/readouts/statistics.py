@@ -199,10 +199,12 @@ class ClassStatistics(TaskStatistics):
     def finish(self, first: int, end: int) -> None:
         """Append the classes of the open task to the finished ones."""
         parts = [self._open[label] for label in range(first, end)]
+        # Finished classes follow the features, should the model have moved since the last task.
         device = parts[0][1].device
         count = torch.tensor([n for n, _, _ in parts], device=device)
         mean = torch.stack([m for _, m, _ in parts]).to(self.dtype)
         covariance = torch.stack([s / max(n - 1, 1) for n, _, s in parts]).to(self.dtype)
+        # Before the first task the width is not known, so there is nothing to append to.
         if first:
             count = torch.cat([self.count.to(device), count])
             mean = torch.cat([self.mean.to(device), mean])
