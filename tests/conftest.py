@@ -119,12 +119,6 @@ def copy(run: Path, tmp_path: Path) -> Path:
     return shutil.copytree(run, tmp_path / "copy")
 
 
-@pytest.fixture
-def no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs draw nothing, which takes longer than small ones train; test_run_folder looks at one."""
-    monkeypatch.setattr("training.train.accuracy_figure", lambda *_, **__: None)
-
-
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Folder with the recorded reference run and development data; absent for users."""

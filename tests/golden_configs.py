@@ -5,13 +5,15 @@
 OLD and NEW are checkouts. In both, ``--print_config`` is taken of every packaged configuration,
 of every one of the paper with every method, and of every variant of the packaged sweeps. The
 tables below say which settings have another name now, which are new, and which a component
-dropped because it never read them. Run by hand; exits with 1 if a difference has no explanation.
+dropped because it never read them. All differences are printed, those that these tables explain
+once each. Run by hand; exits with 1 if one has no explanation.
 """
 
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -137,8 +139,9 @@ def unread(key: str, old: Mapping[str, Any]) -> bool:
     return key == "overwrite"
 
 
-def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    """Differences that nothing explains."""
+def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[bool, str]]:
+    """Differences, and whether the tables explain them."""
+    yield from ((True, f"{key} is {RENAMED[key]}") for key in old if key in RENAMED)
     before = {RENAMED.get(key, key): value for key, value in old.items() if key != "method.options"}
     if before["method.gao"] is None:  # as the method is published
         before["method.gao"] = before["method.name"] == "loda"
@@ -148,13 +151,15 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
         before |= {"head.readout": own, "head.also": [x for x in asked if x != own]}
         before["train.epochs"] = 0
     for key, value in before.items():
-        if key not in new and not unread(key, before):
-            yield f"{key} is gone, was {value!r}"
-        elif key in new and new[key] != value:
-            yield f"{key} is {new[key]!r}, was {value!r}"
+        if key not in new:
+            explained = unread(key, before)
+            of = f" of {new['method.name']}" if key.startswith("method.") else ""
+            yield explained, f"{key}{of} is gone" + ("" if explained else f", was {value!r}")
+        elif new[key] != value:
+            yield False, f"{key} is {new[key]!r}, was {value!r}"
     for key, value in new.items():
-        if key not in before and not (key in ADDED and ADDED[key] == value):
-            yield f"{key} is new, {value!r}"
+        if key not in before:
+            yield key in ADDED and ADDED[key] == value, f"{key} is new, {value!r}"
 
 
 def main(old: str, new: str) -> int:
@@ -162,8 +167,12 @@ def main(old: str, new: str) -> int:
     before, after = (configurations(Path(path).resolve()) for path in (old, new))
     wrong = [f"{name}: only in {old}" for name in before if name not in after]
     wrong += [f"{name}: only in {new}" for name in after if name not in before]
+    counts: Counter[str] = Counter()
     for name in before.keys() & after.keys():
-        wrong += [f"{name}: {what}" for what in compare(before[name], after[name])]
+        for explained, what in compare(before[name], after[name]):
+            counts.update([what] if explained else [])
+            wrong += [] if explained else [f"{name}: {what}"]
+    print("\n".join(f"{what} ({counts[what]} configurations)" for what in sorted(counts)))
     print("\n".join(sorted(wrong)))
     print(f"{len(before)} configurations, {len(wrong)} differences without an explanation")
     return 1 if wrong else 0

@@ -164,13 +164,18 @@ def test_an_installed_package_names_its_own(tmp_path: Path) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shapes\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[loda.shapes_of_tests]\ntile = shapes_of_mine:Square\npoint = shapes_of_mine:Point\n"
+        "box:tile = shapes_of_mine:Square\n"
     )
     sys.path.insert(0, str(tmp_path))
-    assert REGISTRY.names() == ["square", "box", "point", "tile"]
+    assert REGISTRY.names() == ["square", "box", "box:tile", "point", "tile"]
     assert "shapes_of_mine" not in sys.modules  # a list of names imports nothing
     assert Shape("tile", {"side": 2}).build().area() == 4
     with pytest.raises(ValueError, match="area"):
         Shape("point")
+    # It goes before what the package makes of any name, and its code is not the package's.
+    assert Shape("box:tile").kind is Shape("tile").kind
+    assert not Shape("box:tile", trusted=False).is_known
+    assert Shape("box:blue", {"height": 1.0}, trusted=False).is_known
 
 
 def test_what_a_file_names_is_not_imported_unasked() -> None:

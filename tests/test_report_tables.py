@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +177,17 @@ def test_how_a_lead_moves_is_paired_by_seed(tmp_path: Path) -> None:
     expected = f"{(cifar - glyphs).mean():+.2f} [{low:+.2f}, {high:+.2f}] (3)".replace("-", "−")
     assert texts(lead)[0][-1] == expected
     assert lead.note.endswith("the lead with cifar_vit less that with glyphs, seed by seed.")
+
+
+def test_tables_load_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from training import cli\n"
+        f"cli.main(['report', {str(fake_run(tmp_path / 'a'))!r}])\n"
+        "heavy = ('torch', 'timm', 'sklearn', 'matplotlib')\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_labels_are_checked(tmp_path: Path) -> None:

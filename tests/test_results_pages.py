@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from training.report import Report, find_runs
+from training.report.runs import Run
 from training.report.tables import (
     Table,
     lead_texts,
@@ -35,6 +36,11 @@ def recorded(*names: str) -> list[Path]:
 @cache
 def report() -> Report:
     return Report.over(recorded(*COMPARED))
+
+
+@cache
+def runs(name: str) -> list[Run]:
+    return find_runs(recorded(name)).runs
 
 
 def body(table: Table) -> str:
@@ -89,7 +95,7 @@ def test_what_a_control_changes_of_its_own_method() -> None:
 
 
 def test_the_energy_ratios_are_those_of_the_analysis() -> None:
-    (run,) = find_runs(recorded(INSIDE)).runs
+    (run,) = runs(INSIDE)
     by_subspace = pd.DataFrame(run.energies).groupby("subspace")
     for name in ("null", "isolated"):
         ratios = by_subspace.get_group(name)["ratio"]
@@ -99,7 +105,7 @@ def test_the_energy_ratios_are_those_of_the_analysis() -> None:
 
 
 def test_records_name_no_path_of_a_machine() -> None:
-    for run in find_runs(recorded(*COMPARED, INSIDE, TRIALS)).runs:
+    for run in [*report().inventory.runs, *runs(INSIDE), *runs(TRIALS)]:
         data, backbone = run.experiment.data.options, run.experiment.backbone.options
         assert data["root"] == "caltech101"
         assert backbone.get("weights") in (None, "vit_cifar10.safetensors")
@@ -108,7 +114,7 @@ def test_records_name_no_path_of_a_machine() -> None:
 
 def test_rates_on_cifar_vit_are_the_best_of_equal_trials() -> None:
     last: dict[str, dict[float, float]] = {}
-    for run in find_runs(recorded(TRIALS)).runs:
+    for run in runs(TRIALS):
         assert run.experiment.data.validation == 0.2  # the test images were not opened
         rates = last.setdefault(run.experiment.method.name, {})
         rates[run.experiment.train.lr] = 100 * run.matrices["alignment"].last

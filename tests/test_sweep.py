@@ -140,6 +140,14 @@ def test_every_variant_runs_with_every_seed(tmp_path: Path) -> None:
     assert {j.experiment.method.options["rank"] for j in jobs} == {4}
 
 
+def test_options_on_the_command_line_are_for_the_methods_that_have_them(tmp_path: Path) -> None:
+    sweep = Sweep({"loda": {}, "frozen": {"method.name": "frozen"}}, [0])
+    loda, frozen = plan(sweep, tmp_path, ["--method.rank", "4", "--method.gao=false"])
+    assert (loda.experiment.method.options["rank"], frozen.experiment.method.options) == (4, {})
+    with pytest.raises(ValueError, match="rnak"):
+        plan(sweep, tmp_path, ["--method.rnak=4"])
+
+
 def test_a_part_of_the_variants_can_be_chosen(tmp_path: Path) -> None:
     jobs = plan(SWEEP, tmp_path, only=["plain"])
     assert [job.name for job in jobs] == ["plain, seed 3", "plain, seed 4"]

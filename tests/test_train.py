@@ -18,9 +18,22 @@ from PIL import Image
 from run_contents import events, same_model, same_tensors, untimed
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file, save_file
-from small_runs import KEPT, READOUTS, changed, finished, flags, plain, squares, tiny, tree
+from small_runs import (
+    KEPT,
+    READOUTS,
+    changed,
+    finished,
+    flags,
+    plain,
+    small_vit,
+    squares,
+    tiny,
+    tree,
+)
 from torch import nn
+from torch.nn import functional
 
+from backends.torch.readouts import Alignment, ClassStatistics, align_heads
 from training.analysis.predict import evaluate_run
 from training.checkpoint import Checkpoints, StopSignals, newest_checkpoint
 from training.config import CheckpointConfig, Experiment, TrainConfig, read_experiment
@@ -28,6 +41,7 @@ from training.data import ImageSet
 from training.methods import METHODS
 from training.metrics import AccuracyMatrix
 from training.run_dir import read_json, task_folder
+from training.seeds import derive
 from training.train import Run, learning_rate, prepare, resume, run_to_end, save_in_task, train
 
 NAMES = sorted(METHODS.paths)
@@ -260,6 +274,51 @@ def test_head_starts_differ(tmp_path: Path, root: Path) -> None:
         last.append(read_json(folder / "summary.json")["readouts"]["heads"]["last"])
     # Class means of untrained features tell these colours apart; random directions do not.
     assert last[1] > 0.8 > last[0]
+
+
+def test_the_logged_loss_has_scale_and_margin(tmp_path: Path, root: Path) -> None:
+    settings: dict[str, Any] = {
+        "method": {"name": "frozen"},
+        "data": {"train_crop": "none", "flip": False, "tasks": 1},
+        "train": {"epochs": 1, "lr": 1e-12},
+        "keep": {"heads": True},
+    }
+    scale, margin = 7.0, 0.3
+    run = train(
+        tiny(root, tmp_path / "run", head={"scale": scale, "margin": margin}, **settings),
+        quiet=True,
+    )
+    ((_, weight),) = load_file(task_folder(run, 1) / "heads.safetensors").items()
+    model, losses = small_vit().eval(), []
+    model.load_state_dict(load_file(run / "model.safetensors"))
+    for label, name in enumerate(read_json(run / "classes.json")["class_names"][: len(weight)]):
+        for path in sorted((root / "train" / name).iterdir()):
+            pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) / 255
+            with torch.no_grad():
+                feature = model(pixels[None])[0]
+            cosines = functional.cosine_similarity(feature[None], weight, dim=1)
+            cosines[label] -= margin
+            losses.append(functional.cross_entropy(scale * cosines, torch.tensor(label)))
+    (epoch,) = (event for event in events(run) if event["event"] == "epoch")
+    assert epoch["loss"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)
+
+
+def test_alignment_follows_its_settings_from_task_to_task(tmp_path: Path, root: Path) -> None:
+    own = {"epochs": 2, "temperature": 0.7, "lr": 0.05, "covariance": 0.02}
+    head = {"readout": "alignment", "alignment": own}
+    keep = {"heads": True, "statistics": True}
+    run = train(tiny(root, tmp_path / "run", head=head, keep=keep), quiet=True)
+    aligned = torch.empty(0, 16)
+    for task in range(3):
+        folder = task_folder(run, task + 1)
+        start = torch.cat(list(load_file(folder / "heads.safetensors").values()))
+        start[: len(aligned)] = aligned  # old classes start where the last alignment left them
+        statistics = ClassStatistics()
+        statistics.load_state_dict(load_file(folder / "statistics.safetensors"))
+        generator = torch.Generator().manual_seed(derive(1993, task, "alignment"))
+        aligned = align_heads(statistics, Alignment(**own), generator=generator, weight=start)  # type: ignore[arg-type]
+    stored = load_file(run / "readouts.safetensors")["alignment/weight"]
+    torch.testing.assert_close(stored, aligned)
 
 
 def test_low_precision_and_full_precision_run_in_one_process(tmp_path: Path, root: Path) -> None:

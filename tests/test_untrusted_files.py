@@ -417,7 +417,10 @@ def spoilt(draw: st.DrawFn, path: Path) -> bytes:
         return draw(strange_tensors(content))
     if path.suffix == ".jsonl":
         lines = [json.loads(line) for line in content.splitlines()]
-        return b"\n".join(json.dumps(x).encode() for x in draw(mangled(lines)) or [])
+        lines = draw(mangled(lines))
+        return b"\n".join(
+            json.dumps(x).encode() for x in (lines if isinstance(lines, list) else [lines])
+        )
     if path.suffix == ".yaml":
         return json.dumps(draw(mangled(yaml.safe_load(content)))).encode()  # JSON is YAML
     return json.dumps(draw(mangled(json.loads(content)))).encode()

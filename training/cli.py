@@ -342,11 +342,11 @@ def _add_bundle(commands: "Commands[argparse.ArgumentParser]") -> None:
 def _bundle(arguments: argparse.Namespace) -> None:
     from training.report import find_runs, write_bundle
 
-    found = find_runs(arguments.runs)
-    _say(*(f"loda bundle: left out, not finished: {path}" for path in found.unfinished))
-    _say(*(f"loda bundle: left out: {path}: {why}" for path, why in found.unreadable.items()))
-    written = write_bundle(found.runs, arguments.out, overwrite=arguments.overwrite)
-    print(f"bundle of {len(found.runs)} runs: {written}")
+    inventory = find_runs(arguments.runs)
+    _say(*(f"loda bundle: left out, not finished: {path}" for path in inventory.unfinished))
+    _say(*(f"loda bundle: left out: {path}: {why}" for path, why in inventory.unreadable.items()))
+    written = write_bundle(inventory.runs, arguments.out, overwrite=arguments.overwrite)
+    print(f"bundle of {len(inventory.runs)} runs: {written}")
 
 
 def _add_analyse(commands: "Commands[argparse.ArgumentParser]") -> None:

@@ -62,7 +62,10 @@ class Registry:
 
     def is_packaged(self, name: str) -> bool:
         """Whether a name stands for a class of this package: its code is ours."""
-        return name in self.paths or (not is_import_path(name) and self.other(name) is not None)
+        if name in self.paths:
+            return True
+        ours = self.other(name) is not None and not is_import_path(name)
+        return ours and name not in self.names()
 
     def require_known(self, name: str, section: str, *, trusted: bool) -> None:
         """Refuse to import a class of another package that only a file of a run names.

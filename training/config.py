@@ -19,6 +19,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -456,7 +457,7 @@ def parser(*, exit_on_error: bool = True) -> jsonargparse.ArgumentParser:
     exit_on_error : bool
         Print an error and leave with status 2; otherwise raise argparse.ArgumentError.
     """
-    return _parser(_DEFAULTS, exit_on_error=exit_on_error)
+    return _parser(*_DEFAULTS.key(), exit_on_error=exit_on_error)
 
 
 @contextmanager
@@ -557,6 +558,10 @@ class _Choice(NamedTuple):
         own = getattr(METHODS.find(self.components["method"]), "readout", None)
         return list(dict.fromkeys([*([own] if own else []), self.readout, *self.also]))
 
+    def key(self) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
+        """What the parser depends on."""
+        return tuple(self.components.items()), tuple(self.readouts())
+
     def named(self) -> set[str]:
         """All names."""
         return {*self.components.values(), self.readout, *self.also}
@@ -598,9 +603,9 @@ def _named_on(argv: Sequence[str]) -> _Sections:
     )
     for name in (*(f"{section}.name" for section in _COMPONENTS), "head.readout", "head.also"):
         finder.add_argument(f"--{name}", nargs="?")
-    found = vars(finder.parse_known_args(argv)[0])
+    values = vars(finder.parse_known_args(argv)[0])
     # A value that is missing is reported by the parser.
-    named = {key: value for key, value in found.items() if value is not None}
+    named = {key: value for key, value in values.items() if value is not None}
     if "head.also" in named:
         with suppress(yaml.YAMLError):
             named["head.also"] = yaml.safe_load(named["head.also"])
@@ -653,39 +658,65 @@ def _experiment(
         choices.append(_choice(layer, choices[-1]))
     chosen, arguments = choices[-1], list[str]()
     for layer, choice in zip(layers, choices[1:], strict=True):
+        others = _options_of_others(choice, chosen)
         if isinstance(layer, list):
-            arguments += layer
+            arguments += _arguments_without(layer, others)
         else:
-            arguments.append(f"--config={_yaml(_without_others(layer, choice, chosen))}")
+            arguments.append(f"--config={_yaml(_sections_without(layer, others))}")
     try:
-        values = _parser(chosen).parse_args(arguments).as_dict()
+        values = _parser(*chosen.key()).parse_args(arguments).as_dict()
     except (argparse.ArgumentError, OverflowError) as error:
         raise ValueError(str(error)) from error
     return _built(values, chosen, aside or {})
 
 
-def _without_others(layer: _Sections, choice: _Choice, chosen: _Choice) -> _Sections:
-    """What a layer says, without options that only components have that are not chosen any more.
+def _options_of_others(choice: _Choice, chosen: _Choice) -> dict[str, set[str]]:
+    """Options by section that only components have that are not chosen any more.
 
-    What neither these nor the chosen ones have stays, for the parser to refuse.
+    What neither these nor the chosen ones have is not among them, for the parser to refuse.
     """
-    result = dict(layer)
     others = {
         section: set(kind.registry.options(choice.components[section]))
         - set(kind.registry.options(chosen.components[section]))
         for section, kind in _COMPONENTS.items()
-        if section in layer and choice.components[section] != chosen.components[section]
+        if choice.components[section] != chosen.components[section]
     }
-    if "head" in layer:
-        others["head"] = {*map(_last, choice.readouts())} - {*map(_last, chosen.readouts())}
+    others["head"] = {*map(_last, choice.readouts())} - {*map(_last, chosen.readouts())}
+    return others
+
+
+def _sections_without(layer: _Sections, others: Mapping[str, set[str]]) -> _Sections:
+    """A layer without some options, given by section."""
+    result = dict(layer)
     for section, names in others.items():
-        own = layer[section]
-        result[section] = {k: v for k, v in own.items() if k.partition(".")[0] not in names}
+        if section in layer:
+            own = layer[section]
+            result[section] = {k: v for k, v in own.items() if k.partition(".")[0] not in names}
     return result
 
 
-def _parser(choice: _Choice, *, exit_on_error: bool = False) -> jsonargparse.ArgumentParser:
-    """A parser with exactly the options of the chosen components."""
+def _arguments_without(argv: Sequence[str], others: Mapping[str, set[str]]) -> list[str]:
+    """A command line without some options, as one of a sweep is for several methods."""
+    result: list[str] = []
+    left_out = False
+    for argument in argv:
+        if argument.startswith("--"):  # else it is the value of the one before
+            section, _, option = argument.removeprefix("--").partition("=")[0].partition(".")
+            left_out = option.partition(".")[0] in others.get(section, set())
+        if not left_out:
+            result.append(argument)
+    return result
+
+
+# A report reads hundreds of experiments that choose alike, and to build the parser takes longest.
+@lru_cache(maxsize=32)
+def _parser(
+    components: tuple[tuple[str, str], ...],
+    readouts: tuple[str, ...],
+    *,
+    exit_on_error: bool = False,
+) -> jsonargparse.ArgumentParser:
+    """A parser with exactly the options of the chosen components, by section, and read-outs."""
     result = jsonargparse.ArgumentParser(
         prog="loda train",
         description="Train one class-incremental experiment and write its run folder, or go on "
@@ -703,8 +734,8 @@ def _parser(choice: _Choice, *, exit_on_error: bool = False) -> jsonargparse.Arg
         help=f"A YAML file, or the name of a packaged configuration: {packaged}",
     )
     result.add_class_arguments(Experiment, as_group=False, skip={*_COMPONENTS, *_PLAIN, "head"})
-    for section, kind in _COMPONENTS.items():
-        name, registry = choice.components[section], kind.registry
+    for section, name in components:
+        kind, registry = _COMPONENTS[section], _COMPONENTS[section].registry
         group = result.add_argument_group(
             f"{section}: {summary(kind)}", f"{name}: {summary(registry.find(name))}"
         )
@@ -715,7 +746,7 @@ def _parser(choice: _Choice, *, exit_on_error: bool = False) -> jsonargparse.Arg
         group.add_class_arguments(plain, section, as_group=False)
     group = result.add_argument_group(f"head: {summary(HeadConfig)}")
     group.add_class_arguments(HeadConfig, "head", as_group=False, skip={"options", "trusted"})
-    for name in choice.readouts():
+    for name in readouts:
         READOUTS.add_options(group, name, f"head.{_last(name)}")
     return result
 

@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
-
 # Each use of randomness has a stream of its own, so that switching one part off (a pass over the
 # data, a read-out) does not shift the draws of another. The place in the list is part of the seed.
 _PURPOSES = (
@@ -37,6 +35,8 @@ def derive(seed: int, task: int, purpose: str) -> int:
     >>> derive(1993, 0, "head") == derive(1993, 1, "head")
     False
     """
+    import numpy as np
+
     sequence = np.random.SeedSequence((seed, task, _PURPOSES.index(purpose)))
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 

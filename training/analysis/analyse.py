@@ -90,11 +90,13 @@ def analyse(
     why = {part: f"was trained without {lacking}" for part, lacking in lacks.items() if lacking}
     if "losses" in parts and settings.branches == "isolated":
         why["losses"] = "has no general branch after its first task: no direction to follow"
+    # One part that cannot be computed does not keep the other from being written.
     notes = [f"{part} left out: {path} {reason}" for part, reason in why.items()]
     if len(notes) == len(parts):
         raise (FileNotFoundError if all(lacks.values()) else ValueError)("; ".join(notes))
     file = path / ANALYSIS
     content: dict[str, Any] = dict.fromkeys(PARTS)
+    # Losses take long: those of other tasks are not computed again.
     earlier = read_json(file) if file.is_file() else content
     with readable(file):
         content = {part: earlier[part] for part in PARTS}

@@ -150,6 +150,7 @@ def task_updates(
     ValueError
         If they are damaged or not those of the model.
     """
+    # A run saves no earlier weights, only the last ones and what each task added to them.
     now: Tensors = {}
     for task in range(tasks, 0, -1):
         layers = read_task(path, task, "branches")
@@ -173,6 +174,7 @@ def _layer_update(settings: LoDASettings, layer: Layer) -> Tensors:
     products = {name: ups[name] @ downs[name] for name in branches}
     update = {"general": products["general"]} if "general" in products else {}
     coefficients = tensors.get("coefficients")
+    # A joint Λ mixes the branches: there is no recalibrated general branch by itself.
     if coefficients is not None and settings.joint:
         up, down = torch.cat(list(ups.values()), dim=1), torch.cat(list(downs.values()))
         return {**update, "whole": up @ coefficients @ down}
@@ -242,6 +244,7 @@ def _measure(
             count = int(rows.sum())
             if count:
                 counts[age] += count
+                # To move the weights costs less than to decode and load the images once more.
                 for point in line.points(steps):
                     with accelerator.autocast(), torch.no_grad():
                         features = line.model(pixels[rows])

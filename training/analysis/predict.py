@@ -206,6 +206,7 @@ def load(
     with readable(folder / READOUTS):
         readouts = {x.name: x.load(nested(tensors, x.name)) for x in wanted}
         for name, readout in readouts.items():
+            # Only a try says whether tensors fit the features and the classes.
             count = readout.logits(torch.ones(1, backbone.features)).shape[1]
             if count != len(classes):
                 msg = f"the read-out {name!r} has {count} classes, {CLASSES} has {len(classes)}"
@@ -293,6 +294,7 @@ def set_up(
     if (stream.class_names, stream.order) != read_classes(folder):
         msg = f"the data set has other classes now than when {folder} was trained"
         raise ValueError(msg)
+    # Nothing is logged, so the tracker of the run need not be installed.
     return stream, make_accelerator(replace(experiment, tracker=None))
 
 

@@ -121,6 +121,7 @@ def saved_tasks(
             if not given or given != expected:
                 msg = f"moments must be of the layers {sorted(expected)}, got {sorted(given)}"
                 raise ValueError(msg)
+            # Its own moments enter the history of the tasks after it.
             yield SavedTask(number, layers, dict(history))
             for name, layer in layers.items():
                 moments = [layer[passes[through]] for through in settings.passes()]

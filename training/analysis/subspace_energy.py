@@ -55,6 +55,7 @@ def subspace_energies(path: Path, *, allow: Sequence[str] = ()) -> list[dict[str
     tasks = []
     for task in saved_tasks(path, settings, branches=True):
         layers = {}
+        # The order of the layers in the figures; on the first task there is no history.
         for name, history in sorted(task.history.items(), key=lambda item: natural(item[0])):
             layer = task.layers[name]
             with readable(task_file(path, task.number, "branches"), name):

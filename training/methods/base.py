@@ -32,7 +32,7 @@ METHODS = Registry(
         "inflora": "training.methods.inflora.InfLoRA",
         "sd_lora": "training.methods.sd_lora.SDLoRA",
     },
-    requires=("start", "begin_task", "parameters", "step", "end_task", "state_dict"),
+    requires=("start", "begin_task", "parameters", "step", "end_task", "load_state_dict"),
     group="loda.methods",
 )
 

@@ -258,8 +258,8 @@ class FoldedLayers:
 
     def parameters(self, branches: Iterable[str]) -> "list[nn.Parameter]":
         """A and B of the named branches, in every layer."""
-        found = [layer.branch(b) for layer in self.layers.values() for b in branches]
-        return [p for branch in found for p in (branch.down, branch.up)]
+        chosen = [layer.branch(name) for layer in self.layers.values() for name in branches]
+        return [p for branch in chosen for p in (branch.down, branch.up)]
 
     def state_dict(self) -> "dict[str, Tensor]":
         """The branches and the weights without them, by layer, and whether a task is open."""

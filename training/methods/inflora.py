@@ -91,8 +91,8 @@ class InfLoRA(TaskBranches):
     def _moments(self, batches: Iterable[Any]) -> "dict[str, Tensor]":
         from backends.torch import collect_moments
 
-        found = collect_moments(self.model, batches, self.target, reduce=self.context.reduce)
-        return {name: moments.mean for name, moments in found.items()}
+        layers = collect_moments(self.model, batches, self.target, reduce=self.context.reduce)
+        return {name: moments.mean for name, moments in layers.items()}
 
     def _memory(self, name: str, moment: "Tensor") -> "GradientMemory":
         return self.memories.get(name) or GradientMemory.empty(moment)

@@ -111,10 +111,10 @@ def side_drawings(sections: Sequence[Section], against: str | None = None) -> It
         series = {}
         for name, section in columns.items():
             first = reference(section, against)
-            found = leads(of_readout(section.measures, kind), first, "last")
-            found = found.loc[[label for label in shared if label in found.index]]
-            if len(found):
-                series[f"{name} ({first})"] = found
+            ahead = leads(of_readout(section.measures, kind), first, "last")
+            ahead = ahead.loc[[label for label in shared if label in ahead.index]]
+            if len(ahead):
+                series[f"{name} ({first})"] = ahead
         if len(series) > 1:
             yield _leads_drawing(
                 f"side-by-side {part}",
@@ -160,14 +160,14 @@ def _curves(section: Section, rows: pd.DataFrame, column: str) -> dict[str, list
 
 def _lead(section: Section, first: str | None) -> Iterator[Drawing]:
     kind = section.readouts[0]
-    found = leads(of_readout(section.measures, kind), first, "last")
-    if first is not None and len(found):
+    ahead = leads(of_readout(section.measures, kind), first, "last")
+    if first is not None and len(ahead):
         yield _leads_drawing(
             "lead",
             f"Lead of {first}, read-out {kind}",
             f"Last accuracy of {first} minus that of the method beside the line, paired over "
             "seeds: mean, and 95 % interval of Student's t.",
-            {first: found},
+            {first: ahead},
         )
 
 
@@ -175,12 +175,12 @@ def _leads_drawing(
     name: str, title: str, caption: str, series: Mapping[str, pd.DataFrame]
 ) -> Drawing:
     points = {
-        name: {label: Interval(*row[:3]) for label, *row in found.itertuples()}
-        for name, found in series.items()
+        name: {label: Interval(*row[:3]) for label, *row in ahead.itertuples()}
+        for name, ahead in series.items()
     }
     words = [
-        f"{name} over " + ", ".join(map(" ".join, zip(found.index, lead_texts(found), strict=True)))
-        for name, found in series.items()
+        f"{name} over " + ", ".join(map(" ".join, zip(ahead.index, lead_texts(ahead), strict=True)))
+        for name, ahead in series.items()
     ]
     draw = partial(interval_figure, points, x="lead, last accuracy (points)")
     return Drawing(name, title, caption, f"Points with intervals. {'; '.join(words)}.", draw)
@@ -346,9 +346,9 @@ def _by_layer(energies: pd.DataFrame, subspace: str, measure: str, label: str, s
     """A measure of a subspace over the layers: median over tasks and seeds, smallest to largest."""
     places = {layer: place for place, layer in enumerate(energies["layer"].unique(), 1)}
     rows = energies[energies["subspace"] == subspace].dropna(subset=measure)
-    found = rows.groupby("layer", sort=False)[measure].agg(["median", "min", "max"])
-    x = [places[layer] for layer in found.index]
-    centre, low, high = (found[name].tolist() for name in ("median", "min", "max"))
+    spread = rows.groupby("layer", sort=False)[measure].agg(["median", "min", "max"])
+    x = [places[layer] for layer in spread.index]
+    centre, low, high = (spread[name].tolist() for name in ("median", "min", "max"))
     return Curve(label, x, centre, low, high, style)
 
 
@@ -362,17 +362,17 @@ def _losses(label: str, number: int, rows: pd.DataFrame) -> Drawing:
     # Runs that were analysed at other steps cannot be averaged with the first one.
     steps = rows["steps"].iloc[0]
     alike = rows[[own == steps for own in rows["steps"]]]
-    missing = (len(rows) - len(alike)) // 4  # a run has four curves
+    missing = (len(rows) - len(alike)) // 4  # a run has four rows: own or seen, old or new
     left_out = f" Left out: {missing} analysed at other steps." if missing else ""
     panels = []
     for among, title in _AMONG.items():
-        found = {
+        by_age = {
             age: alike[(alike["among"] == among) & (alike["age"] == age)] for age in ("old", "new")
         }
-        seeds = {"old tasks": [*found["old"]["losses"]], "new task": [*found["new"]["losses"]]}
+        seeds = {"old tasks": [*by_age["old"]["losses"]], "new task": [*by_age["new"]["losses"]]}
         curves = [curve._replace(x=steps) for curve in spread_curves(seeds)]
         for style, (mark, words) in enumerate(_MARKS.items(), 2):
-            for own in (found["old"], found["new"]):
+            for own in (by_age["old"], by_age["new"]):
                 points = [marks[mark] for marks in own["marks"] if mark in marks]
                 if points:
                     x, y = ([fmean(values)] for values in zip(*points, strict=True))

@@ -8,7 +8,7 @@ a run as JSON.
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from math import isfinite, nan
@@ -107,6 +107,7 @@ class Run:
             (ENVIRONMENT, lambda: self.weights),
             (METRICS, lambda: self.costs),
             (ANALYSIS, lambda: (self.energies, self.losses)),
+            # Last: the rows also hold what the other files say.
             (SUMMARY, lambda: [*self.readout_rows()]),
         ):
             with readable(self.path / file):
@@ -121,6 +122,7 @@ class Run:
     def matrices(self) -> dict[str, AccuracyMatrix]:
         """Accuracies by read-out; heads that were never trained are not one, unless asked for."""
         counts, head = self.content["summary"]["counts"], self.experiment.head
+        # Without an epoch the heads are as random as they began.
         if self.experiment.train.epochs == 0 and head.readout != "heads":
             counts = {kind: record for kind, record in counts.items() if kind != "heads"}
         matrices = {kind: AccuracyMatrix.from_dict(record) for kind, record in counts.items()}
@@ -133,6 +135,7 @@ class Run:
     def readout(self) -> str:
         """Its primary read-out."""
         kind = self.experiment.head.readout
+        # A class of somebody's own has another name there; results begin with the primary one.
         return kind if kind in self.matrices else next(iter(self.matrices))
 
     @property
@@ -221,10 +224,10 @@ class Run:
     def energies(self) -> list[dict[str, Any]]:
         """Its analysis of subspaces: a row a task, layer and subspace; NaN for no ratio."""
         return [
-            {"layer": layer, "subspace": name, **{key: _number(found[key]) for key in _ENERGIES}}
+            {"layer": layer, "subspace": name, **{key: _number(measured[key]) for key in _ENERGIES}}
             for task in self.content["analysis"].get("subspaces") or []
             for layer, subspaces in task["layers"].items()
-            for name, found in subspaces.items()
+            for name, measured in subspaces.items()
         ]
 
     @cached_property
@@ -478,17 +481,21 @@ def read_bundle(path: Path, name: str = "") -> Iterator[Run]:
     if version != _VERSION:
         msg = f"{path} is a bundle of version {version}, and this loda reads version {_VERSION}"
         raise ValueError(msg)
-    places = set()
+    places, experiments = set(), dict[str, Experiment]()
     for number, line in enumerate(lines, 2):
         if not line:
             continue
         with readable(path, f"line {number}"):
             record = json.loads(line)
+            # Parsing settings takes most of the time: it is done once for all seeds.
+            seed, key = record["config"]["seed"], _key(record["config"] | {"seed": 0})
+            if key not in experiments:
+                experiments[key] = experiment_from(record["config"], "config")
             run = Run(
                 path / record["run"],
                 name or str(record["name"]),
                 {str(title): list(names) for title, names in record["groups"].items()},
-                experiment_from(record["config"], "config"),
+                replace(experiments[key], seed=seed),
                 {part: record[part] for part in (*_FILES, "log")},
             )
             if run.path in places:
@@ -878,7 +885,7 @@ def _distinct(names: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> li
         differing = [k for k in own if any(k in other and other[k] != own[k] for other in rivals)]
         extra = ", ".join(f"{key} {own[key]}" for key in differing)
         labels.append(f"{name} ({extra})" if extra else name)
-    # A given name may be that of a method with the same settings.
+    # A name that the user gave may be that of a method, with the same settings.
     return [
         label if labels.count(label) == 1 else f"{label} [{number}]"
         for number, label in enumerate(labels, 1)

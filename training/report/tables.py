@@ -165,6 +165,7 @@ def accuracy_table(section: Section, kind: str) -> Table:
     )
     by_group = measures[complete].groupby("group", sort=False)
     mean, deviation = by_group[[*METRICS]].mean(), by_group[[*METRICS]].std()
+    # Ranked as they are shown: what looks equal is equally bold.
     several = by_group["tasks"].first() > 1
     rivals = mean[several | ~several.any()].map(lambda x: round(x, 2))
     best = rivals.max()
@@ -189,7 +190,7 @@ def lead_table(section: Section, kind: str, against: str) -> Table:
     measures = of_readout(section.measures, kind)
     by_metric = {name: leads(measures, against, name) for name in METRICS}
     labels = by_metric["last"].index
-    pairs = pd.DataFrame({name: found["pairs"] for name, found in by_metric.items()})
+    pairs = pd.DataFrame({name: ahead["pairs"] for name, ahead in by_metric.items()})
     counts = [dict.fromkeys((x.min(), x.max())) for _, x in pairs.loc[labels].iterrows()]
     cells = pd.DataFrame(
         {
@@ -283,9 +284,9 @@ def _side_leads(
         name: differences(of_readout(section.measures, kind), chosen[name], "last")
         for name, section in columns.items()
     }
-    found = {name: intervals(gain) for name, gain in gains.items()}
+    by_column = {name: intervals(gain) for name, gain in gains.items()}
     labels = in_two(section.groups for section in columns.values())
-    labels = [label for label in labels if any(label in x.index for x in found.values())]
+    labels = [label for label in labels if any(label in x.index for x in by_column.values())]
     if not labels:
         return
     names = list(dict.fromkeys(name for name in chosen.values() if name is not None))
@@ -299,12 +300,12 @@ def _side_leads(
         one, other = gains.values()
         change = intervals(other - one)
         if any(label in change.index for label in labels):
-            found["change"] = change
+            by_column["change"] = change
             note += (
                 f" Change: the lead with {headers[1]} less that with {headers[0]}, seed by seed."
             )
             headers.append("change")
-    texts = [lead_texts(x.reindex(labels), pairs=True) for x in found.values()]
+    texts = [lead_texts(x.reindex(labels), pairs=True) for x in by_column.values()]
     cells = pd.DataFrame(
         dict(zip(headers, texts, strict=True)), index=pd.Index(labels, name="over")
     )
@@ -373,6 +374,7 @@ def differences(measures: pd.DataFrame, against: str | None, column: str) -> pd.
     values = measures.pivot(index=["seed", "order"], columns="group", values=column)
     if against not in values:
         return pd.DataFrame()
+    # A pivot sorts its columns; those of a report are in the order of its groups.
     others = [label for label in dict.fromkeys(measures["group"]) if label != against]
     return values[others].rsub(values[against], axis=0)
 
