@@ -70,7 +70,7 @@ def gradient_aligned_step(
     permutation : Tensor, shape (k,)
         The classes present, in random order; the first ``max(1, k // 2)`` form half 1.
     backward : callable, optional
-        Replaces ``Tensor.backward`` (``accelerator.backward``, say).
+        Replaces ``Tensor.backward``; ``accelerator.backward``, for example.
     skip_nonfinite : bool, default False
         Check each gradient (one read of the device a step) and take no step with one that is not
         finite, that of the shift included; the parameters are then put back bit for bit.

@@ -54,10 +54,10 @@ def find_layers(model: nn.Module, target: Target = TIMM_QKV) -> dict[str, nn.Lin
             linears[name] = module
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in linears):
-            there = ", ".join(linears) or "none"
+            names = ", ".join(linears) or "none"
             if isinstance(model, (nn.Linear, LoRALinear)):
-                there = "only the model itself; put it inside another module, nn.Sequential say"
-            msg = f"pattern {pattern!r} matches no linear layer; linear layers here: {there}"
+                names = "only the model itself; put it inside another module, such as nn.Sequential"
+            msg = f"pattern {pattern!r} matches no linear layer; linear layers here: {names}"
             raise ValueError(msg)
     return {
         name: module

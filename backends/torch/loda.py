@@ -395,8 +395,8 @@ class LoDA:
         named = list(model.named_parameters(remove_duplicate=False))
         for pattern in self.trainable:
             if not any(fnmatchcase(name, pattern) for name, _ in named):
-                there = ", ".join(name for name, _ in named)
-                msg = f"trainable pattern {pattern!r} matches no parameter; parameters: {there}"
+                names = ", ".join(name for name, _ in named)
+                msg = f"trainable pattern {pattern!r} matches no parameter; parameters: {names}"
                 raise ValueError(msg)
         required_grad = {parameter: parameter.requires_grad for _, parameter in named}
         layers = adapt(model, target)

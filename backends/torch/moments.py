@@ -88,8 +88,8 @@ class HalvingCollector(MomentCollector):
     Parameters
     ----------
     model : nn.Module
-        Called on batches of images; images count up over all batches, and those of odd number
-        form the first half.
+        Called on batches of images. They are numbered from 1 over all batches, and those of odd
+        number form the first half.
     target : str or sequence of str
         Patterns over module names. The layers' inputs have the images along their first axis,
         each once, or several times in a row (windows of an image).
@@ -199,7 +199,7 @@ def collect_moments(
         ``forward(model, batch)``.
     reduce : callable, optional
         Sums tensors over the processes that share the batches (:func:`sum_over_processes`). Each
-        walks its own; one that has none takes part all the same.
+        process walks batches of its own; one without any takes part as well.
 
     Returns
     -------

@@ -115,7 +115,7 @@ class LoDASettings:
                 msg = f"{name} must be finite and at least 0, got {getattr(self, name)!r}"
                 raise ValueError(msg)
         if self.down_scale == 0:
-            msg = "down_scale must be above 0, got 0: the branches would stay closed"
+            msg = "down_scale must be above 0, got 0; the branches would learn nothing"
             raise ValueError(msg)
         if self.history_weight != "mean" and not _is_weight(self.history_weight):
             msg = f"history_weight must be 'mean' or at least 0, got {self.history_weight!r}"

@@ -22,7 +22,7 @@ from loda_math import (
     update_effect,
 )
 
-_LARGE = 256  # width from which a layer of a processor is solved by itself
+_LARGE = 256  # width from which a layer on a CPU is solved by itself
 
 Bases = dict[str, dict[str, Tensor]]
 """Orthonormal basis (D, r) by layer and branch."""
@@ -252,7 +252,7 @@ def _rule(
 
 
 def _calls(moments: Mapping[str, Tensor]) -> list[list[str]]:
-    """Layers that are solved in one call: large ones of a processor by themselves.
+    """Layers that are solved in one call; large ones on a CPU are solved one by one.
 
     A stack of them would overflow its caches: twelve of width 768 take a quarter longer at once.
     """

@@ -36,7 +36,7 @@ class TaskStatistics(ABC):
 
     @abstractmethod
     def gather(self, features: Tensor, labels: Tensor) -> None:
-        """Take up a sound batch (N, D) of the open task; labels (N,) on the features' device."""
+        """Add a checked batch (N, D) of the open task; labels (N,) on the features' device."""
 
     @abstractmethod
     def finish(self, first: int, end: int) -> None:
