@@ -34,7 +34,6 @@ from training.config import (
     keeps_nothing,
     load_experiment,
     packaged_configs,
-    parser,
     read_experiment,
     read_yaml,
     resolve_config,
@@ -258,11 +257,6 @@ def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None
     assert "--method.penalty PENALTY Weight λ₁" in shown
     assert "--head.ridge.features" in shown
     assert "--method.gamma" not in shown
-
-
-def test_the_parser_can_raise_instead_of_leaving() -> None:
-    with pytest.raises(Exception, match="seed"):
-        parser(exit_on_error=False).parse_args(["--seed=x"])
 
 
 # Components
