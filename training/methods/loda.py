@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from backends.torch.settings import LoDASettings
 from training.components import check
 from training.methods.base import Context, Method, look_ahead
-from training.seeds import derive
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -87,8 +86,6 @@ class LoDAMethod(Method):
     def _random_bases(self) -> "dict[str, dict[str, Tensor]] | None":
         if self.directions == "solved":
             return None
-        import torch
-
         from backends.torch import find_layers, random_bases
 
         tasks = self.loda.tasks
@@ -96,7 +93,7 @@ class LoDAMethod(Method):
             self.settings,
             find_layers(self.model, self.settings.target),
             first_task=tasks == 0,
-            generator=torch.Generator().manual_seed(derive(self.context.seed, tasks, "method")),
+            generator=self.generator(tasks),
         )
 
 
