@@ -542,7 +542,7 @@ def _flat(values: Any) -> _Settings:
 
 
 def _flat_item(key: str, value: Any) -> _Settings:
-    # A mapping in the section head is the options of a read-out; another one is a value.
+    # A mapping in the section head is the options of a read-out; any other is the value of one.
     if key.startswith("head.") and isinstance(value, Mapping):
         return {f"{key}.{option}": item for option, item in value.items()}
     return {key: value}
@@ -836,12 +836,13 @@ def _last(name: str) -> str:
 
 # Files
 
+_CONFIGS = Path(str(files("training"))) / "configs"
+
 
 def packaged_configs() -> list[str]:
     """Names of the experiments in the package, such as digits and paper/cub."""
-    folder = Path(str(files("training").joinpath("configs")))
-    paths = [p for part in ("", "paper/", "native/") for p in folder.glob(f"{part}*.yaml")]
-    names = [path.relative_to(folder).with_suffix("") for path in paths]
+    paths = [p for part in ("", "paper/", "native/") for p in _CONFIGS.glob(f"{part}*.yaml")]
+    names = [path.relative_to(_CONFIGS).with_suffix("") for path in paths]
     return sorted(name.as_posix() for name in names if not name.name.startswith("_"))
 
 
@@ -856,7 +857,7 @@ def resolve_config(name: str) -> Path:
     if Path(name).is_file():
         return Path(name)
     if name in packaged_configs():
-        return Path(str(files("training").joinpath("configs", f"{name}.yaml")))
+        return _CONFIGS / f"{name}.yaml"
     msg = (
         f"--config must be a YAML file or a packaged configuration, got {name!r}; packaged are "
         f"{', '.join(packaged_configs())}"
@@ -924,27 +925,27 @@ _StrictLoader.yaml_implicit_resolvers = {
 }
 
 
-def _require_once(root: yaml.Node | None) -> None:
+def _require_once(node: yaml.Node | None) -> None:
     """Refuse a key that stands twice in a mapping, or as ``a: {b: 1}`` and as ``a.b: 2``."""
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _require_once(item)
+    elif isinstance(node, yaml.MappingNode):
+        _require_once_below(node, "", {})
 
-    def keys(node: yaml.Node, prefix: str, dotted: dict[str, int]) -> None:
-        own: dict[tuple[str, str], int] = {}
-        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-            keys(key, "", {})
-            if not isinstance(key, yaml.ScalarNode):
-                keys(value, "", {})
-                continue
-            line = key.start_mark.line + 1
-            _once(own, (key.tag, key.value), key.value, line)
-            name = f"{prefix}{key.value}"
-            keys(value, f"{name}.", dotted)
-            if not isinstance(value, yaml.MappingNode):
-                _once(dotted, name, name, line)
-        for item in node.value if isinstance(node, yaml.SequenceNode) else ():
-            keys(item, "", {})
 
-    if root is not None:
-        keys(root, "", {})
+def _require_once_below(node: yaml.MappingNode, prefix: str, dotted: dict[str, int]) -> None:
+    own: dict[tuple[str, str], int] = {}
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            continue  # PyYAML refuses it
+        line, name = key.start_mark.line + 1, f"{prefix}{key.value}"
+        _once(own, (key.tag, key.value), key.value, line)
+        if isinstance(value, yaml.MappingNode):
+            _require_once_below(value, f"{name}.", dotted)
+        else:
+            _require_once(value)
+            _once(dotted, name, name, line)
 
 
 def _once(lines: dict[Any, int], key: Any, name: str, line: int) -> None:

@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from backends.torch.settings import TIMM_QKV, Target
-from training.components import at_least, check
+from training.components import at_least
 from training.methods.base import Context, Method, look_ahead
 
 if TYPE_CHECKING:
@@ -54,7 +54,6 @@ class BranchMethod(Method):
         radius: float = 0.3,
     ) -> None:
         at_least("rank", rank, 1)
-        check(parts in get_args(Parts), "parts", parts, f"one of {', '.join(get_args(Parts))}")
         self.rank, self.target, self.parts = rank, target, parts
         self.radius = look_ahead(gao, radius)
         self.layers: dict[str, LoRALinear] = {}

@@ -1,10 +1,9 @@
 """LoDA and its ablations."""
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from backends.torch.settings import LoDASettings
-from training.components import check
 from training.methods.base import Context, Method, look_ahead
 
 if TYPE_CHECKING:
@@ -52,8 +51,6 @@ class LoDAMethod(Method):
     ) -> None:
         self.settings = LoDASettings(rank=rank, heldout=heldout, **settings)
         self.radius = look_ahead(gao, radius)
-        names = get_args(Directions)
-        check(directions in names, "directions", directions, f"one of {', '.join(names)}")
         self.directions = directions
 
     def start(self, model: "nn.Module", context: Context) -> None:
