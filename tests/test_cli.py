@@ -80,10 +80,14 @@ class Stopped(Method):
 """
 
 
+COMMANDS = ("train", "sweep", "eval", "predict", "report", "bundle", "analyse", "data", "verify")
+COMMANDS = (*COMMANDS, "ranks")
+
+
 def test_help_names_every_command(shown: Callable[..., str]) -> None:
     without = shown()
     assert shown("--help") == without
-    for command in "train sweep eval predict report bundle analyse data verify ranks".split():
+    for command in COMMANDS:
         assert f"  {command} " in without
 
 

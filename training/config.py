@@ -586,7 +586,7 @@ def _chosen_on(argv: Sequence[str]) -> _Settings:
 
 
 def _named(choice: _Settings) -> dict[str, str]:
-    """Names of the chosen components, by what their options start with: method, head.ridge."""
+    """Names of the chosen components by the prefix of their options: method, head.ridge."""
     names = {section: choice[f"{section}.name"] for section in _COMPONENTS}
     readouts = (choice["head.readout"], *choice["head.also"])
     return names | {f"head.{_last(name)}": name for name in readouts}
@@ -601,7 +601,7 @@ def _own_readout(method: str) -> str | None:
     return getattr(METHODS.find(method), "readout", None)
 
 
-_Components = tuple[tuple[str, str], ...]  # what their options start with, and their names
+_Components = tuple[tuple[str, str], ...]  # prefixes of options and names, to be hashed
 
 
 def _divided(
@@ -635,16 +635,17 @@ def _experiment(layers: Sequence[_Layer], allow: Collection[str] | None = None) 
     arguments: list[str] = []
     recorded: dict[str, Any] = {}  # options of the foreign ones, by section
     for layer, choice in zip(layers, choices[1:], strict=True):
-        then, foreign_then = _divided(choice, allow)
-        dropped = _options(then) - _options(components)
+        here, foreign_here = _divided(choice, allow)
+        dropped = _options(here) - _options(components)
         if isinstance(layer, list):
             arguments += _arguments_without(layer, dropped)
             continue
         settings = {key: value for key, value in layer.items() if not _is_of(key, dropped)}
-        for prefix, name in foreign_then.items():
+        for prefix, name in foreign_here.items():
+            # Nobody knows which options it has: all that its section does not declare.
             section, _, readout = prefix.partition(".")
-            common = {f"{section}.{key}" for key in _declared(_SECTIONS[section])}
-            given = [k for k in settings if k.startswith(f"{prefix}.") and k not in common]
+            declared = {f"{section}.{key}" for key in _declared(_SECTIONS[section])}
+            given = [k for k in settings if k.startswith(f"{prefix}.") and k not in declared]
             options = {key.removeprefix(f"{prefix}."): settings.pop(key) for key in given}
             if foreign.get(prefix) == name:
                 own = recorded.setdefault(section, {})
