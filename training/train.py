@@ -36,10 +36,7 @@ from training.data import (
     ImageSet,
     Stream,
     build_stream,
-    cut_loader,
     loader,
-    passes_begun,
-    start_at,
     test_transform,
     train_transform,
     verify_data,
@@ -371,12 +368,12 @@ def learn_task(run: Run, task: int, progress: Progress) -> None:
         device=run.accelerator.device,
     )
     # Every pass has augmentations of its own: those of an earlier process count.
-    start_at(passes, state.passes, 0)
+    passes.order.start_at(state.passes, 0)
 
     at = state.open
     if at is None:
         state.method.begin_task(passes)  # LoDA: second moments, then the two subspaces
-        state.passes = passes_begun(passes)
+        state.passes = passes.order.epoch
         _agree_on_weights(run)
         add_head(run, task)
         at = state.open = open_task(run, task)
@@ -524,13 +521,14 @@ def fit(run: Run, task: int, at: OpenTask, progress: Progress) -> None:
     """
     experiment, config, state = run.experiment, run.experiment.train, run.state
     clock = time.perf_counter()
-    batches = cut_loader(
+    batches = loader(
         _training_images(run, task),
         config.batch_size,
         shuffle=True,
         seed=derive(experiment.seed, task, "batches"),
         workers=experiment.data.workers,
         share=run.processes,
+        cut=True,
         device=run.accelerator.device,
     )
     done = at.epoch * len(batches) + at.batch
@@ -545,7 +543,7 @@ def fit(run: Run, task: int, at: OpenTask, progress: Progress) -> None:
     # The halves of a mini-batch have any size: one graph serves them all. Moments and evaluation
     # call the model as it is.
     forward = torch.compile(state.model, dynamic=True) if config.compile else state.model
-    start_at(batches, at.epoch, at.batch, epochs=config.epochs - at.epoch)
+    batches.order.start_at(at.epoch, at.batch, epochs=config.epochs - at.epoch)
     loading = iter(batches)  # over all epochs that are left
     while at.epoch < config.epochs:
         lr = learning_rate(config, at.epoch)
