@@ -12,6 +12,7 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pretraining import command_line
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -185,7 +186,7 @@ def test_the_command_line_writes_what_its_metadata_says_and_replaces_only_if_tol
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "weights.safetensors"
-    words = glyphs_vit.command(MINIATURE).split()[2:]
+    words = command_line(glyphs_vit.PROGRAM, MINIATURE).split()[2:]
     glyphs_vit.main(["--out", str(out), *words, "--steps", "2", "--episodes", "1"])
     assert "673440 parameters" in capsys.readouterr().out
     with safe_open(out, framework="pt") as file:
@@ -227,7 +228,7 @@ def test_the_shipped_file_is_small_and_says_how_it_was_made(shipped: torch.nn.Mo
     assert json.loads(metadata["timm_options"]) == glyphs_vit.TIMM_OPTIONS
     assert metadata["pixels"] == "[0,1]"
     # The file was written when the recipe was a module of the package, under another command.
-    settings = glyphs_vit.command(glyphs_vit.Recipe()).partition(" --")[2]
+    settings = command_line(glyphs_vit.PROGRAM, glyphs_vit.Recipe()).partition(" --")[2]
     assert metadata["recipe"].partition(" --")[2] == settings
     assert all(torch.isfinite(tensor).all() for tensor in shipped.state_dict().values())
 

@@ -7,7 +7,6 @@ the same weights on the same machine.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
-from pretraining import add_settings, command_line, require_new, say, untrained, write_weights
+from pretraining import adamw, descend, parse, say, untrained, write_weights
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -217,8 +216,7 @@ def train(
     # Weight decay is for matrices and kernels: norms, biases and tokens go without.
     heavy = [p for p in (*model.parameters(), *helper.parameters()) if p.ndim in (2, 4)]
     light = [p for p in (*model.parameters(), *helper.parameters()) if p.ndim not in (2, 4)]
-    groups: list[dict[str, Any]] = [{"params": heavy}, {"params": light, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    optimizer = adamw(recipe, heavy, light)
     steps = recipe.epochs * (len(images.labels) // recipe.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.lr, total_steps=steps, pct_start=recipe.warmup, cycle_momentum=False
@@ -235,11 +233,7 @@ def train(
                 early = helper(torch.relu(tokens.pop()).mean(dim=1))
             loss = functional.cross_entropy(logits.float(), labels)
             joint = loss + recipe.stem_weight * functional.cross_entropy(early.float(), labels)
-            optimizer.zero_grad()
-            torch.autograd.backward(joint)
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
+            descend(joint, model, optimizer, schedule)
             total, batches = total + loss.detach(), batches + 1
         losses.append(float(total) / batches)
         seconds = time.process_time() - start
@@ -248,25 +242,21 @@ def train(
     return Result(tensors, losses, accuracy(load(tensors, options), test))
 
 
-def command(recipe: Recipe) -> str:
-    """Return the command line that trains by ``recipe``, all settings spelt out."""
-    return command_line(PROGRAM, recipe)
-
-
 def save(result: Result, recipe: Recipe, out: Path) -> None:
-    """Write the weights and what they are, as safetensors, in one move."""
-    metadata = {
-        "timm_model": NAME,
-        "timm_options": json.dumps(OPTIONS),
-        "recipe_version": str(VERSION),
-        "recipe": command(recipe),
-        "seed": str(recipe.seed),
-        "pixels": "(x/255 - 0.5) / 0.5",
-        "test_accuracy": f"{result.accuracy:.4f}",
-        "tensors_sha256": digest(result.tensors),
-        "versions": f"torch {torch.__version__}, timm {timm.__version__}",
-    }
-    write_weights(out, result.tensors, metadata)
+    """Write the weights and what they are."""
+    write_weights(
+        out,
+        result.tensors,
+        program=PROGRAM,
+        recipe=recipe,
+        model=NAME,
+        options=OPTIONS,
+        recipe_version=str(VERSION),
+        pixels="(x/255 - 0.5) / 0.5",
+        test_accuracy=f"{result.accuracy:.4f}",
+        tensors_sha256=digest(result.tensors),
+        versions=f"torch {torch.__version__}, timm {timm.__version__}",
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -280,16 +270,10 @@ def main(arguments: list[str] | None = None) -> None:
         help="train on nine tenths of the training images, print the accuracy on the others, write "
         "nothing and never open the test images",
     )
-    add_settings(parser, Recipe)
-    options = vars(parser.parse_args(arguments))
-    names = ("data", "out", "trial", "overwrite")
-    data, out, trial, overwrite = (options.pop(name) for name in names)
+    options, recipe = parse(parser, Recipe, arguments)
+    data, out, trial = options.data, options.out, options.trial
     if trial == (out is not None):
         parser.error("give either --out FILE, to make the weights, or --trial")
-    if out is not None:
-        require_new(parser, out, overwrite=overwrite)
-    recipe = Recipe(**options)
-    torch.set_num_threads(recipe.threads)
     images = read(data, "train")
     images, test = split_off(images, 10) if trial else (images, read(data, "test"))
     start = time.process_time()

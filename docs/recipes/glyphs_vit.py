@@ -6,7 +6,6 @@ part: see ``digit_rejection.py``. The same settings give the same weights on the
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from digit_rejection import glyph_classes
 from glyphs import LEVELS, Glyphs, handwrite
-from pretraining import add_settings, command_line, require_new, say, untrained, write_weights
+from pretraining import adamw, descend, parse, say, untrained, write_weights
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -152,11 +151,7 @@ def train(
     # Weight decay is for matrices: norms, biases, tokens and the scale-free heads go without.
     matrices = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
-    groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": [*others, heads], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr)
+    optimizer = adamw(recipe, matrices, [*others, heads])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, recipe))
     losses = []
     model.train()
@@ -164,11 +159,7 @@ def train(
         tokens = functional.normalize(model(images))
         logits = recipe.scale * tokens @ functional.normalize(heads).T
         loss = functional.cross_entropy(logits, labels, label_smoothing=recipe.smoothing)
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        descend(loss, model, optimizer, schedule)
         losses.append(loss.item())
         if step % 250 == 0:
             log(f"step {step}/{recipe.steps}  loss {np.mean(losses[-250:]):.3f}")
@@ -181,23 +172,19 @@ def train(
     return Result(model, losses, held_out, few_shot)
 
 
-def command(recipe: Recipe) -> str:
-    """Return the command line that trains by ``recipe``, all settings spelt out."""
-    return command_line(PROGRAM, recipe)
-
-
 def save(result: Result, recipe: Recipe, out: Path) -> None:
-    """Write the backbone's parameters and what they are, as safetensors, in one move."""
-    metadata = {
-        "timm_model": TIMM_MODEL,
-        "timm_options": json.dumps(TIMM_OPTIONS),
-        "recipe": command(recipe),
-        "seed": str(recipe.seed),
-        "pixels": "[0,1]",
-        "held_out_accuracy": f"{result.held_out:.4f}",
-        "few_shot_accuracy": f"{result.few_shot:.4f}",
-    }
-    write_weights(out, result.model.state_dict(), metadata)
+    """Write the backbone's parameters and what they are."""
+    write_weights(
+        out,
+        result.model.state_dict(),
+        program=PROGRAM,
+        recipe=recipe,
+        model=TIMM_MODEL,
+        options=TIMM_OPTIONS,
+        pixels="[0,1]",
+        held_out_accuracy=f"{result.held_out:.4f}",
+        few_shot_accuracy=f"{result.few_shot:.4f}",
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -207,17 +194,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--episodes", type=int, default=FEW_SHOT_EPISODES, help="few-shot episodes to measure"
     )
-    add_settings(parser, Recipe)
-    options = vars(parser.parse_args(arguments))
-    out, overwrite, episodes = (options.pop(name) for name in ("out", "overwrite", "episodes"))
-    require_new(parser, out, overwrite=overwrite)
-    recipe = Recipe(**options)
-    torch.set_num_threads(recipe.threads)
+    options, recipe = parse(parser, Recipe, arguments)
     start = time.perf_counter()
-    result = train(recipe, episodes=episodes)
-    save(result, recipe, out)
+    result = train(recipe, episodes=options.episodes)
+    save(result, recipe, options.out)
     count = sum(p.numel() for p in result.model.parameters())
-    say(f"{count} parameters, {time.perf_counter() - start:.0f} s, {out}")
+    say(f"{count} parameters, {time.perf_counter() - start:.0f} s, {options.out}")
     say(f"held-out samples of {recipe.classes} glyph classes: {result.held_out:.4f}")
     say(f"unseen glyph classes, 10 ways, 5 shots, nearest mean: {result.few_shot:.4f}")
 

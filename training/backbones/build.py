@@ -219,7 +219,7 @@ def _download(name: str, options: Mapping[str, Any]) -> nn.Module:
     try:
         module: nn.Module = timm.create_model(name, pretrained=True, num_classes=0, **options)
     except Exception as error:  # each transport and each model has errors of its own
-        reason = textwrap.shorten(str(error) or type(error).__name__, 400, placeholder=" ...")
+        reason = one_line(error)
         if _is_transport(error):
             msg = (
                 f"the pretrained weights of {name} could not be fetched ({reason}). Without a "
@@ -234,6 +234,11 @@ def _download(name: str, options: Mapping[str, Any]) -> nn.Module:
         )
         raise ValueError(msg) from error
     return module
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, shortened; its class where it says nothing."""
+    return textwrap.shorten(str(error) or type(error).__name__, 400, placeholder=" ...")
 
 
 def _tag(module: nn.Module) -> str | None:
