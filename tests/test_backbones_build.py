@@ -122,32 +122,25 @@ def download(monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) ->
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "kind", "said"),
     [
-        OSError("no route"),
-        TimeoutError("no route"),
-        LocalEntryNotFoundError("no route"),
-        HFValidationError("no route"),
-        ForeignError("no route"),
+        (OSError("no route"), ConnectionError, r"no route.*backbone\.weights"),
+        (TimeoutError("no route"), ConnectionError, r"no route.*backbone\.weights"),
+        (LocalEntryNotFoundError("no route"), ConnectionError, r"no route.*backbone\.weights"),
+        (HFValidationError("no route"), ConnectionError, r"no route.*backbone\.weights"),
+        (ForeignError("no route"), ConnectionError, r"no route.*backbone\.weights"),
+        # Weights that do not fit are no matter of the network.
+        (RuntimeError("size\n\tmismatch"), ValueError, "'img_size': 32.*size"),
+        (ValueError("size mismatch"), ValueError, "'img_size': 32.*size"),
+        (KeyError("size"), ValueError, "'img_size': 32.*size"),
     ],
-    ids=lambda error: type(error).__name__,
+    ids=lambda value: type(value).__name__,
 )
-def test_weights_that_cannot_be_downloaded_say_how_to_give_them(
-    monkeypatch: pytest.MonkeyPatch, error: Exception
+def test_a_download_that_fails_says_why_and_how_to_give_weights(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception], said: str
 ) -> None:
     download(monkeypatch, error)
-    with pytest.raises(ConnectionError, match=r"no route.*backbone\.weights"):
-        build_backbone(BackboneConfig(NAME))
-
-
-@pytest.mark.parametrize(
-    "error", [RuntimeError("size\n\tmismatch"), ValueError("size mismatch"), KeyError("size")]
-)
-def test_downloaded_weights_that_do_not_fit_are_no_matter_of_the_network(
-    monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    download(monkeypatch, error)
-    with pytest.raises(ValueError, match=r"'img_size': 32.*size") as caught:
+    with pytest.raises(kind, match=said) as caught:
         build_backbone(BackboneConfig(NAME, {"options": {"img_size": 32}}))
     assert "\n" not in str(caught.value)
 

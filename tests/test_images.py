@@ -1,20 +1,16 @@
 """Images: decoding of files, what is refused, and what is kept in memory."""
 
+import re
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from image_folders import augmented, folder, grow
+from image_folders import augmented, folder
 from PIL import Image
 
 from training.data import DataConfig, UnreadableImageError, build_stream, loader, open_image
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    return grow(tmp_path / "tree", {"train": 5, "test": 2})
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -25,37 +21,24 @@ def test_an_unreadable_header_is_found_at_the_start(tree: Path, split: str) -> N
         build_stream(folder(tree), 0)
 
 
-@pytest.fixture
-def truncated(tree: Path) -> Path:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_gives_the_same_sentence_for_any_number_of_workers(
+    tree: Path, workers: int
+) -> None:
     path = tree / "train" / "dog" / "1.png"
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)
     path.write_bytes(path.read_bytes()[:-400])
-    return path
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_gives_the_same_sentence_for_any_number_of_workers(
-    tree: Path, truncated: Path, workers: int
-) -> None:
     train = augmented(tree, workers)  # the headers are sound
-    with pytest.raises(ValueError, match="truncated") as caught:
-        list(loader(train, 4, shuffle=True, seed=0, workers=workers))
-    said = str(caught.value)
-    assert said.startswith(f"cannot read the image {truncated}: ")
-    assert said.endswith(". Repair it, or take it out.")
-    assert "\n" not in said
-    assert "Traceback" not in said
 
+    def said() -> str:
+        with pytest.raises(UnreadableImageError) as caught:
+            list(loader(train, 4, shuffle=True, seed=0, workers=workers))
+        return str(caught.value)
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_is_gone_is_named_for_any_number_of_workers(tree: Path, workers: int) -> None:
-    train = augmented(tree, workers)
-    path = tree / "train" / "dog" / "1.png"
+    assert re.fullmatch(rf"cannot read the image {path}: .*truncated.*\. Repair it.*out\.", said())
     path.unlink()
-    with pytest.raises(UnreadableImageError) as caught:
-        list(loader(train, 4, shuffle=True, seed=0, workers=workers))
-    assert str(caught.value) == f"there is no image file {path}."
+    assert said() == f"there is no image file {path}."
 
 
 def test_paths_that_are_no_files_are_told_from_damaged_images(tmp_path: Path) -> None:
