@@ -157,10 +157,8 @@ def test_more_classes_begin_with_the_same_classes(classes: glyphs.Glyphs) -> Non
 
 
 def test_impossible_class_lists_are_refused() -> None:
-    with pytest.raises(ValueError, match="count=0"):
+    with pytest.raises(ValueError, match="at least 1, got 0"):
         digit_rejection.glyph_classes(0, seed=0)
-    with pytest.raises(ValueError, match=r"limit=0\.1"):
-        digit_rejection.glyph_classes(5, seed=0, limit=0.1)
 
 
 # The recipe
@@ -168,7 +166,7 @@ def test_impossible_class_lists_are_refused() -> None:
 
 def test_the_same_recipe_gives_the_same_weights_bit_for_bit_and_learns(tmp_path: Path) -> None:
     state = torch.get_rng_state()
-    results = [glyphs_vit.train(MINIATURE, log=lambda _: None, episodes=2) for _ in range(2)]
+    results = [glyphs_vit.train(MINIATURE, episodes=2) for _ in range(2)]
     assert torch.equal(state, torch.get_rng_state())
     for index, result in enumerate(results):
         glyphs_vit.save(result, MINIATURE, tmp_path / f"{index}.safetensors")
@@ -213,7 +211,7 @@ def test_the_rate_warms_up_and_falls_to_zero() -> None:
 
 def test_episodes_need_enough_classes(classes: glyphs.Glyphs) -> None:
     with pytest.raises(ValueError, match="10-way episodes need 10 classes, got 9"):
-        glyphs_vit.few_shot_accuracy(glyphs_vit.build(), classes.take(slice(9)), seed=0)
+        glyphs_vit.few_shot_accuracy(glyphs_vit.build(), classes.take(slice(9)), seed=0, episodes=1)
 
 
 # The shipped weights

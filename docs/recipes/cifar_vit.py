@@ -8,7 +8,7 @@ the same weights on the same machine.
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -168,14 +168,11 @@ def load(tensors: dict[str, Tensor], options: dict[str, Any] = OPTIONS) -> nn.Mo
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: Images, batch_size: int = 250) -> float:
+def accuracy(model: nn.Module, images: Images) -> float:
     """Return the share of images that the model labels rightly."""
-    hits = 0
-    for start in range(0, len(images.labels), batch_size):
-        part = slice(start, start + batch_size)
-        guess = model(scaled(images.pixels[part])).argmax(dim=1)
-        hits += int((guess == images.labels[part]).sum())
-    return hits / len(images.labels)
+    parts = torch.split(images.pixels, 250)
+    guess = torch.cat([model(scaled(part)).argmax(dim=1) for part in parts])
+    return int((guess == images.labels).sum()) / len(guess)
 
 
 def stored(model: nn.Module) -> dict[str, Tensor]:
@@ -185,19 +182,14 @@ def stored(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.half().contiguous() for name, value in model.state_dict().items()}
 
 
-def digest(tensors: dict[str, Tensor], options: dict[str, Any] = OPTIONS) -> str:
+def digest(tensors: dict[str, Tensor]) -> str:
     """Return the hash that runs record of this backbone: read as float32, without classifier."""
     features = {key: value for key, value in tensors.items() if not key.startswith("head.")}
-    return tensors_sha256(load(features, {**options, "num_classes": 0}))
+    return tensors_sha256(load(features, {**OPTIONS, "num_classes": 0}))
 
 
 def train(
-    recipe: Recipe,
-    images: Images,
-    test: Images,
-    log: Callable[[str], None] = say,
-    *,
-    options: dict[str, Any] = OPTIONS,
+    recipe: Recipe, images: Images, test: Images, *, options: dict[str, Any] = OPTIONS
 ) -> Result:
     """Train by ``recipe`` on ``images``; ``test`` is read once, after the last step.
 
@@ -237,7 +229,7 @@ def train(
             total, batches = total + loss.detach(), batches + 1
         losses.append(float(total) / batches)
         seconds = time.process_time() - start
-        log(f"epoch {number}/{recipe.epochs}  loss {losses[-1]:.4f}  {seconds:.0f} s of processor")
+        say(f"epoch {number}/{recipe.epochs}  loss {losses[-1]:.4f}  {seconds:.0f} s of processor")
     tensors = stored(model)
     return Result(tensors, losses, accuracy(load(tensors, options), test))
 

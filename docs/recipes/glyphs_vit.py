@@ -8,7 +8,7 @@ part: see ``digit_rejection.py``. The same settings give the same weights on the
 import argparse
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ TIMM_OPTIONS: dict[str, Any] = {
 }
 # Streams of random numbers that share the seed: training samples, held-out samples, episodes.
 TRAIN, HELD_OUT, EPISODES = 1, 2, 3
+WAYS, SHOTS = 10, 5
 FEW_SHOT_EPISODES = 200
 
 
@@ -92,52 +93,40 @@ def rate(step: int, recipe: Recipe) -> float:
 
 
 @torch.no_grad()
-def embed(model: nn.Module, images: Tensor, batch_size: int = 500) -> Tensor:
+def embed(model: nn.Module, images: Tensor) -> Tensor:
     """Return unit-length class tokens (N, 96) of images (N, 1, 8, 8), in evaluation mode."""
     model.eval()
-    return torch.cat(
-        [functional.normalize(model(part)) for part in torch.split(images, batch_size)]
-    )
+    return torch.cat([functional.normalize(model(part)) for part in torch.split(images, 500)])
 
 
-def few_shot_accuracy(
-    model: nn.Module,
-    glyphs: Glyphs,
-    seed: int,
-    *,
-    ways: int = 10,
-    shots: int = 5,
-    episodes: int = FEW_SHOT_EPISODES,
-) -> float:
-    """Return the nearest-class-mean accuracy over episodes of ``ways`` of the glyph classes.
+def few_shot_accuracy(model: nn.Module, glyphs: Glyphs, seed: int, *, episodes: int) -> float:
+    """Return the nearest-class-mean accuracy over episodes of ten of the glyph classes.
 
-    Each class of an episode gives ``shots`` samples for its mean feature and 10 to classify, all
-    new, by the cosine of the angle to the mean.
+    Each class of an episode gives 5 samples for its mean feature and 10 to classify, all new, by
+    the cosine of the angle to the mean.
 
     Raises
     ------
     ValueError
-        If there are fewer classes than ``ways``.
+        If there are fewer classes.
     """
-    if len(glyphs.points) < ways:
-        msg = f"{ways}-way episodes need {ways} classes, got {len(glyphs.points)}: draw more"
+    if len(glyphs.points) < WAYS:
+        msg = f"{WAYS}-way episodes need {WAYS} classes, got {len(glyphs.points)}: draw more"
         raise ValueError(msg)
-    truth = torch.arange(ways).repeat_interleave(10)
+    truth = torch.arange(WAYS).repeat_interleave(10)
     hits = 0.0
     for episode in range(episodes):
         rng = np.random.default_rng([seed, EPISODES, episode])
-        chosen = rng.choice(len(glyphs.points), size=ways, replace=False)
-        tokens = embed(model, write(glyphs, np.repeat(chosen, shots + 10), rng))
-        tokens = tokens.reshape(ways, shots + 10, -1)
-        means = functional.normalize(tokens[:, :shots].mean(dim=1))
-        guess = (tokens[:, shots:].flatten(0, 1) @ means.T).argmax(dim=1)
+        chosen = rng.choice(len(glyphs.points), size=WAYS, replace=False)
+        tokens = embed(model, write(glyphs, np.repeat(chosen, SHOTS + 10), rng))
+        tokens = tokens.reshape(WAYS, SHOTS + 10, -1)
+        means = functional.normalize(tokens[:, :SHOTS].mean(dim=1))
+        guess = (tokens[:, SHOTS:].flatten(0, 1) @ means.T).argmax(dim=1)
         hits += (guess == truth).float().mean().item()
     return hits / episodes
 
 
-def train(
-    recipe: Recipe, log: Callable[[str], None] = say, *, episodes: int = FEW_SHOT_EPISODES
-) -> Result:
+def train(recipe: Recipe, *, episodes: int) -> Result:
     """Train a backbone by ``recipe``, with a cosine classifier that is thrown away.
 
     The caller's random state is left as it was. The number of threads is the caller's.
@@ -162,7 +151,7 @@ def train(
         descend(loss, model, optimizer, schedule)
         losses.append(loss.item())
         if step % 250 == 0:
-            log(f"step {step}/{recipe.steps}  loss {np.mean(losses[-250:]):.3f}")
+            say(f"step {step}/{recipe.steps}  loss {np.mean(losses[-250:]):.3f}")
     rng = np.random.default_rng([recipe.seed, HELD_OUT])
     truth = np.repeat(np.arange(recipe.classes), 10)
     tokens = embed(model, write(known, truth, rng))

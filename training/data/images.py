@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -108,19 +108,19 @@ class LazyImages:
     ) -> None:
         self.source, self.config = source, config
         self.indices = range(len(source)) if indices is None else indices
-        self._cache: Tensor | None = None
-        self._filled: Tensor | None = None
+        self._cache: tuple[Tensor, Tensor] | None = None  # images, and which of them are there
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Tensor:
-        if self._cache is None or self._filled is None:
+        if self._cache is None:
             return self._decoded(index)
-        if not self._filled[index]:
-            self._cache[index] = self._decoded(index)
-            self._filled[index] = True
-        return self._cache[index]
+        images, filled = self._cache
+        if not filled[index]:
+            images[index] = self._decoded(index)
+            filled[index] = True
+        return images[index]
 
     def select(self, indices: Sequence[int]) -> "LazyImages":
         """Only these images, in this order, with a cache of their own if they are small enough.
@@ -136,12 +136,13 @@ class LazyImages:
                 pass
         side, channels = self.config.resize, len(self.config.mode)
         if side is not None and _keeps(self.config, len(chosen), channels):
-            chosen._cache = torch.empty(len(chosen), channels, side, side, dtype=torch.uint8)
             # Filled as images are first asked for: a run that ends early decodes nothing in vain.
-            chosen._filled = torch.zeros(len(chosen), dtype=torch.bool)
+            images: Any = torch.empty(len(chosen), channels, side, side, dtype=torch.uint8)
+            filled: Any = torch.zeros(len(chosen), dtype=torch.bool)
             if self.config.workers > 0:  # what one loading process decodes serves the others
-                for shared in cast("tuple[Any, Any]", (chosen._cache, chosen._filled)):
-                    shared.share_memory_()
+                images.share_memory_()
+                filled.share_memory_()
+            chosen._cache = images, filled
         return chosen
 
     def files(self) -> list[Path]:
