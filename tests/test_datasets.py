@@ -4,7 +4,7 @@ import pickle
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.error import URLError
 
 import numpy as np
@@ -325,10 +325,12 @@ def test_folders_by_timm_are_those_of_our_own(tmp_path: Path, dataset: str) -> N
 class Pictures(CIFAR10):
     """CIFAR-10 as torchvision holds it in memory, without its files."""
 
+    labels: ClassVar[Any] = [index % 10 for index in range(30)]
+
     def __init__(self, root: str, *, train: bool, download: bool) -> None:
         count = 30 if train else 20
         self.transform = self.target_transform = None
-        self.targets = [index % 10 for index in range(count)]
+        self.targets = self.labels[:count]
         rng = np.random.default_rng(count)
         self.data = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
         self.class_to_idx = {f"class {number}": number for number in range(10)}
@@ -394,13 +396,7 @@ def test_what_timm_cannot_open_is_refused(
 def test_targets_that_are_no_classes_are_refused(
     tmp_path: Path, pictures: None, monkeypatch: pytest.MonkeyPatch, targets: Any, said: str
 ) -> None:
-    create = Pictures.__init__
-
-    def spoilt(self: Pictures, root: str, *, train: bool, download: bool) -> None:
-        create(self, root, train=train, download=download)
-        self.targets = targets
-
-    monkeypatch.setattr(Pictures, "__init__", spoilt)
+    monkeypatch.setattr(Pictures, "labels", targets)
     with pytest.raises(ValueError, match=said):
         build_stream(by_timm("torch/cifar10", tmp_path, resize=32, image_size=32), 0)
 

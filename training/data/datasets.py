@@ -347,16 +347,17 @@ class TimmData(DataSet):
         root = None if self.root is None else str(_folder(self.root))
         # Keywords of timm's own; it has defaults for those that are not given.
         columns = {"input_key": self.image_key, "target_key": self.label_key}
-        named: dict[str, Any] = {key: name for key, name in columns.items() if name is not None}
+        named: dict[str, Any] = {k: v for k, v in columns.items() if v is not None}
         try:
             return create_dataset(name, root, split=split, download=self.download, **named)
-        except FileNotFoundError as error:
-            msg = f"data.dataset {name}, split {split}, root {root}: {_one_line(error)}"
-            raise FileNotFoundError(msg) from error
         except Exception as error:  # every library behind the factory has errors of its own
             hint = " (data.download true fetches what torchvision offers)" * (kind == "torch")
-            msg = f"data.dataset {name}: timm cannot open split {split}: {_one_line(error)}{hint}"
-            raise ValueError(msg) from error
+            reason = " ".join(str(error).split()) or type(error).__name__
+            msg = (
+                f"data.dataset {name}, root {root}: timm cannot open split {split}: {reason}{hint}"
+            )
+            missing = isinstance(error, FileNotFoundError)
+            raise (FileNotFoundError if missing else ValueError)(msg) from error
 
     def _targets(self, data: Any) -> "NDArray[Any]":
         import numpy as np
@@ -575,7 +576,3 @@ def some(names: set[str] | list[str]) -> str:
 
 def _folder(root: str) -> Path:
     return Path(root).expanduser()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
