@@ -34,7 +34,7 @@ STATUS = {"SIGTERM": 143, "SIGINT": 130}
 
 
 class End(NamedTuple):
-    """One end of a process, and what the next one found."""
+    """One end of a process, and where the next one went on."""
 
     kind: str
     where: str
@@ -72,31 +72,31 @@ def settings(root: Path, tasks: int) -> list[str]:
 
 def sound(run: Path) -> list[Checkpoint]:
     """The checkpoints of a run that can be used, the newest one last."""
-    found = []
+    usable = []
     for path in checkpoint_files(run):
         with suppress(ValueError):
-            found.append(read_checkpoint(path))
-    return found
+            usable.append(read_checkpoint(path))
+    return usable
 
 
 def events(run: Path) -> list[dict[str, Any]]:
     """What a run has logged so far; a process that was killed may leave half a line."""
-    found: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = []
     if not (run / "metrics.jsonl").is_file():
-        return found
+        return lines
     for line in (run / "metrics.jsonl").read_text().splitlines():
         try:
-            found.append(json.loads(line))
+            lines.append(json.loads(line))
         except ValueError:
             break
-    return found
+    return lines
 
 
 def reached(run: Path) -> str:
     """Task and epoch that a run is in, as its log tells."""
-    found = events(run)
-    task = sum(e["event"] == "task" for e in found)
-    epochs = sum(e["event"] == "epoch" and e["task"] == task + 1 for e in found)
+    logged = events(run)
+    task = sum(e["event"] == "task" for e in logged)
+    epochs = sum(e["event"] == "epoch" and e["task"] == task + 1 for e in logged)
     return f"task {task + 1}, " + (f"epoch {epochs + 1}" if epochs < EPOCHS else "after training")
 
 
@@ -120,13 +120,13 @@ def end(process: BaseProcess, run: Path, kind: str, draw: random.Random) -> End 
     if left != STATUS.get(name, -signal.SIGKILL):
         msg = f"{kind} in {where}: the process ended with {left}"
         raise RuntimeError(msg)
-    found = sound(run)
-    if cut and len(found) > 1:  # one of two stays: more than that nobody promises
-        newest = found.pop().path
+    usable = sound(run)
+    if cut and len(usable) > 1:  # one of two stays: more than that nobody promises
+        newest = usable.pop().path
         os.truncate(newest, draw.randrange(newest.stat().st_size))
         name = kind
-    saved = found[-1].path.stat().st_mtime
-    return End(name, where, stands(found[-1]), max(moment - saved, 0.0))
+    saved = usable[-1].path.stat().st_mtime
+    return End(name, where, stands(usable[-1]), max(moment - saved, 0.0))
 
 
 def interrupted(
@@ -140,9 +140,9 @@ def interrupted(
     lines = len(events(whole))
     pace = sum(event["seconds"]["train"] for event in tasks_of(whole)) / lines
     draw, run, log = random.Random(seed), out / "run", out / "run.log"
-    found: list[End] = []
+    past: list[End] = []
     begun, process = time.time(), loda(["train", *arguments, f"--out={run}"], log)
-    while len(found) < ends:
+    while len(past) < ends:
         wait_until(process, lambda process=process: saves_itself(process, run) and bool(sound(run)))
         target = len(events(run)) + draw.uniform(0, 1.8 * lines / ends)
         wait_until(process, lambda target=target: len(events(run)) >= target, 3600)
@@ -153,15 +153,15 @@ def interrupted(
             if process.exitcode != 0:
                 process = loda(["train", "--resume", str(run)], log)
             break
-        found.append(last)
+        past.append(last)
         process = loda(["train", "--resume", str(run)], log)
     if status(process, 3600) != 0:
         msg = f"the last process ended with status {process.exitcode}: see {log}"
         raise RuntimeError(msg)
-    if any("cut" in x.kind for x in found) and "is damaged" not in log.read_text():
+    if any("cut" in x.kind for x in past) and "is damaged" not in log.read_text():
         msg = f"checkpoints were damaged, but {log} warns of none"
         raise RuntimeError(msg)
-    return found, time.time() - begun
+    return past, time.time() - begun
 
 
 def tasks_of(run: Path) -> list[dict[str, Any]]:
@@ -203,18 +203,18 @@ def soak(out: Path, tasks: int, ends: int, seed: int, rest: list[str]) -> bool:
         msg = f"the run that was left alone failed: see {out / 'whole.log'}"
         raise RuntimeError(msg)
     alone = time.time() - begun
-    found, seconds = interrupted(out, arguments, ends, whole, seed)
+    past, seconds = interrupted(out, arguments, ends, whole, seed)
     differing = differences(out / "run", whole)
     rows = [
         f"| {number} | {x.kind} | {x.where} | {x.resumed} | {x.lost:.2f} |"
-        for number, x in enumerate(found, 1)
+        for number, x in enumerate(past, 1)
     ]
-    counts = {kind: sum(x.kind == kind for x in found) for kind in KINDS}
+    counts = {kind: sum(x.kind == kind for x in past) for kind in KINDS}
     print("| end | by | in | resumed from | seconds lost |\n|---|---|---|---|---|")
     print("\n".join(rows))
-    print(f"\n{len(found)} ends: {', '.join(f'{n} {kind}' for kind, n in counts.items())}.")
-    print(f"Alone {alone:.0f} s, with ends {seconds:.0f} s in {len(found) + 1} processes.")
-    lost = [x.lost for x in found] or [0.0]
+    print(f"\n{len(past)} ends: {', '.join(f'{n} {kind}' for kind, n in counts.items())}.")
+    print(f"Alone {alone:.0f} s, with ends {seconds:.0f} s in {len(past) + 1} processes.")
+    lost = [x.lost for x in past] or [0.0]
     print(f"Lost {statistics.mean(lost):.2f} s an end, at most {max(lost):.2f} s.\n")
     for name, run in (("Left alone", whole), ("With ends", out / "run")):
         print(f"{name}:\n\n{summary(run)}\n")

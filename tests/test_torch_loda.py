@@ -103,7 +103,7 @@ def test_later_tasks_train_two_up_projections_on_frozen_directions() -> None:
             for floor in (0.0, 0.5, 1.0)
         ),
     ],
-    ids=str,
+    ids=lambda given: ",".join(map(str, given.values())) if isinstance(given, dict) else "",
 )
 def test_isolated_directions_are_those_of_the_rule(options: dict[str, Any], rule: Any) -> None:
     loda, other = small(**options), small()

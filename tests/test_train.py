@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -668,9 +669,10 @@ def looks(said: int, config: CheckpointConfig, steps: int) -> int:
     What the other one says is given.
     """
     seen: list[int] = []
+    answers = cycle([said, 0])  # it is time or not, and no signal came
     at: Any = SimpleNamespace(is_finite=lambda: seen.append(0) or True)
     run: Any = SimpleNamespace(
-        processes=SimpleNamespace(largest=lambda own: max(own, said)),
+        processes=SimpleNamespace(largest=lambda own: max(own, next(answers))),
         checkpoints=Checkpoints(Path(), config, ""),
         stop=StopSignals(),
         state=SimpleNamespace(method=SimpleNamespace(saves_open_task=False)),

@@ -728,10 +728,8 @@ def extract_features(
 
 def save_between_tasks(run: Run) -> None:
     """Save the run, and end it if a signal asks for that."""
-    _, stopping = _agree(run, last=False)
     _save(run)
-    if stopping:
-        _leave(run, saved=True)
+    _leave_if_asked(run, saved=True)
 
 
 def save_in_task(run: Run, task: int, at: OpenTask, *, last: bool) -> None:
@@ -751,8 +749,8 @@ def save_in_task(run: Run, task: int, at: OpenTask, *, last: bool) -> None:
     FloatingPointError
         If training has diverged: that is not saved.
     """
-    due, stopping = _agree(run, last=last)
-    if not (due or stopping):
+    due = run.checkpoints.due(last=last) or run.stop.received is not None
+    if not run.processes.largest(int(due)):  # clocks differ, and a signal may come to one of them
         return
     if not at.is_finite():
         _raise_diverged(task, at)
@@ -761,18 +759,7 @@ def save_in_task(run: Run, task: int, at: OpenTask, *, last: bool) -> None:
         _save(run)
     else:  # not looked at again a step later
         run.checkpoints.wait()
-    if stopping:
-        _leave(run, saved=saved)
-
-
-def _agree(run: Run, *, last: bool) -> tuple[bool, bool]:
-    """Whether it is time to save for one of the processes, and whether one got a signal to stop."""
-    own = 2 * int(run.stop.received or 0) + run.checkpoints.due(last=last)
-    number, due = divmod(run.processes.largest(own), 2)
-    # One that comes just now counts after the next step, when all processes know of it.
-    if number:
-        run.stop.received = signal.Signals(number)
-    return bool(due), bool(number)
+    _leave_if_asked(run, saved=saved)
 
 
 def _save(run: Run) -> None:
@@ -782,8 +769,12 @@ def _save(run: Run) -> None:
     run.checkpoints.wait()
 
 
-def _leave(run: Run, *, saved: bool) -> NoReturn:
-    """End all processes as the signal to one of them asks."""
+def _leave_if_asked(run: Run, *, saved: bool) -> None:
+    """End all processes if one of them got a signal, while the run was saved at the latest."""
+    number = run.processes.largest(int(run.stop.received or 0))
+    if not number:
+        return
+    run.stop.received = signal.Signals(number)
     run.processes.wait()  # the launcher ends the others as soon as one has ended
     what = "a checkpoint was written" if saved else "the checkpoint of the last task is there"
     run.stop.leave(f"{what}: loda train --resume {run.folder.path} goes on")
