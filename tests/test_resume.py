@@ -26,9 +26,9 @@ from small_runs import KEPT, READOUTS, changed, finished, flags, plain, tiny, tr
 
 from training import cli
 from training.checkpoint import newest_checkpoint, read_checkpoint, write_checkpoint
-from training.config import Experiment
+from training.config import Experiment, begun_experiment
 from training.methods import METHODS
-from training.run_dir import begun_experiment, checkpoint_files, read_json, write_json
+from training.run_dir import checkpoint_files, read_json, write_json
 from training.train import prepare, resume, run_to_end, train
 
 TRAINED = [name for name in METHODS.paths if name not in ("ncm", "ranpac_frozen")]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backends.torch.readouts.readout import check_features
+from backends.torch.readouts.checks import check_features
 from backends.torch.readouts.statistics import TaskStatistics
 
 RIDGE_STRENGTHS = tuple(10.0**k for k in range(-8, 9))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from backends.torch.readouts.readout import check_names
+from backends.torch.readouts.checks import check_names
 
 
 class TaskStatistics(ABC):
