@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import VIT, flags, squares, tiny, tree
 
 from training.cli import main
-from training.data import build_stream, cut_loader, loader, train_transform
+from training.data import build_stream, loader, train_transform
 from training.distributed import Processes, Share, launched_processes, usable_cpus
 from training.run_dir import checkpoint_files, read_json
 
@@ -90,6 +90,7 @@ def test_two_processes_give_the_weights_of_one(
 
 
 @pytest.mark.slow
+@pytest.mark.gate
 def test_so_do_all_methods(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = in_two(SLOW, tmp_path_factory)
     for name, settings in SLOW.items():
@@ -225,7 +226,7 @@ def test_the_parts_of_mini_batches_are_those_of_one_process(
     settings = {"shuffle": True, "seed": 4}
     whole = list(loader(images, batch, **settings))  # type: ignore[arg-type]
     parts = [
-        list(cut_loader(images, batch, share=Share(rank, count), **settings))  # type: ignore[arg-type]
+        list(loader(images, batch, share=Share(rank, count), cut=True, **settings))  # type: ignore[arg-type]
         for rank in range(count)
     ]
     passes = [
@@ -263,6 +264,7 @@ ACCELERATE += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_po
 
 
 @pytest.mark.slow
+@pytest.mark.gate
 @pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
 def test_the_launchers(launcher: list[str], tmp_path: Path) -> None:
     root = squares(tmp_path / "data")

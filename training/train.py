@@ -31,15 +31,21 @@ from backends.torch import RowsLoss, TaskRecord
 from backends.torch.readouts import CosineHeads, Readouts, class_mean_start
 from training.backbones import Backbone, build_backbone, check_fits
 from training.checkpoint import Checkpoint, Checkpoints, StopSignals, write_state
-from training.config import NEUTRAL, Experiment, TrainConfig, effective, flat_settings
+from training.config import (
+    NEUTRAL,
+    Experiment,
+    TrainConfig,
+    as_recorded,
+    begun_experiment,
+    dump_experiment,
+    effective,
+    flat_settings,
+)
 from training.data import (
     ImageSet,
     Stream,
     build_stream,
-    cut_loader,
     loader,
-    passes_begun,
-    start_at,
     test_transform,
     train_transform,
     verify_data,
@@ -62,7 +68,6 @@ from training.run_dir import (
     READOUTS,
     STATE,
     RunFolder,
-    begun_experiment,
     choose_folder,
     environment,
     flattened,
@@ -198,8 +203,9 @@ def prepare(experiment: Experiment, resume: Path | None = None, *, overwrite: bo
     if experiment.threads is not None:
         torch.set_num_threads(experiment.threads)
     processes.require_same("settings", _shared_settings(experiment))
+    name = f"{experiment.data.name}-{experiment.method.name}-seed{experiment.seed}"
     path = resume or Path(
-        processes.from_first(lambda: str(choose_folder(experiment, overwrite=overwrite)))
+        processes.from_first(lambda: str(choose_folder(experiment.out, name, overwrite=overwrite)))
     )
     if experiment.device == "cuda" and accelerator.device.type != "cuda":
         msg = f"device is cuda, but torch sees none here; it would use {accelerator.device}"
@@ -258,7 +264,9 @@ def prepare(experiment: Experiment, resume: Path | None = None, *, overwrite: bo
     run = Run(experiment, stream, backbone, accelerator, processes, folder, checkpoints, state)
     try:
         if resume is None:
-            folder.begin(experiment, classes, environment(_described(backbone)))
+            folder.begin(
+                dump_experiment(as_recorded(experiment)), classes, environment(_described(backbone))
+            )
         else:
             folder.check_classes(classes)
             restore(run, checkpoints.newest())
@@ -371,12 +379,12 @@ def learn_task(run: Run, task: int, progress: Progress) -> None:
         device=run.accelerator.device,
     )
     # Every pass has augmentations of its own: those of an earlier process count.
-    start_at(passes, state.passes, 0)
+    passes.order.start_at(state.passes, 0)
 
     at = state.open
     if at is None:
         state.method.begin_task(passes)  # LoDA: second moments, then the two subspaces
-        state.passes = passes_begun(passes)
+        state.passes = passes.order.epoch
         _agree_on_weights(run)
         add_head(run, task)
         at = state.open = open_task(run, task)
@@ -524,13 +532,14 @@ def fit(run: Run, task: int, at: OpenTask, progress: Progress) -> None:
     """
     experiment, config, state = run.experiment, run.experiment.train, run.state
     clock = time.perf_counter()
-    batches = cut_loader(
+    batches = loader(
         _training_images(run, task),
         config.batch_size,
         shuffle=True,
         seed=derive(experiment.seed, task, "batches"),
         workers=experiment.data.workers,
         share=run.processes,
+        cut=True,
         device=run.accelerator.device,
     )
     done = at.epoch * len(batches) + at.batch
@@ -545,7 +554,7 @@ def fit(run: Run, task: int, at: OpenTask, progress: Progress) -> None:
     # The halves of a mini-batch have any size: one graph serves them all. Moments and evaluation
     # call the model as it is.
     forward = torch.compile(state.model, dynamic=True) if config.compile else state.model
-    start_at(batches, at.epoch, at.batch, epochs=config.epochs - at.epoch)
+    batches.order.start_at(at.epoch, at.batch, epochs=config.epochs - at.epoch)
     loading = iter(batches)  # over all epochs that are left
     while at.epoch < config.epochs:
         lr = learning_rate(config, at.epoch)

@@ -19,6 +19,11 @@ from training.backbones.weights import load_weights, tensors_sha256
 # Packages whose errors mean that the network failed; not all of them are OSErrors.
 _TRANSPORTS = {"huggingface_hub", "httpx", "httpcore", "requests", "urllib3"}
 
+_OTHER_WEIGHTS = (
+    "give a file (.safetensors, .pth or .npz) as backbone.weights, or start from random weights by "
+    "backbone.pretrained false"
+)
+
 
 class Backbone(NamedTuple):
     """A network that gives one feature a picture.
@@ -210,30 +215,31 @@ def _create(name: str, options: Mapping[str, Any]) -> nn.Module:
 
 def _download(name: str, options: Mapping[str, Any]) -> nn.Module:
     if not timm.is_model_pretrained(name):
-        msg = (
-            f"timm has no pretrained weights for {name}: give a file as backbone.weights, or start "
-            "from random weights by backbone.pretrained false."
-        )
+        msg = f"timm has no pretrained weights for {name}: {_OTHER_WEIGHTS}."
         raise ValueError(msg)
     # The model was already built without weights: what fails now is the download or the loading.
     try:
         module: nn.Module = timm.create_model(name, pretrained=True, num_classes=0, **options)
     except Exception as error:  # each transport and each model has errors of its own
-        reason = textwrap.shorten(str(error) or type(error).__name__, 400, placeholder=" ...")
+        reason = one_line(error)
         if _is_transport(error):
             msg = (
-                f"the pretrained weights of {name} could not be fetched ({reason}). Without a "
-                "network, fetch them elsewhere and give the file (.safetensors, .pth or .npz) as "
-                "backbone.weights; backbone.pretrained false starts from random weights."
+                f"the pretrained weights of {name} could not be fetched ({reason}). Fetch them "
+                f"elsewhere, and {_OTHER_WEIGHTS}."
             )
             raise ConnectionError(msg) from error
         msg = (
             f"the pretrained weights of {name} do not fit the model with backbone.options "
-            f"{options}, or their file is damaged: {reason} Change the options, give a file as "
-            "backbone.weights, or start from random weights by backbone.pretrained false."
+            f"{options}, or their file is damaged: {reason} Change the options, or "
+            f"{_OTHER_WEIGHTS}."
         )
         raise ValueError(msg) from error
     return module
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, shortened; its class where it says nothing."""
+    return textwrap.shorten(str(error) or type(error).__name__, 400, placeholder=" ...")
 
 
 def _tag(module: nn.Module) -> str | None:

@@ -3,12 +3,11 @@
 Every kind of image file becomes upright RGB (or grey), and what cannot be read is named.
 """
 
-import struct
-import zlib
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -28,23 +27,6 @@ CACHE_BYTES = 1_000_000_000
 Key = tuple[int, int]
 """Position of an image, and the seed of its augmentation."""
 
-# Besides its own errors, Pillow lets what a damaged file provokes in a codec through as it is.
-_DECODE_ERRORS = (
-    OSError,
-    EOFError,
-    SyntaxError,
-    ValueError,
-    LookupError,
-    TypeError,
-    ArithmeticError,
-    MemoryError,
-    NotImplementedError,
-    RecursionError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
 # Pillow goes by the content of a file, not by its name. Of what it reads, some formats start other
 # programs (EPS starts Ghostscript) and many are hardly ever met.
 _FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
@@ -126,19 +108,19 @@ class LazyImages:
     ) -> None:
         self.source, self.config = source, config
         self.indices = range(len(source)) if indices is None else indices
-        self._cache: Tensor | None = None
-        self._filled: Tensor | None = None
+        self._cache: tuple[Tensor, Tensor] | None = None  # images, and which of them are there
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Tensor:
-        if self._cache is None or self._filled is None:
+        if self._cache is None:
             return self._decoded(index)
-        if not self._filled[index]:
-            self._cache[index] = self._decoded(index)
-            self._filled[index] = True
-        return self._cache[index]
+        images, filled = self._cache
+        if not filled[index]:
+            images[index] = self._decoded(index)
+            filled[index] = True
+        return images[index]
 
     def select(self, indices: Sequence[int]) -> "LazyImages":
         """Only these images, in this order, with a cache of their own if they are small enough.
@@ -150,15 +132,17 @@ class LazyImages:
         """
         chosen = LazyImages(self.source, self.config, [self.indices[index] for index in indices])
         for path in chosen.files():
-            _read_header(path)
+            with _opened(path, path):
+                pass
         side, channels = self.config.resize, len(self.config.mode)
         if side is not None and _keeps(self.config, len(chosen), channels):
-            chosen._cache = torch.empty(len(chosen), channels, side, side, dtype=torch.uint8)
             # Filled as images are first asked for: a run that ends early decodes nothing in vain.
-            chosen._filled = torch.zeros(len(chosen), dtype=torch.bool)
+            images: Any = torch.empty(len(chosen), channels, side, side, dtype=torch.uint8)
+            filled: Any = torch.zeros(len(chosen), dtype=torch.bool)
             if self.config.workers > 0:  # what one loading process decodes serves the others
-                for shared in cast("tuple[Any, Any]", (chosen._cache, chosen._filled)):
-                    shared.share_memory_()
+                images.share_memory_()
+                filled.share_memory_()
+            chosen._cache = images, filled
         return chosen
 
     def files(self) -> list[Path]:
@@ -228,9 +212,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         keys
             At least one.
         """
-        if self.transform is None:
-            msg = "images are loaded in batches under a transform: use with_transform"
-            raise TypeError(msg)
+        transform = self.required_transform()
         # Seeding the CPU generator itself takes 2 us, torch.manual_seed 200 us: it seeds every
         # device.
         generator = torch.default_generator
@@ -240,12 +222,19 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         try:
             for index, (_, seed) in zip(self.indices[positions].tolist(), keys, strict=True):
                 generator.manual_seed(seed)
-                image, drawn = self.transform.prepare(self.images[index])
+                image, drawn = transform.prepare(self.images[index])
                 pixels.append(image)
                 draws.append(drawn)
         finally:
             generator.set_state(state)
         return torch.stack(pixels), torch.stack(draws), self.labels[positions]
+
+    def required_transform(self) -> Transform:
+        """The transform, which batches need: TypeError where there is none."""
+        if self.transform is None:
+            msg = "images are loaded in batches under a transform: use with_transform"
+            raise TypeError(msg)
+        return self.transform
 
     def subset(self, labels: Collection[int]) -> "ImageSet":
         """Only the images with one of these labels, in the same order."""
@@ -284,32 +273,24 @@ def decode(file: str | Path | BinaryIO, mode: str = "RGB", *, name: object = Non
     UnreadableImageError
         As `open_image`; ``name`` is what the message calls a file without a path.
     """
+    with _opened(file, file if name is None else name) as image:
+        return _upright(image, mode)
+
+
+@contextmanager
+def _opened(file: str | Path | BinaryIO, name: object) -> Iterator[Image.Image]:
+    """An image of which the header is read; UnreadableImageError for what goes wrong from there."""
     try:
         with Image.open(file, formats=_FORMATS) as image:
-            _refuse_huge(image)
-            return _upright(image, mode)
-    except _DECODE_ERRORS as error:
-        raise _unreadable(file if name is None else name, error) from error
-
-
-def _read_header(path: Path) -> None:
-    try:
-        with Image.open(path, formats=_FORMATS) as image:
-            _refuse_huge(image)
-    except _DECODE_ERRORS as error:
-        raise _unreadable(path, error) from error
-
-
-def _refuse_huge(image: Image.Image) -> None:
-    """Raise Image.DecompressionBombError where Pillow by itself might only warn.
-
-    A small file can unpack to gigabytes. The limit is ``PIL.Image.MAX_IMAGE_PIXELS``, 89 million
-    pixels unless a program sets another; None there means no limit.
-    """
-    pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
-    if limit is not None and pixels > limit:
-        msg = f"Image size ({pixels} pixels) exceeds limit of {limit} pixels"
-        raise Image.DecompressionBombError(msg)
+            # A small file can unpack to gigabytes, and Pillow by itself might only warn. A program
+            # may set another limit than 89 million pixels; None means none.
+            pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
+            if limit is not None and pixels > limit:
+                msg = f"Image size ({pixels} pixels) exceeds limit of {limit} pixels"
+                raise Image.DecompressionBombError(msg)
+            yield image
+    except Exception as error:  # Pillow lets through what a damaged file provokes in a codec
+        raise _unreadable(name, error) from error
 
 
 def _upright(image: Image.Image, mode: str) -> Image.Image:
