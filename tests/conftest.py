@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import hypothesis
 import libraries
@@ -134,3 +135,11 @@ def shared() -> Path:
     if not (folder / "reference" / "trace.npz").is_file():
         pytest.skip(f"the recorded run is not here: no reference/trace.npz under {folder}")
     return folder
+
+
+@pytest.fixture
+def model() -> Any:
+    """A tiny transformer, the same every time."""
+    from small_runs import small_vit
+
+    return small_vit()

@@ -5,18 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from learning import QKV, batches, images, learn, made
-from small_runs import small_vit
 from torch import Tensor, nn
 
 from backends.torch import collect_moments, find_layers
 from training.methods.inflora import GradientMemory, InfLoRA
 
 DIM = 12
-
-
-@pytest.fixture
-def model() -> nn.Module:
-    return small_vit()
 
 
 def inflora(model: nn.Module, **options: object) -> InfLoRA:

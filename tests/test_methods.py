@@ -16,11 +16,6 @@ STILL = {"frozen", "ncm", "ranpac_frozen"}
 ALIGNED = sorted({*NAMES} - STILL)
 
 
-@pytest.fixture
-def model() -> nn.Module:
-    return small_vit()
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_between_tasks_the_model_is_the_original_architecture(name: str, model: nn.Module) -> None:
     kinds = [(n, type(m)) for n, m in model.named_modules()]
@@ -71,6 +66,23 @@ def test_a_state_carries_a_method_over(name: str, model: nn.Module) -> None:
     assert all(torch.equal(w, between[n]) for n, w in other.state_dict().items())
     found = learn(taking_over, other, 1)
     assert all(torch.equal(found[n], expected[n]) for n in expected)
+
+
+@pytest.mark.parametrize("name", ALIGNED)
+def test_an_open_task_is_taken_over(name: str, model: nn.Module) -> None:
+    method = made(name, model)
+    closed = learn(method, model, 0)
+    method.begin_task(batches(1))
+    with torch.no_grad():
+        for number, parameter in enumerate(method.parameters()):
+            parameter.add_(0.1 * (number + 1))
+    opened, state = weights(model), method.state_dict()
+    other = small_vit()
+    other.load_state_dict(closed)
+    taking_over = made(name, other)
+    taking_over.load_state_dict({key: value.clone() for key, value in state.items()})
+    assert all(torch.equal(w, opened[n]) for n, w in other.state_dict().items())
+    assert [p.requires_grad for p in taking_over.parameters()] == [True] * len(method.parameters())
 
 
 @pytest.mark.parametrize("name", ALIGNED)

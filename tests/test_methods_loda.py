@@ -9,7 +9,7 @@ import pytest
 import torch
 from learning import QKV, batches, images, learn, made
 from safetensors.torch import load_file
-from small_runs import small_vit, tiny
+from small_runs import tiny
 from torch import Tensor, nn
 
 from backends.torch import find_layers
@@ -36,11 +36,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "two patterns": {"target": ["*.attn.proj", "*.attn.qkv"]},
     **{f: {"recalibration": f} for f in ("diagonal", "box", "direction", "scalar", "none")},
 }
-
-
-@pytest.fixture
-def model() -> nn.Module:
-    return small_vit()
 
 
 @pytest.fixture(scope="session")

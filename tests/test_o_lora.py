@@ -3,17 +3,11 @@
 import pytest
 import torch
 from learning import QKV, learn, made
-from small_runs import small_vit
 from torch import nn
 
 from backends.torch import find_layers
 from training.methods import Context, MethodConfig
 from training.methods.o_lora import OLoRA, overlap
-
-
-@pytest.fixture
-def model() -> nn.Module:
-    return small_vit()
 
 
 def o_lora(model: nn.Module, **options: object) -> OLoRA:

@@ -2,17 +2,11 @@
 
 import pytest
 import torch
-from learning import QKV, batches, learn, made, weights
-from small_runs import small_vit
+from learning import QKV, batches, learn, made
 from torch import nn
 
 from backends.torch import find_layers
 from training.methods.sd_lora import SDLoRA
-
-
-@pytest.fixture
-def model() -> nn.Module:
-    return small_vit()
 
 
 def sd_lora(model: nn.Module, **options: object) -> SDLoRA:
@@ -55,21 +49,3 @@ def test_all_magnitudes_start_again_and_are_trained_on_every_task(model: nn.Modu
             for m in method.magnitudes:
                 m.fill_(3.0)
         method.end_task(batches(task))
-
-
-def test_an_open_task_is_taken_over(model: nn.Module) -> None:
-    method = sd_lora(model)
-    learn(method, model, 0)
-    closed = weights(model)
-    method.begin_task(batches(1))
-    with torch.no_grad():
-        for number, parameter in enumerate(method.parameters()):
-            parameter.add_(0.1 * number)
-    opened = weights(model)
-    state = {key: value.clone() for key, value in method.state_dict().items()}
-    other = small_vit()
-    other.load_state_dict(closed)
-    taking_over = sd_lora(other)
-    taking_over.load_state_dict(state)
-    assert all(torch.equal(w, opened[n]) for n, w in other.state_dict().items())
-    assert [p.requires_grad for p in taking_over.parameters()] == [True] * len(method.parameters())
