@@ -28,6 +28,7 @@ _DASHES = ("-", "--", "-.", ":")  # for prints without colour
 _DPI = 150
 _WIDTH, _HEIGHT = 5.4, 3.1  # inches of a panel: legible when a phone shows the whole width
 _LEGEND = 64  # letters in a line of the legend
+_NAME = 34  # letters of a name beside an interval
 _TASK_TICKS = 12
 _END_LABELS = 16
 _MATRIX_TICKS = 20
@@ -212,7 +213,8 @@ def interval_figure(
         axes.plot(differences[["low", "high"]].T, [places] * 2, color=style["color"], lw=1.6)
         axes.plot(differences["lead"], places, label=_plain(label), **style)
     axes.axvline(0, color="#555555", lw=0.8, zorder=0)
-    axes.set_yticks(range(len(names)), [_shorten(name, 34) for name in names])
+    short = [name if len(name) <= _NAME else name[: _NAME - 1] + "…" for name in names]
+    axes.set_yticks(range(len(names)), [*map(_plain, short)])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(x)
     _open_frame(axes, grid="x")
@@ -247,8 +249,19 @@ def accuracy_figure(
     side = _matrix_side(tasks)
     figure = _new_figure(side + 2.3 + 4.8, side + 1.1)
     left, right = figure.subplots(1, 2, width_ratios=[side + 1.6, 4.6])
-    _draw_matrix(left, matrix.matrix)
-    _draw_accuracies(right, matrix)
+    _draw_matrix(figure, left, matrix.matrix)
+    learned = range(1, tasks + 1)
+    curves = [
+        Curve("all classes seen", learned, [100 * x for x in matrix.curve]),
+        Curve("task just learned", learned, [100 * row[-1] for row in matrix.matrix], style=1),
+    ]
+    summary = (
+        f"last {100 * matrix.last:.1f} · average {100 * matrix.average:.1f} · "
+        f"forgetting {100 * matrix.forgetting:.1f}"
+    )
+    right.set_ylim(0, 104)
+    _draw_panel(right, Panel(curves, "tasks learned", "accuracy (%)", summary, ends=True))
+    right.legend(frameon=False, fontsize=9)
     return _save(figure, path, title)
 
 
@@ -273,7 +286,7 @@ def matrix_figure(rows: Sequence[Sequence[float]], path: str | os.PathLike[str])
         raise ValueError(msg)
     side = _matrix_side(len(rows))
     figure = _new_figure(side + 2.1, side + 1.2)
-    _draw_matrix(figure.subplots(), rows)
+    _draw_matrix(figure, figure.subplots(), rows)
     return _save(figure, path)
 
 
@@ -303,8 +316,13 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
         if curve.low:
             colour = style["color"]
             axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.16, lw=0)
-    if panel.log:
-        _log_scale(axes)
+    if panel.log:  # decades, with plain numbers beside the ticks
+        from matplotlib.ticker import LogLocator, NullFormatter
+
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     if panel.level is not None:
         axes.axhline(panel.level, color="#555555", lw=0.8, zorder=0)
     places = [x for curve in panel.curves for x in curve.x]
@@ -319,7 +337,7 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
     _open_frame(axes, grid="y")
 
 
-def _draw_matrix(axes: "Axes", rows: Sequence[Sequence[float]]) -> None:
+def _draw_matrix(figure: "Figure", axes: "Axes", rows: Sequence[Sequence[float]]) -> None:
     tasks = len(rows)
     grid = [[*(100 * a for a in row), *[float("nan")] * (tasks - len(row))] for row in rows]
     image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=100, aspect="equal")
@@ -340,46 +358,12 @@ def _draw_matrix(axes: "Axes", rows: Sequence[Sequence[float]]) -> None:
     axes.set_ylabel("after learning task")
     axes.set_title("Accuracy by task (%)", fontsize=11)
     axes.spines[:].set_visible(False)
-    figure = axes.get_figure()
-    if figure is not None:
-        figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03).outline.set_visible(False)
-
-
-def _draw_accuracies(axes: "Axes", matrix: "AccuracyMatrix") -> None:
-    x = range(1, len(matrix) + 1)
-    seen = [100 * accuracy for accuracy in matrix.curve]
-    new = [100 * row[-1] for row in matrix.matrix]
-    axes.plot(x, seen, color=_COLOURS[0], marker="o", ms=5, lw=2, label="all classes seen")
-    axes.plot(
-        x, new, color=_COLOURS[1], marker="s", ms=4, lw=1.2, ls="--", label="task just learned"
-    )
-    axes.set_ylim(0, 104)
-    _label_ends(axes, len(x), [(seen[-1], _COLOURS[0])])
-    _whole_numbers(axes, 1, len(x), room=True)
-    axes.set_xlabel("tasks learned")
-    axes.set_ylabel("accuracy (%)")
-    _open_frame(axes, grid="y")
-    axes.legend(frameon=False, fontsize=9)
-    axes.set_title(
-        f"last {100 * matrix.last:.1f} · average {100 * matrix.average:.1f} · "
-        f"forgetting {100 * matrix.forgetting:.1f}",
-        fontsize=11,
-    )
+    figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03).outline.set_visible(False)
 
 
 def _matrix_side(tasks: int) -> float:
     """Side of a square heat map, in inches."""
     return min(max(0.4 * tasks, 3.0), 7.5)
-
-
-def _log_scale(axes: "Axes") -> None:
-    """Decades, with plain numbers beside the ticks."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _whole_numbers(axes: "Axes", low: int, high: int, *, room: bool) -> None:
@@ -414,11 +398,6 @@ def _open_frame(axes: "Axes", *, grid: Literal["x", "y"]) -> None:
 def _plain(text: str) -> str:
     """Text as it is: matplotlib would read what stands between two dollars as a formula."""
     return text.replace("$", r"\$")
-
-
-def _shorten(label: str, width: int) -> str:
-    """A label of at most so many letters, ready to be drawn."""
-    return _plain(label if len(label) <= width else label[: width - 1] + "…")
 
 
 def _new_figure(width: float, height: float) -> "Figure":

@@ -251,7 +251,6 @@ def plan(
 
 
 def _experiment(sweep: Sweep, name: str, extra: Sequence[str]) -> Experiment:
-    """The settings of a variant."""
     configs = [f"--config={config}" for config in sweep.configs]
     given = [sweep.settings or {}, sweep.variants[name] or {}]
     fixed = [key for layer in given for key in layer if key in ("seed", "out")]

@@ -195,9 +195,8 @@ def _relative(section: Section, baseline: str | None) -> Iterator[Drawing]:
         both["difference"] = both[age] - both[f"{age}_base"]
         # Before the second task there is no old one.
         first = 2 if age == "old" else 1
-        curves = spread_curves(
-            _curves(section, both[both["task"] >= first], "difference"), first=first
-        )
+        later = both[both["task"] >= first]
+        curves = spread_curves(_curves(section, later, "difference"), first=first)
         if not curves:
             return
         panels.append(Panel(curves, "tasks learned", "difference (points)", f"On {words}", level=0))
@@ -247,8 +246,11 @@ def _costs(section: Section) -> Iterator[Drawing]:
         "peak memory (MiB)": "memory_mib",
         "peak GPU memory (MiB)": "gpu_memory_mib",
     }
-    curves = {unit: spread_curves(_curves(section, rows, c)) for unit, c in columns.items()}
-    panels = [Panel(drawn, "task", unit) for unit, drawn in curves.items() if drawn]
+    panels = [
+        Panel(curves, "task", unit)
+        for unit, column in columns.items()
+        if (curves := spread_curves(_curves(section, rows, column)))
+    ]
     if panels:
         yield Drawing(
             "costs",

@@ -184,18 +184,21 @@ def _embedded(path: Path) -> dict[str, Any]:
 
 def _page(report: Report, parts: Sequence[tuple[Any, ...]]) -> str:
     """The page, from the identifier, title, tables and figures of each of its sections."""
-    runs = [
-        {
-            "method": label,
-            "section": section.base,
-            "seed": str(run.seed),
-            "analysed": "yes" if run.content["analysis"] else "no",
-            "folder": str(run.path),
-        }
-        for section in report.sections
-        for label in section.fresh
-        for run in section.groups[label]
-    ]
+    runs = pd.DataFrame(
+        [
+            (
+                label,
+                section.base,
+                str(run.seed),
+                "yes" if run.content["analysis"] else "no",
+                run.path,
+            )
+            for section in report.sections
+            for label in section.fresh
+            for run in section.groups[label]
+        ],
+        columns=["method", "section", "seed", "analysed", "folder"],
+    )
     methods = len(report.sections[0].labels)
     text = files("training.report").joinpath("page.html").read_text(encoding="utf-8")
     # Whatever a label holds, it is text.
@@ -207,7 +210,7 @@ def _page(report: Report, parts: Sequence[tuple[Any, ...]]) -> str:
         count=f"{_plural(len(runs), 'finished run')} of {_plural(methods, 'method')}.",
         notes=report.notes(),
         parts=parts,
-        runs=Table("Finished runs", pd.DataFrame(runs).set_index("method")),
+        runs=Table("Finished runs", runs.set_index("method")),
     )
 
 

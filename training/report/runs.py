@@ -79,7 +79,7 @@ class Run:
         The run folder, or a place in a bundle.
     name : str
         What the user calls the group that the run belongs to; may be empty.
-    parts : mapping of str to sequence of str
+    parts : dict of str to list of str
         The groups in the file of its sweep: titles, and variants by name.
     experiment : Experiment
         Its settings.
@@ -89,7 +89,7 @@ class Run:
 
     path: Path
     name: str
-    parts: Mapping[str, Sequence[str]]
+    parts: dict[str, list[str]]
     experiment: Experiment
     content: dict[str, Any]
 
@@ -281,14 +281,13 @@ class Run:
             for j, (size, right, count) in enumerate(
                 zip(matrix.sizes, matrix.correct, matrix.total, strict=True)
             ):
+                lost = max(row[j] for row in cells[j:]) - cells[-1][j]
                 accuracies = {
                     "accuracy": sum(right) / sum(count),
                     "old": sum(right[:-size]) / sum(count[:-size]) if j else nan,
                     "new": sum(right[-size:]) / sum(count[-size:]),
-                    "forgetting": max(row[j] for row in cells[j:]) - cells[-1][j],
+                    "forgetting": lost if j < len(cells) - 1 else nan,  # of the last one, none yet
                 }
-                if j == len(cells) - 1:  # nothing can be forgotten yet
-                    accuracies["forgetting"] = nan
                 per_cent = {name: 100 * x for name, x in accuracies.items()}
                 yield {**self._identity(kind), "task": j + 1, **per_cent, **self.costs[j]}
 
@@ -448,11 +447,9 @@ def write_bundle(runs: Sequence[Run], path: Path, *, overwrite: bool = False) ->
             raise FileExistsError(msg)
     lines: list[dict[str, Any]] = [{"format": _BUNDLE, "version": _VERSION}]
     for run, place in zip(runs, _places_in_bundle(run.path for run in runs), strict=True):
-        parts = {title: list(names) for title, names in run.parts.items()}
         config = _portable(experiment_values(run.experiment)) | {"out": None}
-        lines.append(
-            {"run": place, "name": run.name, "groups": parts, "config": config, **run.content}
-        )
+        record = {"run": place, "name": run.name, "groups": run.parts, "config": config}
+        lines.append(record | run.content)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return path
@@ -807,7 +804,7 @@ def _by_part(groups: dict[str, list[Run]]) -> dict[str, dict[str, list[Run]]]:
     parts = {}
     for title in dict.fromkeys(t for runs in groups.values() for run in runs for t in run.parts):
         places = {
-            label: list(run.parts[title]).index(_variant(run.path))
+            label: run.parts[title].index(_variant(run.path))
             for label, runs in groups.items()
             for run in runs
             if _variant(run.path) in run.parts.get(title, ())
