@@ -184,21 +184,19 @@ def _embedded(path: Path) -> dict[str, Any]:
 
 def _page(report: Report, parts: Sequence[tuple[Any, ...]]) -> str:
     """The page, from the identifier, title, tables and figures of each of its sections."""
-    runs = pd.DataFrame(
-        [
-            (
-                label,
-                section.base,
-                str(run.seed),
-                "yes" if run.content["analysis"] else "no",
-                run.path,
-            )
-            for section in report.sections
-            for label in section.fresh
-            for run in section.groups[label]
-        ],
-        columns=["method", "section", "seed", "analysed", "folder"],
-    )
+    runs = [
+        (label, section.base, run)
+        for section in report.sections
+        for label in section.fresh
+        for run in section.groups[label]
+    ]
+    folders = {
+        "section": [base for _, base, _ in runs],
+        "seed": [str(run.seed) for *_, run in runs],
+        "analysed": ["yes" if run.content["analysis"] else "no" for *_, run in runs],
+        "folder": [str(run.path) for *_, run in runs],
+    }
+    labels = pd.Index([label for label, *_ in runs], name="method")
     methods = len(report.sections[0].labels)
     text = files("training.report").joinpath("page.html").read_text(encoding="utf-8")
     # Whatever a label holds, it is text.
@@ -210,7 +208,7 @@ def _page(report: Report, parts: Sequence[tuple[Any, ...]]) -> str:
         count=f"{_plural(len(runs), 'finished run')} of {_plural(methods, 'method')}.",
         notes=report.notes(),
         parts=parts,
-        runs=Table("Finished runs", runs.set_index("method")),
+        runs=Table("Finished runs", pd.DataFrame(folders, labels)),
     )
 
 
