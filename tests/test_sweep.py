@@ -54,7 +54,7 @@ def quiet(_: str) -> None:
 # The file
 
 
-LODA = {"variants": ["loda"], "seeds": [1]}
+LODA: dict[str, Any] = {"variants": ["loda"], "seeds": [1]}
 
 
 @pytest.mark.parametrize(
@@ -65,14 +65,13 @@ LODA = {"variants": ["loda"], "seeds": [1]}
         (LODA | {"seed": 1}, "'seed'"),
         (LODA | {"settings": 3}, "settings"),
         (LODA | {"configs": "digits"}, "configs"),
-        *((LODA | {"variants": own}, "variants") for own in ({}, [["loda"]])),
+        (LODA | {"variants": {}}, "variants"),
+        (LODA | {"variants": [["loda"]]}, "variants"),
         *((LODA | {"variants": {name: {}}}, "letters") for name in ("../up", "-a", "logs")),
         (LODA | {"variants": {"loda": {}, "LoDA": {}}}, "different"),
         *((LODA | {"seeds": seeds}, "seeds") for seeds in ([1, 1], [-1], [True], ["1"])),
-        *(
-            (LODA | {"groups": groups}, "groups")
-            for groups in ({"a": ["ncm"]}, {"a": ["loda"] * 2}, {"a": []}, ["loda"], {"a": "loda"})
-        ),
+        *((LODA | {"groups": {"a": a}}, "groups") for a in (["ncm"], ["loda"] * 2, [], "loda")),
+        (LODA | {"groups": ["loda"]}, "groups"),
     ],
 )
 def test_a_file_that_is_no_sweep_is_refused(content: object, word: str, tmp_path: Path) -> None:

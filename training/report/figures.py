@@ -344,7 +344,8 @@ def _by_layer(energies: pd.DataFrame, subspace: str, measure: str, label: str, s
     rows = energies[energies["subspace"] == subspace].dropna(subset=measure)
     spread = rows.groupby("layer", sort=False)[measure].agg(["median", "min", "max"])
     x = [places[layer] for layer in spread.index]
-    return Curve(label, x, *spread.T.to_numpy().tolist(), style=style)
+    centre, low, high = spread.T.to_numpy().tolist()
+    return Curve(label, x, centre, low, high, style)
 
 
 def _medians(curves: Sequence[Curve]) -> str:

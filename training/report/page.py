@@ -134,9 +134,9 @@ def write_report(report: Report, out: Path, *, overwrite: bool = False) -> Path:
         if not overwrite:
             msg = f"{out} is not empty, and nothing is overwritten unasked: add --overwrite"
             raise FileExistsError(msg)
-        figures = [path for path in (out / FIGURES).rglob("*") if path.suffix in _ENDINGS]
-        for stale in (*(out / name for name in (MARKDOWN, LATEX, CSV, PAGE)), *figures):
-            stale.unlink(missing_ok=True)
+        stale = [path for path in (out / FIGURES).rglob("*") if path.suffix in _ENDINGS]
+        for path in (*(out / name for name in (MARKDOWN, LATEX, CSV, PAGE)), *stale):
+            path.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / MARKDOWN, report.markdown())
     write_text(out / LATEX, report.latex())
@@ -185,18 +185,17 @@ def _embedded(path: Path) -> dict[str, Any]:
 def _page(report: Report, parts: Sequence[tuple[Any, ...]]) -> str:
     """The page, from the identifier, title, tables and figures of each of its sections."""
     runs = [
-        (label, section.base, run)
+        {
+            "method": label,
+            "section": section.base,
+            "seed": str(run.seed),
+            "analysed": "yes" if run.content["analysis"] else "no",
+            "folder": str(run.path),
+        }
         for section in report.sections
         for label in section.fresh
         for run in section.groups[label]
     ]
-    folders = {
-        "section": [base for _, base, _ in runs],
-        "seed": [str(run.seed) for *_, run in runs],
-        "analysed": ["yes" if run.content["analysis"] else "no" for *_, run in runs],
-        "folder": [str(run.path) for *_, run in runs],
-    }
-    labels = pd.Index([label for label, *_ in runs], name="method")
     methods = len(report.sections[0].labels)
     text = files("training.report").joinpath("page.html").read_text(encoding="utf-8")
     # Whatever a label holds, it is text.
@@ -208,7 +207,7 @@ def _page(report: Report, parts: Sequence[tuple[Any, ...]]) -> str:
         count=f"{_plural(len(runs), 'finished run')} of {_plural(methods, 'method')}.",
         notes=report.notes(),
         parts=parts,
-        runs=Table("Finished runs", pd.DataFrame(folders, labels)),
+        runs=Table("Finished runs", pd.DataFrame(runs).set_index("method")),
     )
 
 
