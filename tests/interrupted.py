@@ -9,8 +9,7 @@ import pytest
 from run_contents import events, untimed
 
 from training.checkpoint import read_checkpoint
-from training.config import Experiment
-from training.run_dir import begun_experiment
+from training.config import Experiment, begun_experiment
 from training.train import Run, prepare, run_to_end
 
 

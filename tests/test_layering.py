@@ -26,8 +26,8 @@ ALLOWED = {
 DECLARED = {"backbones.config", "data.config", "data.datasets", "methods.base"}
 SETTINGS = {f"settings of {name.partition('.')[0]}" for name in DECLARED}
 FLOORS = (
-    {"components", "config", *SETTINGS, "seeds", "metrics", "loss"},
-    {"run_dir", "distributed", "logging", "plots"},
+    {"components", "config", *SETTINGS, "run_dir", "seeds", "metrics", "loss"},
+    {"distributed", "logging", "plots"},
     {"backbones", "data", "methods"},
     {"state", "checkpoint"},
     {"train"},

@@ -553,11 +553,12 @@ class Count(TaskStatistics):
     def finish(self, first: int, end: int) -> None:
         assert len(self.count) == end
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"count": self.count, "sizes": torch.tensor(self.task_sizes)}
+    def tensors(self) -> dict[str, Tensor]:
+        return {"count": self.count}
 
-    def load_state_dict(self, state: Any) -> None:
-        self.count, self.task_sizes = state["count"], tuple(state["sizes"].tolist())
+    def load(self, tensors: Any, classes: int) -> None:
+        assert len(tensors["count"]) == classes
+        self.count = tensors["count"]
 
 
 class MostFrequent(Readout):

@@ -26,9 +26,9 @@ from small_runs import KEPT, READOUTS, changed, finished, flags, plain, tiny, tr
 
 from training import cli
 from training.checkpoint import newest_checkpoint, read_checkpoint, write_checkpoint
-from training.config import Experiment
+from training.config import Experiment, begun_experiment
 from training.methods import METHODS
-from training.run_dir import begun_experiment, checkpoint_files, read_json, write_json
+from training.run_dir import checkpoint_files, read_json, write_json
 from training.train import prepare, resume, run_to_end, train
 
 TRAINED = [name for name in METHODS.paths if name not in ("ncm", "ranpac_frozen")]
@@ -339,7 +339,7 @@ def test_a_signal_saves_the_run_and_ends_it(
     [
         ("SIGINT", "process", 0),
         ("SIGTERM", "group", 2),
-        pytest.param("SIGINT", "group", 2, marks=pytest.mark.slow),
+        pytest.param("SIGINT", "group", 2, marks=[pytest.mark.slow, pytest.mark.gate]),
     ],
 )
 def test_a_stopped_process_saves_itself_and_leaves_nobody_behind(
@@ -419,6 +419,7 @@ def survives(experiment: Experiment, whole: Path, signals: list[signal.Signals],
 
 
 @pytest.mark.slow
+@pytest.mark.gate
 def test_a_run_survives_a_dozen_ends(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

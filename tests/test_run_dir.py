@@ -410,7 +410,7 @@ def test_a_folder_that_is_not_empty_is_left_alone(copy: Path) -> None:
 def test_a_hidden_file_is_content_too(tmp_path: Path) -> None:
     (tmp_path / ".keep").write_text("")
     with pytest.raises(FileExistsError, match="not empty"):
-        choose_folder(Experiment(out=str(tmp_path)))
+        choose_folder(str(tmp_path), "digits")
 
 
 def test_overwriting_leaves_nothing_of_the_old_run(copy: Path, root: Path) -> None:
@@ -443,7 +443,7 @@ def test_bad_settings_leave_the_old_run_whole_even_with_overwrite(copy: Path, ro
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(NotADirectoryError, match="is a file"):
-        choose_folder(Experiment(out=str(tmp_path / "out")), overwrite=True)
+        choose_folder(str(tmp_path / "out"), "digits", overwrite=True)
     assert (tmp_path / "out").read_text() == "mine"
 
 
@@ -462,7 +462,7 @@ def test_relative_paths_are_recorded_as_absolute_and_home_is_expanded(
     text = (tmp_path / "out" / "config.yaml").read_text("utf-8")
     assert f"root: {tmp_path / 'data'}\n" in text
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert choose_folder(Experiment(out="~/run")) == tmp_path / "run"
+    assert choose_folder("~/run", "digits") == tmp_path / "run"
 
 
 def test_runs_that_begin_in_the_same_second_do_not_share_a_folder(
@@ -470,7 +470,7 @@ def test_runs_that_begin_in_the_same_second_do_not_share_a_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     # Both ask before either has made its folder, as two processes would.
-    wanted = [choose_folder(Experiment()) for _ in range(2)]
+    wanted = [choose_folder(None, "digits-loda-seed1993") for _ in range(2)]
     assert wanted[0].name.startswith("digits-loda-seed1993-")
     made = [RunFolder(path, fresh=True).path for path in (wanted[0], wanted[0])]
     assert len(set(made)) == 2

@@ -13,8 +13,8 @@ from small_runs import READOUTS, changed, finished, plain, tiny
 from torch import nn
 
 from training.checkpoint import newest_checkpoint, read_checkpoint
-from training.config import read_experiment
-from training.run_dir import begun_experiment, read_json
+from training.config import begun_experiment, read_experiment
+from training.run_dir import read_json
 from training.state import OpenTask
 from training.train import Run, make_optimizer, prepare, run_to_end
 

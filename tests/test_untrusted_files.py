@@ -39,6 +39,7 @@ from training.checkpoint import newest_checkpoint, read_checkpoint, write_checkp
 from training.config import (
     DataConfig,
     Experiment,
+    begun_experiment,
     dump_experiment,
     experiment_from,
     read_experiment,
@@ -46,7 +47,7 @@ from training.config import (
 from training.data import UnreadableImageError, open_image
 from training.report.figures import drawings
 from training.report.runs import by_section, read_run
-from training.run_dir import RunFolder, begun_experiment, read_tensors, write_tensors
+from training.run_dir import RunFolder, read_tensors, write_tensors
 from training.sweep import plan, read_sweep
 from training.train import prepare, resume, run_to_end, train
 

@@ -177,8 +177,14 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _resume(run: Path, settings: Sequence[str], allow: Sequence[str]) -> None:
     _require_run(run)
-    from training.config import FREE, as_recorded, differing_settings, load_experiment
-    from training.run_dir import CONFIG, begun_experiment, is_finished, tidy
+    from training.config import (
+        FREE,
+        as_recorded,
+        begun_experiment,
+        differing_settings,
+        load_experiment,
+    )
+    from training.run_dir import CONFIG, is_finished, tidy
 
     begun = begun_experiment(run)
     given = load_experiment(settings, recorded=run / CONFIG, allow=allow)

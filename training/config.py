@@ -41,6 +41,7 @@ from training.components import (
 )
 from training.data.config import DataConfig
 from training.methods.base import METHODS, MethodConfig
+from training.run_dir import CONFIG
 
 NEUTRAL = (
     "data.workers",
@@ -419,6 +420,27 @@ def read_experiment(path: str | Path, allow: Collection[str] = ()) -> Experiment
     """
     with _not_a_configuration(str(path)):
         return _recorded(_file_layers(Path(path)), allow)
+
+
+def begun_experiment(path: Path, allow: Collection[str] = ()) -> Experiment:
+    """The settings of a run that began in a folder.
+
+    Parameters
+    ----------
+    path : Path
+        The run folder.
+    allow : collection of str
+        As of `read_experiment`.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    """
+    if not (path / CONFIG).is_file():
+        msg = f"{path} is no run folder: no {CONFIG} in it"
+        raise FileNotFoundError(msg)
+    return read_experiment(path / CONFIG, allow)
 
 
 def experiment_from(

@@ -11,7 +11,7 @@ import platform
 import time
 import weakref
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-
-from training.config import Experiment, as_recorded, dump_experiment, read_experiment
 
 try:
     import fcntl
@@ -415,8 +413,17 @@ if fcntl is not None:
 # --- the folder of a run --------------------------------------------------------------------------
 
 
-def choose_folder(experiment: Experiment, *, overwrite: bool = False) -> Path:
-    """Folder of the run: as given, or a new one under ``runs`` named after data and method.
+def choose_folder(out: str | None, name: str, *, overwrite: bool = False) -> Path:
+    """Folder of the run: as given, or a new one under ``runs``.
+
+    Parameters
+    ----------
+    out : str or None
+        The folder, if one is given.
+    name : str
+        Begins the name of a new one; the time follows.
+    overwrite : bool
+        Whether the folder may have content.
 
     Raises
     ------
@@ -425,11 +432,9 @@ def choose_folder(experiment: Experiment, *, overwrite: bool = False) -> Path:
     NotADirectoryError
         If the path is a file.
     """
-    if experiment.out is None:
-        stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-        name = f"{experiment.data.name}-{experiment.method.name}-seed{experiment.seed}-{stamp}"
-        return Path("runs", name)
-    folder = Path(experiment.out).expanduser()
+    if out is None:
+        return Path("runs", f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}")
+    folder = Path(out).expanduser()
     if folder.exists() and not folder.is_dir():
         msg = f"out must be a folder, got {folder}, which is a file"
         raise NotADirectoryError(msg)
@@ -449,27 +454,6 @@ def choose_folder(experiment: Experiment, *, overwrite: bool = False) -> Path:
 def is_finished(path: Path) -> bool:
     """Whether a folder holds a run with its results."""
     return (path / CONFIG).is_file() and (path / SUMMARY).is_file()
-
-
-def begun_experiment(path: Path, allow: Sequence[str] = ()) -> Experiment:
-    """The settings of a run that began in a folder.
-
-    Parameters
-    ----------
-    path : Path
-        The run folder.
-    allow : sequence of str
-        Import paths of components whose code may be loaded; see `training.config.read_experiment`.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is none.
-    """
-    if not (path / CONFIG).is_file():
-        msg = f"{path} is no run folder: no {CONFIG} in it"
-        raise FileNotFoundError(msg)
-    return read_experiment(path / CONFIG, allow)
 
 
 def tidy(path: Path) -> None:
@@ -559,11 +543,11 @@ class RunFolder:
             self._lock.release()
 
     def begin(
-        self, experiment: Experiment, classes: Mapping[str, Any], environment: Mapping[str, Any]
+        self, config: str, classes: Mapping[str, Any], environment: Mapping[str, Any]
     ) -> None:
-        """Write what is known before training."""
+        """Write what is known before training; the configuration is YAML already."""
         if self.writes:
-            write_text(self.path / CONFIG, dump_experiment(as_recorded(experiment)))
+            write_text(self.path / CONFIG, config)
             write_json(self.path / CLASSES, classes)
             write_json(self.path / ENVIRONMENT, environment)
 

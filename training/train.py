@@ -31,7 +31,16 @@ from backends.torch import RowsLoss, TaskRecord
 from backends.torch.readouts import CosineHeads, Readouts, class_mean_start
 from training.backbones import Backbone, build_backbone, check_fits
 from training.checkpoint import Checkpoint, Checkpoints, StopSignals, write_state
-from training.config import NEUTRAL, Experiment, TrainConfig, effective, flat_settings
+from training.config import (
+    NEUTRAL,
+    Experiment,
+    TrainConfig,
+    as_recorded,
+    begun_experiment,
+    dump_experiment,
+    effective,
+    flat_settings,
+)
 from training.data import (
     ImageSet,
     Stream,
@@ -62,7 +71,6 @@ from training.run_dir import (
     READOUTS,
     STATE,
     RunFolder,
-    begun_experiment,
     choose_folder,
     environment,
     flattened,
@@ -198,8 +206,9 @@ def prepare(experiment: Experiment, resume: Path | None = None, *, overwrite: bo
     if experiment.threads is not None:
         torch.set_num_threads(experiment.threads)
     processes.require_same("settings", _shared_settings(experiment))
+    name = f"{experiment.data.name}-{experiment.method.name}-seed{experiment.seed}"
     path = resume or Path(
-        processes.from_first(lambda: str(choose_folder(experiment, overwrite=overwrite)))
+        processes.from_first(lambda: str(choose_folder(experiment.out, name, overwrite=overwrite)))
     )
     if experiment.device == "cuda" and accelerator.device.type != "cuda":
         msg = f"device is cuda, but torch sees none here; it would use {accelerator.device}"
@@ -258,7 +267,9 @@ def prepare(experiment: Experiment, resume: Path | None = None, *, overwrite: bo
     run = Run(experiment, stream, backbone, accelerator, processes, folder, checkpoints, state)
     try:
         if resume is None:
-            folder.begin(experiment, classes, environment(_described(backbone)))
+            folder.begin(
+                dump_experiment(as_recorded(experiment)), classes, environment(_described(backbone))
+            )
         else:
             folder.check_classes(classes)
             restore(run, checkpoints.newest())

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from backends.torch.settings import LoDASettings
 from loda_math import History, remember
+from training.config import begun_experiment
 from training.methods.loda import LoDAMethod
 from training.run_dir import (
     TASKS,
-    begun_experiment,
     nested,
     not_finite,
     read_tensors,

@@ -1,15 +1,21 @@
 """Classifier alignment: head weights retrained on samples of each class's stored Gaussian."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from backends.torch.readouts.checks import finite
 from backends.torch.readouts.heads import cosines
-from backends.torch.readouts.readout import Alignment, finite
 from backends.torch.readouts.statistics import ClassStatistics
+
+if TYPE_CHECKING:
+    from backends.torch.readouts.readout import Alignment
 
 _EPS = 1e-6
 _ROUND = 50  # steps whose losses are averaged before they are judged

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from backends.torch.readouts.readout import check_features
+from backends.torch.readouts.checks import check_features
 
 # Far below the norm of any real feature; keeps the gradient of a zero vector finite.
 _EPS = 1e-6

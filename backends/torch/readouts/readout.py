@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from backends.torch.readouts.checks import check_names, finite
+
 # The types below stand in quotes. Postponed annotations would not do: a command line resolves
 # those of a constructor by running this block, which loads torch.
 if TYPE_CHECKING:
@@ -478,33 +480,6 @@ def _by_cosine(name: str, weight: "Tensor") -> "CosineClassifier":
     from backends.torch.readouts.heads import CosineClassifier
 
     return CosineClassifier(finite(name, weight))
-
-
-def finite(name: str, tensor: "Tensor") -> "Tensor":
-    """The tensor, contiguous; refused if it holds NaN or infinity."""
-    if not bool(tensor.isfinite().all()):
-        msg = f"the {name} must be finite, got NaN or infinite values"
-        raise ValueError(msg)
-    # safetensors stores contiguous tensors only, and a copy later could change the last bits.
-    return tensor.contiguous()
-
-
-def check_features(features: "Tensor", dim: int) -> None:
-    """Refuse features that a classifier of width D cannot read."""
-    if features.ndim != 2 or features.shape[1] != dim or not features.is_floating_point():
-        msg = (
-            f"features must be floating, of shape (N, {dim}), got {features.dtype} of shape "
-            f"{tuple(features.shape)}"
-        )
-        raise ValueError(msg)
-    finite("features", features)
-
-
-def check_names(tensors: "Mapping[str, Tensor]", names: set[str], what: str) -> None:
-    """Refuse stored tensors under other names than these."""
-    if tensors.keys() != names:
-        msg = f"the tensors of {what} must be {sorted(names)}, got {sorted(tensors)}"
-        raise ValueError(msg)
 
 
 def _flat(groups: "Mapping[str, Mapping[str, Tensor]]") -> "dict[str, Tensor]":

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backends.torch.readouts.readout import check_features, check_names
+from backends.torch.readouts.checks import check_features
 from backends.torch.readouts.statistics import TaskStatistics
 
 RIDGE_STRENGTHS = tuple(10.0**k for k in range(-8, 9))
@@ -74,31 +74,28 @@ class RidgeStatistics(TaskStatistics):
         self.cross = torch.cat([self.cross.to(device), cross], dim=1)
         self._open = []
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Flat tensors of the finished tasks, ready for safetensors."""
-        self.require_closed()
+    def tensors(self) -> dict[str, Tensor]:
+        """The projection, the sums and the strength."""
         return {
             "projection": self.projection,
             "gram": self.gram,
             "cross": self.cross,
             "strength": torch.tensor(self.strength, dtype=torch.float64),
-            "task_sizes": torch.tensor(self.task_sizes, dtype=torch.int64),
         }
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` gave; ValueError if keys or shapes do not fit."""
-        check_names(state, {"projection", "gram", "cross", "strength", "task_sizes"}, "ridge sums")
-        sizes = tuple(int(n) for n in state["task_sizes"])
-        m = state["projection"].shape[-1]
-        if state["gram"].shape != (m, m) or state["cross"].shape != (m, sum(sizes)):
+    def load(self, tensors: Mapping[str, Tensor], classes: int) -> None:
+        """Take over `tensors` of so many classes."""
+        projection, gram, cross = tensors["projection"], tensors["gram"], tensors["cross"]
+        m = projection.shape[-1]
+        if gram.shape != (m, m) or cross.shape != (m, classes):
             msg = (
-                f"gram and cross must have shapes {(m, m)} and {(m, sum(sizes))}, got "
-                f"{tuple(state['gram'].shape)} and {tuple(state['cross'].shape)}"
+                f"gram and cross must have shapes {(m, m)} and {(m, classes)}, got "
+                f"{tuple(gram.shape)} and {tuple(cross.shape)}"
             )
             raise ValueError(msg)
-        self.projection, self.gram, self.cross = state["projection"], state["gram"], state["cross"]
-        self.strength = float(state["strength"])
-        self.task_sizes, self._open, self._labels = sizes, [], set()
+        self.projection, self.gram, self.cross = projection, gram, cross
+        self.strength = float(tensors["strength"])
+        self._open = []
         self.width = len(self.projection)
 
     def _sums(self, features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:

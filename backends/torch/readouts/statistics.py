@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from backends.torch.readouts.readout import check_names
+from backends.torch.readouts.checks import check_names
 
 
 class TaskStatistics(ABC):
@@ -14,7 +14,7 @@ class TaskStatistics(ABC):
 
     Classes are numbered in the order of the stream, so a task's labels go on from those of the
     tasks before. A subclass says what is done with a batch (`gather`) and with a complete task
-    (`finish`), and what its state is.
+    (`finish`), and which `tensors` it holds; the sizes of the tasks are saved beside them.
 
     Attributes
     ----------
@@ -43,12 +43,12 @@ class TaskStatistics(ABC):
         """Complete the open task, all of whose classes, from first to end - 1, were gathered."""
 
     @abstractmethod
-    def state_dict(self) -> dict[str, Tensor]:
-        """Flat tensors of the finished tasks, ready for safetensors."""
+    def tensors(self) -> dict[str, Tensor]:
+        """What is known of the finished tasks, under names that are always the same."""
 
     @abstractmethod
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` gave; ValueError if it does not fit."""
+    def load(self, tensors: Mapping[str, Tensor], classes: int) -> None:
+        """Take over `tensors` of so many classes; ValueError if their shapes do not fit."""
 
     def collect(self, features: Tensor, labels: Tensor) -> None:
         """Add a batch of the open task.
@@ -136,11 +136,19 @@ class TaskStatistics(ABC):
             msg = "the statistics hold no class yet; collect a task and call end_task first"
             raise ValueError(msg)
 
-    def require_closed(self) -> None:
-        """Raise ValueError in the middle of a task."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """`tensors` and the sizes of the tasks, ready for safetensors; ValueError within a task."""
         if self._labels:
             msg = "a task is being collected; call end_task before the state is taken"
             raise ValueError(msg)
+        return {**self.tensors(), "task_sizes": torch.tensor(self.task_sizes, dtype=torch.int64)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` gave; ValueError if names or shapes do not fit."""
+        check_names(state, {*self.tensors(), "task_sizes"}, type(self).__name__)
+        sizes = tuple(int(n) for n in state["task_sizes"])
+        self.load(state, sum(sizes))
+        self.task_sizes, self._labels = sizes, set()
 
 
 class ClassStatistics(TaskStatistics):
@@ -212,31 +220,23 @@ class ClassStatistics(TaskStatistics):
         self.count, self.mean, self.covariance = count, mean, covariance
         self._open = {}
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Flat tensors of the finished tasks, ready for safetensors."""
-        self.require_closed()
-        return {
-            "count": self.count,
-            "mean": self.mean,
-            "covariance": self.covariance,
-            "task_sizes": torch.tensor(self.task_sizes, dtype=torch.int64),
-        }
+    def tensors(self) -> dict[str, Tensor]:
+        """Counts, means and covariances."""
+        return {"count": self.count, "mean": self.mean, "covariance": self.covariance}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` gave; ValueError if keys or shapes do not fit."""
-        check_names(state, {"count", "mean", "covariance", "task_sizes"}, "class statistics")
-        sizes = tuple(int(n) for n in state["task_sizes"])
-        count, mean, covariance = state["count"], state["mean"], state["covariance"]
-        expected = (sum(sizes), *mean.shape[1:], *mean.shape[1:])
-        if len(count) != sum(sizes) or len(mean) != sum(sizes) or covariance.shape != expected:
+    def load(self, tensors: Mapping[str, Tensor], classes: int) -> None:
+        """Take over `tensors` of so many classes."""
+        count, mean, covariance = tensors["count"], tensors["mean"], tensors["covariance"]
+        expected = (classes, *mean.shape[1:], *mean.shape[1:])
+        if len(count) != classes or len(mean) != classes or covariance.shape != expected:
             msg = (
-                f"counts, means and covariances must be of {sum(sizes)} classes, got shapes "
+                f"counts, means and covariances must be of {classes} classes, got shapes "
                 f"{tuple(count.shape)}, {tuple(mean.shape)} and {tuple(covariance.shape)}"
             )
             raise ValueError(msg)
         self.dtype = mean.dtype
         self.count, self.mean, self.covariance = count, mean, covariance
-        self.task_sizes, self._open, self._labels = sizes, {}, set()
+        self._open = {}
         self.width = mean.shape[1] if len(mean) else None
 
 
