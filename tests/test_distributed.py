@@ -90,6 +90,7 @@ def test_two_processes_give_the_weights_of_one(
 
 
 @pytest.mark.slow
+@pytest.mark.gate
 def test_so_do_all_methods(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = in_two(SLOW, tmp_path_factory)
     for name, settings in SLOW.items():
@@ -263,6 +264,7 @@ ACCELERATE += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_po
 
 
 @pytest.mark.slow
+@pytest.mark.gate
 @pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
 def test_the_launchers(launcher: list[str], tmp_path: Path) -> None:
     root = squares(tmp_path / "data")

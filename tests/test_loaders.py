@@ -111,7 +111,7 @@ def test_bytes_go_to_the_device_and_are_augmented_there(noisy: Path) -> None:
     assert labels.device.type == "cpu"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.gpu
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_gpu_augments_as_the_processor_does(noisy: Path, workers: int) -> None:
     settings = {"shuffle": True, "seed": 5, "workers": workers}

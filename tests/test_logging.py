@@ -117,7 +117,7 @@ def test_the_peak_is_seen_after_it_is_gone() -> None:
         assert peak_memory(CPU)["process"] < high - SIZE // 2
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.gpu
 def test_memory_of_a_gpu() -> None:
     device = torch.device("cuda")
     reset_peak(device)

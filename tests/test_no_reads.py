@@ -67,7 +67,7 @@ def test_the_meta_device_would_tell() -> None:
         torch.ones(1, device="meta").cpu()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.gpu
 def test_a_step_never_waits_for_a_gpu() -> None:
     step = step_on("cuda")
     step()  # what only a first call does may wait

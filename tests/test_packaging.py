@@ -32,7 +32,7 @@ build_backbone(load_experiment([]).backbone)
 print(json.dumps({'modules': found, 'configs': packaged_configs(), 'path': sys.path}))
 """
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.gate]
 
 
 def call(*command: object, cwd: Path) -> str:

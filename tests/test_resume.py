@@ -339,7 +339,7 @@ def test_a_signal_saves_the_run_and_ends_it(
     [
         ("SIGINT", "process", 0),
         ("SIGTERM", "group", 2),
-        pytest.param("SIGINT", "group", 2, marks=pytest.mark.slow),
+        pytest.param("SIGINT", "group", 2, marks=[pytest.mark.slow, pytest.mark.gate]),
     ],
 )
 def test_a_stopped_process_saves_itself_and_leaves_nobody_behind(
@@ -419,6 +419,7 @@ def survives(experiment: Experiment, whole: Path, signals: list[signal.Signals],
 
 
 @pytest.mark.slow
+@pytest.mark.gate
 def test_a_run_survives_a_dozen_ends(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

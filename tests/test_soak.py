@@ -7,6 +7,7 @@ import soak
 
 
 @pytest.mark.slow
+@pytest.mark.gate
 def test_a_short_soak(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert soak.soak(tmp_path / "soak", tasks=4, ends=4, seed=3, rest=[])
     said = capsys.readouterr().out

@@ -613,6 +613,7 @@ def test_runs_of_one_seed_see_the_same_classes_and_mini_batches(root: Path, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.gate
 def test_runs_have_processes_of_their_own_and_logs(root: Path, tmp_path: Path) -> None:
     sweep = Sweep({"good": {}, "bad": {"method.target": "nowhere"}}, [0])
     lines: list[str] = []
@@ -635,6 +636,7 @@ def test_submitit_runs_a_sweep(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.gate
 def test_a_stopped_sweep_leaves_runs_that_go_on(root: Path, tmp_path: Path) -> None:
     long = [*small(root), "--train.epochs=5000"]
     path, out = tmp_path / "sweep.yaml", tmp_path / "out"

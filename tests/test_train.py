@@ -133,6 +133,7 @@ def test_a_run_is_repeated_bit_for_bit(
 
 
 @pytest.mark.slow
+@pytest.mark.gate
 @pytest.mark.parametrize(("workers", "hash_seed"), [(2, 1), (0, 4711)])
 def test_a_fresh_process_gives_the_same_bits(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, workers: int, hash_seed: int
