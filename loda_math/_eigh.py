@@ -160,9 +160,9 @@ def _leading(a: Any, count: int) -> tuple[Any, Any]:
 def _lanczos(a: Any, count: int) -> tuple[Any, Any] | None:
     """Leading eigenpairs of one row-major NumPy matrix by Lanczos; ``None`` if not certain.
 
-    The lower triangle is read. Lanczos may miss an eigenvector, for instance one of an equal pair, and
-    the residuals do not show it. So the result counts only if a Cholesky factorisation shows that no other
-    eigenvalue is larger.
+    The lower triangle is read. Lanczos may miss an eigenvector, for instance one of an equal pair,
+    and the residuals do not show it. So the result counts only if a Cholesky factorisation shows
+    that no other eigenvalue is larger.
     """
     import numpy as np
     from scipy.linalg.blas import get_blas_funcs
