@@ -498,7 +498,7 @@ class LoDA:
         for key, value in state.items():
             # torch supports hardly any arithmetic on 8-bit floats.
             if key != "tasks" and not (value.is_floating_point() and value.element_size() > 1):
-                msg = f"{key} must be floating point with at least 16 bits, got {value.dtype}"
+                msg = f"{key} of the state must be floats of 16 bits or more, got {value.dtype}"
                 raise ValueError(msg)
         shapes = {key: tuple(value.shape) for key, value in state.items()}
         if tasks < 0 or shapes != expected:
