@@ -1,4 +1,4 @@
-"""The one door to the array libraries: namespaces, dtypes, and the small linear algebra on top.
+"""The only access to the array libraries: namespaces, dtypes, and the small linear algebra on top.
 
 No array library is imported here; ``array_api_compat`` finds the one that an argument belongs to.
 """
@@ -18,7 +18,7 @@ Namespace = Any
 
 
 def namespace(**arrays: Array) -> Namespace:
-    """Array namespace shared by the given arguments, which errors call by their names."""
+    """Array namespace shared by the given arguments; error messages use the keyword names."""
     for name, x in arrays.items():
         if not compat.is_array_api_obj(x):
             hint = "; pass its .mean" if hasattr(x, "total") else ""
@@ -104,7 +104,7 @@ def rounding_share(xp: Namespace, size: int, *arrays: Array | None, gram_eps: fl
 
 
 def widen(xp: Namespace, *arrays: Array) -> tuple[Array, ...]:
-    """The arrays in the widest real dtype of their library; those that have it, uncopied."""
+    """The arrays in the widest real dtype of their library; those that have it are not copied."""
     dtype = widest(xp, arrays[0])
     return tuple(xp.astype(a, dtype, copy=False) for a in arrays)
 
@@ -126,7 +126,7 @@ def is_concrete(*arrays: Array | None) -> bool:
 
 
 def _is_traced(torch: Any, x: Array) -> bool:
-    """Whether a torch tensor stands for values that come later: compiled, exported, batched."""
+    """Whether the values of a torch tensor are not known yet: compiled, exported, batched."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_meta:
         return True
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
@@ -153,7 +153,7 @@ def eye_like(xp: Namespace, x: Array, size: int) -> Array:
     return xp.eye(size, dtype=x.dtype, device=compat.device(x))
 
 
-def raise_diagonal(xp: Namespace, x: Array, amount: Any) -> Array:
+def add_to_diagonal(xp: Namespace, x: Array, amount: Any) -> Array:
     """``x`` with an amount added to its diagonal; ``x`` must be fresh, it may be changed."""
     size = int(x.shape[-1])
     if (is_numpy(x) or (is_torch(x) and not x.requires_grad)) and is_concrete(x):

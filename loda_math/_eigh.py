@@ -27,7 +27,7 @@ from loda_math._arrays import (
 PARTIAL_SIZE = 160
 # From this size on Lanczos is tried first: its cost grows with the square of the size.
 LANCZOS_SIZE = 640
-# Lanczos vectors held for each eigenpair, at least so many, and restarts before giving up.
+# Lanczos vectors per eigenpair, their least number, and restarts before giving up.
 LANCZOS_VECTORS, LANCZOS_LEAST, LANCZOS_RESTARTS = 3, 48, 12
 # Steps of the power method that bounds an eigenvalue: its order of magnitude is what counts.
 POWER_STEPS = 8
@@ -36,7 +36,7 @@ POWER_STEPS = 8
 def leading_eigh(xp: Namespace, x: Array, count: int) -> tuple[Array, Array]:
     """The ``count`` largest eigenvalues of a symmetric matrix, falling, and eigenvectors."""
     if _on_host(x, count):
-        return _each(xp, lambda a: _leading(a, count), x)
+        return _solve_each(xp, lambda a: _leading(a, count), x)
     values, vectors = descending_eigh(xp, x)
     return values[..., :count], vectors[..., :count]
 
@@ -44,7 +44,7 @@ def leading_eigh(xp: Namespace, x: Array, count: int) -> tuple[Array, Array]:
 def trailing_eigh(xp: Namespace, x: Array, count: int) -> tuple[Array, Array, Array]:
     """The ``count`` smallest eigenvalues, rising, eigenvectors, and the largest eigenvalue."""
     if _on_host(x, count):
-        return _each(xp, lambda a: (*_dense(a, 0, count), _leading(a, 1)[0]), x)
+        return _solve_each(xp, lambda a: (*_dense(a, 0, count), _leading(a, 1)[0]), x)
     values, vectors = descending_eigh(xp, x)
     rising = xp.flip(values[..., -count:], axis=-1)
     return rising, xp.flip(vectors[..., -count:], axis=-1), values[..., :1]
@@ -57,7 +57,7 @@ def leading_pencil(xp: Namespace, s: Array, r: Array, count: int, name: str) -> 
     """
     factor = lower_cholesky(xp, r, name)
     if _on_host(s, count):
-        values, vectors = _each(xp, lambda a, b: _leading_reduced(a, b, count), s, factor)
+        values, vectors = _solve_each(xp, lambda a, b: _leading_generalised(a, b, count), s, factor)
     else:
         half = lower_solve(xp, factor, s)
         values, vectors = descending_eigh(xp, lower_solve(xp, factor, half.mT))
@@ -76,7 +76,7 @@ def lower_solve(xp: Namespace, factor: Array, rhs: Array, *, transpose: bool = F
         return solve(factor, rhs, left_side=True, lower=True, transpose_a=transpose)
     if _on_host(factor, 0):
         flag = "T" if transpose else "N"
-        return _each(xp, lambda a, b: (_triangular(a, b, flag),), factor, rhs)[0]
+        return _solve_each(xp, lambda a, b: (_triangular(a, b, flag),), factor, rhs)[0]
     return xp.linalg.solve(factor.mT if transpose else factor, rhs)
 
 
@@ -98,7 +98,7 @@ def largest_eigenvalue(xp: Namespace, s: Array) -> Array:
 
 
 def _on_host(x: Array, count: int) -> bool:
-    """Whether SciPy can work on the array where it lies, and pays: large, and few of many."""
+    """Whether SciPy can use the memory of the array, and pays: large, few of many eigenpairs."""
     size = int(x.shape[-1])
     if size < PARTIAL_SIZE or 2 * count > size or 0 in x.shape or not is_concrete(x):
         return False
@@ -112,7 +112,7 @@ def _on_host(x: Array, count: int) -> bool:
     return bool(x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64))
 
 
-def _each(
+def _solve_each(
     xp: Namespace, solve: Callable[..., tuple[Any, ...]], *arrays: Array
 ) -> tuple[Array, ...]:
     """Run a solver of NumPy matrices over leading dimensions; torch tensors share their memory."""
@@ -160,9 +160,9 @@ def _leading(a: Any, count: int) -> tuple[Any, Any]:
 def _lanczos(a: Any, count: int) -> tuple[Any, Any] | None:
     """Leading eigenpairs of one row-major NumPy matrix by Lanczos; ``None`` if not certain.
 
-    The lower triangle is read. Lanczos may miss an eigenvector, one of an equal pair say, without a
-    sign in the residuals. So the result counts only if a Cholesky factorisation shows that no other
-    eigenvalue is larger.
+    The lower triangle is read. Lanczos may miss an eigenvector, for instance one of an equal pair,
+    and the residuals do not show it. So the result counts only if a Cholesky factorisation shows
+    that no other eigenvalue is larger.
     """
     import numpy as np
     from scipy.linalg.blas import get_blas_funcs
@@ -180,7 +180,7 @@ def _lanczos(a: Any, count: int) -> tuple[Any, Any] | None:
     tolerance = size * float(np.finfo(a.dtype).eps)
     options = {"v0": start, "ncv": steps, "maxiter": LANCZOS_RESTARTS, "tol": tolerance}
     if "rng" in signature(eigsh).parameters:
-        # Where the matrix runs out of directions ARPACK draws new ones: the same every time.
+        # ARPACK draws new directions when the matrix runs out of them: seeded, for equal results.
         options["rng"] = np.random.default_rng(0)
     try:
         values, vectors = eigsh(operator, count, which="LA", **options)
@@ -192,13 +192,13 @@ def _lanczos(a: Any, count: int) -> tuple[Any, Any] | None:
     is_proven = (
         np.linalg.norm(residual, axis=0).max() <= slack
         and np.abs(vectors.T @ vectors - np.eye(count)).max() <= tolerance
-        and _complete(a, values, vectors, slack)
+        and _none_missed(a, values, vectors, slack)
     )
     return (values, vectors) if is_proven else None
 
 
-def _complete(a: Any, values: Any, vectors: Any, slack: float) -> bool:
-    """Whether no eigenvalue above the last one found was missed: τI − A + VΘVᵀ is definite."""
+def _none_missed(a: Any, values: Any, vectors: Any, slack: float) -> bool:
+    """Proof that no eigenvalue above the last one was missed: τI − A + VΘVᵀ is definite."""
     from scipy.linalg.lapack import get_lapack_funcs
 
     rest = (vectors * values) @ vectors.T
@@ -209,7 +209,7 @@ def _complete(a: Any, values: Any, vectors: Any, slack: float) -> bool:
     return bool(failed == 0)
 
 
-def _leading_reduced(s: Any, factor: Any, count: int) -> tuple[Any, Any]:
+def _leading_generalised(s: Any, factor: Any, count: int) -> tuple[Any, Any]:
     """Leading eigenpairs of L⁻¹SL⁻ᵀ, for one pair of row-major NumPy matrices."""
     from scipy.linalg.lapack import get_lapack_funcs
 

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 from loda_math._arrays import (
     Array,
     Namespace,
+    add_to_diagonal,
     coarsest_eps,
     descending_eigh,
     fix_signs,
     is_array,
     peak,
-    raise_diagonal,
     result_dtype,
     rounding_share,
     safe_divide,
@@ -64,7 +64,7 @@ def regularised(
     # An array is not read: it may be on an accelerator, or stand for a value that comes later.
     traced = is_array(ridge)
     alpha = xp.clip(xp.astype(ridge, s_old.dtype), least, None) if traced else max(ridge, least)
-    return s_new, raise_diagonal(xp, s_old, alpha / size)
+    return s_new, add_to_diagonal(xp, s_old, alpha / size)
 
 
 def general(
@@ -108,9 +108,9 @@ def isolated(
 def generalised(xp: Namespace, s_new: Array, r: Array, count: int, noise: Array) -> Directions:
     """Leading generalised eigenvectors of (S_new, R), orthonormalised in that order."""
     values, directions = leading_pencil(xp, s_new, r, count, "old")
-    # Householder QR keeps the span of leading columns whatever the conditioning of the factor.
+    # Householder QR keeps the span of the leading columns even for an ill-conditioned factor.
     basis, _ = xp.linalg.qr(directions)
-    # The ratio alone cannot tell noise: the ridge magnifies what rounding left in ``new``.
+    # The ratio cannot reveal noise: the ridge magnifies what rounding left in ``new``.
     directions = directions / xp.sqrt(xp.sum(directions * directions, axis=-2, keepdims=True))
     energy = xp.sum(directions * (s_new @ directions), axis=-2)
     largest = values[..., :1]
@@ -156,7 +156,9 @@ class TraceRatio(NamedTuple):
     gap: Array  # (..., 1): of the eigenvalues of S − κR around r, over those of S and κR
 
 
-class _Point(NamedTuple):
+class _BasisEnergies(NamedTuple):
+    """A basis with its energies on the new and on the old moment."""
+
     basis: Array
     new: Array  # energies of the basis, (..., 1, 1)
     old: Array
@@ -191,9 +193,9 @@ def trace_ratio(
         multiplier, bound = _bisect(xp, s, r, rank, best, wanted, energy_floor * most)
         upper = xp.where(multiplier < best, bound, upper)
     values, vectors = leading_eigh(xp, s - multiplier * r, min(rank + 1, size))
-    point = _measured(xp, s, r, vectors[..., :rank])
-    # Turned within its span so that what is inert separates from the rest: a column that is
-    # dropped then takes no energy with it.
+    point = _energies_of(xp, s, r, vectors[..., :rank])
+    # Rotate the basis within its span to separate inert directions from the others: dropping an
+    # inert column then loses no energy.
     energies, turn = descending_eigh(xp, point.basis.mT @ (s @ point.basis))
     basis = point.basis @ turn
     ratios = energies / xp.sum(basis * (r @ basis), axis=-2)
@@ -217,14 +219,14 @@ def _newton(
 ) -> tuple[Array, Array]:
     """κ*, and f there: zero to rounding. Starts at the ratio of a basis, and only rises."""
     rank = int(start.shape[-1])
-    point = _measured(xp, s, r, start)
+    point = _energies_of(xp, s, r, start)
     kappa = point.new / point.old
     kappa = xp.where(kappa > 0, kappa, xp.zeros_like(kappa))
     for _ in range(steps):
-        point = _at(xp, s, r, rank, kappa)
+        point = _basis_for(xp, s, r, rank, kappa)
         # The new ratio is never below κ but by rounding, which must not let it drift.
         kappa = xp.maximum(kappa, point.new / point.old)
-    point = _at(xp, s, r, rank, kappa)
+    point = _basis_for(xp, s, r, rank, kappa)
     return kappa, point.new - kappa * point.old
 
 
@@ -235,14 +237,14 @@ def _bisect(
 
     The energy of U(κ) falls with κ, in steps where eigenvalues cross, so only its sign counts.
     """
-    beyond = _at(xp, s, r, rank, best)
+    beyond = _basis_for(xp, s, r, rank, best)
     is_free = beyond.new >= wanted  # the floor does not bind at κ*
     high = xp.log1p(best)
     low = xp.where(is_free, high, xp.zeros_like(high))
     carried, old = beyond.new, beyond.old
     for _ in range(BISECTIONS):
         middle = 0.5 * (low + high)
-        point = _at(xp, s, r, rank, xp.expm1(middle))
+        point = _basis_for(xp, s, r, rank, xp.expm1(middle))
         meets = point.new >= wanted
         low = xp.where(meets, middle, low)
         high = xp.where(meets, high, middle)
@@ -255,11 +257,11 @@ def _bisect(
     return xp.where(is_free, best, xp.expm1(low)), bound
 
 
-def _at(xp: Namespace, s: Array, r: Array, rank: int, kappa: Array) -> _Point:
-    """U(κ)."""
+def _basis_for(xp: Namespace, s: Array, r: Array, rank: int, kappa: Array) -> _BasisEnergies:
+    """U(κ), the basis for a multiplier, with its energies."""
     _, vectors = leading_eigh(xp, s - kappa * r, rank)
-    return _measured(xp, s, r, vectors)
+    return _energies_of(xp, s, r, vectors)
 
 
-def _measured(xp: Namespace, s: Array, r: Array, basis: Array) -> _Point:
-    return _Point(basis, *(span_energy(xp, basis, m, keepdims=True) for m in (s, r)))
+def _energies_of(xp: Namespace, s: Array, r: Array, basis: Array) -> _BasisEnergies:
+    return _BasisEnergies(basis, *(span_energy(xp, basis, m, keepdims=True) for m in (s, r)))

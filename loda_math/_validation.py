@@ -1,4 +1,4 @@
-"""Checks at the boundary: shapes, dtypes and scalars always, values only where they can be read."""
+"""Argument checks: shapes, dtypes and scalars always, values only if they can be read now."""
 
 import math
 import operator
@@ -77,9 +77,9 @@ def check_rows(name: str, matrix: Array, size: int) -> None:
 
 
 def check_rank(rank: Any, size: int) -> int:
-    """The rank as a Python int; refused if it is no integer from 1 to D."""
+    """The rank as a Python int; refused unless it is an integer from 1 to D."""
     msg = f"rank must be an integer, got {type(rank).__name__}"
-    # Libraries let a boolean of theirs pass for an index.
+    # Array libraries accept their booleans as an index.
     if isinstance(rank, bool) or "bool" in str(getattr(rank, "dtype", "")):
         raise TypeError(msg)
     try:
@@ -154,7 +154,7 @@ def check_values(
     if not present or not is_concrete(*(x for _, x, _ in present)):
         return
     code: Any = 0
-    # One digit an argument, so that a device is asked once.
+    # One base-3 digit per argument, so that the device is read only once.
     for place, (_, x, is_moment) in enumerate(present):
         code = code + _fault(xp, x, is_moment) * 3**place
     faults = int(code)

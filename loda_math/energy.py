@@ -1,4 +1,4 @@
-"""Energy of a subspace, and what it says about one step of training (LoDA, Theorem 2.1)."""
+"""Energy of a subspace, and its relation to one step of training (LoDA, Theorem 2.1)."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -182,7 +182,7 @@ def heldout_ratio(
     ----------
     choose : callable
         ``choose(new, old)`` returns a basis (..., D, r); a closure over
-        :func:`isolated_subspace`, say.
+        for instance :func:`isolated_subspace`.
     first, second : array, shape (..., D, D)
         Second moments of two halves of the task, split *by images*: tokens of one image are so
         alike that a split by tokens holds nothing out.

@@ -1,4 +1,4 @@
-"""Gradient-aligned optimisation: the class split, the perturbation and gradient agreement.
+"""Gradient-aligned optimisation (GAO): class split, look-ahead and agreement of gradients.
 
 Nothing here draws random numbers: permutations and radii are arguments. Apart from the labels in
 :func:`class_split` no value is read, so the functions may run inside a training step.

@@ -220,7 +220,7 @@ class History(NamedTuple):
 
     @property
     def mean(self) -> Array:
-        """Weighted mean of the moments, shape (..., D, D), whatever the number of tasks."""
+        """Weighted mean of the moments, shape (..., D, D), for any number of tasks."""
         # Nothing of positive weight leaves a total of zero: any divisor but zero will do.
         return self.total / (self.weight + (self.weight == 0))
 
@@ -249,7 +249,7 @@ def remember(
         models, are added one after another after a single decay; the task then weighs w times
         their number. The published code adds two.
     weight : float, default 1
-        w, at least 0: the number of classes of the task, say, or 1.
+        w, at least 0: for instance 1, or the number of classes of the task.
     decay : float, default 1
         β in [0, 1]; ``0.5 ** (1 / h)`` halves the weight of a task after h further tasks.
 

@@ -30,7 +30,7 @@ from loda_math._validation import (
 
 RecalibrationForm = Literal["full", "diagonal", "box", "direction", "scalar"]
 
-# Steps of the interior-point method: the complementarity falls to a tenth in each.
+# Steps of the interior-point method: each reduces the complementarity to a tenth.
 BOX_STEPS = 40
 
 
@@ -133,31 +133,31 @@ def recalibration(
     xp, dtype = checked_update(up, down, new, old)
     weight = check_weight(xp, "history_weight", history_weight)
     b, p, q = _projected(xp, up, down, new, old)
-    gain, k = _weighted(xp, p, q, gamma, weight)
+    gamma_q, k = _scaled_system(xp, p, q, gamma, weight)
     # Λ has the batch of all arguments, of ``up`` too where its form does not depend on it.
     batch = xp.zeros_like(b[..., :1, :1])
-    gain, k = gain + batch, k + batch
-    # Energies below this share of the largest are rounding of the moments; B and A are exact as
-    # they are, be it in half precision.
+    gamma_q, k = gamma_q + batch, k + batch
+    # Energies below this share of the largest are rounding of the moments; B and A are taken as
+    # exact, even in half precision.
     rank = int(down.shape[-2])
     noise = rounding_share(xp, rank, new, old)
     if form == "full":
-        return xp.astype(_full(xp, k, gain, noise), dtype)
+        return xp.astype(_full(xp, k, gamma_q, noise), dtype)
     energy = xp.linalg.diagonal(k)
     active = energy > noise * xp.max(energy, axis=-1, keepdims=True)
     if form == "direction":
-        weights = _share(xp, xp.linalg.diagonal(gain), energy, active)
+        weights = _share(xp, xp.linalg.diagonal(gamma_q), energy, active)
     else:
         b = safe_divide(xp, b, peak(xp, b))
         gram = b.mT @ b
         if form in ("diagonal", "box"):
             mask = xp.astype(active, k.dtype)
-            rhs = xp.sum(gram * gain, axis=-1) * mask
+            rhs = xp.sum(gram * gamma_q, axis=-1) * mask
             matrix = gram * k * mask[..., :, None] * mask[..., None, :]
             solve = _box if form == "box" else partial(semidefinite_solve, noise=noise)
             weights = solve(xp, matrix, rhs)
         else:
-            part, whole = (xp.sum(gram * m, axis=(-2, -1))[..., None] for m in (gain, k))
+            part, whole = (xp.sum(gram * m, axis=(-2, -1))[..., None] for m in (gamma_q, k))
             weights = _share(xp, part, whole, whole > noise * xp.linalg.trace(gram)[..., None])
             weights = weights + xp.zeros_like(energy)
     return xp.astype(weights[..., None, :] * eye_like(xp, k, rank), dtype)
@@ -301,7 +301,7 @@ def joint_recalibration(
     update is :math:`B \Lambda A`, and the objective of Theorem 2.3 is the same function of the
     stack. So is its minimiser: :math:`\Lambda = \gamma Q (P + \gamma Q)^{-1}` with
     :math:`P = A S_{old} A^\top` and :math:`Q = A S_{new} A^\top`, now R×R with blocks that mix
-    the branches. It is never worse than recalibrating the branches one by one, or one alone.
+    the branches. It is never worse than recalibrating the branches one by one, or only one of them.
 
     Parameters
     ----------
@@ -323,7 +323,7 @@ def joint_recalibration(
 
     Notes
     -----
-    LoDA, arXiv:2603.00191, Theorem 2.3, recalibrates the general branch alone.
+    LoDA, arXiv:2603.00191, Theorem 2.3, recalibrates only the general branch.
 
     Examples
     --------
@@ -408,7 +408,7 @@ def checked_update(
 
 
 def check_weight(xp: Namespace, name: str, weight: Any) -> Any:
-    """A number, or an array with one a layer; refused if negative or not finite."""
+    """A number, or an array with one per layer; refused if negative or not finite."""
     if not is_array(weight) or tuple(weight.shape) == ():
         return check_scalar(name, weight)
     check_real(xp, **{name: weight})
@@ -427,14 +427,16 @@ def _projected(
     return b, symmetrise(a @ o @ a.mT), symmetrise(a @ n @ a.mT)
 
 
-def _weighted(xp: Namespace, p: Array, q: Array, gamma: Any, weight: Any) -> tuple[Array, Array]:
+def _scaled_system(
+    xp: Namespace, p: Array, q: Array, gamma: Any, weight: Any
+) -> tuple[Array, Array]:
     """γQ and hP + γQ up to a common factor, which leaves Λ as it is and keeps both in range."""
     if is_array(weight):
         weight = xp.astype(weight, p.dtype)[..., None, None]
-    gain = q * (gamma / (1 + gamma) / (1 + weight))
-    k = p * (weight / (1 + weight) / (1 + gamma)) + gain
+    gamma_q = q * (gamma / (1 + gamma) / (1 + weight))
+    k = p * (weight / (1 + weight) / (1 + gamma)) + gamma_q
     largest = peak(xp, k)
-    return safe_divide(xp, gain, largest + 0 * gain), safe_divide(xp, k, largest)
+    return safe_divide(xp, gamma_q, largest + 0 * gamma_q), safe_divide(xp, k, largest)
 
 
 def _share(xp: Namespace, part: Array, whole: Array, active: Array) -> Array:
@@ -443,7 +445,7 @@ def _share(xp: Namespace, part: Array, whole: Array, active: Array) -> Array:
     return xp.where(active, ratio, xp.zeros_like(ratio))
 
 
-def _full(xp: Namespace, k: Array, gain: Array, noise: float) -> Array:
+def _full(xp: Namespace, k: Array, gamma_q: Array, noise: float) -> Array:
     """γQ(P + γQ)⁺ by simultaneous diagonalisation, eigenvalues clipped to [0, 1].
 
     With K = V diag(k) Vᵀ, the matrix T = k^(-1/2) Vᵀ γQ V k^(-1/2) is symmetric with the
@@ -454,7 +456,7 @@ def _full(xp: Namespace, k: Array, gain: Array, noise: float) -> Array:
     root = xp.sqrt(xp.where(active, values, xp.ones_like(values)))
     shrink = xp.where(active, 1 / root, xp.zeros_like(root))[..., None, :]
     stretch = xp.where(active, root, xp.zeros_like(root))[..., None, :]
-    inner = (vectors * shrink).mT @ gain @ (vectors * shrink)
+    inner = (vectors * shrink).mT @ gamma_q @ (vectors * shrink)
     weights, rotation = descending_eigh(xp, inner)
     weights = xp.clip(weights, 0.0, 1.0)[..., None, :]
     inner = (rotation * weights) @ rotation.mT
@@ -480,7 +482,7 @@ def _box(xp: Namespace, matrix: Array, rhs: Array) -> Array:
     eye = eye_like(xp, matrix, size)
     # The proximal term keeps steps along the kernel of M finite; it does not move the solution.
     anchored = matrix + (1 - active + 8 * size * eps)[..., None] * eye
-    # 1 − x is followed by itself: near the bound a difference would have no digits left.
+    # 1 − x is a variable of its own: near the bound the difference would lose all its digits.
     x = slack = 0.5 + 0 * rhs
     low = high = 1 + 0 * rhs  # multipliers of x >= 0 and of x <= 1
     floor = eps**1.5

@@ -507,7 +507,7 @@ def null_solution(old: Array, rank: int, /) -> SubspaceSolution:
     rank = check_rank(rank, size)
     directions = _subspaces.null(xp, old, rank)
     solution = _solution(xp, directions, rank, old)
-    # The values rise here, and no direction is noise: the gap is on the other side.
+    # The values increase here, so the gap is on the other side; no direction is noise.
     last, following = directions.values[..., rank - 1], directions.values[..., min(rank, size - 1)]
     gap = safe_divide(xp, following - last, directions.largest[..., 0])
     gap = gap if rank < size else xp.ones_like(gap)

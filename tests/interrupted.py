@@ -42,7 +42,7 @@ def stopped(experiment: Experiment, steps: int) -> Path:
 
 def go_on(path: Path, steps: int) -> None:
     """Resume a run and end it abruptly after so many steps."""
-    cut(prepare(begun_experiment(path), resume=path), steps)
+    cut(prepare(begun_experiment(path), resume_from=path), steps)
 
 
 def cut(run: Run, steps: int) -> None:
@@ -57,7 +57,7 @@ def cut_off(experiment: Experiment, steps: Sequence[int]) -> Path:
     path = stopped(experiment, steps[0])
     for limit in steps[1:]:
         go_on(path, limit)
-    return run_to_end(prepare(begun_experiment(path), resume=path), quiet=True)
+    return run_to_end(prepare(begun_experiment(path), resume_from=path), quiet=True)
 
 
 def outcome(run: Path) -> dict[str, Any]:

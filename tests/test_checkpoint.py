@@ -194,19 +194,19 @@ def test_a_task_is_saved_after_its_last_step_if_there_is_much_to_lose(
     monkeypatch.setattr("time.monotonic", lambda: now)
     checkpoints = Checkpoints(Path(), CheckpointConfig(minutes=minutes), "")
     now += age
-    assert not checkpoints.due(last=False)
-    assert checkpoints.due(last=True) == due
+    assert not checkpoints.count_step(last=False)
+    assert checkpoints.count_step(last=True) == due
     now += 60 * 5
-    assert checkpoints.due(last=False) == (minutes is not None)
+    assert checkpoints.count_step(last=False) == (minutes is not None)
 
 
 def test_steps_are_counted_from_the_last_one() -> None:
     checkpoints = Checkpoints(Path(), CheckpointConfig(steps=2, minutes=None), "")
     due = []
     for _ in range(7):
-        due.append(checkpoints.due(last=False))
+        due.append(checkpoints.count_step(last=False))
         if due[-1]:
-            checkpoints.wait()
+            checkpoints.restart_interval()
     assert due == [False, True, False, True, False, True, False]
 
 

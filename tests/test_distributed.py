@@ -196,11 +196,11 @@ def test_a_launcher_must_say_who_and_where(monkeypatch: pytest.MonkeyPatch) -> N
 def test_alone_nothing_is_waited_for() -> None:
     alone = Processes()
     weight = torch.ones(2, 3)
-    for together_with_nobody in (alone.sum, alone.copy_first):
+    for together_with_nobody in (alone.sum, alone.copy_from_first):
         together_with_nobody([weight])
     assert torch.equal(weight, torch.ones(2, 3))
-    assert torch.equal(alone.rows(weight, 2), weight)
-    assert (alone.largest(3), alone.from_first(lambda: "value")) == (3, "value")
+    assert torch.equal(alone.gather_rows(weight, 2), weight)
+    assert (alone.maximum(3), alone.from_first(lambda: "value")) == (3, "value")
     assert (alone.bounds(5), alone.even_bounds(5), alone.writes) == ((0, 5), (0, 5), True)
     alone.require_same("anything", object())
     alone.wait()

@@ -148,10 +148,10 @@ def test_lanczos_is_deterministic(filled: int) -> None:
 def test_a_missed_eigenvector_is_noticed() -> None:
     values, q = np.linspace(1.0, 0.1, DENSE), orthogonal(DENSE, np.random.default_rng(0))
     a = from_spectrum(values, q)
-    assert _eigh._complete(a, values[:COUNT], q[:, :COUNT], 1e-12)
+    assert _eigh._none_missed(a, values[:COUNT], q[:, :COUNT], 1e-12)
     for missed in range(COUNT):
         others = np.delete(np.arange(COUNT + 1), missed)
-        assert not _eigh._complete(a, values[others], q[:, others], 1e-12)
+        assert not _eigh._none_missed(a, values[others], q[:, others], 1e-12)
 
 
 def test_what_lanczos_cannot_prove_goes_to_the_dense_solver(

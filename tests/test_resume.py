@@ -295,7 +295,7 @@ def test_checkpoints_that_can_no_longer_be_written(tmp_path: Path, root: Path, w
 def test_one_process_at_a_time(tmp_path: Path, root: Path, whole: Path) -> None:
     path, log = stopped(tiny(root, tmp_path / "cut"), 8), tmp_path / "log"
     (path / ".lock").write_text("999999\n")  # of a process that is gone
-    held = prepare(begun_experiment(path), resume=path)
+    held = prepare(begun_experiment(path), resume_from=path)
     before = sorted(path.rglob("*"))
     attempts: list[Callable[[], object]] = [
         lambda: resume(path, quiet=True),

@@ -142,7 +142,7 @@ def test_content_of_another_shape_is_one_line_that_names_the_file(
     take_apart: Callable[[], object],
 ) -> None:
     with (
-        pytest.raises(ValueError, match=r"x\.json, task 2, does not hold") as said,
+        pytest.raises(ValueError, match=r"x\.json, task 2 is malformed") as said,
         readable(Path("x.json"), "task 2"),
     ):
         take_apart()

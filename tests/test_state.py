@@ -67,7 +67,7 @@ def test_an_open_task_is_part_of_it(tmp_path: Path, root: Path) -> None:
     path = stopped(tiny(root, tmp_path / "run", **settings), 9)
     checkpoint = newest_checkpoint(path)
     assert (checkpoint.record["tasks"], checkpoint.record["open"]["batch"]) == (1, 2)
-    resumed = prepare(begun_experiment(path), resume=path)
+    resumed = prepare(begun_experiment(path), resume_from=path)
     at = resumed.state.open
     assert at is not None
     assert (at.epoch, at.batch, len(resumed.state.trainable)) == (0, 2, 2)

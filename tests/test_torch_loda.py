@@ -427,13 +427,13 @@ def test_iterator_is_refused_before_a_pass_where_two_are_needed() -> None:
     loda.begin_task(iter(batches(1, model)))
     fit(loda, 1)
     state, given = snapshot(model), iter(batches(1, model))
-    with pytest.raises(ValueError, match="twice"):
+    with pytest.raises(ValueError, match="two passes"):
         loda.end_task(given)
     assert len(list(given)) == 3  # not even begun
     assert same(snapshot(model), state)
     used = iter([torch.ones(1)])
     next(used)
-    with pytest.raises(ValueError, match="twice"):
+    with pytest.raises(ValueError, match="two passes"):
         loda.end_task(used)
     with pytest.raises(ValueError, match="used up"):
         loda.end_task([])

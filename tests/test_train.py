@@ -671,15 +671,15 @@ def looks(said: int, config: CheckpointConfig, steps: int) -> int:
     """
     seen: list[int] = []
     answers = cycle([said, 0])  # it is time or not, and no signal came
-    at: Any = SimpleNamespace(is_finite=lambda: seen.append(0) or True)
+    position: Any = SimpleNamespace(is_finite=lambda: seen.append(0) or True)
     run: Any = SimpleNamespace(
-        processes=SimpleNamespace(largest=lambda own: max(own, next(answers))),
+        processes=SimpleNamespace(maximum=lambda own: max(own, next(answers))),
         checkpoints=Checkpoints(Path(), config, ""),
         stop=StopSignals(),
         state=SimpleNamespace(method=SimpleNamespace(saves_open_task=False)),
     )
     for _ in range(steps):
-        save_in_task(run, 0, at, last=False)
+        save_in_task(run, 0, position, last=False)
     return len(seen)
 
 

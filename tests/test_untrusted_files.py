@@ -517,7 +517,7 @@ def goes_on_or_refuses(path: Path) -> None:
         # It may say that it is of another run.
         warnings.simplefilter("ignore", RuntimeWarning)
         try:
-            run = prepare(begun_experiment(path), resume=path)
+            run = prepare(begun_experiment(path), resume_from=path)
             run.on_step = at_step(1, end)
             run_to_end(run, quiet=True)
         except (ValueError, OSError, FloatingPointError) as error:
@@ -597,7 +597,7 @@ def test_links_out_of_a_run_folder_are_refused(
     (run / name).parent.mkdir(parents=True, exist_ok=True)
     (run / name).symlink_to(outside, target_is_directory=True)
     (run / "config.yaml").write_text("seed: 1")
-    with pytest.raises(OSError, match="is a link"):
+    with pytest.raises(OSError, match="symbolic link"):
         train(tiny(tree(tmp_path_factory), run), overwrite=True, quiet=True)
     assert list(read_tensors(outside / "001" / "dear.safetensors")) == ["a"]
     assert list(read_checkpoint(outside / "000001.safetensors").tensors) == ["a"]

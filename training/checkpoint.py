@@ -1,9 +1,9 @@
-"""Checkpoints of a run, a file each, and the signals that stop a run where it can be saved.
+"""Checkpoints of a run, one file each, and the signals on which a run saves itself and stops.
 
 A checkpoint is a safetensors file: the tensors of the state, the log of the run, and as metadata
 its record. It is put in place by one ``os.replace`` (`training.run_dir.write_atomically`), so it is
-whole or not there, and a checksum over the whole file tells damage. Nothing here loads torch before
-tensors are written or read.
+complete or absent, and a checksum over the whole file reveals damage. Nothing here loads torch
+before tensors are written or read.
 """
 
 import hashlib
@@ -38,17 +38,18 @@ if TYPE_CHECKING:
 SCHEMA = 3
 _LOG = "metrics"
 _BLANK = "0" * 64
-# Where the checksum stands: in the only entry of the metadata, which begins every file.
+# The checksum is in the only entry of the metadata, at the beginning of the file.
 _CHECKSUM = re.compile(
     rb'^.{8}{"__metadata__":{"loda":"{\\"sha256\\": \\"([0-9a-f]{64})', re.DOTALL
 )
 _BLOCK = 2**20
-# Seconds of training after which a task is saved once more before what follows its last step.
+# A task is also saved after its last step if the newest checkpoint is at least this old (seconds):
+# merging and evaluation, which follow, are not checkpointed.
 _WORTH_SAVING = 60.0
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
     Attributes
     ----------
@@ -61,7 +62,7 @@ class Checkpoint(NamedTuple):
     path : Path
         Its file.
     passed_over : tuple of Path
-        Newer ones that cannot be used.
+        Newer checkpoints that cannot be used.
     """
 
     tensors: "dict[str, Tensor]"
@@ -74,7 +75,7 @@ class Checkpoint(NamedTuple):
 def write_state(
     path: Path, tensors: "Mapping[str, Tensor]", record: Mapping[str, Any], metrics: bytes
 ) -> None:
-    """Write one file that `read_checkpoint` reads, whole or not at all.
+    """Write one file for `read_checkpoint`, atomically.
 
     Raises
     ------
@@ -86,7 +87,7 @@ def write_state(
 
     log = torch.from_numpy(np.frombuffer(bytearray(metrics), dtype=np.uint8))
     copies = storable({**tensors, _LOG: log})
-    # A safetensors file has an order of its own, but branches are summed in theirs.
+    # safetensors sorts its tensors, but branches are summed in the order given here.
     content = {"schema": SCHEMA, "tensors": list(tensors), "record": record}
     metadata = {"loda": json.dumps({"sha256": _BLANK, **content})}
 
@@ -120,7 +121,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             if content["schema"] != SCHEMA:
                 msg = f"schema {content['schema']}, and this version reads {SCHEMA}"
                 raise ValueError(msg)
-            # Copies: these are parts of the file itself, which is removed while they are in use.
+            # Copies: the tensors are views of the file, which may be removed while they are in use.
             tensors = {name: file.get_tensor(name).clone() for name in content["tensors"]}
             metrics = file.get_tensor(_LOG).numpy().tobytes()
         return Checkpoint(tensors, dict(content["record"]), metrics, path)
@@ -163,10 +164,10 @@ def write_checkpoint(
         write_state(path, tensors, record, metrics)
     except OSError as error:
         rest = (
-            f"the checkpoints before it are unharmed, and once this is mended loda train --resume "
-            f"{run} goes on"
+            f"earlier checkpoints are unharmed; once this is fixed, resume with: "
+            f"loda train --resume {run}"
             if before
-            else "there is no checkpoint before it"
+            else "there is no earlier checkpoint"
         )
         msg = f"the run could not be saved: {error}; {rest}"
         raise OSError(msg) from error
@@ -179,15 +180,14 @@ def write_checkpoint(
 
 
 def newest_checkpoint(run: Path, identity: str | None = None) -> Checkpoint:
-    """The newest checkpoint of a run that is sound; others are passed over with a warning.
+    """The newest undamaged checkpoint of a run; damaged ones are skipped with a warning.
 
     Parameters
     ----------
     run : Path
         The run folder.
     identity : str, optional
-        What the record of its checkpoints says under ``identity``; one of another run cannot be
-        used.
+        Expected value of ``identity`` in the record; a checkpoint of another run is not used.
 
     Raises
     ------
@@ -198,7 +198,7 @@ def newest_checkpoint(run: Path, identity: str | None = None) -> Checkpoint:
     """
     newest_first = checkpoint_files(run)[::-1]
     if not newest_first:
-        msg = f"{run} holds no checkpoint to go on from"
+        msg = f"{run} holds no checkpoint to resume from"
         raise FileNotFoundError(msg)
     reasons: list[str] = []
     for number, path in enumerate(newest_first):
@@ -218,7 +218,7 @@ def newest_checkpoint(run: Path, identity: str | None = None) -> Checkpoint:
 
 
 def has_checkpoint(run: Path) -> bool:
-    """Whether a run has a checkpoint that is not damaged; its content is not looked at."""
+    """Whether a run has a checkpoint that is not damaged; its content is not read."""
     for path in checkpoint_files(run):
         try:
             _check_whole(path)
@@ -232,12 +232,12 @@ def _check_whole(path: Path) -> None:
     with path.open("rb") as file:
         recorded, correct, _ = _checksums(file)
     if recorded != correct:
-        msg = "it does not have its checksum"
+        msg = "checksum mismatch"
         raise ValueError(msg)
 
 
 def _checksums(file: BinaryIO) -> tuple[str, str, int]:
-    """The checksum that a file holds, the one that it should hold, and where it stands."""
+    """The recorded checksum of a file, the correct one, and the position of the recorded one."""
     start = file.read(_BLOCK)
     match = _CHECKSUM.match(start)
     if match is None:
@@ -250,7 +250,7 @@ def _checksums(file: BinaryIO) -> tuple[str, str, int]:
 
 
 class Checkpoints:
-    """Writes the checkpoints of a run, and says when the next one is due.
+    """Writes the checkpoints of a run, and tells when the next one is due.
 
     Parameters
     ----------
@@ -259,7 +259,7 @@ class Checkpoints:
     config : CheckpointConfig
         How often, and how many are kept.
     identity : str
-        What tells the checkpoints of this run from those of others.
+        Distinguishes the checkpoints of this run from those of others.
     """
 
     def __init__(self, run: Path, config: CheckpointConfig, identity: str) -> None:
@@ -268,7 +268,7 @@ class Checkpoints:
         self._steps, self._written = 0, time.monotonic()
 
     def newest(self) -> Checkpoint:
-        """The newest one of this run; see `newest_checkpoint`."""
+        """The newest checkpoint of this run; see `newest_checkpoint`."""
         checkpoint = newest_checkpoint(self.run, self.identity)
         self._unusable = checkpoint.passed_over
         return checkpoint
@@ -276,7 +276,7 @@ class Checkpoints:
     def write(
         self, tensors: "Mapping[str, Tensor]", record: Mapping[str, Any], metrics: bytes
     ) -> None:
-        """Write the next one."""
+        """Write the next checkpoint."""
         write_checkpoint(
             self.run,
             tensors,
@@ -287,15 +287,15 @@ class Checkpoints:
         )
         self._unusable = ()
 
-    def wait(self) -> None:
-        """Begin to wait for the next one."""
+    def restart_interval(self) -> None:
+        """Restart the interval until the next checkpoint."""
         self._steps, self._written = 0, time.monotonic()
 
-    def due(self, *, last: bool) -> bool:
-        """Whether it is time for the next one, after one more step.
+    def count_step(self, *, last: bool) -> bool:
+        """Count one more step; returns whether a checkpoint is due now.
 
-        After the ``last`` step of a task it is time sooner: there is none while the task is
-        merged, read out and evaluated.
+        After the ``last`` step of a task one is due earlier, because none is written while the
+        task is merged, read out and evaluated.
         """
         self._steps += 1
         steps, minutes = self.config.steps, self.config.minutes
@@ -323,7 +323,7 @@ def handle_signals(names: Iterable[str], handler: Handler) -> dict[signal.Signal
         return before
     for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
         handled = signal.getsignal(number)
-        # One that is ignored (nohup, a job in the background) stays so.
+        # Leave ignored signals ignored (nohup, background jobs).
         if handled is not None and handled != signal.SIG_IGN:
             before[number] = handled
             signal.signal(number, handler)
@@ -372,5 +372,5 @@ class StopSignals:
         del frame
         self.received = signal.Signals(number)
         restore_signals(self._before)
-        # Not by print: the signal may have come in the middle of one.
+        # Not print(): the signal may have interrupted one.
         os.write(2, f"{self.received.name}: stopping as soon as the run is saved\n".encode())

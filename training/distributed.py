@@ -1,7 +1,7 @@
 """The processes that train one model together, as torchrun and accelerate launch start them.
 
-Accelerate joins them and carries what they tell each other. Nothing here loads torch before it is
-used: `Share` and `usable_cpus` are for everybody.
+Accelerate joins them and carries their messages. Nothing here loads torch before it is used:
+`Share` and `usable_cpus` are cheap to import.
 """
 
 import json
@@ -42,7 +42,7 @@ def usable_cpus() -> int:
 
 @dataclass(frozen=True)
 class Share:
-    """One process of several, and what it gets of a row of things.
+    """One of several processes, and its part of a sequence.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ class Share:
     count: int = 1
 
     def bounds(self, length: int) -> tuple[int, int]:
-        """First position of the part of this process, and the one after its last.
+        """Start and end (exclusive) of the part of this process.
 
         Examples
         --------
@@ -66,10 +66,10 @@ class Share:
         return length * self.rank // self.count, length * (self.rank + 1) // self.count
 
     def even_bounds(self, length: int) -> tuple[int, int]:
-        """The same in pairs: every part begins at an even position.
+        """As `bounds`, but every part starts at an even position.
 
-        The two held-out halves of a task are its images of even and of odd number; so they stay
-        what they are in one process.
+        The two held-out halves of a task are its even and its odd images, so this leaves them as
+        they are in one process.
 
         Examples
         --------
@@ -81,12 +81,12 @@ class Share:
 
 
 class Processes(Share):
-    """One process of a run, and what it does together with the others.
+    """One process of a run, and its communication with the others.
 
-    Whoever calls one of these functions waits until all have called it. With one process each does
-    nothing. A process that does not answer, because it has ended or hangs, is a ConnectionError.
+    Each of these functions waits until all processes have called it, and does nothing if there is
+    only one. A process that does not answer, because it has ended or hangs, is a ConnectionError.
 
-    Process number 0 is the one that writes.
+    The first process, of rank 0, is the one that writes.
     """
 
     @property
@@ -103,8 +103,8 @@ class Processes(Share):
             with self._together():
                 sum_over_processes(tensors)
 
-    def copy_first(self, tensors: "Sequence[Tensor]") -> None:
-        """Replace tensors, in place, by those of the first process."""
+    def copy_from_first(self, tensors: "Sequence[Tensor]") -> None:
+        """Overwrite tensors, in place, with those of the first process."""
         from accelerate.utils import broadcast
 
         if self.count > 1:
@@ -114,31 +114,31 @@ class Processes(Share):
                     if self.rank:
                         tensor.detach().copy_(told)
 
-    def rows(self, part: "Tensor", total: int) -> "Tensor":
-        """All rows (total, D) of a matrix whose `even_bounds` the processes hold."""
-        # A sum with zeros, which is exact: parts differ in length, and Accelerate's gather would
-        # need them padded, with a length of each, to be cut again.
+    def gather_rows(self, part: "Tensor", total: int) -> "Tensor":
+        """Gather all rows (total, D) of a matrix that the processes hold by `even_bounds`."""
+        # Sum parts that are padded with zeros, which is exact. Parts differ in length, and
+        # Accelerate's gather would need padding, the lengths and a cut as well.
         first, stop = self.even_bounds(total)
         whole = part.new_zeros(total, *part.shape[1:])
         whole[first:stop] = part
         self.sum([whole])
         return whole
 
-    def largest(self, number: int) -> int:
-        """The largest of the numbers of all processes."""
+    def maximum(self, number: int) -> int:
+        """The maximum of a number over all processes."""
         if self.count == 1:
             return number
         import torch
         from torch import distributed
 
-        # Asked after every step, so on the CPU: what Accelerate sends would wait for the GPU.
+        # Called after every step, so on the CPU: Accelerate would wait for the GPU.
         told = torch.tensor(number)
         with self._together():
             distributed.all_reduce(told, distributed.ReduceOp.MAX)
         return int(told)
 
     def wait(self) -> None:
-        """Wait until all are here."""
+        """Barrier: wait until all processes get here."""
         from accelerate.utils import wait_for_everyone
 
         if self.count > 1:
@@ -146,7 +146,7 @@ class Processes(Share):
                 wait_for_everyone()
 
     def from_first(self, make: Callable[[], Any]) -> Any:
-        """What ``make`` gives in the first process, which alone calls it.
+        """Call ``make`` in the first process only and return its result in all.
 
         Raises
         ------
@@ -169,7 +169,7 @@ class Processes(Share):
         return said["value"]
 
     def require_same(self, what: str, value: Any) -> None:
-        """Refuse to go on if ``value``, ready for JSON, is another one in some process.
+        """Raise unless ``value`` (ready for JSON) is the same in all processes.
 
         Raises
         ------
@@ -191,8 +191,8 @@ class Processes(Share):
 
     @contextmanager
     def first_of_each_machine(self) -> Iterator[None]:
-        """Let one process a machine go ahead: what it downloads, the others find."""
-        # As Accelerate's local_main_process_first, whose errors would not say what has happened.
+        """Let one process per machine go first, so that the others find what it downloads."""
+        # As Accelerate's local_main_process_first, whose errors would not explain what happened.
         later = self.count > 1 and int(os.environ.get("LOCAL_RANK", "0")) > 0
         if later:
             self.wait()
@@ -209,7 +209,7 @@ class Processes(Share):
 
     @contextmanager
     def _together(self) -> Iterator[None]:
-        """Say what a failure of torch's communication means."""
+        """Turn a failure of torch's communication into an error that explains it."""
         import torch
 
         try:
@@ -219,9 +219,9 @@ class Processes(Share):
         except RuntimeError as error:
             reason = (str(error).splitlines() or ["no reason given"])[0]
             msg = (
-                f"process {self.rank} of {self.count} has lost the others: one has ended, and says "
-                f"why unless it was killed, or does not answer ({reason}); loda train --resume "
-                f"RUN goes on from the newest checkpoint"
+                f"process {self.rank} of {self.count} has lost the others: another process has "
+                f"ended (see its message, unless it was killed) or does not answer ({reason}); "
+                f"resume with: loda train --resume RUN"
             )
             raise ConnectionError(msg) from error
 
@@ -250,16 +250,16 @@ def make_accelerator(experiment: "Experiment") -> "Accelerator":
     gpus = experiment.device != "cpu" and torch.cuda.is_available()
     handlers = []
     if here.count > 1:
-        # Gloo beside NCCL: what is no tensor of the model stays on the CPU.
+        # Gloo besides NCCL: data other than tensors of the model stay on the CPU.
         backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
         timeout = timedelta(seconds=_timeout())
         handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
-    # Accelerate holds a process to the settings of its first Accelerator; one process may well
-    # run several experiments.
+    # Accelerate keeps the settings of the first Accelerator of a process, which may run several
+    # experiments.
     AcceleratorState._reset_state(reset_partial_state=True)
     with here._together():
         accelerator = Accelerator(
-            # Several processes without a GPU are for Accelerate one, unless it is told.
+            # Without cpu=True, Accelerate treats several CPU processes as one.
             cpu=experiment.device == "cpu" or (here.count > 1 and not gpus),
             mixed_precision=experiment.precision,
             log_with=experiment.tracker,

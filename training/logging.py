@@ -1,4 +1,4 @@
-"""What a run shows and tells: the bar, tables for the terminal, trackers, peak memory."""
+"""Console output of a run (progress bar, tables), trackers and peak memory."""
 
 import re
 import sys
@@ -21,7 +21,7 @@ _REFRESH = 0.25  # seconds between two reads of the device
 
 
 class Progress:
-    """Progress bar of a run; on a terminal live, elsewhere a line a task. Tasks count from 1.
+    """Progress bar of a run; live on a terminal, elsewhere one line per task. Tasks count from 1.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ class Progress:
         from rich.progress import Progress as Bars
 
         self.tasks = tasks
-        # A path may hold what rich takes for its markup.
+        # A path may hold characters that rich takes for its markup.
         self.console = Console(quiet=quiet, stderr=False, markup=False, highlight=False)
         self._bars = Bars(
             TextColumn("{task.description}"),
@@ -70,12 +70,12 @@ class Progress:
         self._bars.stop()
 
     def begin_task(self, task: int, steps: int) -> None:
-        """Open the bar of a task of so many mini-batches."""
+        """Open the bar of a task with a number of mini-batches."""
         title = f"task {task}/{self.tasks}"
         self._bar = self._bars.add_task(title, total=steps, status="")
 
     def advance(self, meter: Meter, steps: int = 1) -> None:
-        """Mini-batches are done; loss and accuracy are refreshed a few times a second."""
+        """Advance the bar; loss and accuracy are refreshed a few times a second."""
         if self._bar is None:
             return
         now = time.monotonic()
@@ -98,11 +98,11 @@ class Progress:
         )
 
     def finish(self, matrix: AccuracyMatrix, run: Path, figure: Path | None = None) -> None:
-        """Print the accuracy matrix and where everything is."""
+        """Print the accuracy matrix and the paths of the results."""
         table = accuracy_table(matrix)
         if self.console.is_terminal and self.console.measure(table).minimum <= self.console.width:
             self.console.print(table)
-        else:  # whole lines, whatever the width, for logs and pipes
+        else:  # unbroken lines of any width, for logs and pipes
             self.console.print(plain_table(matrix), soft_wrap=True)
         self.console.print(f"results: {run}", soft_wrap=True)
         if figure is not None:
@@ -132,7 +132,7 @@ def aligned(rows: Sequence[Sequence[str]], *, left: int = 0) -> str:
 
 
 def accuracy_table(matrix: AccuracyMatrix, *, title: str = "Accuracy (%)") -> "Table":
-    """A `rich` table: a row a task learned, a column a task, the metrics below.
+    """A `rich` table: one row per learned task, one column per task, the metrics below.
 
     Examples
     --------
@@ -206,7 +206,8 @@ def require_tracker(name: str) -> None:
     Raises
     ------
     ValueError
-        Says what is known, or what to install; Accelerate would go on without the tracker.
+        Lists the known trackers, or names the package to install; Accelerate would continue
+        without the tracker.
     """
     from accelerate.tracking import get_available_trackers
     from accelerate.utils import LoggerType
@@ -224,7 +225,7 @@ def start_tracker(accelerator: "Accelerator", settings: Mapping[str, Any], run: 
     """Open the tracker that the accelerator was made for, and give it the settings of the run."""
     accelerator.project_configuration.project_dir = str(run)
     accelerator.project_configuration.logging_dir = str(run)
-    # Trackers take numbers, truth values and text.
+    # Trackers accept only numbers, booleans and text.
     plain = {
         name: value if isinstance(value, bool | int | float | str) else str(value)
         for name, value in settings.items()
@@ -238,25 +239,25 @@ _PROCESS = Path("/proc/self")
 
 
 def reset_peak(device: "torch.device") -> None:
-    """Begin to measure; what was in use before counts from what is left of it now."""
+    """Reset the peak-memory counters; memory still in use counts."""
     if device.type == "cuda":
         import torch
 
         torch.cuda.reset_peak_memory_stats(device)
-    # Only Linux can start anew (proc(5), clear_refs); a container may forbid it.
+    # Only Linux can reset its counter (proc(5), clear_refs); a container may forbid it.
     with suppress(OSError):
         (_PROCESS / "clear_refs").write_text("5\n", encoding="ascii")
 
 
 def peak_memory(device: "torch.device") -> dict[str, int]:
-    """Bytes at most in use since `reset_peak`.
+    """Peak memory in bytes since `reset_peak`.
 
     Returns
     -------
     dict of str to int
-        ``process``: resident memory of this process, without its loaders' workers; where the
-        system cannot start anew, the most since the process began, and absent where it does not
-        tell at all. ``device``: memory that torch had allocated on a CUDA device.
+        ``process``: resident memory of this process, without its data-loading workers; where the
+        counter cannot be reset, the peak since the process started; absent where the system does
+        not report it. ``device``: memory that torch had allocated on a CUDA device.
 
     Examples
     --------

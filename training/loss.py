@@ -26,11 +26,11 @@ def cosface(
     cosines : (N, C) floating
         Cosines of the features to the C heads. float16 and bfloat16 are computed in float32.
     targets : (N,) int64
-        Columns of the right classes, 0 ... C - 1.
+        Columns of the true classes, 0 ... C - 1.
     scale : float
         s > 0.
     margin : float
-        m >= 0, subtracted from the right class's cosine.
+        m >= 0, subtracted from the cosine of the true class.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Loss and accuracies: of an epoch as it goes on, and of a class-incremental stream from counts."""
+"""Loss and accuracy during an epoch, and accuracies of a class-incremental stream from counts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Meter:
     Attributes
     ----------
     loss, right : Tensor or number
-        Sum of the losses of the images, and number of right predictions.
+        Sum of the losses of the images, and number of correct predictions.
     images, predicted : int
         Number of images in the two sums.
     """
@@ -37,7 +37,7 @@ class Meter:
         self.images += images
 
     def count(self, cosines: "Tensor", targets: "Tensor") -> None:
-        """Count right predictions among rows that went through the model with gradients on."""
+        """Count correct predictions among rows that went through the model with gradients on."""
         self.right = self.right + (cosines.detach().argmax(dim=1) == targets).sum()
         self.predicted += len(targets)
 
@@ -57,7 +57,7 @@ def count_correct(
     *,
     task_sizes: Sequence[int] | None = None,
 ) -> dict[str, tuple[list[int], list[int]]]:
-    """Right predictions and images by class, for each classifier.
+    """Correct predictions and images per class, for each classifier.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ def count_correct(
 def class_counts(
     predictions: "Tensor", labels: "Tensor", classes: int
 ) -> tuple[list[int], list[int]]:
-    """Right predictions and images of each class 0 ... classes - 1; counts of batches add up.
+    """Correct predictions and images of each class 0 ... classes - 1; counts of batches add up.
 
     Raises
     ------
@@ -118,8 +118,8 @@ def class_counts(
         low, high = int(labels.min()), int(labels.max())
         msg = f"labels must be from 0 to {classes - 1}, got {low} to {high}"
         raise ValueError(msg)
-    right = labels[predictions == labels].bincount(minlength=classes)
-    return right.tolist(), labels.bincount(minlength=classes).tolist()
+    correct = labels[predictions == labels].bincount(minlength=classes)
+    return correct.tolist(), labels.bincount(minlength=classes).tolist()
 
 
 @dataclass(frozen=True)

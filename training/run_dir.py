@@ -1,4 +1,4 @@
-"""The folder of a run: names of its files, writing that a crash cannot spoil, the log, the lock.
+"""The run folder: file names, crash-safe writing, the log and the lock.
 
 Nothing here loads torch before tensors are written or read.
 """
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 CONFIG, CLASSES, ENVIRONMENT = "config.yaml", "classes.json", "environment.json"
 METRICS, SUMMARY, FIGURE = "metrics.jsonl", "summary.json", "accuracy.png"
-MODEL, READOUTS, STATE = "model.safetensors", "readouts.safetensors", "state.safetensors"
+MODEL, READOUTS_FILE, STATE = "model.safetensors", "readouts.safetensors", "state.safetensors"
 TASKS, CHECKPOINTS = "tasks", "checkpoints"
 MANIFEST, ANALYSIS, LOCK = "manifest.json", "analysis.json", ".lock"
 
-_RESULTS = (METRICS, SUMMARY, FIGURE, MODEL, READOUTS, STATE, MANIFEST, ANALYSIS)
+_RESULTS = (METRICS, SUMMARY, FIGURE, MODEL, READOUTS_FILE, STATE, MANIFEST, ANALYSIS)
 _FILES = (CONFIG, CLASSES, ENVIRONMENT, *_RESULTS)
 _PACKAGES = (
     "loda",
@@ -49,7 +49,7 @@ _PACKAGES = (
 
 
 def task_folder(run: Path, task: int) -> Path:
-    """Where a run keeps what belongs to a task, counted from 1.
+    """Folder of the files that a run keeps of a task, counted from 1.
 
     Examples
     --------
@@ -64,7 +64,7 @@ def task_folder(run: Path, task: int) -> Path:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Name the file in the error of a failed write: of a full disk, the system does not."""
+    """Name the file in the error of a failed write: the system does not when the disk is full."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -78,18 +78,18 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises
     ------
     OSError
-        If it cannot be written, for instance on a full disk; the message names it. What was there
-        before is as it was, unless all that failed is to sync the folder.
+        If it cannot be written, for instance on a full disk; the message names the file. The old
+        file stays, unless only syncing the folder failed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with _writing(path):
-            temporary.unlink(missing_ok=True)  # it might be a link to somewhere else
-            # Some writers make their files private; the rights are those of any new file instead.
+            temporary.unlink(missing_ok=True)  # it might be a symbolic link
+            # Some writers create files that only their owner may read; use those of a new file.
             temporary.touch()
-            rights = temporary.stat().st_mode
+            permissions = temporary.stat().st_mode
             write(temporary)
-            temporary.chmod(rights)
+            temporary.chmod(permissions)
             sync(temporary)
             temporary.replace(path)  # os.replace: readers see the old file or the new one
             sync(path.parent)
@@ -99,9 +99,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are where a power cut leaves them.
+    """Flush a file, or the entries of a folder, to disk, so that they survive a power cut.
 
-    Folders of file systems that cannot do that, and those that nobody may list, are passed over.
+    Folders that cannot be synced or read are skipped.
     """
     folder = path.is_dir()
     if folder and (os.name == "nt" or not os.access(path, os.R_OK)):
@@ -117,7 +117,7 @@ def sync(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, unless it is there, so that a power cut leaves it."""
+    """Create a folder if it is missing, and make it survive a power cut."""
     if not path.is_dir():
         path.mkdir(parents=True, exist_ok=True)
         sync(path.parent)
@@ -139,7 +139,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Write one more line to a text file, not synced; the error of a full disk names it."""
+    """Append a line to a text file without syncing; a write error names the file."""
     with _writing(path), path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
@@ -157,10 +157,10 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def readable(path: Path, where: str = "") -> Iterator[None]:
-    """Name a file whose content turns out not to be what this package writes.
+    """Turn the errors that malformed content provokes into one ValueError that names the file.
 
-    For code that takes the content of a file apart. Files may come from anybody; whatever a wrong
-    one provokes there becomes one clear error, so that its content need not be checked first.
+    For blocks that take the content of a file apart. Files may come from anyone, and this saves
+    them from checking the content first.
 
     Parameters
     ----------
@@ -180,7 +180,7 @@ def readable(path: Path, where: str = "") -> Iterator[None]:
     ...     {"b": 1}["c"]
     Traceback (most recent call last):
     ...
-    ValueError: a.json does not hold what a run writes there: KeyError('c')
+    ValueError: a.json is malformed: KeyError('c')
     """
     try:
         yield
@@ -198,8 +198,8 @@ def readable(path: Path, where: str = "") -> Iterator[None]:
     ) as error:
         plain = isinstance(error, ValueError | SafetensorError)
         reason = " ".join(str(error).split()) if plain else repr(error)
-        place = f"{path}, {where}," if where else f"{path}"
-        msg = f"{place} does not hold what a run writes there: {reason}"
+        place = f"{path}, {where}" if where else f"{path}"
+        msg = f"{place} is malformed: {reason}"
         raise ValueError(msg) from error
 
 
@@ -218,7 +218,7 @@ def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
 
 
 def storable(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
-    """Copies on the CPU: a file may not hold tensors that share memory, as views and ties do."""
+    """Copies on the CPU: a safetensors file cannot hold tensors that share memory (views, ties)."""
     return {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()}
 
 
@@ -272,26 +272,26 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# Numbers that were measured or trained hardly compress, repeated ones a thousandfold.
-_LARGE, _RATIO = 2**30, 200
+# Measured or trained numbers hardly compress, whereas repeated ones do a thousandfold.
+_PLAUSIBLE_BYTES, _RATIO = 2**30, 200
 
 
 def require_plausible_archive(path: Path) -> None:
-    """Refuse a zip archive, such as an ``.npz`` file, that would unpack to far more than it is.
+    """Refuse a zip archive, such as an ``.npz`` file, that unpacks to far more than its size.
 
     Raises
     ------
     ValueError
-        If it announces more than 1 GiB and more than 200 times its own size, or is no archive.
+        If it announces more than 1 GiB and more than 200 times its own size, or is no zip archive.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
     except (zipfile.BadZipFile, NotImplementedError) as error:
-        msg = f"it is no archive: {error}"
+        msg = f"it is not a zip archive: {error}"
         raise ValueError(msg) from error
     size = path.stat().st_size
-    if unpacked > max(_LARGE, _RATIO * size):
+    if unpacked > max(_PLAUSIBLE_BYTES, _RATIO * size):
         msg = f"an archive of {size} bytes must not unpack to {unpacked}"
         raise ValueError(msg)
 
@@ -302,21 +302,21 @@ def _as_json(content: Any) -> bytes:
 
 # --- one process at a time ------------------------------------------------------------------------
 
-_TRIES, _PAUSE = 20, 0.01  # seconds; who asks for the owner holds the file for a moment too
+_TRIES, _PAUSE = 20, 0.01  # seconds; a process that asks for the owner holds the file too
 _locked: set[int] = set()
 
 
 class FolderLock:
     """Holds a folder until it is released, collected or the process ends, however it ends.
 
-    The library filelock is no match: a worker of a loader that outlives its parent would hold the
-    folder on, since a forked process shares the lock.
+    The library filelock does not do: a data-loading worker that outlives its parent would keep the
+    lock, because a forked process shares it.
 
     Parameters
     ----------
     folder : Path
-        Gets a file with the number of the process. The system drops the lock of a process that
-        is gone, so that a file which one left behind does not matter.
+        A lock file with the process id is created in it. The system releases the lock of a dead
+        process, so a leftover file does no harm.
 
     Raises
     ------
@@ -342,8 +342,8 @@ class FolderLock:
                     time.sleep(_PAUSE)
                     continue
                 msg = (
-                    f"{folder} is in use by another run (process {owner}): wait for its end, or "
-                    f"give another folder"
+                    f"{folder} is in use by another run (process {owner}): wait until it ends, "
+                    f"or choose another folder"
                 )
                 raise BlockingIOError(msg) from error
             except OSError:
@@ -362,7 +362,7 @@ class FolderLock:
 
 
 def held_by(folder: Path) -> str | None:
-    """Number of the process that holds a folder; None where none does."""
+    """Id of the process that holds a folder, or None."""
     if fcntl is None:
         return None
     try:
@@ -370,7 +370,7 @@ def held_by(folder: Path) -> str | None:
     except FileNotFoundError:
         return None
     try:
-        # Shared, so that those who only ask do not find one another.
+        # A shared lock, so that processes that only ask do not see each other.
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return _owner(handle)
@@ -380,7 +380,7 @@ def held_by(folder: Path) -> str | None:
 
 
 def _is_at(handle: int, path: Path) -> bool:
-    """Whether a path leads to an open file, or has been removed since by whoever held it."""
+    """Whether a path still refers to an open file; its holder may have removed it."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
@@ -400,7 +400,7 @@ def _unlock(handle: int, path: Path, owner: int) -> None:
 
 
 def _close_in_child() -> None:
-    # A worker of a loader may live on for a while after its parent was killed: without the lock.
+    # A data-loading worker may outlive a killed parent for a while: it must not keep the lock.
     for handle in _locked:
         os.close(handle)
     _locked.clear()
@@ -421,7 +421,7 @@ def choose_folder(out: str | None, name: str, *, overwrite: bool = False) -> Pat
     out : str or None
         The folder, if one is given.
     name : str
-        Begins the name of a new one; the time follows.
+        Beginning of the name of a new folder; the time follows.
     overwrite : bool
         Whether the folder may have content.
 
@@ -441,11 +441,11 @@ def choose_folder(out: str | None, name: str, *, overwrite: bool = False) -> Pat
     filled = folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
     if filled and not overwrite:
         unfinished = (folder / CONFIG).is_file() and not is_finished(folder)
-        note = " (it holds a run that did not finish)" if unfinished else ""
-        resume = f", --resume {folder} to go on with it" if unfinished else ""
+        note = " (it holds an unfinished run)" if unfinished else ""
+        resume = f", resume it with --resume {folder}" if unfinished else ""
         msg = (
-            f"{folder} is not empty{note}, and nothing is overwritten unasked: give another "
-            f"--out{resume}, or --overwrite to replace the run in it"
+            f"{folder} is not empty{note}: choose another --out{resume}, or add --overwrite to "
+            f"replace the run in it"
         )
         raise FileExistsError(msg)
     return folder
@@ -459,7 +459,7 @@ def is_finished(path: Path) -> bool:
 def tidy(path: Path) -> None:
     """Remove the checkpoints of a finished run whose process was killed before it could."""
     if (path / CHECKPOINTS).is_dir():
-        with suppress(OSError), closing(RunFolder(path, resume=True)):  # no harm if it cannot be
+        with suppress(OSError), closing(RunFolder(path, resume=True)):  # best effort
             remove_checkpoints(path)
 
 
@@ -479,7 +479,7 @@ def remove_checkpoints(run: Path) -> None:
 
 
 def environment(backbone: Mapping[str, Any]) -> dict[str, Any]:
-    """What ran: versions, machine, and what the caller knows of the backbone."""
+    """Content of ``environment.json``: versions, machine and the description of the backbone."""
     import torch
 
     return {
@@ -500,15 +500,14 @@ class RunFolder:
     Parameters
     ----------
     path : Path
-        Made if it is not there. What an earlier run left under the same names is removed first.
+        Created if it is missing. Files of an earlier run under the same names are removed first.
     fresh : bool
-        Make a new folder in any case, numbered if the name is taken: runs that begin in the same
-        second get one each.
+        Always create a new folder, numbered if the name is taken: runs started in the same second
+        get different ones.
     resume : bool
-        Go on with the run in the folder: nothing is removed.
+        Resume the run in the folder: nothing is removed.
     writes : bool
-        False in the processes of a run that leave all writing to the first one: they only know
-        where the folder is.
+        False in all processes of a run but the first: they only know where the folder is.
 
     Raises
     ------
@@ -545,40 +544,39 @@ class RunFolder:
     def begin(
         self, config: str, classes: Mapping[str, Any], environment: Mapping[str, Any]
     ) -> None:
-        """Write what is known before training; the configuration is YAML already."""
+        """Write the files that are known before training; the configuration is given as YAML."""
         if self.writes:
             write_text(self.path / CONFIG, config)
             write_json(self.path / CLASSES, classes)
             write_json(self.path / ENVIRONMENT, environment)
 
     def check_classes(self, classes: Mapping[str, Any]) -> None:
-        """Refuse to go on with other classes or images than the run began with."""
+        """Refuse to resume with other classes or images than the run began with."""
         if read_json(self.path / CLASSES) != classes:
             msg = (
-                f"the classes, tasks or images of the data are not those in "
-                f"{self.path / CLASSES}: the data have changed since the run began, and it cannot "
-                f"go on"
+                f"the classes, tasks or images do not match {self.path / CLASSES}: the data have "
+                f"changed since the run began, so it cannot be resumed"
             )
             raise ValueError(msg)
 
     def log(self, event: str, **values: Any) -> None:
-        """Append one line to the metrics, for all to read at once; checkpoints hold what counts."""
+        """Append a line to the log; only the copy in the checkpoints is safe from a power cut."""
         if self.writes:
             line = json.dumps({"event": event, **values}, ensure_ascii=False)
             append_line(self.path / METRICS, line)
 
     def read_log(self) -> bytes:
-        """The metrics so far."""
+        """The log so far."""
         path = self.path / METRICS
         return path.read_bytes() if path.is_file() else b""
 
     def restore_log(self, content: bytes) -> None:
-        """Make the metrics what they were at a checkpoint."""
+        """Put the log back to its content at a checkpoint."""
         if self.writes:
             write_bytes(self.path / METRICS, content)
 
     def keep(self, task: int, **groups: "Mapping[str, Tensor]") -> None:
-        """Write groups of tensors of a task, counted from 1: a file a group that is not empty."""
+        """Write the tensors kept of a task (counted from 1), one file per non-empty group."""
         if not self.writes:
             return
         folder = task_folder(self.path, task)
@@ -593,7 +591,7 @@ class RunFolder:
         if not self.writes:
             return
         sync(self.path / METRICS)
-        # The summary comes last, but the manifest names it: its content is known already.
+        # The summary is written last, so its hash for the manifest is taken from its content.
         content = _as_json(summary)
         hashes = _hashes(self.path, _written(self.path))
         hashes[SUMMARY] = hashlib.sha256(content).hexdigest()
@@ -622,13 +620,13 @@ def _written(run: Path) -> list[Path]:
 
 
 def _refuse_links(path: Path) -> None:
-    """Refuse links to folders: nothing outside the run folder is written or removed through one."""
+    """Refuse symbolic links to folders: nothing outside the run folder may be changed."""
     # A tracker has a folder of its own here; its name is not known.
     below = [p for p in path.iterdir() if p.is_dir()]
     below += [p for name in (TASKS, CHECKPOINTS) for p in (path / name).glob("*")]
     for link in (path / TASKS, path / CHECKPOINTS, *below):
         if link.is_symlink():
-            msg = f"{link} is a link; put what it stands for there, or give another folder"
+            msg = f"{link} is a symbolic link: replace it by a folder, or choose another run folder"
             raise OSError(msg)
 
 
@@ -656,7 +654,7 @@ def _remove_results(path: Path) -> None:
 
 
 def _remove_half_written(path: Path) -> None:
-    """Remove what a process that was killed was just writing."""
+    """Remove files that a killed process left half-written."""
     names = [f".{name}.*.tmp" for name in _FILES]
     tensors = ".*.safetensors.*.tmp"
     for pattern in (*names, f"{TASKS}/*/{tensors}", f"{CHECKPOINTS}/{tensors}"):

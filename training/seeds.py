@@ -1,10 +1,10 @@
-"""Seeds of a run: one for each purpose and task, and code that draws from torch's generators."""
+"""Seeds of a run, one per purpose and task, and a context that seeds torch's global generators."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Each use of randomness has a stream of its own, so that switching one part off (a pass over the
-# data, a read-out) does not shift the draws of another. The place in the list is part of the seed.
+# Every use of randomness has its own stream, so that switching one part off (a pass over the data,
+# a read-out) does not shift the draws of another. The position in the list is part of the seed.
 _PURPOSES = (
     "batches",
     "moments",
@@ -19,14 +19,14 @@ _PURPOSES = (
 
 
 def derive(seed: int, task: int, purpose: str) -> int:
-    """A seed of its own for each purpose and task, from the seed of the run.
+    """A separate seed for every purpose and task, from the seed of the run.
 
     Parameters
     ----------
     seed : int
         Seed of the run.
     task : int
-        Number of the task, counted from 0; 0 for what is drawn once a run.
+        Number of the task, counted from 0; 0 for draws that are made once per run.
     purpose : str
         One of the known purposes; anything else is a ValueError.
 
@@ -43,11 +43,11 @@ def derive(seed: int, task: int, purpose: str) -> int:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's global generators for a block, and put them back as they were after it.
+    """Seed torch's global generators for a block, and restore them after it.
 
-    For what takes no generator: the random weights of a new model, drop-out.
+    For code that takes no generator: the random weights of a new model, drop-out.
     """
-    import torch  # not above: methods derive their seeds without it
+    import torch  # imported late: methods derive seeds without torch
 
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)

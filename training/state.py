@@ -1,4 +1,4 @@
-"""All that changes while a run trains, as one object that can be written and read."""
+"""Everything that changes during a run, in one object that can be saved and loaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from training.run_dir import flattened, nested, not_finite
 
 @dataclass
 class State:
-    """All that changes while a run trains, and that a checkpoint holds.
+    """Everything that changes while a run trains: the content of a checkpoint.
 
     All randomness of a task follows from the seed and the task's number, so between tasks no
     generator is part of it.
@@ -32,9 +32,9 @@ class State:
     method : Method
         Carries its own state (moments, branches).
     heads : CosineHeads
-        One cosine head a task.
+        One cosine head per task.
     readouts : Readouts
-        What they gathered, and the classifiers after the last task.
+        The read-outs: their statistics, and the classifiers fitted after the last task.
     tasks : int
         Tasks completed.
     accuracy : dict of str to AccuracyMatrix
@@ -44,11 +44,11 @@ class State:
     trainable : list of int
         Number of trained values of each task that has begun.
     seconds : dict of str to float
-        What the parts of the completed tasks have taken together.
+        Time by part, summed over the completed tasks.
     passes : int
-        Passes over its images that the method has made in the open task.
+        Passes that the method has made over the images of the open task.
     open : OpenTask or None
-        Where training stands in the task that has begun, if one has.
+        Position of the training in a task that has begun but is not completed.
     """
 
     model: nn.Module
@@ -72,13 +72,13 @@ class State:
         return [*self.method.parameters(), *self.heads.current.parameters()]
 
     def complete(self, seconds: Mapping[str, float]) -> None:
-        """Count the open task as completed, whose parts took so long."""
+        """Mark the open task as completed and add the seconds of its parts."""
         for part, value in seconds.items():
             self.seconds[part] = round(self.seconds.get(part, 0.0) + value, 3)
         self.tasks, self.passes, self.open = self.tasks + 1, 0, None
 
     def stored_bytes(self) -> dict[str, int]:
-        """Bytes that are carried from task to task beside the weights of model and heads."""
+        """Bytes that are carried from task to task besides the weights of model and heads."""
         # Folded methods hold the weights without their branches too: those are the model's own.
         own = {k: v for k, v in self.method.state_dict().items() if not k.startswith("weight/")}
         method = sum(tensor.numel() * tensor.element_size() for tensor in own.values())
@@ -95,7 +95,7 @@ class State:
         )
 
     def record(self) -> dict[str, Any]:
-        """The rest, ready for JSON."""
+        """Everything that is not a tensor, ready for JSON."""
         return {
             "tasks": self.tasks,
             "heads": list(self.heads.sizes),
@@ -113,19 +113,19 @@ class State:
         record: Mapping[str, Any],
         make_optimizer: Callable[[list[nn.Parameter]], Optimizer],
     ) -> None:
-        """Take over a state; this object must be a fresh one of the same experiment.
+        """Load a state into a fresh object of the same experiment.
 
         Parameters
         ----------
         tensors, record
             As `tensors` and `record` gave them.
         make_optimizer : callable
-            Gives a fresh optimiser over the trained tensors of a task that was open.
+            Makes a fresh optimiser over the trained tensors, if a task was open.
 
         Raises
         ------
         ValueError, LookupError, TypeError, RuntimeError
-            If it is no state of this experiment.
+            If the state does not belong to this experiment.
         """
         _require_numbers(tensors)
         self.tasks, self.passes = int(record["tasks"]), int(record["passes"])
@@ -148,24 +148,24 @@ class State:
 
 @dataclass
 class OpenTask:
-    """Where training stands in a task that has begun.
+    """Position of the training in a task that has begun.
 
     Parameters
     ----------
     optimizer : Optimizer
         Of this task.
     generator : torch.Generator
-        What the steps draw from. Drop-out draws from torch's own generators, whose states are
-        saved as well.
+        Generator of the steps. Drop-out uses torch's global generators, whose states are saved as
+        well.
     epoch, batch : int
-        Epochs done, and mini-batches of the next one.
+        Completed epochs, and completed mini-batches of the next one.
     meter : Meter
         Loss and accuracy of the epoch so far.
     seconds : dict of str to float
-        What the parts of the task have taken so far, in all processes that took part in it:
-        ``load`` while training waited for images, ``train`` the rest of it.
+        Time by part of the task, over all interrupted attempts: ``load`` while training waited for
+        images, ``train`` the rest of training.
     resumed : dict of str to Tensor
-        States of torch's own generators that the training goes on from.
+        Saved states of torch's global generators, until the resumed training sets them.
     """
 
     optimizer: Optimizer
@@ -179,7 +179,7 @@ class OpenTask:
     resumed: dict[str, Tensor] = field(default_factory=dict)
 
     def spent(self, part: str, since: float) -> float:
-        """Count the time since then, on the performance counter, for a part; returns now."""
+        """Add the time since ``since`` (time.perf_counter) to a part; returns the current time."""
         now = time.perf_counter()
         self.seconds[part] = self.seconds.get(part, 0.0) + now - since
         return now
@@ -198,16 +198,16 @@ class OpenTask:
         return not not_finite(self.tensors()) and self.has_finite_weights()
 
     def restore_generators(self) -> None:
-        """Put torch's own generators where they were, if the task was resumed."""
+        """Restore torch's global generators if the task was resumed."""
         for name, drawn in self.resumed.items():
             if name == "torch":
                 torch.set_rng_state(drawn)
-            elif int(name) < torch.cuda.device_count():  # it may go on with fewer
+            elif int(name) < torch.cuda.device_count():  # it may be resumed with fewer GPUs
                 torch.cuda.set_rng_state(drawn, int(name))
         self.resumed = {}
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors under flat names, but the trained ones."""
+        """All tensors except the trained ones, under flat names."""
         tensors = {
             "generator": self.generator.get_state(),
             "generators/torch": torch.get_rng_state(),
@@ -224,7 +224,7 @@ class OpenTask:
         return tensors
 
     def record(self) -> dict[str, Any]:
-        """The rest, ready for JSON."""
+        """Everything that is not a tensor, ready for JSON."""
         return {
             "epoch": self.epoch,
             "batch": self.batch,
@@ -234,12 +234,12 @@ class OpenTask:
         }
 
     def load(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Take over a position; the optimiser must be a fresh one over the same tensors.
+        """Load a position; the optimiser must be a fresh one over the same tensors.
 
         Raises
         ------
         ValueError
-            If the state of the optimiser is of other tensors.
+            If the state of the optimiser belongs to other tensors.
         """
         self.epoch, self.batch = int(record["epoch"]), int(record["batch"])
         self.seconds = {part: float(value) for part, value in record["seconds"].items()}
@@ -251,9 +251,9 @@ class OpenTask:
         moments: dict[int, dict[str, Tensor]] = {}
         for key, tensor in nested(tensors, "optimizer").items():
             index, _, name = key.partition("/")
-            # Torch takes over a state of any shape, and fails in the next step.
+            # torch would load a state of any shape and fail in the next step.
             if tensor.shape not in (trained[int(index)].shape, ()):
-                msg = f"{name} of shape {tuple(tensor.shape)} is not of trained tensor {index}"
+                msg = f"{name} of shape {tuple(tensor.shape)} does not fit trained tensor {index}"
                 raise ValueError(msg)
             moments.setdefault(int(index), {})[name] = tensor
         # Groups hold settings and the learning rate, which is set anew for every epoch.
@@ -263,7 +263,7 @@ class OpenTask:
         self.resumed = nested(tensors, "generators")
 
 
-# Types of tensors in a state. Somebody else's file may hold others, which fail late and unclearly.
+# Dtypes allowed in a state; others, from a foreign file, would fail late and obscurely.
 _DTYPES = {
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.int64, torch.int32, torch.uint8, torch.bool),
@@ -273,9 +273,9 @@ _DTYPES = {
 def _require_numbers(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
-            msg = f"{name} is of {tensor.dtype}"
+            msg = f"{name} has the unsupported dtype {tensor.dtype}"
             raise ValueError(msg)
-    # Ratios that were measured may be infinite, and decide nothing.
+    # Held-out ratios are only logged and may be infinite.
     broken = not_finite({k: t for k, t in tensors.items() if "/heldout/" not in k})
     if broken:
         msg = f"{broken[0]} holds values that are not finite"

@@ -1,9 +1,9 @@
 """A run from its settings to its results, top to bottom.
 
-Set up, tasks, epochs, steps, evaluate, save: in this order. What a method does in its three parts
-of a task (choose directions, step, merge) is in `training.methods` and `backends.torch`; formulas
-are in docs/theory.md. Inside this file tasks, epochs and mini-batches are counted from 0; whatever
-is written or said counts tasks and epochs from 1.
+Set up, tasks, epochs, steps, evaluate, save: in this order. What a method does at the three
+points of a task (choose directions, take steps, merge) is in `training.methods` and
+`backends.torch`; formulas are in docs/theory.md. Inside this file tasks, epochs and mini-batches
+count from 0; files and messages count tasks and epochs from 1.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ from training.plots import accuracy_figure
 from training.run_dir import (
     FIGURE,
     MODEL,
-    READOUTS,
+    READOUTS_FILE,
     STATE,
     RunFolder,
     choose_folder,
@@ -79,6 +79,9 @@ from training.run_dir import (
 )
 from training.seeds import derive, seeded
 from training.state import OpenTask, State
+
+_COMPILERS = ("c++", "g++", "clang++", "cl")
+_SMALLER_STEPS = "Lower train.lr, or method.radius if the method has one"
 
 
 def train(experiment: Experiment, *, overwrite: bool = False, quiet: bool = False) -> Path:
@@ -101,8 +104,8 @@ def train(experiment: Experiment, *, overwrite: bool = False, quiet: bool = Fals
     Raises
     ------
     ValueError, OSError
-        If settings, data, weights or the folder are not sound; raised before training starts. An
-        OSError later is a full disk, or a process of the loader or of the run that is gone.
+        If settings, data, weights or the folder are invalid; raised before training starts. A
+        later OSError means a full disk, or a lost loader worker or process.
     FloatingPointError
         If training diverges; the message says where.
     """
@@ -110,7 +113,7 @@ def train(experiment: Experiment, *, overwrite: bool = False, quiet: bool = Fals
 
 
 def resume(path: Path, experiment: Experiment | None = None, *, quiet: bool = False) -> Path:
-    """Go on with a run that was interrupted, from its newest sound checkpoint.
+    """Resume an interrupted run from its newest undamaged checkpoint.
 
     On the CPU of the same machine the result is the same, bit for bit, as without interruption.
 
@@ -119,7 +122,8 @@ def resume(path: Path, experiment: Experiment | None = None, *, quiet: bool = Fa
     path : Path
         The run folder.
     experiment : Experiment, optional
-        Its settings, with other folders of data, workers or checkpoints than it began with.
+        Its settings. Those that may change on resuming (data folder, workers, checkpoint
+        interval) can differ from the recorded ones.
     quiet : bool
         Show no progress bars and no table.
 
@@ -131,14 +135,14 @@ def resume(path: Path, experiment: Experiment | None = None, *, quiet: bool = Fa
     Raises
     ------
     ValueError, OSError
-        If the folder holds no run that can go on, or another process is writing to it.
+        If the folder holds no run that can be resumed, or another process is writing to it.
     FloatingPointError
         If training diverges.
     """
     if is_finished(path):
-        msg = f"the run in {path} is finished: there is nothing to go on with"
+        msg = f"the run in {path} is finished: nothing is left to resume"
         raise ValueError(msg)
-    return run_to_end(prepare(experiment or begun_experiment(path), resume=path), quiet=quiet)
+    return run_to_end(prepare(experiment or begun_experiment(path), resume_from=path), quiet=quiet)
 
 
 # --- set up ---------------------------------------------------------------------------------------
@@ -151,7 +155,7 @@ class Run:
     Parameters
     ----------
     experiment, stream, backbone, accelerator, processes, folder, checkpoints
-        What it consists of; fixed from here on.
+        The parts of the run, fixed from here on.
     state : State
         What changes while it trains.
     stop : StopSignals
@@ -172,29 +176,33 @@ class Run:
     on_step: Callable[[Run], object] | None = None
 
 
-def prepare(experiment: Experiment, resume: Path | None = None, *, overwrite: bool = False) -> Run:
+def prepare(
+    experiment: Experiment, resume_from: Path | None = None, *, overwrite: bool = False
+) -> Run:
     """Set a run up, in the order in which mistakes are cheapest to find.
 
     Parameters
     ----------
     experiment : Experiment
         All settings.
-    resume : Path, optional
-        Folder of a run of these settings to go on with, from its newest checkpoint.
+    resume_from : Path, optional
+        Folder of a run with these settings, to be resumed from its newest checkpoint.
     overwrite : bool
         Replace the run in a folder that is not empty.
 
     Raises
     ------
     ValueError, OSError
-        For whatever is wrong; nothing has been written then.
+        If anything is wrong; nothing has been written then.
     """
     experiment = effective(experiment)
-    seed, method, processes = experiment.seed, experiment.method.build(), launched_processes()
+    seed = experiment.seed
+    method = experiment.method.build()
+    processes = launched_processes()
     if processes.count > 1 and not method.sums_over_processes:
         msg = (
-            f"method {experiment.method.name} does not say that it sums over processes "
-            f"(sums_over_processes = True): train it with one process"
+            f"method {experiment.method.name} does not declare sums_over_processes = True: "
+            f"train it with one process"
         )
         raise ValueError(msg)
     if experiment.tracker is not None:
@@ -204,7 +212,9 @@ def prepare(experiment: Experiment, resume: Path | None = None, *, overwrite: bo
         torch.set_num_threads(experiment.threads)
     processes.require_same("settings", _shared_settings(experiment))
     name = f"{experiment.data.name}-{experiment.method.name}-seed{experiment.seed}"
-    path = resume or Path(
+    # Only the name is chosen here, so that an unusable folder fails early. The folder is created
+    # after data and weights have been checked.
+    path = resume_from or Path(
         processes.from_first(lambda: str(choose_folder(experiment.out, name, overwrite=overwrite)))
     )
     if experiment.device == "cuda" and accelerator.device.type != "cuda":
@@ -215,7 +225,7 @@ def prepare(experiment: Experiment, resume: Path | None = None, *, overwrite: bo
     if experiment.data.verify:
         verify_data(experiment.data)
 
-    with processes.first_of_each_machine():  # it may download data and weights
+    with processes.first_of_each_machine():  # the first process may download data and weights
         stream = build_stream(experiment.data, seed)
         if method.joins_tasks:
             stream = replace(
@@ -223,9 +233,11 @@ def prepare(experiment: Experiment, resume: Path | None = None, *, overwrite: bo
             )
         with seeded(derive(seed, 0, "backbone")):
             backbone = build_backbone(experiment.backbone)
-    classes = _classes(stream)
+    classes = _classes_record(stream)
     processes.require_same("images", classes)
     processes.require_same("backbone", backbone.tensors_sha256)
+    # One image of each split, only to check that it fits the backbone. Seeding the block keeps its
+    # random augmentation from moving torch's global generators.
     with seeded(derive(seed, 0, "backbone")):
         train_image, _ = stream.train.with_transform(train_transform(experiment.data))[0]
     test_image, _ = stream.test.with_transform(test_transform(experiment.data))[0]
@@ -249,23 +261,26 @@ def prepare(experiment: Experiment, resume: Path | None = None, *, overwrite: bo
     heads = CosineHeads(backbone.features).to(accelerator.device)
     state = State(model, method, heads, readouts)
 
+    # Only the first process opens the folder; `opened` hands its RunFolder out of the function,
+    # which can return only what is sent to the other processes: the path.
     opened: list[RunFolder] = []
 
     def open_folder() -> str:
-        fresh = resume is None and experiment.out is None
-        opened.append(RunFolder(path, fresh=fresh, resume=resume is not None))
+        fresh = resume_from is None and experiment.out is None
+        opened.append(RunFolder(path, fresh=fresh, resume=resume_from is not None))
         return str(opened[0].path)
 
-    # The other processes only learn where it is.
     path = Path(processes.from_first(open_folder))
     folder = opened[0] if opened else RunFolder(path, writes=False)
-    identity = _identity(experiment, classes, backbone)
+    identity = _identity_hash(experiment, classes, backbone)
     checkpoints = Checkpoints(path, experiment.checkpoint, identity)
     run = Run(experiment, stream, backbone, accelerator, processes, folder, checkpoints, state)
     try:
-        if resume is None:
+        if resume_from is None:
             folder.begin(
-                dump_experiment(as_recorded(experiment)), classes, environment(_described(backbone))
+                dump_experiment(as_recorded(experiment)),
+                classes,
+                environment(_backbone_record(backbone)),
             )
         else:
             folder.check_classes(classes)
@@ -280,19 +295,20 @@ def prepare(experiment: Experiment, resume: Path | None = None, *, overwrite: bo
 
 
 def _shared_settings(experiment: Experiment) -> dict[str, object]:
-    """What all processes of a run must have in common."""
-    own = {*NEUTRAL, "out", "threads", "backbone.weights"}  # a path
+    """Settings that all processes of a run must have in common."""
+    # The path of the weights may differ: a hash of the loaded weights is compared instead.
+    own = {*NEUTRAL, "out", "threads", "backbone.weights"}
     return {name: value for name, value in flat_settings(experiment).items() if name not in own}
 
 
-def _identity(experiment: Experiment, classes: dict[str, Any], backbone: Backbone) -> str:
-    """What a run is, wherever it lies: a hash of all that must be the same to go on with it."""
+def _identity_hash(experiment: Experiment, classes: dict[str, Any], backbone: Backbone) -> str:
+    """Hash of everything that must match for a run to be resumed, independent of its folder."""
     parts = [_shared_settings(experiment), classes, backbone.tensors_sha256]
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _classes(stream: Stream) -> dict[str, Any]:
-    """What ``classes.json`` holds."""
+def _classes_record(stream: Stream) -> dict[str, Any]:
+    """Content of ``classes.json``."""
     labels = stream.train.labels
     return {
         "class_names": list(stream.class_names),
@@ -303,8 +319,8 @@ def _classes(stream: Stream) -> dict[str, Any]:
     }
 
 
-def _described(backbone: Backbone) -> dict[str, Any]:
-    """What ``environment.json`` says of the backbone."""
+def _backbone_record(backbone: Backbone) -> dict[str, Any]:
+    """Description of the backbone in ``environment.json``."""
     return {
         "timm_name": backbone.timm_name,
         "options": backbone.timm_options,
@@ -312,9 +328,6 @@ def _described(backbone: Backbone) -> dict[str, Any]:
         "weights_sha256": backbone.weights_sha256,
         "tensors_sha256": backbone.tensors_sha256,
     }
-
-
-_COMPILERS = ("c++", "g++", "clang++", "cl")
 
 
 def require_compiler(device: torch.device) -> None:
@@ -328,7 +341,7 @@ def require_compiler(device: torch.device) -> None:
     if not any(shutil.which(name) for name in _COMPILERS):
         msg = (
             f"train.compile is true, but torch.compile needs a C++ compiler for {device.type} on "
-            f"{platform.system()}, and none of {', '.join(_COMPILERS)} is there: install one, or "
+            f"{platform.system()}, and none of {', '.join(_COMPILERS)} was found: install one, or "
             "leave train.compile false"
         )
         raise ValueError(msg)
@@ -340,20 +353,21 @@ def require_compiler(device: torch.device) -> None:
 def run_to_end(run: Run, *, quiet: bool = False) -> Path:
     """Learn all tasks that are left and write the results; returns the run folder."""
     experiment, state, tasks = run.experiment, run.state, len(run.stream.tasks)
+    # Without checkpoints a run cannot be saved, so signals act at once.
     catching = run.stop if experiment.checkpoint.keep else nullcontext()
     quiet = quiet or not run.processes.writes
     try:
         with catching, Progress(tasks, quiet=quiet) as progress:
-            if state.tasks == 0 and state.open is None:
+            if state.tasks == 0 and state.open is None:  # so that the first task can be resumed
                 save_between_tasks(run)
             for task in range(state.tasks, tasks):
                 learn_task(run, task, progress)
-                if task + 1 < tasks:  # after the last one comes the result itself
+                if task + 1 < tasks:  # after the last task the results are written instead
                     save_between_tasks(run)
             if run.processes.writes:
                 write_results(run)
     except RuntimeError as error:
-        _explain_lost_worker(error, run)
+        _raise_if_worker_died(error, run)
         raise
     finally:
         run.accelerator.end_training()
@@ -364,12 +378,12 @@ def run_to_end(run: Run, *, quiet: bool = False) -> Path:
 
 
 def learn_task(run: Run, task: int, progress: Progress) -> None:
-    """Learn one task and evaluate on all tasks so far; it may be open already."""
+    """Learn one task and evaluate on all tasks so far; a resumed task is open already."""
     experiment, state = run.experiment, run.state
     reset_peak(run.accelerator.device)
     clock = time.perf_counter()
-    # The images as the method walks them: before training, and at the end as often as it likes.
-    passes = loader(
+    # The method's own passes over the images: one before training, as many as it needs at the end.
+    method_batches = loader(
         _training_images(run, task),
         experiment.train.eval_batch_size,
         shuffle=True,
@@ -378,33 +392,36 @@ def learn_task(run: Run, task: int, progress: Progress) -> None:
         share=run.processes,
         device=run.accelerator.device,
     )
-    # Every pass has augmentations of its own: those of an earlier process count.
-    passes.order.start_at(state.passes, 0)
+    # Each pass draws new augmentations, so a resumed task counts on from the passes already made.
+    method_batches.order.start_at(state.passes, 0)
 
-    at = state.open
-    if at is None:
-        state.method.begin_task(passes)  # LoDA: second moments, then the two subspaces
-        state.passes = passes.order.epoch
-        _agree_on_weights(run)
+    position = state.open
+    if position is None:
+        state.method.begin_task(method_batches)  # LoDA: second moments, then the two subspaces
+        state.passes = method_batches.order.epoch
+        _copy_weights_from_first(run)
         add_head(run, task)
-        at = state.open = open_task(run, task)
-        at.spent("begin", clock)
+        position = state.open = open_task(run, task)
+        position.spent("begin", clock)
 
+    # Drop-out draws from torch's global generators: seeded here for the task. If the task was
+    # resumed, `train_epochs` restores their saved states; it also seeds the processes apart.
     with seeded(derive(experiment.seed, task, "dropout")):
-        fit(run, task, at, progress)
+        train_epochs(run, task, position, progress)
     clock = time.perf_counter()
 
-    learned = state.method.end_task(passes)  # LoDA: recalibrate, merge, remember the moments
-    _agree_on_weights(run)
-    clock = at.spent("end", clock)
+    # LoDA: recalibrate, merge, remember the moments
+    learned = state.method.end_task(method_batches)
+    _copy_weights_from_first(run)
+    clock = position.spent("end", clock)
 
     fit_readouts(run, task)
-    clock = at.spent("readouts", clock)
+    clock = position.spent("readouts", clock)
 
     evaluate(run, task)
-    at.spent("evaluate", clock)
-    seconds = at.rounded_seconds()
-    state.complete(seconds)
+    position.spent("evaluate", clock)
+    seconds = position.rounded_seconds()
+    state.complete(seconds)  # only in memory: nothing is written before the next line
     _require_finite(run, task)
     record_task(run, task, learned, seconds)
     accuracy = state.accuracy[state.readouts.primary].curve[-1]
@@ -414,7 +431,7 @@ def learn_task(run: Run, task: int, progress: Progress) -> None:
 def record_task(
     run: Run, task: int, learned: TaskRecord | None, seconds: Mapping[str, float]
 ) -> None:
-    """Write what is kept of a task, and what there is to say of it."""
+    """Write the tensors kept of a task, and its line in the log."""
     state, keep = run.state, run.experiment.keep
     run.folder.keep(
         task + 1,
@@ -434,12 +451,13 @@ def record_task(
         **({"layers": learned.diagnostics()} if learned and learned.effects else {}),
     )
     tracked = {f"accuracy/{name}": value for name, value in accuracy.items()}
-    # Where nothing is trained, tasks are steps: of equal ones a tracker shows the last alone.
+    # Without epochs, count tasks as steps: of several entries with one step a tracker shows only
+    # the last. With epochs this is the step of the task's last epoch in `train_epochs`.
     run.accelerator.log(tracked, step=(task + 1) * max(run.experiment.train.epochs, 1))
 
 
 def add_head(run: Run, task: int) -> None:
-    """Give the task a head, which starts as the settings say and is the same in all processes."""
+    """Add a head for the task, initialised as configured and identical in all processes."""
     classes = run.stream.tasks[task]
     start = None
     if run.experiment.head.start == "class_mean":
@@ -449,7 +467,7 @@ def add_head(run: Run, task: int) -> None:
     generator = torch.Generator().manual_seed(derive(run.experiment.seed, task, "head"))
     head = run.state.heads.add(len(classes), start=start, generator=generator)
     head.to(run.accelerator.device)
-    run.processes.copy_first([head.weight])
+    run.processes.copy_from_first([head.weight])
 
 
 def _training_images(run: Run, task: int) -> ImageSet:
@@ -458,32 +476,32 @@ def _training_images(run: Run, task: int) -> ImageSet:
     return images.with_transform(train_transform(run.experiment.data))
 
 
-def _agree_on_weights(run: Run) -> None:
-    """Solves of the same moments may round otherwise in another process."""
+def _copy_weights_from_first(run: Run) -> None:
+    """Copy the weights of the first process to all: the same solve may round differently there."""
     model = run.state.model
-    run.processes.copy_first([*model.parameters(), *model.buffers()])
+    run.processes.copy_from_first([*model.parameters(), *model.buffers()])
 
 
 def _require_finite(run: Run, task: int) -> None:
-    """Stop before anything of a task is written that left NaN or infinite values."""
+    """Raise if a task left NaN or infinite values, before anything of it is written."""
     state = run.state
     broken = not_finite(state.tensors() | flattened(readouts=state.readouts.tensors()))
     if broken:
         more = f" and {len(broken) - 4} more" if len(broken) > 4 else ""
         msg = (
             f"task {task + 1} left values that are not finite in {', '.join(broken[:4])}{more}; "
-            f"nothing of it was saved, the task before it is. Lower train.lr or method.radius"
+            f"nothing of this task was saved, the task before it is. {_SMALLER_STEPS}"
         )
         raise FloatingPointError(msg)
 
 
-def _explain_lost_worker(error: RuntimeError, run: Run) -> None:
-    """Raise another error if a process that loads images was killed, mostly for lack of memory."""
+def _raise_if_worker_died(error: RuntimeError, run: Run) -> None:
+    """Raise a clearer error if a data-loading worker was killed, usually for lack of memory."""
     said = str(error)
-    if said.startswith("DataLoader worker"):  # torch has no type of its own for it
-        again = f"; loda train --resume {run.folder.path} goes on from the newest checkpoint"
+    if said.startswith("DataLoader worker"):  # torch has no exception class for this
+        again = f"; resume with: loda train --resume {run.folder.path}"
         msg = (
-            f"a process that loads images has ended ({' '.join(said.split())}): if memory ran out, "
+            f"a process that loads images has died ({' '.join(said.split())}): if memory ran out, "
             f"lower data.workers{again if run.experiment.checkpoint.keep else ''}"
         )
         raise ChildProcessError(msg) from error
@@ -493,7 +511,10 @@ def _explain_lost_worker(error: RuntimeError, run: Run) -> None:
 
 
 def open_task(run: Run, task: int) -> OpenTask:
-    """The start of the task's training: a new optimiser, and a generator for its steps."""
+    """The start of the task's training: a new optimiser, and a generator for its steps.
+
+    The number of values that it trains is added to the state, for the summary.
+    """
     parameters = run.state.trained()
     run.state.trainable.append(sum(p.numel() for p in parameters))
     generator = torch.Generator().manual_seed(derive(run.experiment.seed, task, "steps"))
@@ -501,7 +522,7 @@ def open_task(run: Run, task: int) -> OpenTask:
 
 
 def make_optimizer(config: TrainConfig, parameters: Sequence[nn.Parameter]) -> Optimizer:
-    """A new optimiser over the parameters of a task; momenta of an earlier one are not taken on."""
+    """A new optimiser for the parameters of a task; no momentum is carried over."""
     if config.optimizer == "adam":
         return Adam(parameters, lr=config.lr, weight_decay=config.weight_decay)
     return SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
@@ -522,8 +543,8 @@ def learning_rate(config: TrainConfig, epoch: int) -> float:
     return float(config.lr * (1 + np.cos(np.pi * epoch / config.epochs)) / 2)
 
 
-def fit(run: Run, task: int, at: OpenTask, progress: Progress) -> None:
-    """Train the method's tensors and the task's head, from where the open task stands.
+def train_epochs(run: Run, task: int, position: OpenTask, progress: Progress) -> None:
+    """Train the method's tensors and the task's head, from the position of the open task on.
 
     Raises
     ------
@@ -542,63 +563,67 @@ def fit(run: Run, task: int, at: OpenTask, progress: Progress) -> None:
         cut=True,
         device=run.accelerator.device,
     )
-    done = at.epoch * len(batches) + at.batch
+    steps_done = position.epoch * len(batches) + position.batch
     progress.begin_task(task + 1, config.epochs * len(batches))
-    progress.advance(at.meter, done)
-    at.restore_generators()
-    if run.processes.rank:  # drop-out: other images, other masks, others again after a checkpoint
-        place = run.processes.rank + run.processes.count * done
-        torch.manual_seed(derive(experiment.seed, task, "dropout") + place)
+    progress.advance(position.meter, steps_done)
+    position.restore_generators()
+    if run.processes.rank:
+        # Drop-out masks must differ between processes, and after a resume from those already drawn:
+        # rank + count · steps is another number for every process and number of steps. Only the
+        # first process has its generator in the checkpoint.
+        offset = run.processes.rank + run.processes.count * steps_done
+        torch.manual_seed(derive(experiment.seed, task, "dropout") + offset)
 
-    first_class = run.stream.tasks[task][0]
-    # The halves of a mini-batch have any size: one graph serves them all. Moments and evaluation
-    # call the model as it is.
+    first_class = run.stream.tasks[task][0]  # the labels of a task are consecutive
+    # Dynamic: the halves of a mini-batch vary in size, and one compiled graph must serve them all.
+    # Passes for moments and evaluation use the model without compiling it.
     forward = torch.compile(state.model, dynamic=True) if config.compile else state.model
-    batches.order.start_at(at.epoch, at.batch, epochs=config.epochs - at.epoch)
+    batches.order.start_at(position.epoch, position.batch, epochs=config.epochs - position.epoch)
     loading = iter(batches)  # over all epochs that are left
-    while at.epoch < config.epochs:
-        lr = learning_rate(config, at.epoch)
-        for group in at.optimizer.param_groups:
+    while position.epoch < config.epochs:
+        lr = learning_rate(config, position.epoch)
+        for group in position.optimizer.param_groups:
             group["lr"] = lr
         _training_mode(state.model)
-        for _ in range(len(batches) - at.batch):
-            clock = at.spent("train", clock)
+        for _ in range(len(batches) - position.batch):
+            clock = position.spent("train", clock)
             images, labels = next(loading)
-            clock = at.spent("load", clock)
-            targets, counted = labels - first_class, Meter()
+            clock = position.spent("load", clock)
+            targets = labels - first_class
+            step_meter = Meter()
             step = state.method.step(
-                _loss(run, forward, images, targets, counted),
+                _rows_loss(run, forward, images, targets, step_meter),
                 targets,
-                at.optimizer,
-                generator=at.generator,
+                position.optimizer,
+                generator=position.generator,
                 backward=run.accelerator.backward,
             )
-            at.meter.add(step.loss, len(labels))
-            _join_counts(run, counted, at.meter)
-            at.batch += 1
-            clock = at.spent("train", clock)
-            progress.advance(at.meter)
+            position.meter.add(step.loss, len(labels))
+            _join_counts(run, step_meter, position.meter)
+            position.batch += 1
+            clock = position.spent("train", clock)
+            progress.advance(position.meter)
             if run.on_step is not None:
                 run.on_step(run)
-            last = at.epoch + 1 == config.epochs and at.batch == len(batches)
-            save_in_task(run, task, at, last=last)
+            last = position.epoch + 1 == config.epochs and position.batch == len(batches)
+            save_in_task(run, task, position, last=last)
         # The last step may have broken the weights after the last loss was taken.
-        if not at.is_finite():
-            _raise_diverged(task, at)
-        values = at.meter.read()
-        run.folder.log("epoch", task=task + 1, epoch=at.epoch + 1, lr=lr, **values)
+        if not position.is_finite():
+            _raise_diverged(task, position)
+        values = position.meter.read()
+        run.folder.log("epoch", task=task + 1, epoch=position.epoch + 1, lr=lr, **values)
         tracked = {f"train/{name}": value for name, value in {**values, "lr": lr}.items()}
-        run.accelerator.log(tracked, step=task * config.epochs + at.epoch + 1)
-        at.epoch, at.batch, at.meter = at.epoch + 1, 0, Meter()
-    at.spent("train", clock)
+        run.accelerator.log(tracked, step=task * config.epochs + position.epoch + 1)
+        position.epoch, position.batch, position.meter = position.epoch + 1, 0, Meter()
+    position.spent("train", clock)
 
 
-def _loss(
+def _rows_loss(
     run: Run,
     forward: Callable[[Tensor], Tensor],
     images: Tensor,
     targets: Tensor,
-    counted: Meter,
+    step_meter: Meter,
 ) -> RowsLoss:
     """The mean loss over rows of a mini-batch, or the part of it that this process holds.
 
@@ -608,32 +633,34 @@ def _loss(
     start, stop = run.processes.bounds(len(targets))
 
     def loss(rows: Tensor) -> Tensor:
-        alone = run.processes.count == 1
-        own = rows if alone else rows[(rows >= start) & (rows < stop)]
-        # Right ones among the rows of the others are added later, the rows themselves here.
-        counted.predicted += len(rows) - len(own)
-        if len(own) == 0:
+        single_process = run.processes.count == 1
+        local_rows = rows if single_process else rows[(rows >= start) & (rows < stop)]
+        # Rows of other processes are counted here; their correct predictions are added in
+        # _join_counts.
+        step_meter.predicted += len(rows) - len(local_rows)
+        if len(local_rows) == 0:  # a zero with a graph, so that backward() works here too
             return 0 * head.weight.sum()
         with accelerator.autocast():
-            mine = (own - start).to(accelerator.device, non_blocking=True)
-            features = forward(images[mine])
+            local_index = (local_rows - start).to(accelerator.device, non_blocking=True)
+            features = forward(images[local_index])
         cosines = head(features.float())
-        wanted = targets[own].to(accelerator.device, non_blocking=True)
-        counted.count(cosines, wanted)
-        value = cosface(cosines, wanted, scale=config.scale, margin=config.margin)
-        return value if alone else value * (len(own) / len(rows))
+        local_targets = targets[local_rows].to(accelerator.device, non_blocking=True)
+        step_meter.count(cosines, local_targets)
+        value = cosface(cosines, local_targets, scale=config.scale, margin=config.margin)
+        # The processes' parts of the mean add up to the mean over all rows.
+        return value if single_process else value * (len(local_rows) / len(rows))
 
     return loss
 
 
-def _join_counts(run: Run, counted: Meter, meter: Meter) -> None:
-    """Add what all processes have counted in a step to the meter of the epoch."""
+def _join_counts(run: Run, step_meter: Meter, meter: Meter) -> None:
+    """Add the predictions that all processes counted in a step to the meter of the epoch."""
     if run.processes.count > 1:
-        right = torch.as_tensor(counted.right, device=run.accelerator.device).clone()
+        right = torch.as_tensor(step_meter.right, device=run.accelerator.device).clone()
         run.processes.sum([right])
-        counted.right = right
-    meter.right = meter.right + counted.right
-    meter.predicted += counted.predicted
+        step_meter.right = right
+    meter.right = meter.right + step_meter.right
+    meter.predicted += step_meter.predicted
 
 
 def _training_mode(model: nn.Module) -> None:
@@ -644,15 +671,18 @@ def _training_mode(model: nn.Module) -> None:
             module.eval()
 
 
-def _raise_diverged(task: int, at: OpenTask) -> NoReturn:
-    loss, weights = at.meter.read()["loss"], "finite" if at.has_finite_weights() else "not finite"
+def _raise_diverged(task: int, position: OpenTask) -> NoReturn:
+    loss, weights = (
+        position.meter.read()["loss"],
+        "finite" if position.has_finite_weights() else "not finite",
+    )
     # Squares of large gradients may overflow in Adam before anything else does.
-    if not_finite(nested(at.tensors(), "optimizer")):
+    if not_finite(nested(position.tensors(), "optimizer")):
         weights += ", the state of the optimiser is not"
     msg = (
-        f"training diverged: in task {task + 1}, epoch {at.epoch + 1} the loss is "
+        f"training diverged: in task {task + 1}, epoch {position.epoch + 1} the loss is "
         f"{loss:.4g} and the trained weights are {weights}; nothing was merged. "
-        f"Lower train.lr or method.radius"
+        f"{_SMALLER_STEPS}"
     )
     raise FloatingPointError(msg)
 
@@ -661,7 +691,7 @@ def _raise_diverged(task: int, at: OpenTask) -> NoReturn:
 
 
 def fit_readouts(run: Run, task: int) -> None:
-    """Fit the read-outs to all classes; features of old classes are never taken again."""
+    """Fit the read-outs to all classes; features of old classes are never computed again."""
     state, classes = run.state, run.stream.tasks[task]
     if state.readouts.statistics:
         features, labels = _features(run, run.stream.train.subset(classes))
@@ -670,16 +700,16 @@ def fit_readouts(run: Run, task: int) -> None:
 
 
 def evaluate(run: Run, task: int) -> None:
-    """Count what the read-outs get right on the evaluation images of all tasks so far.
+    """Count the correct predictions of every read-out on the test images of all tasks so far.
 
-    Once among all classes, and once where the task of every image is given.
+    Once with all classes as candidates, and once with only those of the image's task.
     """
     state, sizes = run.state, [len(labels) for labels in run.stream.tasks[: task + 1]]
     seen = [label for labels in run.stream.tasks[: task + 1] for label in labels]
     features, labels = _features(run, run.stream.test.subset(seen))
-    for matrices, given in ((state.accuracy, None), (state.task_given, sizes)):
+    for matrices, task_sizes in ((state.accuracy, None), (state.task_given, sizes)):
         counts = count_correct(
-            state.readouts.classifiers, features, labels, len(seen), task_sizes=given
+            state.readouts.classifiers, features, labels, len(seen), task_sizes=task_sizes
         )
         for name, (correct, total) in counts.items():
             matrices[name] = matrices[name].extended(sizes[-1], correct, total)
@@ -702,7 +732,7 @@ def _features(run: Run, images: ImageSet) -> tuple[Tensor, Tensor]:
     part = torch.zeros(0, run.backbone.features, device=device)
     if len(batches):
         part, _ = extract_features(run.state.model, batches, run.accelerator)
-    return run.processes.rows(part, len(images)), images.labels
+    return run.processes.gather_rows(part, len(images)), images.labels
 
 
 @torch.no_grad()
@@ -725,8 +755,8 @@ def extract_features(
     features = torch.cat(parts)
     if not bool(features.isfinite().all()):
         msg = (
-            "the model gives features that are not finite: its weights have grown too large. "
-            "Lower train.lr or method.radius"
+            "the model produces features that are not finite: its weights have grown too large. "
+            f"{_SMALLER_STEPS}"
         )
         raise FloatingPointError(msg)
     return features, torch.cat(labels)
@@ -741,56 +771,59 @@ def save_between_tasks(run: Run) -> None:
     _leave_if_asked(run, saved=True)
 
 
-def save_in_task(run: Run, task: int, at: OpenTask, *, last: bool) -> None:
-    """Save the run after a step, if it is time or a signal came.
+def save_in_task(run: Run, task: int, position: OpenTask, *, last: bool) -> None:
+    """Save the run after a step, if a checkpoint is due or a signal to stop was received.
 
     Parameters
     ----------
-    run, task, at
-        The run, its task, and where that stands.
+    run, task, position
+        The run, its task, and the position of the training in it.
     last : bool
         Whether that was the last step of the task.
 
     Raises
     ------
     KeyboardInterrupt, SystemExit
-        After it was saved, if a signal came.
+        After the run was saved, if a signal was received.
     FloatingPointError
-        If training has diverged: that is not saved.
+        If training has diverged; nothing is saved then.
     """
-    due = run.checkpoints.due(last=last) or run.stop.received is not None
-    if not run.processes.largest(int(due)):  # clocks differ, and a signal may come to one of them
+    due = run.checkpoints.count_step(last=last) or run.stop.received is not None
+    if not run.processes.maximum(int(due)):  # clocks differ, and one of them may get the signal
         return
-    if not at.is_finite():
-        _raise_diverged(task, at)
+    if not position.is_finite():
+        _raise_diverged(task, position)
     saved = run.state.method.saves_open_task
     if saved:
         _save(run)
-    else:  # not looked at again a step later
-        run.checkpoints.wait()
+    else:  # restart the interval, or every following step would check again
+        run.checkpoints.restart_interval()
     _leave_if_asked(run, saved=saved)
 
 
 def _save(run: Run) -> None:
-    """Write a checkpoint. One process does: between two steps all have the same state."""
+    """Write a checkpoint, in one process: between two steps all have the same state."""
     if run.processes.writes and run.experiment.checkpoint.keep:
         run.checkpoints.write(run.state.tensors(), run.state.record(), run.folder.read_log())
-    run.checkpoints.wait()
+    run.checkpoints.restart_interval()
 
 
 def _leave_if_asked(run: Run, *, saved: bool) -> None:
-    """End all processes if one of them got a signal, while the run was saved at the latest."""
-    number = run.processes.largest(int(run.stop.received or 0))
+    """End all processes if one of them received a signal to stop.
+
+    A signal that arrives after this call is acted on after the next step, when all know of it.
+    """
+    number = run.processes.maximum(int(run.stop.received or 0))
     if not number:
         return
     run.stop.received = signal.Signals(number)
     run.processes.wait()  # the launcher ends the others as soon as one has ended
-    what = "a checkpoint was written" if saved else "the checkpoint of the last task is there"
-    run.stop.leave(f"{what}: loda train --resume {run.folder.path} goes on")
+    what = "a checkpoint was written" if saved else "the last task has a checkpoint"
+    run.stop.leave(f"{what}; resume with: loda train --resume {run.folder.path}")
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:
-    """Put a fresh run, and its log, where a checkpoint stands."""
+    """Bring a fresh run and its log to the state of a checkpoint."""
     with readable(checkpoint.path):
         optimizer = partial(make_optimizer, run.experiment.train)
         run.state.load(checkpoint.tensors, checkpoint.record, optimizer)
@@ -802,7 +835,7 @@ def write_results(run: Run) -> None:
     experiment, state, path = run.experiment, run.state, run.folder.path
     primary = run.state.readouts.primary
     write_tensors(path / MODEL, state.model.state_dict())
-    write_tensors(path / READOUTS, state.readouts.tensors())
+    write_tensors(path / READOUTS_FILE, state.readouts.tensors())
     if experiment.keep.state:
         record = {"identity": run.checkpoints.identity, **state.record()}
         write_state(path / STATE, state.tensors(), record, run.folder.read_log())

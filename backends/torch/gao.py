@@ -49,8 +49,8 @@ def gradient_aligned_step(
     For (source, target) = (half 1, half 2) and then (half 2, half 1): with ĝ the gradient of the
     loss on the source over the perturbed tensors, move them to
     :math:`\tilde\theta = \theta - \rho\, \hat g / \|\hat g\|` (each tensor normalised by itself),
-    step with the gradient on the target while :math:`\tilde\theta` is in place, then take the
-    shift off again. To first order a step raises the inner product of the two gradients where they
+    step with the gradient on the target while :math:`\tilde\theta` is in place, then undo the
+    shift. To first order a step raises the inner product of the two gradients where they
     agree. Tensors of the optimiser that are not perturbed (a classifier head) take part in the
     step only.
 
@@ -73,13 +73,13 @@ def gradient_aligned_step(
         Replaces ``Tensor.backward``; ``accelerator.backward``, for example.
     skip_nonfinite : bool, default False
         Check each gradient (one read of the device a step) and take no step with one that is not
-        finite, that of the shift included; the parameters are then put back bit for bit.
+        finite, the gradient of the shift included; the parameters are then put back bit for bit.
     reduce : callable, optional
         Sums tensors over the processes that share the mini-batch
         (:func:`sum_over_processes`). Every process then passes the labels of the whole
         mini-batch and the same permutation and radius, and ``loss(rows)`` is its part of the
-        mean: the sum over those of the rows that it holds, divided by ``len(rows)``. Where it
-        holds none, that is a zero that still hangs on a trained tensor.
+        mean: the sum over those of the rows that it holds, divided by ``len(rows)``. If it
+        holds none, the loss must still be a zero that depends on a trained tensor.
 
     Returns
     -------
@@ -94,7 +94,7 @@ def gradient_aligned_step(
     Notes
     -----
     Weight decay sees :math:`\tilde\theta`, as in the published code. If ``loss`` or the optimiser
-    raises, the parameters are put back bit for bit before the error goes on.
+    raises, the parameters are put back bit for bit before the error is raised further.
 
     Examples
     --------
@@ -127,10 +127,10 @@ def gradient_aligned_step(
         )
     losses, steps = [], 0
     for source, target in (halves, halves[::-1]):
-        # Not by backward(): the gradients of the optimiser are to be those of the target alone.
-        partial = torch.autograd.grad(loss(source), perturbed, allow_unused=True)
+        # Not by backward(): the gradients that the optimiser sees must come only from the target.
+        source_gradients = torch.autograd.grad(loss(source), perturbed, allow_unused=True)
         before = [p.detach().clone() for p in perturbed]
-        pairs = zip(before, partial, strict=True)
+        pairs = zip(before, source_gradients, strict=True)
         gradients = [torch.zeros_like(p) if g is None else g for p, g in pairs]
         if reduce is not None:
             # Autograd may hand out views, which cannot be written to.
@@ -202,7 +202,7 @@ def draw_permutation(labels: Tensor, generator: torch.Generator | None = None) -
     >>> sorted(draw_permutation(torch.tensor([4, 4, 2])).tolist())
     [2, 4]
     """
-    # On the CPU, whose generators give the same numbers whatever the labels' device.
+    # On the CPU, so that a seed gives the same numbers for labels on any device.
     classes: Tensor = labels.cpu().unique()  # type: ignore[no-untyped-call]
     return classes[torch.randperm(classes.numel(), generator=generator)]
 

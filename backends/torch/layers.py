@@ -156,7 +156,7 @@ def attach(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
 
 
 def restore(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
-    """Put the original linear layers back, with whatever weights they have now.
+    """Put the original linear layers back, with the weights that they have now.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""LoDA over a model: adapt it to one task after another without keeping old data."""
+"""LoDA for a PyTorch model: adapt it to one task after another without keeping old data."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,22 +29,22 @@ from loda_math import HeldoutRatio, History, UpdateEffect, remember, rounding_un
 
 @dataclass
 class _OpenTask:
-    """What is in place between the begin and the end of a task.
+    """State between the beginning and the end of a task.
 
     Attributes
     ----------
     layers : dict of str to LoRALinear
         The adapted layers.
-    required_grad : dict of Parameter to bool
-        What was trained before the task, of all parameters of the model.
+    requires_grad_before : dict of Parameter to bool
+        ``requires_grad`` of every parameter of the model before the task.
     new : dict of str to Tensor, shape (D, D)
-        Moment that the directions were chosen from, by layer.
+        Second moment of the new task that the directions were chosen from, by layer.
     heldout : dict of str to dict of str to HeldoutRatio
         By layer and branch; empty where it was not measured.
     """
 
     layers: dict[str, LoRALinear]
-    required_grad: dict[nn.Parameter, bool]
+    requires_grad_before: dict[nn.Parameter, bool]
     new: dict[str, Tensor] = field(default_factory=dict)
     heldout: HeldoutRatios = field(default_factory=dict)
 
@@ -70,7 +70,7 @@ class LoDA:
     reduce : callable, optional
         Sums tensors over the processes that train the model together
         (:func:`sum_over_processes`): each passes batches of its own to ``begin_task`` and
-        ``end_task``, and to ``step`` what :func:`gradient_aligned_step` says.
+        ``end_task``, and to ``step`` the arguments that :func:`gradient_aligned_step` asks for.
 
     Attributes
     ----------
@@ -125,12 +125,12 @@ class LoDA:
 
     def lora_parameters(self) -> list[nn.Parameter]:
         """The tensors of the branches that are trained in the open task."""
-        layers = self._task().layers.values()
+        layers = self._require_open().layers.values()
         return [p for layer in layers for p in layer.parameters() if p.requires_grad]
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Everything of the model that is trained in the open task."""
-        self._task()
+        self._require_open()
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def begin_task(
@@ -144,7 +144,7 @@ class LoDA:
         Parameters
         ----------
         batches : iterable
-            The task's training inputs, walked once to collect second moments.
+            The task's training inputs; one pass collects their second moments.
         bases : mapping of str to mapping of str to Tensor, shape (D, r), optional
             Bases by layer and branch to use instead of solving for them; held-out ratios are
             then not measured.
@@ -154,24 +154,25 @@ class LoDA:
         RuntimeError
             If a task is open already.
         ValueError
-            If there is no batch, inputs are not finite, injected bases do not fit, or a pattern of
+            If there is no batch, inputs are not finite, given bases do not fit, or a pattern of
             ``trainable`` matches no parameter. The model is then as it was before the call.
         """
         self._require_closed()
-        settings, first = self.settings, self.tasks == 0
+        settings, first_task = self.settings, self.tasks == 0
         if bases is not None:
             self._check_bases(bases)
-        task = self._attach()
+        task = self._open_task()
         try:
             # The model may have moved to another device since the last task.
             self.history = {
                 name: past._replace(total=past.total.to(task.layers[name].base.weight.device))
                 for name, past in self.history.items()
             }
-            # Directions with less energy than the rounding of the Gram matrices are noise.
+            # Directions with less energy than the rounding of the Gram matrices are noise. The
+            # solvers of loda_math call this unit ``accumulation_eps``.
             gram_eps = rounding_unit(*(layer.base.weight for layer in task.layers.values()))
             # Branches are not there yet, so this is a pass through the previous merged model.
-            if settings.heldout and bases is None and not first:
+            if settings.heldout and bases is None and not first_task:
                 moments, halves = collect_halves(
                     self.model, batches, settings.target, forward=self.forward, reduce=self.reduce
                 )
@@ -180,13 +181,14 @@ class LoDA:
             else:
                 task.new = self._moments(batches)
             if bases is None:
+                # Before the first task there is no history: None instead of an empty dict.
                 bases = solve_bases(settings, task.new, self.history or None, gram_eps)
             for name in task.layers:
-                for branch in settings.names(first):
+                for branch in settings.names(first_task):
                     down = bases[name][branch].mT * settings.down_scale
-                    self._add_branch(name, branch, down, first=first)
-        except BaseException:  # Ctrl-C in the pass too
-            self._close()
+                    self._add_branch(name, branch, down, train_down=first_task)
+        except BaseException:  # also for Ctrl-C during the pass
+            self._close_task()
             raise
 
     def step(
@@ -204,6 +206,9 @@ class LoDA:
     ) -> AlignedStep:
         """One mini-batch of gradient-aligned optimisation over the branches.
 
+        Draws a permutation of the classes and a fraction of the radius, then calls
+        :func:`gradient_aligned_step`.
+
         Parameters
         ----------
         loss, labels, optimizer, backward, skip_nonfinite
@@ -213,9 +218,10 @@ class LoDA:
         permutation : Tensor, optional
             Classes in random order; drawn if not given.
         draw : float, optional
-            u in [0, 1), the share of the radius for this mini-batch; drawn if not given.
+            u from 0 to 1, the fraction of the radius for this mini-batch; if not given, drawn
+            uniformly from [0, 1).
         generator : torch.Generator, optional
-            CPU generator of what is drawn.
+            CPU generator for the two draws, the permutation first.
 
         Returns
         -------
@@ -229,7 +235,7 @@ class LoDA:
             raise ValueError(msg)
         if permutation is None:
             permutation = draw_permutation(labels, generator).to(labels.device)
-        # After the permutation: the order of the draws is part of what a seed means.
+        # After the permutation: another order of the draws would change the results of a seed.
         if draw is None:
             draw = float(torch.rand((), generator=generator))
         return gradient_aligned_step(
@@ -251,13 +257,13 @@ class LoDA:
         Parameters
         ----------
         batches : iterable
-            The task's training inputs. Walked up to twice (through the trained and through the
-            merged model), so not an iterator that is used up after one pass.
+            The task's training inputs. Up to two passes are made (through the trained and through
+            the merged model), so not an iterator that is used up after one pass.
 
         Returns
         -------
         TaskRecord
-            Moments, branches, coefficients and what they did, by layer.
+            Moments, branches, coefficients and their effect, by layer.
 
         Raises
         ------
@@ -267,14 +273,17 @@ class LoDA:
             If there is no batch, or moments or merged weights are not finite. The task then stays
             open and the weights are as before the call.
         """
-        task, settings, first = self._task(), self.settings, self.tasks == 0
-        passes, form = settings.passes(), settings.form(first)
+        task, settings, first_task = self._require_open(), self.settings, self.tasks == 0
+        form = settings.form(first_task)  # of Λ; None if nothing is recalibrated
+        # The pass through the trained model serves Λ, the history or both; the one through the
+        # merged model serves the history only.
+        passes = settings.passes()
         needs_trained = form is not None or "trained" in passes
-        # Known before the first pass, which may take an hour.
+        # Checked before the first pass, which may take an hour.
         if needs_trained and "merged" in passes and isinstance(batches, Iterator):
             msg = (
-                f"end_task walks the batches twice, but a {type(batches).__name__} is used up "
-                f"after one pass; pass a DataLoader or a list (the task stays open)"
+                f"end_task needs two passes over the batches, but a {type(batches).__name__} is "
+                f"used up after one; pass a DataLoader or a list (the task stays open)"
             )
             raise ValueError(msg)
         moments: dict[str, dict[str, Tensor]] = {"trained": {}, "merged": {}}
@@ -282,28 +291,33 @@ class LoDA:
             moments["trained"] = self._moments(batches)
         coefficients: dict[str, Tensor] = {}
         effects: dict[str, UpdateEffect] = {}
-        if not first:
-            # Never the moment before training where there is a better one: the branches have
-            # changed what later layers read.
+        if not first_task:
+            # Prefer the moments through the trained model: the branches have changed the inputs
+            # of later layers.
             new = moments["trained"] or task.new
             if form is not None:
                 coefficients = solve_recalibration(settings, form, task.layers, new, self.history)
             effects = solve_effects(task.layers, coefficients, new, self.history)
         try:
             for name, layer in task.layers.items():
-                # Λ of all branches is passed as it is, Λ of the general one under its name.
-                middle = coefficients.get(name)
-                layer.merge(middle if middle is None or settings.joint else {"general": middle})
+                if name not in coefficients:  # nothing is recalibrated: Λ = I
+                    layer.merge()
+                elif settings.joint:  # one Λ (R, R) for all branches side by side
+                    layer.merge(coefficients[name])
+                else:  # Λ (r, r) of the general branch; the isolated one is merged as trained
+                    layer.merge({"general": coefficients[name]})
             if "merged" in passes:
                 moments["merged"] = self._moments(batches)
             record = TaskRecord.of(
                 task.layers,
                 new=task.new,
-                **moments,
+                trained=moments["trained"],
+                merged=moments["merged"],
                 coefficients=coefficients,
                 heldout=task.heldout,
                 effects=effects,
             )
+            # Every pass that the settings name adds its moment to the history of a layer.
             history = {
                 name: remember(
                     self.history.get(name),
@@ -317,7 +331,7 @@ class LoDA:
                 if layer.merged:
                     layer.unmerge()
             raise
-        self._close()
+        self._close_task()
         self.history = history
         self.tasks += 1
         return record
@@ -327,17 +341,17 @@ class LoDA:
 
         Parameters named by ``trainable`` keep what they learned.
         """
-        self._close()
+        self._close_task()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Flat state: tasks done, the history, and an open task with its branches.
+        """Flat state: tasks completed, the history, and an open task with its branches.
 
-        The model's own weights are not in it; save them beside it.
+        The model's own weights are not in it; save them as well.
         """
         state = {"tasks": torch.tensor(self.tasks)}
         state |= {f"history/{name}": past.total for name, past in self.history.items()}
         for name, layer in self.layers.items():
-            task = self._task()
+            task = self._require_open()
             state[f"new/{name}"] = task.new[name]
             for branch in layer.branches:
                 state[f"down/{branch}/{name}"] = layer.branch(branch).down.detach()
@@ -347,7 +361,7 @@ class LoDA:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over a state made by :meth:`state_dict` under the same settings.
+        """Load a state made by :meth:`state_dict` under the same settings.
 
         Parameters
         ----------
@@ -365,19 +379,20 @@ class LoDA:
         self._check_state(state)
         tasks = int(state["tasks"])
         if any(key.startswith("new/") for key in state):
-            task = self._attach()
-            # The moment in the state takes the place of the pass over the task's images.
+            task = self._open_task()
+            # The moment in the state replaces the pass over the task's images.
             for name, layer in task.layers.items():
                 device = layer.base.weight.device
                 task.new[name] = state[f"new/{name}"].to(device, copy=True)
                 for branch in self.settings.names(tasks == 0):
                     down, up = (state[f"{part}/{branch}/{name}"] for part in ("down", "up"))
-                    self._add_branch(name, branch, down, up, first=tasks == 0)
+                    self._add_branch(name, branch, down, up, train_down=tasks == 0)
                     ratio = state.get(f"heldout/{branch}/{name}")
                     if ratio is not None:
                         values = HeldoutRatio(*ratio.to(device, copy=True))
                         task.heldout.setdefault(name, {})[branch] = values
-        # Totals alone are saved: the weights in them are those of any history of so many tasks.
+        # Only the totals are saved. The weights of a history depend only on the number of tasks,
+        # so a dummy history of as many zero moments provides them.
         zeros, past = [torch.zeros(1, 1) for _ in self.settings.passes()], None
         for _ in range(tasks):
             past = remember(past, *zeros, decay=self.settings.history_decay)
@@ -388,31 +403,35 @@ class LoDA:
                 self.history[name] = past._replace(total=total)
         self.tasks = tasks
 
-    def _attach(self) -> _OpenTask:
-        """Put adapted layers in place and freeze all but what is trained; opens the task."""
+    def _open_task(self) -> _OpenTask:
+        """Put adapted layers in place and freeze every parameter that the task does not train."""
         model, target = self.model, self.settings.target
-        # With the second name of a shared parameter too, which a pattern may mean.
+        # Include every name of a shared parameter: a pattern may match any of them.
         named = list(model.named_parameters(remove_duplicate=False))
         for pattern in self.trainable:
             if not any(fnmatchcase(name, pattern) for name, _ in named):
                 names = ", ".join(name for name, _ in named)
                 msg = f"trainable pattern {pattern!r} matches no parameter; parameters: {names}"
                 raise ValueError(msg)
-        required_grad = {parameter: parameter.requires_grad for _, parameter in named}
+        requires_grad_before = {parameter: parameter.requires_grad for _, parameter in named}
         layers = adapt(model, target)
-        # A target layer stays frozen, whatever the patterns say.
+        # A target layer stays frozen even if a pattern matches it.
         frozen = {p for layer in layers.values() for p in layer.base.parameters()}
-        trained = {p for n, p in named if any(fnmatchcase(n, x) for x in self.trainable)} - frozen
-        for parameter, required in required_grad.items():
+        trained = {
+            parameter
+            for name, parameter in named
+            if any(fnmatchcase(name, pattern) for pattern in self.trainable)
+        } - frozen
+        for parameter, required in requires_grad_before.items():
             parameter.requires_grad_(required and parameter in trained)
-        self._open = _OpenTask(layers, required_grad)
+        self._open = _OpenTask(layers, requires_grad_before)
         return self._open
 
     def _add_branch(
-        self, name: str, branch: str, down: Tensor, up: Tensor | None = None, *, first: bool
+        self, name: str, branch: str, down: Tensor, up: Tensor | None = None, *, train_down: bool
     ) -> None:
         scale = self.settings.weight(branch)
-        self.layers[name].add_branch(branch, down, up=up, scale=scale, train_down=first)
+        self.layers[name].add_branch(branch, down, up=up, scale=scale, train_down=train_down)
 
     def _moments(self, batches: Iterable[Any]) -> dict[str, Tensor]:
         """Mean second moments of the inputs of the layers, as the model is now."""
@@ -421,15 +440,15 @@ class LoDA:
         )
         return {name: m.mean for name, m in moments.items()}
 
-    def _close(self) -> None:
-        """Put the original layers back, and let all be trained that was before."""
-        task = self._task()
+    def _close_task(self) -> None:
+        """Put the original layers back and restore every ``requires_grad`` flag."""
+        task = self._require_open()
         restore(self.model, task.layers)
-        for parameter, required in task.required_grad.items():
+        for parameter, required in task.requires_grad_before.items():
             parameter.requires_grad_(required)
         self._open = None
 
-    def _task(self) -> _OpenTask:
+    def _require_open(self) -> _OpenTask:
         if self._open is None:
             msg = "no task is open: call begin_task first"
             raise RuntimeError(msg)
@@ -441,7 +460,7 @@ class LoDA:
             raise RuntimeError(msg)
 
     def _check_bases(self, bases: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Refuse injected bases that are not those of the branches of the coming task."""
+        """Refuse given bases that do not fit the branches of the coming task."""
         layers = find_layers(self.model, self.settings.target)
         if set(bases) != set(layers):
             msg = f"bases must name the layers {sorted(layers)}, got {sorted(bases)}"
@@ -459,7 +478,7 @@ class LoDA:
 
     def _check_state(self, state: Mapping[str, Tensor]) -> None:
         """Refuse a state whose entries or shapes are not those of these layers and settings."""
-        # No task count at all is refused below, together with other missing entries.
+        # A missing task count is refused below, with the other missing entries.
         tasks = int(state["tasks"]) if "tasks" in state else -1
         is_open = any(key.startswith("new/") for key in state)
         expected: dict[str, tuple[int, ...]] = {"tasks": ()}
@@ -477,15 +496,16 @@ class LoDA:
                 if ratio in state:  # only if the open task measured it
                     expected[ratio] = (len(HeldoutRatio._fields),)
         for key, value in state.items():
-            # torch computes next to nothing in 8 bits.
+            # torch supports hardly any arithmetic on 8-bit floats.
             if key != "tasks" and not (value.is_floating_point() and value.element_size() > 1):
-                msg = f"{key} of the state must be floating point (16 bits up), got {value.dtype}"
+                msg = f"{key} of the state must be floats of 16 bits or more, got {value.dtype}"
                 raise ValueError(msg)
         shapes = {key: tuple(value.shape) for key, value in state.items()}
         if tasks < 0 or shapes != expected:
             unlike = sorted(set(shapes.items()) ^ set(expected.items()))
             msg = (
-                f"the state must be one of this model and these settings; the first entries (with "
-                f"shapes) in only one of them: {unlike[:6]}, tasks done: {tasks}"
+                f"the state does not fit this model and these settings; first entries (with "
+                f"shapes) that only one of them has: {unlike[:6]}; tasks completed: "
+                f"{tasks if 'tasks' in state else 'unknown'}"
             )
             raise ValueError(msg)

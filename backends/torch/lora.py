@@ -218,7 +218,7 @@ class LoRALinear(nn.Module):
         Raises
         ------
         KeyError
-            If Λ is given for a branch that is not there.
+            If Λ is given for a branch that does not exist.
         ValueError
             If Λ is not r×r, or R×R.
         """
@@ -234,10 +234,10 @@ class LoRALinear(nn.Module):
                 raise ValueError(msg)
             return up @ (coefficients.to(down) @ down)
         coefficients = coefficients or {}
-        for name, given in coefficients.items():
+        for name, factor in coefficients.items():
             rank = len(self.branch(name).down)
-            if tuple(given.shape) != (rank, rank):
-                msg = f"coefficients of {name!r} must be {rank}×{rank}, got {tuple(given.shape)}"
+            if tuple(factor.shape) != (rank, rank):
+                msg = f"coefficients of {name!r} must be {rank}×{rank}, got {tuple(factor.shape)}"
                 raise ValueError(msg)
         # Sums in bfloat16 would lose small branches.
         total = torch.zeros_like(weight, dtype=dtype)
@@ -290,7 +290,7 @@ class LoRALinear(nn.Module):
         return f"branches={named}, merged={self.merged}"
 
     def _factors(self) -> tuple[Tensor, Tensor]:
-        """Downs (R, in) above one another and scaled ups (out, R) side by side."""
+        """Downs (R, in) stacked vertically, and scaled ups (out, R) side by side."""
         branches = [self.branch(name) for name in self.branches]
         downs: list[Tensor] = [branch.down for branch in branches]
         ups = [branch.full_up(self.out_features) for branch in branches]

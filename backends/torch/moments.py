@@ -23,9 +23,9 @@ Halves = dict[str, tuple[Tensor, Tensor]]
 class MomentCollector:
     """Context manager that sums the second moments of the inputs of the target layers.
 
-    Sums stay on the device of the inputs: a Gram matrix in float32 (or wider) a batch, added in
+    Sums stay on the device of the inputs: one Gram matrix per batch in float32 (or wider), added in
     float64 where the device has it and with compensation elsewhere. Nothing is read back during
-    the run, autocast does not reach the Gram matrix, and the hooks go whatever happens.
+    the run, autocast does not reach the Gram matrix, and the hooks are always removed.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ class MomentCollector:
 
     def __enter__(self) -> Self:
         for name, layer in self.layers.items():
-            hook = partial(self._see, name)
+            hook = partial(self._on_forward, name)
             self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         return self
 
@@ -65,11 +65,11 @@ class MomentCollector:
             handle.remove()
         self._handles.clear()
 
-    def share(self, reduce: Reduce) -> None:
+    def sum_over_processes(self, reduce: Reduce) -> None:
         """Replace the sums by those over all processes."""
         self.moments = sum_moments(self.moments, self.layers, reduce)
 
-    def _see(
+    def _on_forward(
         self, name: str, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
     ) -> None:
         # Some models pass the input of a layer by keyword.
@@ -83,13 +83,13 @@ class HalvingCollector(MomentCollector):
     """Sums a second moment over every other image beside the one over all of them.
 
     The sums over all images are those of :class:`MomentCollector` bit for bit. The other half is
-    the difference, which costs half a Gram matrix a batch rather than a whole one.
+    the difference, which costs half a Gram matrix per batch rather than a whole one.
 
     Parameters
     ----------
     model : nn.Module
-        Called on batches of images. They are numbered from 1 over all batches, and those of odd
-        number form the first half.
+        Called on batches of images. Images are numbered across batches, and every other one, from
+        the first, belongs to the first half.
     target : str or sequence of str
         Patterns over module names. The layers' inputs have the images along their first axis,
         each once, or several times in a row (windows of an image).
@@ -99,8 +99,8 @@ class HalvingCollector(MomentCollector):
         super().__init__(model, target)
         self.half: dict[str, Moments] = {}
         self._model = model
-        self._joined: set[str] = set()  # layers whose inputs mix the images
-        self._batch = self._before = 0
+        self._mixing: set[str] = set()  # layers whose inputs mix the images
+        self._images_in_batch = self._images_before = 0
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -110,49 +110,48 @@ class HalvingCollector(MomentCollector):
     def halves(self) -> Halves:
         """Mean second moments of both halves, of the layers that have two.
 
-        Left out are layers that saw one image only, or in whose input the images cannot be told
-        apart.
+        Left out are layers that saw only one image, or whose input does not separate the images.
         """
         halves: Halves = {}
         for name, whole in self.moments.items():
             half = self.half.get(name)
             rest = whole.count - half.count if half is not None else 0
-            if half is None or name in self._joined or half.count == 0 or rest == 0:
+            if half is None or name in self._mixing or half.count == 0 or rest == 0:
                 continue
             other = (whole.mean * whole.count - half.mean * half.count) / rest
             halves[name] = (half.mean, other)
         return halves
 
-    def share(self, reduce: Reduce) -> None:
+    def sum_over_processes(self, reduce: Reduce) -> None:
         """Replace the sums by those over all processes.
 
-        The halves are those of one process where each walks a run of images that begins at an even
-        number of all of them.
+        The halves are the same as in one process if the images of every process are consecutive
+        and start at an even position of all images.
         """
-        super().share(reduce)
+        super().sum_over_processes(reduce)
         # A layer that mixes the images in one process has no halves in any.
         device = next(iter(self.layers.values())).weight.device
-        joined = torch.tensor([name in self._joined for name in self.layers], device=device).int()
-        reduce([joined])
-        pairs = zip(self.layers, joined.tolist(), strict=True)
-        self._joined = {name for name, count in pairs if count}
+        mixing = torch.tensor([name in self._mixing for name in self.layers], device=device).int()
+        reduce([mixing])
+        pairs = zip(self.layers, mixing.tolist(), strict=True)
+        self._mixing = {name for name, count in pairs if count}
         self.half = sum_moments(self.half, self.layers, reduce)
 
     def _count(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._before += self._batch
+        self._images_before += self._images_in_batch
         given = [*args, *kwargs.values()]
-        self._batch = next((len(x) for x in given if isinstance(x, Tensor) and x.ndim), 0)
+        self._images_in_batch = next((len(x) for x in given if isinstance(x, Tensor) and x.ndim), 0)
 
     def _add(self, name: str, tokens: Tensor) -> None:
         super()._add(name, tokens)
         rows = tokens if tokens.ndim > 1 else tokens[None]
-        # A caller may run a part of the model; then the layer's own input says what a batch is.
-        images = self._batch or len(rows)
+        # A caller may run only a part of the model; the batch is then read off the layer's input.
+        images = self._images_in_batch or len(rows)
         if len(rows) % images:
-            self._joined.add(name)
+            self._mixing.add(name)
             return
         by_image = rows.reshape(images, -1, rows.shape[-1])
-        _accumulate(self.half, name, by_image[self._before % 2 :: 2])
+        _accumulate(self.half, name, by_image[self._images_before % 2 :: 2])
 
 
 def _accumulate(moments: dict[str, Moments], name: str, tokens: Tensor) -> None:
@@ -199,7 +198,7 @@ def collect_moments(
         ``forward(model, batch)``.
     reduce : callable, optional
         Sums tensors over the processes that share the batches (:func:`sum_over_processes`). Each
-        process walks batches of its own; one without any takes part as well.
+        process has its own batches; one without any takes part as well.
 
     Returns
     -------
@@ -253,7 +252,7 @@ def _walk(
     forward: Forward,
     reduce: Reduce | None,
 ) -> None:
-    """Let a collector see all batches, and check what it saw, as in :func:`collect_moments`."""
+    """Run all batches through a collector and check the result, as in :func:`collect_moments`."""
     # Each submodule by itself: train(mode) on the model would give all of them one mode.
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -265,7 +264,7 @@ def _walk(
         for module, mode in modes.items():
             module.training = mode
     if reduce is not None:
-        collector.share(reduce)
+        collector.sum_over_processes(reduce)
     unseen = [name for name in collector.layers if name not in collector.moments]
     if unseen:
         msg = (

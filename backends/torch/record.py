@@ -20,7 +20,7 @@ class TaskRecord(NamedTuple):
     new : dict of str to Tensor, shape (D, D)
         Moment before training, from which the subspaces were chosen.
     trained, merged : dict of str to Tensor, shape (D, D)
-        Moments through the trained and through the merged model; empty where no setting asked
+        Moments through the trained and through the merged model; empty if no setting asked
         for the pass.
     downs, ups : dict of str to dict of str to Tensor
         A (r, D) and B (rows, r) by layer and branch, as trained.
@@ -30,8 +30,8 @@ class TaskRecord(NamedTuple):
     weights : dict of str to float
         Weight of each branch.
     heldout : dict of str to dict of str to HeldoutRatio
-        By layer and branch, what the choice of directions keeps on images that it was not made
-        on; empty where it was not measured.
+        By layer and branch, energy ratio of the directions on images that they were not chosen
+        on; empty if it was not measured.
     effects : dict of str to UpdateEffect
         What the merge does to the outputs of a layer, known before it: mean squares over the
         tokens of the new task (through the trained model, or the previous one where no setting
@@ -50,7 +50,7 @@ class TaskRecord(NamedTuple):
 
     @classmethod
     def of(cls, layers: Mapping[str, LoRALinear], **computed: Mapping[str, Any]) -> Self:
-        """Copy the branches of the adapted layers and put them beside what was computed.
+        """Make a record: copies of the branches, and the other attributes as given.
 
         Parameters
         ----------

@@ -1,4 +1,4 @@
-"""Settings of LoDA: the only declaration of them, also for command lines; loads no torch."""
+"""Settings of LoDA, declared only here, command lines included; loads no torch."""
 
 import math
 import operator
@@ -32,14 +32,14 @@ class LoDASettings:
     rank : int
         Directions of each branch, r.
     general_weight : float
-        Weight of the general branch; halved when both branches are configured, on the first task
-        too.
+        Weight w_G of the general branch. With branches both, half of it is used, also on the first
+        task.
     isolated_weight : float
-        Weight of the isolated branch; halved when both branches are configured.
+        Weight w_I of the isolated branch. With branches both, half of it is used.
     down_scale : float
         Fixed factor c of the down-projections A = c·Uᵀ.
     branches : {"both", "general", "isolated"}
-        Branches from the second task on. The first task always trains the general branch alone,
+        Branches from the second task on. The first task trains only the general branch, together
         with its down-projection.
     isolated : {"pencil", "trace_ratio", "null"}
         Directions of the isolated branch: pencil (generalised eigenvectors, the rule of
@@ -49,27 +49,27 @@ class LoDASettings:
         Regularisation α of the isolated directions, relative to the mean energy of a direction.
     energy_floor : float, optional
         With isolated trace_ratio: share (0 to 1) of the new-task energy within reach of ``rank``
-        directions that the chosen ones must carry. Without it the largest ratio alone decides.
+        directions that the chosen ones must carry. Without it only the ratio decides.
     recalibration : {"full", "diagonal", "box", "direction", "scalar", "none"}
         Form of the factor Λ of the general branch at the merge; none merges the branch as trained.
     joint : bool
-        Recalibrate all branches of a layer together rather than the general one alone.
+        Recalibrate all branches of a layer together instead of only the general one.
     gamma : float
         Weight γ of the new task against the old ones in the recalibration.
     history_weight : float or "mean"
-        Weight of the history in the recalibration. A number h does what dividing gamma by h does;
-        mean takes the history as the mean over its tasks rather than as their sum, so that it
-        weighs the same after any number of tasks.
+        Weight of the history in the recalibration. A number h has the effect of dividing gamma by
+        h; mean uses the mean over past tasks instead of their sum, so that the history weighs the
+        same after any number of tasks.
     history : {"merged", "trained", "both"}
         Model through which a task's moment enters the history: merged, trained (before the merge),
         or both, which counts a task twice, as in the published code. That code has gamma 3; on a
-        history that counts a task once, gamma 1.5 recalibrates alike.
+        history that counts a task once, gamma 1.5 gives the same recalibration.
     history_decay : float
-        Factor β (0 to 1) of the history before a finished task is added. 1 keeps all tasks alike;
-        below 1 the history stays bounded and remembers about (1 + β) / (1 - β) tasks.
+        Factor β (0 to 1) of the history before a finished task is added. 1 weighs all tasks
+        equally; below 1 the history stays bounded and remembers about (1 + β) / (1 - β) tasks.
     heldout : bool
-        Measure, from the second task on, what the chosen directions keep on the half of the images
-        that they were not chosen on. The directions are the same with and without it.
+        Measure, from the second task on, the energy ratio of the directions on held-out images:
+        chosen on one half of the images, measured on the other. Does not change the directions.
 
     Examples
     --------
@@ -104,25 +104,28 @@ class LoDASettings:
         if not integer or operator.index(self.rank) < 1:
             msg = f"rank must be an integer of at least 1, got {self.rank!r}"
             raise ValueError(msg)
-        # A NumPy integer would not go into a file of settings.
+        # A NumPy integer could not be written to a file of settings.
         object.__setattr__(self, "rank", operator.index(self.rank))
         for name in ("joint", "heldout"):
             if getattr(self, name) is not True and getattr(self, name) is not False:
                 msg = f"{name} must be true or false, got {getattr(self, name)!r}"
                 raise ValueError(msg)
         for name in ("general_weight", "isolated_weight", "down_scale", "ridge", "gamma"):
-            if not _is_weight(getattr(self, name)):
+            if not _is_not_negative(getattr(self, name)):
                 msg = f"{name} must be finite and at least 0, got {getattr(self, name)!r}"
                 raise ValueError(msg)
         if self.down_scale == 0:
-            msg = "down_scale must be above 0, got 0; the branches would learn nothing"
+            msg = "down_scale must be above 0, got 0: the branches would never change the output"
             raise ValueError(msg)
-        if self.history_weight != "mean" and not _is_weight(self.history_weight):
+        if self.history_weight != "mean" and not _is_not_negative(self.history_weight):
             msg = f"history_weight must be 'mean' or at least 0, got {self.history_weight!r}"
             raise ValueError(msg)
         for name in ("energy_floor", "history_decay"):
             value = getattr(self, name)
-            if not (_is_weight(value) and value <= 1) and (name, value) != ("energy_floor", None):
+            if not (_is_not_negative(value) and value <= 1) and (name, value) != (
+                "energy_floor",
+                None,
+            ):
                 msg = f"{name} must be a share from 0 to 1, got {value!r}"
                 raise ValueError(msg)
         for name, kind in (
@@ -145,7 +148,7 @@ class LoDASettings:
             raise ValueError(msg)
 
     def weight(self, branch: str) -> float:
-        """Weight w of a branch, after the halving."""
+        """Weight w of a branch as it is used: halved if there are both branches."""
         weight = self.general_weight if branch == "general" else self.isolated_weight
         return weight / 2 if self.branches == "both" else weight
 
@@ -156,17 +159,17 @@ class LoDASettings:
         return ("isolated",) if self.branches == "isolated" else ("general", "isolated")
 
     def form(self, first_task: bool) -> "RecalibrationForm | None":
-        """Form of Λ for the solver, or ``None`` where nothing is recalibrated."""
+        """Form of Λ for the solver, or ``None`` if nothing is recalibrated."""
         if first_task or self.recalibration == "none":
             return None
         return self.recalibration if self.joint or self.branches != "isolated" else None
 
     def passes(self) -> tuple[str, ...]:
-        """Passes over a task that enter the history."""
+        """Passes over a task whose moments enter the history, in the order of the passes."""
         return ("trained", "merged") if self.history == "both" else (self.history,)
 
 
-def _is_weight(value: object) -> bool:
-    # In Python true is an integer, and a gamma of true is surely a mistake.
+def _is_not_negative(value: object) -> bool:
+    # Booleans are integers in Python, but a gamma of true is surely a mistake.
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return number and math.isfinite(value) and value >= 0  # type: ignore[arg-type, operator]

@@ -1,4 +1,4 @@
-"""The solves of a task for all layers: those of one size in one batched call, where that pays."""
+"""The solves of a task for all layers; layers of one size share a batched call where it pays."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -22,7 +22,7 @@ from loda_math import (
     update_effect,
 )
 
-_LARGE = 256  # width from which a layer on a CPU is solved by itself
+_ONE_BY_ONE_FROM = 256  # on a CPU, layers at least this wide are solved one at a time
 
 Bases = dict[str, dict[str, Tensor]]
 """Orthonormal basis (D, r) by layer and branch."""
@@ -56,8 +56,8 @@ def solve_bases(
     """
     bases: Bases = {name: {} for name in new}
     for branch in settings.names(first_task=history is None):
-        choose = _rule(settings, branch, gram_eps)
-        for group in _calls(new):
+        choose = _subspace_rule(settings, branch, gram_eps)
+        for group in _solved_together(new):
             old = None if history is None else _stack(history[name].total for name in group)
             solved = choose(_stack(new[name] for name in group), old)
             for name, basis in zip(group, solved, strict=True):
@@ -74,7 +74,7 @@ def random_bases(
 ) -> Bases:
     """Bases for ``LoDA.begin_task(bases=...)`` that know nothing of the data.
 
-    They are the control that shows what choosing directions is worth.
+    They are the control that shows how much choosing the directions contributes.
 
     Parameters
     ----------
@@ -83,7 +83,7 @@ def random_bases(
     layers : mapping of str to module
         As :func:`find_layers` returns them.
     first_task : bool
-        Whether it is the first task, which has a general branch alone.
+        Whether it is the first task, which has only a general branch.
     generator : torch.Generator
         A CPU generator.
 
@@ -115,7 +115,7 @@ def solve_heldout(
     history: Mapping[str, History],
     gram_eps: float,
 ) -> HeldoutRatios:
-    """What the rule of every branch keeps on the half of a task that it did not choose on.
+    """Energy ratios of every branch on images that its directions were not chosen on.
 
     Parameters
     ----------
@@ -131,8 +131,8 @@ def solve_heldout(
     """
     ratios: HeldoutRatios = {name: {} for name in halves}
     for branch in settings.names(first_task=False):
-        choose = _rule(settings, branch, gram_eps)
-        for group in _calls({name: first for name, (first, _) in halves.items()}):
+        choose = _subspace_rule(settings, branch, gram_eps)
+        for group in _solved_together({name: first for name, (first, _) in halves.items()}):
             first, second = (_stack(halves[name][half] for name in group) for half in (0, 1))
             old = _stack(history[name].total for name in group)
             batched = heldout_ratio(choose, first, second, old)
@@ -172,7 +172,7 @@ def solve_recalibration(
     coefficients: dict[str, Tensor] = {}
     for group in _by_shape({name: layer.base.weight for name, layer in layers.items()}):
         ups, downs, weights = _branches([layers[name] for name in group], new[group[0]].dtype)
-        # All layers remember the same tasks, so one weight serves the whole group.
+        # The histories of all layers hold the same tasks, so one weight serves the whole group.
         h = settings.history_weight
         weight = 1 / history[group[0]].weight if h == "mean" else h
         old = _stack(history[name].total for name in group)
@@ -210,20 +210,20 @@ def solve_effects(
         dtype = new[group[0]].dtype
         up, down = stack_branches(*_branches([layers[name] for name in group], dtype))
         directions = up.shape[-1]
-        middle = torch.eye(directions, dtype=dtype, device=up.device).repeat(len(group), 1, 1)
+        factor = torch.eye(directions, dtype=dtype, device=up.device).repeat(len(group), 1, 1)
         for place, name in enumerate(group):
             if name in coefficients:
                 # The general branch comes first; the others keep the identity.
                 size = coefficients[name].shape[-1]
-                middle[place, :size, :size] = coefficients[name]
+                factor[place, :size, :size] = coefficients[name]
         old = _stack(history[name].mean for name in group)
-        batched = update_effect(middle, up, down, _stack(new[name] for name in group), old)
+        batched = update_effect(factor, up, down, _stack(new[name] for name in group), old)
         for name, *values in zip(group, *batched, strict=True):
             effects[name] = UpdateEffect(*values)
     return effects
 
 
-def _rule(
+def _subspace_rule(
     settings: LoDASettings, branch: str, gram_eps: float
 ) -> Callable[[Tensor, Tensor | None], Tensor]:
     """How the directions of a branch are chosen from the new moments and the history."""
@@ -251,16 +251,16 @@ def _rule(
     return choose
 
 
-def _calls(moments: Mapping[str, Tensor]) -> list[list[str]]:
-    """Layers that are solved in one call; large ones on a CPU are solved one by one.
+def _solved_together(moments: Mapping[str, Tensor]) -> list[list[str]]:
+    """Groups of layers that are solved in one call; on a CPU, large layers one at a time.
 
     A stack of them would overflow its caches: twelve of width 768 take a quarter longer at once.
     """
     calls: list[list[str]] = []
     for group in _by_shape(moments):
         first = moments[group[0]]
-        alone = first.device.type == "cpu" and len(first) >= _LARGE
-        calls += [[name] for name in group] if alone else [group]
+        one_by_one = first.device.type == "cpu" and len(first) >= _ONE_BY_ONE_FROM
+        calls += [[name] for name in group] if one_by_one else [group]
     return calls
 
 

@@ -1,4 +1,4 @@
-"""Perturbed parameters against what they should be."""
+"""Check look-ahead parameters against the exact ones."""
 
 from typing import NamedTuple
 

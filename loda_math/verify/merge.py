@@ -1,4 +1,4 @@
-"""Merged weights against what they should be."""
+"""Check merged weights against the exact ones."""
 
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ class MergeReport(NamedTuple):
     Attributes
     ----------
     error : array, shape (...)
-        Norm of what is unexplained, over the norm of the update.
+        Norm of the unexplained part, over the norm of the update.
     update : array, shape (...)
         Norm of the update over that of the weight before.
     passed : array of bool, shape (...)

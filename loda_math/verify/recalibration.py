@@ -1,4 +1,4 @@
-"""Recalibration coefficients against the exact ones."""
+"""Check recalibration coefficients against the exact ones."""
 
 from typing import Any, NamedTuple
 
@@ -94,7 +94,7 @@ def verify_recalibration(
     xp, dtype = checked_update(up, down, new, old, coefficients=coefficients)
     b, a, n, o = wide = widen(xp, up, down, new, old)
     (given,) = widen(xp, coefficients)
-    # Solved from the moments as given: their dtype says what of them is rounding.
+    # Solved from the moments as given: their dtype determines which energies are rounding.
     exact = recalibration(up, down, new, old, gamma, form, history_weight=history_weight)
     exact, best = widen(
         xp, exact, recalibration(up, down, new, old, gamma, history_weight=history_weight)

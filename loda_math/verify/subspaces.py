@@ -88,7 +88,7 @@ def verify_subspace(
     Parameters
     ----------
     basis : array, shape (..., D, r)
-        U. For a down-projection with scale c, ``down.mT / c``. Objectives look at its span alone,
+        U. For a down-projection with scale c, ``down.mT / c``. Objectives depend only on its span,
         so a basis that is not orthonormal is still measured.
     new, old : array, shape (..., D, D)
         Second moments that the basis was chosen from; zeros where there was no history.
@@ -100,7 +100,7 @@ def verify_subspace(
         The better result for the basis counts.
     tolerance : float, default 1e-5
         Limit of the gap and of the orthonormality; the residual may reach its square root. Where R
-        is nearly singular, rounding alone moves gap and residual of the isolated subspace by
+        is nearly singular, mere rounding moves gap and residual of the isolated subspace by
         2·eps·cond(R), which (up to a quarter) is added to both limits.
 
     Returns
@@ -284,7 +284,7 @@ def _trace_ratio(
     image = s @ span - exact.multiplier * (r @ span)
     residual = _relative(xp, image - span @ (span.mT @ image), s)
     gap = safe_divide(xp, best - value, best)
-    # What was left out as inert belongs to the stationary point: the rest alone is none. Without
+    # Directions left out as inert belong to the stationary point: the others are not one. Without
     # its inert directions a span may also have more than r directions can have.
     is_full = xp.all(active, axis=-1)
     residual = xp.where(is_full, residual, xp.zeros_like(residual))

@@ -16,7 +16,7 @@ from training.config import Experiment, read_experiment
 from training.data import ImageSet, Stream, build_stream, loader, open_image, test_transform
 from training.distributed import make_accelerator
 from training.metrics import count_correct
-from training.run_dir import CLASSES, CONFIG, MODEL, READOUTS, nested, read_json, readable
+from training.run_dir import CLASSES, CONFIG, MODEL, READOUTS_FILE, nested, read_json, readable
 from training.seeds import seeded
 from training.train import extract_features
 
@@ -191,7 +191,7 @@ def load(
     if not folder.is_dir():
         msg = f"no run folder {folder}"
         raise FileNotFoundError(msg)
-    missing = [n for n in (CONFIG, CLASSES, MODEL, READOUTS) if not (folder / n).is_file()]
+    missing = [n for n in (CONFIG, CLASSES, MODEL, READOUTS_FILE) if not (folder / n).is_file()]
     if missing:
         msg = f"{folder} holds no finished run: {', '.join(missing)} not there"
         raise FileNotFoundError(msg)
@@ -202,8 +202,8 @@ def load(
     weights = read_finite(folder / MODEL)
     with readable(folder / MODEL):
         backbone.module.load_state_dict(weights)
-    tensors, wanted = read_finite(folder / READOUTS), experiment.head.build()
-    with readable(folder / READOUTS):
+    tensors, wanted = read_finite(folder / READOUTS_FILE), experiment.head.build()
+    with readable(folder / READOUTS_FILE):
         readouts = {x.name: x.load(nested(tensors, x.name)) for x in wanted}
         for name, readout in readouts.items():
             # Only a try says whether tensors fit the features and the classes.

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import training.backbones.conv_vit  # noqa: F401  timm learns its name
-from training.backbones.config import PACKAGED_WEIGHTS, BackboneConfig
 from training.backbones.weights import load_weights, tensors_sha256
+from training.components import Component
 
 # Packages whose errors mean that the network failed; not all of them are OSErrors.
 _TRANSPORTS = {"huggingface_hub", "httpx", "httpcore", "requests", "urllib3"}
@@ -63,13 +63,13 @@ class Backbone(NamedTuple):
     tensors_sha256: str | None = None
 
 
-def build_backbone(config: BackboneConfig, *, initialise: bool = True) -> Backbone:
+def build_backbone(config: Component, *, initialise: bool = True) -> Backbone:
     """Build the network and load its weights.
 
     Parameters
     ----------
     config
-        Which model and which weights.
+        The section ``backbone``: which model and which weights.
     initialise
         False leaves the weights random, for a caller that loads a trained model afterwards: no
         weights file is then needed and nothing is downloaded.
@@ -119,9 +119,9 @@ def check_fits(backbone: Backbone, image: Tensor) -> None:
         raise ValueError(msg)
 
 
-def build_packaged(name: str, *, pretrained: bool) -> Backbone:
+def build_packaged(weights: str, *, pretrained: bool) -> Backbone:
     """Build a network of the package, as the metadata of its file of weights describe it."""
-    path = Path(str(files("training").joinpath("weights", PACKAGED_WEIGHTS[name])))
+    path = Path(str(files("training").joinpath("weights", weights)))
     if not path.is_file():
         msg = f"the package lacks its own weights, {path}: install it again."
         raise FileNotFoundError(msg)

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from training.backbones.build import Backbone, one_line
-from training.backbones.config import HUGGING_FACE
 
 
 class ClassToken(nn.Module):
@@ -55,7 +54,7 @@ def build_hugging_face(name: str, *, pretrained: bool) -> Backbone:
     from transformers import AutoConfig, AutoModel
 
     # A folder has to be told from a name on the hub: the library only takes it as it stands.
-    given = name.removeprefix(HUGGING_FACE)
+    given = name.partition(":")[2]  # without hf:
     place = str(Path(given).expanduser()) if Path(given).expanduser().is_dir() else given
     try:
         settings: Any = AutoConfig.from_pretrained(place)

@@ -22,7 +22,7 @@ from training.data.datasets import (
     split_folder,
     walk_classes,
 )
-from training.data.images import UnreadableImageError, decode
+from training.data.image_files import UnreadableImageError, decode
 from training.distributed import usable_cpus
 from training.logging import aligned
 

@@ -424,7 +424,7 @@ class _Decoded(Sequence[Any]):
         return len(self.data)
 
     def __getitem__(self, index: Any) -> Any:
-        from training.data.images import decode
+        from training.data.image_files import decode
 
         # Asked for an image, timm's data set would put the next one in the place of a damaged one.
         reader = getattr(self.data, "reader", None)

@@ -75,7 +75,7 @@ def align_heads(
     if weight is None:
         msg = "the published schedule starts from the heads: give their weight, or set epochs=None"
         raise ValueError(msg)
-    # A copy: the heads themselves go on as they were trained.
+    # A copy: the heads themselves stay as they were trained.
     start = finite("head weights", weight.detach().to(mean).clone())
     if len(statistics.task_sizes) == 1:  # as published: nothing to align with yet
         return start
@@ -136,7 +136,7 @@ def _converge(statistics: ClassStatistics, s: Alignment, generator: torch.Genera
             cosines(samples, unwhiten()), labels, statistics.task_sizes, s.temperature
         )
         _step(optimiser, loss)
-        total += loss.detach()  # read once a round, not once a step
+        total += loss.detach()  # read once per round, not once per step
         if step % _ROUND == 0:
             risk = float(total) / _ROUND
             total.zero_()

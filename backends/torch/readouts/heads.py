@@ -201,9 +201,9 @@ class CosineHeads(nn.Module):
         The head is made on the device and in the type of the others.
         """
         head = CosineHead(classes, self.dim, start=start, generator=generator)
-        if len(self.tasks):  # drawn on the CPU in any case, so that devices do not matter
+        if len(self.tasks):  # drawn on the CPU first, so that the device does not matter
             head = head.to(self.current.weight)
-        # Before the new one is appended: it alone is trained.
+        # Before the new head is appended: only that one is trained.
         self.requires_grad_(requires_grad=False)
         self.tasks.append(head)
         return head

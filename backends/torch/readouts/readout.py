@@ -35,10 +35,10 @@ class Classifier(Protocol):
 
 
 class Readout(ABC):
-    """Settings of a read-out, and what it does with them.
+    """Settings of a read-out, and the fit that they define.
 
-    A read-out of one's own is a subclass, whose constructor arguments are its options. It keeps
-    no state: what is gathered and fitted belongs to :class:`Readouts`.
+    Your own read-out is a subclass, whose constructor arguments are its options. It keeps no
+    state: statistics and fitted classifiers belong to :class:`Readouts`.
 
     Attributes
     ----------
@@ -78,7 +78,7 @@ class Readout(ABC):
         dim : int
             Width D of the features.
         seed : int
-            Seed of whatever is drawn once for all tasks.
+            Seed of everything that is drawn once for all tasks.
         """
         from backends.torch.readouts.statistics import ClassStatistics
 
@@ -160,10 +160,10 @@ class Alignment(Readout):
     """Heads retrained on Gaussian samples of the class statistics ("classifier alignment").
 
     There are two ways to train. With ``epochs`` (the paper: 5) it follows the published schedule:
-    every epoch draws 256 samples a class and takes as many SGD steps of 256 samples as there are
+    every epoch draws 256 samples per class and takes as many SGD steps of 256 samples as there are
     classes. The learning rate follows a cosine, epoch by epoch. The mean of a class of task t
     (from 1) of T is multiplied by 0.9 + 0.1·t/T. Old classes start at their weights of the
-    alignment before, and the first task is left alone.
+    previous alignment, and the first task is not aligned.
 
     With ``epochs=None`` the same loss is minimised until it stops falling, so the result does not
     depend on the heads. Means are not scaled, and covariances are shrunk towards the pooled one:
@@ -254,7 +254,7 @@ class Alignment(Readout):
         from backends.torch.readouts.heads import CosineClassifier
 
         start = head_weight
-        # As published, old classes go on from their last alignment and new ones from their head.
+        # As published, old classes start from their last alignment and new ones from their head.
         if head_weight is not None and previous is not None:
             start = head_weight.clone()
             start[: len(previous.weight)] = previous.weight.to(start)
@@ -314,7 +314,7 @@ READOUTS: dict[str, type[Readout]] = {
 
 
 class Readouts:
-    """The read-outs of a run: what they gather, their classifiers, and the state of both.
+    """The read-outs of a run with their statistics, their classifiers and the state of both.
 
     Parameters
     ----------
@@ -378,7 +378,7 @@ class Readouts:
         features : Tensor, shape (N, D)
             Features of the task's training images.
         labels : Tensor, shape (N,)
-            Integers that go on from the classes of the tasks before.
+            Integers that continue the numbering of the classes of earlier tasks.
         classes : int, optional
             Number of classes of the task; by default up to the highest label.
         """
@@ -476,7 +476,7 @@ class Readouts:
 
 
 def _by_cosine(name: str, weight: "Tensor") -> "CosineClassifier":
-    # Imported where the first classifier is made: the options alone need no torch.
+    # Imported where the first classifier is made: reading the options needs no torch.
     from backends.torch.readouts.heads import CosineClassifier
 
     return CosineClassifier(finite(name, weight))

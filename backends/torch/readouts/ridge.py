@@ -84,7 +84,7 @@ class RidgeStatistics(TaskStatistics):
         }
 
     def load(self, tensors: Mapping[str, Tensor], classes: int) -> None:
-        """Take over `tensors` of so many classes."""
+        """Load `tensors` of a number of classes."""
         projection, gram, cross = tensors["projection"], tensors["gram"], tensors["cross"]
         m = projection.shape[-1]
         if gram.shape != (m, m) or cross.shape != (m, classes):
@@ -105,7 +105,7 @@ class RidgeStatistics(TaskStatistics):
         for h, y in self._chunks(features, labels):
             gram += h.mT @ h
             cross += h.mT @ functional.one_hot(y, classes).double()
-        return (gram + gram.mT) / 2, cross  # exactly symmetric, whatever the product rounds to
+        return (gram + gram.mT) / 2, cross  # exactly symmetric, however the product rounds
 
     def _choose(self, gram: Tensor, cross: Tensor, features: Tensor, labels: Tensor) -> float:
         # All strengths side by side: one product with the features serves all of them.

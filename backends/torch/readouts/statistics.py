@@ -12,9 +12,9 @@ from backends.torch.readouts.checks import check_names
 class TaskStatistics(ABC):
     """Statistics of features that are gathered task by task; finished classes never change.
 
-    Classes are numbered in the order of the stream, so a task's labels go on from those of the
-    tasks before. A subclass says what is done with a batch (`gather`) and with a complete task
-    (`finish`), and which `tensors` it holds; the sizes of the tasks are saved beside them.
+    Classes are numbered in the order of the stream, so a task's labels continue those of the
+    tasks before. A subclass defines what is done with a batch (`gather`) and with a complete task
+    (`finish`), and which `tensors` it holds; the sizes of the tasks are saved with them.
 
     Attributes
     ----------
@@ -44,11 +44,11 @@ class TaskStatistics(ABC):
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """What is known of the finished tasks, under names that are always the same."""
+        """Tensors of the finished tasks, under names that do not change."""
 
     @abstractmethod
     def load(self, tensors: Mapping[str, Tensor], classes: int) -> None:
-        """Take over `tensors` of so many classes; ValueError if their shapes do not fit."""
+        """Load `tensors` of a number of classes; ValueError if their shapes do not fit."""
 
     def collect(self, features: Tensor, labels: Tensor) -> None:
         """Add a batch of the open task.
@@ -225,7 +225,7 @@ class ClassStatistics(TaskStatistics):
         return {"count": self.count, "mean": self.mean, "covariance": self.covariance}
 
     def load(self, tensors: Mapping[str, Tensor], classes: int) -> None:
-        """Take over `tensors` of so many classes."""
+        """Load `tensors` of a number of classes."""
         count, mean, covariance = tensors["count"], tensors["mean"], tensors["covariance"]
         expected = (classes, *mean.shape[1:], *mean.shape[1:])
         if len(count) != classes or len(mean) != classes or covariance.shape != expected:
