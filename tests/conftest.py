@@ -105,6 +105,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tree(tmp_path_factory)
 
 
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A folder tree of five classes, with five training and two test images of each."""
+    from image_folders import grow
+
+    return grow(tmp_path / "tree", {"train": 5, "test": 2})
+
+
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished small run, which no test may change."""

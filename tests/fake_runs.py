@@ -34,16 +34,12 @@ def fake_run(
     }
     (folder / "config.yaml").write_text(dump_experiment(experiment), encoding="utf-8")
     (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
-    events = [
-        {
-            "event": "task",
-            "task": task,
-            "seconds": {"load": 0.5, "train": 0.5 + task, "end": 1.0},
-            "memory": {"process": (299 + task) * 2**20},
-        }
-        for task in range(1, len(rows) + 1)
-    ]
-    text = "".join(json.dumps(event) + "\n" for event in [{"event": "epoch"}, *events])
+    log: list[dict[str, Any]] = [{"event": "epoch"}]
+    for task in range(1, len(rows) + 1):
+        seconds = {"load": 0.5, "train": 0.5 + task, "end": 1.0}
+        memory = {"process": (299 + task) * 2**20}
+        log.append({"event": "task", "task": task, "seconds": seconds, "memory": memory})
+    text = "".join(json.dumps(event) + "\n" for event in log)
     (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
     return folder
 

@@ -122,32 +122,25 @@ def download(monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) ->
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "kind", "said"),
     [
-        OSError("no route"),
-        TimeoutError("no route"),
-        LocalEntryNotFoundError("no route"),
-        HFValidationError("no route"),
-        ForeignError("no route"),
+        (OSError("no route"), ConnectionError, r"no route.*backbone\.weights"),
+        (TimeoutError("no route"), ConnectionError, r"no route.*backbone\.weights"),
+        (LocalEntryNotFoundError("no route"), ConnectionError, r"no route.*backbone\.weights"),
+        (HFValidationError("no route"), ConnectionError, r"no route.*backbone\.weights"),
+        (ForeignError("no route"), ConnectionError, r"no route.*backbone\.weights"),
+        # Weights that do not fit are no matter of the network.
+        (RuntimeError("size\n\tmismatch"), ValueError, "'img_size': 32.*size"),
+        (ValueError("size mismatch"), ValueError, "'img_size': 32.*size"),
+        (KeyError("size"), ValueError, "'img_size': 32.*size"),
     ],
-    ids=lambda error: type(error).__name__,
+    ids=lambda value: type(value).__name__,
 )
-def test_weights_that_cannot_be_downloaded_say_how_to_give_them(
-    monkeypatch: pytest.MonkeyPatch, error: Exception
+def test_a_download_that_fails_says_why_and_how_to_give_weights(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception], said: str
 ) -> None:
     download(monkeypatch, error)
-    with pytest.raises(ConnectionError, match=r"no route.*backbone\.weights"):
-        build_backbone(BackboneConfig(NAME))
-
-
-@pytest.mark.parametrize(
-    "error", [RuntimeError("size\n\tmismatch"), ValueError("size mismatch"), KeyError("size")]
-)
-def test_downloaded_weights_that_do_not_fit_are_no_matter_of_the_network(
-    monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    download(monkeypatch, error)
-    with pytest.raises(ValueError, match=r"'img_size': 32.*size") as caught:
+    with pytest.raises(kind, match=said) as caught:
         build_backbone(BackboneConfig(NAME, {"options": {"img_size": 32}}))
     assert "\n" not in str(caught.value)
 
@@ -223,53 +216,13 @@ def test_a_configuration_is_recorded_with_absolute_paths(
 # A network of one's own
 
 
-OWN = """
-from torch import nn
-
-
-class Pooled(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.num_features = width
-        self.convolution = nn.Conv2d(2, width, 3)
-
-    def forward(self, images):
-        return self.convolution(images).mean(dim=(2, 3))
-
-
-class Net:
-    '''A convolution.
-
-    Parameters
-    ----------
-    width
-        Number of features.
-    '''
-
-    def __init__(self, width: int = 4) -> None:
-        self.width = width
-
-    def build(self, *, initialise: bool) -> nn.Module:
-        return Pooled(self.width)
-
-
-class Nameless(Net):
-    def build(self, *, initialise: bool) -> nn.Module:
-        return nn.Flatten()
-"""
-
-
-def test_a_class_of_ones_own_is_chosen_by_its_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "own_backbone.py").write_text(OWN)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    backbone = build_backbone(BackboneConfig("own_backbone.Net", {"width": 5}))
+def test_a_class_of_ones_own_is_chosen_by_its_path() -> None:
+    backbone = build_backbone(BackboneConfig("own_components.Net", {"width": 5}))
     assert backbone.module(torch.zeros(3, 2, 9, 9)).shape == (3, 5)
     assert (backbone.features, backbone.channels, backbone.image_size) == (5, 2, None)
-    assert (backbone.timm_name, backbone.timm_options) == ("own_backbone.Net", {"width": 5})
+    assert (backbone.timm_name, backbone.timm_options) == ("own_components.Net", {"width": 5})
     assert len(backbone.tensors_sha256 or "") == 64
     with pytest.raises(ValueError, match="depth"):
-        BackboneConfig("own_backbone.Net", {"depth": 5})
+        BackboneConfig("own_components.Net", {"depth": 5})
     with pytest.raises(ValueError, match="num_features"):
-        build_backbone(BackboneConfig("own_backbone.Nameless"))
+        build_backbone(BackboneConfig("own_components.Nameless"))

@@ -56,6 +56,22 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     return refused
 
 
+@pytest.fixture
+def shown(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that must succeed in silence but for what it prints."""
+
+    def shown(*argv: object) -> str:
+        try:
+            status = cli.main([str(argument) for argument in argv])
+        except SystemExit as leaving:
+            status = int(leaving.code or 0)
+        printed = capsys.readouterr()
+        assert (status, printed.err) == (0, "")
+        return printed.out
+
+    return shown
+
+
 STOPPED = """
 from training.methods import Method
 class Stopped(Method):
@@ -68,67 +84,48 @@ COMMANDS = ("train", "sweep", "eval", "predict", "report", "bundle", "analyse", 
 COMMANDS = (*COMMANDS, "ranks")
 
 
-def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([]) == 0
-    without = capsys.readouterr().out
-    with pytest.raises(SystemExit, match="0"):
-        cli.main(["--help"])
-    assert capsys.readouterr().out == without
+def test_help_names_every_command(shown: Callable[..., str]) -> None:
+    without = shown()
+    assert shown("--help") == without
     for command in COMMANDS:
         assert f"  {command} " in without
 
 
-def test_the_help_of_train_shows_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as leaving:
-        cli.main(["train", "--help"])
-    assert leaving.value.code == 0
-    printed = capsys.readouterr().out
+def test_the_help_of_train_shows_every_setting(shown: Callable[..., str]) -> None:
+    printed = shown("train", "--help")
     for setting in ("--config", "--print_config", "--method.rank", "--keep.moments", "--out"):
         assert setting in printed
 
 
 def test_a_printed_configuration_can_be_given_back(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, shown: Callable[..., str]
 ) -> None:
     changes = ["--train.lr", "0.3", "--head.also", "[ridge]", "--data.crop_scale", "[0.1, 0.9]"]
     changes += ["--method", "sd_lora", "--method.parts", "qv"]
-    with pytest.raises(SystemExit) as leaving:
-        cli.main(["train", *changes, "--print_config"])
-    assert leaving.value.code == 0
+    printed = shown("train", *changes, "--print_config")
     path = tmp_path / "printed.yaml"
-    path.write_text(capsys.readouterr().out, "utf-8")
+    path.write_text(printed, "utf-8")
     assert load_experiment(["--config", str(path)]) == load_experiment(changes)
-    with pytest.raises(SystemExit):
-        cli.main(["train", "--config", str(path), "--print_config"])
-    assert capsys.readouterr().out == path.read_text("utf-8")
+    assert shown("train", "--config", path, "--print_config") == printed
 
 
-def test_from_training_to_prediction(
-    tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_from_training_to_prediction(tmp_path: Path, root: Path, shown: Callable[..., str]) -> None:
     out = tmp_path / "run"
     experiment = tiny(root, out)
-    assert cli.main(["train", *flags(experiment)]) == 0
-    printed = capsys.readouterr()
-    assert printed.err == ""
-    assert f"results: {out}" in printed.out
+    assert f"results: {out}" in shown("train", *flags(experiment))
     assert read_experiment(out / "config.yaml") == experiment
 
-    assert cli.main(["eval", str(out)]) == 0
-    printed = capsys.readouterr()
-    assert printed.err == ""
-    assert printed.out.startswith("nearest_mean: accuracy ")
-    assert "of 18 images)" in printed.out
+    printed = shown("eval", out)
+    assert printed.startswith("nearest_mean: accuracy ")
+    assert "of 18 images)" in printed
 
     images = [str(root / "test" / name / "0.png") for name in ("red", "blue")]
-    assert cli.main(["predict", str(out), *images, "--top", "2"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = shown("predict", out, *images, "--top", "2").splitlines()
     assert [line.partition(": ")[0] for line in lines] == images
     assert lines[0].partition(": ")[2].startswith("red ")
     assert all(line.count(",") == 1 for line in lines)
     # More classes than there are: all of them.
-    assert cli.main(["predict", str(out), images[0], "--top", "99"]) == 0
-    assert capsys.readouterr().out.count(",") == 5
+    assert shown("predict", out, images[0], "--top", "99").count(",") == 5
 
 
 def test_the_module_runs_as_a_process(run: Path, tmp_path: Path) -> None:
@@ -205,15 +202,11 @@ def test_errors_of_runs_and_images_are_one_line(
 
 
 def test_a_run_is_overwritten_where_that_is_asked_for(
-    copy: Path, root: Path, capsys: pytest.CaptureFixture[str]
+    copy: Path, root: Path, shown: Callable[..., str]
 ) -> None:
-    before = (copy / "config.yaml").read_text("utf-8")
     again = ["train", *flags(tiny(root, copy)), "--seed=7", "--data.tasks=1"]
-    assert cli.main([*again, "--overwrite"]) == 0
-    assert "results" in capsys.readouterr().out
-    after = (copy / "config.yaml").read_text("utf-8")
-    assert before != after
-    assert "overwrite" not in after
+    assert "results" in shown(*again, "--overwrite")
+    assert "overwrite" not in (copy / "config.yaml").read_text("utf-8")
     assert read_experiment(copy / "config.yaml").seed == 7
 
 
@@ -278,10 +271,9 @@ def test_ctrl_c_ends_with_one_line(
 
 
 def test_a_finished_run_has_nothing_to_go_on_with(
-    copy: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]
+    copy: Path, shown: Callable[..., str], refused: Callable[..., str]
 ) -> None:
-    assert cli.main(["train", "--resume", str(copy), "--data.workers=0"]) == 0
-    assert "finished" in capsys.readouterr().out
+    assert "finished" in shown("train", "--resume", copy, "--data.workers=0")
     assert "train.lr" in refused("train", "--resume", copy, "--train.lr=0.3")
     assert "method.name" in refused("train", "--resume", copy, "--method=o_lora")
 
@@ -297,19 +289,12 @@ def test_a_reader_that_has_enough_is_no_error(
     assert capsys.readouterr().err == ""
 
 
-def test_data_that_moved_are_found(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_data_that_moved_are_found(run: Path, tmp_path: Path, shown: Callable[..., str]) -> None:
     root = read_experiment(run / "config.yaml").data.options["root"]
-    moved = Path(shutil.copytree(str(root), tmp_path / "moved"))
-    assert cli.main(["eval", str(run)]) == 0
-    there = capsys.readouterr().out
-    assert cli.main(["eval", str(run), "--root", str(moved)]) == 0
-    assert capsys.readouterr().out == there
+    moved = shutil.copytree(str(root), tmp_path / "moved")
+    assert shown("eval", run, "--root", moved) == shown("eval", run)
 
 
-def test_report_and_verify_print_tables(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["report", str(run)]) == 0
-    assert "| loda |" in capsys.readouterr().out
-    assert cli.main(["verify", str(run)]) == 0
-    assert "checks passed" in capsys.readouterr().out
+def test_report_and_verify_print_tables(run: Path, shown: Callable[..., str]) -> None:
+    assert "| loda |" in shown("report", run)
+    assert "checks passed" in shown("verify", run)

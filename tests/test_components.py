@@ -104,7 +104,6 @@ def test_options_are_completed_and_built() -> None:
     assert (built.side, built.colour) == (2.0, None)
     assert shape.build() is not built
     assert shape.kind is type(built)
-    assert shape.values() == {"name": "square", "side": 2.0, "colour": None, "layer": 3, "tags": []}
     assert replace(shape, options={**shape.options, "side": 4}).build().area() == 16
     assert shape == Shape("square", {"side": 2.0, "colour": None}, layer=3)
 

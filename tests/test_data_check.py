@@ -95,26 +95,10 @@ def no_image(tree: Path) -> None:
     (tree / "train" / "dog" / "1.png").write_text("text")
 
 
-def other_format(tree: Path) -> None:
+def again(tree: Path, name: str, mode: str) -> None:
+    """Save a training image among the evaluation images."""
     with Image.open(tree / "train" / "cat" / "0.png") as image:
-        image.save(tree / "test" / "bee" / "again.bmp")
-
-
-def other_mode(tree: Path) -> None:
-    with Image.open(tree / "train" / "cat" / "0.png") as image:
-        image.convert("RGBA").save(tree / "test" / "bee" / "again.png")
-
-
-def empty_class(tree: Path) -> None:
-    (tree / "train" / "fox").mkdir()
-
-
-def lost_class(tree: Path) -> None:
-    shutil.rmtree(tree / "test" / "eel")
-
-
-def lost_test(tree: Path) -> None:
-    shutil.rmtree(tree / "test")
+        image.convert(mode).save(tree / "test" / "bee" / name)
 
 
 @pytest.mark.parametrize(
@@ -122,11 +106,24 @@ def lost_test(tree: Path) -> None:
     [
         (truncate, "cannot read the image {root}/test/dog/1.png: ", 1),
         (no_image, "cannot read the image {root}/train/dog/1.png: ", 1),
-        (other_format, "{root}/test/bee/again.bmp has the pixels of {root}/train/cat/0.png", 1),
-        (other_mode, "{root}/test/bee/again.png has the pixels of {root}/train/cat/0.png", 1),
-        (empty_class, "train has no images of fox", 2),  # and the test split lacks it
-        (lost_class, "test lacks the classes eel", 1),
-        (lost_test, "lacks the classes ant, bee, cat, dog, eel", 1),
+        (
+            lambda tree: again(tree, "again.bmp", "RGB"),
+            "{root}/test/bee/again.bmp has the pixels of {root}/train/cat/0.png",
+            1,
+        ),
+        (
+            lambda tree: again(tree, "again.png", "RGBA"),
+            "{root}/test/bee/again.png has the pixels of {root}/train/cat/0.png",
+            1,
+        ),
+        # The test split lacks it, too.
+        (lambda tree: (tree / "train" / "fox").mkdir(), "train has no images of fox", 2),
+        (lambda tree: shutil.rmtree(tree / "test" / "eel"), "test lacks the classes eel", 1),
+        (
+            lambda tree: shutil.rmtree(tree / "test"),
+            "lacks the classes ant, bee, cat, dog, eel",
+            1,
+        ),
     ],
 )
 def test_what_is_wrong_is_named_and_ends_with_status_1(

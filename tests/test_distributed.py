@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import VIT, flags, squares, tiny, tree
 
 from training.cli import main
-from training.data import build_stream, cut_loader, loader, train_transform
+from training.data import build_stream, loader, train_transform
 from training.distributed import Processes, Share, launched_processes, usable_cpus
 from training.run_dir import checkpoint_files, read_json
 
@@ -226,7 +226,7 @@ def test_the_parts_of_mini_batches_are_those_of_one_process(
     settings = {"shuffle": True, "seed": 4}
     whole = list(loader(images, batch, **settings))  # type: ignore[arg-type]
     parts = [
-        list(cut_loader(images, batch, share=Share(rank, count), **settings))  # type: ignore[arg-type]
+        list(loader(images, batch, share=Share(rank, count), cut=True, **settings))  # type: ignore[arg-type]
         for rank in range(count)
     ]
     passes = [

@@ -1,20 +1,17 @@
 """Images: decoding of files, what is refused, and what is kept in memory."""
 
+import re
 import warnings
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
-from image_folders import augmented, folder, grow
+from image_folders import augmented, folder
 from PIL import Image
 
 from training.data import DataConfig, UnreadableImageError, build_stream, loader, open_image
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    return grow(tmp_path / "tree", {"train": 5, "test": 2})
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -25,37 +22,24 @@ def test_an_unreadable_header_is_found_at_the_start(tree: Path, split: str) -> N
         build_stream(folder(tree), 0)
 
 
-@pytest.fixture
-def truncated(tree: Path) -> Path:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_gives_the_same_sentence_for_any_number_of_workers(
+    tree: Path, workers: int
+) -> None:
     path = tree / "train" / "dog" / "1.png"
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)
     path.write_bytes(path.read_bytes()[:-400])
-    return path
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_gives_the_same_sentence_for_any_number_of_workers(
-    tree: Path, truncated: Path, workers: int
-) -> None:
     train = augmented(tree, workers)  # the headers are sound
-    with pytest.raises(ValueError, match="truncated") as caught:
-        list(loader(train, 4, shuffle=True, seed=0, workers=workers))
-    said = str(caught.value)
-    assert said.startswith(f"cannot read the image {truncated}: ")
-    assert said.endswith(". Repair it, or take it out.")
-    assert "\n" not in said
-    assert "Traceback" not in said
 
+    def said() -> str:
+        with pytest.raises(UnreadableImageError) as caught:
+            list(loader(train, 4, shuffle=True, seed=0, workers=workers))
+        return str(caught.value)
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_is_gone_is_named_for_any_number_of_workers(tree: Path, workers: int) -> None:
-    train = augmented(tree, workers)
-    path = tree / "train" / "dog" / "1.png"
+    assert re.fullmatch(rf"cannot read the image {path}: .*truncated.*\. Repair it.*out\.", said())
     path.unlink()
-    with pytest.raises(UnreadableImageError) as caught:
-        list(loader(train, 4, shuffle=True, seed=0, workers=workers))
-    assert str(caught.value) == f"there is no image file {path}."
+    assert said() == f"there is no image file {path}."
 
 
 def test_paths_that_are_no_files_are_told_from_damaged_images(tmp_path: Path) -> None:
@@ -69,32 +53,25 @@ def test_paths_that_are_no_files_are_told_from_damaged_images(tmp_path: Path) ->
         assert "Repair" not in str(caught.value)
 
 
-def test_the_limit_on_image_size_stays_on(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("side", [20, 40])  # Pillow warns from the limit on, and refuses from twice
+@pytest.mark.parametrize("action", ["error", "ignore"])
+def test_the_limit_on_image_size_stays_on(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, side: int, action: Literal["error", "ignore"]
+) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
     path = tree / "train" / "dog" / "1.png"
-    for side in (20, 40):  # Pillow warns from the limit on, and refuses from twice the limit on
-        Image.new("RGB", (side, side)).save(path)
-        for warnings_are in ("error", "ignore"):
-            with warnings.catch_warnings():
-                warnings.simplefilter(warnings_are, Image.DecompressionBombWarning)  # type: ignore[arg-type]
-                with pytest.raises(
-                    ValueError, match=r"cannot read the image .*dog.1\.png"
-                ) as caught:
-                    build_stream(folder(tree), 0)
-                with pytest.raises(UnreadableImageError):
-                    open_image(path, folder(tree))
-            said = f"Image size ({side * side} pixels) exceeds limit of "
-            assert said in str(caught.value)
-            assert "Scale it down, or take it out" in str(caught.value)
+    Image.new("RGB", (side, side)).save(path)
+    said = rf"{path}: Image size \({side * side} pixels\) exceeds limit of .*Scale it down, or take"
+    with warnings.catch_warnings():
+        warnings.simplefilter(action, Image.DecompressionBombWarning)
+        for read in (lambda: build_stream(folder(tree), 0), lambda: open_image(path, folder(tree))):
+            with pytest.raises(UnreadableImageError, match=said):
+                read()
     Image.new("RGB", (15, 20)).save(path)
     assert len(build_stream(folder(tree), 0).train) == 25
 
 
 # --- decoding
-
-
-def grey_alpha() -> Image.Image:
-    return Image.merge("LA", [Image.new("L", (8, 8), 99), Image.new("L", (8, 8), 3)])
 
 
 def palette(*, transparent: bool) -> Image.Image:
@@ -110,7 +87,7 @@ def palette(*, transparent: bool) -> Image.Image:
     [
         (Image.new("L", (8, 8), 99), (99, 99, 99)),
         (Image.new("1", (8, 8), 1), (255, 255, 255)),
-        (grey_alpha(), (99, 99, 99)),
+        (Image.new("LA", (8, 8), (99, 3)), (99, 99, 99)),
         (Image.new("RGBA", (8, 8), (200, 100, 50, 10)), (200, 100, 50)),
         (palette(transparent=False), (200, 100, 50)),
         (palette(transparent=True), (200, 100, 50)),
@@ -146,26 +123,6 @@ def test_an_image_for_digits_becomes_grey_and_8_wide(tmp_path: Path) -> None:
     assert open_image(tmp_path / "x.png", DataConfig()).shape == (1, 8, 8)
     larger = DataConfig(image_size=16, resize=16)
     assert open_image(tmp_path / "x.png", larger).shape == (1, 16, 16)
-
-
-@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "bmp"])
-def test_damaged_files_give_an_image_or_an_error_that_names_them(tmp_path: Path, kind: str) -> None:
-    rng = np.random.default_rng(3)
-    path = tmp_path / f"x.{kind}"
-    Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(path)
-    sound = np.frombuffer(path.read_bytes(), dtype=np.uint8)
-    outcomes = set()
-    for _ in range(150):
-        damaged = sound.copy()
-        spots = rng.integers(len(sound), size=rng.integers(4))
-        damaged[spots] = rng.integers(256, size=len(spots))
-        path.write_bytes(damaged.tobytes()[: rng.integers(1, 2 * len(sound))])
-        try:
-            said = str(tuple(open_image(path, folder(tmp_path)).shape))
-        except ValueError as error:
-            said = str(error)
-        outcomes.add("(3, 8, 8)" if said == "(3, 8, 8)" else f"error {str(path) in said}")
-    assert outcomes == {"(3, 8, 8)", "error True"}
 
 
 def test_decoded_images_are_kept_only_when_small_and_resized(tree: Path) -> None:

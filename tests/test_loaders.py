@@ -13,7 +13,7 @@ from image_folders import augmented, folder, grow
 from PIL import Image
 from small_runs import tiny
 
-from training.data import build_stream, loader, passes_begun, start_at, train_transform
+from training.data import build_stream, loader, train_transform
 from training.data.loaders import SeededBatches
 
 
@@ -63,24 +63,19 @@ def test_every_image_comes_once_and_the_last_batch_is_short(noisy: Path) -> None
     assert torch.equal(ordered, train.labels)
 
 
-def test_a_pass_can_be_repeated_by_its_number(noisy: Path) -> None:
-    batches = loader(augmented(noisy, 0), 4, shuffle=True, seed=5)
-    second = epochs(noisy)[1]
-    start_at(batches, 1, 0)
-    assert torch.equal(torch.cat([images for images, _ in batches]), second)
-
-
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_pass_over_several_epochs_is_theirs_in_a_row(noisy: Path, workers: int) -> None:
     one_by_one = loader(augmented(noisy, workers), 4, shuffle=True, seed=5, workers=workers)
     expected = [images for _ in range(3) for images, _ in one_by_one][2:]
     batches = loader(augmented(noisy, workers), 4, shuffle=True, seed=5, workers=workers)
-    start_at(batches, 0, 2, epochs=3)
+    batches.order.start_at(0, 2, epochs=3)
     found = [images for images, _ in batches]
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
-    assert passes_begun(batches) == 3
+    assert batches.order.epoch == 3
     assert len(list(batches)) == len(batches) == 7  # the next pass is one epoch again
+    batches.order.start_at(1, 0)  # any pass can be repeated by its number
+    assert all(torch.equal(x, y) for x, (y, _) in zip(expected[5:12], batches, strict=True))
 
 
 @pytest.mark.parametrize("pad", [0, 3])

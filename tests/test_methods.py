@@ -9,7 +9,7 @@ from small_runs import small_vit
 from torch import nn
 from torch.nn import functional
 
-from training.methods import METHODS, Method, MethodConfig, steps_a_batch
+from training.methods import METHODS, Context, Method, MethodConfig, steps_a_batch
 
 NAMES = tuple(METHODS.paths)
 STILL = {"frozen", "ncm", "ranpac_frozen"}
@@ -94,8 +94,6 @@ def test_a_method_without_tensors_takes_plain_steps(model: nn.Module) -> None:
         radius = 0.5
 
     method = Heads()
-    from training.methods import Context
-
     method.start(model, Context(0, 1))
     method.begin_task([])
     head = torch.zeros(3, 16, requires_grad=True)

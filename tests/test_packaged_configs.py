@@ -48,6 +48,7 @@ INFERRED = {
     "paper/imagenet-a-20": ("imagenet-a", 10, 0.01, 5e-4, 0.3, 0.15, 32),
     "paper/domainnet": ("domainnet", 69, 0.01, 5e-4, 0.3, 0.0, 32),
 }
+PLAIN = {**RELEASED, **INFERRED}
 TEMPERATURES = {"imagenet-r": 0.2, "imagenet-a": 0.2, "cub": 0.2, "cifar100": 0.3, "domainnet": 0.1}
 PUBLISHED = {
     "paper/imagenet-r-10": "81.93 after the last task, 87.18 on average",
@@ -95,9 +96,9 @@ def text(name: str) -> str:
 # --- what they say
 
 
-@pytest.mark.parametrize("name", [*RELEASED, *INFERRED])
+@pytest.mark.parametrize("name", PLAIN)
 def test_settings_by_data_set(name: str) -> None:
-    found, expected = read(name), {**RELEASED, **INFERRED}[name]
+    found, expected = read(name), PLAIN[name]
     assert expected == (
         found.data.name,
         found.data.increment,
@@ -131,7 +132,7 @@ def test_settings_of_all(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_variants_differ_from_their_experiment_in_what_they_are_named_after(name: str) -> None:
-    base = next(n for n in sorted([*RELEASED, *INFERRED], key=len)[::-1] if name.startswith(n))
+    base = next(n for n in sorted(PLAIN, key=len)[::-1] if name.startswith(n))
     variant = name.removeprefix(base).removeprefix("-")
     found, plain = read(name), read(base)
     assert (found.data, found.train) == (plain.data, plain.train)
@@ -154,10 +155,9 @@ def test_variants_differ_from_their_experiment_in_what_they_are_named_after(name
 
 
 def test_every_experiment_of_the_paper_has_a_configuration() -> None:
-    plain = [*RELEASED, *INFERRED]
-    aligned = [f"{name}-ca" for name in plain if not name.endswith("-20")]
+    aligned = [f"{name}-ca" for name in PLAIN if not name.endswith("-20")]
     others = [f"paper/imagenet-r-10-{variant}" for variant in (*BACKBONES, *ABLATIONS)]
-    assert sorted(CONFIGS) == sorted([*plain, *aligned, *others])
+    assert sorted(CONFIGS) == sorted([*PLAIN, *aligned, *others])
 
 
 def flops_of_an_image() -> float:
@@ -188,7 +188,7 @@ def test_heads_say_the_command_the_time_the_number_and_the_origin(name: str) -> 
     assert said == pytest.approx(hours, rel=0.06)
 
 
-@pytest.mark.parametrize("name", [*RELEASED, *INFERRED])
+@pytest.mark.parametrize("name", PLAIN)
 def test_the_table_in_the_docs_says_what_the_heads_say(name: str) -> None:
     docs = Path(__file__).parents[1].joinpath("docs", "experiments.md").read_text("utf-8")
     row = re.search(rf"^\| `{name.removeprefix('paper/')}` \|.*$", docs, re.MULTILINE)
@@ -273,9 +273,7 @@ def fake_cifar100(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def small(name: str, data: Path, weights: Path, out: Path, tasks: int | None) -> Experiment:
-    source = (
-        f"--backbone.weights={weights}" if name.endswith("ibot") else "--backbone.pretrained=false"
-    )
+    given = f"weights={weights}" if name.endswith("ibot") else "pretrained=false"
     return experiment_of(
         [
             f"--config={name}",
@@ -285,7 +283,7 @@ def small(name: str, data: Path, weights: Path, out: Path, tasks: int | None) ->
             "--data.test_resize=36",
             "--data.workers=0",
             f"--backbone.options={VIT}",
-            source,
+            f"--backbone.{given}",
             "--train.epochs=1",
             "--keep.figure=false",
             "--device=cpu",
@@ -294,38 +292,32 @@ def small(name: str, data: Path, weights: Path, out: Path, tasks: int | None) ->
     )
 
 
-def check_run(folder: Path, experiment: Experiment, tasks: int) -> None:
-    classes = read_json(folder / "classes.json")
+FIRST_TASKS = [pytest.param(n, 2, marks=[] if n in FAST else pytest.mark.slow) for n in CONFIGS]
+WHOLE = ("paper/imagenet-r-20", "paper/cifar100", "paper/domainnet")
+WHOLE_STREAMS = [pytest.param(name, None, marks=pytest.mark.slow) for name in WHOLE]
+
+
+@pytest.mark.parametrize(("name", "tasks"), [*FIRST_TASKS, *WHOLE_STREAMS])
+def test_streams_run(
+    name: str,
+    tasks: int | None,
+    data: Path,
+    weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake_cifar100(data, monkeypatch)
+    experiment = small(name, data, weights, tmp_path / "run", tasks)
+    folder = train(experiment, quiet=True)
+    classes, summary = read_json(folder / "classes.json"), read_json(folder / "summary.json")
     size, count = experiment.data.increment, IMAGES[experiment.data.name][2]
-    order = np.random.RandomState(1993).permutation(count)
+    tasks = tasks or count // size
     assert [len(task) for task in classes["tasks"]] == [size] * tasks
+    order = np.random.RandomState(1993).permutation(count)
     assert classes["order"] == order[: size * tasks].tolist()
-    summary = read_json(folder / "summary.json")
     assert list(summary["readouts"]) == [experiment.head.readout, *experiment.head.also]
     totals = summary["counts"][experiment.head.readout]["total"][-1]
     assert len(totals) == size * tasks
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in CONFIGS]
-)
-def test_the_first_tasks_run(
-    name: str, data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_cifar100(data, monkeypatch)
-    experiment = small(name, data, weights, tmp_path / "run", 2)
-    check_run(train(experiment, quiet=True), experiment, 2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["paper/imagenet-r-20", "paper/cifar100", "paper/domainnet"])
-def test_the_whole_stream_runs(
-    name: str, data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_cifar100(data, monkeypatch)
-    experiment = small(name, data, weights, tmp_path / "run", None)
-    tasks = IMAGES[experiment.data.name][2] // experiment.data.increment
-    check_run(train(experiment, quiet=True), experiment, tasks)
 
 
 # --- the baselines' own settings, laid over those of a data set

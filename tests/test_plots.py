@@ -2,17 +2,18 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 from training.metrics import AccuracyMatrix
 from training.plots import (
     Curve,
-    Interval,
     Panel,
     accuracy_figure,
     interval_figure,
@@ -38,45 +39,37 @@ def pixels(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
+def colours(path: Path) -> set[tuple[int, ...]]:
+    return {tuple(colour) for colour in np.unique(pixels(path).reshape(-1, 3), axis=0).tolist()}
+
+
+BLUE, RED = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)
+
+
 @pytest.mark.parametrize("tasks", [1, 5, 25])
 def test_any_number_of_tasks(tmp_path: Path, tasks: int) -> None:
     path = accuracy_figure(decaying(tasks), tmp_path / "new" / "figure.png", title="A $run_{$")
-    image = pixels(path)
-    assert min(image.shape[:2]) > 400
-    assert len(np.unique(image.reshape(-1, 3), axis=0)) > 20
+    assert min(pixels(path).shape[:2]) > 400
+    assert len(colours(path)) > 20
     assert [p.name for p in path.parent.iterdir()] == ["figure.png"]
 
 
-def test_the_picture_depends_on_the_numbers_alone(tmp_path: Path) -> None:
-    first = accuracy_figure(decaying(3), tmp_path / "a.png").read_bytes()
-    assert accuracy_figure(decaying(3), tmp_path / "b.png").read_bytes() == first
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_a_figure_depends_on_the_numbers_alone(tmp_path: Path, kind: str) -> None:
     changed = AccuracyMatrix.from_dict({**decaying(3).to_dict(), "correct": [[1], [1, 1], [1] * 3]})
-    assert accuracy_figure(changed, tmp_path / "c.png").read_bytes() != first
-
-
-def test_labels_of_any_length(tmp_path: Path) -> None:
-    labels = ["3, 7", "a name that is much longer than what fits", "$odd_{text$"]
-    assert pixels(accuracy_figure(decaying(3), tmp_path / "a.png", task_labels=labels)).size
-
-
-def drawn(seeds: list[list[float]], path: Path) -> bytes:
-    """A figure of one curve."""
-    panel = Panel(spread_curves({"a": seeds}), "tasks", "accuracy", ends=".1f")
-    return line_figure([panel], path, title="A $title_{$").read_bytes()
+    first, again, other = (
+        accuracy_figure(matrix, tmp_path / f"{name}.{kind}", title="A $title_{$").read_bytes()
+        for name, matrix in {"a": decaying(3), "b": decaying(3), "c": changed}.items()
+    )
+    assert again == first != other
+    if kind == "svg":
+        assert ElementTree.fromstring(first).tag == "{http://www.w3.org/2000/svg}svg"
 
 
 def test_curves_have_colours_of_their_own(tmp_path: Path) -> None:
     curves = spread_curves({"LoDA": [[1.0, 0.9], [0.98, 0.8]], "frozen": [[0.9, 0.7]]})
-    image = pixels(line_figure([Panel(curves, "x", "y", "Two $methods_{$")], tmp_path / "c.png"))
-    colours = {tuple(c) for c in image.reshape(-1, 3).tolist()}
-    assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} <= colours
-
-
-def test_an_svg_depends_on_the_numbers_alone(tmp_path: Path) -> None:
-    first = drawn([[1.0, 0.9]], tmp_path / "a.svg")
-    assert drawn([[1.0, 0.9]], tmp_path / "b.svg") == first
-    assert drawn([[1.0, 0.8]], tmp_path / "c.svg") != first
-    assert ElementTree.fromstring(first).tag == "{http://www.w3.org/2000/svg}svg"
+    panel = Panel(curves, "x", "y", "Two $methods_{$")
+    assert {BLUE, RED} <= colours(line_figure([panel], tmp_path / "c.png"))
 
 
 def test_mean_and_band_over_seeds() -> None:
@@ -91,10 +84,8 @@ def test_mean_and_band_over_seeds() -> None:
 def test_curves_differ_without_colour(tmp_path: Path) -> None:
     styles = [tuple(line_style(k)[key] for key in ("marker", "ls")) for k in range(36)]
     assert len(set(styles)) == 36
-    curves = [
-        Curve(f"a method with a rather long name {k}", [1, 2], [1, k + 1], style=k)
-        for k in range(9)
-    ]
+    name = "a method with a rather long name"
+    curves = [Curve(f"{name} {k}", [1, 2], [1, k + 1], style=k) for k in range(9)]
     image = pixels(line_figure([Panel(curves, "x", "y", log=True)] * 2, tmp_path / "a.png"))
     assert image.shape[0] > image.shape[1]  # panels one above the other
 
@@ -117,42 +108,42 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
 def test_many_ends_leave_room_for_the_curves(tmp_path: Path) -> None:
     curves = spread_curves({f"method {k}": [[0.5, 0.4]] for k in range(30)})
     # A warning of the layout would be an error.
-    line_figure([Panel(curves, "x", "y", ends=".1f")], tmp_path / "a.svg")
+    line_figure([Panel(curves, "x", "y", ends=True)], tmp_path / "a.svg")
 
 
 def test_intervals_of_several_series(tmp_path: Path) -> None:
+    columns = ["lead", "low", "high"]
+    one = {"frozen $x$": (5.0, 4.0, 6.0), "joint": (-2.0, np.nan, np.nan)}
     series = {
-        "glyphs": {"frozen $x$": Interval(5.0, 4.0, 6.0), "joint": Interval(-2.0)},
-        "cifar_vit": {"frozen $x$": Interval(3.0, 1.0, 5.0)},
+        name: pd.DataFrame.from_dict(values, orient="index", columns=columns)
+        for name, values in {"glyphs": one, "cifar_vit": {"frozen $x$": (3.0, 1.0, 5.0)}}.items()
     }
-    image = pixels(interval_figure(series, tmp_path / "a.png", x="lead (points)"))
-    colours = {tuple(c) for c in image.reshape(-1, 3).tolist()}
-    assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} <= colours
+    path = interval_figure(series, tmp_path / "a.png", x="lead (points)")
+    assert {BLUE, RED} <= colours(path)
 
 
 def test_a_heat_map_of_rows(tmp_path: Path) -> None:
     assert pixels(matrix_figure([[0.5], [0.4, 0.9]], tmp_path / "a.png")).size
 
 
-def test_errors(tmp_path: Path) -> None:
-    path = tmp_path / "a.png"
-    with pytest.raises(ValueError, match="at least one task"):
-        accuracy_figure(AccuracyMatrix(), path)
-    with pytest.raises(ValueError, match="got 1 for 2 tasks"):
-        accuracy_figure(decaying(2), path, task_labels=["one"])
-    with pytest.raises(ValueError, match=r"\.pdf"):
-        accuracy_figure(decaying(2), tmp_path / "a.pdf")
-    with pytest.raises(ValueError, match="panel"):
-        line_figure([Panel([], "x", "y")], path)
-    with pytest.raises(ValueError, match=r"got \[1, 1\]"):
-        matrix_figure([[0.5], [0.5]], path)
-    with pytest.raises(ValueError, match="panel"):
-        line_figure([], path)
-    with pytest.raises(ValueError, match=r"got \[1, 2\]"):
-        spread_curves({"a": [[1.0], [1.0, 0.5]]})
-    with pytest.raises(ValueError, match="difference"):
-        interval_figure({"a": {}}, path, x="x")
-    assert not path.exists()
+@pytest.mark.parametrize(
+    ("draw", "word"),
+    [
+        (lambda path: accuracy_figure(AccuracyMatrix(), path), "at least one task"),
+        (lambda path: accuracy_figure(decaying(2), path.with_suffix(".pdf")), r"\.pdf"),
+        (lambda path: line_figure([Panel([], "x", "y")], path), "panel"),
+        (lambda path: line_figure([], path), "panel"),
+        (lambda path: matrix_figure([[0.5], [0.5]], path), r"got \[1, 1\]"),
+        (lambda _: spread_curves({"a": [[1.0], [1.0, 0.5]]}), r"got \[1, 2\]"),
+        (lambda path: interval_figure({"a": pd.DataFrame()}, path, x="x"), "difference"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(
+    tmp_path: Path, draw: Callable[[Path], object], word: str
+) -> None:
+    with pytest.raises(ValueError, match=word):
+        draw(tmp_path / "a.png")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_matplotlib_is_imported_late() -> None:

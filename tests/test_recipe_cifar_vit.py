@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pretraining import command_line
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.nn import functional
@@ -172,7 +173,7 @@ def test_the_packaged_weights_are_those_of_the_recipe() -> None:
     assert metadata["timm_model"] == conv_vit.NAME
     assert json.loads(metadata["timm_options"]) == cifar_vit.OPTIONS
     # The file was written when the recipe was a module of the package, under another command.
-    settings = cifar_vit.command(cifar_vit.Recipe()).partition(" --")[2]
+    settings = command_line(cifar_vit.PROGRAM, cifar_vit.Recipe()).partition(" --")[2]
     assert metadata["recipe"].partition(" --")[2] == settings
     assert metadata["tensors_sha256"] == RECORDED
     assert build_backbone(BackboneConfig("cifar_vit")).tensors_sha256 == RECORDED

@@ -68,9 +68,8 @@ def test_leads_are_drawn_with_their_intervals(two: Path) -> None:
     figure = drawn(two)["lead"]
     # (70 + 40 + 80) / 3 or 2 more, less (50 + 60 + 90) / 3.
     assert figure.alt == "Points with intervals. loda over seq_lora −2.33 [−15.04, +10.37]."
-    ((label, point),) = figure.draw.args[0]["loda"].items()  # type: ignore[attr-defined]
-    assert label == "seq_lora"
-    assert point == pytest.approx((-2.3333, -15.0395, 10.3729), abs=1e-3)
+    point = figure.draw.args[0]["loda"].loc["seq_lora"]  # type: ignore[attr-defined]
+    assert tuple(point) == pytest.approx((-2.3333, -15.0395, 10.3729, 2), abs=1e-3)
 
 
 def test_leads_of_several_backbones_are_drawn_together(tmp_path: Path) -> None:
@@ -107,19 +106,15 @@ def analysed(tmp_path: Path) -> Path:
 def test_energies_are_drawn_by_layer_and_branch(analysed: Path) -> None:
     figures = drawn(analysed)
     null, isolated = panels(figures["ratio-loda"])[0].curves
-    assert (null.label, isolated.label) == (
-        "null space of the old tasks",
-        "isolated subspace of LoDA",
-    )
+    assert null.label == "null space of the old tasks"
+    assert isolated.label == "isolated subspace of LoDA"
     assert (null.centre, null.low, null.high) == ([7, 8], [5, 6], [9, 10])  # medians of two tasks
     assert isolated.centre == [700, 800]
     magnitude, energy = panels(figures["energy-loda"])
-    first = {c.label: c.centre[0] for c in energy.curves}
-    assert first == {
-        "general, new task inputs": 70,
-        "general, old task inputs": 3 * 70,
-        "isolated, new task inputs": 700,
-        "isolated, old task inputs": 3 * 700,
+    assert {c.label: c.centre[0] for c in energy.curves} == {
+        f"{branch}, {age} task inputs": factor * scale
+        for branch, scale in (("general", 70), ("isolated", 700))
+        for age, factor in (("new", 1), ("old", 3))
     }
     assert [c.centre[0] for c in magnitude.curves] == [2 * 70, 4 * 70, 2 * 700, 4 * 700]
 
@@ -133,21 +128,10 @@ def test_losses_are_drawn_along_the_step_with_their_marks(analysed: Path) -> Non
         assert list(lines["new task"].x) == [0.0, 1.5]
         marks = [(c.label, c.x, c.centre) for c in panel.curves if not c.line]
         assert marks == [
-            ("recalibrated", [0.5], [0.5 + 2 * place]),
-            ("recalibrated", [0.5], [0.5 + 2 * place + 1]),
-            ("merged, both branches", [0.25], [0.25 + 2 * place]),
-            ("merged, both branches", [0.25], [0.25 + 2 * place + 1]),
+            (label, [step], [step + 2 * place + age])
+            for label, step in (("recalibrated", 0.5), ("merged, both branches", 0.25))
+            for age in (0, 1)
         ]
-
-
-def test_ratios_that_are_all_infinite_have_no_figure(tmp_path: Path) -> None:
-    run = fake_run(tmp_path / "run")
-    infinite = measures(1.0) | {"ratio": None}
-    layers = {"qkv": {"null": infinite, "general": infinite}}
-    changed_json(run / "analysis.json", subspaces=[{"layers": layers}])
-    figures = drawn(run)
-    assert "energy-loda" in figures
-    assert "ratio-loda" not in figures
 
 
 def test_layers_without_a_ratio_are_left_out_and_it_is_said(analysed: Path) -> None:
@@ -160,6 +144,10 @@ def test_layers_without_a_ratio_are_left_out_and_it_is_said(analysed: Path) -> N
     assert "Left out" in figure.caption
     null, isolated = panels(figure)[0].curves
     assert (null.x, isolated.x) == ([2], [1, 2])
+    infinite = measures(1.0) | {"ratio": None}  # all of them: no figure
+    layers = {"qkv": {"null": infinite, "general": infinite}}
+    changed_json(analysed / "analysis.json", subspaces=[{"layers": layers}])
+    assert {"ratio-loda", "energy-loda"} & {*drawn(analysed)} == {"energy-loda"}
 
 
 def test_a_figure_says_which_runs_it_leaves_out(tmp_path: Path) -> None:

@@ -21,30 +21,19 @@ BACKBONES = ("glyphs", "cifar_vit")
 
 def table(section: Section, title: str, against: str | None = None) -> Table:
     """The table whose title begins so."""
-    (found,) = [t for t in report_tables(section, against) if t.title.startswith(title)]
-    return found
+    (chosen,) = [t for t in report_tables(section, against) if t.title.startswith(title)]
+    return chosen
 
 
 def test_mean_and_sample_deviation_over_seeds(tmp_path: Path) -> None:
     for seed, last in ((3, (30, 70)), (1, (60, 80)), (2, (90, 90))):
         fake_run(tmp_path / str(seed), ((90,), last), seed=seed)
     (section,) = sections(tmp_path)
-    assert texts(table(section, "Accuracy, read-out alignment")) == [
-        # last 50, 70, 90; average 70, 80, 90; forgetting 60, 30, 0
-        [
-            "loda",
-            "70.00 ± 20.00",
-            "80.00 ± 10.00",
-            "30.00 ± 30.00",
-            "95.00 ± 0.00",
-            "1, 2, 3",
-        ]
-    ]
-
-
-def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
-    (section,) = sections(fake_run(tmp_path / "a"))
-    assert texts(table(section, "Accuracy"))[0][1] == "70.00"
+    # last 50, 70, 90; average 70, 80, 90; forgetting 60, 30, 0
+    cells = ["70.00 ± 20.00", "80.00 ± 10.00", "30.00 ± 30.00", "95.00 ± 0.00", "1, 2, 3"]
+    assert texts(table(section, "Accuracy, read-out alignment")) == [["loda", *cells]]
+    (section,) = sections(tmp_path / "2")  # one seed has no deviation
+    assert texts(table(section, "Accuracy"))[0][1] == "90.00"
 
 
 def test_the_best_of_a_column_is_bold(tmp_path: Path) -> None:
@@ -52,13 +41,12 @@ def test_the_best_of_a_column_is_bold(tmp_path: Path) -> None:
     fake_run(tmp_path / "b", ((80,), (70, 70)), method=FROZEN)  # ties in last, forgets less
     fake_run(tmp_path / "c", ((99, 99),), method=MethodConfig("joint"))
     (section,) = sections(tmp_path)
-    found = table(section, "Accuracy")
-    assert set(found.best) == {
+    accuracy = table(section, "Accuracy")
+    assert set(accuracy.best) == {
         *(("loda", name) for name in ("last", "average", "task given")),
         *(("frozen", name) for name in ("last", "forgetting", "task given")),
     }
-    joint = next(row for row in texts(found) if row[0] == "joint")
-    assert joint[1:5] == ["99.00", "–", "–", "–"]
+    assert [*accuracy.cells.loc["joint"]][:4] == ["99.00", "–", "–", "–"]
 
 
 def test_costs(tmp_path: Path) -> None:
@@ -92,13 +80,8 @@ def grown(folder: Path, lasts: dict[tuple[str, str], dict[int, int]]) -> list[Pa
     """A folder of runs a backbone, from its name and that of the method to the last accuracies."""
     for (backbone, name), by_seed in lasts.items():
         for seed, last in by_seed.items():
-            fake_run(
-                folder / backbone / f"{name}{seed}",
-                ((90,), (last, last)),
-                seed=seed,
-                backbone=BackboneConfig(backbone),
-                method=MethodConfig(name),
-            )
+            own = {"backbone": BackboneConfig(backbone), "method": MethodConfig(name)}
+            fake_run(folder / backbone / f"{name}{seed}", ((90,), (last, last)), seed=seed, **own)
     return [folder / backbone for backbone in dict.fromkeys(backbone for backbone, _ in lasts)]
 
 
@@ -125,10 +108,10 @@ def test_other_class_orders_make_no_pair(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [2, 5])
 def test_the_interval_is_that_of_scipy(count: int) -> None:
     ours, theirs = np.random.default_rng(count).normal(size=(2, count))
-    found = intervals(pd.DataFrame({"a": ours - theirs, "b": np.nan}))
+    ahead = intervals(pd.DataFrame({"a": ours - theirs, "b": np.nan}))
     expected = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
-    assert list(found.index) == ["a"]  # nothing makes a pair in the other
-    np.testing.assert_allclose(found.loc["a", ["low", "high"]], expected)
+    assert list(ahead.index) == ["a"]  # nothing makes a pair in the other
+    np.testing.assert_allclose(ahead.loc["a", ["low", "high"]], expected)
     single = intervals(pd.DataFrame({"a": [2.0]})).loc["a"]
     assert (single["lead"], single["pairs"]) == (2, 1)
     assert single[["low", "high"]].isna().all()
@@ -138,10 +121,9 @@ def test_data_and_backbones_side_by_side(tmp_path: Path) -> None:
     ours, theirs = {1: 70, 2: 71}, {1: 60, 2: 61}
     lasts = {(b, n): v for b in BACKBONES for n, v in (("loda", ours), ("frozen", theirs))}
     folders = grown(tmp_path, lasts)
-    found = sections(*folders)
-    titles = ["digits, 2 tasks, glyphs", "digits, 2 tasks, cifar_vit"]
-    assert [section.title for section in found] == titles
-    assert [list(section.groups) for section in found] == [["frozen", "loda"]] * 2
+    assert [(section.title, list(section.groups)) for section in sections(*folders)] == [
+        (f"digits, 2 tasks, {backbone}", ["frozen", "loda"]) for backbone in BACKBONES
+    ]
     accuracy, lead = Report.over(folders).overview()
     assert accuracy.title == "Side by side: last accuracy, read-out alignment (%)"
     assert accuracy.header == ["method", "glyphs", "cifar_vit"]
@@ -197,15 +179,9 @@ def test_labels_are_checked(tmp_path: Path) -> None:
 
 
 NAMES = (
-    "[1] LoDA",
-    " [2] LoDA",
-    "* starred",
-    'a|b <c> "d" `e`',
-    "γ·ρ ≥ 3 ± λ × Λ – Σ",
-    "a\nb",
-    r"\x{y}$z^~#%&_",
-    "-- ?` !` ''",
-)
+    "[1] LoDA", " [2] LoDA", "* starred", 'a|b <c> "d" `e`', "γ·ρ ≥ 3 ± λ × Λ – Σ", "a\nb",
+    r"\x{y}$z^~#%&_", "-- ?` !` ''",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -232,11 +208,8 @@ def test_a_row_never_begins_with_what_latex_takes_for_an_argument(odd_latex: str
     assert odd_latex.isascii()
 
 
-def test_a_table_in_markdown_keeps_its_columns() -> None:
+def test_odd_cells_in_markdown_and_latex() -> None:
     assert "| [1] | a\\|b c |" in markdown(odd(["a|b\nc"], []))
-
-
-def test_greek_letters_are_those_of_mathematics() -> None:
     assert escape_latex("γ 3, Λ") == r"$\gamma$ 3, $\Lambda$"
 
 

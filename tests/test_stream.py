@@ -14,12 +14,6 @@ from training.data import DataConfig, build_stream, loader
 from training.data import test_transform as evaluation_transform
 from training.data.stream import cut_tasks
 
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    return grow(tmp_path / "tree", {"train": 5, "test": 2})
-
-
 # --- the order of classes and the cut into tasks
 
 

@@ -12,13 +12,15 @@ from torchvision.transforms import v2
 from training.data import DataConfig, train_transform
 from training.data import test_transform as evaluation_transform
 
-PAPER = {
-    "image_size": 224,
-    "train_crop": "random_resized",
-    "flip": True,
-    "test_resize": 256,
-    "test_crop": "center",
-}
+PAPER = folder(
+    Path(),
+    resize=None,
+    image_size=224,
+    train_crop="random_resized",
+    flip=True,
+    test_resize=256,
+    test_crop="center",
+)
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -63,10 +65,9 @@ def test_pad_crops_are_those_of_torchvision(size: int, pad: int, flip: bool) -> 
 
 
 def test_random_resized_crops_have_the_settings_of_the_paper() -> None:
-    config = DataConfig("folder", {"root": "x"}, **PAPER)  # type: ignore[arg-type]
     image = noise(3, 60, 80)
     torch.manual_seed(3)
-    ours = train_transform(config)(image)
+    ours = train_transform(PAPER)(image)
     torch.manual_seed(3)
     reference = v2.Compose(
         [
@@ -82,7 +83,6 @@ def test_random_resized_crops_have_the_settings_of_the_paper() -> None:
 
 
 def test_evaluation_images_are_those_of_pillow() -> None:
-    config = DataConfig("folder", {"root": "x"}, **PAPER)  # type: ignore[arg-type]
     image = noise(3, 60, 80)
     reference = v2.Compose(
         [
@@ -92,7 +92,7 @@ def test_evaluation_images_are_those_of_pillow() -> None:
             v2.ToDtype(torch.float32, scale=True),
         ]
     )(Image.fromarray(image.permute(1, 2, 0).numpy()))
-    levels = ((evaluation_transform(config)(image) - reference) * 255).abs().round()
+    levels = ((evaluation_transform(PAPER)(image) - reference) * 255).abs().round()
     # Tensors and Pillow round the two passes of a resize differently, seldom and little.
     assert levels.max() <= 2
     assert (levels > 0).float().mean() < 0.02
@@ -100,7 +100,7 @@ def test_evaluation_images_are_those_of_pillow() -> None:
 
 def test_pixels_are_plain_by_default_and_scaled_exactly() -> None:
     image = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16)
-    plain = evaluation_transform(DataConfig(image_size=16, resize=16))(image)
+    transform = evaluation_transform(DataConfig(image_size=16, resize=16))
+    plain = transform(image)
     np.testing.assert_array_equal(plain.numpy().ravel(), np.arange(256, dtype=np.float32) / 255)
-    again = evaluation_transform(DataConfig(image_size=16, resize=16))(plain.double())
-    assert torch.equal(again, plain)
+    assert torch.equal(transform(plain.double()), plain)

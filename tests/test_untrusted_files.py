@@ -200,8 +200,11 @@ def test_images(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> Non
     path.write_bytes(content)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of odd metadata and decodes all the same
-        with suppress(UnreadableImageError):
-            assert open_image(path, PIXELS).shape == (3, 8, 8)
+        try:
+            said = str([*open_image(path, PIXELS).shape])
+        except UnreadableImageError as error:
+            said = str(error)
+        assert said == "[3, 8, 8]" or str(path) in said
 
 
 @pytest.mark.parametrize("kind", sorted(IMAGES))

@@ -7,10 +7,11 @@ anything outside the standard library for ``loda --help``.
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 # Import names of what the train extra brings.
 _TRAIN = (
@@ -35,12 +36,43 @@ _USAGE_ERROR = 2
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
 
-_ONE_RUN = "the run folder"
-_RUNS = "run folders, folders that hold runs, or files written by loda bundle"
-_ROOT = "where the images are now, if they have moved since the training"
-_ALLOW = "import path of a class of another package that the run may load; may be repeated"
+_Act = Callable[[argparse.Namespace], int | None]
+_Argument = tuple[tuple[str, ...], dict[str, Any]]  # names and details, as argparse takes them
+_COMMANDS: dict[str, tuple[_Act, tuple[_Argument, ...], dict[str, Any]]] = {}
+_TAKE_SETTINGS = ("train", "sweep")  # those of an experiment, beside their own arguments
 
-Commands = argparse._SubParsersAction  # argparse has no public name for it
+
+def _arg(*names: str, **details: Any) -> _Argument:
+    return names, details
+
+
+def _command(
+    name: str, summary: str, *arguments: _Argument, **details: Any
+) -> Callable[[_Act], _Act]:
+    """Make a command of a function, which gets the parsed arguments; help is in this order."""
+
+    def add(act: _Act) -> _Act:
+        _COMMANDS[name] = act, arguments, {"help": summary, **details}
+        return act
+
+    return add
+
+
+_RUN = _arg("run", type=Path, metavar="RUN", help="the run folder")
+_RUNS = _arg(
+    "runs",
+    nargs="+",
+    metavar="[NAME=]RUN",
+    help="run folders, folders that hold runs, or files written by loda bundle",
+)
+_ROOT = _arg("--root", help="where the images are now, if they have moved since the training")
+_ALLOW = _arg(
+    "--allow",
+    action="append",
+    default=[],
+    metavar="CLASS",
+    help="import path of a class of another package that the run may load; may be repeated",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if command != "train" and os.environ.get("WORLD_SIZE", "1") != "1":
         parser.error(f"{command} is for one process: start it without a launcher")
-    if rest and not arguments.takes_settings:
+    if rest and command not in _TAKE_SETTINGS:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     missing = [name for name in _TRAIN if find_spec(name) is None]
     if missing:
@@ -78,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _USAGE_ERROR
     try:
         arguments.settings = rest
+        if "run" in arguments:
+            _require_run(arguments.run)  # before torch is imported
         return arguments.act(arguments) or 0
     except KeyboardInterrupt as stop:
         _say(f"loda {command}: interrupted{f'; {stop}' if str(stop) else ''}")
@@ -99,22 +133,16 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Set LODA_DEBUG=1 to see the traceback of an error.",
     )
     parser.add_argument("--version", action="version", version=_version())
-    parser.set_defaults(takes_settings=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    # In the order of their use.
-    for add in (
-        _add_train,
-        _add_sweep,
-        _add_eval,
-        _add_predict,
-        _add_report,
-        _add_bundle,
-        _add_analyse,
-        _add_data_check,
-        _add_verify,
-        _add_ranks,
-    ):
-        add(commands)
+    for name, (act, arguments, details) in _COMMANDS.items():
+        command = commands.add_parser(name, **details)
+        if act is _data_check:  # the only command of two words
+            what = "decode every image, compare the splits, and say what is wrong"
+            actions = command.add_subparsers(dest="action", metavar="ACTION", required=True)
+            command = actions.add_parser("check", help=what)
+        for names, options in arguments:
+            command.add_argument(*names, **options)
+        command.set_defaults(act=act)
     return parser
 
 
@@ -131,31 +159,21 @@ def _say(*lines: str) -> None:
 
 
 def _require_run(run: Path) -> None:
-    """Raise FileNotFoundError unless there is a folder; before torch is imported."""
-    # What the folder holds is checked by whoever loads it.
-    if not run.is_dir():
+    if not run.is_dir():  # what it holds is checked by whoever loads it
         msg = f"no run folder {run}"
         raise FileNotFoundError(msg)
-
-
-def _add_allow(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--allow", action="append", default=[], metavar="CLASS", help=_ALLOW)
 
 
 # Training
 
 
-def _add_train(commands: "Commands[argparse.ArgumentParser]") -> None:
-    # Its settings have a parser of their own, which also prints their help.
-    parser = commands.add_parser("train", help="train on a stream of tasks", add_help=False)
-    parser.set_defaults(act=_train, takes_settings=True)
-
-
+# Its settings have a parser of their own, which also prints their help.
+@_command("train", "train on a stream of tasks", add_help=False)
 def _train(arguments: argparse.Namespace) -> None:
     own = argparse.ArgumentParser(prog="loda train", add_help=False, allow_abbrev=False)
     own.add_argument("--resume", type=Path, metavar="RUN")
     own.add_argument("--overwrite", action="store_true")
-    _add_allow(own)
+    own.add_argument(*_ALLOW[0], **_ALLOW[1])
     given, settings = own.parse_known_args(arguments.settings)
     if given.resume is not None and given.overwrite:
         own.error("--overwrite begins a run anew and --resume goes on with one: give one of them")
@@ -210,27 +228,23 @@ def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _add_sweep(commands: "Commands[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser(
-        "sweep",
-        help="train many runs, methods times seeds; those that are done are skipped",
-        epilog="Further arguments are settings of loda train, for every run.",
-    )
-    parser.add_argument("sweep", metavar="SWEEP", help="a YAML file, or the name of a packaged one")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the sweep")
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time (default: 1)")
-    parser.add_argument(
+@_command(
+    "sweep",
+    "train many runs, methods times seeds; those that are done are skipped",
+    _arg("sweep", metavar="SWEEP", help="a YAML file, or the name of a packaged one"),
+    _arg("--out", type=Path, required=True, help="folder of the sweep"),
+    _arg("--workers", type=int, default=1, help="runs at a time (default: 1)"),
+    _arg(
         "--engine",
         choices=["processes", "slurm", "local"],
         default="processes",
         help="processes on this machine, jobs of a SLURM cluster, or submitit without a cluster, "
         "to try it out",
-    )
-    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="run only these variants")
-    parser.add_argument("--dry-run", action="store_true", help="only list the runs")
-    parser.set_defaults(act=_sweep, takes_settings=True)
-
-
+    ),
+    _arg("--only", nargs="+", metavar="VARIANT", help="run only these variants"),
+    _arg("--dry-run", action="store_true", help="only list the runs"),
+    epilog="Further arguments are settings of loda train, for every run.",
+)
 def _sweep(arguments: argparse.Namespace) -> int:
     from training.config import keeps_nothing
     from training.sweep import plan, read_sweep, run_sweep, standing, summarise, write_groups
@@ -263,16 +277,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
 # One finished run
 
 
-def _add_eval(commands: "Commands[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser("eval", help="evaluate the saved model of a run again")
-    parser.add_argument("run", type=Path, metavar="RUN", help=_ONE_RUN)
-    parser.add_argument("--root", help=_ROOT)
-    _add_allow(parser)
-    parser.set_defaults(act=_eval)
-
-
+@_command("eval", "evaluate the saved model of a run again", _RUN, _ROOT, _ALLOW)
 def _eval(arguments: argparse.Namespace) -> None:
-    _require_run(arguments.run)
     from training.analysis.predict import evaluate_run
 
     results = evaluate_run(arguments.run, root=arguments.root, allow=arguments.allow)
@@ -283,17 +289,15 @@ def _eval(arguments: argparse.Namespace) -> None:
         print(f"  by task: {tasks}")
 
 
-def _add_predict(commands: "Commands[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser("predict", help="classify images with the model of a run")
-    parser.add_argument("run", type=Path, metavar="RUN", help=_ONE_RUN)
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
-    parser.add_argument("--top", type=int, default=3, help="classes to name (default: 3)")
-    _add_allow(parser)
-    parser.set_defaults(act=_predict)
-
-
+@_command(
+    "predict",
+    "classify images with the model of a run",
+    _RUN,
+    _arg("images", type=Path, nargs="+", metavar="IMAGE", help="image files"),
+    _arg("--top", type=int, default=3, help="classes to name (default: 3)"),
+    _ALLOW,
+)
 def _predict(arguments: argparse.Namespace) -> None:
-    _require_run(arguments.run)
     from training.analysis.predict import load
 
     classifier = load(arguments.run, allow=arguments.allow)
@@ -306,23 +310,16 @@ def _predict(arguments: argparse.Namespace) -> None:
 # Many finished runs
 
 
-def _add_report(commands: "Commands[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser(
-        "report", help="compare finished runs: tables, figures, and a page that holds them all"
-    )
-    parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help=_RUNS)
-    parser.add_argument("--out", type=Path, help="write everything to this folder")
-    parser.add_argument("--overwrite", action="store_true", help="replace the report in --out")
-    parser.add_argument("--figure", type=Path, help="draw accuracy over tasks to this PNG or SVG")
-    parser.add_argument(
-        "--against", metavar="NAME", help="whose lead over the others is given (default: loda)"
-    )
-    parser.add_argument(
-        "--baseline", metavar="NAME", help="to whose accuracy the others are drawn in relation"
-    )
-    parser.set_defaults(act=_report)
-
-
+@_command(
+    "report",
+    "compare finished runs: tables, figures, and a page that holds them all",
+    _RUNS,
+    _arg("--out", type=Path, help="write everything to this folder"),
+    _arg("--overwrite", action="store_true", help="replace the report in --out"),
+    _arg("--figure", type=Path, help="draw accuracy over tasks to this PNG or SVG"),
+    _arg("--against", metavar="NAME", help="whose lead over the others is given (default: loda)"),
+    _arg("--baseline", metavar="NAME", help="to whose accuracy the others are drawn in relation"),
+)
 def _report(arguments: argparse.Namespace) -> None:
     from training.report import Report, comparison_figure, write_report
 
@@ -335,16 +332,13 @@ def _report(arguments: argparse.Namespace) -> None:
         comparison_figure(report.sections, arguments.figure)
 
 
-def _add_bundle(commands: "Commands[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser(
-        "bundle", help="write what a report needs of finished runs to one text file, to share it"
-    )
-    parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN", help=_RUNS)
-    parser.add_argument("--out", type=Path, required=True, help="the file, FILE.jsonl")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file in --out")
-    parser.set_defaults(act=_bundle)
-
-
+@_command(
+    "bundle",
+    "write what a report needs of finished runs to one text file, to share it",
+    _RUNS,
+    _arg("--out", type=Path, required=True, help="the file, FILE.jsonl"),
+    _arg("--overwrite", action="store_true", help="replace the file in --out"),
+)
 def _bundle(arguments: argparse.Namespace) -> None:
     from training.report import find_runs, write_bundle
 
@@ -355,32 +349,29 @@ def _bundle(arguments: argparse.Namespace) -> None:
     print(f"bundle of {len(inventory.runs)} runs: {written}")
 
 
-def _add_analyse(commands: "Commands[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser(
-        "analyse", help="compute what figures of LoDA in a report need, from what a run kept"
-    )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="finished runs of LoDA")
-    parser.add_argument(
+@_command(
+    "analyse",
+    "compute what figures of LoDA in a report need, from what a run kept",
+    _arg("runs", type=Path, nargs="+", metavar="RUN", help="finished runs of LoDA"),
+    _arg(
         "--parts",
         nargs="+",
         choices=("subspaces", "losses"),
         default=("subspaces", "losses"),
         help="what to compute (default: both)",
-    )
-    parser.add_argument(
+    ),
+    _arg(
         "--tasks",
         type=int,
         nargs="+",
         help="tasks whose losses are computed (default: 2, the middle one and the last)",
-    )
-    parser.add_argument(
+    ),
+    _arg(
         "--points", type=int, default=16, help="points of a loss curve, from 0 to 1.5 (default: 16)"
-    )
-    parser.add_argument("--root", help=_ROOT)
-    _add_allow(parser)
-    parser.set_defaults(act=_analyse)
-
-
+    ),
+    _ROOT,
+    _ALLOW,
+)
 def _analyse(arguments: argparse.Namespace) -> None:
     from training.analysis.analyse import analyse
 
@@ -400,16 +391,12 @@ def _analyse(arguments: argparse.Namespace) -> None:
 # Checks
 
 
-def _add_data_check(commands: "Commands[argparse.ArgumentParser]") -> None:
-    data = commands.add_parser("data", help="look through a folder of images")
-    parser = data.add_subparsers(dest="action", metavar="ACTION", required=True).add_parser(
-        "check", help="decode every image, compare the splits, and say what is wrong"
-    )
-    parser.add_argument("root", type=Path, metavar="ROOT", help="holds train/ and test/ or val/")
-    parser.add_argument("--workers", type=int, help="threads that decode (default: one a core)")
-    parser.set_defaults(act=_data_check)
-
-
+@_command(
+    "data",
+    "look through a folder of images",
+    _arg("root", type=Path, metavar="ROOT", help="holds train/ and test/ or val/"),
+    _arg("--workers", type=int, help="threads that decode (default: one a core)"),
+)
 def _data_check(arguments: argparse.Namespace) -> int:
     from training.data import check_data
 
@@ -418,19 +405,14 @@ def _data_check(arguments: argparse.Namespace) -> int:
     return 0 if report.passed else 1
 
 
-def _add_verify(commands: "Commands[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser(
-        "verify", help="solve every layer and task again from saved moments, and compare"
-    )
-    parser.add_argument(
+@_command(
+    "verify",
+    "solve every layer and task again from saved moments, and compare",
+    _arg(
         "path", type=Path, metavar="RUN|FILE.npz", help="a run with kept moments, or saved arrays"
-    )
-    parser.add_argument(
-        "--tolerance", type=float, default=1e-5, help="largest relative error (default: 1e-5)"
-    )
-    parser.set_defaults(act=_verify)
-
-
+    ),
+    _arg("--tolerance", type=float, default=1e-5, help="largest relative error (default: 1e-5)"),
+)
 def _verify(arguments: argparse.Namespace) -> int:
     from training.analysis.verify import verification_table, verify
 
@@ -439,23 +421,19 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 0 if all(check.passed for check in checks) else 1
 
 
-def _add_ranks(commands: "Commands[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser(
-        "ranks", help="say which rank the layers of a run need, from saved moments"
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run with kept moments")
-    parser.add_argument(
+@_command(
+    "ranks",
+    "say which rank the layers of a run need, from saved moments",
+    _arg("run", type=Path, metavar="RUN", help="a run with kept moments"),
+    _arg(
         "--share",
         type=float,
         nargs="+",
         default=[0.9, 0.99],
         help="shares of the energy and of the ratio to reach (default: 0.9 0.99)",
-    )
-    parser.set_defaults(act=_ranks)
-
-
+    ),
+)
 def _ranks(arguments: argparse.Namespace) -> None:
-    _require_run(arguments.run)
     from training.analysis.ranks import layer_ranks, rank_table
 
     print(rank_table(layer_ranks(arguments.run, arguments.share)))

@@ -15,7 +15,7 @@ import math
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -64,8 +64,9 @@ class Registry:
         """Whether a name stands for a class of this package: its code is ours."""
         if name in self.paths:
             return True
-        ours = self.other(name) is not None and not is_import_path(name)
-        return ours and name not in self.names()
+        if is_import_path(name) or name in self.names():
+            return False
+        return self.other(name) is not None
 
     def require_known(self, name: str, section: str, *, trusted: bool) -> None:
         """Refuse to import a class of another package that only a file of a run names.
@@ -90,29 +91,27 @@ class Registry:
         ValueError
             If there is none, or what is there is not a component of this kind.
         """
-        path = self.paths.get(name)
-        if path is None:
-            for entry in entry_points(group=self.group, name=name) if self.group else ():
-                return self._checked(name, entry.load())
-            if is_import_path(name):
-                return self._checked(name, _imported(name))
-            path = self.other(name)
-        if path is None:
+        kind: Any
+        if name in self.paths:
+            kind = _imported(self.paths[name])
+        elif self.group and (entries := entry_points(group=self.group, name=name)):
+            kind = next(iter(entries)).load()
+        elif is_import_path(name):
+            kind = _imported(name)
+        elif (path := self.other(name)) is not None:
+            kind = _imported(path)
+        else:
             msg = (
                 f"{self.kind} must be one of {', '.join(self.names())} or the import path of a "
                 f"class, package.module.Class, got {name}"
             )
             raise ValueError(msg)
-        kind: type = _imported(path)
-        return kind
-
-    def _checked(self, name: str, value: Any) -> type:
-        missing = [need for need in self.requires if not callable(getattr(value, need, None))]
-        if not isinstance(value, type) or missing:
+        missing = [need for need in self.requires if not callable(getattr(kind, need, None))]
+        if not isinstance(kind, type) or missing:
             needs = ", ".join(self.requires)
-            msg = f"{self.kind} must be a class with the functions {needs}, got {name}: {value!r}"
+            msg = f"{self.kind} must be a class with the functions {needs}, got {name}: {kind!r}"
             raise ValueError(msg)
-        return value
+        return kind
 
     def add_options(self, group: Any, name: str, section: str) -> None:
         """Add the options of a component as arguments ``--SECTION.OPTION`` of a group."""
@@ -143,8 +142,7 @@ class Registry:
         if not isinstance(options, Mapping):
             msg = f"{section} must hold options by name, got {options!r}"
             raise ValueError(msg)  # noqa: TRY004 - a value of a setting
-        unknown = sorted(set(map(str, options)) - set(defaults))
-        if unknown:
+        if unknown := sorted(set(map(str, options)) - set(defaults)):
             msg = (
                 f"{self.kind} {name} has no {', '.join(f'{section}.{key}' for key in unknown)}; "
                 f"its options: {', '.join(defaults) or 'none'}"
@@ -205,19 +203,6 @@ class Component:
         if self.is_known:
             self.options = self.registry.complete(self.name, self.options, self.section)
 
-    @classmethod
-    def shared(cls) -> list[str]:
-        """Settings that all components of the kind have, the name aside."""
-        return [f.name for f in fields(cls) if f.name not in (_NAME, "options", "trusted")]
-
-    def values(self) -> dict[str, Any]:
-        """Name, options and shared settings side by side, as a file of settings has them."""
-        return {
-            _NAME: self.name,
-            **self.options,
-            **{key: getattr(self, key) for key in self.shared()},
-        }
-
     def recorded(self) -> Self:
         """The same as a run records it: where options or the name hold paths, absolute ones."""
         return self
@@ -240,7 +225,7 @@ class Component:
         return self.registry.find(self.name)
 
     def build(self) -> Any:
-        """A new instance with these options."""
+        """A new instance with these options; raises as `kind` does."""
         self.registry.require_known(self.name, self.section, trusted=self.trusted)
         return self.registry.build(self.name, self.options)
 
@@ -273,21 +258,8 @@ def refuse_null(
 ) -> None:
     """Refuse null where the type of a setting does not have it; jsonargparse lets it pass.
 
-    Parameters
-    ----------
-    values : mapping of str to object
-        The settings.
-    kind : type
-        The class whose constructor takes them.
-    prefix : str
-        What stands before their names in the message: ``"train."``.
-    defaults : mapping of str to object, optional
-        Defaults of those that the constructor hands on: null may stand where it is the default.
-
-    Raises
-    ------
-    ValueError
-        If there is one.
+    ``kind`` is the class whose constructor takes the values. What it hands on to another one has no
+    type here, but may have one of the ``defaults``: null may stand where it is the default.
     """
     try:
         hints = get_type_hints(kind.__init__)  # type: ignore[misc]

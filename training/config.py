@@ -6,10 +6,14 @@ may set any part of them, and the command line overrides the file::
 
     loda train --config caltech101 --data.root my/images --train.lr 0.1
 
-What sets them is a sequence of layers: the defaults, a file's base, the file, the command line. The
-components are looked up first, so that the parser has exactly their options. Where a later layer
-chooses another component, options of earlier layers that the new one has stay, and the others are
-dropped: they were said of the other component.
+How a setting gets from a file to the constructor of a method::
+
+    _layers      cuts what is given into layers: a file's base, the file, the command line
+    _choose      finds the components that the layers name, so that their options are known
+    _experiment  drops what was said of components that a later layer has replaced
+    _parser      jsonargparse's, with exactly the options of the chosen components
+    _built       puts the values into the dataclasses here, which check and keep them
+    build        of a component makes an instance from its options, when it is needed
 
 A relative path (``data.root``, ``backbone.weights``, ``out``) starts at the working directory.
 """
@@ -18,11 +22,12 @@ import argparse
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from importlib.resources import files
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jsonargparse
 import yaml
@@ -283,12 +288,19 @@ class Experiment:
 _COMPONENTS: dict[str, type[Component]] = {
     kind.section: kind for kind in (DataConfig, BackboneConfig, MethodConfig)
 }
-_PLAIN: dict[str, type] = {
+_SECTIONS: dict[str, type] = {
+    **_COMPONENTS,
     "train": TrainConfig,
+    "head": HeadConfig,
     "keep": KeepConfig,
     "checkpoint": CheckpointConfig,
 }
-_HEAD = [item.name for item in fields(HeadConfig) if item.name not in ("options", "trusted")]
+_UNDECLARED = {"options", "trusted"}  # of a component's own, and no setting
+
+
+def _declared(kind: type) -> list[str]:
+    """Names of the settings that a section has whatever component is chosen."""
+    return [item.name for item in fields(kind) if item.name not in _UNDECLARED]
 
 
 def effective(experiment: Experiment) -> Experiment:
@@ -304,7 +316,7 @@ def effective(experiment: Experiment) -> Experiment:
     (0, 'nearest_mean', ['alignment'])
     """
     method = experiment.method
-    own = getattr(method.kind, "readout", None) if method.is_known else None
+    own = _own_readout(method.name) if method.is_known else None
     if own is None:
         return experiment
     also = [name for name in experiment.head.names if name != own]
@@ -320,9 +332,7 @@ def foreign_classes(experiment: Experiment) -> list[str]:
     >>> foreign_classes(Experiment())
     []
     """
-    chosen = [(kind.registry, getattr(experiment, name).name) for name, kind in _COMPONENTS.items()]
-    chosen += [(READOUTS, name) for name in experiment.head.names]
-    return [name for registry, name in chosen if not registry.is_packaged(name)]
+    return [*_divided(_choose(_DEFAULT, flat_settings(experiment)), allow=())[1].values()]
 
 
 def keeps_nothing(experiment: Experiment) -> list[str]:
@@ -370,13 +380,13 @@ def load_experiment(
     0.1
     """
     try:
+        layers = _layers(argv)
         if recorded is None:
-            return experiment_of(argv)
-        more = _layers(argv)
-        allow = {*allow, *_choice(more[-1]).named()}
-        return _recorded(_file_layers(recorded), allow, more)
+            return _experiment(layers)
+        named = _named(_choose(_DEFAULT, layers[-1]))
+        return _experiment([*_file_layers(recorded), *layers], {*allow, *named.values()})
     except ValueError as error:
-        parser().error(str(error))
+        jsonargparse.ArgumentParser(prog=_PROGRAM, usage=_USAGE).error(str(error))
 
 
 def experiment_of(*layers: Sequence[str] | Mapping[str, Any]) -> Experiment:
@@ -419,7 +429,7 @@ def read_experiment(path: str | Path, allow: Collection[str] = ()) -> Experiment
         If it holds an unknown key, or a value of the wrong type or out of range.
     """
     with _not_a_configuration(str(path)):
-        return _recorded(_file_layers(Path(path)), allow)
+        return _experiment(_file_layers(Path(path)), allow)
 
 
 def begun_experiment(path: Path, allow: Collection[str] = ()) -> Experiment:
@@ -468,18 +478,7 @@ def experiment_from(
     1e-05
     """
     with _not_a_configuration(source):
-        return _recorded(_layers(values), allow)
-
-
-def parser(*, exit_on_error: bool = True) -> jsonargparse.ArgumentParser:
-    """The command line of an experiment with the default components.
-
-    Parameters
-    ----------
-    exit_on_error : bool
-        Print an error and leave with status 2; otherwise raise argparse.ArgumentError.
-    """
-    return _parser(*_DEFAULTS.key(), exit_on_error=exit_on_error)
+        return _experiment(_layers(values), allow)
 
 
 @contextmanager
@@ -491,14 +490,14 @@ def _not_a_configuration(source: str) -> Iterator[None]:
         raise ValueError(msg) from error
 
 
-_Sections = dict[str, Any]  # settings as a file holds them, by section
-_Layer = list[str] | _Sections  # arguments without --config, or what a file says
+_Settings = dict[str, Any]  # by dotted name
+_Layer = list[str] | _Settings  # arguments without --config, or what a file says
 
 
 def _layers(given: Sequence[str] | Mapping[str, Any]) -> list[_Layer]:
     """Settings as layers: files go first, wherever on a command line they are named."""
     if isinstance(given, Mapping):
-        return [_sections(given)]
+        return [_flat(given)]
     configs: list[_Layer] = []
     rest: list[str] = []
     arguments = iter(given)
@@ -506,8 +505,8 @@ def _layers(given: Sequence[str] | Mapping[str, Any]) -> list[_Layer]:
         option, equals, value = argument.partition("=")
         if option == "--config":
             configs += _file_layers(resolve_config(value if equals else next(arguments, "")))
-        elif option in (f"--{section}" for section in _COMPONENTS):  # short for its name
-            rest.append(f"{option}.name{equals}{value}")
+        elif option.removeprefix("--") in _COMPONENTS and option.startswith("--"):
+            rest.append(f"{option}.name{equals}{value}")  # --method is short for --method.name
         else:
             rest.append(argument)
     return [*configs, rest]
@@ -535,219 +534,196 @@ def _file_layers(path: Path, above: tuple[Path, ...] = ()) -> list[_Layer]:
         base = beside if beside.is_file() else resolve_config(name)
         bases = _file_layers(base, (*above, path.resolve()))
     try:
-        return [*bases, _sections(values)]
+        return [*bases, _flat(values)]
     except ValueError as error:
         msg = f"{path}: {error}"
         raise ValueError(msg) from error
 
 
-def _sections(values: Any) -> _Sections:
-    """Settings by section; ``method.rank: 4`` is the same as ``method: {rank: 4}``."""
+def _flat(values: Any) -> _Settings:
+    """Settings under their dotted names: ``method: {rank: 4}`` is ``method.rank: 4``."""
     if not isinstance(values, Mapping):
         msg = f"settings must be in sections, got {values!r:.40}"
         raise ValueError(msg)  # noqa: TRY004 - wrong content of a file, not a wrong call
-    known = [item.name for item in fields(Experiment)]
+    known = _declared(Experiment)
     strange = [str(key) for key in values if str(key).partition(".")[0] not in known]
     if strange:
         msg = f"unknown settings {', '.join(strange)}; known at the top: {', '.join(known)}"
         raise ValueError(msg)
-    result: _Sections = {}
+    flat: _Settings = {}
     for key, value in values.items():
-        section, _, setting = str(key).partition(".")
-        if setting:
-            result.setdefault(section, {})[setting] = value
-        elif section in _COMPONENTS and isinstance(value, str):
-            result.setdefault(section, {})["name"] = value
-        elif section in {*_COMPONENTS, *_PLAIN, "head"}:
-            if not isinstance(value, Mapping):
-                msg = f"{section} must be a mapping of settings, got {value}"
-                raise ValueError(msg)
-            result[section] = {**result.get(section, {}), **value}
+        if key in _COMPONENTS and isinstance(value, str):
+            flat[f"{key}.name"] = value
+        elif key in _SECTIONS:
+            check(isinstance(value, Mapping), key, value, "a mapping of settings")
+            for name, item in value.items():
+                flat |= _flat_item(f"{key}.{name}", item)
         else:
-            result[section] = value
-    return result
+            flat |= _flat_item(str(key), value)
+    return flat
 
 
-class _Choice(NamedTuple):
-    """Names of the components that are chosen, by section, and of the read-outs."""
-
-    components: dict[str, str]
-    readout: str
-    also: list[str]
-
-    def readouts(self) -> list[str]:
-        """Read-outs that are fitted, that of the method included, if it has its own."""
-        own = getattr(METHODS.find(self.components["method"]), "readout", None)
-        return list(dict.fromkeys([*([own] if own else []), self.readout, *self.also]))
-
-    def key(self) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
-        """What the parser depends on."""
-        return tuple(self.components.items()), tuple(self.readouts())
-
-    def named(self) -> set[str]:
-        """All names."""
-        return {*self.components.values(), self.readout, *self.also}
+def _flat_item(key: str, value: Any) -> _Settings:
+    # A mapping in the section head is the options of a read-out; any other is the value of one.
+    if key.startswith("head.") and isinstance(value, Mapping):
+        return {f"{key}.{option}": item for option, item in value.items()}
+    return {key: value}
 
 
-_DEFAULTS = _Choice(
-    {
-        section: str(item.default)
-        for section, kind in _COMPONENTS.items()
-        for item in fields(kind)
-        if item.name == "name"
-    },
-    HeadConfig.readout,
-    [],
-)
+# The settings that choose components, and with them which options there are.
+_DEFAULT: _Settings = {
+    **{f"{section}.name": vars(kind)["name"] for section, kind in _COMPONENTS.items()},
+    "head.readout": HeadConfig.readout,
+    "head.also": [],
+}
 
 
-def _choice(layer: _Layer, before: _Choice = _DEFAULTS) -> _Choice:
-    """The choice after a layer."""
-    given = _named_on(layer) if isinstance(layer, list) else layer
-    components = {
-        section: given.get(section, {}).get("name", name)
-        for section, name in before.components.items()
-    }
-    for section, name in components.items():
-        check(isinstance(name, str), f"{section}.name", name, "a name")
-    head = given.get("head", {})
-    readout, also = head.get("readout", before.readout), head.get("also", before.also)
-    check(isinstance(readout, str), "head.readout", readout, "a name")
-    names = isinstance(also, list) and all(isinstance(name, str) for name in also)
-    check(names, "head.also", also, "a list of names")
-    return _Choice(components, readout, also)
+def _choose(before: _Settings, layer: _Layer) -> _Settings:
+    """What is chosen after a layer."""
+    given = _chosen_on(layer) if isinstance(layer, list) else layer
+    choice = {key: given.get(key, value) for key, value in before.items()}
+    for key, value in choice.items():
+        if key == "head.also":
+            names = isinstance(value, list) and all(isinstance(name, str) for name in value)
+            check(names, key, value, "a list of names")
+        else:
+            check(isinstance(value, str), key, value, "a name")
+    return choice
 
 
-def _named_on(argv: Sequence[str]) -> _Sections:
-    """The components that a command line names; everything else is the parser's to read."""
+def _chosen_on(argv: Sequence[str]) -> _Settings:
+    """What a command line chooses; everything else is the parser's to read."""
     finder = argparse.ArgumentParser(
         add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
-    for name in (*(f"{section}.name" for section in _COMPONENTS), "head.readout", "head.also"):
-        finder.add_argument(f"--{name}", nargs="?")
+    for key in _DEFAULT:
+        finder.add_argument(f"--{key}", nargs="?")
     values = vars(finder.parse_known_args(argv)[0])
     # A value that is missing is reported by the parser.
-    named = {key: value for key, value in values.items() if value is not None}
-    if "head.also" in named:
+    given = {key: value for key, value in values.items() if value is not None}
+    if "head.also" in given:
         with suppress(yaml.YAMLError):
-            named["head.also"] = yaml.safe_load(named["head.also"])
-    return _sections(named)
+            given["head.also"] = yaml.safe_load(given["head.also"])
+    return given
 
 
-def _set_aside(values: _Sections, allow: Collection[str]) -> dict[str, dict[str, Any]]:
-    """Take out of a recorded file what classes are made with that may not be imported.
+def _named(choice: _Settings) -> dict[str, str]:
+    """Names of the chosen components by the prefix of their options: method, head.ridge."""
+    names = {section: choice[f"{section}.name"] for section in _COMPONENTS}
+    readouts = (choice["head.readout"], *choice["head.also"])
+    return names | {f"head.{_last(name)}": name for name in readouts}
 
-    Returns
-    -------
-    dict of str to dict
-        Names and options by section, which are kept as they stand.
+
+def _registry(prefix: str) -> Registry:
+    return _COMPONENTS[prefix].registry if prefix in _COMPONENTS else READOUTS
+
+
+def _own_readout(method: str) -> str | None:
+    """The read-out of a method that trains nothing."""
+    return getattr(METHODS.find(method), "readout", None)
+
+
+_Components = tuple[tuple[str, str], ...]  # prefixes of options and names, to be hashed
+
+
+def _divided(
+    choice: _Settings, allow: Collection[str] | None
+) -> tuple[_Components, dict[str, str]]:
+    """Chosen components that may be imported, and those that may not be; see `_experiment`."""
+    names = _named(choice)
+    foreign = {
+        prefix: name
+        for prefix, name in names.items()
+        if allow is not None and name not in allow and not _registry(prefix).is_packaged(name)
+    }
+    if "method" not in foreign and (own := _own_readout(names["method"])):
+        names.setdefault(f"head.{_last(own)}", own)
+    return tuple(item for item in names.items() if item[0] not in foreign), foreign
+
+
+def _experiment(layers: Sequence[_Layer], allow: Collection[str] | None = None) -> Experiment:
+    """The experiment of layers, later ones over earlier ones.
+
+    A file of a run may be a stranger's, and to import a class runs its code. So ``allow`` names the
+    classes of other packages that may be imported, or is None where somebody has named all of them
+    here. Options of further ones are taken out before the parser sees them, and kept as they stand.
+
+    Where a later layer chooses another component, options of earlier layers that the new one has
+    stay, and others that the old one had are dropped: they were said of the old one. What neither
+    has is left for the parser to refuse.
     """
-    aside: dict[str, dict[str, Any]] = {}
-    for section, kind in _COMPONENTS.items():
-        own = values.get(section, {})
-        if not _may_import(kind.registry, own.get("name", ""), allow):
-            aside[section] = {key: own.pop(key) for key in [*own] if key not in kind.shared()}
-    head = values.get("head", {})
-    also = head.get("also")
-    names = [head.get("readout", ""), *(also if isinstance(also, list) else [])]
-    if not all(_may_import(READOUTS, name, allow) for name in names):
-        aside["head"] = {key: head.pop(key) for key in [*head] if key not in _HEAD[:3]}
-    return aside
-
-
-def _may_import(registry: Registry, name: Any, allow: Collection[str]) -> bool:
-    # What is no name at all is refused later.
-    return not isinstance(name, str) or name in {"", *allow} or registry.is_packaged(name)
-
-
-def _recorded(
-    layers: Sequence[_Layer], allow: Collection[str], more: Sequence[_Layer] = ()
-) -> Experiment:
-    """The experiment of a file that somebody else may have made, with further layers over it."""
-    aside: dict[str, dict[str, Any]] = {}
-    for layer in layers:
-        if isinstance(layer, dict):
-            aside |= _set_aside(layer, allow)
-    return _experiment([*layers, *more], aside)
-
-
-def _experiment(
-    layers: Sequence[_Layer], aside: Mapping[str, dict[str, Any]] | None = None
-) -> Experiment:
-    """The experiment of layers, and of components that were set aside."""
-    choices = [_DEFAULTS]
-    for layer in layers:
-        choices.append(_choice(layer, choices[-1]))
-    chosen, arguments = choices[-1], list[str]()
+    choices = [*accumulate(layers, _choose, initial=_DEFAULT)]
+    components, foreign = _divided(choices[-1], allow)
+    arguments: list[str] = []
+    recorded: dict[str, Any] = {}  # options of the foreign ones, by section
     for layer, choice in zip(layers, choices[1:], strict=True):
-        others = _options_of_others(choice, chosen)
+        here, foreign_here = _divided(choice, allow)
+        dropped = _options(here) - _options(components)
         if isinstance(layer, list):
-            arguments += _arguments_without(layer, others)
-        else:
-            arguments.append(f"--config={_yaml(_sections_without(layer, others))}")
+            arguments += _arguments_without(layer, dropped)
+            continue
+        settings = {key: value for key, value in layer.items() if not _is_of(key, dropped)}
+        for prefix, name in foreign_here.items():
+            # Nobody knows which options it has: all that its section does not declare.
+            section, _, readout = prefix.partition(".")
+            declared = {f"{section}.{key}" for key in _declared(_SECTIONS[section])}
+            given = [k for k in settings if k.startswith(f"{prefix}.") and k not in declared]
+            options = {key.removeprefix(f"{prefix}."): settings.pop(key) for key in given}
+            if foreign.get(prefix) == name:
+                own = recorded.setdefault(section, {})
+                (own.setdefault(readout, {}) if readout else own).update(options)
+        arguments.append(f"--config={_yaml(settings)}")
     try:
-        values = _parser(*chosen.key()).parse_args(arguments).as_dict()
+        values = _parser(components).parse_args(arguments).as_dict()
     except (argparse.ArgumentError, OverflowError) as error:
         raise ValueError(str(error)) from error
-    return _built(values, chosen, aside or {})
+    return _built(values, dict(components), recorded)
 
 
-def _options_of_others(choice: _Choice, chosen: _Choice) -> dict[str, set[str]]:
-    """Options by section that only components have that are not chosen any more.
-
-    What neither these nor the chosen ones have is not among them, for the parser to refuse.
-    """
-    others = {
-        section: set(kind.registry.options(choice.components[section]))
-        - set(kind.registry.options(chosen.components[section]))
-        for section, kind in _COMPONENTS.items()
-        if choice.components[section] != chosen.components[section]
-    }
-    others["head"] = {*map(_last, choice.readouts())} - {*map(_last, chosen.readouts())}
-    return others
+def _is_of(key: str, names: Collection[str]) -> bool:
+    """Whether a setting is one of some, or a part of one, such as ``backbone.options.depth``."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
-def _sections_without(layer: _Sections, others: Mapping[str, set[str]]) -> _Sections:
-    """A layer without some options, given by section."""
-    result = dict(layer)
-    for section, names in others.items():
-        if section in layer:
-            own = layer[section]
-            result[section] = {k: v for k, v in own.items() if k.partition(".")[0] not in names}
-    return result
-
-
-def _arguments_without(argv: Sequence[str], others: Mapping[str, set[str]]) -> list[str]:
-    """A command line without some options, as one of a sweep is for several methods."""
+def _arguments_without(argv: Sequence[str], dropped: Collection[str]) -> list[str]:
+    """A command line without some settings, as one of a sweep is for several methods."""
     result: list[str] = []
     left_out = False
     for argument in argv:
         if argument.startswith("--"):  # else it is the value of the one before
-            section, _, option = argument.removeprefix("--").partition("=")[0].partition(".")
-            left_out = option.partition(".")[0] in others.get(section, set())
+            left_out = _is_of(argument.removeprefix("--").partition("=")[0], dropped)
         if not left_out:
             result.append(argument)
     return result
 
 
+@lru_cache(maxsize=64)
+def _options(components: _Components) -> frozenset[str]:
+    """Dotted names of all options of some components."""
+    return frozenset(
+        f"{prefix}.{option}"
+        for prefix, name in components
+        for option in _registry(prefix).options(name)
+    )
+
+
+_PROGRAM = "loda train"
+_USAGE = "loda train [--config CONFIG] [--SETTING VALUE ...] [--overwrite] | --resume RUN"
+
+
 # A report reads hundreds of experiments that choose alike, and to build the parser takes longest.
 @lru_cache(maxsize=32)
-def _parser(
-    components: tuple[tuple[str, str], ...],
-    readouts: tuple[str, ...],
-    *,
-    exit_on_error: bool = False,
-) -> jsonargparse.ArgumentParser:
-    """A parser with exactly the options of the chosen components, by section, and read-outs."""
+def _parser(components: _Components) -> jsonargparse.ArgumentParser:
+    """A parser with exactly the options of some components."""
     result = jsonargparse.ArgumentParser(
-        prog="loda train",
+        prog=_PROGRAM,
         description="Train one class-incremental experiment and write its run folder, or go on "
         "with one that was interrupted.",
-        usage="loda train [--config CONFIG] [--SETTING VALUE ...] [--overwrite] | --resume RUN",
+        usage=_USAGE,
         epilog="The options of the chosen method, data set, backbone and read-outs are shown; to "
         "see those of others, name them: --method o_lora --help.",
         allow_abbrev=False,
-        exit_on_error=exit_on_error,
+        exit_on_error=False,
     )
     packaged = ", ".join(packaged_configs())
     result.add_argument(
@@ -755,51 +731,35 @@ def _parser(
         action="config",
         help=f"A YAML file, or the name of a packaged configuration: {packaged}",
     )
-    result.add_class_arguments(Experiment, as_group=False, skip={*_COMPONENTS, *_PLAIN, "head"})
-    for section, name in components:
-        kind, registry = _COMPONENTS[section], _COMPONENTS[section].registry
-        group = result.add_argument_group(
-            f"{section}: {summary(kind)}", f"{name}: {summary(registry.find(name))}"
-        )
-        group.add_class_arguments(kind, section, as_group=False, skip={"options", "trusted"})
-        registry.add_options(group, name, section)
-    for section, plain in _PLAIN.items():
-        group = result.add_argument_group(f"{section}: {summary(plain)}")
-        group.add_class_arguments(plain, section, as_group=False)
-    group = result.add_argument_group(f"head: {summary(HeadConfig)}")
-    group.add_class_arguments(HeadConfig, "head", as_group=False, skip={"options", "trusted"})
-    for name in readouts:
-        READOUTS.add_options(group, name, f"head.{_last(name)}")
+    result.add_class_arguments(Experiment, as_group=False, skip={*_SECTIONS})
+    for section, kind in _SECTIONS.items():
+        own = [item for item in components if item[0].partition(".")[0] == section]
+        chosen = [f"{name}: {summary(_registry(prefix).find(name))}" for prefix, name in own]
+        group = result.add_argument_group(f"{section}: {summary(kind)}", "; ".join(chosen) or None)
+        group.add_class_arguments(kind, section, as_group=False, skip=_UNDECLARED)
+        for prefix, name in own:
+            _registry(prefix).add_options(group, name, prefix)
     return result
 
 
 def _built(
-    values: Mapping[str, Any], chosen: _Choice, aside: Mapping[str, dict[str, Any]]
+    values: dict[str, Any], components: Mapping[str, str], recorded: Mapping[str, Any]
 ) -> Experiment:
-    """The experiment of parsed values."""
-    sections: dict[str, Any] = {}
-    for section, kind in _COMPONENTS.items():
+    """The experiment of parsed values, and of options of components that may not be imported."""
+    if "method" in components and (own := _own_readout(components["method"])):
+        head = values["head"]
+        head["readout"], *head["also"] = dict.fromkeys([own, head["readout"], *head["also"]])
+    for section, kind in _SECTIONS.items():
         options = dict(values[section])
-        shared = {key: options.pop(key) for key in kind.shared()}
-        refuse_null(shared, kind, f"{section}.")
-        options = aside.get(section, options)
-        name = options.pop("name")
-        sections[section] = kind(name, options, trusted=section not in aside, **shared)
-    for section, plain in _PLAIN.items():
-        refuse_null(values[section], plain, f"{section}.")
-        sections[section] = plain(**values[section])
-    options = dict(values["head"])
-    head = {key: options.pop(key) for key in _HEAD}
-    refuse_null(head, HeadConfig, "head.")
-    if chosen.readouts()[0] != chosen.readout:  # the method's own
-        head["readout"], *head["also"] = chosen.readouts()
-    if "head" in aside:
-        options = aside["head"]
-        head |= {key: options.pop(key) for key in ("readout", "also") if key in options}
-    sections["head"] = HeadConfig(**head, options=options, trusted="head" not in aside)
-    top = {item.name: values[item.name] for item in fields(Experiment) if item.name not in sections}
-    refuse_null(top, Experiment, "")
-    return effective(Experiment(**sections, **top))
+        settings = {key: options.pop(key) for key in _declared(kind)}
+        refuse_null(settings, kind, f"{section}.")
+        if kind is HeadConfig or section in _COMPONENTS:
+            settings["options"] = options | recorded.get(section, {})
+            settings["trusted"] = section not in recorded
+        values[section] = kind(**settings)
+    settings = {key: values[key] for key in _declared(Experiment)}
+    refuse_null(settings, Experiment, "")
+    return effective(Experiment(**settings))
 
 
 # Writing and comparing
@@ -818,15 +778,11 @@ def dump_experiment(experiment: Experiment) -> str:
 
 def experiment_values(experiment: Experiment) -> dict[str, Any]:
     """Every setting, by section, in types that JSON and YAML have."""
-    values: dict[str, Any] = {}
-    for item in fields(experiment):
-        section = getattr(experiment, item.name)
-        if isinstance(section, Component):
-            values[item.name] = section.values()
-        elif isinstance(section, HeadConfig):
-            values["head"] = {key: getattr(section, key) for key in _HEAD} | section.options
-        else:
-            values[item.name] = asdict(section) if item.name in _PLAIN else section
+    values = {key: getattr(experiment, key) for key in _declared(Experiment)}
+    for name, kind in _SECTIONS.items():
+        section = values[name]
+        common = {key: getattr(section, key) for key in _declared(kind)}
+        values[name] = common | getattr(section, "options", {})
     plain: dict[str, Any] = _plain(values)
     return plain
 
@@ -847,26 +803,13 @@ def flat_settings(experiment: Experiment) -> dict[str, Any]:
     >>> settings["seed"], settings["method.rank"], settings["head.alignment.epochs"]
     (3, 16, None)
     """
-    flat: dict[str, Any] = {}
-    for section, value in experiment_values(experiment).items():
-        for key, item in value.items() if isinstance(value, dict) else ():
-            if section == "head" and key not in _HEAD:
-                flat |= {f"head.{key}.{option}": inner for option, inner in item.items()}
-            else:
-                flat[f"{section}.{key}"] = item
-        if not isinstance(value, dict):
-            flat[section] = value
-    return flat
+    return _flat(experiment_values(experiment))
 
 
 def as_recorded(experiment: Experiment) -> Experiment:
     """The experiment as a run records it: with absolute paths."""
-    return replace(
-        experiment,
-        data=experiment.data.recorded(),
-        backbone=experiment.backbone.recorded(),
-        method=experiment.method.recorded(),
-    )
+    recorded: dict[str, Any] = {name: getattr(experiment, name).recorded() for name in _COMPONENTS}
+    return replace(experiment, **recorded)
 
 
 def differing_settings(one: Experiment, other: Experiment) -> list[str]:
@@ -916,12 +859,13 @@ def _last(name: str) -> str:
 
 # Files
 
+_CONFIGS = Path(str(files("training"))) / "configs"
+
 
 def packaged_configs() -> list[str]:
     """Names of the experiments in the package, such as digits and paper/cub."""
-    folder = Path(str(files("training").joinpath("configs")))
-    paths = [p for part in ("", "paper/", "native/") for p in folder.glob(f"{part}*.yaml")]
-    names = [path.relative_to(folder).with_suffix("") for path in paths]
+    paths = [p for part in ("", "paper/", "native/") for p in _CONFIGS.glob(f"{part}*.yaml")]
+    names = [path.relative_to(_CONFIGS).with_suffix("") for path in paths]
     return sorted(name.as_posix() for name in names if not name.name.startswith("_"))
 
 
@@ -936,7 +880,7 @@ def resolve_config(name: str) -> Path:
     if Path(name).is_file():
         return Path(name)
     if name in packaged_configs():
-        return Path(str(files("training").joinpath("configs", f"{name}.yaml")))
+        return _CONFIGS / f"{name}.yaml"
     msg = (
         f"--config must be a YAML file or a packaged configuration, got {name!r}; packaged are "
         f"{', '.join(packaged_configs())}"
@@ -1004,27 +948,27 @@ _StrictLoader.yaml_implicit_resolvers = {
 }
 
 
-def _require_once(root: yaml.Node | None) -> None:
+def _require_once(node: yaml.Node | None) -> None:
     """Refuse a key that stands twice in a mapping, or as ``a: {b: 1}`` and as ``a.b: 2``."""
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _require_once(item)
+    elif isinstance(node, yaml.MappingNode):
+        _require_once_below(node, "", {})
 
-    def keys(node: yaml.Node, prefix: str, dotted: dict[str, int]) -> None:
-        own: dict[tuple[str, str], int] = {}
-        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-            keys(key, "", {})
-            if not isinstance(key, yaml.ScalarNode):
-                keys(value, "", {})
-                continue
-            line = key.start_mark.line + 1
-            _once(own, (key.tag, key.value), key.value, line)
-            name = f"{prefix}{key.value}"
-            keys(value, f"{name}.", dotted)
-            if not isinstance(value, yaml.MappingNode):
-                _once(dotted, name, name, line)
-        for item in node.value if isinstance(node, yaml.SequenceNode) else ():
-            keys(item, "", {})
 
-    if root is not None:
-        keys(root, "", {})
+def _require_once_below(node: yaml.MappingNode, prefix: str, dotted: dict[str, int]) -> None:
+    own: dict[tuple[str, str], int] = {}
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            continue  # PyYAML refuses it
+        line, name = key.start_mark.line + 1, f"{prefix}{key.value}"
+        _once(own, (key.tag, key.value), key.value, line)
+        if isinstance(value, yaml.MappingNode):
+            _require_once_below(value, f"{name}.", dotted)
+        else:
+            _require_once(value)
+            _once(dotted, name, name, line)
 
 
 def _once(lines: dict[Any, int], key: Any, name: str, line: int) -> None:

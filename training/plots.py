@@ -6,7 +6,6 @@ loads matplotlib before a figure is drawn.
 
 import os
 from collections.abc import Mapping, Sequence
-from math import isfinite
 from pathlib import Path
 from statistics import fmean, stdev
 from textwrap import wrap
@@ -17,6 +16,7 @@ from training.run_dir import write_atomically
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from pandas import DataFrame
 
     from training.metrics import AccuracyMatrix
 
@@ -28,6 +28,7 @@ _DASHES = ("-", "--", "-.", ":")  # for prints without colour
 _DPI = 150
 _WIDTH, _HEIGHT = 5.4, 3.1  # inches of a panel: legible when a phone shows the whole width
 _LEGEND = 64  # letters in a line of the legend
+_NAME = 34  # letters of a name beside an interval
 _TASK_TICKS = 12
 _END_LABELS = 16
 _MATRIX_TICKS = 20
@@ -71,8 +72,8 @@ class Panel(NamedTuple):
         Names of the axes, with their units.
     title : str
         A line above.
-    ends : str
-        Format of the last value, written beside the end of each curve; none if empty.
+    ends : bool
+        Write the last value beside the end of each curve.
     whole : bool
         The places are whole numbers, such as tasks.
     log : bool
@@ -85,22 +86,14 @@ class Panel(NamedTuple):
     x: str
     y: str
     title: str = ""
-    ends: str = ""
+    ends: bool = False
     whole: bool = True
     log: bool = False
     level: float | None = None
 
 
-class Interval(NamedTuple):
-    """A difference and the ends of its interval; they are NaN where there is none."""
-
-    mean: float
-    low: float = float("nan")
-    high: float = float("nan")
-
-
 def spread_curves(
-    values: Mapping[str, Sequence[Sequence[float]]], *, scale: float = 1.0, first: int = 1
+    values: Mapping[str, Sequence[Sequence[float]]], *, first: int = 1
 ) -> list[Curve]:
     """Mean over seeds with a band of one sample standard deviation, a curve a name.
 
@@ -109,8 +102,6 @@ def spread_curves(
     values : mapping of str to sequence of sequences
         Name -> one list a seed, of equal lengths. A name without seeds gives no curve, and no
         other curve takes its style.
-    scale : float
-        Factor of the values; 100 turns fractions into per cent.
     first : int
         Place of the first value. A single value, as of a method that learns all at once, is put
         at the last place of the longest curve.
@@ -136,20 +127,15 @@ def spread_curves(
     for style, (name, seeds) in enumerate(values.items()):
         if not seeds:
             continue
-        columns = [[scale * x for x in column] for column in zip(*seeds, strict=True)]
+        columns = [*zip(*seeds, strict=True)]
         mean = [fmean(column) for column in columns]
-        deviations = [stdev(column) for column in columns] if len(seeds) > 1 else []
         start = first if len(mean) > 1 else first + longest - 1
-        curves.append(
-            Curve(
-                f"{name} (n = {len(seeds)})" if len(seeds) > 1 else name,
-                range(start, start + len(mean)),
-                mean,
-                [m - s for m, s in zip(mean, deviations, strict=False)],
-                [m + s for m, s in zip(mean, deviations, strict=False)],
-                style,
-            )
-        )
+        curve = Curve(name, range(start, start + len(mean)), mean, [], [], style)
+        if len(seeds) > 1:
+            spread = [(m, stdev(column)) for m, column in zip(mean, columns, strict=True)]
+            low, high = [m - s for m, s in spread], [m + s for m, s in spread]
+            curve = curve._replace(label=f"{name} (n = {len(seeds)})", low=low, high=high)
+        curves.append(curve)
     return curves
 
 
@@ -193,31 +179,26 @@ def line_figure(panels: Sequence[Panel], path: str | os.PathLike[str], *, title:
 
 
 def interval_figure(
-    series: Mapping[str, Mapping[str, Interval]],
-    path: str | os.PathLike[str],
-    *,
-    x: str,
-    title: str = "",
+    series: "Mapping[str, DataFrame]", path: str | os.PathLike[str], *, x: str
 ) -> Path:
     """Draw differences as points with intervals, the first name at the top; returns the path.
 
     Parameters
     ----------
-    series : mapping of str to mapping of str to Interval
-        What is compared, such as backbones, and in it the differences by name.
+    series : mapping of str to DataFrame
+        What is compared, such as backbones, and in it a row a name: the difference ``lead`` and
+        the ends of its interval, ``low`` and ``high``, which are NaN where there is none.
     path : path
         A PNG or SVG file; written whole or not at all.
     x : str
         What the differences are, with their unit.
-    title : str
-        A line above.
 
     Raises
     ------
     ValueError
         If there is no difference.
     """
-    names = list(dict.fromkeys(name for differences in series.values() for name in differences))
+    names = list(dict.fromkeys(name for ahead in series.values() for name in ahead.index))
     if not names:
         msg = "a figure of intervals must have at least one difference, got none"
         raise ValueError(msg)
@@ -226,30 +207,24 @@ def interval_figure(
     figure = _new_figure(_WIDTH, height)
     axes = figure.subplots()
     for number, (label, differences) in enumerate(series.items()):
-        style = line_style(number) | {"ls": "none", "ms": 5}
+        style = line_style(number) | {"ls": "none"}
         shift = (number - (len(series) - 1) / 2) * 0.7 / len(series)
-        places = [names.index(name) + shift for name in differences]
-        for place, value in zip(places, differences.values(), strict=True):
-            if isfinite(value.low) and isfinite(value.high):
-                axes.plot([value.low, value.high], [place] * 2, color=style["color"], lw=1.6)
-        centres = [value.mean for value in differences.values()]
-        axes.plot(centres, places, label=_plain(label), **style)
+        places = [names.index(name) + shift for name in differences.index]
+        axes.plot(differences[["low", "high"]].T, [places] * 2, color=style["color"], lw=1.6)
+        axes.plot(differences["lead"], places, label=_plain(label), **style)
     axes.axvline(0, color="#555555", lw=0.8, zorder=0)
-    axes.set_yticks(range(len(names)), [_shorten(name, 34) for name in names])
+    short = [name if len(name) <= _NAME else name[: _NAME - 1] + "…" for name in names]
+    axes.set_yticks(range(len(names)), [*map(_plain, short)])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(x)
     _open_frame(axes, grid="x")
     if len(series) > 1:
         figure.legend(loc="outside lower center", frameon=False, fontsize=8)
-    return _save(figure, path, title)
+    return _save(figure, path)
 
 
 def accuracy_figure(
-    matrix: "AccuracyMatrix",
-    path: str | os.PathLike[str],
-    *,
-    title: str = "",
-    task_labels: Sequence[str] | None = None,
+    matrix: "AccuracyMatrix", path: str | os.PathLike[str], *, title: str = ""
 ) -> Path:
     """Draw the accuracy matrix beside the accuracy over tasks; returns the path.
 
@@ -261,34 +236,36 @@ def accuracy_figure(
         A PNG or SVG file; written whole or not at all.
     title : str
         A line above both parts.
-    task_labels : sequence of str, optional
-        One label a task, for instance the names of its classes; by default 1 ... T.
 
     Raises
     ------
     ValueError
-        For an empty matrix or a wrong number of labels.
+        For an empty matrix.
     """
     tasks = len(matrix)
     if not tasks:
         msg = "an accuracy matrix must have at least one task to be drawn, got none"
         raise ValueError(msg)
-    if task_labels is not None and len(task_labels) != tasks:
-        msg = f"there must be one label a task, got {len(task_labels)} for {tasks} tasks"
-        raise ValueError(msg)
-    names = [_shorten(label, 18) for label in task_labels or map(str, range(1, tasks + 1))]
     side = _matrix_side(tasks)
-    below = 0.4 + 0.075 * max(len(name) for name in names) if _tilted(names) else 0.0
-    figure = _new_figure(side + 2.3 + 4.8, side + 1.1 + below)
+    figure = _new_figure(side + 2.3 + 4.8, side + 1.1)
     left, right = figure.subplots(1, 2, width_ratios=[side + 1.6, 4.6])
-    _draw_matrix(left, matrix.matrix, names)
-    _draw_accuracies(right, matrix)
+    _draw_matrix(figure, left, matrix.matrix)
+    learned = range(1, tasks + 1)
+    curves = [
+        Curve("all classes seen", learned, [100 * x for x in matrix.curve]),
+        Curve("task just learned", learned, [100 * row[-1] for row in matrix.matrix], style=1),
+    ]
+    summary = (
+        f"last {100 * matrix.last:.1f} · average {100 * matrix.average:.1f} · "
+        f"forgetting {100 * matrix.forgetting:.1f}"
+    )
+    right.set_ylim(0, 104)
+    _draw_panel(right, Panel(curves, "tasks learned", "accuracy (%)", summary, ends=True))
+    right.legend(frameon=False, fontsize=9)
     return _save(figure, path, title)
 
 
-def matrix_figure(
-    rows: Sequence[Sequence[float]], path: str | os.PathLike[str], *, title: str = ""
-) -> Path:
+def matrix_figure(rows: Sequence[Sequence[float]], path: str | os.PathLike[str]) -> Path:
     """Draw accuracies a[i][j] in [0, 1], j up to i, as a heat map; returns the path.
 
     Parameters
@@ -297,8 +274,6 @@ def matrix_figure(
         Row i holds i + 1 accuracies.
     path : path
         A PNG or SVG file.
-    title : str
-        A line above.
 
     Raises
     ------
@@ -311,8 +286,8 @@ def matrix_figure(
         raise ValueError(msg)
     side = _matrix_side(len(rows))
     figure = _new_figure(side + 2.1, side + 1.2)
-    _draw_matrix(figure.subplots(), rows, [str(j + 1) for j in range(len(rows))])
-    return _save(figure, path, title)
+    _draw_matrix(figure, figure.subplots(), rows)
+    return _save(figure, path)
 
 
 def line_style(number: int) -> dict[str, Any]:
@@ -339,27 +314,30 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
             style |= {"ls": "none", "ms": 8}
         axes.plot(curve.x, curve.centre, label=_plain(curve.label), **style)
         if curve.low:
-            axes.fill_between(
-                curve.x, curve.low, curve.high, color=style["color"], alpha=0.16, lw=0
-            )
-    if panel.log:
-        _log_scale(axes)
+            colour = style["color"]
+            axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.16, lw=0)
+    if panel.log:  # decades, with plain numbers beside the ticks
+        from matplotlib.ticker import LogLocator, NullFormatter
+
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     if panel.level is not None:
         axes.axhline(panel.level, color="#555555", lw=0.8, zorder=0)
-    first = min(min(curve.x) for curve in panel.curves)
-    last = max(max(curve.x) for curve in panel.curves)
+    places = [x for curve in panel.curves for x in curve.x]
     if panel.ends:
         ends = [(c.centre[-1], line_style(c.style)["color"]) for c in panel.curves]
-        _label_ends(axes, last, ends, panel.ends)
+        _label_ends(axes, max(places), ends)
     if panel.whole:
-        _whole_numbers(axes, int(first), int(last), room=bool(panel.ends))
+        _whole_numbers(axes, int(min(places)), int(max(places)), room=panel.ends)
     axes.set_xlabel(panel.x)
     axes.set_ylabel(panel.y)
     axes.set_title(_plain(panel.title), fontsize=10)
     _open_frame(axes, grid="y")
 
 
-def _draw_matrix(axes: "Axes", rows: Sequence[Sequence[float]], names: Sequence[str]) -> None:
+def _draw_matrix(figure: "Figure", axes: "Axes", rows: Sequence[Sequence[float]]) -> None:
     tasks = len(rows)
     grid = [[*(100 * a for a in row), *[float("nan")] * (tasks - len(row))] for row in rows]
     image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=100, aspect="equal")
@@ -371,64 +349,21 @@ def _draw_matrix(axes: "Axes", rows: Sequence[Sequence[float]], names: Sequence[
                 text = f"{100 * accuracy:.0f}"
                 axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=size)
     ticks = range(0, tasks, -(-tasks // _MATRIX_TICKS))
-    tilted = _tilted(names)
-    axes.set_xticks(
-        ticks, [names[t] for t in ticks], fontsize=9, rotation_mode="anchor",
-        rotation=40 if tilted else 0, ha="right" if tilted else "center",
-    )  # fmt: skip
-    axes.set_yticks(ticks, [str(t + 1) for t in ticks], fontsize=9)
-    if not tilted:  # names of classes need no explanation
-        axes.tick_params(axis="x", pad=10)
-        axes.set_xlabel("evaluated on the classes of task")
+    numbers = [str(t + 1) for t in ticks]
+    axes.set_xticks(ticks, numbers, fontsize=9)
+    axes.set_yticks(ticks, numbers, fontsize=9)
+    axes.tick_params(axis="x", pad=10)
+    axes.set_xlabel("evaluated on the classes of task")
     axes.tick_params(length=0)
     axes.set_ylabel("after learning task")
     axes.set_title("Accuracy by task (%)", fontsize=11)
     axes.spines[:].set_visible(False)
-    figure = axes.get_figure()
-    if figure is not None:
-        figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03).outline.set_visible(False)
-
-
-def _draw_accuracies(axes: "Axes", matrix: "AccuracyMatrix") -> None:
-    x = range(1, len(matrix) + 1)
-    seen = [100 * accuracy for accuracy in matrix.curve]
-    new = [100 * row[-1] for row in matrix.matrix]
-    axes.plot(x, seen, color=_COLOURS[0], marker="o", ms=5, lw=2, label="all classes seen")
-    axes.plot(
-        x, new, color=_COLOURS[1], marker="s", ms=4, lw=1.2, ls="--", label="task just learned"
-    )
-    axes.set_ylim(0, 104)
-    _label_ends(axes, len(x), [(seen[-1], _COLOURS[0])], ".1f")
-    _whole_numbers(axes, 1, len(x), room=True)
-    axes.set_xlabel("tasks learned")
-    axes.set_ylabel("accuracy (%)")
-    _open_frame(axes, grid="y")
-    axes.legend(frameon=False, fontsize=9)
-    axes.set_title(
-        f"last {100 * matrix.last:.1f} · average {100 * matrix.average:.1f} · "
-        f"forgetting {100 * matrix.forgetting:.1f}",
-        fontsize=11,
-    )
+    figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03).outline.set_visible(False)
 
 
 def _matrix_side(tasks: int) -> float:
     """Side of a square heat map, in inches."""
     return min(max(0.4 * tasks, 3.0), 7.5)
-
-
-def _tilted(names: Sequence[str]) -> bool:
-    """Whether the labels of tasks are too long to stand side by side."""
-    return max(len(name) for name in names) > 3
-
-
-def _log_scale(axes: "Axes") -> None:
-    """Decades, with plain numbers beside the ticks."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _whole_numbers(axes: "Axes", low: int, high: int, *, room: bool) -> None:
@@ -438,7 +373,7 @@ def _whole_numbers(axes: "Axes", low: int, high: int, *, room: bool) -> None:
     axes.set_xlim(low - 0.06 * width, high + (0.14 if room else 0.06) * width)
 
 
-def _label_ends(axes: "Axes", last: float, ends: Sequence[tuple[float, str]], form: str) -> None:
+def _label_ends(axes: "Axes", last: float, ends: Sequence[tuple[float, str]]) -> None:
     """Write each curve's last value at its end, moved apart where they would overlap."""
     if len(ends) > _END_LABELS:  # they would need more room than the curves
         return
@@ -448,7 +383,7 @@ def _label_ends(axes: "Axes", last: float, ends: Sequence[tuple[float, str]], fo
     for value, colour in sorted(ends):
         placed = max(value, placed + gap)
         axes.annotate(
-            f"{value:{form}}", (last, placed), xytext=(8, 0), textcoords="offset points",
+            f"{value:.1f}", (last, placed), xytext=(8, 0), textcoords="offset points",
             va="center", color=colour, fontsize=9, fontweight="bold", annotation_clip=False,
         )  # fmt: skip
 
@@ -465,11 +400,6 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _shorten(label: str, width: int) -> str:
-    """A label of at most so many letters, ready to be drawn."""
-    return _plain(label if len(label) <= width else label[: width - 1] + "…")
-
-
 def _new_figure(width: float, height: float) -> "Figure":
     """An empty figure of a size in inches."""
     # Imported here so that a run without figures, or `loda --help`, does not load matplotlib.
@@ -482,7 +412,7 @@ def _new_figure(width: float, height: float) -> "Figure":
     return figure
 
 
-def _save(figure: "Figure", path: str | os.PathLike[str], title: str) -> Path:
+def _save(figure: "Figure", path: str | os.PathLike[str], title: str = "") -> Path:
     """Write a figure under its title as PNG or SVG, by the ending of the path."""
     from matplotlib import rc_context
 
@@ -495,9 +425,7 @@ def _save(figure: "Figure", path: str | os.PathLike[str], title: str) -> Path:
         figure.suptitle(_plain(title), fontsize=12)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Without version, date and random names the file depends on the numbers alone.
-    unnamed: dict[str, Any] = {"Software": None}
-    if kind == "svg":
-        unnamed = {"Date": None, "Creator": None}
+    unnamed: Any = dict.fromkeys(("Date", "Creator") if kind == "svg" else ("Software",))
     with rc_context({"svg.hashsalt": "loda"}):
         write_atomically(
             target, lambda file: figure.savefig(file, format=kind, dpi=_DPI, metadata=unnamed)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Literal, NamedTuple, NoReturn, Self
 
 from training.checkpoint import handle_signals, has_checkpoint, restore_signals
@@ -49,17 +49,12 @@ from training.run_dir import (
 Engine = Literal["processes", "slurm", "local"]
 Standing = Literal["done", "to do", "running elsewhere", "unreadable"]
 Status = Literal[
-    "done before",
-    "finished",
-    "failed",
-    "unreadable",
-    "running elsewhere",
-    "stopped",
-    "not started",
+    "done before", "finished", "failed", "unreadable", "running elsewhere", "stopped", "not started"
 ]
 _KEYS = {"configs", "settings", "variants", "groups", "seeds", "slurm"}
 _GROUPS = "groups.json"
 _LOGS = "logs"
+_PACKAGED = files("training") / "configs" / "sweeps"
 _SEED_MAX = 2**32 - 1
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 _PAUSE = 0.2  # seconds between two looks at a job of submitit's
@@ -119,13 +114,7 @@ class Sweep:
             self.seeds,
             f"a list of different whole numbers from 0 to {_SEED_MAX}",
         )
-        check(
-            isinstance(self.configs, list | tuple)
-            and all(isinstance(name, str) for name in self.configs),
-            "configs",
-            self.configs,
-            "a list of configurations",
-        )
+        check(_is_list_of_texts(self.configs), "configs", self.configs, "a list of configurations")
         for key in ("settings", "slurm"):
             value = getattr(self, key)
             check(isinstance(value, Mapping | None), key, value, "a mapping")
@@ -162,8 +151,7 @@ class UnreadableRunError(ValueError):
 
 def packaged_sweeps() -> list[str]:
     """Names of the sweeps in the package."""
-    folder = files("training").joinpath("configs", "sweeps")
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir())
+    return sorted(entry.name.removesuffix(".yaml") for entry in _PACKAGED.iterdir())
 
 
 def read_sweep(source: str | Path) -> Sweep:
@@ -180,7 +168,7 @@ def read_sweep(source: str | Path) -> Sweep:
             known = ", ".join(packaged_sweeps())
             msg = f"a sweep must be a YAML file or a packaged one ({known}), got {str(source)!r}"
             raise ValueError(msg)
-        path = Path(str(files("training").joinpath("configs", "sweeps", f"{source}.yaml")))
+        path = Path(str(_PACKAGED / f"{source}.yaml"))
     content = read_yaml(path)
     if not isinstance(content, dict) or not {"variants", "seeds"} <= set(content) <= _KEYS:
         keys = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
@@ -190,7 +178,7 @@ def read_sweep(source: str | Path) -> Sweep:
         )
         raise ValueError(msg)
     variants = content["variants"]
-    if isinstance(variants, list) and all(isinstance(name, str) for name in variants):
+    if _is_list_of_texts(variants):
         # Plain names are names of methods.
         content["variants"] = {name: {"method": {"name": name}} for name in variants}
     try:
@@ -263,7 +251,6 @@ def plan(
 
 
 def _experiment(sweep: Sweep, name: str, extra: Sequence[str]) -> Experiment:
-    """The settings of a variant."""
     configs = [f"--config={config}" for config in sweep.configs]
     given = [sweep.settings or {}, sweep.variants[name] or {}]
     fixed = [key for layer in given for key in layer if key in ("seed", "out")]
@@ -288,11 +275,10 @@ def standing(job: Job) -> Standing:
         If the folder holds a finished run of other settings.
     """
     try:
-        done = finished(job)
+        if finished(job):
+            return "done"
     except UnreadableRunError:
         return "unreadable"
-    if done:
-        return "done"
     return "to do" if held_by(job.folder) is None else "running elsewhere"
 
 
@@ -308,19 +294,7 @@ def finished(job: Job) -> bool:
     """
     if not is_finished(job.folder):
         return False
-    try:
-        differing = _differing(job, {*NEUTRAL, "device", "threads", "tracker"})
-    except (ValueError, OSError) as error:
-        msg = f"{job.folder} holds a finished run that cannot be read, move it away: {error}"
-        raise UnreadableRunError(msg) from error
-    if "backbone.weights" in differing and _same_weights(job):
-        differing.remove("backbone.weights")
-    if differing:
-        msg = (
-            f"{job.folder} holds a run with other settings ({', '.join(differing)} differ): give "
-            "another --out, or move that run away"
-        )
-        raise ValueError(msg)
+    _require_same(job, "a finished run", {*NEUTRAL, "device", "threads", "tracker"})
     return True
 
 
@@ -338,26 +312,29 @@ def can_go_on(job: Job) -> bool:
     begun = (job.folder / CONFIG).is_file() and not is_finished(job.folder)
     if not begun or not has_checkpoint(job.folder):
         return False
-    try:
-        # A run that goes on looks for its data where they were.
-        differing = _differing(job, {*NEUTRAL} - {"data.root"})
-    except ValueError as error:
-        msg = f"{job.folder} holds an unfinished run that cannot be read, move it away: {error}"
-        raise ValueError(msg) from error
-    if differing:
-        msg = (
-            f"{job.folder} holds an unfinished run with other settings ({', '.join(differing)} "
-            "differ): give another --out, or move that run away"
-        )
-        raise ValueError(msg)
+    # A run that goes on looks for its data where they were.
+    _require_same(job, "an unfinished run", {*NEUTRAL} - {"data.root"})
     return True
 
 
-def _differing(job: Job, ignored: Collection[str]) -> list[str]:
-    """Settings of the job other than those that the run in its folder recorded."""
-    recorded = read_experiment(job.folder / CONFIG)
-    differing = differing_settings(recorded, as_recorded(effective(job.experiment)))
-    return [name for name in differing if name not in ignored]
+def _require_same(job: Job, what: str, ignored: Collection[str]) -> None:
+    """Refuse what the folder of a job holds if its settings are others, or cannot be read."""
+    done = is_finished(job.folder)
+    try:
+        recorded = read_experiment(job.folder / CONFIG)
+        differing = differing_settings(recorded, as_recorded(effective(job.experiment)))
+    except (ValueError, OSError) as error:
+        msg = f"{job.folder} holds {what} that cannot be read, move it away: {error}"
+        raise (UnreadableRunError if done else ValueError)(msg) from error
+    differing = [name for name in differing if name not in ignored]
+    if done and "backbone.weights" in differing and _same_weights(job):
+        differing.remove("backbone.weights")
+    if differing:
+        msg = (
+            f"{job.folder} holds {what} with other settings ({', '.join(differing)} differ): give "
+            "another --out, or move that run away"
+        )
+        raise ValueError(msg)
 
 
 def _same_weights(job: Job) -> bool:
@@ -444,20 +421,19 @@ def run_sweep(
 
 def summarise(outcomes: Sequence[Outcome]) -> tuple[list[str], list[str]]:
     """What became of the runs of a sweep, in lines; first those that are no failure."""
-    names: dict[str, list[str]] = {}
-    for outcome in outcomes:
-        names.setdefault(outcome.status, []).append(outcome.job.name)
 
     def line(title: str, *kinds: Status) -> list[str]:
-        found = [name for kind in kinds for name in names.get(kind, [])]
-        return [f"{title}: {'; '.join(found)}"] if found else []
+        names = [
+            outcome.job.name for kind in kinds for outcome in outcomes if outcome.status == kind
+        ]
+        return [f"{title}: {'; '.join(names)}"] if names else []
 
-    done = len(names.get("done before", [])) + len(names.get("finished", []))
-    said = [f"{done} of {len(outcomes)} runs are done"]
+    done = sum(outcome.status in ("done before", "finished") for outcome in outcomes)
+    told = [f"{done} of {len(outcomes)} runs are done"]
+    told += line("running elsewhere", "running elsewhere")
     # A job of a cluster may be stopped there, and the sweep not.
-    stopped = line("stopped", "stopped", "not started")
-    said += line("running elsewhere", "running elsewhere")
-    return said, [*stopped, *line("failed", "failed", "unreadable")]
+    failures = line("stopped", "stopped", "not started") + line("failed", "failed", "unreadable")
+    return told, failures
 
 
 def run_job(
@@ -476,10 +452,9 @@ def run_job(
         if finished(job):
             return Outcome(job, "done before", log)
         return _train(job, log, threads, children)
-    except UnreadableRunError as error:
-        return Outcome(job, "unreadable", log, str(error))
     except (ValueError, OSError) as error:
-        return Outcome(job, "failed", log, str(error))
+        unreadable = isinstance(error, UnreadableRunError)
+        return Outcome(job, "unreadable" if unreadable else "failed", log, str(error))
 
 
 class Children:
@@ -503,16 +478,10 @@ class Children:
         self._before = handle_signals(_SIGNALS, self._stop)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:  # threads that still run begin nothing new
             self.stopped = self.stopped or signal.SIGTERM
-        for child in list(self._running):
-            child.terminate()
+        self._terminate()
         for child in list(self._running):
             child.wait()
         restore_signals(self._before)
@@ -549,11 +518,14 @@ class Children:
     def _stop(self, number: int, frame: FrameType | None) -> None:
         del frame
         self.stopped = self.stopped or signal.Signals(number)
-        for child in list(self._running):
-            child.terminate()
+        self._terminate()
         # Not by print: the signal may have come in the middle of one.
         text = f"{signal.Signals(number).name}: stopping as soon as every run is saved\n"
         os.write(2, text.encode())
+
+    def _terminate(self) -> None:
+        for child in list(self._running):
+            child.terminate()
 
 
 def _train(job: Job, log: Path, threads: int | None, children: Children) -> Outcome:
@@ -672,5 +644,8 @@ def _is_folder_name(name: Any) -> bool:
 
 def _is_part(names: Any, variants: Mapping[str, Any]) -> bool:
     """Whether names are some of the variants, each once."""
-    listed = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
-    return listed and set(names) <= set(variants) and len(set(names)) == len(names) > 0
+    return _is_list_of_texts(names) and {*names} <= {*variants} and len({*names}) == len(names) > 0
+
+
+def _is_list_of_texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)

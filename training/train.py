@@ -45,10 +45,7 @@ from training.data import (
     ImageSet,
     Stream,
     build_stream,
-    cut_loader,
     loader,
-    passes_begun,
-    start_at,
     test_transform,
     train_transform,
     verify_data,
@@ -396,12 +393,12 @@ def learn_task(run: Run, task: int, progress: Progress) -> None:
         device=run.accelerator.device,
     )
     # Each pass draws new augmentations, so a resumed task counts on from the passes already made.
-    start_at(method_batches, state.passes, 0)
+    method_batches.order.start_at(state.passes, 0)
 
     position = state.open
     if position is None:
         state.method.begin_task(method_batches)  # LoDA: second moments, then the two subspaces
-        state.passes = passes_begun(method_batches)
+        state.passes = method_batches.order.epoch
         _copy_weights_from_first(run)
         add_head(run, task)
         position = state.open = open_task(run, task)
@@ -413,9 +410,8 @@ def learn_task(run: Run, task: int, progress: Progress) -> None:
         train_epochs(run, task, position, progress)
     clock = time.perf_counter()
 
-    learned = state.method.end_task(
-        method_batches
-    )  # LoDA: recalibrate, merge, remember the moments
+    # LoDA: recalibrate, merge, remember the moments
+    learned = state.method.end_task(method_batches)
     _copy_weights_from_first(run)
     clock = position.spent("end", clock)
 
@@ -557,13 +553,14 @@ def train_epochs(run: Run, task: int, position: OpenTask, progress: Progress) ->
     """
     experiment, config, state = run.experiment, run.experiment.train, run.state
     clock = time.perf_counter()
-    batches = cut_loader(
+    batches = loader(
         _training_images(run, task),
         config.batch_size,
         shuffle=True,
         seed=derive(experiment.seed, task, "batches"),
         workers=experiment.data.workers,
         share=run.processes,
+        cut=True,
         device=run.accelerator.device,
     )
     steps_done = position.epoch * len(batches) + position.batch
@@ -581,7 +578,7 @@ def train_epochs(run: Run, task: int, position: OpenTask, progress: Progress) ->
     # Dynamic: the halves of a mini-batch vary in size, and one compiled graph must serve them all.
     # Passes for moments and evaluation use the model without compiling it.
     forward = torch.compile(state.model, dynamic=True) if config.compile else state.model
-    start_at(batches, position.epoch, position.batch, epochs=config.epochs - position.epoch)
+    batches.order.start_at(position.epoch, position.batch, epochs=config.epochs - position.epoch)
     loading = iter(batches)  # over all epochs that are left
     while position.epoch < config.epochs:
         lr = learning_rate(config, position.epoch)

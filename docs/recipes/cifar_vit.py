@@ -7,9 +7,8 @@ the same weights on the same machine.
 """
 
 import argparse
-import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
-from pretraining import add_settings, command_line, require_new, say, untrained, write_weights
+from pretraining import adamw, descend, parse, say, untrained, write_weights
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -169,14 +168,11 @@ def load(tensors: dict[str, Tensor], options: dict[str, Any] = OPTIONS) -> nn.Mo
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: Images, batch_size: int = 250) -> float:
+def accuracy(model: nn.Module, images: Images) -> float:
     """Return the share of images that the model labels rightly."""
-    hits = 0
-    for start in range(0, len(images.labels), batch_size):
-        part = slice(start, start + batch_size)
-        guess = model(scaled(images.pixels[part])).argmax(dim=1)
-        hits += int((guess == images.labels[part]).sum())
-    return hits / len(images.labels)
+    parts = torch.split(images.pixels, 250)
+    guess = torch.cat([model(scaled(part)).argmax(dim=1) for part in parts])
+    return int((guess == images.labels).sum()) / len(guess)
 
 
 def stored(model: nn.Module) -> dict[str, Tensor]:
@@ -186,19 +182,14 @@ def stored(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.half().contiguous() for name, value in model.state_dict().items()}
 
 
-def digest(tensors: dict[str, Tensor], options: dict[str, Any] = OPTIONS) -> str:
+def digest(tensors: dict[str, Tensor]) -> str:
     """Return the hash that runs record of this backbone: read as float32, without classifier."""
     features = {key: value for key, value in tensors.items() if not key.startswith("head.")}
-    return tensors_sha256(load(features, {**options, "num_classes": 0}))
+    return tensors_sha256(load(features, {**OPTIONS, "num_classes": 0}))
 
 
 def train(
-    recipe: Recipe,
-    images: Images,
-    test: Images,
-    log: Callable[[str], None] = say,
-    *,
-    options: dict[str, Any] = OPTIONS,
+    recipe: Recipe, images: Images, test: Images, *, options: dict[str, Any] = OPTIONS
 ) -> Result:
     """Train by ``recipe`` on ``images``; ``test`` is read once, after the last step.
 
@@ -217,8 +208,7 @@ def train(
     # Weight decay is for matrices and kernels: norms, biases and tokens go without.
     heavy = [p for p in (*model.parameters(), *helper.parameters()) if p.ndim in (2, 4)]
     light = [p for p in (*model.parameters(), *helper.parameters()) if p.ndim not in (2, 4)]
-    groups: list[dict[str, Any]] = [{"params": heavy}, {"params": light, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    optimizer = adamw(recipe, heavy, light)
     steps = recipe.epochs * (len(images.labels) // recipe.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.lr, total_steps=steps, pct_start=recipe.warmup, cycle_momentum=False
@@ -235,38 +225,30 @@ def train(
                 early = helper(torch.relu(tokens.pop()).mean(dim=1))
             loss = functional.cross_entropy(logits.float(), labels)
             joint = loss + recipe.stem_weight * functional.cross_entropy(early.float(), labels)
-            optimizer.zero_grad()
-            torch.autograd.backward(joint)
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
+            descend(joint, model, optimizer, schedule)
             total, batches = total + loss.detach(), batches + 1
         losses.append(float(total) / batches)
         seconds = time.process_time() - start
-        log(f"epoch {number}/{recipe.epochs}  loss {losses[-1]:.4f}  {seconds:.0f} s of processor")
+        say(f"epoch {number}/{recipe.epochs}  loss {losses[-1]:.4f}  {seconds:.0f} s of processor")
     tensors = stored(model)
     return Result(tensors, losses, accuracy(load(tensors, options), test))
 
 
-def command(recipe: Recipe) -> str:
-    """Return the command line that trains by ``recipe``, all settings spelt out."""
-    return command_line(PROGRAM, recipe)
-
-
 def save(result: Result, recipe: Recipe, out: Path) -> None:
-    """Write the weights and what they are, as safetensors, in one move."""
-    metadata = {
-        "timm_model": NAME,
-        "timm_options": json.dumps(OPTIONS),
-        "recipe_version": str(VERSION),
-        "recipe": command(recipe),
-        "seed": str(recipe.seed),
-        "pixels": "(x/255 - 0.5) / 0.5",
-        "test_accuracy": f"{result.accuracy:.4f}",
-        "tensors_sha256": digest(result.tensors),
-        "versions": f"torch {torch.__version__}, timm {timm.__version__}",
-    }
-    write_weights(out, result.tensors, metadata)
+    """Write the weights and what they are."""
+    write_weights(
+        out,
+        result.tensors,
+        program=PROGRAM,
+        recipe=recipe,
+        model=NAME,
+        options=OPTIONS,
+        recipe_version=str(VERSION),
+        pixels="(x/255 - 0.5) / 0.5",
+        test_accuracy=f"{result.accuracy:.4f}",
+        tensors_sha256=digest(result.tensors),
+        versions=f"torch {torch.__version__}, timm {timm.__version__}",
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -280,16 +262,10 @@ def main(arguments: list[str] | None = None) -> None:
         help="train on nine tenths of the training images, print the accuracy on the others, write "
         "nothing and never open the test images",
     )
-    add_settings(parser, Recipe)
-    options = vars(parser.parse_args(arguments))
-    names = ("data", "out", "trial", "overwrite")
-    data, out, trial, overwrite = (options.pop(name) for name in names)
+    options, recipe = parse(parser, Recipe, arguments)
+    data, out, trial = options.data, options.out, options.trial
     if trial == (out is not None):
         parser.error("give either --out FILE, to make the weights, or --trial")
-    if out is not None:
-        require_new(parser, out, overwrite=overwrite)
-    recipe = Recipe(**options)
-    torch.set_num_threads(recipe.threads)
     images = read(data, "train")
     images, test = split_off(images, 10) if trial else (images, read(data, "test"))
     start = time.process_time()

@@ -207,7 +207,7 @@ def digit_likeness(glyphs: Glyphs) -> FloatArray:
     return likeness
 
 
-def glyph_classes(count: int, seed: int, limit: float = DIGIT_CORRELATION) -> Glyphs:
+def glyph_classes(count: int, seed: int) -> Glyphs:
     """Draw ``count`` random glyph classes, none like a digit and none like another one.
 
     The first n of a longer list are the list of n, whatever ``count`` is.
@@ -215,10 +215,10 @@ def glyph_classes(count: int, seed: int, limit: float = DIGIT_CORRELATION) -> Gl
     Raises
     ------
     ValueError
-        If ``count`` is not positive or ``limit`` is so low that hardly a glyph passes.
+        If ``count`` is not positive.
     """
-    if count < 1 or not 0.5 <= limit <= 1:
-        msg = f"got count={count}, limit={limit}: take count >= 1 and a limit in [0.5, 1]"
+    if count < 1:
+        msg = f"the number of glyph classes must be at least 1, got {count}; take more"
         raise ValueError(msg)
     rng = np.random.default_rng(seed)
     chosen: list[Sequence[FloatArray]] = []
@@ -228,7 +228,7 @@ def glyph_classes(count: int, seed: int, limit: float = DIGIT_CORRELATION) -> Gl
         batch = pack(drawn)
         images, likeness = pictures(batch), digit_likeness(batch)
         for strokes, image, like in zip(drawn, images, likeness, strict=True):
-            if like > limit or len(chosen) == count:
+            if like > DIGIT_CORRELATION or len(chosen) == count:
                 continue
             if (seen[: len(chosen)] @ image).max(initial=-1.0) > TWIN_CORRELATION:
                 continue

@@ -6,10 +6,9 @@ part: see ``digit_rejection.py``. The same settings give the same weights on the
 """
 
 import argparse
-import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from digit_rejection import glyph_classes
 from glyphs import LEVELS, Glyphs, handwrite
-from pretraining import add_settings, command_line, require_new, say, untrained, write_weights
+from pretraining import adamw, descend, parse, say, untrained, write_weights
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -35,6 +34,7 @@ TIMM_OPTIONS: dict[str, Any] = {
 }
 # Streams of random numbers that share the seed: training samples, held-out samples, episodes.
 TRAIN, HELD_OUT, EPISODES = 1, 2, 3
+WAYS, SHOTS = 10, 5
 FEW_SHOT_EPISODES = 200
 
 
@@ -93,52 +93,40 @@ def rate(step: int, recipe: Recipe) -> float:
 
 
 @torch.no_grad()
-def embed(model: nn.Module, images: Tensor, batch_size: int = 500) -> Tensor:
+def embed(model: nn.Module, images: Tensor) -> Tensor:
     """Return unit-length class tokens (N, 96) of images (N, 1, 8, 8), in evaluation mode."""
     model.eval()
-    return torch.cat(
-        [functional.normalize(model(part)) for part in torch.split(images, batch_size)]
-    )
+    return torch.cat([functional.normalize(model(part)) for part in torch.split(images, 500)])
 
 
-def few_shot_accuracy(
-    model: nn.Module,
-    glyphs: Glyphs,
-    seed: int,
-    *,
-    ways: int = 10,
-    shots: int = 5,
-    episodes: int = FEW_SHOT_EPISODES,
-) -> float:
-    """Return the nearest-class-mean accuracy over episodes of ``ways`` of the glyph classes.
+def few_shot_accuracy(model: nn.Module, glyphs: Glyphs, seed: int, *, episodes: int) -> float:
+    """Return the nearest-class-mean accuracy over episodes of ten of the glyph classes.
 
-    Each class of an episode gives ``shots`` samples for its mean feature and 10 to classify, all
-    new, by the cosine of the angle to the mean.
+    Each class of an episode gives 5 samples for its mean feature and 10 to classify, all new, by
+    the cosine of the angle to the mean.
 
     Raises
     ------
     ValueError
-        If there are fewer classes than ``ways``.
+        If there are fewer classes.
     """
-    if len(glyphs.points) < ways:
-        msg = f"{ways}-way episodes need {ways} classes, got {len(glyphs.points)}: draw more"
+    if len(glyphs.points) < WAYS:
+        msg = f"{WAYS}-way episodes need {WAYS} classes, got {len(glyphs.points)}: draw more"
         raise ValueError(msg)
-    truth = torch.arange(ways).repeat_interleave(10)
+    truth = torch.arange(WAYS).repeat_interleave(10)
     hits = 0.0
     for episode in range(episodes):
         rng = np.random.default_rng([seed, EPISODES, episode])
-        chosen = rng.choice(len(glyphs.points), size=ways, replace=False)
-        tokens = embed(model, write(glyphs, np.repeat(chosen, shots + 10), rng))
-        tokens = tokens.reshape(ways, shots + 10, -1)
-        means = functional.normalize(tokens[:, :shots].mean(dim=1))
-        guess = (tokens[:, shots:].flatten(0, 1) @ means.T).argmax(dim=1)
+        chosen = rng.choice(len(glyphs.points), size=WAYS, replace=False)
+        tokens = embed(model, write(glyphs, np.repeat(chosen, SHOTS + 10), rng))
+        tokens = tokens.reshape(WAYS, SHOTS + 10, -1)
+        means = functional.normalize(tokens[:, :SHOTS].mean(dim=1))
+        guess = (tokens[:, SHOTS:].flatten(0, 1) @ means.T).argmax(dim=1)
         hits += (guess == truth).float().mean().item()
     return hits / episodes
 
 
-def train(
-    recipe: Recipe, log: Callable[[str], None] = say, *, episodes: int = FEW_SHOT_EPISODES
-) -> Result:
+def train(recipe: Recipe, *, episodes: int) -> Result:
     """Train a backbone by ``recipe``, with a cosine classifier that is thrown away.
 
     The caller's random state is left as it was. The number of threads is the caller's.
@@ -152,11 +140,7 @@ def train(
     # Weight decay is for matrices: norms, biases, tokens and the scale-free heads go without.
     matrices = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
-    groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": [*others, heads], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr)
+    optimizer = adamw(recipe, matrices, [*others, heads])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, recipe))
     losses = []
     model.train()
@@ -164,14 +148,10 @@ def train(
         tokens = functional.normalize(model(images))
         logits = recipe.scale * tokens @ functional.normalize(heads).T
         loss = functional.cross_entropy(logits, labels, label_smoothing=recipe.smoothing)
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        descend(loss, model, optimizer, schedule)
         losses.append(loss.item())
         if step % 250 == 0:
-            log(f"step {step}/{recipe.steps}  loss {np.mean(losses[-250:]):.3f}")
+            say(f"step {step}/{recipe.steps}  loss {np.mean(losses[-250:]):.3f}")
     rng = np.random.default_rng([recipe.seed, HELD_OUT])
     truth = np.repeat(np.arange(recipe.classes), 10)
     tokens = embed(model, write(known, truth, rng))
@@ -181,23 +161,19 @@ def train(
     return Result(model, losses, held_out, few_shot)
 
 
-def command(recipe: Recipe) -> str:
-    """Return the command line that trains by ``recipe``, all settings spelt out."""
-    return command_line(PROGRAM, recipe)
-
-
 def save(result: Result, recipe: Recipe, out: Path) -> None:
-    """Write the backbone's parameters and what they are, as safetensors, in one move."""
-    metadata = {
-        "timm_model": TIMM_MODEL,
-        "timm_options": json.dumps(TIMM_OPTIONS),
-        "recipe": command(recipe),
-        "seed": str(recipe.seed),
-        "pixels": "[0,1]",
-        "held_out_accuracy": f"{result.held_out:.4f}",
-        "few_shot_accuracy": f"{result.few_shot:.4f}",
-    }
-    write_weights(out, result.model.state_dict(), metadata)
+    """Write the backbone's parameters and what they are."""
+    write_weights(
+        out,
+        result.model.state_dict(),
+        program=PROGRAM,
+        recipe=recipe,
+        model=TIMM_MODEL,
+        options=TIMM_OPTIONS,
+        pixels="[0,1]",
+        held_out_accuracy=f"{result.held_out:.4f}",
+        few_shot_accuracy=f"{result.few_shot:.4f}",
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -207,17 +183,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--episodes", type=int, default=FEW_SHOT_EPISODES, help="few-shot episodes to measure"
     )
-    add_settings(parser, Recipe)
-    options = vars(parser.parse_args(arguments))
-    out, overwrite, episodes = (options.pop(name) for name in ("out", "overwrite", "episodes"))
-    require_new(parser, out, overwrite=overwrite)
-    recipe = Recipe(**options)
-    torch.set_num_threads(recipe.threads)
+    options, recipe = parse(parser, Recipe, arguments)
     start = time.perf_counter()
-    result = train(recipe, episodes=episodes)
-    save(result, recipe, out)
+    result = train(recipe, episodes=options.episodes)
+    save(result, recipe, options.out)
     count = sum(p.numel() for p in result.model.parameters())
-    say(f"{count} parameters, {time.perf_counter() - start:.0f} s, {out}")
+    say(f"{count} parameters, {time.perf_counter() - start:.0f} s, {options.out}")
     say(f"held-out samples of {recipe.classes} glyph classes: {result.held_out:.4f}")
     say(f"unseen glyph classes, 10 ways, 5 shots, nearest mean: {result.few_shot:.4f}")
 

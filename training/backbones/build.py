@@ -13,11 +13,16 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import training.backbones.conv_vit  # noqa: F401  timm learns its name
-from training.backbones.config import PACKAGED_WEIGHTS, BackboneConfig
 from training.backbones.weights import load_weights, tensors_sha256
+from training.components import Component
 
 # Packages whose errors mean that the network failed; not all of them are OSErrors.
 _TRANSPORTS = {"huggingface_hub", "httpx", "httpcore", "requests", "urllib3"}
+
+_OTHER_WEIGHTS = (
+    "give a file (.safetensors, .pth or .npz) as backbone.weights, or start from random weights by "
+    "backbone.pretrained false"
+)
 
 
 class Backbone(NamedTuple):
@@ -58,13 +63,13 @@ class Backbone(NamedTuple):
     tensors_sha256: str | None = None
 
 
-def build_backbone(config: BackboneConfig, *, initialise: bool = True) -> Backbone:
+def build_backbone(config: Component, *, initialise: bool = True) -> Backbone:
     """Build the network and load its weights.
 
     Parameters
     ----------
     config
-        Which model and which weights.
+        The section ``backbone``: which model and which weights.
     initialise
         False leaves the weights random, for a caller that loads a trained model afterwards: no
         weights file is then needed and nothing is downloaded.
@@ -114,9 +119,9 @@ def check_fits(backbone: Backbone, image: Tensor) -> None:
         raise ValueError(msg)
 
 
-def build_packaged(name: str, *, pretrained: bool) -> Backbone:
+def build_packaged(weights: str, *, pretrained: bool) -> Backbone:
     """Build a network of the package, as the metadata of its file of weights describe it."""
-    path = Path(str(files("training").joinpath("weights", PACKAGED_WEIGHTS[name])))
+    path = Path(str(files("training").joinpath("weights", weights)))
     if not path.is_file():
         msg = f"the package lacks its own weights, {path}: install it again."
         raise FileNotFoundError(msg)
@@ -210,30 +215,31 @@ def _create(name: str, options: Mapping[str, Any]) -> nn.Module:
 
 def _download(name: str, options: Mapping[str, Any]) -> nn.Module:
     if not timm.is_model_pretrained(name):
-        msg = (
-            f"timm has no pretrained weights for {name}: give a file as backbone.weights, or start "
-            "from random weights by backbone.pretrained false."
-        )
+        msg = f"timm has no pretrained weights for {name}: {_OTHER_WEIGHTS}."
         raise ValueError(msg)
     # The model was already built without weights: what fails now is the download or the loading.
     try:
         module: nn.Module = timm.create_model(name, pretrained=True, num_classes=0, **options)
     except Exception as error:  # each transport and each model has errors of its own
-        reason = textwrap.shorten(str(error) or type(error).__name__, 400, placeholder=" ...")
+        reason = one_line(error)
         if _is_transport(error):
             msg = (
-                f"the pretrained weights of {name} could not be fetched ({reason}). Without a "
-                "network, fetch them elsewhere and give the file (.safetensors, .pth or .npz) as "
-                "backbone.weights; backbone.pretrained false starts from random weights."
+                f"the pretrained weights of {name} could not be fetched ({reason}). Fetch them "
+                f"elsewhere, and {_OTHER_WEIGHTS}."
             )
             raise ConnectionError(msg) from error
         msg = (
             f"the pretrained weights of {name} do not fit the model with backbone.options "
-            f"{options}, or their file is damaged: {reason} Change the options, give a file as "
-            "backbone.weights, or start from random weights by backbone.pretrained false."
+            f"{options}, or their file is damaged: {reason} Change the options, or "
+            f"{_OTHER_WEIGHTS}."
         )
         raise ValueError(msg) from error
     return module
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, shortened; its class where it says nothing."""
+    return textwrap.shorten(str(error) or type(error).__name__, 400, placeholder=" ...")
 
 
 def _tag(module: nn.Module) -> str | None:

@@ -51,7 +51,9 @@ class Packaged:
         """Build it; see `build_backbone`."""
         from training.backbones.build import build_packaged
 
-        return build_packaged(self.name, pretrained=self.pretrained and initialise)
+        return build_packaged(
+            PACKAGED_WEIGHTS[self.name], pretrained=self.pretrained and initialise
+        )
 
 
 @dataclass

@@ -1,14 +1,12 @@
 """Backbones of Hugging Face's transformers: ``hf:ORGANISATION/NAME`` or ``hf:FOLDER``."""
 
-import textwrap
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from training.backbones.build import Backbone
-from training.backbones.config import HUGGING_FACE
+from training.backbones.build import Backbone, one_line
 
 
 class ClassToken(nn.Module):
@@ -56,7 +54,7 @@ def build_hugging_face(name: str, *, pretrained: bool) -> Backbone:
     from transformers import AutoConfig, AutoModel
 
     # A folder has to be told from a name on the hub: the library only takes it as it stands.
-    given = name.removeprefix(HUGGING_FACE)
+    given = name.partition(":")[2]  # without hf:
     place = str(Path(given).expanduser()) if Path(given).expanduser().is_dir() else given
     try:
         settings: Any = AutoConfig.from_pretrained(place)
@@ -70,11 +68,11 @@ def build_hugging_face(name: str, *, pretrained: bool) -> Backbone:
     except OSError as error:
         msg = (
             f"backbone.name {name}: there is no such folder with a config.json and weights, and it "
-            f"could not be fetched: {_one_line(error)}"
+            f"could not be fetched: {one_line(error)}"
         )
         raise ConnectionError(msg) from error
     except Exception as error:  # each model and each file format has errors of its own
-        msg = f"backbone.name {name}: transformers cannot build it: {_one_line(error)}"
+        msg = f"backbone.name {name}: transformers cannot build it: {one_line(error)}"
         raise ValueError(msg) from error
     if missing:
         msg = f"backbone.name {name}: its files lack the weights {', '.join(missing[:8])}"
@@ -90,7 +88,3 @@ def build_hugging_face(name: str, *, pretrained: bool) -> Backbone:
     commit = getattr(settings, "_commit_hash", None) if pretrained else None
     tag = f"{given} at {commit}" if commit else None
     return Backbone(ClassToken(model), int(features), name, {}, None, int(channels), side, tag=tag)
-
-
-def _one_line(error: Exception) -> str:
-    return textwrap.shorten(str(error) or type(error).__name__, 400, placeholder=" ...")

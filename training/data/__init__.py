@@ -11,8 +11,9 @@ from training.data.datasets import DATA_SETS, DataSet, Split
 
 if TYPE_CHECKING:
     from training.data.check import DataReport, check_data, verify_data
-    from training.data.images import ImageSet, UnreadableImageError, open_image
-    from training.data.loaders import Batches, cut_loader, loader, passes_begun, start_at
+    from training.data.image_files import UnreadableImageError
+    from training.data.images import ImageSet, open_image
+    from training.data.loaders import Batches, loader
     from training.data.stream import Stream, build_stream
     from training.data.transforms import Transform, test_transform, train_transform
 
@@ -29,11 +30,8 @@ __all__ = [
     "UnreadableImageError",
     "build_stream",
     "check_data",
-    "cut_loader",
     "loader",
     "open_image",
-    "passes_begun",
-    "start_at",
     "test_transform",
     "train_transform",
     "verify_data",
@@ -42,7 +40,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        for module in ("transforms", "images", "stream", "loaders", "check"):
+        for module in ("transforms", "image_files", "images", "stream", "loaders", "check"):
             value = vars(import_module(f"{__name__}.{module}")).get(name)
             if value is not None:
                 return value

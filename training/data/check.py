@@ -22,7 +22,7 @@ from training.data.datasets import (
     split_folder,
     walk_classes,
 )
-from training.data.images import UnreadableImageError, decode
+from training.data.image_files import UnreadableImageError, decode
 from training.distributed import usable_cpus
 from training.logging import aligned
 
@@ -102,13 +102,15 @@ class DataReport:
         lines = aligned(rows, left=len(_HEADER)).splitlines()
         lines.append("ranges are smallest/median/largest; twice: the same pixels in both splits")
         lines += [_ignored(split) for split in self.splits if split.ignored]
-        problems = self.problems
-        lines += problems[:_SHOWN]
-        if len(problems) > _SHOWN:
-            lines.append(f"and {len(problems) - _SHOWN} more")
-        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}" if problems else "sound"
-        lines.append(f"{self.root}: {count}")
-        return "\n".join(lines)
+        lines += self.first_problems()
+        number = len(self.problems)
+        count = f"{number} problem{'s' * (number > 1)}" if number else "sound"
+        return "\n".join([*lines, f"{self.root}: {count}"])
+
+    def first_problems(self) -> list[str]:
+        """The first ten problems, and how many more there are."""
+        rest = len(self.problems) - _SHOWN
+        return self.problems[:_SHOWN] + [f"and {rest} more"] * (rest > 0)
 
     def _row(self, split: SplitReport) -> list[str]:
         column = 0 if split is self.splits[0] else 1
@@ -186,9 +188,8 @@ def verify_data(config: DataConfig) -> None:
         config.build().folder(), workers=config.workers or None, train_only=config.validation > 0
     )
     if not report.passed:
-        shown, rest = report.problems[:_SHOWN], len(report.problems) - _SHOWN
-        more = f" and {rest} more" if rest > 0 else ""
-        msg = f"data.verify: {'; '.join(shown)}{more}. See loda data check {report.root}"
+        problems = "; ".join(report.first_problems())
+        msg = f"data.verify: {problems}. See loda data check {report.root}"
         raise ValueError(msg)
 
 

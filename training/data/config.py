@@ -8,11 +8,12 @@ import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 from training.components import Component, at_least, check, check_seed, positive
 from training.data.datasets import DATA_SETS, DataSet
 
+T = TypeVar("T")
 _DIGITS_SIDE = 8  # the default size: no user of other images has chosen it
 
 
@@ -100,9 +101,8 @@ class DataConfig(Component):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("classes", "init_cls", "increment", "tasks"):
-            at_least(f"data.{key}", getattr(self, key), 1)
-        for key in ("image_size", "resize", "test_resize"):
+        counts = ("classes", "init_cls", "increment", "tasks")
+        for key in (*counts, "image_size", "resize", "test_resize"):
             at_least(f"data.{key}", getattr(self, key), 1)
         for key in ("pad", "workers"):
             at_least(f"data.{key}", getattr(self, key), 0)
@@ -127,16 +127,16 @@ class DataConfig(Component):
     @cached_property  # asked for with every image
     def side(self) -> int | None:
         """Side of the decoded images of the data set in pixels, if they all have one size."""
-        facts = self.kind if self.is_known else DataSet
-        side: int | None = getattr(facts, "side", DataSet.side)
-        return side
+        return self._fact("side", DataSet.side)
 
     @cached_property
     def mode(self) -> str:
         """Pillow's name for the channels of the images, RGB or L."""
-        facts = self.kind if self.is_known else DataSet
-        mode: str = getattr(facts, "mode", DataSet.mode)
-        return mode
+        return self._fact("mode", DataSet.mode)
+
+    def _fact(self, name: str, default: T) -> T:
+        value: T = getattr(self.kind, name, default) if self.is_known else default
+        return value
 
     def recorded(self) -> Self:
         """The same with absolute paths, as a run records it."""

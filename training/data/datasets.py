@@ -165,11 +165,22 @@ class Folder(DataSet):
         ValueError
             If there are no classes, or one has no image.
         """
-        root = self.folder()
-        if not root.is_dir():
-            msg = f"data.root: no folder {root}; {LAYOUT}"
+        folder = split_folder(self.folder(), split)
+        if not folder.is_dir():
+            msg = f"data.root: no folder {folder}; {LAYOUT}"
             raise FileNotFoundError(msg)
-        return _file_split(_listed_classes(split_folder(root, split)))
+        classes = {name: tree.images for name, tree in walk_classes(folder)[0].items()}
+        if not classes:
+            msg = f"data.root: {folder} holds no class folders; {LAYOUT}"
+            raise ValueError(msg)
+        empty = [name for name, paths in classes.items() if not paths]
+        if empty:
+            kinds = " ".join(IMAGE_SUFFIXES)
+            msg = (
+                f"{folder}: no images ({kinds}) for {some(empty)}: add some or remove the folders."
+            )
+            raise ValueError(msg)
+        return _file_split(classes)
 
 
 @dataclass
@@ -336,16 +347,17 @@ class TimmData(DataSet):
         root = None if self.root is None else str(_folder(self.root))
         # Keywords of timm's own; it has defaults for those that are not given.
         columns = {"input_key": self.image_key, "target_key": self.label_key}
-        named: dict[str, Any] = {key: name for key, name in columns.items() if name is not None}
+        named: dict[str, Any] = {k: v for k, v in columns.items() if v is not None}
         try:
             return create_dataset(name, root, split=split, download=self.download, **named)
-        except FileNotFoundError as error:
-            msg = f"data.dataset {name}, split {split}, root {root}: {_one_line(error)}"
-            raise FileNotFoundError(msg) from error
         except Exception as error:  # every library behind the factory has errors of its own
             hint = " (data.download true fetches what torchvision offers)" * (kind == "torch")
-            msg = f"data.dataset {name}: timm cannot open split {split}: {_one_line(error)}{hint}"
-            raise ValueError(msg) from error
+            reason = " ".join(str(error).split()) or type(error).__name__
+            msg = (
+                f"data.dataset {name}, root {root}: timm cannot open split {split}: {reason}{hint}"
+            )
+            missing = isinstance(error, FileNotFoundError)
+            raise (FileNotFoundError if missing else ValueError)(msg) from error
 
     def _targets(self, data: Any) -> "NDArray[Any]":
         import numpy as np
@@ -412,7 +424,7 @@ class _Decoded(Sequence[Any]):
         return len(self.data)
 
     def __getitem__(self, index: Any) -> Any:
-        from training.data.images import decode
+        from training.data.image_files import decode
 
         # Asked for an image, timm's data set would put the next one in the place of a damaged one.
         reader = getattr(self.data, "reader", None)
@@ -444,22 +456,6 @@ def split_folder(root: Path, split: str) -> Path:
     if split == "train":
         return root / "train"
     return root / "test" if (root / "test").is_dir() else root / "val"
-
-
-def _listed_classes(folder: Path) -> Classes:
-    if not folder.is_dir():
-        msg = f"data.root: no folder {folder}; {LAYOUT}"
-        raise FileNotFoundError(msg)
-    classes = {name: tree.images for name, tree in walk_classes(folder)[0].items()}
-    if not classes:
-        msg = f"data.root: {folder} holds no class folders; {LAYOUT}"
-        raise ValueError(msg)
-    empty = [name for name, paths in classes.items() if not paths]
-    if empty:
-        kinds = " ".join(IMAGE_SUFFIXES)
-        msg = f"{folder}: no images ({kinds}) for {some(empty)}: add some or remove the folders."
-        raise ValueError(msg)
-    return classes
 
 
 def _file_split(classes: Classes) -> Split:
@@ -544,49 +540,31 @@ def walk_classes(folder: Path) -> tuple[dict[str, Walk], Walk]:
 
     Files beside the class folders are no images of any class: they count as others.
     """
-    real = folder.resolve()
-    ancestors = frozenset(_identity(path) for path in (real, *real.parents))
-    beside, folders = _listed(folder, ancestors)
-    beside = Walk([], sorted(beside.others + beside.images), sorted(beside.loops))
-    classes = {}
-    for path in sorted(folders, key=lambda path: path.name):
-        tree = classes[path.name] = Walk([], [], [])
-        _walk(path, ancestors | {_identity(path)}, tree)
+    classes: dict[str, Walk] = {}
+    beside, outside = Walk([], [], []), folder.resolve().parents
+    for path, names, files in os.walk(folder, followlinks=True, onerror=_raise):
+        here = Path(path)
+        way = here.relative_to(folder)
+        above = {*outside, *(place.resolve() for place in (here, *here.parents))}
+        visible = {name for name in names if not name.startswith(".")}
+        loops = {name for name in visible if (here / name).resolve() in above}
+        names[:] = sorted(visible - loops)  # where the walk goes on
+        if here == folder:
+            classes = {name: Walk([], [], []) for name in names}
+        tree = classes[way.parts[0]] if way.parts else beside
+        tree.loops.extend(here / name for name in loops)
+        for name in files:
+            if not name.startswith("."):
+                is_image = bool(way.parts) and name.lower().endswith(IMAGE_SUFFIXES)
+                (tree.images if is_image else tree.others).append(here / name)
+    for tree in (beside, *classes.values()):
         for paths in tree:  # by folder, then by name
             paths.sort(key=lambda path: (str(path.parent), path.name))
     return classes, beside
 
 
-def _walk(folder: Path, ancestors: frozenset[tuple[int, int]], tree: Walk) -> None:
-    """Add all that lies below a folder to a tree."""
-    own, folders = _listed(folder, ancestors)
-    for paths, more in zip(tree, own, strict=True):
-        paths += more
-    for path in folders:
-        _walk(path, ancestors | {_identity(path)}, tree)
-
-
-def _listed(folder: Path, ancestors: frozenset[tuple[int, int]]) -> tuple[Walk, list[Path]]:
-    """What lies in a folder itself, and the folders in it that are none of its ancestors."""
-    here, folders = Walk([], [], []), []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            path = Path(folder, entry.name)
-            if entry.name.startswith("."):
-                continue
-            if not entry.is_dir():
-                is_image = entry.name.lower().endswith(IMAGE_SUFFIXES)
-                (here.images if is_image else here.others).append(path)
-            elif _identity(path) in ancestors:
-                here.loops.append(path)
-            else:
-                folders.append(path)
-    return here, folders
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_dev, status.st_ino
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def some(names: set[str] | list[str]) -> str:
@@ -598,7 +576,3 @@ def some(names: set[str] | list[str]) -> str:
 
 def _folder(root: str) -> Path:
     return Path(root).expanduser()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

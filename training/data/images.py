@@ -1,25 +1,20 @@
-"""Images by position, from memory or decoded from files, and sets of them with their labels.
+"""Images by position, in memory or decoded from files, and sets of them with their labels."""
 
-Every kind of image file becomes upright RGB (or grey), and what cannot be read is named.
-"""
-
-import struct
-import zlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize as resize_tensor
 
 from training.data.config import DataConfig
+from training.data.image_files import decode, opened, upright
 from training.data.transforms import Transform
 
 CACHE_BYTES = 1_000_000_000
@@ -27,45 +22,6 @@ CACHE_BYTES = 1_000_000_000
 
 Key = tuple[int, int]
 """Position of an image, and the seed of its augmentation."""
-
-# Besides its own errors, Pillow lets what a damaged file provokes in a codec through as it is.
-_DECODE_ERRORS = (
-    OSError,
-    EOFError,
-    SyntaxError,
-    ValueError,
-    LookupError,
-    TypeError,
-    ArithmeticError,
-    MemoryError,
-    NotImplementedError,
-    RecursionError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
-# Pillow goes by the content of a file, not by its name. Of what it reads, some formats start other
-# programs (EPS starts Ghostscript) and many are hardly ever met.
-_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-
-
-class UnreadableImageError(ValueError):
-    """An image file is missing or cannot be decoded; the message names it and says what to do.
-
-    The message is the same whether this process or a loading one met the file.
-
-    Examples
-    --------
-    >>> UnreadableImageError("there is no image file x.png.")
-    UnreadableImageError('there is no image file x.png.')
-    """
-
-    def __init__(self, message: str) -> None:
-        # From a loading process, torch raises the class anew with the whole traceback as message,
-        # which ends with the original message behind the name of the class.
-        name = f"{type(self).__module__}.{type(self).__qualname__}: "
-        super().__init__(message.rpartition(name)[2].rstrip("\n"))
 
 
 def images_of(source: Any, config: DataConfig) -> "Images":
@@ -126,19 +82,19 @@ class LazyImages:
     ) -> None:
         self.source, self.config = source, config
         self.indices = range(len(source)) if indices is None else indices
-        self._cache: Tensor | None = None
-        self._filled: Tensor | None = None
+        self._cache: tuple[Tensor, Tensor] | None = None  # images, and which of them are there
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Tensor:
-        if self._cache is None or self._filled is None:
+        if self._cache is None:
             return self._decoded(index)
-        if not self._filled[index]:
-            self._cache[index] = self._decoded(index)
-            self._filled[index] = True
-        return self._cache[index]
+        images, filled = self._cache
+        if not filled[index]:
+            images[index] = self._decoded(index)
+            filled[index] = True
+        return images[index]
 
     def select(self, indices: Sequence[int]) -> "LazyImages":
         """Only these images, in this order, with a cache of their own if they are small enough.
@@ -150,15 +106,17 @@ class LazyImages:
         """
         chosen = LazyImages(self.source, self.config, [self.indices[index] for index in indices])
         for path in chosen.files():
-            _read_header(path)
+            with opened(path, path):
+                pass
         side, channels = self.config.resize, len(self.config.mode)
         if side is not None and _keeps(self.config, len(chosen), channels):
-            chosen._cache = torch.empty(len(chosen), channels, side, side, dtype=torch.uint8)
             # Filled as images are first asked for: a run that ends early decodes nothing in vain.
-            chosen._filled = torch.zeros(len(chosen), dtype=torch.bool)
+            images: Any = torch.empty(len(chosen), channels, side, side, dtype=torch.uint8)
+            filled: Any = torch.zeros(len(chosen), dtype=torch.bool)
             if self.config.workers > 0:  # what one loading process decodes serves the others
-                for shared in cast("tuple[Any, Any]", (chosen._cache, chosen._filled)):
-                    shared.share_memory_()
+                images.share_memory_()
+                filled.share_memory_()
+            chosen._cache = images, filled
         return chosen
 
     def files(self) -> list[Path]:
@@ -172,7 +130,7 @@ class LazyImages:
         if isinstance(item, Tensor) and item.dtype == torch.uint8:
             return _resize_square(item, self.config.resize)
         if isinstance(item, Image.Image):
-            return _as_tensor(_upright(item, self.config.mode), self.config)
+            return _as_tensor(upright(item, self.config.mode), self.config)
         if isinstance(item, str | Path):
             return open_image(item, self.config)
         msg = (
@@ -228,9 +186,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         keys
             At least one.
         """
-        if self.transform is None:
-            msg = "images are loaded in batches under a transform: use with_transform"
-            raise TypeError(msg)
+        transform = self.required_transform()
         # Seeding the CPU generator itself takes 2 us, torch.manual_seed 200 us: it seeds every
         # device.
         generator = torch.default_generator
@@ -240,12 +196,19 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         try:
             for index, (_, seed) in zip(self.indices[positions].tolist(), keys, strict=True):
                 generator.manual_seed(seed)
-                image, drawn = self.transform.prepare(self.images[index])
+                image, drawn = transform.prepare(self.images[index])
                 pixels.append(image)
                 draws.append(drawn)
         finally:
             generator.set_state(state)
         return torch.stack(pixels), torch.stack(draws), self.labels[positions]
+
+    def required_transform(self) -> Transform:
+        """The transform, which batches need: TypeError where there is none."""
+        if self.transform is None:
+            msg = "images are loaded in batches under a transform: use with_transform"
+            raise TypeError(msg)
+        return self.transform
 
     def subset(self, labels: Collection[int]) -> "ImageSet":
         """Only the images with one of these labels, in the same order."""
@@ -276,53 +239,6 @@ def open_image(path: str | Path, config: DataConfig) -> Tensor:
     return _as_tensor(decode(path, config.mode), config)
 
 
-def decode(file: str | Path | BinaryIO, mode: str = "RGB", *, name: object = None) -> Image.Image:
-    """Decode a whole image file, turned as the camera noted it, to RGB or L.
-
-    Raises
-    ------
-    UnreadableImageError
-        As `open_image`; ``name`` is what the message calls a file without a path.
-    """
-    try:
-        with Image.open(file, formats=_FORMATS) as image:
-            _refuse_huge(image)
-            return _upright(image, mode)
-    except _DECODE_ERRORS as error:
-        raise _unreadable(file if name is None else name, error) from error
-
-
-def _read_header(path: Path) -> None:
-    try:
-        with Image.open(path, formats=_FORMATS) as image:
-            _refuse_huge(image)
-    except _DECODE_ERRORS as error:
-        raise _unreadable(path, error) from error
-
-
-def _refuse_huge(image: Image.Image) -> None:
-    """Raise Image.DecompressionBombError where Pillow by itself might only warn.
-
-    A small file can unpack to gigabytes. The limit is ``PIL.Image.MAX_IMAGE_PIXELS``, 89 million
-    pixels unless a program sets another; None there means no limit.
-    """
-    pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
-    if limit is not None and pixels > limit:
-        msg = f"Image size ({pixels} pixels) exceeds limit of {limit} pixels"
-        raise Image.DecompressionBombError(msg)
-
-
-def _upright(image: Image.Image, mode: str) -> Image.Image:
-    """The image turned as the camera noted it, as RGB or L."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # Pillow would cut 16-bit greys off at 255
-        wide: NDArray[np.int64] = np.asarray(image).astype(np.int64)
-        image = Image.fromarray(((wide.clip(0, 65535) + 128) // 257).astype(np.uint8))
-    elif image.mode == "P":  # a palette may hold transparency, which a direct conversion warns of
-        image = image.convert("RGBA")
-    return image if image.mode == mode else image.convert(mode)
-
-
 def _as_tensor(image: Image.Image, config: DataConfig) -> Tensor:
     """An RGB or L image after the first resize, as uint8 of shape (C, H, W)."""
     for side in (config.side, config.resize):
@@ -346,17 +262,3 @@ def _keeps(config: DataConfig, count: int, pixel_bytes: int) -> bool:
     if config.cache is not None:
         return config.cache
     return config.resize is not None and count * config.resize**2 * pixel_bytes < CACHE_BYTES
-
-
-def _unreadable(name: object, error: Exception) -> UnreadableImageError:
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return UnreadableImageError(f"there is no image file {name}.")
-    if isinstance(error, OSError) and isinstance(name, str | Path) and Path(name).is_dir():
-        return UnreadableImageError(f"{name} is a folder, not an image: give the files in it.")
-    # What the system says repeats the path; what Pillow says has no such short form.
-    reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
-    huge = isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning)
-    cure = "Scale it down" if huge else "Repair it"
-    return UnreadableImageError(
-        f"cannot read the image {name}: {reason.rstrip('.')}. {cure}, or take it out."
-    )

@@ -5,7 +5,6 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,42 +15,22 @@ from training.data.images import ImageSet, Key
 from training.data.transforms import Transform
 from training.distributed import Share
 
-T = TypeVar("T")
-
 _STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 Prepared = tuple[Tensor, Tensor, Tensor]
 """Images of one size, their draws, and labels; no images where a process has none of a batch."""
 
 
-class UninterruptedLoader(DataLoader[T]):
-    """torch's loader, with workers that heed SIGTERM from their own parent alone, and no SIGINT.
-
-    A terminal and most schedulers send them to every process of a run. The one that trains then
-    still has to finish its step, for which it needs its workers; they end with it.
-    """
-
-    def __init__(self, dataset: Dataset[T], **settings: Any) -> None:
-        # A worker inherits the blocked signals, and has to hear of its parent's in another way.
-        settings["worker_init_fn"] = _heed_parent
-        super().__init__(dataset, **settings)
-
-    def __iter__(self) -> Any:
-        """Start a pass; its workers are forked with the signals blocked."""
-        with _signals_blocked():
-            return super().__iter__()
-
-
 class Batches:
     """Passes over mini-batches of images (B, C, H, W) on a device, and labels (B,) on the CPU.
 
-    Made by `loader` and `cut_loader`. Images are decoded and given one size by the loader's
-    processes; what they are, bytes mostly, goes to the device, and is augmented and scaled there.
+    Made by `loader`. Images are decoded and given one size by the loader's processes; what they
+    are, bytes mostly, goes to the device, and is augmented and scaled there.
     """
 
     def __init__(
         self,
-        prepared: UninterruptedLoader[Prepared],
+        prepared: DataLoader[Prepared],
         order: "SeededBatches",
         transform: Transform,
         device: torch.device,
@@ -63,7 +42,12 @@ class Batches:
         return len(self.order)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for pixels, draws, labels in self.prepared:
+        # A terminal and most schedulers send signals to every process of a run. The one that trains
+        # then still has to finish its step, for which it needs its workers: they inherit the
+        # blocked signals, heed SIGTERM from their own parent alone, and end with it.
+        with _signals_blocked():
+            loading = iter(self.prepared)
+        for pixels, draws, labels in loading:
             moved, drawn = (x.to(self.device, non_blocking=True) for x in (pixels, draws))
             yield (self.transform.finish(moved, drawn) if len(moved) else moved.float()), labels
 
@@ -71,27 +55,29 @@ class Batches:
 class SeededBatches(Sampler[list[Key]]):
     """Mini-batches of an epoch and a seed for each image, from the seed and the epoch's number.
 
-    Each pass goes over the next epoch; `set_epoch` makes the next one go over several, and begin
+    Each pass goes over the next epoch; `start_at` makes the next one go over several, and begin
     anywhere. Of several processes each walks its `Share.even_bounds` of the order of one.
+
+    Attributes
+    ----------
+    epoch : int
+        Number of the epoch that the next pass begins with.
     """
 
     def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        *,
-        shuffle: bool,
-        seed: int,
-        share: Share | None = None,
+        self, length: int, batch_size: int, *, shuffle: bool, seed: int, share: Share | None = None
     ) -> None:
         self.length, self.batch_size = length, batch_size
         self.shuffle, self.seed = shuffle, seed
         self.first, self.stop = (share or Share()).even_bounds(length)
         self.epoch, self.skip, self.epochs = 0, 0, 1
 
-    def set_epoch(self, epoch: int, skip: int = 0, epochs: int = 1) -> None:
-        """Make the next pass so many epochs, from this one, without its first ``skip`` batches."""
-        self.epoch, self.skip, self.epochs = epoch, skip, epochs
+    def start_at(self, epoch: int, batch: int, *, epochs: int = 1) -> None:
+        """Make the next pass begin at this batch of this epoch, and go on over so many epochs.
+
+        At the end of an epoch the loading processes go on, where new ones would have to start.
+        """
+        self.epoch, self.skip, self.epochs = epoch, batch, epochs
 
     def __len__(self) -> int:
         """Mini-batches of an epoch."""
@@ -122,8 +108,7 @@ class _PreparedBatches(Dataset[Prepared]):
     def __init__(self, images: ImageSet, cut: Share) -> None:
         self.images, self.cut = images, cut
 
-    # torch asks for a whole mini-batch at once: its pixels can be stacked where they are decoded.
-    def __getitems__(self, keys: Sequence[Key]) -> Prepared:
+    def __getitem__(self, keys: Sequence[Key]) -> Prepared:
         first, stop = self.cut.bounds(len(keys))
         labels = self.images.labels[[position for position, _ in keys]]
         if first == stop:  # fewer images than processes: nobody will look at these
@@ -140,6 +125,7 @@ def loader(
     seed: int,
     workers: int = 0,
     share: Share | None = None,
+    cut: bool = False,
     device: torch.device | str = "cpu",
 ) -> Batches:
     """Load batches of images (B, C, H, W) and labels (B,); the last short batch is kept.
@@ -161,73 +147,32 @@ def loader(
         Processes that load; 0 loads in this one.
     share
         This process, where several walk a pass together, each its own part of it.
+    cut
+        Give every process the mini-batches of one process instead, and of each its `Share.bounds`
+        of the pixels and the labels of the whole.
     device
         Where images are augmented and handed out; labels stay on the CPU.
+
+    Raises
+    ------
+    TypeError
+        If the images have no transform.
     """
-    order = SeededBatches(len(dataset), batch_size, shuffle=shuffle, seed=seed, share=share)
-    return _batches(dataset, order, Share(), workers, device)
-
-
-def cut_loader(
-    dataset: ImageSet,
-    batch_size: int,
-    *,
-    shuffle: bool,
-    seed: int,
-    workers: int = 0,
-    share: Share | None = None,
-    device: torch.device | str = "cpu",
-) -> Batches:
-    """The mini-batches of `loader`, each cut over the processes.
-
-    Order, augmentations and mini-batches are those of one process. Of each, a process gets the
-    pixels of its `Share.bounds` and the labels of the whole.
-
-    Parameters
-    ----------
-    dataset, batch_size, shuffle, seed, workers, device
-        As in `loader`; the batch size counts the images of all processes.
-    share
-        This process.
-    """
-    order = SeededBatches(len(dataset), batch_size, shuffle=shuffle, seed=seed)
-    return _batches(dataset, order, share or Share(), workers, device)
-
-
-def _batches(
-    images: ImageSet, order: SeededBatches, cut: Share, workers: int, device: torch.device | str
-) -> Batches:
-    if images.transform is None:
-        msg = "images are loaded in batches under a transform: use with_transform"
-        raise TypeError(msg)
-    device = torch.device(device)
-    prepared: UninterruptedLoader[Prepared] = UninterruptedLoader(
-        _PreparedBatches(images, cut),
-        batch_sampler=order,
-        num_workers=workers,
-        collate_fn=_as_it_is,  # they are stacked already
-        pin_memory=device.type == "cuda",
-        # Without it, every pass would take one draw from the global generator.
-        generator=torch.Generator().manual_seed(order.seed),
+    share, everything, device = share or Share(), Share(), torch.device(device)
+    order = SeededBatches(
+        len(dataset), batch_size, shuffle=shuffle, seed=seed, share=everything if cut else share
     )
-    return Batches(prepared, order, images.transform, device)
-
-
-def start_at(batches: Batches, epoch: int, batch: int, *, epochs: int = 1) -> None:
-    """Make the next pass begin at this batch of this epoch, and go on over so many.
-
-    At the end of an epoch the loading processes go on, where new ones would have to start.
-    """
-    batches.order.set_epoch(epoch, batch, epochs)
-
-
-def passes_begun(batches: Batches) -> int:
-    """Number of the epoch that the next pass begins with."""
-    return batches.order.epoch
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
+    prepared = DataLoader(
+        _PreparedBatches(dataset, share if cut else everything),
+        batch_size=None,  # the sampler gives whole mini-batches, stacked where they are decoded
+        sampler=order,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_heed_parent,
+        # Without it, every pass would take one draw from the global generator.
+        generator=torch.Generator().manual_seed(seed),
+    )
+    return Batches(prepared, order, dataset.required_transform(), device)
 
 
 def _heed_parent(worker: int) -> None:

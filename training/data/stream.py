@@ -171,11 +171,8 @@ def _matched(test: Split, names: Sequence[str], config: DataConfig) -> Split:
         Unless both splits hold the same classes.
     """
     own, theirs = set(names), set(test.classes)
-    parts = []
-    if own - theirs:
-        parts.append(f"test lacks {some(own - theirs)}")
-    if theirs - own:
-        parts.append(f"train lacks {some(theirs - own)}")
+    lacking = {"test": own - theirs, "train": theirs - own}
+    parts = [f"{split} lacks {some(lost)}" for split, lost in lacking.items() if lost]
     if parts:
         msg = f"{_place(config)}: both splits must hold the same classes, but {' and '.join(parts)}"
         raise ValueError(msg)
@@ -194,12 +191,11 @@ def _place(config: DataConfig) -> str:
 def _relabelled(
     split: Split, order: list[int], config: DataConfig
 ) -> tuple[Images, NDArray[np.int64]]:
-    positions = np.flatnonzero(np.isin(split.targets, order))
-    images = images_of(split.images, config).select(positions.tolist())
-    labels = np.argsort(order)[
-        np.searchsorted(np.sort(order), np.asarray(split.targets)[positions])
-    ]
-    return images, labels
+    label_of = np.full(len(split.classes), -1, dtype=np.int64)  # -1 for what no task holds
+    label_of[order] = np.arange(len(order))
+    labels = label_of[np.asarray(split.targets)]
+    positions = np.flatnonzero(labels >= 0)
+    return images_of(split.images, config).select(positions.tolist()), labels[positions]
 
 
 def _held_out(

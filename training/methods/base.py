@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from training.components import Component, Registry, not_negative
+from training.seeds import derive
 
 if TYPE_CHECKING:
     import torch
@@ -137,6 +138,12 @@ class Method:
         """
         model.requires_grad_(False)
         self.model, self.context = model, context
+
+    def generator(self, task: int) -> "torch.Generator":
+        """Randomness of a task (from 0), the same whether or not the run was interrupted."""
+        import torch
+
+        return torch.Generator().manual_seed(derive(self.context.seed, task, "method"))
 
     def begin_task(self, batches: Iterable[Any]) -> None:
         """Prepare the model for a task; ``batches`` are its training images, walked at will."""

@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from backends.torch.settings import TIMM_QKV, Target
-from training.components import at_least, check
+from training.components import at_least
 from training.methods.base import Context, Method, look_ahead
 
 if TYPE_CHECKING:
@@ -33,6 +33,11 @@ class BranchMethod(Method):
         Take gradient-aligned steps, or plain ones.
     radius
         Largest length of the look-ahead of a gradient-aligned step.
+
+    Attributes
+    ----------
+    layers : dict of str to LoRALinear
+        The layers that are adapted, by name.
     """
 
     saves_open_task = True
@@ -49,9 +54,9 @@ class BranchMethod(Method):
         radius: float = 0.3,
     ) -> None:
         at_least("rank", rank, 1)
-        check(parts in get_args(Parts), "parts", parts, f"one of {', '.join(get_args(Parts))}")
         self.rank, self.target, self.parts = rank, target, parts
         self.radius = look_ahead(gao, radius)
+        self.layers: dict[str, LoRALinear] = {}
 
     def start(self, model: "nn.Module", context: Context) -> None:
         """Attach to a model whose target layers suit the rank and the parts.
@@ -69,42 +74,72 @@ class BranchMethod(Method):
             output_rows(layer.out_features, self.parts)
         super().start(model, context)
 
+    def add_branch(
+        self, layer: "LoRALinear", branch: str, down: "Tensor", up: "Tensor | None" = None
+    ) -> None:
+        """Put a new branch in place, or one of a state, with ``up``."""
+        raise NotImplementedError
 
-class TaskBranches(BranchMethod):
-    """A method with new branches for every task, which are merged for good at its end.
-
-    Attributes
-    ----------
-    layers : dict of str to LoRALinear
-        The adapted layers by name; none between tasks.
-    tasks : int
-        Number of finished tasks.
-    """
-
-    scale = 1.0
-    trains_down = False
-
-    def start(self, model: "nn.Module", context: Context) -> None:
-        """Attach to a model."""
-        super().start(model, context)
-        self.layers: dict[str, LoRALinear] = {}
-        self.tasks = 0
-
-    def add_branches(self, down: "Callable[[str, LoRALinear], Tensor]") -> None:
-        """Put a branch of every part in place; ``down`` gives the down-projections (r, D)."""
-        self._adapt()
-        for name, layer in self.layers.items():
-            for part in output_rows(layer.out_features, self.parts):
-                self._add(layer, part, down(name, layer))
-
-    def merge_branches(self) -> "TaskRecord":
-        """Merge the branches for good; a record of them."""
+    def merge(self) -> "TaskRecord":
+        """Merge the branches into the weights of the model; a record of them."""
         from backends.torch import TaskRecord, restore
 
         record = TaskRecord.of(self.layers)
         for layer in self.layers.values():
             layer.merge()
         restore(self.model, self.layers)
+        return record
+
+    def state_dict(self) -> "dict[str, Tensor]":
+        """A and B of every branch, by branch and layer."""
+        state: dict[str, Tensor] = {}
+        for name, layer in self.layers.items():
+            for branch in layer.branches:
+                state[f"down/{branch}/{name}"] = layer.branch(branch).down.detach()
+                state[f"up/{branch}/{name}"] = layer.branch(branch).up.detach()
+        return state
+
+    def load_branches(self, state: "Mapping[str, Tensor]") -> None:
+        """Put the branches of a state in place, in its order."""
+        for key, down in state.items():
+            kind, _, rest = key.partition("/")
+            branch, _, name = rest.partition("/")
+            if kind == "down":
+                self.add_branch(self.layers[name], branch, down, state[f"up/{branch}/{name}"])
+
+
+class MergedBranches(BranchMethod):
+    """A method with new branches for every task, which are merged for good at its end.
+
+    Attributes
+    ----------
+    tasks : int
+        Number of finished tasks.
+    """
+
+    scale = 1.0
+    trains_down = False
+    tasks = 0
+
+    def add_branches(self, down: "Callable[[str, LoRALinear], Tensor]") -> None:
+        """Put a branch of every part in place; ``down`` gives the down-projections (r, D)."""
+        self._adapt()
+        for name, layer in self.layers.items():
+            for part in output_rows(layer.out_features, self.parts):
+                self.add_branch(layer, part, down(name, layer))
+
+    def add_branch(
+        self, layer: "LoRALinear", branch: str, down: "Tensor", up: "Tensor | None" = None
+    ) -> None:
+        """Put a branch of the open task in place; it is called as its part of the layer."""
+        rows = output_rows(layer.out_features, self.parts)[branch]
+        layer.add_branch(
+            branch, down, up=up, rows=rows, scale=self.scale, train_down=self.trains_down
+        )
+
+    def merge(self) -> "TaskRecord":
+        """Merge the branches for good; a record of them."""
+        record = super().merge()
         self.layers = {}
         self.tasks += 1
         return record
@@ -118,27 +153,110 @@ class TaskBranches(BranchMethod):
         """The number of tasks, and the branches of an open one."""
         import torch
 
-        return {"tasks": torch.tensor(self.tasks)} | branch_state(self.layers)
+        return {"tasks": torch.tensor(self.tasks)} | super().state_dict()
 
     def load_state_dict(self, state: "Mapping[str, Tensor]") -> None:
         """Take over a state, with the branches of an open task."""
         self.tasks = int(state["tasks"])
         if any(key.startswith("down/") for key in state):
             self._adapt()
-            load_branches(self.layers, state, self._add)
+            self.load_branches(state)
+
+    def carried(self, state: "Mapping[str, Tensor]", prefix: str) -> "dict[str, Tensor]":
+        """Tensors of a state whose names begin so, copied to where the model is."""
+        device = next(self.model.parameters()).device
+        return {
+            key.removeprefix(prefix): value.to(device, copy=True)
+            for key, value in state.items()
+            if key.startswith(prefix)
+        }
 
     def _adapt(self) -> None:
         from backends.torch import adapt
 
         self.layers = adapt(self.model, self.target)
 
-    def _add(
-        self, layer: "LoRALinear", part: str, down: "Tensor", up: "Tensor | None" = None
-    ) -> None:
-        rows = output_rows(layer.out_features, self.parts)[part]
-        layer.add_branch(
-            part, down, up=up, rows=rows, scale=self.scale, train_down=self.trains_down
-        )
+
+class FoldedBranches(BranchMethod):
+    """A method whose branches live on from task to task.
+
+    Between tasks they are folded into the weights of the model, so that it can be saved; a task
+    starts from the exact unmerged state.
+
+    Attributes
+    ----------
+    weights : dict of str to Tensor
+        The weights without branches, by layer.
+    is_open : bool
+        Whether a task is open.
+    """
+
+    is_open = False
+
+    def start(self, model: "nn.Module", context: Context) -> None:
+        """Attach to a model."""
+        from backends.torch import adapt, restore
+
+        super().start(model, context)
+        self.layers = adapt(model, self.target)
+        self.weights = {
+            name: layer.base.weight.detach().clone() for name, layer in self.layers.items()
+        }
+        restore(model, self.layers)
+
+    def begin_task(self, batches: Iterable[Any]) -> None:
+        """Take the branches out of the weights again and put them in place."""
+        del batches
+        self._open()
+
+    def end_task(self, batches: Iterable[Any]) -> "TaskRecord":
+        """Fold the branches into the weights until the next task."""
+        del batches
+        self.is_open = False
+        return self.merge()
+
+    def factors(self, branches: Iterable[str]) -> "list[nn.Parameter]":
+        """A and B of the named branches, in every layer."""
+        chosen = [layer.branch(name) for layer in self.layers.values() for name in branches]
+        return [p for branch in chosen for p in (branch.down, branch.up)]
+
+    def state_dict(self) -> "dict[str, Tensor]":
+        """The branches and the weights without them, by layer, and whether a task is open."""
+        import torch
+
+        state = {f"weight/{name}": weight for name, weight in self.weights.items()}
+        if self.is_open:
+            state["open"] = torch.tensor(True)
+        return state | super().state_dict()
+
+    def load_state_dict(self, state: "Mapping[str, Tensor]") -> None:
+        """Take over weights and branches, and attach them if a task is open."""
+        import torch
+
+        with torch.no_grad():
+            for name, layer in self.layers.items():
+                if layer.merged:
+                    layer.unmerge()
+                self.weights[name].copy_(state[f"weight/{name}"])
+                layer.base.weight.copy_(self.weights[name])
+                for branch in list(layer.branches):
+                    layer.drop_branch(branch)
+            self.load_branches(state)
+            if "open" in state:
+                self._open()
+                return
+            for layer in self.layers.values():
+                if layer.branches:
+                    layer.merge()
+
+    def _open(self) -> None:
+        from backends.torch import attach
+
+        self.is_open = True
+        attach(self.model, self.layers)
+        for layer in self.layers.values():
+            if layer.merged:
+                layer.unmerge()
 
 
 def output_rows(out_features: int, parts: Parts) -> dict[str, tuple[int, int] | None]:
@@ -190,102 +308,3 @@ def kaiming(rank: int, layer: "LoRALinear", generator: "torch.Generator") -> "Te
     down = torch.empty(rank, layer.in_features)
     nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
     return down
-
-
-AddBranch = Callable[..., Any]
-"""``add(layer, branch, down, up)`` puts a branch in place."""
-
-
-def branch_state(layers: "Mapping[str, LoRALinear]") -> "dict[str, Tensor]":
-    """A and B of every branch, by branch and layer."""
-    state: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        for branch in layer.branches:
-            state[f"down/{branch}/{name}"] = layer.branch(branch).down.detach()
-            state[f"up/{branch}/{name}"] = layer.branch(branch).up.detach()
-    return state
-
-
-def load_branches(
-    layers: "Mapping[str, LoRALinear]", state: "Mapping[str, Tensor]", add: AddBranch
-) -> None:
-    """Add the branches of a state to layers, in the order of the state."""
-    for key, down in state.items():
-        kind, _, rest = key.partition("/")
-        branch, _, name = rest.partition("/")
-        if kind == "down":
-            add(layers[name], branch, down, state[f"up/{branch}/{name}"])
-
-
-class FoldedLayers:
-    """Adapted layers whose branches live on from task to task.
-
-    Between tasks the branches are folded into the weights of the model, so that it can be saved;
-    a task starts from the exact unmerged state.
-    """
-
-    def __init__(self, model: "nn.Module", target: Target) -> None:
-        from backends.torch import adapt, restore
-
-        self.model = model
-        self.layers: dict[str, LoRALinear] = adapt(model, target)
-        self.weights = {
-            name: layer.base.weight.detach().clone() for name, layer in self.layers.items()
-        }
-        restore(model, self.layers)
-        self.is_open = False
-
-    def open(self) -> None:
-        """Take the branches out of the weights again and put them in place."""
-        from backends.torch import attach
-
-        self.is_open = True
-        attach(self.model, self.layers)
-        for layer in self.layers.values():
-            if layer.merged:
-                layer.unmerge()
-
-    def fold(self) -> "TaskRecord":
-        """Fold the branches into the weights of the model; a record of them."""
-        from backends.torch import TaskRecord, restore
-
-        record = TaskRecord.of(self.layers)
-        for layer in self.layers.values():
-            layer.merge()
-        restore(self.model, self.layers)
-        self.is_open = False
-        return record
-
-    def parameters(self, branches: Iterable[str]) -> "list[nn.Parameter]":
-        """A and B of the named branches, in every layer."""
-        chosen = [layer.branch(name) for layer in self.layers.values() for name in branches]
-        return [p for branch in chosen for p in (branch.down, branch.up)]
-
-    def state_dict(self) -> "dict[str, Tensor]":
-        """The branches and the weights without them, by layer, and whether a task is open."""
-        import torch
-
-        state = {f"weight/{name}": weight for name, weight in self.weights.items()}
-        if self.is_open:
-            state["open"] = torch.tensor(True)
-        return state | branch_state(self.layers)
-
-    def load_state_dict(self, state: "Mapping[str, Tensor]", add: AddBranch) -> None:
-        """Take over weights and branches, and attach them if a task is open."""
-        import torch
-
-        with torch.no_grad():
-            for name, layer in self.layers.items():
-                if layer.merged:
-                    layer.unmerge()
-                self.weights[name].copy_(state[f"weight/{name}"])
-                layer.base.weight.copy_(self.weights[name])
-                for branch in list(layer.branches):
-                    layer.drop_branch(branch)
-            load_branches(self.layers, state, add)
-            if "open" in state:
-                self.open()
-                return
-            for layer in self.layers.values():
-                if layer.branches:
-                    layer.merge()

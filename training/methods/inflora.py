@@ -8,16 +8,15 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from training.components import check, positive
-from training.methods.base import Context
-from training.methods.branches import TaskBranches
+from training.methods.branches import MergedBranches
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from backends.torch import TaskRecord
 
 
-class InfLoRA(TaskBranches):
+class InfLoRA(MergedBranches):
     """B of the task's branch is trained; A is solved from the task's inputs and then frozen.
 
     Parameters
@@ -40,10 +39,6 @@ class InfLoRA(TaskBranches):
         check(fits, "lamb and lame", f"{lamb} and {lame}", "0 < lamb <= lame <= 1")
         positive("down_scale", down_scale)
         self.lamb, self.lame, self.down_scale = lamb, lame, down_scale
-
-    def start(self, model: "nn.Module", context: Context) -> None:
-        """Attach to a model."""
-        super().start(model, context)
         self.memories: dict[str, GradientMemory] = {}
 
     def begin_task(self, batches: Iterable[Any]) -> None:
@@ -58,7 +53,7 @@ class InfLoRA(TaskBranches):
     def end_task(self, batches: Iterable[Any]) -> "TaskRecord":
         """Merge for good, and protect the inputs of the task, taken through the trained model."""
         share = (self.lame - self.lamb) * (self.tasks / self.context.tasks) + self.lamb
-        record = self.merge_branches()
+        record = self.merge()
         for name, moment in self._moments(batches).items():
             self.memories[name] = self._memory(name, moment).updated(moment, share)
         return record
@@ -78,13 +73,9 @@ class InfLoRA(TaskBranches):
 
     def load_state_dict(self, state: "Mapping[str, Tensor]") -> None:
         """Take over the memories, and the branches of an open task."""
-        device = next(self.model.parameters()).device
         self.memories = {
-            name.removeprefix("basis/"): GradientMemory(
-                basis.to(device, copy=True), bool(state[name.replace("basis/", "free/", 1)])
-            )
-            for name, basis in state.items()
-            if name.startswith("basis/")
+            name: GradientMemory(basis, bool(state[f"free/{name}"]))
+            for name, basis in self.carried(state, "basis/").items()
         }
         super().load_state_dict(state)
 

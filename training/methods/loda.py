@@ -1,12 +1,10 @@
 """LoDA and its ablations."""
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from backends.torch.settings import LoDASettings
-from training.components import check
 from training.methods.base import Context, Method, look_ahead
-from training.seeds import derive
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -53,8 +51,6 @@ class LoDAMethod(Method):
     ) -> None:
         self.settings = LoDASettings(rank=rank, heldout=heldout, **settings)
         self.radius = look_ahead(gao, radius)
-        names = get_args(Directions)
-        check(directions in names, "directions", directions, f"one of {', '.join(names)}")
         self.directions = directions
 
     def start(self, model: "nn.Module", context: Context) -> None:
@@ -87,8 +83,6 @@ class LoDAMethod(Method):
     def _random_bases(self) -> "dict[str, dict[str, Tensor]] | None":
         if self.directions == "solved":
             return None
-        import torch
-
         from backends.torch import find_layers, random_bases
 
         tasks = self.loda.tasks
@@ -96,7 +90,7 @@ class LoDAMethod(Method):
             self.settings,
             find_layers(self.model, self.settings.target),
             first_task=tasks == 0,
-            generator=torch.Generator().manual_seed(derive(self.context.seed, tasks, "method")),
+            generator=self.generator(tasks),
         )
 
 

@@ -8,17 +8,15 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from training.components import not_negative, positive
-from training.methods.base import Context
-from training.methods.branches import TaskBranches, kaiming
-from training.seeds import derive
+from training.methods.branches import MergedBranches, kaiming
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from backends.torch import RowsLoss, TaskRecord
 
 
-class OLoRA(TaskBranches):
+class OLoRA(MergedBranches):
     """A and B of the task are trained with a penalty; the old ones are merged, their A kept.
 
     Parameters
@@ -42,19 +40,12 @@ class OLoRA(TaskBranches):
             positive("alpha", alpha)
         self.weight = penalty
         self.scale = 1.0 if alpha is None else alpha / self.rank
-
-    def start(self, model: "nn.Module", context: Context) -> None:
-        """Attach to a model."""
-        super().start(model, context)
         self.old: dict[str, Tensor] = {}  # rows of all past A, by part and layer
 
     def begin_task(self, batches: Iterable[Any]) -> None:
         """Start a new branch."""
-        import torch
-
         del batches
-        # Every task draws anew, and a run that goes on draws as the uninterrupted one.
-        generator = torch.Generator().manual_seed(derive(self.context.seed, self.tasks, "method"))
+        generator = self.generator(self.tasks)
         self.add_branches(lambda _, layer: kaiming(self.rank, layer, generator))
 
     def penalty(self) -> "Tensor":
@@ -81,7 +72,7 @@ class OLoRA(TaskBranches):
         import torch
 
         del batches
-        record = self.merge_branches()
+        record = self.merge()
         for name, branches in record.downs.items():
             for part, down in branches.items():
                 key = f"{part}/{name}"
@@ -95,12 +86,7 @@ class OLoRA(TaskBranches):
 
     def load_state_dict(self, state: "Mapping[str, Tensor]") -> None:
         """Take over the past down-projections, and the branches of an open task."""
-        device = next(self.model.parameters()).device
-        self.old = {
-            key.removeprefix("old/"): rows.to(device, copy=True)
-            for key, rows in state.items()
-            if key.startswith("old/")
-        }
+        self.old = self.carried(state, "old/")
         super().load_state_dict(state)
 
 

@@ -9,9 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from training.components import check
-from training.methods.base import Context
-from training.methods.branches import BranchMethod, FoldedLayers, kaiming, output_rows
-from training.seeds import derive
+from training.methods.branches import FoldedBranches, kaiming, output_rows
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
     from backends.torch import LoRALinear, TaskRecord
 
 
-class SDLoRA(BranchMethod):
+class SDLoRA(FoldedBranches):
     r"""The update of task t is :math:`\sum_{i<t} α_i B_i A_i / (\|B_i\| \|A_i\|) + α_t B_t A_t`.
 
     A and B of the task and all α are trained, each α shared by all layers; the normalised
@@ -37,38 +35,38 @@ class SDLoRA(BranchMethod):
         super().__init__(**settings)
         check(math.isfinite(start), "start", start, "finite")
         self.first_magnitude = start
-
-    def start(self, model: "nn.Module", context: Context) -> None:
-        """Attach to a model."""
-        super().start(model, context)
-        self.folded = FoldedLayers(model, self.target)
-        self.magnitudes: list[nn.Parameter] = []
+        self.magnitudes: list[nn.Parameter] = []  # α of the tasks
 
     def begin_task(self, batches: Iterable[Any]) -> None:
         """Start a new branch, and all magnitudes again."""
         import torch
 
-        del batches
-        seed = derive(self.context.seed, len(self.magnitudes), "method")
-        generator = torch.Generator().manual_seed(seed)
-        self.folded.open()
-        layers = self.folded.layers
-        self.magnitudes.append(_magnitude(layers))
+        generator = self.generator(len(self.magnitudes))
+        super().begin_task(batches)
+        self.magnitudes.append(_magnitude(self.layers))
         with torch.no_grad():
             for magnitude in self.magnitudes:
                 magnitude.fill_(self.first_magnitude)
                 magnitude.requires_grad_(True)
-        for layer in layers.values():
-            for part, rows in output_rows(layer.out_features, self.parts).items():
+        for layer in self.layers.values():
+            for part in output_rows(layer.out_features, self.parts):
                 down = kaiming(self.rank, layer, generator)
-                name, scale = f"task{len(self.magnitudes)}_{part}", self.magnitudes[-1]
-                layer.add_branch(name, down, rows=rows, scale=scale, train_down=True)
+                self.add_branch(layer, f"task{len(self.magnitudes)}_{part}", down)
+
+    def add_branch(
+        self, layer: "LoRALinear", branch: str, down: "Tensor", up: "Tensor | None" = None
+    ) -> None:
+        """Put the branch of a task in place, with the magnitude of that task."""
+        task, part = _split(branch)
+        rows = output_rows(layer.out_features, self.parts)[part]
+        scale = self.magnitudes[task - 1]
+        layer.add_branch(branch, down, up=up, rows=rows, scale=scale, train_down=True)
 
     def parameters(self) -> "list[nn.Parameter]":
         """A and B of the task, and every magnitude."""
-        first = next(iter(self.folded.layers.values()))
+        first = next(iter(self.layers.values()))
         branches = [b for b in first.branches if _split(b)[0] == len(self.magnitudes)]
-        return [*self.magnitudes, *self.folded.parameters(branches)]
+        return [*self.magnitudes, *self.factors(branches)]
 
     def end_task(self, batches: Iterable[Any]) -> "TaskRecord":
         """Freeze what was learned, normalise the direction for the tasks to come, and fold.
@@ -78,10 +76,9 @@ class SDLoRA(BranchMethod):
         """
         import torch
 
-        del batches
         with torch.no_grad():
-            record = self.folded.fold()
-            for layer in self.folded.layers.values():
+            record = super().end_task(batches)
+            for layer in self.layers.values():
                 for name in layer.branches:
                     branch = layer.branch(name).requires_grad_(False)
                     if _split(name)[0] == len(self.magnitudes):
@@ -99,8 +96,8 @@ class SDLoRA(BranchMethod):
         """
         import torch
 
-        state = {"tasks": torch.tensor(len(self.magnitudes)), **self.folded.state_dict()}
-        if self.folded.is_open:
+        state = {"tasks": torch.tensor(len(self.magnitudes)), **super().state_dict()}
+        if self.is_open:
             state["magnitudes"] = torch.stack([m.detach() for m in self.magnitudes])
         return state
 
@@ -108,29 +105,20 @@ class SDLoRA(BranchMethod):
         """Take over a state; the model holds the weights of that time already."""
         import torch
 
-        layers = self.folded.layers
-        folded = {name: layer.base.weight.detach().clone() for name, layer in layers.items()}
-        self.magnitudes = [_magnitude(layers) for _ in range(int(state["tasks"]))]
-
-        def add(layer: "LoRALinear", branch: str, down: "Tensor", up: "Tensor") -> None:
-            task, part = _split(branch)
-            rows, scale = (
-                output_rows(layer.out_features, self.parts)[part],
-                self.magnitudes[task - 1],
-            )
-            layer.add_branch(branch, down, up=up, rows=rows, scale=scale).requires_grad_(False)
-
-        self.folded.load_state_dict(state, add)
-        if self.folded.is_open:
-            for parameter in self.parameters():
-                parameter.requires_grad_(True)
+        trained = {name: layer.base.weight.detach().clone() for name, layer in self.layers.items()}
+        self.magnitudes = [_magnitude(self.layers) for _ in range(int(state["tasks"]))]
+        super().load_state_dict(state)
+        for layer in self.layers.values():
+            layer.requires_grad_(False)
         with torch.no_grad():
-            if self.folded.is_open:
-                for magnitude, value in zip(self.magnitudes, state["magnitudes"], strict=True):
-                    magnitude.copy_(value)
-            else:  # the lengths of the last task are in the folded weights alone
-                for name, layer in layers.items():
-                    layer.base.weight.copy_(folded[name])
+            if not self.is_open:  # the lengths of the last task are in the trained weights alone
+                for name, layer in self.layers.items():
+                    layer.base.weight.copy_(trained[name])
+                return
+            for magnitude, value in zip(self.magnitudes, state["magnitudes"], strict=True):
+                magnitude.copy_(value)
+        for parameter in self.parameters():
+            parameter.requires_grad_(True)
 
 
 def _split(branch: str) -> tuple[int, str]:

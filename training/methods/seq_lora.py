@@ -1,20 +1,19 @@
 """Sequential LoRA: one low-rank branch trained on, task after task; and its upper bound."""
 
-from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from training.methods.base import Context
-from training.methods.branches import BranchMethod, FoldedLayers, kaiming
+from training.methods.branches import FoldedBranches, kaiming
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from backends.torch import LoRALinear, TaskRecord
+    from backends.torch import LoRALinear
 
 _BRANCH = "lora"
 
 
-class SequentialLoRA(BranchMethod):
+class SequentialLoRA(FoldedBranches):
     """One branch for all tasks, without any protection against forgetting.
 
     A starts Kaiming-uniform and B at zero, both are trained on every task, the weight of the
@@ -34,37 +33,20 @@ class SequentialLoRA(BranchMethod):
         import torch
 
         super().start(model, context)
-        self.folded = FoldedLayers(model, self.target)
         generator = torch.Generator().manual_seed(context.seed)
-        for layer in self.folded.layers.values():
-            layer.add_branch(_BRANCH, kaiming(self.rank, layer, generator), train_down=True)
-        self.folded.fold()
+        for layer in self.layers.values():
+            self.add_branch(layer, _BRANCH, kaiming(self.rank, layer, generator))
+        self.merge()
 
-    def begin_task(self, batches: Iterable[Any]) -> None:
-        """Take the branch out of the weights again."""
-        del batches
-        self.folded.open()
+    def add_branch(
+        self, layer: "LoRALinear", branch: str, down: "Tensor", up: "Tensor | None" = None
+    ) -> None:
+        """Put the branch in place."""
+        layer.add_branch(branch, down, up=up, train_down=True)
 
     def parameters(self) -> "list[nn.Parameter]":
         """A and B of every layer."""
-        return self.folded.parameters([_BRANCH])
-
-    def end_task(self, batches: Iterable[Any]) -> "TaskRecord":
-        """Fold the branch into the weights until the next task."""
-        del batches
-        return self.folded.fold()
-
-    def state_dict(self) -> "dict[str, Tensor]":
-        """The branch and the weights without it, by layer."""
-        return self.folded.state_dict()
-
-    def load_state_dict(self, state: "Mapping[str, Tensor]") -> None:
-        """Take over a branch and the weights without it."""
-
-        def add(layer: "LoRALinear", branch: str, down: "Tensor", up: "Tensor") -> None:
-            layer.add_branch(branch, down, up=up, train_down=True)
-
-        self.folded.load_state_dict(state, add)
+        return self.factors([_BRANCH])
 
 
 class Joint(SequentialLoRA):

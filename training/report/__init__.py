@@ -17,14 +17,6 @@ if TYPE_CHECKING:
     from training.report.runs import find_runs, load, load_tasks, write_bundle
     from training.report.tables import Table, differences, intervals, latex, leads, markdown
 
-_MODULES = {
-    "figures": ("comparison_figure",),
-    "page": ("Report", "write_report"),
-    "runs": ("find_runs", "load", "load_tasks", "write_bundle"),
-    "tables": ("Table", "differences", "intervals", "latex", "leads", "markdown"),
-}
-_PLACES = {name: module for module, names in _MODULES.items() for name in names}
-
 __all__ = [
     "Report",
     "Table",
@@ -44,7 +36,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for: `loda --help` waits for neither pandas nor jinja2."""
-    if name not in _PLACES:
-        msg = f"module {__name__!r} has no attribute {name!r}"
-        raise AttributeError(msg)
-    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+    if name in __all__:
+        for module in ("runs", "tables", "figures", "page"):
+            value = vars(import_module(f"{__name__}.{module}")).get(name)
+            if value is not None:
+                return value
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)

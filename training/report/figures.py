@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -11,7 +12,6 @@ import pandas as pd
 
 from training.plots import (
     Curve,
-    Interval,
     Panel,
     interval_figure,
     line_figure,
@@ -85,9 +85,7 @@ def drawings(
             for label, seeds in curves.items()
             if seeds
         ]
-        panel = Panel(
-            spread_curves(curves), "tasks learned", "accuracy over all classes seen (%)", ends=".1f"
-        )
+        panel = Panel(spread_curves(curves), "tasks learned", _ACCURACY, ends=True)
         yield Drawing(
             f"accuracy-{kind}",
             f"Accuracy over tasks, read-out {kind}",
@@ -138,11 +136,13 @@ def comparison_figure(sections: Sequence[Section], path: str | os.PathLike[str])
     """
     alone = len({section.base for section in sections}) == 1
     curves = {
-        label if alone else f"{label}, {section.base}": [run.matrix.curve for run in runs]
+        label if alone else f"{label}, {section.base}": [
+            [100 * accuracy for accuracy in run.matrix.curve] for run in runs
+        ]
         for section in sections
         for label, runs in section.groups.items()
     }
-    panel = Panel(spread_curves(curves, scale=100), "tasks learned", _ACCURACY, ends=".1f")
+    panel = Panel(spread_curves(curves), "tasks learned", _ACCURACY, ends=True)
     return line_figure([panel], path, title="Accuracy over all classes seen")
 
 
@@ -174,15 +174,11 @@ def _lead(section: Section, first: str | None) -> Iterator[Drawing]:
 def _leads_drawing(
     name: str, title: str, caption: str, series: Mapping[str, pd.DataFrame]
 ) -> Drawing:
-    points = {
-        name: {label: Interval(*row[:3]) for label, *row in ahead.itertuples()}
-        for name, ahead in series.items()
-    }
     words = [
         f"{name} over " + ", ".join(map(" ".join, zip(ahead.index, lead_texts(ahead), strict=True)))
         for name, ahead in series.items()
     ]
-    draw = partial(interval_figure, points, x="lead, last accuracy (points)")
+    draw = partial(interval_figure, series, x="lead, last accuracy (points)")
     return Drawing(name, title, caption, f"Points with intervals. {'; '.join(words)}.", draw)
 
 
@@ -199,9 +195,8 @@ def _relative(section: Section, baseline: str | None) -> Iterator[Drawing]:
         both["difference"] = both[age] - both[f"{age}_base"]
         # Before the second task there is no old one.
         first = 2 if age == "old" else 1
-        curves = spread_curves(
-            _curves(section, both[both["task"] >= first], "difference"), first=first
-        )
+        later = both[both["task"] >= first]
+        curves = spread_curves(_curves(section, later, "difference"), first=first)
         if not curves:
             return
         panels.append(Panel(curves, "tasks learned", "difference (points)", f"On {words}", level=0))
@@ -222,9 +217,9 @@ def _relative(section: Section, baseline: str | None) -> Iterator[Drawing]:
 
 
 def _baseline(section: Section, against: str | None) -> str | None:
-    usual = [name for name in ("seq_lora", "frozen") if name in section.groups]
     ours = reference(section, against)
     others = [k for k, runs in section.groups.items() if k != ours and runs[0].tasks > 1]
+    usual = [name for name in ("seq_lora", "frozen") if name in section.groups]
     return next(iter([*usual, *others]), None)
 
 
@@ -251,8 +246,11 @@ def _costs(section: Section) -> Iterator[Drawing]:
         "peak memory (MiB)": "memory_mib",
         "peak GPU memory (MiB)": "gpu_memory_mib",
     }
-    curves = {unit: spread_curves(_curves(section, rows, c)) for unit, c in columns.items()}
-    panels = [Panel(drawn, "task", unit) for unit, drawn in curves.items() if drawn]
+    panels = [
+        Panel(curves, "task", unit)
+        for unit, column in columns.items()
+        if (curves := spread_curves(_curves(section, rows, column)))
+    ]
     if panels:
         yield Drawing(
             "costs",
@@ -295,12 +293,11 @@ def analysis_drawings(label: str, runs: Sequence[Run]) -> Iterator[Drawing]:
 
 
 def _ratios(label: str, energies: pd.DataFrame) -> Iterator[Drawing]:
-    curves = [
-        curve
+    lines = [
+        _by_layer(energies, name, "ratio", title, style)
         for style, (name, title) in enumerate(_SUBSPACES.items())
-        for curve in [_by_layer(energies, name, "ratio", title, style)]
-        if curve.x
     ]
+    curves = [curve for curve in lines if curve.x]
     if not curves:  # old tasks have no energy anywhere
         return
     drawn = energies[energies["subspace"].isin(_SUBSPACES)]
@@ -317,16 +314,15 @@ def _ratios(label: str, energies: pd.DataFrame) -> Iterator[Drawing]:
 
 
 def _energies(label: str, energies: pd.DataFrame) -> Iterator[Drawing]:
-    subspaces = [n for n in ("general", "isolated") if n in set(energies["subspace"])]
+    branches = [n for n in ("general", "isolated") if n in set(energies["subspace"])]
     panels = []
-    for measure, y in (
-        ("magnitude", "projection magnitude (rms)"),
-        ("energy", "relative energy"),
-    ):
-        lines = [(name, age) for name in subspaces for age in ("new", "old")]
+    for measure, y in {
+        "magnitude": "projection magnitude (rms)",
+        "energy": "relative energy",
+    }.items():
         curves = [
             _by_layer(energies, name, f"{age}_{measure}", f"{name}, {age} task inputs", style)
-            for style, (name, age) in enumerate(lines)
+            for style, (name, age) in enumerate(product(branches, ("new", "old")))
         ]
         panels.append(Panel([curve for curve in curves if curve.x], "layer", y))
     if not all(panel.curves for panel in panels):  # null space alone, as of null_lora
@@ -348,7 +344,7 @@ def _by_layer(energies: pd.DataFrame, subspace: str, measure: str, label: str, s
     rows = energies[energies["subspace"] == subspace].dropna(subset=measure)
     spread = rows.groupby("layer", sort=False)[measure].agg(["median", "min", "max"])
     x = [places[layer] for layer in spread.index]
-    centre, low, high = (spread[name].tolist() for name in ("median", "min", "max"))
+    centre, low, high = spread.T.to_numpy().tolist()
     return Curve(label, x, centre, low, high, style)
 
 

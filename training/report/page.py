@@ -18,24 +18,10 @@ from training.report.runs import Inventory, Section, by_section, find_runs, meas
 from training.report.tables import Table, latex, markdown, report_tables, side_by_side
 from training.run_dir import write_text
 
-MARKDOWN, LATEX, CSV, PAGE, FIGURES = (
-    "tables.md",
-    "tables.tex",
-    "runs.csv",
-    "report.html",
-    "figures",
-)
+MARKDOWN, LATEX, CSV, PAGE = "tables.md", "tables.tex", "runs.csv", "report.html"
+FIGURES = "figures"
 _ENDINGS = (".png", ".svg")
 _PIXELS_A_POINT = 4 / 3
-
-
-class Part(NamedTuple):
-    """A section of the page."""
-
-    slug: str
-    title: str
-    tables: Sequence[Table]
-    figures: Sequence[dict[str, Any]]
 
 
 class Report(NamedTuple):
@@ -112,9 +98,8 @@ class Report(NamedTuple):
         for section in self.sections:
             for table in report_tables(section, self.against):
                 tables.append(table._replace(title=f"{section.title}: {table.title}"))
-        return (
-            "\n\n".join([r"% In the preamble: \usepackage{booktabs}", *map(latex, tables)]) + "\n"
-        )
+        parts = [r"% In the preamble: \usepackage{booktabs}", *map(latex, tables)]
+        return "\n\n".join(parts) + "\n"
 
 
 def write_report(report: Report, out: Path, *, overwrite: bool = False) -> Path:
@@ -149,7 +134,9 @@ def write_report(report: Report, out: Path, *, overwrite: bool = False) -> Path:
         if not overwrite:
             msg = f"{out} is not empty, and nothing is overwritten unasked: add --overwrite"
             raise FileExistsError(msg)
-        _remove_report(out)
+        stale = [path for path in (out / FIGURES).rglob("*") if path.suffix in _ENDINGS]
+        for path in (*(out / name for name in (MARKDOWN, LATEX, CSV, PAGE)), *stale):
+            path.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / MARKDOWN, report.markdown())
     write_text(out / LATEX, report.latex())
@@ -158,13 +145,13 @@ def write_report(report: Report, out: Path, *, overwrite: bool = False) -> Path:
     overview = report.overview()
     if overview:
         figures = _figures(side_drawings(report.sections, report.against), out / FIGURES)
-        parts.append(Part("side-by-side", "Side by side", overview, figures))
+        parts.append(("side-by-side", "Side by side", overview, figures))
     for section in report.sections:
         baseline = report.baseline if report.baseline in section.groups else None
         folder = out / FIGURES / (section.slug if len(report.sections) > 1 else "")
         drawn = drawings(section, against=report.against, baseline=baseline)
         tables = report_tables(section, report.against)
-        parts.append(Part(section.slug, section.title, tables, _figures(drawn, folder)))
+        parts.append((section.slug, section.title, tables, _figures(drawn, folder)))
     write_text(out / PAGE, _page(report, parts))
     return out / PAGE
 
@@ -195,7 +182,8 @@ def _embedded(path: Path) -> dict[str, Any]:
     return {"source": source, "width": width, "height": height}
 
 
-def _page(report: Report, parts: Sequence[Part]) -> str:
+def _page(report: Report, parts: Sequence[tuple[Any, ...]]) -> str:
+    """The page, from the identifier, title, tables and figures of each of its sections."""
     runs = [
         {
             "method": label,
@@ -225,11 +213,3 @@ def _page(report: Report, parts: Sequence[Part]) -> str:
 
 def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def _remove_report(out: Path) -> None:
-    for name in (MARKDOWN, LATEX, CSV, PAGE):
-        (out / name).unlink(missing_ok=True)
-    for ending in _ENDINGS:
-        for stale in (out / FIGURES).rglob(f"*{ending}"):
-            stale.unlink()

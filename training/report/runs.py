@@ -79,7 +79,7 @@ class Run:
         The run folder, or a place in a bundle.
     name : str
         What the user calls the group that the run belongs to; may be empty.
-    parts : mapping of str to sequence of str
+    parts : dict of str to list of str
         The groups in the file of its sweep: titles, and variants by name.
     experiment : Experiment
         Its settings.
@@ -89,7 +89,7 @@ class Run:
 
     path: Path
     name: str
-    parts: Mapping[str, Sequence[str]]
+    parts: dict[str, list[str]]
     experiment: Experiment
     content: dict[str, Any]
 
@@ -185,24 +185,22 @@ class Run:
         each = steps_a_batch(self.experiment.method)
         if not images or each is None:
             return {"steps": nan, "image_passes": nan}
-        passes, batches = (
-            train.epochs * each,
-            sum(-(-count // train.batch_size) for count in images),
-        )
+        passes = train.epochs * each
+        batches = sum(-(-count // train.batch_size) for count in images)
         return {"steps": _number(passes * batches), "image_passes": _number(passes * sum(images))}
 
     @cached_property
     def costs(self) -> list[dict[str, float]]:
         """Seconds and memory in MiB of each task; NaN where they were not logged."""
-        events: dict[int, Any] = {}
-        for event in self.content["log"]:
-            if event["task"] in events:
-                msg = (
-                    f"the end of task {event['task']} is logged more than once: two runs wrote to "
-                    "the file, or it was edited; train the run again, or leave it out"
-                )
-                raise ValueError(msg)
-            events[event["task"]] = event
+        numbers = [event["task"] for event in self.content["log"]]
+        twice = next((task for task in numbers if numbers.count(task) > 1), None)
+        if twice is not None:
+            msg = (
+                f"the end of task {twice} is logged more than once: two runs wrote to the file, or "
+                "it was edited; train the run again, or leave it out"
+            )
+            raise ValueError(msg)
+        events = dict(zip(numbers, self.content["log"], strict=True))
         if not events.keys() <= set(range(1, self.tasks + 1)):
             msg = f"it logs tasks {sorted(events)}, but the run has tasks 1 to {self.tasks}"
             raise ValueError(msg)
@@ -283,14 +281,13 @@ class Run:
             for j, (size, right, count) in enumerate(
                 zip(matrix.sizes, matrix.correct, matrix.total, strict=True)
             ):
+                lost = max(row[j] for row in cells[j:]) - cells[-1][j]
                 accuracies = {
                     "accuracy": sum(right) / sum(count),
                     "old": sum(right[:-size]) / sum(count[:-size]) if j else nan,
                     "new": sum(right[-size:]) / sum(count[-size:]),
-                    "forgetting": max(row[j] for row in cells[j:]) - cells[-1][j],
+                    "forgetting": lost if j < len(cells) - 1 else nan,  # of the last one, none yet
                 }
-                if j == len(cells) - 1:  # nothing can be forgotten yet
-                    accuracies["forgetting"] = nan
                 per_cent = {name: 100 * x for name, x in accuracies.items()}
                 yield {**self._identity(kind), "task": j + 1, **per_cent, **self.costs[j]}
 
@@ -397,10 +394,9 @@ def read_run(path: Path, name: str = "") -> Run:
         values = read_json(path / file) if (path / file).is_file() else {}
         with readable(path / file):
             content[part] = _part(values, keys)
-    if "backbone" in content["environment"]:  # without the paths that may be among the rest
-        with readable(path / ENVIRONMENT):
-            backbone = _part(content["environment"]["backbone"], ("weights_sha256", "tag"))
-            content["environment"]["backbone"] = backbone
+            if "backbone" in content[part]:  # without the paths that may be among the rest
+                backbone = _part(values["backbone"], ("weights_sha256", "tag"))
+                content[part]["backbone"] = backbone
     if (path / METRICS).is_file():
         with readable(path / METRICS):
             lines = (path / METRICS).read_text(encoding="utf-8").splitlines()
@@ -419,9 +415,10 @@ def is_bundle(path: Path) -> bool:
         return False
     try:
         with path.open(encoding="utf-8") as file:
-            return _is_header(json.loads(file.readline(_LONGEST_HEADER)))
+            header = json.loads(file.readline(_LONGEST_HEADER))
     except (ValueError, RecursionError):
         return False
+    return isinstance(header, dict) and header.get("format") == _BUNDLE
 
 
 def write_bundle(runs: Sequence[Run], path: Path, *, overwrite: bool = False) -> Path:
@@ -450,11 +447,9 @@ def write_bundle(runs: Sequence[Run], path: Path, *, overwrite: bool = False) ->
             raise FileExistsError(msg)
     lines: list[dict[str, Any]] = [{"format": _BUNDLE, "version": _VERSION}]
     for run, place in zip(runs, _places_in_bundle(run.path for run in runs), strict=True):
-        parts = {title: list(names) for title, names in run.parts.items()}
         config = _portable(experiment_values(run.experiment)) | {"out": None}
-        lines.append(
-            {"run": place, "name": run.name, "groups": parts, "config": config, **run.content}
-        )
+        record = {"run": place, "name": run.name, "groups": run.parts, "config": config}
+        lines.append(record | run.content)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return path
@@ -543,14 +538,10 @@ class Section:
     @property
     def readouts(self) -> list[str]:
         """Read-outs that every run of some group has, primary ones first."""
-        runs = [run for group in self.groups.values() for run in group]
-        shared = [
-            kind
-            for group in self.groups.values()
-            for kind in group[0].matrices
-            if all(kind in run.matrices for run in group)
-        ]
-        return [k for k in dict.fromkeys([*(run.readout for run in runs), *shared]) if k in shared]
+        groups = self.groups.values()
+        primary = [run.readout for group in groups for run in group]
+        shared = [k for g in groups for k in g[0].matrices if all(k in run.matrices for run in g)]
+        return [kind for kind in dict.fromkeys([*primary, *shared]) if kind in shared]
 
     @cached_property
     def measures(self) -> pd.DataFrame:
@@ -672,8 +663,16 @@ def load_tasks(*sources: str | Path) -> pd.DataFrame:
 
 def measures(runs: Sequence[Run]) -> pd.DataFrame:
     """What finished runs measured, as :func:`load` describes it."""
-    settings = pd.DataFrame([{"run": str(run.path), **_scalars(run.experiment)} for run in runs])
-    return _by_section(runs, Run.readout_rows).merge(settings.drop(columns="seed"), on="run")
+    settings = [
+        {"run": str(run.path)}
+        | {
+            key: json.dumps(value) if isinstance(value, list | tuple | dict) else value
+            for key, value in flat_settings(run.experiment).items()
+            if key != "seed"
+        }
+        for run in runs
+    ]
+    return _by_section(runs, Run.readout_rows).merge(pd.DataFrame(settings), on="run")
 
 
 def slug(text: str) -> str:
@@ -719,14 +718,11 @@ def _part(values: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     return {key: values[key] for key in keys if key in values}
 
 
-def _is_header(value: Any) -> bool:
-    return isinstance(value, dict) and value.get("format") == _BUNDLE
-
-
 def _number(value: Any) -> float:
     """A finite number; NaN for None."""
-    number = nan if value is None else float(value)
-    if value is not None and not isfinite(number):
+    if value is None:
+        return nan
+    if not isfinite(number := float(value)):
         msg = f"{value} is not a finite number"
         raise ValueError(msg)
     return number
@@ -764,10 +760,7 @@ def _portable(value: Any) -> Any:
 
 def _by_base(runs: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:
     """Groups of runs by data and backbone."""
-    alike: dict[str, list[Run]] = {}
-    for run in runs:
-        alike.setdefault(_key(_section_settings(run)), []).append(run)
-    members = list(alike.values())
+    members = _alike(runs, _section_settings)
     bases = _distinct(
         [_base_title(part[0].experiment, max(run.tasks for run in part)) for part in members],
         [_section_settings(part[0]) for part in members],
@@ -781,11 +774,8 @@ def _by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
     Their label is the given name, or that of the method, with the settings in which groups of one
     name differ.
     """
-    alike: dict[str, list[Run]] = {}
-    for run in runs:
-        settings = {"name": run.name, "settings": _group_settings(run.experiment)}
-        alike.setdefault(_key(settings), []).append(run)
-    for group in alike.values():
+    members = _alike(runs, lambda run: [run.name, _group_settings(run.experiment)])
+    for group in members:
         if len({run.seed for run in group}) < len(group):
             again = ", ".join(str(run.path) for run in group)
             msg = (
@@ -793,34 +783,38 @@ def _by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
                 f"them, name them apart: NAME={group[0].path} OTHER={group[-1].path}"
             )
             raise ValueError(msg)
-    first = [group[0] for group in alike.values()]
     labels = _distinct(
-        [run.name or run.experiment.method.name for run in first],
-        [_group_settings(run.experiment) for run in first],
+        [group[0].name or group[0].experiment.method.name for group in members],
+        [_group_settings(group[0].experiment) for group in members],
     )
-    groups = zip(labels, alike.values(), strict=True)
+    groups = zip(labels, members, strict=True)
     return {label: sorted(group, key=lambda run: run.seed) for label, group in groups}
+
+
+def _alike(runs: Sequence[Run], settings: Callable[[Run], Any]) -> list[list[Run]]:
+    """Runs of equal settings together."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(_key(settings(run)), []).append(run)
+    return [*groups.values()]
 
 
 def _by_part(groups: dict[str, list[Run]]) -> dict[str, dict[str, list[Run]]]:
     """Groups by the part of a sweep that they are in; one may be in several."""
-    places = {
-        label: {
-            title: list(variants).index(_variant(run.path))
-            for run in runs
-            for title, variants in run.parts.items()
-            if _variant(run.path) in variants
-        }
-        for label, runs in groups.items()
-    }
-    titles = dict.fromkeys(title for runs in groups.values() for r in runs for title in r.parts)
     parts = {}
-    for title in titles:
-        members = [label for label in groups if title in places[label]]
-        if members:
-            members.sort(key=lambda label: places[label][title])
-            parts[title] = {label: groups[label] for label in members}
-    rest = {label: runs for label, runs in groups.items() if not places[label]}
+    for title in dict.fromkeys(t for runs in groups.values() for run in runs for t in run.parts):
+        places = {
+            label: run.parts[title].index(_variant(run.path))
+            for label, runs in groups.items()
+            for run in runs
+            if _variant(run.path) in run.parts.get(title, ())
+        }
+        if places:
+            parts[title] = {
+                label: groups[label] for label in sorted(places, key=places.__getitem__)
+            }
+    placed = {label for members in parts.values() for label in members}
+    rest = {label: runs for label, runs in groups.items() if label not in placed}
     return parts | ({OTHERS if parts else "": rest} if rest else {})
 
 
@@ -892,17 +886,9 @@ def _distinct(names: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> li
     ]
 
 
-def _key(settings: Mapping[str, Any]) -> str:
+def _key(settings: Any) -> str:
     """Settings as one string, equal where they are equal."""
     return json.dumps(settings, sort_keys=True)
-
-
-def _scalars(experiment: Experiment) -> dict[str, Any]:
-    """Every setting under its dotted name; lists and mappings as JSON."""
-    return {
-        key: json.dumps(value) if isinstance(value, list | tuple | dict) else value
-        for key, value in flat_settings(experiment).items()
-    }
 
 
 def _frame(

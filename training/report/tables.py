@@ -1,6 +1,6 @@
 """Tables of a report: accuracies, leads over other methods, controls and costs."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from math import isnan, nan
@@ -12,12 +12,7 @@ import pandas as pd
 from training.report.runs import Section
 
 DASH = "–"
-METRICS = {
-    "last": "last",
-    "average": "average",
-    "forgetting": "forgetting",
-    "task_given": "task given",
-}
+METRICS = {name: name.replace("_", " ") for name in ("last", "average", "forgetting", "task_given")}
 """Columns of the measures, and their names in the tables."""
 
 _LATEX = {
@@ -140,13 +135,14 @@ def report_tables(section: Section, against: str | None = None) -> list[Table]:
     against : str, optional
         The label whose lead over the others is given; by default ``loda`` or else the first.
     """
-    tables = []
     chosen = reference(section, against)
-    for kind in section.readouts:
-        tables.append(accuracy_table(section, kind))
-        if chosen is not None:
-            tables += [t for t in [lead_table(section, kind, chosen)] if len(t.cells)]
-    return [*tables, controls_table(section), cost_table(section)]
+    by_readout = [
+        table
+        for kind in section.readouts
+        for table in (accuracy_table(section, kind), lead_table(section, kind, chosen))
+        if len(table.cells)
+    ]
+    return [*by_readout, controls_table(section), cost_table(section)]
 
 
 def reference(section: Section, against: str | None) -> str | None:
@@ -160,10 +156,11 @@ def accuracy_table(section: Section, kind: str) -> Table:
     """A row a method: mean and spread over seeds of every metric, for one read-out."""
     measures = of_readout(section.measures, kind)
     # Groups in which some run lacks the read-out have no row.
-    complete = measures.groupby("group")["seed"].transform("size") == measures["group"].map(
-        {label: len(runs) for label, runs in section.groups.items()}
+    by_group = (
+        measures.groupby("group", sort=False)
+        .filter(lambda rows: len(rows) == len(section.groups[rows.name]))
+        .groupby("group", sort=False)
     )
-    by_group = measures[complete].groupby("group", sort=False)
     mean, deviation = by_group[[*METRICS]].mean(), by_group[[*METRICS]].std()
     # Ranked as they are shown: what looks equal is equally bold.
     several = by_group["tasks"].first() > 1
@@ -185,8 +182,8 @@ def accuracy_table(section: Section, kind: str) -> Table:
     return Table(title, cells, note, bold if len(rivals) > 1 else ())
 
 
-def lead_table(section: Section, kind: str, against: str) -> Table:
-    """Paired differences between a method and each of the others, for one read-out."""
+def lead_table(section: Section, kind: str, against: str | None) -> Table:
+    """Paired differences between a method and each of the others, if there are pairs."""
     measures = of_readout(section.measures, kind)
     by_metric = {name: leads(measures, against, name) for name in METRICS}
     labels = by_metric["last"].index
@@ -210,20 +207,15 @@ def controls_table(section: Section) -> Table:
     """What a method may train, keep and spend beside the others; means over seeds."""
     by_group = section.measures.drop_duplicates("run").groupby("group", sort=False)
     columns = {
-        "kept by the method (bytes)": ("method_bytes", 0),
-        "kept by the read-outs (bytes)": ("readout_bytes", 0),
-        "training (s)": ("training_seconds", 1),
-        "optimiser steps": ("steps", 0),
-        "image passes": ("image_passes", 0),
+        "trained parameters": ("trained_parameters", ",.0f"),
+        "kept by the method (bytes)": ("method_bytes", ",.0f"),
+        "kept by the read-outs (bytes)": ("readout_bytes", ",.0f"),
+        "training (s)": ("training_seconds", ",.1f"),
+        "optimiser steps": ("steps", ",.0f"),
+        "image passes": ("image_passes", ",.0f"),
     }
-    trained = by_group["trained_parameters"].max()
-    cells = pd.DataFrame(
-        {
-            "trained parameters": number_texts(trained, 0),
-            **{title: number_texts(by_group[c].mean(), n) for title, (c, n) in columns.items()},
-        },
-        index=trained.index.rename("method"),
-    )
+    values = by_group[[column for column, _ in columns.values()]].mean()
+    values["trained_parameters"] = by_group["trained_parameters"].max()
     note = (
         "Trained parameters, those of the head of the task among them: the most of any task. Kept: "
         "what is carried from task to task beside the model and the heads, at the end. Steps and "
@@ -231,7 +223,7 @@ def controls_table(section: Section) -> Table:
         "gradient-aligned mini-batch takes two steps and passes each of its images twice. Means "
         "over the seeds."
     )
-    return Table("Controls", cells, note)
+    return Table("Controls", _formatted(values, columns), note)
 
 
 def cost_table(section: Section) -> Table:
@@ -240,16 +232,23 @@ def cost_table(section: Section) -> Table:
     each = runs[["seconds", "training_seconds"]].div(runs["tasks"], axis=0)
     time = each.groupby(runs["group"], sort=False).mean()
     memory = runs.groupby("group", sort=False)[["memory_mib", "gpu_memory_mib"]].max()
-    cells = pd.DataFrame(
-        {
-            "time a task (s)": number_texts(time["seconds"], 1),
-            "training alone (s)": number_texts(time["training_seconds"], 1),
-            "peak memory (MiB)": number_texts(memory["memory_mib"], 0, thousands=""),
-            "peak GPU memory (MiB)": number_texts(memory["gpu_memory_mib"], 0, thousands=""),
-        },
-        index=time.index.rename("method"),
-    )
+    columns = {
+        "time a task (s)": ("seconds", ",.1f"),
+        "training alone (s)": ("training_seconds", ",.1f"),
+        "peak memory (MiB)": ("memory_mib", ".0f"),
+        "peak GPU memory (MiB)": ("gpu_memory_mib", ".0f"),
+    }
+    cells = _formatted(time.join(memory), columns)
     return Table("Costs", cells, "Peak memory: the largest of all tasks.")
+
+
+def _formatted(values: pd.DataFrame, columns: Mapping[str, tuple[str, str]]) -> pd.DataFrame:
+    """Texts of numbers: by title, a column and its format; a dash for NaN."""
+    texts = {
+        title: [DASH if isnan(x) else format(x, form) for x in values[column]]
+        for title, (column, form) in columns.items()
+    }
+    return pd.DataFrame(texts, index=values.index.rename("method"))
 
 
 def side_by_side(sections: Sequence[Section], against: str | None = None) -> list[Table]:
@@ -266,8 +265,8 @@ def side_by_side(sections: Sequence[Section], against: str | None = None) -> lis
             texts = {}
             for name, section in columns.items():
                 last = of_readout(section.measures, kind).groupby("group")["last"]
-                mean, deviation = last.mean().reindex(labels), last.std().reindex(labels)
-                texts[name] = [*map(spread_text, mean, deviation)]
+                spread = last.agg(["mean", "std"]).reindex(labels)
+                texts[name] = [*map(spread_text, spread["mean"], spread["std"])]
             title = f"Side by side{_of(part)}: last accuracy, read-out {kind} (%)"
             cells = pd.DataFrame(texts, index=pd.Index(labels, name="method"))
             note = "Mean ± sample standard deviation over the seeds."
@@ -301,14 +300,12 @@ def _side_leads(
         change = intervals(other - one)
         if any(label in change.index for label in labels):
             by_column["change"] = change
-            note += (
-                f" Change: the lead with {headers[1]} less that with {headers[0]}, seed by seed."
-            )
+            first, second = headers
+            note += f" Change: the lead with {second} less that with {first}, seed by seed."
             headers.append("change")
     texts = [lead_texts(x.reindex(labels), pairs=True) for x in by_column.values()]
-    cells = pd.DataFrame(
-        dict(zip(headers, texts, strict=True)), index=pd.Index(labels, name="over")
-    )
+    texts_by_header = dict(zip(headers, texts, strict=True))
+    cells = pd.DataFrame(texts_by_header, index=pd.Index(labels, name="over"))
     title = f"Side by side{_of(part)}: lead of {' or '.join(names)}, read-out {kind} (points)"
     yield Table(title, cells, note)
 
@@ -325,11 +322,7 @@ def shared_parts(sections: Sequence[Section]) -> dict[str, dict[str, Section]]:
         columns = parts.setdefault(section.part if titled else "", {})
         earlier = columns[name].groups if name in columns else {}
         columns[name] = replace(section, groups={**earlier, **section.groups})
-    return {
-        part: columns
-        for part, columns in parts.items()
-        if in_two(section.groups for section in columns.values())
-    }
+    return {k: part for k, part in parts.items() if in_two(s.groups for s in part.values())}
 
 
 def shared_readouts(sections: Iterable[Section]) -> list[str]:
@@ -436,22 +429,13 @@ def spread_text(mean: float, deviation: float = nan) -> str:
     """Mean and standard deviation with two digits; a dash where there is none."""
     if isnan(mean):
         return DASH
-    centre = f"{_rounded(mean):.2f}".replace("-", "−")
+    centre = f"{mean:z.2f}".replace("-", "−")
     return centre if isnan(deviation) else f"{centre} ± {deviation:.2f}"
-
-
-def number_texts(values: pd.Series, digits: int, *, thousands: str = ",") -> list[str]:
-    """Numbers with so many digits; a dash for NaN."""
-    return [DASH if isnan(x) else f"{x:{thousands}.{digits}f}" for x in values]
 
 
 def signed(value: float) -> str:
     """A number with two digits and its sign."""
-    return f"{_rounded(value):+.2f}".replace("-", "−")
-
-
-def _rounded(value: float) -> float:
-    return round(value, 2) + 0.0  # no minus before a zero
+    return f"{value:+z.2f}".replace("-", "−")  # z: no minus before a zero
 
 
 def _of(part: str) -> str:
