@@ -295,7 +295,7 @@ def set_up(
         msg = f"the data set has other classes now than when {folder} was trained"
         raise ValueError(msg)
     # Nothing is logged, so the tracker of the run need not be installed.
-    return stream, make_accelerator(replace(experiment, tracker=None))
+    return stream, make_accelerator(experiment.device, experiment.precision)
 
 
 def evaluation_batches(
