@@ -76,24 +76,16 @@ def together(
     return processes
 
 
-def status(process: BaseProcess, timeout: float = 300) -> int:
+def status(process: BaseProcess) -> int:
     """Wait for a process; its exit status, negative for the signal that killed it."""
-    process.join(timeout)
-    if process.exitcode is None:
-        process.kill()
-        msg = f"a process did not end within {timeout} s"
-        raise TimeoutError(msg)
+    process.join()
+    assert process.exitcode is not None
     return process.exitcode
 
 
-def wait_until(process: BaseProcess, ready: Callable[[], bool], timeout: float = 120) -> None:
-    """Wait until something is so, or the process has ended."""
-    end = time.monotonic() + timeout
+def wait_until(process: BaseProcess, ready: Callable[[], bool]) -> None:
+    """Wait until something is so, or the process has ended: on a busy machine that may be long."""
     while process.is_alive() and not ready():
-        if time.monotonic() > end:
-            process.kill()
-            msg = f"not ready within {timeout} s"
-            raise TimeoutError(msg)
         time.sleep(0.01)
 
 

@@ -145,7 +145,7 @@ def interrupted(
     while len(past) < ends:
         wait_until(process, lambda process=process: saves_itself(process, run) and bool(sound(run)))
         target = len(events(run)) + draw.uniform(0, 1.8 * lines / ends)
-        wait_until(process, lambda target=target: len(events(run)) >= target, 3600)
+        wait_until(process, lambda target=target: len(events(run)) >= target)
         process.join(draw.uniform(0, pace))
         kind = draw.choices(list(KINDS), list(KINDS.values()))[0]
         last = end(process, run, kind, draw)
@@ -155,7 +155,7 @@ def interrupted(
             break
         past.append(last)
         process = loda(["train", "--resume", str(run)], log)
-    if status(process, 3600) != 0:
+    if status(process) != 0:
         msg = f"the last process ended with status {process.exitcode}: see {log}"
         raise RuntimeError(msg)
     if any("cut" in x.kind for x in past) and "is damaged" not in log.read_text():
@@ -199,7 +199,7 @@ def soak(out: Path, tasks: int, ends: int, seed: int, rest: list[str]) -> bool:
     process = loda(["train", *arguments, f"--out={whole}"], out / "whole.log")
     wait_until(process, lambda: holds(process, whole))
     begun = time.time()
-    if status(process, 3600) != 0:
+    if status(process) != 0:
         msg = f"the run that was left alone failed: see {out / 'whole.log'}"
         raise RuntimeError(msg)
     alone = time.time() - begun

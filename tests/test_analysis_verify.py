@@ -283,6 +283,13 @@ def test_files_that_are_none(tmp_path: Path) -> None:
             verify(path)
 
 
+@pytest.mark.parametrize("tolerance", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_wrong_tolerance_is_not_blamed_on_the_run(tmp_path: Path, tolerance: float) -> None:
+    with pytest.raises(ValueError, match="tolerance") as caught:
+        verify(write_run(tmp_path / "run"), tolerance=tolerance)
+    assert str(tmp_path) not in str(caught.value)
+
+
 def test_task_10_comes_after_task_2(tmp_path: Path) -> None:
     path = tmp_path / "arrays.npz"
     np.savez(path, **{f"task{k}/block/moment_new": np.eye(2) for k in (10, 2, 1)})

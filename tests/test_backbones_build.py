@@ -67,6 +67,15 @@ def test_images_must_fit_the_backbone() -> None:
     check_fits(build_backbone(tiny(dynamic_img_size=True)), torch.zeros(3, 16, 16))
 
 
+@pytest.mark.parametrize(("name", "shape"), [("glyphs", (3, 8, 8)), ("cifar_vit", (3, 8, 8))])
+def test_images_that_do_not_fit_get_no_cure_that_the_backbone_lacks(
+    name: str, shape: tuple[int, ...]
+) -> None:
+    with pytest.raises(ValueError, match=name) as caught:
+        check_fits(build_backbone(BackboneConfig(name)), torch.zeros(shape))
+    assert "backbone.options" not in str(caught.value)
+
+
 def test_the_recorded_backbone_loads(shared: Path) -> None:
     path = shared / "data" / "vit_cifar10.safetensors"
     options = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
@@ -171,11 +180,21 @@ def test_the_exact_tag_of_downloaded_weights_is_known(monkeypatch: pytest.Monkey
 # What a configuration may say
 
 
+# Of a classifier, or of files and addresses to read weights from.
+RESERVED = (
+    "cache_dir",
+    "checkpoint_path",
+    "num_classes",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "named"),
     [
-        (NAME, {"options": {"num_classes": 3}}, "num_classes"),
-        (NAME, {"options": {"cache_dir": "x"}}, "cache_dir"),
+        *((NAME, {"options": {key: "x"}}, f"'{key}'") for key in RESERVED),
         (NAME, {"weights": "w.pth", "pretrained": False}, "pretrained"),
         (NAME, {"options": {"depth": 3}}, "depth"),
         ("glyphs", {"weights": "w.pth"}, "weights"),

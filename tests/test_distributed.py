@@ -269,7 +269,7 @@ ACCELERATE += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_po
 def test_the_launchers(launcher: list[str], tmp_path: Path) -> None:
     root = squares(tmp_path / "data")
     done = launched(launcher, command(root, tmp_path / "two"), 240)
-    said, _ = done.communicate(timeout=500)
+    said, _ = done.communicate()
     assert done.returncode == 0, said
     assert main(command(root, tmp_path / "one")) == 0
     assert_same_run(tmp_path / "two", tmp_path / "one")
@@ -283,8 +283,8 @@ def test_torchrun_ends_when_a_process_does_not_answer(sent: signal.Signals, tmp_
     # A gone one is noticed at once; one that hangs, when the time is up. On a busy machine they
     # may begin many seconds apart.
     whole = launched(TORCHRUN, long, 240 if sent == signal.SIGKILL else 20)
-    end = time.monotonic() + 300
-    while saved(run) < 3 and time.monotonic() < end:
+    while saved(run) < 3:
+        assert whole.poll() is None
         time.sleep(0.01)
     (second,) = (
         child
@@ -292,7 +292,7 @@ def test_torchrun_ends_when_a_process_does_not_answer(sent: signal.Signals, tmp_
         if child.environ().get("RANK") == "1"
     )
     second.send_signal(sent)
-    said, _ = whole.communicate(timeout=200)  # torchrun itself waits 30 s for what it has ended
+    said, _ = whole.communicate()
     assert whole.returncode != 0
     assert "process 0 of 2 has lost the others" in said
     assert not second.is_running()

@@ -387,7 +387,7 @@ def hit(process: BaseProcess, run: Path, number: signal.Signals, delay: float) -
     """Send a signal some time after the process has touched the run folder; its status."""
     # There is a moment in which nothing can be saved yet. SIGKILL may hit it like any other.
     ready = holds if number == signal.SIGKILL else saves_itself
-    wait_until(process, lambda: ready(process, run), 300)
+    wait_until(process, lambda: ready(process, run))
     process.join(delay)
     if process.pid is not None and process.is_alive():
         os.kill(process.pid, number)

@@ -474,10 +474,9 @@ from pathlib import Path
 from training.sweep import Children
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also under nohup, which has it ignored
 child = '''
-import signal, sys, time
+import signal, sys
 from pathlib import Path
 def stop(*_):
-    time.sleep(0.3)  # a parent that did not wait would be gone
     Path(sys.argv[1], "saved").touch()
     sys.exit(143)
 signal.signal(signal.SIGTERM, stop)
@@ -488,16 +487,23 @@ while True:
 '''
 folder = Path(sys.argv[1])
 command = [sys.executable, "-c", child, str(folder)]
-with Children() as children:
-    def begin():
-        return children.run(command, folder / "log", os.environ, append=False)
-    if "breaks" in sys.argv:
-        threading.Thread(target=begin).start()
-        while not (folder / "ready").exists():
-            time.sleep(0.01)
-        raise OSError("disk full")
-    print(begin(), flush=True)
-    children.leave()
+try:
+    with Children() as children:
+        def begin():
+            return children.run(command, folder / "log", os.environ, append=False)
+        if "breaks" in sys.argv:
+            threading.Thread(target=begin).start()
+            while not (folder / "ready").exists():
+                time.sleep(0.01)
+            raise OSError("disk full")
+        print(begin(), flush=True)
+        children.leave()
+finally:
+    try:
+        os.waitpid(-1, os.WNOHANG)
+        (folder / "left").touch()
+    except ChildProcessError:  # it has waited for all of them
+        pass
 """
 
 
@@ -534,6 +540,7 @@ def test_a_signal_to_the_parent_alone_ends_its_children_first(
     assert process.returncode == status
     assert out == b"143\n"
     assert (tmp_path / "saved").exists()
+    assert not (tmp_path / "left").exists()
 
 
 def test_ctrl_c_in_a_terminal_reaches_a_child_once(tmp_path: Path) -> None:
@@ -542,6 +549,7 @@ def test_ctrl_c_in_a_terminal_reaches_a_child_once(tmp_path: Path) -> None:
         os.killpg(process.pid, signal.SIGINT)  # to all of the group, as a terminal does
         process.communicate()
     assert (tmp_path / "saved").exists()
+    assert not (tmp_path / "left").exists()
     assert not (tmp_path / "twice").exists()
 
 
@@ -550,6 +558,7 @@ def test_an_error_leaves_no_child_behind(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "disk full" in done.stderr
     assert (tmp_path / "saved").exists()
+    assert not (tmp_path / "left").exists()
 
 
 def test_a_sweep_loads_no_torch(tmp_path: Path) -> None:

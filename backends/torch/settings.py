@@ -48,7 +48,7 @@ class LoDASettings:
     ridge : float
         Regularisation α of the isolated directions, relative to the mean energy of a direction.
     energy_floor : float, optional
-        With isolated trace_ratio: share (0 to 1) of the new-task energy within reach of ``rank``
+        With isolated trace_ratio: share (0 to 1) of the new-task energy within reach of rank
         directions that the chosen ones must carry. Without it only the ratio decides.
     recalibration : {"full", "diagonal", "box", "direction", "scalar", "none"}
         Form of the factor Λ of the general branch at the merge; none merges the branch as trained.

@@ -1,6 +1,7 @@
 """Every solution of a run, or of somebody's ``.npz`` file, against the exact one."""
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -93,8 +94,12 @@ def verify(path: Path, *, tolerance: float = 1e-5) -> list[Check]:
     FileNotFoundError
         If there is no such run or file.
     ValueError
-        If nothing in it can be checked, or it is damaged.
+        If nothing in it can be checked, it is damaged, or the tolerance is not positive.
     """
+    # Refused here: below, a ValueError is taken for damage of the files.
+    if not (math.isfinite(tolerance) and tolerance > 0):
+        msg = f"tolerance must be finite and positive, got {tolerance}; lower or raise it"
+        raise ValueError(msg)
     checks: list[Check] = []
     for solution in read_run(path) if path.is_dir() else read_arrays(path):
         with readable(path, f"task {solution.task}, layer {solution.layer}"):

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import training.backbones.conv_vit  # noqa: F401  timm learns its name
+from training.backbones.config import Timm
 from training.backbones.weights import load_weights, tensors_sha256
 from training.components import Component
 
@@ -50,6 +51,10 @@ class Backbone(NamedTuple):
     tensors_sha256
         Hash of the loaded weights themselves, from wherever they came (see `tensors_sha256`); None
         where a trained model is loaded afterwards.
+    name
+        What the settings call it, ``backbone.name``.
+    has_options
+        Whether ``backbone.options`` can fit it to other images.
     """
 
     module: nn.Module
@@ -61,6 +66,8 @@ class Backbone(NamedTuple):
     image_size: int | None
     tag: str | None = None
     tensors_sha256: str | None = None
+    name: str = ""
+    has_options: bool = False
 
 
 def build_backbone(config: Component, *, initialise: bool = True) -> Backbone:
@@ -83,10 +90,12 @@ def build_backbone(config: Component, *, initialise: bool = True) -> Backbone:
     ConnectionError
         If the weights cannot be downloaded.
     """
-    built = config.build().build(initialise=initialise)
+    kind = config.build()
+    built = kind.build(initialise=initialise)
     # A class of somebody's own gives the module alone: what else there is to know is read off it.
     is_whole = isinstance(built, Backbone)
     backbone: Backbone = built if is_whole else described(built, config.name, config.options)
+    backbone = backbone._replace(name=config.name, has_options=isinstance(kind, Timm))
     if not initialise:
         return backbone
     return backbone._replace(tensors_sha256=tensors_sha256(backbone.module))
@@ -102,19 +111,27 @@ def check_fits(backbone: Backbone, image: Tensor) -> None:
     """
     channels, height, width = image.shape
     if channels != backbone.channels:
+        option = (
+            f"set backbone.options.in_chans to {channels}, with weights trained that way, or "
+            if backbone.has_options
+            else ""
+        )
         msg = (
-            f"the images have {channels} channels, but {backbone.timm_name} takes "
-            f"{backbone.channels}: set backbone.options.in_chans to {channels}, with weights "
-            "trained that way, or choose another backbone.name or data.name."
+            f"the images have {channels} channels, but {backbone.name} takes "
+            f"{backbone.channels}: {option}choose another backbone.name or data.name"
         )
         raise ValueError(msg)
     size = backbone.image_size
     if size is not None and (height, width) != (size, size):
+        option = (
+            f", or backbone.options.img_size to {height} if the weights allow it"
+            if backbone.has_options
+            else ""
+        )
         msg = (
-            f"the images are {height} by {width} pixels, but {backbone.timm_name} takes {size} by "
+            f"the images are {height} by {width} pixels, but {backbone.name} takes {size} by "
             f"{size}: set data.image_size (and what leads to it: data.resize, data.train_crop, "
-            f"data.test_resize, data.test_crop) to {size}, or backbone.options.img_size to "
-            f"{height} if the weights allow it."
+            f"data.test_resize, data.test_crop) to {size}{option}"
         )
         raise ValueError(msg)
 

@@ -132,7 +132,9 @@ def write_report(report: Report, out: Path, *, overwrite: bool = False) -> Path:
         raise OSError(msg)
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
-            msg = f"{out} is not empty, and nothing is overwritten unasked: add --overwrite"
+            msg = (
+                f"{out} is not empty: add --overwrite to replace its files, or choose another --out"
+            )
             raise FileExistsError(msg)
         stale = [path for path in (out / FIGURES).rglob("*") if path.suffix in _ENDINGS]
         for path in (*(out / name for name in (MARKDOWN, LATEX, CSV, PAGE)), *stale):

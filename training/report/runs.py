@@ -440,7 +440,7 @@ def write_bundle(runs: Sequence[Run], path: Path, *, overwrite: bool = False) ->
     """
     if path.exists():
         if not overwrite:
-            msg = f"{path} is there, and nothing is overwritten unasked: add --overwrite"
+            msg = f"{path} exists: add --overwrite to replace it, or choose another file"
             raise FileExistsError(msg)
         if not is_bundle(path):
             msg = f"{path} is no file of loda bundle and stays: give another --out"

@@ -184,7 +184,7 @@ class Alignment(Readout):
     covariance : float
         Added to the diagonal of every class covariance, at least 0.
     relative : bool
-        Measure ``covariance`` in units of the mean of that diagonal.
+        Measure covariance in units of the mean of that diagonal.
     momentum : float
         Momentum of the published schedule.
     weight_decay : float
