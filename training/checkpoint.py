@@ -198,7 +198,10 @@ def newest_checkpoint(run: Path, identity: str | None = None) -> Checkpoint:
     """
     newest_first = checkpoint_files(run)[::-1]
     if not newest_first:
-        msg = f"{run} holds no checkpoint to resume from"
+        msg = (
+            f"{run} holds no checkpoint to resume from; train again with --overwrite, or with "
+            "another --out"
+        )
         raise FileNotFoundError(msg)
     reasons: list[str] = []
     for number, path in enumerate(newest_first):
@@ -213,7 +216,10 @@ def newest_checkpoint(run: Path, identity: str | None = None) -> Checkpoint:
         for reason in reasons:
             warnings.warn(f"{reason}; {path} is used", RuntimeWarning, stacklevel=2)
         return checkpoint._replace(passed_over=tuple(newest_first[:number]))
-    msg = f"no checkpoint in {run} can be used: {'; '.join(reasons)}"
+    msg = (
+        f"no checkpoint in {run} can be used: {'; '.join(reasons)}; train again with --overwrite, "
+        "or with another --out"
+    )
     raise ValueError(msg)
 
 
