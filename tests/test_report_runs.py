@@ -131,7 +131,7 @@ def test_a_sweep_says_what_belongs_together(tmp_path: Path) -> None:
     out = swept(tmp_path / "sweep")
     write_groups(out, {"methods": ["loda", "frozen"], "parts": ["loda", "plain"]})
     parts = sections(out)
-    assert [(s.part, list(s.groups), s.fresh) for s in parts] == [
+    assert [(s.part, list(s.groups), s.new_labels) for s in parts] == [
         ("methods", ["loda", "frozen"], ("loda", "frozen")),
         ("parts", ["loda", "plain"], ("plain",)),
         ("others", ["aligned"], ("aligned",)),

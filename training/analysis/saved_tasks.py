@@ -173,12 +173,12 @@ def read_finite(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def natural(name: str) -> list[tuple[int, int, str]]:
+def natural_sort_key(name: str) -> list[tuple[int, int, str]]:
     """Sorting key under which layer 10 comes after layer 2.
 
     Examples
     --------
-    >>> sorted(["blocks.10.qkv", "blocks.2.qkv"], key=natural)
+    >>> sorted(["blocks.10.qkv", "blocks.2.qkv"], key=natural_sort_key)
     ['blocks.2.qkv', 'blocks.10.qkv']
     """
     parts = re.split(r"(\d+)", name)

@@ -14,7 +14,13 @@ from loda_math import (
     relative_energy,
     rounding_unit,
 )
-from training.analysis.saved_tasks import Array, natural, read_settings, saved_tasks, task_file
+from training.analysis.saved_tasks import (
+    Array,
+    natural_sort_key,
+    read_settings,
+    saved_tasks,
+    task_file,
+)
 from training.run_dir import readable
 
 
@@ -56,7 +62,9 @@ def subspace_energies(path: Path, *, allow: Sequence[str] = ()) -> list[dict[str
     for task in saved_tasks(path, settings, branches=True):
         layers = {}
         # The order of the layers in the figures; on the first task there is no history.
-        for name, history in sorted(task.history.items(), key=lambda item: natural(item[0])):
+        for name, history in sorted(
+            task.history.items(), key=lambda item: natural_sort_key(item[0])
+        ):
             layer = task.layers[name]
             with readable(task_file(path, task.number, "branches"), name):
                 new, old = layer["moment_new"].astype(np.float64), history.mean

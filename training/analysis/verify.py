@@ -24,7 +24,7 @@ from loda_math.verify import (
     verify_recalibration,
     verify_subspace,
 )
-from training.analysis.saved_tasks import Array, Layer, natural, read_settings, saved_tasks
+from training.analysis.saved_tasks import Array, Layer, natural_sort_key, read_settings, saved_tasks
 from training.logging import aligned
 from training.run_dir import readable, require_plausible_archive
 
@@ -312,7 +312,7 @@ def read_arrays(path: Path) -> Iterator[Solution]:
         if settings.history_weight == "mean":
             msg = "history_weight must be a number beside arrays, got 'mean'"
             raise ValueError(msg)
-    for task, layer in sorted(layers, key=lambda place: [natural(name) for name in place]):
+    for task, layer in sorted(layers, key=lambda place: [natural_sort_key(name) for name in place]):
         arrays = layers[task, layer]
         if "moment_new" in arrays:
             yield Solution(task, layer, arrays, settings, settings.history_weight, eps)
