@@ -247,7 +247,7 @@ def _is_first_process() -> bool:
 )
 def _sweep(arguments: argparse.Namespace) -> int:
     from training.config import keeps_nothing
-    from training.sweep import plan, read_sweep, run_sweep, job_state, summarise, write_groups
+    from training.sweep import job_state, plan, read_sweep, run_sweep, summarise, write_groups
 
     if arguments.workers < 1:
         msg = f"--workers must be at least 1, got {arguments.workers}"

@@ -1,7 +1,7 @@
 """Finished runs, read from run folders and bundles, as tables of numbers in pandas.
 
-A *bundle* is one text file with what a report needs of many runs; it omits weights, curves within tasks
-and paths of the machine. Its first line says what the file is, and each further line holds
+A *bundle* is one text file with what a report needs of many runs; it omits weights, curves within
+tasks and paths of the machine. Its first line says what the file is, and each further line holds
 one run as JSON.
 """
 
@@ -181,8 +181,8 @@ class Run:
     def compute(self) -> dict[str, float]:
         """Optimiser steps, and forward-backward passes of images through the model.
 
-        They are computed from the settings and the numbers of images. A mini-batch of a single class
-        takes one step where others take two; this is not taken into account.
+        They are computed from the settings and the numbers of images. A mini-batch of a single
+        class takes one step where others take two; this is not taken into account.
         """
         train, images = self.experiment.train, self.content["classes"].get("images")
         each = steps_a_batch(self.experiment.method)
@@ -583,7 +583,8 @@ def by_section(runs: Sequence[Run]) -> list[Section]:
                 len(r.sweep_groups.get(part, ())) for group in members.values() for r in group
             )
             if not new_labels and len(members) < whole:
-                continue  # only some variants of the part were run, and an earlier section shows them all
+                # Only some variants of the part were run, and an earlier section shows them all.
+                continue
             name = slug(f"{base}: {part}" if part else base)
             if name in [section.slug for section in sections]:
                 name += f"-{len(sections) + 1}"
