@@ -74,7 +74,8 @@ def loss_landscape(
     FileNotFoundError
         If the folder is not a run, or lacks branches, moments or heads.
     ValueError
-        If the run has no general branch, the classes of the data have changed, or a file is damaged.
+        If the run has no general branch, the classes of the data have changed, or a file is
+        damaged.
 
     Notes
     -----
