@@ -75,7 +75,7 @@ def test_a_folder_of_hugging_face_is_known_by_its_name(tmp_path: Path) -> None:
 
 def test_a_seed_counts_once(tmp_path: Path) -> None:
     first, second = fake_run(tmp_path / "a"), fake_run(tmp_path / "b")
-    with pytest.raises(ValueError, match="seeds"):
+    with pytest.raises(ValueError, match="twice"):
         sections(first, second)
     assert list(sizes(f"one={first}", f"two={second}")) == ["one", "two"]
     assert len(find_runs([first, tmp_path / "a", first]).runs) == 1  # one folder, given twice
@@ -355,7 +355,7 @@ def test_no_file_is_overwritten_unasked(tmp_path: Path) -> None:
     write_bundle([*runs, *runs], out, overwrite=True)
     assert [r.path.name for r in find_runs([out]).runs] == ["a", "a-2"]
     for path in (tmp_path / "a" / "metrics.jsonl", tmp_path):
-        with pytest.raises(FileExistsError, match="stays"):
+        with pytest.raises(FileExistsError, match="not a bundle"):
             write_bundle(runs, path, overwrite=True)
 
 

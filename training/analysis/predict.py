@@ -224,7 +224,7 @@ def read_classes(folder: Path) -> tuple[list[str], list[int]]:
 def evaluate_run(
     folder: Path, *, root: str | None = None, allow: Sequence[str] = ()
 ) -> dict[str, dict[str, Any]]:
-    """Evaluate the saved model of a run on all its classes, from weights and data alone.
+    """Evaluate the saved model of a run on all its classes, from its weights and data only.
 
     Parameters
     ----------

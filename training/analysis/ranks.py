@@ -28,8 +28,8 @@ def layer_ranks(path: Path, shares: Sequence[float]) -> pd.DataFrame:
     -------
     DataFrame
         One row per ``task`` (from 1) and ``layer``. ``energy 0.9`` is the smallest rank of the
-        general subspace that carries 0.9 of the energy, ``ratio 0.9`` that of the isolated one (none
-        on the first task); ``energy at 16`` and ``ratio at 16`` are the shares that the rank
+        general subspace that carries 0.9 of the energy, ``ratio 0.9`` that of the isolated one,
+        absent on the first task; ``energy at 16`` and ``ratio at 16`` are the shares that the rank
         of the run (16, say) reaches.
 
     Raises

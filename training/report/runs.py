@@ -281,22 +281,14 @@ class Run:
     def task_rows(self) -> Iterator[dict[str, Any]]:
         """Its results by read-out and task: most of the columns of :func:`load_tasks`."""
         for kind, matrix in self.matrices.items():
-            # Nothing is forgotten yet of the last task.
-            rows = zip(
-                matrix.curve,
-                matrix.old_curve,
-                [row[-1] for row in matrix.matrix],
-                [*matrix.forgetting_by_task, nan],
-                strict=True,
-            )
-            for j, (accuracy, old, new, forgetting) in enumerate(rows):
-                accuracies = {
-                    "accuracy": accuracy,
-                    "old": old,
-                    "new": new,
-                    "forgetting": forgetting,
-                }
-                per_cent = {name: 100 * x for name, x in accuracies.items()}
+            curves = {
+                "accuracy": matrix.curve,
+                "old": matrix.old_curve,
+                "new": [row[-1] for row in matrix.matrix],
+                "forgetting": [*matrix.forgetting_by_task, nan],  # of the last task, none yet
+            }
+            for j in range(len(matrix)):
+                per_cent = {name: 100 * values[j] for name, values in curves.items()}
                 yield {**self._identity(kind), "task": j + 1, **per_cent, **self.costs[j]}
 
     def _identity(self, kind: str) -> dict[str, Any]:
@@ -346,7 +338,7 @@ def find_runs(sources: Sequence[str | Path]) -> Inventory:
     Raises
     ------
     FileNotFoundError
-        If a source does not exist, or no finished run is there.
+        If a source does not exist, or there is no finished run.
     ValueError
         If a bundle cannot be read, or none of the runs.
     """

@@ -240,7 +240,7 @@ def cost_table(section: Section) -> Table:
     memory = runs.groupby("group", sort=False)[["memory_mib", "gpu_memory_mib"]].max()
     columns = {
         "time per task (s)": ("seconds", ",.1f"),
-        "training alone (s)": ("training_seconds", ",.1f"),
+        "training only (s)": ("training_seconds", ",.1f"),
         "peak memory (MiB)": ("memory_mib", ".0f"),
         "peak GPU memory (MiB)": ("gpu_memory_mib", ".0f"),
     }
