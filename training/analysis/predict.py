@@ -295,7 +295,7 @@ def set_up(
         msg = f"the classes of the data set have changed since {folder} was trained; check --root"
         raise ValueError(msg)
     # Nothing is logged, so the run's tracker need not be installed.
-    return stream, make_accelerator(replace(experiment, tracker=None))
+    return stream, make_accelerator(experiment.device, experiment.precision)
 
 
 def evaluation_batches(
