@@ -163,7 +163,7 @@ def test_pretrained_weights_that_timm_reads_but_cannot_use_do_not_fit(tmp_path: 
 
 
 def test_a_model_without_pretrained_weights_says_so() -> None:
-    with pytest.raises(ValueError, match=r"no pretrained weights.*backbone\.weights"):
+    with pytest.raises(ValueError, match=r"backbone\.weights"):
         build_backbone(BackboneConfig("resnetblur18"))
 
 

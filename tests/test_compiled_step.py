@@ -45,7 +45,7 @@ def steps(loda: LoDA, model: nn.Module) -> list[Tensor]:
     pixels, labels = inputs(1, loda.model)
     optimizer = torch.optim.SGD(loda.trainable_parameters(), lr=0.1, momentum=0.9)
     generator = torch.Generator().manual_seed(0)
-    found = [
+    tensors = [
         loda.step(
             lambda rows: F.cross_entropy(model(pixels[rows]), labels[rows]),
             labels,
@@ -55,15 +55,15 @@ def steps(loda: LoDA, model: nn.Module) -> list[Tensor]:
         ).loss
         for _ in range(2)
     ]
-    return [*found, *(p.detach() for p in loda.lora_parameters())]
+    return [*tensors, *(p.detach() for p in loda.lora_parameters())]
 
 
 def test_a_compiled_step_is_the_step() -> None:
     plain, compiled = second_task(), second_task()
     model = torch.compile(compiled.model, fullgraph=True, dynamic=False)
-    expected, found = steps(plain, plain.model), steps(compiled, model)
-    assert len(expected) == len(found) == 2 + 2
-    for a, b in zip(expected, found, strict=True):
+    expected, actual = steps(plain, plain.model), steps(compiled, model)
+    assert len(expected) == len(actual) == 2 + 2
+    for a, b in zip(expected, actual, strict=True):
         assert torch.linalg.vector_norm(a) > 0
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 

@@ -164,7 +164,7 @@ def test_a_run_can_ask_for_the_check(tree: Path, tmp_path: Path) -> None:
     experiment = tiny(tree, tmp_path / "run", data={"verify": True})
     prepare(experiment).folder.close()
     truncate(tree)
-    with pytest.raises(ValueError, match=r"dog.1\.png.*loda data check"):
+    with pytest.raises(ValueError, match=r"dog.1\.png"):
         prepare(changed(experiment, out=str(tmp_path / "other")))
     assert not (tmp_path / "other").exists()
 

@@ -34,14 +34,14 @@ def moment(kind: str, seed: int, size: int = DENSE) -> Matrix:
     return m / np.trace(m)
 
 
-def check(ours: Any, found: Any, matrix: Matrix, *, tail: bool = False) -> None:
+def check(ours: Any, eigenvalues: Any, matrix: Matrix, *, tail: bool = False) -> None:
     """Eigenpairs of a symmetric matrix: energies, residuals, and the span where it is unique."""
-    ours, found = to_numpy(ours), to_numpy(found)
+    ours, eigenvalues = to_numpy(ours), to_numpy(eigenvalues)
     exact, vectors = np.linalg.eigh(matrix)
     exact, vectors = (exact, vectors) if tail else (exact[::-1], vectors[:, ::-1])
     slack = 4 * len(matrix) * np.finfo(float).eps * np.abs(exact).max()
-    np.testing.assert_allclose(found, exact[:COUNT], atol=slack)
-    assert np.abs(matrix @ ours - ours * found).max() <= slack
+    np.testing.assert_allclose(eigenvalues, exact[:COUNT], atol=slack)
+    assert np.abs(matrix @ ours - ours * eigenvalues).max() <= slack
     np.testing.assert_allclose(ours.T @ ours, np.eye(COUNT), atol=1e-12)
     gap = abs(exact[COUNT - 1] - exact[COUNT])
     if gap > 100 * slack:
@@ -72,13 +72,13 @@ def test_leading_pencil(host: ModuleType, new: str, old: str, size: int) -> None
     r = moment(old, 2, size) + 1e-2 / size * np.eye(size)
     arrays = to_library(host, s), to_library(host, r)
     values, directions = _eigh.leading_pencil(namespace(x=arrays[0]), *arrays, COUNT, "old")
-    found, ours = to_numpy(values), to_numpy(directions)
+    eigenvalues, ours = to_numpy(values), to_numpy(directions)
     exact, vectors = scipy.linalg.eigh(s, r)
     exact, vectors = exact[::-1], vectors[:, ::-1]
     slack = 1e-10 * exact[0]
-    np.testing.assert_allclose(found, exact[:COUNT], atol=slack)
+    np.testing.assert_allclose(eigenvalues, exact[:COUNT], atol=slack)
     np.testing.assert_allclose(ours.T @ r @ ours, np.eye(COUNT), atol=1e-9)
-    assert np.abs(s @ ours - (r @ ours) * found).max() <= slack
+    assert np.abs(s @ ours - (r @ ours) * eigenvalues).max() <= slack
     if exact[COUNT - 1] - exact[COUNT] > 1e-4 * exact[0]:
         assert scipy.linalg.subspace_angles(ours, vectors[:, :COUNT]).max() < 1e-5
 
@@ -118,20 +118,20 @@ def quality(name: str, u: Matrix, new: Matrix, old: Matrix) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 def test_lanczos_is_right_or_says_nothing(kind: str) -> None:
     a = moment(kind, 0)
-    found = _eigh._lanczos(a, COUNT)
-    if found is not None:
-        check(found[1], found[0], a)
-    assert found is not None or kind in ("flat", "clustered")
+    pair = _eigh._lanczos(a, COUNT)
+    if pair is not None:
+        check(pair[1], pair[0], a)
+    assert pair is not None or kind in ("flat", "clustered")
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
 def test_lanczos_proves_a_spread_spectrum_at_any_scale(scale: float) -> None:
     q = orthogonal(DENSE, np.random.default_rng(0))
     values = scale * np.geomspace(1, 1e-3, DENSE)
-    found = _eigh._lanczos(from_spectrum(values, q), COUNT)
-    assert found is not None
-    np.testing.assert_allclose(found[0], values[:COUNT], rtol=1e-9)
-    np.testing.assert_allclose(np.abs(np.sum(found[1] * q[:, :COUNT], axis=0)), 1, atol=1e-9)
+    pair = _eigh._lanczos(from_spectrum(values, q), COUNT)
+    assert pair is not None
+    np.testing.assert_allclose(pair[0], values[:COUNT], rtol=1e-9)
+    np.testing.assert_allclose(np.abs(np.sum(pair[1] * q[:, :COUNT], axis=0)), 1, atol=1e-9)
 
 
 @pytest.mark.parametrize("filled", [COUNT + 1, 20, DENSE])
@@ -169,8 +169,8 @@ def test_what_lanczos_cannot_prove_goes_to_the_dense_solver(
     for eigsh in (lambda *_, **__: (values[others], vectors[:, others]), failing):
         monkeypatch.setattr("scipy.sparse.linalg.eigsh", eigsh)
         assert _eigh._lanczos(a, COUNT) is None
-        found, _ = _eigh.leading_eigh(np, a, COUNT)
-        np.testing.assert_allclose(found, values[::-1][:COUNT])
+        eigenvalues, _ = _eigh.leading_eigh(np, a, COUNT)
+        np.testing.assert_allclose(eigenvalues, values[::-1][:COUNT])
 
 
 def test_where_part_of_a_spectrum_fails_the_whole_is_solved(
@@ -187,8 +187,8 @@ def test_where_part_of_a_spectrum_fails_the_whole_is_solved(
     whole, vectors = np.linalg.eigh(a)
     monkeypatch.setattr(scipy.linalg, "eigh", failing)
     for start, stop in ((0, COUNT), (DENSE - COUNT, DENSE)):
-        found, basis = _eigh._dense(a, start, stop)
-        np.testing.assert_allclose(found, whole[start:stop], atol=1e-12)
+        eigenvalues, basis = _eigh._dense(a, start, stop)
+        np.testing.assert_allclose(eigenvalues, whole[start:stop], atol=1e-12)
         overlap = np.abs(np.sum(basis * vectors[:, start:stop], axis=0))
         np.testing.assert_allclose(overlap, 1, atol=1e-6)
 

@@ -46,10 +46,10 @@ def test_a_share_is_protected_that_grows_over_the_stream(model: nn.Module) -> No
     expected: dict[str, GradientMemory] = {}
     for task, wanted in enumerate((0.6, 0.675, 0.75, 0.825)):
         learn(method, model, task)
-        for name, found in collect_moments(model, [images(task)], QKV).items():
+        for name, collected in collect_moments(model, [images(task)], QKV).items():
             # Through the trained and merged model, to rounding.
-            memory = expected.get(name) or GradientMemory.empty(found.mean)
-            expected[name] = memory.updated(found.mean, wanted)
+            memory = expected.get(name) or GradientMemory.empty(collected.mean)
+            expected[name] = memory.updated(collected.mean, wanted)
             ours, theirs = method.memories[name], expected[name]
             assert (ours.free, ours.basis.shape) == (theirs.free, theirs.basis.shape)
             spans = [m.basis @ m.basis.mT for m in (ours, theirs)]
@@ -111,8 +111,8 @@ def test_the_share_asked_for_is_protected_and_nothing_is_forgotten(
     moments = [moment(s, seed + k) for k, s in enumerate((first, second, third))]
     memory = GradientMemory.empty(moments[0])
     before = protected(memory)
-    for task, found in enumerate(moments):
-        memory = memory.updated(found, wanted)
+    for task, current in enumerate(moments):
+        memory = memory.updated(current, wanted)
         k = memory.basis.shape[1]
         gram = memory.basis.mT @ memory.basis
         torch.testing.assert_close(gram, torch.eye(k, dtype=torch.float64))
@@ -121,24 +121,24 @@ def test_the_share_asked_for_is_protected_and_nothing_is_forgotten(
         # (on the first task the published rule stops one direction earlier).
         torch.testing.assert_close(after @ before, before, atol=1e-8, rtol=0)
         if task:
-            assert share(memory, found) >= wanted - 1e-8
+            assert share(memory, current) >= wanted - 1e-8
         before = after
 
 
 def test_the_first_task_stops_a_direction_early_and_keeps_at_least_one() -> None:
-    found = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.0]))
+    gram = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.0]))
     # Cumulative shares of the squares: 9/14, 13/14, 1.
-    sizes = [GradientMemory.empty(found).updated(found, e).basis.shape[1] for e in (0.5, 0.7, 0.95)]
+    sizes = [GradientMemory.empty(gram).updated(gram, e).basis.shape[1] for e in (0.5, 0.7, 0.95)]
     assert sizes == [1, 1, 2]
 
 
 def test_the_smaller_of_space_and_complement_is_kept() -> None:
-    found = torch.eye(6)
-    memory = GradientMemory.empty(found).updated(found, 0.9)
+    gram = torch.eye(6)
+    memory = GradientMemory.empty(gram).updated(gram, 0.9)
     # Five of six directions are protected; kept is the one that is free.
     assert memory.free
     assert memory.basis.shape == (6, 1)
-    again = memory.updated(found, 0.9)
+    again = memory.updated(gram, 0.9)
     assert again.basis.shape[1] in (0, 1)
 
 
@@ -146,13 +146,13 @@ def test_free_directions_are_the_best_of_what_is_free() -> None:
     old, new = moment([5.0, 4.0], 0), moment([9.0, 3.0, 2.0, 1.0], 1)
     memory = GradientMemory.empty(old).updated(old, 0.9).updated(old, 0.999)
     assert memory.basis.shape[1] == 2
-    found = memory.free_directions(new, 3)
-    torch.testing.assert_close(memory.basis.mT @ found, torch.zeros(2, 3).double())
+    directions = memory.free_directions(new, 3)
+    torch.testing.assert_close(memory.basis.mT @ directions, torch.zeros(2, 3).double())
     # Independent oracle: eigenvectors of R Rᵀ with R = (I - P) C.
     rest = (torch.eye(DIM).double() - protected(memory)) @ new
     values, vectors = torch.linalg.eigh(rest @ rest.mT)
     top = vectors[:, -3:]
-    torch.testing.assert_close(found @ found.mT, top @ top.mT, atol=1e-8, rtol=0)
+    torch.testing.assert_close(directions @ directions.mT, top @ top.mT, atol=1e-8, rtol=0)
     assert values[-3] > 1e-6
 
 
@@ -165,5 +165,5 @@ def test_no_direction_is_made_up_where_nothing_is_free() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_directions_have_the_dtype_of_the_moment(dtype: torch.dtype) -> None:
-    found = moment([2.0, 1.0], 0).to(dtype)
-    assert GradientMemory.empty(found).free_directions(found, 1).dtype == dtype
+    gram = moment([2.0, 1.0], 0).to(dtype)
+    assert GradientMemory.empty(gram).free_directions(gram, 1).dtype == dtype

@@ -93,14 +93,14 @@ def test_a_flat_new_task_leaves_the_null_space(
     xp: ModuleType, old: Matrix, scale: float, rank: int, ridge: float
 ) -> None:
     new = to_library(xp, scale * np.eye(6))
-    found = lm.isolated_solution(new, to_library(xp, old), rank, ridge=ridge)
+    solution = lm.isolated_solution(new, to_library(xp, old), rank, ridge=ridge)
     quiet = lm.null_solution(to_library(xp, old), rank)
-    same_span(found.basis, quiet.basis, min(float(found.gap), float(quiet.gap)))
+    same_span(solution.basis, quiet.basis, min(float(solution.gap), float(quiet.gap)))
     values, vectors = np.linalg.eigh(old / np.trace(old))
-    same_span(found.basis, vectors[:, :rank], min(float(found.gap), float(quiet.gap)))
+    same_span(solution.basis, vectors[:, :rank], min(float(solution.gap), float(quiet.gap)))
     # The generalised eigenvalues are the inverse eigenvalues of R.
     expected = (1 / 6) / (values[:rank] + max(ridge, 24 * np.finfo(float).eps) / 6)
-    np.testing.assert_allclose(to_numpy(found.values), expected, rtol=1e-9)
+    np.testing.assert_allclose(to_numpy(solution.values), expected, rtol=1e-9)
 
 
 @few
@@ -148,10 +148,10 @@ def test_more_weight_keeps_more_in_every_direction(
     up, down, new, old = branch
     arrays = [to_library(xp, x) for x in branch]
     grid = [0.0, 1e-3, 0.1, 1.0, 3.0, 1e3]
-    found = [lm.recalibration(*arrays, gamma) for gamma in grid]
-    values = [np.sort(np.linalg.eigvals(to_numpy(c)).real) for c in found]
+    factors = [lm.recalibration(*arrays, gamma) for gamma in grid]
+    values = [np.sort(np.linalg.eigvals(to_numpy(c)).real) for c in factors]
     assert np.all(np.diff(values, axis=0) >= -1e-7)
-    effects = [lm.update_effect(c, *arrays) for c in found]
+    effects = [lm.update_effect(c, *arrays) for c in factors]
     p, q = down @ old @ down.T, down @ new @ down.T
     slack = 1e-9 * np.sum(up**2) * (np.trace(p) + np.trace(q))
     assert np.all(np.diff([float(e.old_change) for e in effects]) >= -slack)

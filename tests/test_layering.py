@@ -55,9 +55,9 @@ def test_imports_point_one_way(package: str) -> None:
     files = sources(package)
     assert files
     for path in files:
-        found = {name.partition(".")[0] for name in imports(ast.parse(path.read_text("utf-8")))}
+        packages = {name.partition(".")[0] for name in imports(ast.parse(path.read_text("utf-8")))}
         allowed = ALLOWED[package] | (HOST_LIBRARIES if path.name in FAST else set())
-        strangers = found - allowed - set(sys.stdlib_module_names)
+        strangers = packages - allowed - set(sys.stdlib_module_names)
         assert not strangers, f"{path.relative_to(ROOT)} imports {strangers}"
 
 
@@ -77,8 +77,8 @@ def test_host_libraries_are_imported_inside_functions_only() -> None:
     for name in FAST:
         body = ast.parse((ROOT / "loda_math" / name).read_text("utf-8")).body
         top = [node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
-        found = {n.partition(".")[0] for n in imports(ast.Module(top, []))}
-        assert not found & HOST_LIBRARIES
+        packages = {n.partition(".")[0] for n in imports(ast.Module(top, []))}
+        assert not packages & HOST_LIBRARIES
 
 
 def test_training_decomposes_no_matrix_and_uses_public_names_only() -> None:
@@ -122,8 +122,8 @@ def test_one_library_does_not_bring_another() -> None:
 
 
 def test_the_backend_brings_no_training_library() -> None:
-    found = modules_after("import backends.torch")
-    assert not found & {"timm", "torchvision", "training", "PIL", "sklearn", "accelerate", "rich"}
+    loaded = modules_after("import backends.torch")
+    assert not loaded & {"timm", "torchvision", "training", "PIL", "sklearn", "accelerate", "rich"}
 
 
 def test_no_package_shadows_torch() -> None:
@@ -133,15 +133,15 @@ def test_no_package_shadows_torch() -> None:
 
 def units() -> dict[str, set[str]]:
     """The units of `training`, and those that each imports, inside functions too."""
-    found: dict[str, set[str]] = {}
+    arrows: dict[str, set[str]] = {}
     for path in sources("training"):
         names = [*path.relative_to(ROOT).with_suffix("").parts]
         if names[1:] == ["__init__"]:
             continue  # the package itself stands for no unit
         own = unit(".".join(names))
         used = {unit(name) for name in imports(without_types(ast.parse(path.read_text("utf-8"))))}
-        found.setdefault(own, set()).update(used - {own, ""})
-    return {own: used & found.keys() for own, used in found.items()}
+        arrows.setdefault(own, set()).update(used - {own, ""})
+    return {own: used & arrows.keys() for own, used in arrows.items()}
 
 
 def unit(module: str) -> str:
@@ -164,10 +164,10 @@ def without_types(tree: ast.Module) -> ast.Module:
 
 def floors(graph: Mapping[str, set[str]]) -> dict[str, int]:
     """How high each unit stands above those that import nothing of the package."""
-    found: dict[str, int] = {}
+    heights: dict[str, int] = {}
     for name in TopologicalSorter(graph).static_order():
-        found[name] = 1 + max((found[used] for used in graph[name]), default=0)
-    return found
+        heights[name] = 1 + max((heights[used] for used in graph[name]), default=0)
+    return heights
 
 
 def test_no_circle_in_training() -> None:

@@ -64,8 +64,8 @@ def test_a_state_carries_a_method_over(name: str, model: nn.Module) -> None:
     other.load_state_dict(between)
     taking_over.load_state_dict(state)
     assert all(torch.equal(w, between[n]) for n, w in other.state_dict().items())
-    found = learn(taking_over, other, 1)
-    assert all(torch.equal(found[n], expected[n]) for n in expected)
+    weights = learn(taking_over, other, 1)
+    assert all(torch.equal(weights[n], expected[n]) for n in expected)
 
 
 @pytest.mark.parametrize("name", ALIGNED)
@@ -88,11 +88,11 @@ def test_an_open_task_is_taken_over(name: str, model: nn.Module) -> None:
 @pytest.mark.parametrize("name", ALIGNED)
 def test_steps_are_gradient_aligned_where_it_is_asked_for(name: str, model: nn.Module) -> None:
     state = weights(model)
-    found = []
+    learned = []
     for options in ({}, {"gao": True, "radius": 0.5}, {"gao": False, "radius": 0.9}):
         model.load_state_dict(state)
-        found.append(learn(made(name, model, **options), model, 0))
-    default, aligned, plain = found
+        learned.append(learn(made(name, model, **options), model, 0))
+    default, aligned, plain = learned
     published = aligned if name == "loda" else plain  # LoDA's own radius is another one
     assert all(torch.equal(default[k], published[k]) for k in plain) == (name != "loda")
     assert any(not torch.equal(plain[k], aligned[k]) for k in plain)

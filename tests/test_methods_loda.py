@@ -59,11 +59,11 @@ def standard(final: Callable[..., dict[str, Tensor]]) -> dict[str, Tensor]:
 def test_every_part_of_loda_can_be_switched(
     ablation: str, final: Callable[..., dict[str, Tensor]], standard: dict[str, Tensor]
 ) -> None:
-    found = final(**ABLATIONS[ablation])
-    assert {n: w.shape for n, w in found.items()} == {n: w.shape for n, w in standard.items()}
-    assert all(w.isfinite().all() for w in found.values())
+    weights = final(**ABLATIONS[ablation])
+    assert {n: w.shape for n, w in weights.items()} == {n: w.shape for n, w in standard.items()}
+    assert all(w.isfinite().all() for w in weights.values())
     # A switch that changes nothing would be none.
-    assert any(not torch.equal(found[n], standard[n]) for n in standard)
+    assert any(not torch.equal(weights[n], standard[n]) for n in standard)
 
 
 @pytest.mark.parametrize("late", [{"history_decay": 0.3}, {"history_weight": "mean"}], ids=str)
@@ -112,7 +112,7 @@ def test_random_directions_know_nothing_of_the_images(model: nn.Module) -> None:
     method = made("loda", model, directions="random")
     assert isinstance(method, LoDAMethod)
     learn(method, model, 0)
-    found = []
+    initial = []
     for pixels in (images(1), 3 * images(2).abs()):
         method.begin_task([(pixels, None)])
         layer = method.loda.layers["blocks.1.attn.qkv"]
@@ -120,7 +120,7 @@ def test_random_directions_know_nothing_of_the_images(model: nn.Module) -> None:
         for down in downs:
             torch.testing.assert_close(3 * down @ down.mT, torch.eye(3))
         assert not torch.equal(*downs)
-        found.append(downs)
+        initial.append(downs)
         method.loda.abandon_task()
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*initial, strict=True))
     method.begin_task(batches(1))

@@ -28,7 +28,7 @@ def test_the_overlap_is_zero_exactly_for_orthogonal_rows() -> None:
 
 def test_the_penalty_turns_new_directions_away_from_old_ones(model: nn.Module) -> None:
     state = {name: w.clone() for name, w in model.state_dict().items()}
-    found = {}
+    overlaps = {}
     for penalty in (0.0, 2.0):
         model.load_state_dict(state)
         method = o_lora(model, penalty=penalty)
@@ -36,8 +36,8 @@ def test_the_penalty_turns_new_directions_away_from_old_ones(model: nn.Module) -
         learn(method, model, 1, steps=30)
         (rows,) = {tuple(old.shape) for old in method.old.values()}
         assert rows == (6, 16)  # the rank grows with the tasks
-        found[penalty] = max(float(overlap(old[3:], old[:3])) for old in method.old.values())
-    assert found[2.0] < 0.5 * found[0.0]
+        overlaps[penalty] = max(float(overlap(old[3:], old[:3])) for old in method.old.values())
+    assert overlaps[2.0] < 0.5 * overlaps[0.0]
 
 
 def test_the_penalty_is_lambda_times_the_mean_overlap(model: nn.Module) -> None:

@@ -98,23 +98,23 @@ def text(name: str) -> str:
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_settings_by_data_set(name: str) -> None:
-    found, expected = read(name), PLAIN[name]
+    experiment, expected = read(name), PLAIN[name]
     assert expected == (
-        found.data.name,
-        found.data.increment,
-        found.train.lr,
-        found.train.weight_decay,
-        found.method.options["radius"],
-        found.head.margin,
-        found.method.options["rank"],
+        experiment.data.name,
+        experiment.data.increment,
+        experiment.train.lr,
+        experiment.train.weight_decay,
+        experiment.method.options["radius"],
+        experiment.head.margin,
+        experiment.method.options["rank"],
     )
-    assert found.data.init_cls == found.data.increment
+    assert experiment.data.init_cls == experiment.data.increment
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_settings_of_all(name: str) -> None:
-    found = read(name)
-    data, method = found.data, found.method
+    experiment = read(name)
+    data, method = experiment.data, experiment.method
     assert (data.image_size, data.train_crop, data.flip) == (224, "random_resized", True)
     assert (data.crop_scale, data.mean, data.std) == ((0.05, 1.0), 0.0, 1.0)
     assert (data.test_resize, data.test_crop, data.resize) == (256, "center", None)
@@ -124,34 +124,38 @@ def test_settings_of_all(name: str) -> None:
     assert method.name == "loda"
     assert method.options.items() >= {**expected, "target": "*.attn.qkv"}.items()
     assert method.options["down_scale"] == pytest.approx(3**-0.5, abs=1e-12)
-    assert (found.train.epochs, found.train.batch_size, found.train.momentum) == (20, 48, 0.9)
-    assert (found.head.start, found.head.scale) == ("random", 20.0)
-    assert (found.precision, found.seed) == ("no", 1993)
-    assert found.backbone.options["pretrained"]
+    assert (experiment.train.epochs, experiment.train.batch_size, experiment.train.momentum) == (
+        20,
+        48,
+        0.9,
+    )
+    assert (experiment.head.start, experiment.head.scale) == ("random", 20.0)
+    assert (experiment.precision, experiment.seed) == ("no", 1993)
+    assert experiment.backbone.options["pretrained"]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_variants_differ_from_their_experiment_in_what_they_are_named_after(name: str) -> None:
     base = next(n for n in sorted(PLAIN, key=len)[::-1] if name.startswith(n))
     variant = name.removeprefix(base).removeprefix("-")
-    found, plain = read(name), read(base)
-    assert (found.data, found.train) == (plain.data, plain.train)
-    changed = {k: v for k, v in found.method.options.items() if v != plain.method.options[k]}
+    experiment, plain = read(name), read(base)
+    assert (experiment.data, experiment.train) == (plain.data, plain.train)
+    changed = {k: v for k, v in experiment.method.options.items() if v != plain.method.options[k]}
     assert changed == ABLATIONS.get(variant, {})
     if variant == "ca":
-        assert (found.head.readout, found.head.also) == ("alignment", ["heads"])
-        schedule = {"epochs": 5, "lr": 0.01, "temperature": TEMPERATURES[found.data.name]}
-        options = found.head.options["alignment"]
+        assert (experiment.head.readout, experiment.head.also) == ("alignment", ["heads"])
+        schedule = {"epochs": 5, "lr": 0.01, "temperature": TEMPERATURES[experiment.data.name]}
+        options = experiment.head.options["alignment"]
         assert options.items() >= {**schedule, "covariance": 1e-3}.items()
     else:
-        assert found.head == plain.head
-        assert found.head.readout == "heads"
+        assert experiment.head == plain.head
+        assert experiment.head.readout == "heads"
         form = changed.get("recalibration", "direction")
-        assert found.method.options["recalibration"] == form
+        assert experiment.method.options["recalibration"] == form
     name = BACKBONES.get(variant, "vit_base_patch16_224.augreg_in21k")
-    assert found.backbone.name == name
+    assert experiment.backbone.name == name
     assert timm.is_model_pretrained(name)
-    assert (found.backbone.options["weights"] is not None) == (variant == "ibot")
+    assert (experiment.backbone.options["weights"] is not None) == (variant == "ibot")
 
 
 def test_every_experiment_of_the_paper_has_a_configuration() -> None:
@@ -169,19 +173,24 @@ def flops_of_an_image() -> float:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_heads_say_the_command_the_time_the_number_and_the_origin(name: str) -> None:
-    found, head = read(name), text(name).partition("base:")[0]
+    experiment, head = read(name), text(name).partition("base:")[0]
     assert f"# Command:   loda train --config {name} --data.root DATA" in head
-    assert ("--backbone.weights FILE" in head) == (found.backbone.options["weights"] is not None)
+    assert ("--backbone.weights FILE" in head) == (
+        experiment.backbone.options["weights"] is not None
+    )
     number = PUBLISHED.get(name, "no number is recorded here")
-    assert f"# Published: {number}" in head or (found.data.name, number[:2]) == ("domainnet", "no")
+    assert f"# Published: {number}" in head or (experiment.data.name, number[:2]) == (
+        "domainnet",
+        "no",
+    )
     origin = "released" if name in RELEASED else "inferred|ours"
     assert re.search(rf"# Settings:  ({origin})", head)
     # A step passes each image forward and back, twice with look-ahead; a backward pass that takes
     # no gradient of weights costs as much as a forward one. At 10 TFLOP/s in float32.
-    training, test, classes = IMAGES[found.data.name]
-    tasks = classes / found.data.increment
-    passes = found.train.epochs * 2 * (steps_a_batch(found.method) or 0) + 3
-    passes += found.head.readout == "alignment"
+    training, test, classes = IMAGES[experiment.data.name]
+    tasks = classes / experiment.data.increment
+    passes = experiment.train.epochs * 2 * (steps_a_batch(experiment.method) or 0) + 3
+    passes += experiment.head.readout == "alignment"
     images = training * passes + test * (tasks + 1) / 2
     hours = images * flops_of_an_image() / 10e12 / 3600
     said = float(re.search(r"# Time:      about ([\d.]+) h", head)[1])  # type: ignore[index]
@@ -194,8 +203,8 @@ def test_the_table_in_the_docs_says_what_the_heads_say(name: str) -> None:
     row = re.search(rf"^\| `{name.removeprefix('paper/')}` \|.*$", docs, re.MULTILINE)
     assert row is not None
     tasks, last, average, origin, hours = [cell.strip() for cell in row[0].split("|")[2:-1]]
-    head, found = text(name), read(name)
-    assert int(tasks) == IMAGES[found.data.name][2] // found.data.increment
+    head, experiment = text(name), read(name)
+    assert int(tasks) == IMAGES[experiment.data.name][2] // experiment.data.increment
     assert f"about {hours} h" in head
     assert f"# Settings:  {origin}" in head
     assert not last or f"{last} after the last task" in head
@@ -333,19 +342,19 @@ OWN = {
 @pytest.mark.parametrize("name", NATIVE)
 def test_what_is_not_a_methods_own_stays_that_of_the_data_set(name: str) -> None:
     below = read("paper/cifar100")
-    found = experiment_of(["--config=paper/cifar100", f"--config={name}", "--data.root=x"])
-    assert found.method.name == name.removeprefix("native/")
-    assert (found.data, found.backbone) == (below.data, below.backbone)
-    assert steps_a_batch(found.method) == 1
+    experiment = experiment_of(["--config=paper/cifar100", f"--config={name}", "--data.root=x"])
+    assert experiment.method.name == name.removeprefix("native/")
+    assert (experiment.data, experiment.backbone) == (below.data, below.backbone)
+    assert steps_a_batch(experiment.method) == 1
     if name in OWN:
-        rank, t = found.method.options["rank"], found.train
+        rank, t = experiment.method.options["rank"], experiment.train
         assert OWN[name] == (rank, t.optimizer, t.schedule, t.lr, t.batch_size, t.epochs)
 
 
 @pytest.mark.parametrize("method", sorted({*METHODS.paths} - {"loda"}))
 def test_no_method_gets_the_look_ahead_of_loda_from_the_settings_of_a_paper(method: str) -> None:
-    found = experiment_of(["--config=paper/cub", "--data.root=x", f"--method={method}"])
-    assert steps_a_batch(found.method) == 1
+    experiment = experiment_of(["--config=paper/cub", "--data.root=x", f"--method={method}"])
+    assert steps_a_batch(experiment.method) == 1
 
 
 @pytest.mark.parametrize("name", NATIVE)
@@ -368,8 +377,8 @@ def test_the_configuration_of_the_digits_says_the_defaults() -> None:
 def test_the_packaged_caltech101_asks_for_weights() -> None:
     with pytest.raises(ValueError, match="weights FILE"):
         read("caltech101")
-    found = experiment_of(["--config=caltech101", "--data.root=x", "--backbone.weights=w.pth"])
-    settings = flat_settings(found)
+    experiment = experiment_of(["--config=caltech101", "--data.root=x", "--backbone.weights=w.pth"])
+    settings = flat_settings(experiment)
     assert settings["backbone.options"]["depth"] == 6
     assert (settings["method.recalibration"], settings["head.also"]) == (
         "direction",

