@@ -13,7 +13,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import training.backbones.conv_vit  # noqa: F401  timm learns its name
-from training.backbones.config import Timm
 from training.backbones.weights import load_weights, tensors_sha256
 from training.components import Component
 
@@ -90,12 +89,11 @@ def build_backbone(config: Component, *, initialise: bool = True) -> Backbone:
     ConnectionError
         If the weights cannot be downloaded.
     """
-    kind = config.build()
-    built = kind.build(initialise=initialise)
+    built = config.build().build(initialise=initialise)
     # A class of somebody's own gives the module alone: what else there is to know is read off it.
     is_whole = isinstance(built, Backbone)
     backbone: Backbone = built if is_whole else described(built, config.name, config.options)
-    backbone = backbone._replace(name=config.name, has_options=isinstance(kind, Timm))
+    backbone = backbone._replace(name=config.name)
     if not initialise:
         return backbone
     return backbone._replace(tensors_sha256=tensors_sha256(backbone.module))
@@ -166,7 +164,8 @@ def build_timm(
     elif pretrained:
         module = _download(name, options)
         tag = _tag(module)
-    return described(module, name, options, digest=digest, tag=tag)
+    timm_model = described(module, name, options, digest=digest, tag=tag)
+    return timm_model._replace(has_options=True)
 
 
 def described(
