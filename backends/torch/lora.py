@@ -141,11 +141,16 @@ class LoRALinear(nn.Module):
         ----------
         name : str
             A name not in use.
-        down, up : Tensor
-            As for :class:`LoRABranch`; copied to the layer's dtype and device.
-        scale, rows, train_down
-            As for :class:`LoRABranch`. A scale that is an ``nn.Parameter`` may be shared by
-            branches of many layers; rows may be those of the values in a fused qkv.
+        down : Tensor, shape (r, in_features)
+            Down-projection, copied to the layer's dtype and device.
+        up : Tensor, shape (len(rows) or out_features, r), optional
+            Up-projection, copied; zeros by default.
+        scale : float or Tensor, 0-d, default 1
+            Weight of the branch; an ``nn.Parameter`` may be shared by branches of many layers.
+        rows : tuple of int, optional
+            Half-open range of output rows, such as those of the values in a fused qkv.
+        train_down : bool, default False
+            Whether the down-projection is trained as well.
 
         Returns
         -------

@@ -64,6 +64,16 @@ def align_heads(
     ------
     ValueError
         While no task is finished, or when the weight is missing or does not fit.
+
+    Examples
+    --------
+    >>> from backends.torch.readouts import Alignment, CosineClassifier
+    >>> statistics = ClassStatistics()
+    >>> x = torch.tensor([[2.0, 0.1], [2.0, -0.1], [1.0, 2.0], [1.2, 2.0]])
+    >>> statistics.add_task(x, torch.tensor([0, 0, 1, 1]))
+    >>> weight = align_heads(statistics, Alignment(), generator=torch.Generator().manual_seed(0))
+    >>> CosineClassifier(weight).logits(x).argmax(1).tolist()
+    [0, 0, 1, 1]
     """
     statistics.require_classes()
     mean = statistics.mean
