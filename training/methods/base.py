@@ -59,7 +59,7 @@ class MethodConfig(Component):
 
 
 def steps_a_batch(config: MethodConfig) -> int | None:
-    """Optimiser steps per mini-batch of several classes, which is also how often an image is passed.
+    """Optimiser steps per mini-batch of several classes, and passes of each of its images.
 
     Two if steps are gradient-aligned, otherwise one; None for a method of another package.
 

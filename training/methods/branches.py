@@ -122,7 +122,7 @@ class MergedBranches(BranchMethod):
     tasks = 0
 
     def add_branches(self, down: "Callable[[str, LoRALinear], Tensor]") -> None:
-        """Attach a branch for every part; ``down`` returns the down-projection (r, D) of a layer."""
+        """Attach a branch for every part; ``down`` gives the down-projection (r, D) of a layer."""
         self._adapt()
         for name, layer in self.layers.items():
             for part in output_rows(layer.out_features, self.parts):
