@@ -26,8 +26,8 @@ class UnreadableImageError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        # For an error in a loading process, torch raises the class again with the whole traceback as
-        # its message, which ends with the name of the class and the original message.
+        # If a loading process fails, torch raises the class again with the whole traceback as its
+        # message, which ends with the name of the class and the original message.
         name = f"{type(self).__module__}.{type(self).__qualname__}: "
         super().__init__(message.rpartition(name)[2].rstrip("\n"))
 

@@ -164,7 +164,7 @@ def loader(
     )
     prepared = DataLoader(
         _PreparedBatches(dataset, share if cut else everything),
-        batch_size=None,  # the sampler yields whole mini-batches, stacked by the process that decodes them
+        batch_size=None,  # the sampler yields whole mini-batches
         sampler=order,
         num_workers=workers,
         pin_memory=device.type == "cuda",
