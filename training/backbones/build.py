@@ -172,7 +172,7 @@ def described(
     ValueError
         If the number of features or channels cannot be determined.
     """
-    # timm models with a layer between class token and classifier have a separate name for its width.
+    # timm models with a layer before the classifier have a separate name for its width.
     sizes = (getattr(module, key, None) for key in ("head_hidden_size", "num_features"))
     features: Any = next((size for size in sizes if size), None)
     channels: Any = getattr(module, "in_chans", None)
