@@ -502,22 +502,25 @@ def test_files_that_only_serve_as_bases_are_not_listed() -> None:
         ("base: third\n", "circular"),
         ("base: 3\n", "base must be"),
         ("base:\n", "base must be"),
-        ("base: first\nbase: first\n", "'base' must occur only once, got it on lines 1 and 2"),
+        (
+            "base: first\nbase: first\n",
+            "'base' must occur only once, got it twice, on lines 1 and 2",
+        ),
         (
             "method: {rank: 3}\nmethod.rank: 4\n",
-            "'method.rank' must occur only once, got it on lines 1 and 2",
+            "'method.rank' must occur only once, got it twice, on lines 1 and 2",
         ),
         (
             "method.rank: 4\nmethod: {rank: 3}\n",
-            "'method.rank' must occur only once, got it on lines 1 and 2",
+            "'method.rank' must occur only once, got it twice, on lines 1 and 2",
         ),
         (
             "method:\n  rank: 3\n  gao: true\n  rank: 3\n",
-            "'rank' must occur only once, got it on lines 2 and 4",
+            "'rank' must occur only once, got it twice, on lines 2 and 4",
         ),
         (
             "backbone.options: {depth: 1, depth: 1}\n",
-            "'depth' must occur only once, got it on line 1",
+            "'depth' must occur only once, got it twice, on line 1",
         ),
         ("base: first\nmethod: {rang: 3}\n", "method.rang"),
         ("base: first\ntran: {}\n", "tran"),
