@@ -244,7 +244,7 @@ def test_a_full_disk_at_the_first_checkpoint(tmp_path: Path, root: Path) -> None
     assert status(loda(arguments(root, run), log, file_size=1 << 14)) == 2
     text = said(log)
     assert "File too large" in text
-    assert "no checkpoint before it" in text
+    assert "no earlier checkpoint" in text
     assert list((run / "checkpoints").iterdir()) == []
 
 

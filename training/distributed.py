@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
 
-    from training.config import Experiment
 
 TIMEOUT = 600.0
 """Seconds that a process waits for the others, unless LODA_TIMEOUT says otherwise."""
@@ -226,13 +225,13 @@ class Processes(Share):
             raise ConnectionError(msg) from error
 
 
-def make_accelerator(experiment: "Experiment") -> "Accelerator":
+def make_accelerator(device: str, precision: str, tracker: str | None = None) -> "Accelerator":
     """Device, precision and tracker of an experiment, and its processes if there are several.
 
     Parameters
     ----------
-    experiment : Experiment
-        All settings.
+    device, precision, tracker : str
+        The settings of these names; no tracker unless one is given.
 
     Raises
     ------
@@ -247,7 +246,7 @@ def make_accelerator(experiment: "Experiment") -> "Accelerator":
     from accelerate.utils import InitProcessGroupKwargs
 
     here = launched_processes()
-    gpus = experiment.device != "cpu" and torch.cuda.is_available()
+    gpus = device != "cpu" and torch.cuda.is_available()
     handlers = []
     if here.count > 1:
         # Gloo besides NCCL: data other than tensors of the model stay on the CPU.
@@ -260,13 +259,13 @@ def make_accelerator(experiment: "Experiment") -> "Accelerator":
     with here._together():
         accelerator = Accelerator(
             # Without cpu=True, Accelerate treats several CPU processes as one.
-            cpu=experiment.device == "cpu" or (here.count > 1 and not gpus),
-            mixed_precision=experiment.precision,
-            log_with=experiment.tracker,
+            cpu=device == "cpu" or (here.count > 1 and not gpus),
+            mixed_precision=precision,
+            log_with=tracker,
             project_dir=".",  # of a tracker, until it is started
             kwargs_handlers=handlers,
         )
-    if accelerator.device.type == "cuda" and experiment.precision == "no":
+    if accelerator.device.type == "cuda" and precision == "no":
         # float32 is meant: by default convolutions on recent GPUs would use TF32.
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False

@@ -207,7 +207,7 @@ def prepare(
         raise ValueError(msg)
     if experiment.tracker is not None:
         require_tracker(experiment.tracker)
-    accelerator = make_accelerator(experiment)
+    accelerator = make_accelerator(experiment.device, experiment.precision, experiment.tracker)
     if experiment.threads is not None:
         torch.set_num_threads(experiment.threads)
     processes.require_same("settings", _shared_settings(experiment))

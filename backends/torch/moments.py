@@ -65,7 +65,7 @@ class MomentCollector:
             handle.remove()
         self._handles.clear()
 
-    def sum_over_processes(self, reduce: Reduce) -> None:
+    def share(self, reduce: Reduce) -> None:
         """Replace the sums by those over all processes."""
         self.moments = sum_moments(self.moments, self.layers, reduce)
 
@@ -122,13 +122,13 @@ class HalvingCollector(MomentCollector):
             halves[name] = (half.mean, other)
         return halves
 
-    def sum_over_processes(self, reduce: Reduce) -> None:
+    def share(self, reduce: Reduce) -> None:
         """Replace the sums by those over all processes.
 
         The halves are the same as in one process if the images of every process are consecutive
         and start at an even position of all images.
         """
-        super().sum_over_processes(reduce)
+        super().share(reduce)
         # A layer that mixes the images in one process has no halves in any.
         device = next(iter(self.layers.values())).weight.device
         mixing = torch.tensor([name in self._mixing for name in self.layers], device=device).int()
@@ -264,7 +264,7 @@ def _walk(
         for module, mode in modes.items():
             module.training = mode
     if reduce is not None:
-        collector.sum_over_processes(reduce)
+        collector.share(reduce)
     unseen = [name for name in collector.layers if name not in collector.moments]
     if unseen:
         msg = (
