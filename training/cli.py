@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-# Import names of what the train extra brings.
+# Modules that the train extra installs.
 _TRAIN = (
     "torch",
     "torchvision",
@@ -39,7 +39,7 @@ _BROKEN_PIPE = 141
 _Act = Callable[[argparse.Namespace], int | None]
 _Argument = tuple[tuple[str, ...], dict[str, Any]]  # names and details, as argparse takes them
 _COMMANDS: dict[str, tuple[_Act, tuple[_Argument, ...], dict[str, Any]]] = {}
-_TAKE_SETTINGS = ("train", "sweep")  # those of an experiment, beside their own arguments
+_TAKE_SETTINGS = ("train", "sweep")  # settings of an experiment, besides their own arguments
 
 
 def _arg(*names: str, **details: Any) -> _Argument:
@@ -49,7 +49,7 @@ def _arg(*names: str, **details: Any) -> _Argument:
 def _command(
     name: str, summary: str, *arguments: _Argument, **details: Any
 ) -> Callable[[_Act], _Act]:
-    """Make a command of a function, which gets the parsed arguments; help is in this order."""
+    """Register a function as a command; it gets the parsed arguments. Help keeps this order."""
 
     def add(act: _Act) -> _Act:
         _COMMANDS[name] = act, arguments, {"help": summary, **details}
@@ -65,13 +65,13 @@ _RUNS = _arg(
     metavar="[NAME=]RUN",
     help="run folders, folders that hold runs, or files written by loda bundle",
 )
-_ROOT = _arg("--root", help="where the images are now, if they have moved since the training")
+_ROOT = _arg("--root", help="folder of the images, if it has moved since training")
 _ALLOW = _arg(
     "--allow",
     action="append",
     default=[],
     metavar="CLASS",
-    help="import path of a class of another package that the run may load; may be repeated",
+    help="import path of a third-party class that the run may load; repeatable",
 )
 
 
@@ -81,15 +81,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Parameters
     ----------
     argv : sequence of str, optional
-        Arguments; those of the process by default.
+        The arguments; by default those of the process.
 
     Returns
     -------
     int
-        0 on success, 1 where ``verify`` or ``data check`` finds something wrong or a run of a
-        sweep fails, 2 for what the user can mend (settings, data, files), with one clear line on
-        the standard error, 130 after Ctrl-C (143 after SIGTERM and 129 after SIGHUP, by
-        SystemExit), 141 if nobody reads the output any more.
+        0 on success; 1 if ``verify`` or ``data check`` finds a problem or a run of a sweep fails;
+        2 for errors that the user can fix (settings, data, files), reported as one line on
+        standard error; 130 after Ctrl-C (143 after SIGTERM and 129 after SIGHUP, as SystemExit);
+        141 if the reader of the output has closed the pipe.
     """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
@@ -98,7 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     if command != "train" and os.environ.get("WORLD_SIZE", "1") != "1":
-        parser.error(f"{command} is for one process: start it without a launcher")
+        parser.error(
+            f"loda {command} runs in one process: start it without torchrun or accelerate launch"
+        )
     if rest and command not in _TAKE_SETTINGS:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     missing = [name for name in _TRAIN if find_spec(name) is None]
@@ -116,8 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         _say(f"loda {command}: interrupted{f'; {stop}' if str(stop) else ''}")
         return _INTERRUPTED
-    except BrokenPipeError:  # whoever read the output (head, say) has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left in it
+    except BrokenPipeError:  # the reader of the output (head, say) has closed the pipe
+        # Flushing what is still buffered must not fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         if os.environ.get("LODA_DEBUG"):
@@ -137,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, (act, arguments, details) in _COMMANDS.items():
         command = commands.add_parser(name, **details)
         if act is _data_check:  # the only command of two words
-            what = "decode every image, compare the splits, and say what is wrong"
+            what = "decode every image, compare the splits and report problems"
             actions = command.add_subparsers(dest="action", metavar="ACTION", required=True)
             command = actions.add_parser("check", help=what)
         for names, options in arguments:
@@ -159,7 +162,7 @@ def _say(*lines: str) -> None:
 
 
 def _require_run(run: Path) -> None:
-    if not run.is_dir():  # what it holds is checked by whoever loads it
+    if not run.is_dir():  # the code that loads the folder checks its contents
         msg = f"no run folder {run}"
         raise FileNotFoundError(msg)
 
@@ -167,7 +170,7 @@ def _require_run(run: Path) -> None:
 # Training
 
 
-# Its settings have a parser of their own, which also prints their help.
+# The settings have their own parser, which also prints their help.
 @_command("train", "train on a stream of tasks", add_help=False)
 def _train(arguments: argparse.Namespace) -> None:
     own = argparse.ArgumentParser(prog="loda train", add_help=False, allow_abbrev=False)
@@ -176,15 +179,15 @@ def _train(arguments: argparse.Namespace) -> None:
     own.add_argument(*_ALLOW[0], **_ALLOW[1])
     given, settings = own.parse_known_args(arguments.settings)
     if given.resume is not None and given.overwrite:
-        own.error("--overwrite begins a run anew and --resume goes on with one: give one of them")
+        own.error("--overwrite starts over and --resume continues: give only one of them")
     if given.resume is None and given.allow:
-        own.error("--allow is for --resume: what a command line names is allowed already")
+        own.error("--allow works only with --resume: a command line may name any component")
     if given.resume is not None:
         _resume(given.resume, settings, given.allow)
         return
     from training.config import keeps_nothing, load_experiment
 
-    # Settings first: help and mistakes need not wait for torch to be imported.
+    # Read the settings first, so that help and errors need not wait for torch.
     experiment = load_experiment(settings)
     if _is_first_process():
         _say(*(f"loda train: {note}" for note in keeps_nothing(experiment)))
@@ -209,8 +212,8 @@ def _resume(run: Path, settings: Sequence[str], allow: Sequence[str]) -> None:
     differing = [x for x in differing_settings(as_recorded(given), begun) if x not in FREE]
     if differing:
         msg = (
-            f"{run} was begun with other settings ({', '.join(differing)} differ): go on with it "
-            f"without them, or begin another run"
+            f"{run} was started with other settings ({', '.join(differing)} differ): resume it "
+            f"without them, or start a new run"
         )
         raise ValueError(msg)
     if is_finished(run):
@@ -224,26 +227,26 @@ def _resume(run: Path, settings: Sequence[str], allow: Sequence[str]) -> None:
 
 
 def _is_first_process() -> bool:
-    """Whether this is the process of a run that writes and talks."""
+    """Whether this is rank 0, the process that writes files and prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @_command(
     "sweep",
-    "train many runs, methods times seeds; those that are done are skipped",
-    _arg("sweep", metavar="SWEEP", help="a YAML file, or the name of a packaged one"),
+    "train many runs (variants times seeds); finished ones are skipped",
+    _arg("sweep", metavar="SWEEP", help="a YAML file, or the name of a packaged sweep"),
     _arg("--out", type=Path, required=True, help="folder of the sweep"),
-    _arg("--workers", type=int, default=1, help="runs at a time (default: 1)"),
+    _arg("--workers", type=int, default=1, help="number of runs in parallel (default: 1)"),
     _arg(
         "--engine",
         choices=["processes", "slurm", "local"],
         default="processes",
-        help="processes on this machine, jobs of a SLURM cluster, or submitit without a cluster, "
-        "to try it out",
+        help="where to run: processes on this machine, jobs on a SLURM cluster, or local, which is "
+        "submitit without a cluster, to try the SLURM route",
     ),
     _arg("--only", nargs="+", metavar="VARIANT", help="run only these variants"),
     _arg("--dry-run", action="store_true", help="only list the runs"),
-    epilog="Further arguments are settings of loda train, for every run.",
+    epilog="Any further arguments are settings of loda train and apply to every run.",
 )
 def _sweep(arguments: argparse.Namespace) -> int:
     from training.config import keeps_nothing
@@ -277,7 +280,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 # One finished run
 
 
-@_command("eval", "evaluate the saved model of a run again", _RUN, _ROOT, _ALLOW)
+@_command("eval", "re-evaluate the saved model of a run", _RUN, _ROOT, _ALLOW)
 def _eval(arguments: argparse.Namespace) -> None:
     from training.analysis.predict import evaluate_run
 
@@ -294,7 +297,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     "classify images with the model of a run",
     _RUN,
     _arg("images", type=Path, nargs="+", metavar="IMAGE", help="image files"),
-    _arg("--top", type=int, default=3, help="classes to name (default: 3)"),
+    _arg("--top", type=int, default=3, help="number of classes to list per image (default: 3)"),
     _ALLOW,
 )
 def _predict(arguments: argparse.Namespace) -> None:
@@ -312,13 +315,17 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 @_command(
     "report",
-    "compare finished runs: tables, figures, and a page that holds them all",
+    "compare finished runs in tables and figures, on one page",
     _RUNS,
     _arg("--out", type=Path, help="write everything to this folder"),
     _arg("--overwrite", action="store_true", help="replace the report in --out"),
     _arg("--figure", type=Path, help="draw accuracy over tasks to this PNG or SVG"),
     _arg("--against", metavar="NAME", help="whose lead over the others is given (default: loda)"),
-    _arg("--baseline", metavar="NAME", help="to whose accuracy the others are drawn in relation"),
+    _arg(
+        "--baseline",
+        metavar="NAME",
+        help="the method relative to whose accuracy the others are drawn",
+    ),
 )
 def _report(arguments: argparse.Namespace) -> None:
     from training.report import Report, comparison_figure, write_report
@@ -334,7 +341,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 @_command(
     "bundle",
-    "write what a report needs of finished runs to one text file, to share it",
+    "collect what a report needs from finished runs in one text file, for sharing",
     _RUNS,
     _arg("--out", type=Path, required=True, help="the file, FILE.jsonl"),
     _arg("--overwrite", action="store_true", help="replace the file in --out"),
@@ -351,7 +358,7 @@ def _bundle(arguments: argparse.Namespace) -> None:
 
 @_command(
     "analyse",
-    "compute what figures of LoDA in a report need, from what a run kept",
+    "compute the data behind the LoDA figures of a report, from what a run kept",
     _arg("runs", type=Path, nargs="+", metavar="RUN", help="finished runs of LoDA"),
     _arg(
         "--parts",
@@ -364,10 +371,13 @@ def _bundle(arguments: argparse.Namespace) -> None:
         "--tasks",
         type=int,
         nargs="+",
-        help="tasks whose losses are computed (default: 2, the middle one and the last)",
+        help="tasks to compute losses for (default: the second, the middle and the last)",
     ),
     _arg(
-        "--points", type=int, default=16, help="points of a loss curve, from 0 to 1.5 (default: 16)"
+        "--points",
+        type=int,
+        default=16,
+        help="number of points on a loss curve, for α from 0 to 1.5 (default: 16)",
     ),
     _ROOT,
     _ALLOW,
@@ -393,9 +403,9 @@ def _analyse(arguments: argparse.Namespace) -> None:
 
 @_command(
     "data",
-    "look through a folder of images",
+    "inspect a folder of images",
     _arg("root", type=Path, metavar="ROOT", help="holds train/ and test/ or val/"),
-    _arg("--workers", type=int, help="threads that decode (default: one a core)"),
+    _arg("--workers", type=int, help="number of decoding threads (default: one per core)"),
 )
 def _data_check(arguments: argparse.Namespace) -> int:
     from training.data import check_data
@@ -407,9 +417,12 @@ def _data_check(arguments: argparse.Namespace) -> int:
 
 @_command(
     "verify",
-    "solve every layer and task again from saved moments, and compare",
+    "re-solve every layer and task from saved moments, and compare",
     _arg(
-        "path", type=Path, metavar="RUN|FILE.npz", help="a run with kept moments, or saved arrays"
+        "path",
+        type=Path,
+        metavar="RUN|FILE.npz",
+        help="a run trained with keep.moments and keep.branches, or an .npz file of arrays",
     ),
     _arg("--tolerance", type=float, default=1e-5, help="largest relative error (default: 1e-5)"),
 )
@@ -423,14 +436,14 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 @_command(
     "ranks",
-    "say which rank the layers of a run need, from saved moments",
-    _arg("run", type=Path, metavar="RUN", help="a run with kept moments"),
+    "show the rank that each layer of a run needs, from saved moments",
+    _arg("run", type=Path, metavar="RUN", help="a run trained with keep.moments"),
     _arg(
         "--share",
         type=float,
         nargs="+",
         default=[0.9, 0.99],
-        help="shares of the energy and of the ratio to reach (default: 0.9 0.99)",
+        help="fractions of the energy and of the ratio to reach (default: 0.9 0.99)",
     ),
 )
 def _ranks(arguments: argparse.Namespace) -> None:

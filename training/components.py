@@ -2,12 +2,12 @@
 
 A component is a class. It is chosen by a name of the package, by a name that an installed package
 registers as an entry point, or by its import path, ``my_package.MyMethod``. Its options are the
-arguments of its constructor, with their types and defaults; its docstring is their help. There is
-nothing to register: a file beside the configuration is enough. jsonargparse reads signatures and
+arguments of its constructor, with their types and defaults; its docstring is their help. Nothing
+has to be registered: a file in the working directory is enough. jsonargparse reads signatures and
 docstrings.
 
-The constructor checks what it is given and does no work, since it also runs where settings are only
-read. A constructor with an argument ``name`` receives the name that was chosen.
+The constructor checks its arguments and does no work, since it also runs when settings are only
+read. A constructor with an argument ``name`` receives the chosen name.
 """
 
 import importlib
@@ -32,21 +32,21 @@ _LARGEST_SEED = 2**32 - 1  # NumPy's RandomState, which draws the class order, t
 
 @dataclass(frozen=True)
 class Registry:
-    """Where the components of one kind are found.
+    """The components of one kind, by name.
 
     Attributes
     ----------
     kind : str
-        What they are called: ``"method"``.
+        The kind, such as ``"method"``, for messages.
     paths : mapping of str to str
-        Import paths of the package's own classes, by name. Nothing is imported before it is used.
+        Import paths of the package's own classes, by name. A class is imported when it is used.
     requires : tuple of str
-        Functions that a class must have to be one.
+        Functions that a class of this kind must have.
     group : str, optional
-        Entry-point group in which other packages name theirs.
+        Entry-point group in which other packages register their classes.
     other : callable, optional
-        Gives the import path of the class that takes a name found nowhere else (a model of timm,
-        say), or None where no class does.
+        Returns the import path of the class that handles a name found nowhere else (a model of
+        timm, say), or None if no class does.
     """
 
     kind: str
@@ -56,12 +56,12 @@ class Registry:
     other: Callable[[str], str | None] = lambda _: None
 
     def names(self) -> list[str]:
-        """Names of the package, and those that installed packages add; imports none of them."""
+        """Names of this package and of installed ones; imports none of the classes."""
         added = {entry.name for entry in entry_points(group=self.group)} if self.group else set()
         return [*self.paths, *sorted(added - set(self.paths))]
 
     def is_packaged(self, name: str) -> bool:
-        """Whether a name stands for a class of this package: its code is ours."""
+        """Whether a name stands for a class of this package, whose code can be trusted."""
         if name in self.paths:
             return True
         if is_import_path(name) or name in self.names():
@@ -69,17 +69,17 @@ class Registry:
         return self.other(name) is not None
 
     def require_known(self, name: str, section: str, *, trusted: bool) -> None:
-        """Refuse to import a class of another package that only a file of a run names.
+        """Refuse to import a class of another package that is named only by the file of a run.
 
         Raises
         ------
         ValueError
-            With the option that allows it.
+            If it is such a class; the message says how to allow it.
         """
         if not trusted and not self.is_packaged(name):
             msg = (
                 f"{section} must be a {self.kind} of loda, got {name}, whose code would be run; if "
-                f"you know it, allow it: --allow {name}"
+                f"you trust it, add --allow {name}"
             )
             raise ValueError(msg)
 
@@ -89,7 +89,7 @@ class Registry:
         Raises
         ------
         ValueError
-            If there is none, or what is there is not a component of this kind.
+            If there is none, or if it is not a component of this kind.
         """
         kind: Any
         if name in self.paths:
@@ -118,7 +118,7 @@ class Registry:
         group.add_class_arguments(self.find(name), section, as_group=False, skip={_NAME})
 
     def options(self, name: str) -> dict[str, Any]:
-        """Options of a component with their defaults; None for those without one.
+        """Options of a component with their defaults; None for required ones.
 
         Examples
         --------
@@ -129,13 +129,13 @@ class Registry:
         return dict(_reader(self.find(name)).get_defaults().as_dict())
 
     def complete(self, name: str, options: Mapping[str, Any], section: str) -> dict[str, Any]:
-        """Options of a component, those that are not given at their defaults.
+        """Options of a component, completed with the defaults.
 
         Raises
         ------
         ValueError
-            If an option is unknown or required and not given, or if a value is of another type
-            than the constructor says or refused by it. Messages call it ``SECTION.OPTION``.
+            If an option is unknown, a required one is missing, or a value has the wrong type or is
+            refused by the constructor. Messages call it ``SECTION.OPTION``.
         """
         kind = self.find(name)
         defaults = self.options(name)
@@ -178,7 +178,7 @@ class Registry:
 class Component:
     """A component and its options: a section of an experiment.
 
-    A subclass names its registry; further fields of it are settings that all components of the
+    A subclass names its registry; its further fields are settings that all components of the
     kind share.
 
     Parameters
@@ -186,10 +186,10 @@ class Component:
     name
         A name of the registry, or the import path of a class.
     options
-        Arguments of its constructor; those that are left out get their defaults.
+        Arguments of its constructor; missing ones get their defaults.
     trusted
-        Whether a class of another package may be imported. A file of a run only says what it was
-        made with: options of such a component are then kept as they stand.
+        Whether a class of another package may be imported. If not, its options are kept as
+        recorded, unchecked.
     """
 
     registry: ClassVar[Registry]
@@ -204,12 +204,12 @@ class Component:
             self.options = self.registry.complete(self.name, self.options, self.section)
 
     def recorded(self) -> Self:
-        """The same as a run records it: where options or the name hold paths, absolute ones."""
+        """A copy with absolute paths, for the record of a run."""
         return self
 
     @property
     def is_known(self) -> bool:
-        """Whether the class may be imported: it is ours, or somebody has named it here."""
+        """Whether the class may be imported: it is of this package, or the user named it."""
         return self.trusted or self.registry.is_packaged(self.name)
 
     @property
@@ -219,7 +219,7 @@ class Component:
         Raises
         ------
         ValueError
-            If a file alone names it: importing it would run code that nobody has asked for.
+            If only a file names it: importing it would run code that the user has not asked for.
         """
         self.registry.require_known(self.name, self.section, trusted=self.trusted)
         return self.registry.find(self.name)
@@ -256,14 +256,14 @@ def is_import_path(name: str) -> bool:
 def refuse_null(
     values: Mapping[str, Any], kind: type, prefix: str, defaults: Mapping[str, Any] | None = None
 ) -> None:
-    """Refuse null where the type of a setting does not have it; jsonargparse lets it pass.
+    """Refuse null for settings whose type excludes it; jsonargparse lets it pass.
 
-    ``kind`` is the class whose constructor takes the values. What it hands on to another one has no
-    type here, but may have one of the ``defaults``: null may stand where it is the default.
+    ``kind`` is the class whose constructor takes the values. An option that it passes on to another
+    constructor has no type here: null is allowed if it is the option's default.
     """
     try:
         hints = get_type_hints(kind.__init__)  # type: ignore[misc]
-    except NameError:  # types that are imported for a type checker alone
+    except NameError:  # types that are imported only for a type checker
         hints = {}
     for key in [key for key, value in values.items() if value is None]:
         hint = hints.get(key)
@@ -289,7 +289,7 @@ def check(ok: bool, key: str, value: object, rule: str) -> None:
 
 
 def at_least(key: str, value: int | None, low: int) -> None:
-    """Refuse a number below a limit; None is left alone."""
+    """Refuse a number below a limit; None passes."""
     check(value is None or value >= low, key, value, f"at least {low}")
 
 
@@ -304,7 +304,7 @@ def not_negative(key: str, value: float) -> None:
 
 
 def check_seed(key: str, value: int | None) -> None:
-    """Refuse a number that cannot be a seed; None is left alone."""
+    """Refuse a number that cannot be a seed; None passes."""
     fits = value is None or 0 <= value <= _LARGEST_SEED
     check(fits, key, value, f"from 0 to {_LARGEST_SEED}")
 
@@ -317,7 +317,7 @@ def summary(kind: type) -> str:
 def _imported(path: str) -> Any:
     module, _, name = path.rpartition(".")
     if find_spec(module.partition(".")[0]) is None and (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)  # last: nothing that is installed is shadowed
+        sys.path.append(here)  # last, so that it shadows no installed package
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:

@@ -8,14 +8,14 @@ may set any part of them, and the command line overrides the file::
 
 How a setting gets from a file to the constructor of a method::
 
-    _layers      cuts what is given into layers: a file's base, the file, the command line
-    _choose      finds the components that the layers name, so that their options are known
-    _experiment  drops what was said of components that a later layer has replaced
-    _parser      jsonargparse's, with exactly the options of the chosen components
-    _built       puts the values into the dataclasses here, which check and keep them
+    _sources     lists the sources of settings: the base of a file, the file, the command line
+    _choose      finds the components that the sources name, so that their options are known
+    _experiment  drops options of components that a later source has replaced
+    _parser      builds jsonargparse's parser, with exactly the options of the chosen components
+    _assemble    puts the values into the dataclasses below, which check and keep them
     build        of a component makes an instance from its options, when it is needed
 
-A relative path (``data.root``, ``backbone.weights``, ``out``) starts at the working directory.
+Relative paths (``data.root``, ``backbone.weights``, ``out``) start at the working directory.
 """
 
 import argparse
@@ -62,14 +62,17 @@ NEUTRAL = (
     "checkpoint.keep",
     "keep.figure",
 )
-"""Settings that do not decide what is learned: where data lie, how fast or safe a run is."""
+"""Settings that do not affect what is learned, except for rounding.
+
+They say where the data are, how fast a run is and how often it is saved.
+"""
 
 FREE = tuple(
     name
     for name in NEUTRAL
     if name not in ("method.heldout", "train.eval_batch_size", "train.compile")
 )
-"""Those that change no bit of a result either: a run that goes on may have others than before."""
+"""Those of them that leave results equal bit for bit: a resumed run may change them."""
 
 READOUTS = Registry(
     kind="read-out",
@@ -86,18 +89,18 @@ READOUTS = Registry(
 
 @dataclass
 class TrainConfig:
-    """How a task is trained: an optimiser, new for every task, and a schedule per epoch.
+    """How a task is trained: a fresh optimiser for every task, a learning rate for every epoch.
 
     Parameters
     ----------
     epochs
-        Passes over each task's training images; 0 keeps the model and the heads as they start.
+        Passes over each task's training images; 0 leaves the model and the heads untrained.
     batch_size
-        Images a mini-batch; the last one of an epoch may be smaller.
+        Images per mini-batch; the last one of an epoch may be smaller.
     lr
         Learning rate of the first epoch.
     momentum
-        Momentum of SGD, at least 0 and below 1; Adam does not read it.
+        Momentum of SGD, at least 0 and below 1; ignored by Adam.
     weight_decay
         L2 penalty.
     optimizer
@@ -105,10 +108,10 @@ class TrainConfig:
     schedule
         Learning rate over the epochs: cosine (down to zero) or constant.
     eval_batch_size
-        Images a batch where no gradient is taken; changes the result by rounding at most.
+        Images per batch in passes without gradients; affects results only by rounding.
     compile
-        Train through torch.compile, which costs the first two tasks some time and needs a C++
-        compiler; changes the result by rounding.
+        Train with torch.compile: needs a C++ compiler and slows the first two tasks down; affects
+        results only by rounding.
     """
 
     epochs: int = 5
@@ -132,12 +135,12 @@ class TrainConfig:
 
 @dataclass
 class HeadConfig:
-    """The cosine heads, one a task, and how classes are decided at test time.
+    """The cosine heads, one per task, and how classes are decided at test time.
 
     Parameters
     ----------
     start
-        Start of a head's weights: random, or class_mean (its classes' normalised mean features).
+        Initial weights of a head: random, or class_mean (normalised mean features of its classes).
     scale
         Factor of the cosines in the CosFace loss.
     margin
@@ -147,12 +150,12 @@ class HeadConfig:
         the class statistics), nearest_mean, ridge (on random features), or the import path of a
         class, my_package.MyReadout.
     also
-        Further read-outs to evaluate on the same training.
+        Further read-outs to evaluate in the same run.
     options
-        Options of the read-outs, by name or by the last part of the import path; those that are
-        left out get their defaults.
+        Options of the read-outs, by name or by the last part of the import path; missing ones get
+        their defaults.
     trusted
-        As of a component.
+        As in Component.
     """
 
     start: Literal["random", "class_mean"] = "class_mean"
@@ -167,11 +170,11 @@ class HeadConfig:
         positive("head.scale", self.scale)
         not_negative("head.margin", self.margin)
         check(len({*self.also}) == len(self.also), "head.also", self.also, "without repetition")
-        by_key = {_last(name): name for name in self.names}
+        by_key = {_class_name(name): name for name in self.names}
         alone = len(by_key) == len(self.names)
         check(alone, "head.also", self.also, "read-outs whose classes have different names")
         if strange := sorted(set(self.options) - set(by_key)):
-            msg = f"head must have options of its read-outs {', '.join(by_key)}, got {strange}"
+            msg = f"head may hold options of its read-outs {', '.join(by_key)} only, got {strange}"
             raise ValueError(msg)
         given, self.options = self.options, {}
         for key, name in by_key.items():
@@ -190,27 +193,30 @@ class HeadConfig:
         """New read-outs, the primary one first."""
         for name in self.names:
             READOUTS.require_known(name, "head.readout", trusted=self.trusted)
-        return [READOUTS.build(name, self.options.get(_last(name), {})) for name in self.names]
+        return [
+            READOUTS.build(name, self.options.get(_class_name(name), {})) for name in self.names
+        ]
 
 
 @dataclass
 class KeepConfig:
-    """What is kept in the run folder, beside the final model.
+    """What is kept in the run folder besides the final model.
 
     Parameters
     ----------
     branches
-        Of every task, the trained branches before the merge.
+        For every task, the trained branches before the merge.
     moments
-        Of every task, the second moments of the passes over it: new, trained and merged.
+        For every task, the second moments of the passes over it: new, trained and merged.
     heads
-        Of every task, all heads after it.
+        For every task, all heads after it.
     statistics
-        Of every task, the class statistics of the read-outs after it.
+        For every task, the class statistics of the read-outs after it.
     state
-        The state that a later task starts from, as large as a checkpoint.
+        The complete state after the last task, which a later task would start from; as large as a
+        checkpoint.
     figure
-        The drawing of the accuracies.
+        The figure of the accuracies.
     """
 
     branches: bool = False
@@ -223,16 +229,16 @@ class KeepConfig:
 
 @dataclass
 class CheckpointConfig:
-    """How a run is saved while it goes on, so that it can be resumed; at every task in any case.
+    """When a run saves a checkpoint to be resumed from, besides after every task.
 
     Parameters
     ----------
     steps
-        Also after this many mini-batches since the last checkpoint.
+        Also save once this many mini-batches have passed since the last checkpoint.
     minutes
-        Also after this many minutes since the last checkpoint.
+        Also save once this many minutes have passed since the last checkpoint.
     keep
-        The last checkpoints that are kept; 0 writes none.
+        Number of most recent checkpoints to keep; 0 writes none.
     """
 
     steps: int | None = None
@@ -255,13 +261,13 @@ class Experiment:
     seed
         Seed of the class order and of all training randomness.
     out
-        The run folder; a new one under runs/ when not given.
+        The run folder; a new one under runs/ if not given.
     device
-        auto takes a GPU if there is one.
+        auto uses a GPU if there is one.
     precision
         no (float32) or bf16 (mixed precision).
     threads
-        CPU threads; torch's own choice when not given.
+        Number of CPU threads; torch's default if not given.
     tracker
         Also log to a tracker that Accelerate knows, such as tensorboard, wandb or mlflow.
     """
@@ -295,19 +301,19 @@ _SECTIONS: dict[str, type] = {
     "keep": KeepConfig,
     "checkpoint": CheckpointConfig,
 }
-_UNDECLARED = {"options", "trusted"}  # of a component's own, and no setting
+_UNDECLARED = {"options", "trusted"}  # fields of components that are not settings
 
 
 def _declared(kind: type) -> list[str]:
-    """Names of the settings that a section has whatever component is chosen."""
+    """Names of the settings that a section has with every component."""
     return [item.name for item in fields(kind) if item.name not in _UNDECLARED]
 
 
 def effective(experiment: Experiment) -> Experiment:
-    """The experiment as it is run, and recorded.
+    """The experiment as it is run and recorded.
 
     ``ncm`` and ``ranpac_frozen`` are read-outs of an untrained backbone: nothing is trained, and
-    their read-out is the primary one. The one that was asked for is evaluated beside it.
+    their own read-out becomes the primary one. The requested read-out is evaluated as well.
 
     Examples
     --------
@@ -325,7 +331,7 @@ def effective(experiment: Experiment) -> Experiment:
 
 
 def foreign_classes(experiment: Experiment) -> list[str]:
-    """Components of an experiment that are not of this package: what ``--allow`` has to name.
+    """Components of an experiment from other packages: those that ``--allow`` has to name.
 
     Examples
     --------
@@ -336,9 +342,9 @@ def foreign_classes(experiment: Experiment) -> list[str]:
 
 
 def keeps_nothing(experiment: Experiment) -> list[str]:
-    """What is said of the switches of ``keep`` that are on, but keep nothing of the method.
+    """Warnings about switches of ``keep`` that have no effect with the chosen method.
 
-    Methods of other packages are not judged.
+    Methods of other packages are not checked.
 
     Examples
     --------
@@ -363,7 +369,7 @@ def keeps_nothing(experiment: Experiment) -> list[str]:
 def load_experiment(
     argv: Sequence[str], *, recorded: Path | None = None, allow: Collection[str] = ()
 ) -> Experiment:
-    """Read an experiment from command-line arguments; errors leave with status 2.
+    """Read an experiment from command-line arguments; errors exit with status 2.
 
     Parameters
     ----------
@@ -372,7 +378,7 @@ def load_experiment(
     recorded : Path, optional
         The ``config.yaml`` of a run to start from, in place of the defaults.
     allow : collection of str
-        Import paths that it may name; those that the arguments name are allowed as well.
+        Import paths that the recorded file may name, besides those that the arguments name.
 
     Examples
     --------
@@ -380,34 +386,34 @@ def load_experiment(
     0.1
     """
     try:
-        layers = _layers(argv)
+        sources = _sources(argv)
         if recorded is None:
-            return _experiment(layers)
-        named = _named(_choose(_DEFAULT, layers[-1]))
-        return _experiment([*_file_layers(recorded), *layers], {*allow, *named.values()})
+            return _experiment(sources)
+        named = _named(_choose(_DEFAULT, sources[-1]))
+        return _experiment([*_file_sources(recorded), *sources], {*allow, *named.values()})
     except ValueError as error:
         jsonargparse.ArgumentParser(prog=_PROGRAM, usage=_USAGE).error(str(error))
 
 
-def experiment_of(*layers: Sequence[str] | Mapping[str, Any]) -> Experiment:
-    """The experiment of some layers, later ones over earlier ones.
+def experiment_of(*sources: Sequence[str] | Mapping[str, Any]) -> Experiment:
+    """Build an experiment from sources of settings; later ones override earlier ones.
 
     Parameters
     ----------
-    *layers : sequence of str or mapping
+    *sources : sequence of str or mapping
         Arguments of a command line, or sections with settings.
 
     Raises
     ------
     ValueError
-        If a setting is unknown, of the wrong type or out of range.
+        If a setting is unknown, has the wrong type or is out of range.
 
     Examples
     --------
     >>> experiment_of({"method": {"rank": 4}}, ["--method", "o_lora"]).method.options["rank"]
     4
     """
-    return _experiment([part for layer in layers for part in _layers(layer)])
+    return _experiment([part for source in sources for part in _sources(source)])
 
 
 def read_experiment(path: str | Path, allow: Collection[str] = ()) -> Experiment:
@@ -418,37 +424,37 @@ def read_experiment(path: str | Path, allow: Collection[str] = ()) -> Experiment
     path : str or Path
         The file.
     allow : collection of str
-        Import paths of classes of other packages that it may name. Others are not imported, and
-        what they are made with is kept as it stands.
+        Import paths of third-party classes that the file may name. Others are not imported; their
+        options are kept unchecked.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
     ValueError
-        If it holds an unknown key, or a value of the wrong type or out of range.
+        If the file holds an unknown key, or a value of the wrong type or out of range.
     """
-    with _not_a_configuration(str(path)):
-        return _experiment(_file_layers(Path(path)), allow)
+    with _naming_source(str(path)):
+        return _experiment(_file_sources(Path(path)), allow)
 
 
 def begun_experiment(path: Path, allow: Collection[str] = ()) -> Experiment:
-    """The settings of a run that began in a folder.
+    """Settings of the run in a folder, finished or not.
 
     Parameters
     ----------
     path : Path
         The run folder.
     allow : collection of str
-        As of `read_experiment`.
+        As in `read_experiment`.
 
     Raises
     ------
     FileNotFoundError
-        If there is none.
+        If there is no run.
     """
     if not (path / CONFIG).is_file():
-        msg = f"{path} is no run folder: no {CONFIG} in it"
+        msg = f"{path} is not a run folder: it has no {CONFIG}"
         raise FileNotFoundError(msg)
     return read_experiment(path / CONFIG, allow)
 
@@ -456,75 +462,75 @@ def begun_experiment(path: Path, allow: Collection[str] = ()) -> Experiment:
 def experiment_from(
     values: Mapping[str, Any], source: str, allow: Collection[str] = ()
 ) -> Experiment:
-    """The experiment whose settings `experiment_values` gave, checked as those of a file are.
+    """Rebuild an experiment from `experiment_values`, with the same checks as for a file.
 
     Parameters
     ----------
     values
         Sections with their settings, as JSON holds them.
     source
-        Where they are from, for messages.
+        Where they come from, for messages.
     allow
-        As of `read_experiment`.
+        As in `read_experiment`.
 
     Raises
     ------
     ValueError
-        As `read_experiment`.
+        As in `read_experiment`.
 
     Examples
     --------
     >>> experiment_from({"seed": 7, "train": {"lr": 1e-05}}, "here").train.lr
     1e-05
     """
-    with _not_a_configuration(source):
-        return _experiment(_layers(values), allow)
+    with _naming_source(source):
+        return _experiment(_sources(values), allow)
 
 
 @contextmanager
-def _not_a_configuration(source: str) -> Iterator[None]:
+def _naming_source(source: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, RecursionError) as error:
-        msg = f"{source} is not a configuration: {str(error).removeprefix(f'{source}: ')}"
+        msg = f"invalid configuration {source}: {str(error).removeprefix(f'{source}: ')}"
         raise ValueError(msg) from error
 
 
 _Settings = dict[str, Any]  # by dotted name
-_Layer = list[str] | _Settings  # arguments without --config, or what a file says
+_Source = list[str] | _Settings  # arguments without --config, or the settings of a file
 
 
-def _layers(given: Sequence[str] | Mapping[str, Any]) -> list[_Layer]:
-    """Settings as layers: files go first, wherever on a command line they are named."""
+def _sources(given: Sequence[str] | Mapping[str, Any]) -> list[_Source]:
+    """Settings as a list of sources: files come first, wherever the command line names them."""
     if isinstance(given, Mapping):
         return [_flat(given)]
-    configs: list[_Layer] = []
+    configs: list[_Source] = []
     rest: list[str] = []
     arguments = iter(given)
     for argument in arguments:
         option, equals, value = argument.partition("=")
         if option == "--config":
-            configs += _file_layers(resolve_config(value if equals else next(arguments, "")))
+            configs += _file_sources(resolve_config(value if equals else next(arguments, "")))
         elif option.removeprefix("--") in _COMPONENTS and option.startswith("--"):
-            rest.append(f"{option}.name{equals}{value}")  # --method is short for --method.name
+            rest.append(f"{option}.name{equals}{value}")  # --SECTION: short for its name
         else:
             rest.append(argument)
     return [*configs, rest]
 
 
-def _file_layers(path: Path, above: tuple[Path, ...] = ()) -> list[_Layer]:
-    """What the bases of a file say, the most general one first, and what it says itself.
+def _file_sources(path: Path, above: tuple[Path, ...] = ()) -> list[_Source]:
+    """Settings of the bases of a file, the most general first, and then of the file itself.
 
-    A file may begin with ``base: NAME``, a file beside it or a configuration of the package.
+    A file may have ``base: NAME``, a file in its folder or a packaged configuration.
     """
     if path.resolve() in above:
-        msg = f"{path}: its base leads back to itself"
+        msg = f"{path}: its chain of bases is circular; remove one base"
         raise ValueError(msg)
     values = read_yaml(path)
     if not isinstance(values, dict):
         msg = f"{path} must hold sections with settings, got {values!r:.40}"
         raise ValueError(msg)  # noqa: TRY004 - wrong content of a file, not a wrong call
-    bases: list[_Layer] = []
+    bases: list[_Source] = []
     if "base" in values:
         name = values.pop("base")
         if not isinstance(name, str):
@@ -532,7 +538,7 @@ def _file_layers(path: Path, above: tuple[Path, ...] = ()) -> list[_Layer]:
             raise ValueError(msg)
         beside = path.parent / f"{name.removesuffix('.yaml')}.yaml"
         base = beside if beside.is_file() else resolve_config(name)
-        bases = _file_layers(base, (*above, path.resolve()))
+        bases = _file_sources(base, (*above, path.resolve()))
     try:
         return [*bases, _flat(values)]
     except ValueError as error:
@@ -548,7 +554,7 @@ def _flat(values: Any) -> _Settings:
     known = _declared(Experiment)
     strange = [str(key) for key in values if str(key).partition(".")[0] not in known]
     if strange:
-        msg = f"unknown settings {', '.join(strange)}; known at the top: {', '.join(known)}"
+        msg = f"unknown settings {', '.join(strange)}; known at the top level: {', '.join(known)}"
         raise ValueError(msg)
     flat: _Settings = {}
     for key, value in values.items():
@@ -564,13 +570,13 @@ def _flat(values: Any) -> _Settings:
 
 
 def _flat_item(key: str, value: Any) -> _Settings:
-    # A mapping in the section head is the options of a read-out; any other is the value of one.
+    # A mapping in the section head holds options of a read-out; elsewhere it is a value.
     if key.startswith("head.") and isinstance(value, Mapping):
         return {f"{key}.{option}": item for option, item in value.items()}
     return {key: value}
 
 
-# The settings that choose components, and with them which options there are.
+# The settings that choose components, and thereby which options exist.
 _DEFAULT: _Settings = {
     **{f"{section}.name": vars(kind)["name"] for section, kind in _COMPONENTS.items()},
     "head.readout": HeadConfig.readout,
@@ -578,9 +584,9 @@ _DEFAULT: _Settings = {
 }
 
 
-def _choose(before: _Settings, layer: _Layer) -> _Settings:
-    """What is chosen after a layer."""
-    given = _chosen_on(layer) if isinstance(layer, list) else layer
+def _choose(before: _Settings, source: _Source) -> _Settings:
+    """The chosen components after one more source."""
+    given = _chosen_on(source) if isinstance(source, list) else source
     choice = {key: given.get(key, value) for key, value in before.items()}
     for key, value in choice.items():
         if key == "head.also":
@@ -592,14 +598,14 @@ def _choose(before: _Settings, layer: _Layer) -> _Settings:
 
 
 def _chosen_on(argv: Sequence[str]) -> _Settings:
-    """What a command line chooses; everything else is the parser's to read."""
+    """The components that a command line names; the full parser reads everything else."""
     finder = argparse.ArgumentParser(
         add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
     for key in _DEFAULT:
         finder.add_argument(f"--{key}", nargs="?")
     values = vars(finder.parse_known_args(argv)[0])
-    # A value that is missing is reported by the parser.
+    # The full parser reports a missing value.
     given = {key: value for key, value in values.items() if value is not None}
     if "head.also" in given:
         with suppress(yaml.YAMLError):
@@ -611,7 +617,7 @@ def _named(choice: _Settings) -> dict[str, str]:
     """Names of the chosen components by the prefix of their options: method, head.ridge."""
     names = {section: choice[f"{section}.name"] for section in _COMPONENTS}
     readouts = (choice["head.readout"], *choice["head.also"])
-    return names | {f"head.{_last(name)}": name for name in readouts}
+    return names | {f"head.{_class_name(name)}": name for name in readouts}
 
 
 def _registry(prefix: str) -> Registry:
@@ -637,34 +643,34 @@ def _divided(
         if allow is not None and name not in allow and not _registry(prefix).is_packaged(name)
     }
     if "method" not in foreign and (own := _own_readout(names["method"])):
-        names.setdefault(f"head.{_last(own)}", own)
+        names.setdefault(f"head.{_class_name(own)}", own)
     return tuple(item for item in names.items() if item[0] not in foreign), foreign
 
 
-def _experiment(layers: Sequence[_Layer], allow: Collection[str] | None = None) -> Experiment:
-    """The experiment of layers, later ones over earlier ones.
+def _experiment(sources: Sequence[_Source], allow: Collection[str] | None = None) -> Experiment:
+    """Build the experiment from sources; later ones override earlier ones.
 
-    A file of a run may be a stranger's, and to import a class runs its code. So ``allow`` names the
-    classes of other packages that may be imported, or is None where somebody has named all of them
-    here. Options of further ones are taken out before the parser sees them, and kept as they stand.
+    The file of a run may come from anyone, and importing a class runs its code. So ``allow`` lists
+    the third-party classes that may be imported; None allows all, because the user named them. The
+    options of other classes are taken out before the parser sees them, and kept unchecked.
 
-    Where a later layer chooses another component, options of earlier layers that the new one has
-    stay, and others that the old one had are dropped: they were said of the old one. What neither
-    has is left for the parser to refuse.
+    If a later source chooses another component, options from earlier sources are kept if the new
+    component has them. Options that only the old one had are dropped. Options that neither has are
+    left in, so that the parser refuses them.
     """
-    choices = [*accumulate(layers, _choose, initial=_DEFAULT)]
+    choices = [*accumulate(sources, _choose, initial=_DEFAULT)]
     components, foreign = _divided(choices[-1], allow)
     arguments: list[str] = []
-    recorded: dict[str, Any] = {}  # options of the foreign ones, by section
-    for layer, choice in zip(layers, choices[1:], strict=True):
+    recorded: dict[str, Any] = {}  # options of the foreign components, by section
+    for source, choice in zip(sources, choices[1:], strict=True):
         here, foreign_here = _divided(choice, allow)
         dropped = _options(here) - _options(components)
-        if isinstance(layer, list):
-            arguments += _arguments_without(layer, dropped)
+        if isinstance(source, list):
+            arguments += _arguments_without(source, dropped)
             continue
-        settings = {key: value for key, value in layer.items() if not _is_of(key, dropped)}
+        settings = {key: value for key, value in source.items() if not _is_of(key, dropped)}
         for prefix, name in foreign_here.items():
-            # Nobody knows which options it has: all that its section does not declare.
+            # Its options are unknown: every setting that the section does not declare.
             section, _, readout = prefix.partition(".")
             declared = {f"{section}.{key}" for key in _declared(_SECTIONS[section])}
             given = [k for k in settings if k.startswith(f"{prefix}.") and k not in declared]
@@ -677,20 +683,20 @@ def _experiment(layers: Sequence[_Layer], allow: Collection[str] | None = None) 
         values = _parser(components).parse_args(arguments).as_dict()
     except (argparse.ArgumentError, OverflowError) as error:
         raise ValueError(str(error)) from error
-    return _built(values, dict(components), recorded)
+    return _assemble(values, dict(components), recorded)
 
 
 def _is_of(key: str, names: Collection[str]) -> bool:
-    """Whether a setting is one of some, or a part of one, such as ``backbone.options.depth``."""
+    """Whether a setting is in ``names``, or is part of one, such as ``backbone.options.depth``."""
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _arguments_without(argv: Sequence[str], dropped: Collection[str]) -> list[str]:
-    """A command line without some settings, as one of a sweep is for several methods."""
+    """A command line without some settings: that of a sweep may set options of several methods."""
     result: list[str] = []
     left_out = False
     for argument in argv:
-        if argument.startswith("--"):  # else it is the value of the one before
+        if argument.startswith("--"):  # otherwise it is the value of the argument before it
             left_out = _is_of(argument.removeprefix("--").partition("=")[0], dropped)
         if not left_out:
             result.append(argument)
@@ -711,17 +717,17 @@ _PROGRAM = "loda train"
 _USAGE = "loda train [--config CONFIG] [--SETTING VALUE ...] [--overwrite] | --resume RUN"
 
 
-# A report reads hundreds of experiments that choose alike, and to build the parser takes longest.
+# A report reads hundreds of experiments with equal components; building the parser is slowest.
 @lru_cache(maxsize=32)
 def _parser(components: _Components) -> jsonargparse.ArgumentParser:
     """A parser with exactly the options of some components."""
     result = jsonargparse.ArgumentParser(
         prog=_PROGRAM,
-        description="Train one class-incremental experiment and write its run folder, or go on "
-        "with one that was interrupted.",
+        description="Train one class-incremental experiment and write its run folder, or resume an "
+        "interrupted one.",
         usage=_USAGE,
-        epilog="The options of the chosen method, data set, backbone and read-outs are shown; to "
-        "see those of others, name them: --method o_lora --help.",
+        epilog="Options are shown for the chosen method, data set, backbone and read-outs; to see "
+        "the options of others, name them: --method o_lora --help.",
         allow_abbrev=False,
         exit_on_error=False,
     )
@@ -742,10 +748,10 @@ def _parser(components: _Components) -> jsonargparse.ArgumentParser:
     return result
 
 
-def _built(
+def _assemble(
     values: dict[str, Any], components: Mapping[str, str], recorded: Mapping[str, Any]
 ) -> Experiment:
-    """The experiment of parsed values, and of options of components that may not be imported."""
+    """The experiment from parsed values and the options of components that are not imported."""
     if "method" in components and (own := _own_readout(components["method"])):
         head = values["head"]
         head["readout"], *head["also"] = dict.fromkeys([own, head["readout"], *head["also"]])
@@ -766,7 +772,7 @@ def _built(
 
 
 def dump_experiment(experiment: Experiment) -> str:
-    """Write an experiment as YAML, every setting included; `read_experiment` gives it back.
+    """An experiment as YAML, every setting included; `read_experiment` reads it back.
 
     Examples
     --------
@@ -788,7 +794,7 @@ def experiment_values(experiment: Experiment) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """The same with lists for tuples."""
+    """The value with lists instead of tuples."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
@@ -807,16 +813,16 @@ def flat_settings(experiment: Experiment) -> dict[str, Any]:
 
 
 def as_recorded(experiment: Experiment) -> Experiment:
-    """The experiment as a run records it: with absolute paths."""
+    """A copy with absolute paths, for the record of a run."""
     recorded: dict[str, Any] = {name: getattr(experiment, name).recorded() for name in _COMPONENTS}
     return replace(experiment, **recorded)
 
 
 def differing_settings(one: Experiment, other: Experiment) -> list[str]:
-    """Dotted names of the settings in which two experiments differ as recorded, the folder aside.
+    """Dotted names of the settings in which two experiments differ, apart from the output folder.
 
-    Paths that lead to the same file are the same, however they are written. Of two components
-    only the name is given.
+    Paths that lead to the same file are equal, however they are written. If a component differs,
+    only its name is listed, not its options.
 
     Examples
     --------
@@ -852,8 +858,8 @@ def _same(one: Any, other: Any) -> bool:
     return paths[0].resolve() == paths[1].resolve() or (there and paths[0].samefile(paths[1]))
 
 
-def _last(name: str) -> str:
-    """The last part of an import path, under which the options of a read-out stand."""
+def _class_name(name: str) -> str:
+    """The last part of an import path: the key of the options of a read-out."""
     return name.rpartition(".")[2]
 
 
@@ -870,12 +876,12 @@ def packaged_configs() -> list[str]:
 
 
 def resolve_config(name: str) -> Path:
-    """Find the file of a configuration: an existing path, else a packaged name.
+    """Find the file of a configuration: an existing path or a packaged name.
 
     Raises
     ------
     ValueError
-        If it is neither; the message lists the packaged names.
+        If the name is neither; the message lists the packaged names.
     """
     if Path(name).is_file():
         return Path(name)
@@ -889,19 +895,19 @@ def resolve_config(name: str) -> Path:
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds, if it is a simple one that says everything once.
+    """Read a YAML file; refuse repeated keys, aliases and deep nesting.
 
-    Of a key that stands twice, PyYAML would silently keep the last. ``method: {rank: 8}`` and
-    ``method.rank: 4`` are the same key. Aliases and deep nesting are refused too: with them, a
-    short text may take boundless time and memory to read.
+    PyYAML would silently keep the last of two equal keys. ``method: {rank: 8}`` and
+    ``method.rank: 4`` are equal keys. With aliases or deep nesting, reading a short text may take
+    unbounded time and memory.
 
     Raises
     ------
     ValueError
-        If it is no YAML, nests deeply, repeats parts of itself by aliases, or has a key twice.
+        If it is not YAML, nests too deeply, uses aliases, or repeats a key.
     """
     try:
-        # It reads the first block at once, and may find characters there that YAML does not have.
+        # The constructor already reads the first block, and refuses characters YAML lacks.
         loader = _StrictLoader(path.read_text(encoding="utf-8"))
         try:
             node = loader.get_single_node()
@@ -925,7 +931,7 @@ class _StrictLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            msg = f"aliases (*{self.peek_event().anchor}) are not read; write out what it means"  # type: ignore[no-untyped-call]
+            msg = f"aliases (*{self.peek_event().anchor}) are not supported; write the value out"  # type: ignore[no-untyped-call]
             raise ValueError(msg)
         self.depth += 1
         if self.depth > self.deepest:
@@ -941,7 +947,7 @@ _StrictLoader.add_implicit_resolver(
     re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
-# A date is text: no setting is one.
+# Dates stay text: no setting is a date.
 _StrictLoader.yaml_implicit_resolvers = {
     first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]
     for first, pairs in _StrictLoader.yaml_implicit_resolvers.items()
@@ -949,7 +955,7 @@ _StrictLoader.yaml_implicit_resolvers = {
 
 
 def _require_once(node: yaml.Node | None) -> None:
-    """Refuse a key that stands twice in a mapping, or as ``a: {b: 1}`` and as ``a.b: 2``."""
+    """Refuse a key that occurs twice in a mapping, or both as ``a: {b: 1}`` and ``a.b: 2``."""
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
             _require_once(item)
@@ -975,7 +981,7 @@ def _once(lines: dict[Any, int], key: Any, name: str, line: int) -> None:
     if key in lines:
         first, last = sorted((lines[key], line))
         where = f"on line {line}" if first == last else f"on lines {first} and {last}"
-        msg = f"the key {name!r} stands twice, {where}; each may stand once"
+        msg = f"the key {name!r} must occur only once, got it {where}; remove one"
         raise ValueError(msg)
     lines[key] = line
 
@@ -986,7 +992,7 @@ def _yaml(values: Mapping[str, Any]) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what jsonargparse would read as a number, though plain YAML would not (1e5)."""
+    """Quotes text that jsonargparse would read as a number, though plain YAML would not (1e5)."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:

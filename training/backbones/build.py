@@ -12,11 +12,11 @@ import timm
 from safetensors import safe_open
 from torch import Tensor, nn
 
-import training.backbones.conv_vit  # noqa: F401  timm learns its name
+import training.backbones.conv_vit  # noqa: F401  registers its name in timm
 from training.backbones.weights import load_weights, tensors_sha256
 from training.components import Component
 
-# Packages whose errors mean that the network failed; not all of them are OSErrors.
+# Packages whose errors mean that a download failed; not all of these are OSErrors.
 _TRANSPORTS = {"huggingface_hub", "httpx", "httpcore", "requests", "urllib3"}
 
 _OTHER_WEIGHTS = (
@@ -26,7 +26,7 @@ _OTHER_WEIGHTS = (
 
 
 class Backbone(NamedTuple):
-    """A network that gives one feature a picture.
+    """A network that maps each image to one feature vector.
 
     Parameters
     ----------
@@ -35,21 +35,22 @@ class Backbone(NamedTuple):
     features
         Number of features D.
     timm_name
-        What rebuilds the module: ``timm.create_model(timm_name, num_classes=0, **timm_options)``;
-        for a name that starts with hf: the library transformers, for an import path its class.
+        Name to rebuild the module with: ``timm.create_model(timm_name, num_classes=0,
+        **timm_options)``; the library transformers for a name that starts with hf:, the class for
+        an import path.
     timm_options
-        See there.
+        Options to rebuild it with.
     weights_sha256
-        Hash of the weights file; None for random weights and for those that timm downloaded.
+        Hash of the weights file; None for random and for downloaded weights.
     channels
-        Channels of the images.
+        Number of channels of the images.
     image_size
-        Side of the images; None if the model takes any.
+        Side of the images; None if the model takes any size.
     tag
-        The published weights that were downloaded, with their exact tag; None for others.
+        Exact tag of published weights that were downloaded; None for others.
     tensors_sha256
-        Hash of the loaded weights themselves, from wherever they came (see `tensors_sha256`); None
-        where a trained model is loaded afterwards.
+        Hash of the loaded weights, independent of their file (see `tensors_sha256`); None if a
+        trained model is loaded afterwards.
     """
 
     module: nn.Module
@@ -72,19 +73,19 @@ def build_backbone(config: Component, *, initialise: bool = True) -> Backbone:
         The section ``backbone``: which model and which weights.
     initialise
         False leaves the weights random, for a caller that loads a trained model afterwards: no
-        weights file is then needed and nothing is downloaded.
+        weights file is needed then, and nothing is downloaded.
 
     Raises
     ------
     FileNotFoundError
-        If the weights file is not there.
+        If the weights file is missing.
     ValueError
         If there is no such model or it refuses the options, or the weights do not fit.
     ConnectionError
         If the weights cannot be downloaded.
     """
     built = config.build().build(initialise=initialise)
-    # A class of somebody's own gives the module alone: what else there is to know is read off it.
+    # A third-party class returns only the module: the other facts are read from it.
     is_whole = isinstance(built, Backbone)
     backbone: Backbone = built if is_whole else described(built, config.name, config.options)
     if not initialise:
@@ -120,10 +121,10 @@ def check_fits(backbone: Backbone, image: Tensor) -> None:
 
 
 def build_packaged(weights: str, *, pretrained: bool) -> Backbone:
-    """Build a network of the package, as the metadata of its file of weights describe it."""
+    """Build a network of the package as the metadata of its weights file describe it."""
     path = Path(str(files("training").joinpath("weights", weights)))
     if not path.is_file():
-        msg = f"the package lacks its own weights, {path}: install it again."
+        msg = f"the package lacks its weights, {path}: reinstall it."
         raise FileNotFoundError(msg)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
@@ -141,7 +142,7 @@ def build_timm(
     *,
     pretrained: bool = False,
 ) -> Backbone:
-    """Build a model of timm with weights from a file, else from timm if ``pretrained``."""
+    """Build a timm model with weights from a file or, if ``pretrained``, from timm."""
     module = _create(name, options)
     digest = tag = None
     if weights is not None:
@@ -160,17 +161,18 @@ def described(
     digest: str | None = None,
     tag: str | None = None,
 ) -> Backbone:
-    """A module with what the package has to know of it.
+    """A module with the facts that the package needs.
 
-    It is asked for ``num_features`` (length of its features), ``in_chans`` (else what its first
-    convolution takes) and ``image_size`` (else the size that a patch embedding insists on).
+    They are read from its attributes ``num_features`` (length of its features), ``in_chans`` (by
+    default the channels of its first convolution) and ``image_size`` (by default the size that a
+    patch embedding requires).
 
     Raises
     ------
     ValueError
-        If there is no way to know its features or channels.
+        If the number of features or channels cannot be determined.
     """
-    # timm's models with a layer between the class token and the classifier name its width apart.
+    # timm models with a layer before the classifier have a separate name for its width.
     sizes = (getattr(module, key, None) for key in ("head_hidden_size", "num_features"))
     features: Any = next((size for size in sizes if size), None)
     channels: Any = getattr(module, "in_chans", None)
@@ -180,7 +182,7 @@ def described(
         channels = first.shape[1] * groups
     for attribute, value in (("num_features", features), ("in_chans", channels)):
         if value is None:
-            msg = f"the module of backbone {name} must have {attribute}, a number; it has none"
+            msg = f"the module of backbone {name} must have a number {attribute}; it has none"
             raise ValueError(msg)
     side: Any = getattr(module, "image_size", None)
     patches = getattr(module, "patch_embed", None)
@@ -217,15 +219,15 @@ def _download(name: str, options: Mapping[str, Any]) -> nn.Module:
     if not timm.is_model_pretrained(name):
         msg = f"timm has no pretrained weights for {name}: {_OTHER_WEIGHTS}."
         raise ValueError(msg)
-    # The model was already built without weights: what fails now is the download or the loading.
+    # The model was already built without weights, so only downloading or loading can fail now.
     try:
         module: nn.Module = timm.create_model(name, pretrained=True, num_classes=0, **options)
-    except Exception as error:  # each transport and each model has errors of its own
+    except Exception as error:  # each transport and each model raises its own errors
         reason = one_line(error)
         if _is_transport(error):
             msg = (
-                f"the pretrained weights of {name} could not be fetched ({reason}). Fetch them "
-                f"elsewhere, and {_OTHER_WEIGHTS}."
+                f"the pretrained weights of {name} could not be downloaded ({reason}). Download "
+                f"them elsewhere, and {_OTHER_WEIGHTS}."
             )
             raise ConnectionError(msg) from error
         msg = (
@@ -238,13 +240,13 @@ def _download(name: str, options: Mapping[str, Any]) -> nn.Module:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, shortened; its class where it says nothing."""
+    """The message of an error, shortened; its class if there is no message."""
     return textwrap.shorten(str(error) or type(error).__name__, 400, placeholder=" ...")
 
 
 def _tag(module: nn.Module) -> str | None:
     settings: Mapping[str, Any] = getattr(module, "pretrained_cfg", None) or {}
-    # A name without a tag means timm's default one, which may differ from version to version.
+    # A name without a tag means timm's default tag, which may differ between versions.
     name = ".".join(str(settings[key]) for key in ("architecture", "tag") if settings.get(key))
     places = (settings.get(key) for key in ("hf_hub_id", "url", "file"))
     return f"{name} from {next((str(place) for place in places if place), 'timm')}"

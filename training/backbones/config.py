@@ -1,7 +1,7 @@
 """The section ``backbone`` of an experiment, and the kinds of networks that it may name.
 
-The classes hold settings and check them; what they build is in `training.backbones.build`, which
-is loaded when it is needed.
+The classes hold and check settings; `training.backbones.build`, imported when it is needed, builds
+the networks.
 """
 
 from dataclasses import dataclass, field, replace
@@ -17,9 +17,9 @@ PACKAGED_WEIGHTS = {"glyphs": "glyphs_vit.safetensors", "cifar_vit": "cifar_vit.
 """Files of the backbones that come with the package, by the name of the backbone."""
 
 HUGGING_FACE = "hf:"
-"""What the name of a backbone starts with that the library transformers builds."""
+"""Prefix of backbone names that the library transformers builds."""
 
-# By these timm would be told of a classifier, or of files and addresses to read weights from.
+# Options that would make timm add a classifier, or read weights from files or URLs.
 _RESERVED = {
     "num_classes",
     "pretrained",
@@ -28,7 +28,7 @@ _RESERVED = {
     "pretrained_cfg",
     "pretrained_cfg_overlay",
 }
-# Options of timm, beside drop rates, under which it still loads every pretrained weight.
+# Options of timm, besides drop rates, with which it still loads every pretrained weight.
 _KEEP_WEIGHTS = {"dynamic_img_pad", "dynamic_img_size", "img_size", "in_chans", "strict_img_size"}
 
 
@@ -41,7 +41,7 @@ class Packaged:
     name
         glyphs or cifar_vit.
     pretrained
-        Start from its weights; else from random ones.
+        Start from its pretrained weights; otherwise from random ones.
     """
 
     name: str
@@ -65,7 +65,7 @@ class HuggingFace:
     name
         hf:ORGANISATION/NAME on the Hugging Face hub, or hf:FOLDER.
     pretrained
-        Start from its weights; else from random ones.
+        Start from its pretrained weights; otherwise from random ones.
     """
 
     name: str
@@ -89,10 +89,11 @@ class Timm:
     weights
         A local .safetensors, .pth or .npz file with the weights; its classifier is dropped.
     options
-        Further arguments for timm.create_model, such as {img_size: 32, in_chans: 1}. Those that
+        Further arguments of timm.create_model, such as {img_size: 32, in_chans: 1}. Options that
         change the architecture need weights, or pretrained false.
     pretrained
-        Start from pretrained weights, which timm downloads if no file is given; else random ones.
+        Start from pretrained weights, which timm downloads if no file is given; otherwise from
+        random ones.
     """
 
     name: str
@@ -111,7 +112,7 @@ class Timm:
         if self.weights is not None and not self.pretrained:
             msg = "backbone.weights is given, but backbone.pretrained is false: set one of them."
             raise ValueError(msg)
-        # timm would download the weights first, and then drop or leave random what does not match.
+        # timm would download the weights and then drop, or leave random, all that do not match.
         changing = sorted(k for k in self.options if k not in _KEEP_WEIGHTS and "drop" not in k)
         if changing and self.pretrained and self.weights is None:
             msg = (
@@ -162,7 +163,7 @@ class BackboneConfig(Component):
     name: str = "glyphs"
 
     def recorded(self) -> Self:
-        """The same with absolute paths, as a run records it."""
+        """A copy with absolute paths, for the record of a run."""
         name, options = self.name, dict(self.options)
         folder = name.removeprefix(HUGGING_FACE)
         if folder != name and Path(folder).expanduser().is_dir():

@@ -1,9 +1,9 @@
 """A small vision transformer behind a convolutional stem, for images of 32 x 32 pixels.
 
-Patches cut straight from the pixels need far more pictures and epochs than a processor has. Here
-residual convolutions see 32 x 32 pixels first and hand 4 x 4 tokens to timm's VisionTransformer,
-whose blocks are those of any ViT: ``blocks.0.attn.qkv`` and so on. Importing this module makes
-timm know the model as ``loda_conv_vit``.
+A ViT on raw patches needs far more images and epochs than a CPU can process. Here residual
+convolutions turn 32 x 32 pixels into 4 x 4 tokens for timm's VisionTransformer, whose blocks are
+those of any ViT: ``blocks.0.attn.qkv`` and so on. Importing this module registers the model in timm
+as ``loda_conv_vit``.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ WIDTHS = (64, 128)
 
 
 class Conv(nn.Module):
-    """A convolution with batch normalisation while it is trained, and with a bias once folded."""
+    """A convolution: with batch normalisation in training, with a bias once folded."""
 
     def __init__(
         self, channels: int, out: int, *, kernel: int = 3, stride: int = 1, folded: bool
@@ -38,7 +38,7 @@ class Conv(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two convolutions around which the input passes."""
+    """Two convolutions with a residual connection."""
 
     def __init__(self, width: int, *, folded: bool) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class ConvStem(nn.Module):
 
 
 def fold(model: nn.Module) -> None:
-    """Work the batch normalisations into the convolutions before them; evaluation mode only."""
+    """Fold batch normalisation into the preceding convolutions; for evaluation only."""
     for layer in model.modules():
         if isinstance(layer, Conv) and isinstance(layer.norm, nn.BatchNorm2d):
             layer.conv = fuse_conv_bn_eval(layer.conv, layer.norm)
@@ -119,7 +119,7 @@ def loda_conv_vit(
         msg = f"{NAME} has no weights to download: load them from a file."
         raise ValueError(msg)
     for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
-        options.pop(name, None)  # timm passes them for its own files
+        options.pop(name, None)  # timm passes these for its own weight files
     sizes = {"img_size": 32, "patch_size": STRIDE, "embed_dim": 192, "depth": 6, "num_heads": 6}
     stem = partial(ConvStem, widths=widths, folded=folded)
     return VisionTransformer(**{**sizes, **options}, embed_layer=stem)

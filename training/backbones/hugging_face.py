@@ -10,7 +10,7 @@ from training.backbones.build import Backbone, one_line
 
 
 class ClassToken(nn.Module):
-    """A vision model that gives its class token: the first one of its last hidden state.
+    """A vision model that returns its class token, the first of the last hidden state.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ class ClassToken(nn.Module):
 def build_hugging_face(name: str, *, pretrained: bool) -> Backbone:
     """Build a vision transformer of transformers by ``AutoModel``, without its pooler.
 
-    No code that comes with a model is run.
+    Code that comes with a model is never run.
 
     Parameters
     ----------
@@ -39,21 +39,21 @@ def build_hugging_face(name: str, *, pretrained: bool) -> Backbone:
         ``hf:`` and the name of a model on the Hugging Face hub, or of a folder that
         ``save_pretrained`` wrote.
     pretrained
-        Whether to load its weights; otherwise they are random.
+        Whether to load the pretrained weights; otherwise they are random.
 
     Raises
     ------
     ValueError
-        If transformers is not installed, the model reads no images, or weights are missing.
+        If transformers is not installed, the model takes no images, or weights are missing.
     ConnectionError
-        If the model is neither a folder nor can be fetched.
+        If the model is not a folder and cannot be downloaded.
     """
     if find_spec("transformers") is None:
         msg = f"backbone.name {name} is built by transformers: pip install 'loda[hf]'"
         raise ValueError(msg)
     from transformers import AutoConfig, AutoModel
 
-    # A folder has to be told from a name on the hub: the library only takes it as it stands.
+    # Expand ~ here: the library takes the name of a folder literally.
     given = name.partition(":")[2]  # without hf:
     place = str(Path(given).expanduser()) if Path(given).expanduser().is_dir() else given
     try:
@@ -68,10 +68,10 @@ def build_hugging_face(name: str, *, pretrained: bool) -> Backbone:
     except OSError as error:
         msg = (
             f"backbone.name {name}: there is no such folder with a config.json and weights, and it "
-            f"could not be fetched: {one_line(error)}"
+            f"could not be downloaded: {one_line(error)}"
         )
         raise ConnectionError(msg) from error
-    except Exception as error:  # each model and each file format has errors of its own
+    except Exception as error:  # each model and each file format raises its own errors
         msg = f"backbone.name {name}: transformers cannot build it: {one_line(error)}"
         raise ValueError(msg) from error
     if missing:
@@ -79,7 +79,7 @@ def build_hugging_face(name: str, *, pretrained: bool) -> Backbone:
         raise ValueError(msg)
     channels, features = (getattr(settings, key, None) for key in ("num_channels", "hidden_size"))
     if channels is None or features is None:
-        msg = f"backbone.name {name}: a {settings.model_type} model reads no images alone"
+        msg = f"backbone.name {name}: a {settings.model_type} model does not take only images"
         raise ValueError(msg)
     if hasattr(model, "pooler"):
         model.pooler = None  # a layer after the class token, which is the feature here

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from training.run_dir import file_sha256, require_plausible_archive
 
-# Files of a training hold the network under such a name, iBOT's and DINO's the one to be used.
+# Keys under which training checkpoints hold the network; iBOT's and DINO's is the teacher.
 _WRAPPERS = ("state_dict", "model", "teacher")
 
 
 def tensors_sha256(module: nn.Module) -> str:
     """Hash the weights of a model: name, dtype, shape and bytes of each, sorted by name.
 
-    It says which weights were used whatever file or download they came from.
+    It identifies the weights independently of the file or download that they came from.
 
     Examples
     --------
@@ -39,10 +39,10 @@ def tensors_sha256(module: nn.Module) -> str:
 
 
 def load_weights(module: nn.Module, path: Path) -> str:
-    """Load a file into a model that it has to fit whole, but for a classifier; returns its hash.
+    """Load a file that must fit the whole model, a classifier aside; returns the hash of the file.
 
-    A .npz file is one of the original ViT (augreg) weights, which timm's own loader reads; it
-    resizes position embeddings to the model's image size.
+    A .npz file must hold original ViT (augreg) weights, which timm's own loader reads; it resizes
+    position embeddings to the model's image size.
 
     Raises
     ------
@@ -70,7 +70,7 @@ def load_weights(module: nn.Module, path: Path) -> str:
 
 
 def _require_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: Path) -> None:
-    """Raise one ValueError for all weights that the model lacks, has not, or has otherwise."""
+    """Raise one ValueError for all missing, unknown and misshapen weights."""
     shapes = [
         f"{key} is {_shape(weights[key])}, the model has {_shape(value)}"
         for key, value in own.items()
@@ -96,12 +96,12 @@ def _read(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
         else:
-            # DINO's and other files hold the settings of their command line beside the weights.
+            # DINO's and other files hold command-line settings beside the weights.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or foreign file provokes in the readers
+    except Exception as error:  # a damaged or foreign file may raise anything
         reason = (str(error).splitlines() or [""])[0]
-        # torch's own words would advise to run whatever code the file holds.
+        # torch's message would advise running the code that the file contains.
         if path.suffix != ".safetensors" and not isinstance(error, OSError):
             reason = (
                 "it holds more than tensors, or is damaged. Save the model's state_dict() alone, "
@@ -120,7 +120,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _is_plain(value: object) -> bool:
-    # Of a complex number torch would drop a part; sparse and quantised ones are no layer's weights.
+    # torch would drop part of a complex number; no layer has sparse or quantised weights.
     return (
         isinstance(value, Tensor)
         and value.layout is torch.strided
@@ -131,27 +131,27 @@ def _is_plain(value: object) -> bool:
 def _load_npz(module: nn.Module, path: Path) -> None:
     loader: Any = getattr(module, "load_pretrained", None)
     if loader is None:
-        msg = f"timm reads no .npz file for this model: give {path} as .safetensors or .pth."
+        msg = f"timm cannot read .npz weights for this model: give {path} as .safetensors or .pth."
         raise ValueError(msg)
     try:
         require_plausible_archive(path)
-        # Opened here: of a damaged one NumPy leaves it open.
+        # Opened here: NumPy would leave a damaged file open.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             blocks = {m[1] for key in arrays.files if (m := re.search(r"encoderblock_(\d+)/", key))}
         own: Any = getattr(module, "blocks", ())
-        if blocks and len(blocks) != len(own):  # timm would leave out what is too much
+        if blocks and len(blocks) != len(own):  # timm would ignore additional blocks
             msg = f"it has {len(blocks)} blocks, the model {len(own)}"
             raise ValueError(msg)
         with path.open("rb") as file:  # timm would leave the file open
             loader(file)
-    except Exception as error:  # timm's loader raises whatever a foreign file provokes in it
+    except Exception as error:  # a foreign file may raise anything in timm's loader
         reason = " ".join(str(error).split())
         msg = f"the weights in {path} are not those of the original ViT for this model: {reason}"
         raise ValueError(msg) from error
 
 
 def _plain_name(key: str, own: Mapping[str, Tensor]) -> str:
-    # Wrappers, for data-parallel or self-supervised training, put their name before each parameter.
+    # Wrappers for data-parallel or self-supervised training prefix every parameter name.
     return key if key in own else key.removeprefix("module.").removeprefix("backbone.")
 
 

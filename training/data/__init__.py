@@ -1,6 +1,6 @@
 """Class-incremental streams of images: the data sets, the class order, transforms and loaders.
 
-Settings and data sets load no torch; the rest is loaded when it is asked for.
+Settings and data sets do not import torch; the rest is imported when it is first used.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Look through a folder of images before training on it: what is there, and what is wrong."""
+"""Check a folder of images before training on it: its content and its problems."""
 
 import warnings
 from collections import Counter
@@ -27,13 +27,13 @@ from training.distributed import usable_cpus
 from training.logging import aligned
 
 _SHOWN = 10
-_HEADER = ["split", "classes", "images", "a class", "width", "height"]
+_HEADER = ["split", "classes", "images", "per class", "width", "height"]
 _HEADER += ["unreadable", "twice", "ignored", "loops"]
 
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What one split holds.
+    """Content of one split.
 
     Parameters
     ----------
@@ -44,9 +44,9 @@ class SplitReport:
     sizes
         Width and height of every image that could be read, in pixels.
     unreadable
-        What is wrong with every other image.
+        One line for each image that could not be read: why.
     ignored
-        Files that are not read, since their names do not end like that of an image.
+        Files that are not read, because of their extension.
     loops
         Links to a folder that they lie in, which are not followed.
     """
@@ -66,7 +66,7 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What a folder of images holds; ``str`` of it is a table with the problems below.
+    """Content of a folder of images; ``str`` gives a table with the problems below it.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ class DataReport:
     duplicates
         Pairs of a training and an evaluation image with the same pixels.
     missing
-        What the folders themselves lack.
+        What is missing in the folders: images, classes.
     """
 
     root: Path
@@ -87,14 +87,14 @@ class DataReport:
 
     @property
     def problems(self) -> list[str]:
-        """Everything that is wrong, one line each; empty if nothing is."""
+        """All problems, one line each."""
         unreadable = [line for split in self.splits for line in split.unreadable]
-        twice = [f"{b} has the pixels of {a}" for a, b in self.duplicates]
+        twice = [f"{b} has the same pixels as {a}" for a, b in self.duplicates]
         return [*self.missing, *unreadable, *twice]
 
     @property
     def passed(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there are no problems."""
         return not self.problems
 
     def __str__(self) -> str:
@@ -104,7 +104,7 @@ class DataReport:
         lines += [_ignored(split) for split in self.splits if split.ignored]
         lines += self.first_problems()
         number = len(self.problems)
-        count = f"{number} problem{'s' * (number > 1)}" if number else "sound"
+        count = f"{number} problem{'s' * (number > 1)}" if number else "no problems"
         return "\n".join([*lines, f"{self.root}: {count}"])
 
     def first_problems(self) -> list[str]:
@@ -138,9 +138,9 @@ def check_data(
     root
         The folder with ``train`` and ``test`` (or ``val``), or with DomainNet's lists.
     workers
-        Threads that decode; one a core when not given.
+        Number of decoding threads; one per core if not given.
     train_only
-        Leave the evaluation split alone.
+        Do not open the evaluation split.
 
     Raises
     ------
@@ -156,7 +156,7 @@ def check_data(
     listing = _listing(folder, train_only=train_only)
     splits, digests = [], []
     with ThreadPoolExecutor(workers or usable_cpus()) as pool, warnings.catch_warnings():
-        # Whatever Pillow warns of is refused, and said in the report.
+        # Files that Pillow warns about are refused, and the report says so.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         for name, (classes, beside) in listing.items():
             paths = [path for tree in classes.values() for path in tree.images]
@@ -177,7 +177,7 @@ def check_data(
 
 
 def verify_data(config: DataConfig) -> None:
-    """Check the folder of an experiment; a run on held-out images leaves its test split alone.
+    """Check the folder of an experiment; the test split only if the run evaluates on it.
 
     Raises
     ------
@@ -194,7 +194,7 @@ def verify_data(config: DataConfig) -> None:
 
 
 def _listing(root: Path, *, train_only: bool) -> dict[str, tuple[dict[str, Walk], Walk]]:
-    """The files of each split by class, and what lies beside them."""
+    """The files of each split by class, and the files beside the class folders."""
     names, nothing = ["train"] if train_only else ["train", "test"], Walk([], [], [])
     domains = listed_domains(root)
     if domains:
@@ -223,12 +223,12 @@ def _missing(splits: list[SplitReport]) -> list[str]:
 
 
 def _scan(path: Path) -> tuple[tuple[int, int], bytes] | str:
-    """Size and hash of an image, or what is wrong with it."""
+    """Size and hash of an image, or why it cannot be read."""
     try:
         image = decode(path)
     except UnreadableImageError as error:
         return str(error)
-    # Decoded pixels, not bytes: the same picture saved again, or with other metadata, is met too.
+    # Decoded pixels, not bytes: this also detects an image saved again or with other metadata.
     digest = blake2b(np.asarray(image).data, digest_size=16)
     digest.update(repr(image.size).encode())
     return image.size, digest.digest()
@@ -244,7 +244,7 @@ def _duplicates(
 
 
 def _ignored(split: SplitReport) -> str:
-    """How many files of which kinds were not read, and the first of them."""
+    """Number of ignored files by extension, and the first of them."""
     kinds = Counter(path.suffix.lower() or "no extension" for path in split.ignored)
     named = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
     return f"{split.name}: ignored {named}, such as {split.ignored[0]}"

@@ -1,7 +1,7 @@
-"""The section ``data`` of an experiment: what is common to all data sets.
+"""The section ``data`` of an experiment: settings common to all data sets.
 
-Which images, and how they are transformed and cut into tasks. What one data set alone has, such as
-the folder that it lies in, is an option of its class, see `training.data.datasets`.
+They say which images are used, and how these are transformed and cut into tasks. Options of a
+single data set, such as its folder, belong to its class, see `training.data.datasets`.
 """
 
 import math
@@ -14,7 +14,7 @@ from training.components import Component, at_least, check, check_seed, positive
 from training.data.datasets import DATA_SETS, DataSet
 
 T = TypeVar("T")
-_DIGITS_SIDE = 8  # the default size: no user of other images has chosen it
+_DIGITS_SIDE = 8  # the default image_size; with other images it means: not chosen
 
 
 @dataclass
@@ -28,49 +28,51 @@ class DataConfig(Component):
         imagenet-r, imagenet-a, cub and domainnet (the folder of that name in root), timm (what
         data.dataset names), or the import path of a class with a function load.
     classes
-        Use only the first so many classes of the random order; all when not given.
+        Use only the first N classes of the class order; all if not given.
     init_cls
         Number of classes of the first task.
     increment
         Number of classes of every later task; the last task may have fewer.
     task_sizes
-        Number of classes of each task, instead of init_cls and increment; later classes are left
-        out.
+        Number of classes of each task, instead of init_cls and increment; the remaining classes
+        are not used.
     tasks
-        Cut the stream to its first so many tasks; all when not given.
+        Keep only the first N tasks of the stream; all if not given.
     shuffle
-        Put the classes in a random order; otherwise they stay in that of their numbers.
+        Put the classes in a random order; otherwise keep the order of their numbers.
     order_seed
-        Seed of the class order; the seed of the run when not given.
+        Seed of the class order; the seed of the run if not given.
     validation
-        Share of each class's training images, 0 to 0.9, to evaluate on instead of the test split,
-        which is then never opened; 0 evaluates on the test split.
+        Fraction of each class's training images, 0 to 0.9, to evaluate on instead of the test
+        split, which is then never opened; 0 evaluates on the test split.
     image_size
-        Side, in pixels, of the square images that the backbone reads.
+        Side of the square images that the backbone takes, in pixels.
     resize
-        Side of a first resize of every image to a square (bicubic, antialiased); none if not given.
+        Resize every image to a square of this side first (bicubic, antialiased); no resize if not
+        given.
     train_crop
         none, pad (reflect-pad, then a random crop) or random_resized (torchvision's).
     pad
         Pixels of reflected border on every side before the random crop, for train_crop pad.
     crop_scale
-        Smallest and largest share of the image area, for train_crop random_resized.
+        Smallest and largest fraction of the image area, for train_crop random_resized.
     flip
         Mirror training images left to right with probability 0.5.
     test_crop
         none or center.
     test_resize
-        Resize the shorter side of evaluation images to this (bicubic); none if not given.
+        Resize the shorter side of evaluation images to this (bicubic); no resize if not given.
     mean
         Subtracted from pixels in [0, 1].
     std
         Divides pixels after the mean is subtracted.
     cache
-        Keep decoded images in memory; when not given, if resize is set and they take under 1 GB.
+        Keep decoded images in memory. By default they are kept if resize is set and they take less
+        than 1 GB.
     workers
         Processes that load images; 0 loads them in the main process. Results do not depend on it.
     verify
-        Decode every image before training, and stop at what is unreadable or in both splits.
+        Decode every image before training, and stop if one is unreadable or in both splits.
     """
 
     registry = DATA_SETS
@@ -115,16 +117,16 @@ class DataConfig(Component):
         sizes = self.task_sizes
         allowed = sizes is None or (bool(sizes) and min(sizes) >= 1)
         check(allowed, "data.task_sizes", sizes, "a list of sizes of at least 1")
-        if self.is_known:  # of other data sets nothing is known here, not even the size of images
+        if self.is_known:  # of a class that is not imported, not even the image size is known
             self._check_sizes()
             if self.verify and not hasattr(self.kind, "folder"):
                 msg = (
-                    f"data.verify must be false for data.name {self.name}, got true: image folders "
-                    "alone can be looked through"
+                    f"data.verify must be false for data.name {self.name}, got true: only image "
+                    "folders can be verified"
                 )
                 raise ValueError(msg)
 
-    @cached_property  # asked for with every image
+    @cached_property  # read for every image
     def side(self) -> int | None:
         """Side of the decoded images of the data set in pixels, if they all have one size."""
         return self._fact("side", DataSet.side)
@@ -139,7 +141,7 @@ class DataConfig(Component):
         return value
 
     def recorded(self) -> Self:
-        """The same with absolute paths, as a run records it."""
+        """A copy with absolute paths, for the record of a run."""
         options = dict(self.options)
         if isinstance(options.get("root"), str):
             options["root"] = str(Path(options["root"]).expanduser().absolute())
@@ -149,13 +151,13 @@ class DataConfig(Component):
         return replace(self, options=options)
 
     def _check_sizes(self) -> None:
-        # Sizes that do not meet would only show when the first batch is stacked, or not at all.
+        # Mismatched sizes would surface only when the first batch is stacked, or never.
         size, side = self.image_size, self.resize or self.side
         shorter = self.test_resize or side  # of evaluation images
         images = "of several sizes" if side is None else f"{side} pixels wide"
         unchosen = self.side != _DIGITS_SIDE and size == _DIGITS_SIDE
         wanted = (side or 224) if unchosen else size
-        cure = f"set what the backbone reads, --data.resize {wanted} --data.image_size {wanted}"
+        cure = f"set what the backbone takes: --data.resize {wanted} --data.image_size {wanted}"
         one_size = "images of one size, got several; set data.resize"
         crop = self.train_crop
         rules = [

@@ -4,9 +4,9 @@ A data set is a class whose constructor takes its options and only stores them, 
 
     load(split) -> Split        # "train", and "test" only if the test images are evaluated on
 
-What is common to all of them, from the class order to the transforms, is in `DataConfig`. A class
-of somebody's own needs nothing of this module; facts that it may state are in `DataSet`. This
-module loads no torch.
+Settings common to all data sets, from the class order to the transforms, are in `DataConfig`. Your
+own class needs nothing from this module; the attributes that it may define are listed in `DataSet`.
+This module does not import torch.
 """
 
 import os
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""How the name of an image file ends, in small letters; torchvision's list."""
+"""Extensions of image files, in lower case; torchvision's list."""
 
 LAYOUT = "expected ROOT/train/CLASS/IMAGE with ROOT/test/CLASS/IMAGE or ROOT/val/CLASS/IMAGE."
 
@@ -52,15 +52,15 @@ class Split(NamedTuple):
 
 
 class DataSet:
-    """A data set; a class of somebody's own need not derive from it, but may state these facts.
+    """A data set. Your own class need not derive from it, but may define these attributes.
 
     Attributes
     ----------
     side : int or None
         Side of the images in pixels, if all of them are squares of one size.
     mode : str
-        Pillow's name for the channels of the images: RGB, or L for grey ones. Images that a
-        trained classifier is shown are brought to ``side`` and ``mode`` first.
+        Pillow's name for the channels of the images: RGB, or L for grey ones. Images given to a
+        trained classifier are converted to ``side`` and ``mode`` first.
     """
 
     side: ClassVar[int | None] = None
@@ -122,7 +122,7 @@ class Cifar100(DataSet):
         try:
             try:
                 data = CIFAR100(root, train=train, download=False)
-            except RuntimeError:  # torchvision's way to say that files are missing or damaged
+            except RuntimeError:  # torchvision's error for missing or damaged files
                 data = CIFAR100(root, train=train, download=True)
         except (OSError, RuntimeError) as error:
             msg = (
@@ -139,9 +139,9 @@ class Cifar100(DataSet):
 class Folder(DataSet):
     """Folder trees of images: train/CLASS/* with test/CLASS/* or val/CLASS/*.
 
-    Classes are numbered in the order of their sorted folder names. Images may lie in further
-    folders under a class; files with another extension, names that start with a dot and links back
-    to a folder above are ignored. Of ``test`` and ``val``, ``test`` is used if both are there.
+    Classes are numbered in the order of their sorted folder names. A class folder may have
+    subfolders. Files with other extensions, names that start with a dot and links back to a folder
+    above are ignored. If ``test`` and ``val`` both exist, ``test`` is used.
 
     Parameters
     ----------
@@ -192,7 +192,7 @@ class Published(Folder):
     name
         imagenet-r, imagenet-a or cub.
     root
-        The folder that holds the tree as a folder of that name, or the tree itself.
+        The folder that contains a folder of that name, or that folder itself.
     """
 
     count: ClassVar[int] = 200
@@ -222,8 +222,8 @@ class Published(Folder):
         Raises
         ------
         FileNotFoundError, ValueError
-            As for any folder tree, and if it has not as many classes as the published data set:
-            another number would shift the whole class order.
+            As for any folder tree, and if the number of classes is not that of the published data
+            set: another number would shift the whole class order.
         """
         listed = self._listed(split)
         if split == "train" and len(listed.classes) != self.count:
@@ -243,8 +243,8 @@ class DomainNet(Published):
     """DomainNet by its official lists of path and label, or as a folder tree: 345 classes.
 
     A line of ``DOMAIN_train.txt`` or ``DOMAIN_test.txt`` is
-    ``clipart/aircraft_carrier/clipart_001_000001.jpg 0``; paths start at the folder of the lists.
-    All domains whose lists are there make one data set of the classes that they share. Classes are
+    ``clipart/aircraft_carrier/clipart_001_000001.jpg 0``; paths are relative to the folder of the
+    lists. All domains that have lists are joined into one data set with common classes. Classes are
     numbered as in the lists and named after the folders of their images.
 
     Parameters
@@ -252,7 +252,7 @@ class DomainNet(Published):
     name
         domainnet.
     root
-        The folder that holds the lists, or that holds them in a folder domainnet.
+        The folder with the lists, or one with a folder domainnet that contains them.
     """
 
     count = 345
@@ -275,15 +275,15 @@ class TimmData(DataSet):
         A name of timm's data set factory, such as torch/cifar10, hfds/ORGANISATION/NAME or
         hfds/FOLDER.
     root
-        The folder that holds (or receives) it; with hfds/, the cache of the library, if given.
+        The folder of the data set, or to download it to; with hfds/, the cache of the library.
     train_split
-        What the data set calls its training images.
+        Name of the split of training images in the data set.
     test_split
-        What the data set calls its evaluation images.
+        Name of the split of evaluation images in the data set.
     image_key
-        For hfds/: the column of the images, image when not given.
+        For hfds/: the column of the images, image if not given.
     label_key
-        For hfds/: the column of the classes, label when not given.
+        For hfds/: the column of the classes, label if not given.
     download
         Let torchvision download the data set to root.
     """
@@ -297,14 +297,14 @@ class TimmData(DataSet):
     download: bool = False
 
     def __post_init__(self) -> None:
-        # Hugging Face keeps what it downloads in a cache of its own, unless a root is given.
+        # Hugging Face downloads to its own cache unless a root is given.
         columns = self.dataset.lower().startswith("hfds/")
         if self.root is None and not columns:
             msg = f"data.root must be given for data.dataset {self.dataset}: the folder of the data"
             raise ValueError(msg)
         if not columns and (self.image_key, self.label_key) != (None, None):
             msg = (
-                "data.image_key and data.label_key name columns, which hfds/ data sets alone have; "
+                "data.image_key and data.label_key name columns, which only hfds/ data sets have; "
                 f"leave them out for {self.dataset}"
             )
             raise ValueError(msg)
@@ -316,14 +316,14 @@ class TimmData(DataSet):
         Raises
         ------
         FileNotFoundError
-            If its files are not there.
+            If its files are missing.
         ValueError
             If timm has no such data set, it can only be streamed, the package that reads it is not
-            installed, or an image has no single class.
+            installed, or an image does not have exactly one class.
         """
         data = self._open(self.train_split if split == "train" else self.test_split)
         targets = self._targets(data)
-        # Evaluation images need not be of all classes: nameless ones are those of the training.
+        # Evaluation images may lack classes: without names, take as many as in training.
         self._count = max(self._count, int(targets.max()) + 1)
         samples = _samples(data)
         images = _Decoded(data, self.dataset) if samples is None else [path for path, _ in samples]
@@ -345,12 +345,12 @@ class TimmData(DataSet):
         from timm.data.dataset_factory import create_dataset
 
         root = None if self.root is None else str(_folder(self.root))
-        # Keywords of timm's own; it has defaults for those that are not given.
+        # timm has its own defaults for keywords that are not given.
         columns = {"input_key": self.image_key, "target_key": self.label_key}
         named: dict[str, Any] = {k: v for k, v in columns.items() if v is not None}
         try:
             return create_dataset(name, root, split=split, download=self.download, **named)
-        except Exception as error:  # every library behind the factory has errors of its own
+        except Exception as error:  # every library behind the factory raises its own errors
             hint = " (data.download true fetches what torchvision offers)" * (kind == "torch")
             reason = " ".join(str(error).split()) or type(error).__name__
             msg = (
@@ -382,11 +382,11 @@ class TimmData(DataSet):
         return targets.astype(np.int64)
 
     def _require_columns(self, rows: Any) -> None:
-        """Raise ValueError where the columns of a Hugging Face data set have other names."""
+        """Raise ValueError if the columns of a Hugging Face data set have other names."""
         if rows is None or not len(rows):
             return
         images = self.image_key or "image"
-        # timm casts the column of the images, which adds one of nothing where there is none.
+        # timm casts the image column, and creates an empty one if it is missing.
         there = [name for name, value in rows[0].items() if value is not None or name != images]
         for setting, key in (("image_key", images), ("label_key", self.label_key or "label")):
             if key not in there and key.partition("/")[0] not in there:
@@ -426,7 +426,7 @@ class _Decoded(Sequence[Any]):
     def __getitem__(self, index: Any) -> Any:
         from training.data.image_files import decode
 
-        # Asked for an image, timm's data set would put the next one in the place of a damaged one.
+        # timm's data set would return the next image in place of a damaged one.
         reader = getattr(self.data, "reader", None)
         if reader is None:
             return self.data[index][0]
@@ -435,7 +435,7 @@ class _Decoded(Sequence[Any]):
 
 
 def _samples(data: Any) -> Sequence[tuple[Any, int]] | None:
-    """Pairs of path and class, where a data set of timm has them."""
+    """Pairs of path and class, or None if a data set of timm has none."""
     for owner in (getattr(data, "reader", None), data):
         samples: Sequence[tuple[Any, int]] | None = getattr(owner, "samples", None)
         if samples and isinstance(samples[0][0], str | Path):
@@ -446,13 +446,13 @@ def _samples(data: Any) -> Sequence[tuple[Any, int]] | None:
 def _class_names(data: Any, count: int) -> list[str]:
     numbers = getattr(getattr(data, "reader", data), "class_to_idx", None) or {}
     by_number = {int(number): str(name) for name, number in numbers.items()}
-    # Not every data set names its classes, and some name more than they have images of.
+    # Some data sets do not name their classes, and some name classes without images.
     count = max([count, *(number + 1 for number in by_number)])
     return [by_number.get(number, str(number)) for number in range(count)]
 
 
 def split_folder(root: Path, split: str) -> Path:
-    """``root/train``; for the test split ``root/test`` if it is there, else ``root/val``."""
+    """``root/train``; for the test split ``root/test`` if it exists, otherwise ``root/val``."""
     if split == "train":
         return root / "train"
     return root / "test" if (root / "test").is_dir() else root / "val"
@@ -465,12 +465,12 @@ def _file_split(classes: Classes) -> Split:
 
 
 def listed_domains(root: Path) -> list[str]:
-    """Names of the domains that have a list in a folder; both lists have to be there.
+    """Names of the domains with lists in a folder.
 
     Raises
     ------
     FileNotFoundError
-        If a domain has one of its two lists only.
+        If a domain has only one of its two lists.
     """
     names = {
         split: {path.name.removesuffix(f"_{split}.txt") for path in root.glob(f"*_{split}.txt")}
@@ -489,7 +489,7 @@ def read_lists(root: Path, domains: list[str], split: str) -> Classes:
     Raises
     ------
     ValueError
-        If a line is not a path and a label, or a label stands for folders of two names.
+        If a line is not a path and a label, or a label belongs to folders of two names.
     """
     names: dict[int, str] = {}
     paths: dict[int, list[Path]] = {}
@@ -518,7 +518,7 @@ def _numbered_lines(paths: Iterator[Path]) -> Iterator[tuple[str, str]]:
 
 
 class Walk(NamedTuple):
-    """What lies in a folder tree; names that start with a dot are left out.
+    """Content of a folder tree; names that start with a dot are left out.
 
     Attributes
     ----------
@@ -527,7 +527,7 @@ class Walk(NamedTuple):
     others : list of Path
         All other files.
     loops : list of Path
-        Links to a folder that they lie in, which are not followed; other links are.
+        Links to a folder above them, which are not followed; other links are.
     """
 
     images: list[Path]
@@ -536,9 +536,9 @@ class Walk(NamedTuple):
 
 
 def walk_classes(folder: Path) -> tuple[dict[str, Walk], Walk]:
-    """The tree below every class folder, sorted by name, and what lies beside them.
+    """The tree below every class folder, sorted by name, and the tree beside them.
 
-    Files beside the class folders are no images of any class: they count as others.
+    Files beside the class folders belong to no class: they count as others.
     """
     classes: dict[str, Walk] = {}
     beside, outside = Walk([], [], []), folder.resolve().parents
@@ -548,7 +548,7 @@ def walk_classes(folder: Path) -> tuple[dict[str, Walk], Walk]:
         above = {*outside, *(place.resolve() for place in (here, *here.parents))}
         visible = {name for name in names if not name.startswith(".")}
         loops = {name for name in visible if (here / name).resolve() in above}
-        names[:] = sorted(visible - loops)  # where the walk goes on
+        names[:] = sorted(visible - loops)  # os.walk descends into these
         if here == folder:
             classes = {name: Walk([], [], []) for name in names}
         tree = classes[way.parts[0]] if way.parts else beside

@@ -25,7 +25,7 @@ Key = tuple[int, int]
 
 
 def images_of(source: Any, config: DataConfig) -> "Images":
-    """Give what a data set has as images by position; see `training.data.datasets.Split`."""
+    """The images of a data set by position; see `training.data.datasets.Split`."""
     if isinstance(source, Tensor | np.ndarray):
         return ArrayImages(torch.as_tensor(source), config)
     return LazyImages(source, config)
@@ -59,12 +59,12 @@ class ArrayImages:
         return ArrayImages(pixels, self.config)
 
     def files(self) -> list[Path]:
-        """None of them lies in a file of its own."""
+        """An empty list: these images are not separate files."""
         return []
 
 
 class LazyImages:
-    """Images that are decoded on access and, when they are small, kept in memory from then on.
+    """Images that are decoded on access and, if they are small, kept in memory from then on.
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ class LazyImages:
     config
         Gives the side of the first resize, and whether to keep the resized images.
     indices
-        The positions in ``source``; all of them when not given.
+        The positions in ``source``; all of them if not given.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class LazyImages:
         Raises
         ------
         UnreadableImageError
-            If a file is no image that Pillow can read, or is too large, as far as its header says.
+            If, by its header, a file is not an image that Pillow can read, or is too large.
         """
         chosen = LazyImages(self.source, self.config, [self.indices[index] for index in indices])
         for path in chosen.files():
@@ -110,17 +110,17 @@ class LazyImages:
                 pass
         side, channels = self.config.resize, len(self.config.mode)
         if side is not None and _keeps(self.config, len(chosen), channels):
-            # Filled as images are first asked for: a run that ends early decodes nothing in vain.
+            # Filled when an image is first read: a run that ends early decodes only what it used.
             images: Any = torch.empty(len(chosen), channels, side, side, dtype=torch.uint8)
             filled: Any = torch.zeros(len(chosen), dtype=torch.bool)
-            if self.config.workers > 0:  # what one loading process decodes serves the others
+            if self.config.workers > 0:  # loading processes share what they decode
                 images.share_memory_()
                 filled.share_memory_()
             chosen._cache = images, filled
         return chosen
 
     def files(self) -> list[Path]:
-        """The file of each image, where the source is a list of files."""
+        """The file of each image if the source is a list of files, otherwise an empty list."""
         if not isinstance(self.source, list | tuple):
             return []
         return [Path(self.source[index]) for index in self.indices]
@@ -157,7 +157,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
     labels
         The label of each position, int64 of shape (N,).
     transform
-        Applied to an image on access; without it an image comes as it was decoded.
+        Applied to an image on access; without it, images are returned as decoded.
     """
 
     images: Images
@@ -178,8 +178,8 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
     def prepared(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor, Tensor]:
         """Images after the first half of the transform, their draws for the second, and labels.
 
-        Every image is drawn for from its seed, so it does not matter who does it. torch's global
-        generator is left as it was: loading data does not disturb the training's draws.
+        The draws of an image depend only on its seed, so any process may make them. torch's global
+        generator is restored, so loading data does not change the draws of training.
 
         Parameters
         ----------
@@ -204,7 +204,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         return torch.stack(pixels), torch.stack(draws), self.labels[positions]
 
     def required_transform(self) -> Transform:
-        """The transform, which batches need: TypeError where there is none."""
+        """The transform, which batches need; raises TypeError if there is none."""
         if self.transform is None:
             msg = "images are loaded in batches under a transform: use with_transform"
             raise TypeError(msg)
@@ -223,8 +223,8 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
 def open_image(path: str | Path, config: DataConfig) -> Tensor:
     """Decode an image file as the experiment's own images are: channels, rotation, first resize.
 
-    The rotation noted by the camera is applied, transparency is dropped, and everything becomes
-    RGB (grey for digits).
+    EXIF rotation is applied, transparency is dropped, and everything becomes RGB (grey for
+    digits).
 
     Returns
     -------
@@ -233,7 +233,7 @@ def open_image(path: str | Path, config: DataConfig) -> Tensor:
     Raises
     ------
     UnreadableImageError
-        A ValueError, if the file is missing, cannot be decoded or has more pixels than
+        A ValueError: if the file is missing, cannot be decoded or has more pixels than
         ``PIL.Image.MAX_IMAGE_PIXELS``; the message names it.
     """
     return _as_tensor(decode(path, config.mode), config)
@@ -258,7 +258,7 @@ def _resize_square(pixels: Tensor, side: int | None) -> Tensor:
 
 
 def _keeps(config: DataConfig, count: int, pixel_bytes: int) -> bool:
-    """Whether so many images are kept in memory once they are decoded and resized."""
+    """Whether this many decoded and resized images are kept in memory."""
     if config.cache is not None:
         return config.cache
     return config.resize is not None and count * config.resize**2 * pixel_bytes < CACHE_BYTES

@@ -1,4 +1,4 @@
-"""Loaders whose mini-batches depend on a seed alone, augmented on the device that trains."""
+"""Loaders whose mini-batches depend only on a seed; images are augmented on the device."""
 
 import os
 import signal
@@ -18,14 +18,14 @@ from training.distributed import Share
 _STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 Prepared = tuple[Tensor, Tensor, Tensor]
-"""Images of one size, their draws, and labels; no images where a process has none of a batch."""
+"""Images of one size, their augmentation draws, and labels; no images if this process has none."""
 
 
 class Batches:
     """Passes over mini-batches of images (B, C, H, W) on a device, and labels (B,) on the CPU.
 
-    Made by `loader`. Images are decoded and given one size by the loader's processes; what they
-    are, bytes mostly, goes to the device, and is augmented and scaled there.
+    Made by `loader`. The loader's processes decode the images and give them one size. The result,
+    mostly bytes, goes to the device, where it is augmented and scaled.
     """
 
     def __init__(
@@ -42,9 +42,9 @@ class Batches:
         return len(self.order)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        # A terminal and most schedulers send signals to every process of a run. The one that trains
-        # then still has to finish its step, for which it needs its workers: they inherit the
-        # blocked signals, heed SIGTERM from their own parent alone, and end with it.
+        # A terminal and most schedulers send signals to every process of a run. The training
+        # process then finishes its step first and needs its workers for that. So they inherit
+        # blocked signals, obey SIGTERM only from their parent, and end with it.
         with _signals_blocked():
             loading = iter(self.prepared)
         for pixels, draws, labels in loading:
@@ -55,13 +55,13 @@ class Batches:
 class SeededBatches(Sampler[list[Key]]):
     """Mini-batches of an epoch and a seed for each image, from the seed and the epoch's number.
 
-    Each pass goes over the next epoch; `start_at` makes the next one go over several, and begin
-    anywhere. Of several processes each walks its `Share.even_bounds` of the order of one.
+    Each pass covers the next epoch; `start_at` makes the next pass cover several, from any batch
+    on. With several processes, each takes its `Share.even_bounds` of the single-process order.
 
     Attributes
     ----------
     epoch : int
-        Number of the epoch that the next pass begins with.
+        Number of the epoch that the next pass starts with.
     """
 
     def __init__(
@@ -73,14 +73,14 @@ class SeededBatches(Sampler[list[Key]]):
         self.epoch, self.skip, self.epochs = 0, 0, 1
 
     def start_at(self, epoch: int, batch: int, *, epochs: int = 1) -> None:
-        """Make the next pass begin at this batch of this epoch, and go on over so many epochs.
+        """Make the next pass start at this batch of this epoch and cover ``epochs`` epochs.
 
-        At the end of an epoch the loading processes go on, where new ones would have to start.
+        A single pass keeps its worker processes across epochs.
         """
         self.epoch, self.skip, self.epochs = epoch, batch, epochs
 
     def __len__(self) -> int:
-        """Mini-batches of an epoch."""
+        """Number of mini-batches per epoch."""
         return -((self.first - self.stop) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[Key]]:
@@ -96,14 +96,14 @@ class SeededBatches(Sampler[list[Key]]):
     def _keys(self, epoch: int) -> list[Key]:
         rng = np.random.default_rng((self.seed, epoch))
         order = rng.permutation(self.length) if self.shuffle else np.arange(self.length)
-        # A seed for every image, also for those that another process loads: shares change nothing.
+        # A seed for every image, even if another process loads it: results do not depend on shares.
         seeds = rng.integers(2**63, size=self.length, dtype=np.uint64)
         mine = slice(self.first, self.stop)
         return list(zip(order[mine].tolist(), seeds[mine].tolist(), strict=True))
 
 
 class _PreparedBatches(Dataset[Prepared]):
-    """Mini-batches, of which this process may prepare only its part; labels are those of all."""
+    """Mini-batches of which this process may prepare only its part; it gets all labels."""
 
     def __init__(self, images: ImageSet, cut: Share) -> None:
         self.images, self.cut = images, cut
@@ -111,7 +111,7 @@ class _PreparedBatches(Dataset[Prepared]):
     def __getitem__(self, keys: Sequence[Key]) -> Prepared:
         first, stop = self.cut.bounds(len(keys))
         labels = self.images.labels[[position for position, _ in keys]]
-        if first == stop:  # fewer images than processes: nobody will look at these
+        if first == stop:  # fewer images than processes: these are not used
             return torch.empty(0), torch.empty(0), labels
         pixels, draws, _ = self.images.prepared(keys[first:stop])
         return pixels, draws, labels
@@ -130,28 +130,28 @@ def loader(
 ) -> Batches:
     """Load batches of images (B, C, H, W) and labels (B,); the last short batch is kept.
 
-    Order and augmentations follow from ``seed`` and the number of the pass over the loader, never
-    from the number of workers or the device, and torch's global generator is left as it was.
+    Order and augmentations depend only on ``seed`` and the number of the pass over the loader, not
+    on the number of workers or the device. torch's global generator is not changed.
 
     Parameters
     ----------
     dataset
         The images, with a transform that gives them one size.
     batch_size
-        Images a batch.
+        Images per batch.
     shuffle
-        Whether every pass has an order of its own.
+        Whether every pass has its own random order.
     seed
-        Decides order and augmentations; at least 0.
+        Seed of order and augmentations; at least 0.
     workers
-        Processes that load; 0 loads in this one.
+        Number of loading processes; 0 loads in this one.
     share
-        This process, where several walk a pass together, each its own part of it.
+        This process among several that share a pass, each taking its own part.
     cut
-        Give every process the mini-batches of one process instead, and of each its `Share.bounds`
-        of the pixels and the labels of the whole.
+        Instead, give every process the mini-batches of a single process: its `Share.bounds` of the
+        images, and all labels.
     device
-        Where images are augmented and handed out; labels stay on the CPU.
+        Device on which images are augmented and returned; labels stay on the CPU.
 
     Raises
     ------
@@ -164,19 +164,19 @@ def loader(
     )
     prepared = DataLoader(
         _PreparedBatches(dataset, share if cut else everything),
-        batch_size=None,  # the sampler gives whole mini-batches, stacked where they are decoded
+        batch_size=None,  # the sampler yields whole mini-batches
         sampler=order,
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_heed_parent,
+        worker_init_fn=_obey_parent,
         # Without it, every pass would take one draw from the global generator.
         generator=torch.Generator().manual_seed(seed),
     )
     return Batches(prepared, order, dataset.required_transform(), device)
 
 
-def _heed_parent(worker: int) -> None:
-    """End where the parent says so, as it does when it ends with a pass still open."""
+def _obey_parent(worker: int) -> None:
+    """End when the parent says so, which it does if it ends during a pass."""
     del worker
     if hasattr(signal, "sigwaitinfo"):
         threading.Thread(target=_wait_for_parent, args=(os.getppid(),), daemon=True).start()
@@ -192,8 +192,8 @@ def _wait_for_parent(parent: int) -> None:
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    # A signal that comes meanwhile is delivered afterwards. Windows has no masks, and other
-    # threads no say in what the main one does.
+    # A signal that arrives meanwhile is delivered afterwards. Windows has no signal masks, and a
+    # mask of another thread does not affect the main one.
     if not hasattr(signal, "pthread_sigmask") or (
         threading.current_thread() is not threading.main_thread()
     ):

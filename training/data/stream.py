@@ -43,10 +43,10 @@ class Stream:
     order: list[int]
 
     def fingerprint(self) -> str:
-        """Hash of what the stream holds, wherever it lies: the same data give the same text.
+        """Hash of the content of the stream, independent of its folder.
 
-        It covers the classes, the tasks, the labels, and where images are files their names (with
-        that of their folder) and sizes.
+        It covers the classes, the tasks and the labels. If images are files, it covers their names
+        (with that of their folder) and sizes.
 
         Examples
         --------
@@ -64,7 +64,7 @@ class Stream:
 
 
 def build_stream(config: DataConfig, seed: int) -> Stream:
-    """Open a data set and cut it into tasks; every image's header is read here.
+    """Open a data set and cut it into tasks; the header of every image is read now.
 
     The classes are put in the order ``RandomState(seed).permutation(C)`` (with ``order_seed`` if
     it is set; as they are numbered without ``shuffle``), a class's new label is its position
@@ -73,9 +73,9 @@ def build_stream(config: DataConfig, seed: int) -> Stream:
     Raises
     ------
     FileNotFoundError
-        If the data are not where the configuration says.
+        If the data are not at the configured place.
     ValueError
-        If the classes do not suffice for the tasks, a class has too few images, or an image cannot
+        If there are too few classes for the tasks, a class has too few images, or an image cannot
         be read.
 
     Examples
@@ -86,7 +86,7 @@ def build_stream(config: DataConfig, seed: int) -> Stream:
     >>> stream.class_names[:4]
     ['2', '8', '4', '9']
     """
-    data = config.build()  # one instance for both splits: the second may need to know of the first
+    data = config.build()  # one instance for both splits: the second may depend on the first
     train = _checked(data.load("train"), config, "training")
     names = list(train.classes)
     without = sorted(set(range(len(names))) - set(np.asarray(train.targets).tolist()))
@@ -113,7 +113,7 @@ def build_stream(config: DataConfig, seed: int) -> Stream:
 
 
 def cut_tasks(config: DataConfig, available: int) -> list[tuple[int, ...]]:
-    """Cut the labels of a data set with so many classes into tasks, the remainder last.
+    """Cut the labels of a data set with ``available`` classes into tasks, the remainder last.
 
     Raises
     ------
@@ -144,7 +144,7 @@ def cut_tasks(config: DataConfig, available: int) -> list[tuple[int, ...]]:
 
 
 def _checked(split: Any, config: DataConfig, use: str) -> Split:
-    """What a data set gave for a split; somebody's own may be mistaken in it."""
+    """The split that a data set returned, checked: a third-party class may be wrong."""
     images, targets, classes = split
     numbers = np.asarray(targets)
     if numbers.ndim != 1 or numbers.dtype.kind not in "iu" or len(numbers) != len(images):
@@ -154,7 +154,7 @@ def _checked(split: Any, config: DataConfig, use: str) -> Split:
         )
         raise ValueError(msg)
     if not len(numbers) or numbers.min() < 0 or numbers.max() >= len(classes):
-        msg = f"{_place(config)}: {use} images must be of its {len(classes)} classes, from 0 on"
+        msg = f"{_place(config)}: {use} images must have class numbers from 0 to {len(classes) - 1}"
         raise ValueError(msg)
     if len(set(classes)) < len(classes):
         msg = f"{_place(config)} must name its classes differently, got {some(list(classes))}"
@@ -191,7 +191,7 @@ def _place(config: DataConfig) -> str:
 def _relabelled(
     split: Split, order: list[int], config: DataConfig
 ) -> tuple[Images, NDArray[np.int64]]:
-    label_of = np.full(len(split.classes), -1, dtype=np.int64)  # -1 for what no task holds
+    label_of = np.full(len(split.classes), -1, dtype=np.int64)  # -1 for classes of no task
     label_of[order] = np.arange(len(order))
     labels = label_of[np.asarray(split.targets)]
     positions = np.flatnonzero(labels >= 0)

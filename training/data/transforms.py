@@ -1,4 +1,4 @@
-"""From a decoded image to what the backbone reads: crops, flips, and the scaling of pixels."""
+"""From a decoded image to the input of the backbone: crops, flips, and scaling of pixels."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from training.data.config import DataConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Transform:
-    """From a decoded image to what the backbone reads, in two halves.
+    """From a decoded image to the input of the backbone, in two halves.
 
-    The first gives images one size, where they are decoded. The second cuts, mirrors and scales a
-    whole batch on the device that it was moved to, as bytes if it was decoded as bytes. Where to
-    cut and whether to mirror is drawn with the image, as torchvision's RandomCrop and
-    RandomHorizontalFlip would draw it from the same state of the global generator.
+    The first half runs in the process that decodes an image and gives it its size. The second
+    crops, mirrors and scales a whole batch on its device, where it arrives as bytes if it was
+    decoded as bytes. Where to crop and whether to mirror is drawn with the image, as torchvision's
+    RandomCrop and RandomHorizontalFlip would draw it from the same state of the global generator.
 
     Calling it on one image of shape (C, H, W), uint8 or float in [0, 1], gives float32 of shape
     (C, image_size, image_size).
@@ -25,9 +25,9 @@ class Transform:
     Parameters
     ----------
     resized
-        Gives an image its size.
+        Function that gives an image its size.
     size
-        Side of the square that is cut; that of the image without ``crop``.
+        Side of the square that is cut; without ``crop``, that of the image.
     pad
         Pixels of reflected border on every side.
     crop
@@ -35,7 +35,7 @@ class Transform:
     flip
         Whether it is mirrored with probability 0.5.
     mean, std
-        Subtracted from pixels in [0, 1], and divisor of what is left.
+        Mean subtracted from pixels in [0, 1], and divisor of the difference.
     """
 
     resized: Callable[[Tensor], Tensor]
@@ -54,7 +54,7 @@ class Transform:
     def prepare(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """The first half for one image (C, H, W), and its draws for the second, int64 (3,).
 
-        The draws are first row and column in the padded image, and whether to mirror.
+        The draws are the first row and column in the padded image, and whether to mirror.
         """
         pixels = self.resized(image)
         spare = pixels.shape[-1] + 2 * self.pad - self.size if self.crop else 0

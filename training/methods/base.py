@@ -1,8 +1,9 @@
-"""What the training loop asks of a method, what it tells it, and the methods by name.
+"""The interface between the training loop and a method, and the registry of methods.
 
-This file and those of the methods load no torch, so that a command line can show and check their
-options; what needs torch imports it when it is called. Types of torch are in quotation marks for
-the same reason: where all annotations of a file are postponed, jsonargparse imports what they need.
+This file and those of the methods do not import torch, so that a command line can show and check
+their options; functions that need torch import it when they are called. Types of torch are in
+quotation marks for the same reason: if all annotations of a file were postponed, jsonargparse would
+import the modules that they name.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -45,10 +46,10 @@ class MethodConfig(Component):
     Parameters
     ----------
     name
-        loda; seq_lora (one plain low-rank branch, trained on); joint (the same on all tasks at
-        once, the upper bound); frozen; ncm and ranpac_frozen (frozen, with nearest class means and
-        ridge regression in place of training); null_lora, o_lora, inflora, sd_lora; or the import
-        path of a class, my_package.MyMethod.
+        loda; seq_lora (one plain LoRA branch that every task trains further); joint (the same on
+        all tasks at once, the upper bound); frozen; ncm and ranpac_frozen (frozen, with nearest
+        class means or ridge regression in place of training); null_lora, o_lora, inflora, sd_lora;
+        or the import path of a class, my_package.MyMethod.
     """
 
     registry = METHODS
@@ -58,9 +59,9 @@ class MethodConfig(Component):
 
 
 def steps_a_batch(config: MethodConfig) -> int | None:
-    """Optimiser steps of a mini-batch of several classes, and how often each image is passed.
+    """Optimiser steps per mini-batch of several classes, and passes of each of its images.
 
-    Two where steps are gradient-aligned, else one; None of a method of another package.
+    Two if steps are gradient-aligned, otherwise one; None for a method of another package.
 
     Examples
     --------
@@ -73,18 +74,18 @@ def steps_a_batch(config: MethodConfig) -> int | None:
 
 
 class Context(NamedTuple):
-    """What a method may know of the run beside its options.
+    """What a method may know about the run besides its options.
 
     Attributes
     ----------
     seed : int
         Seed of the method's own randomness.
     tasks : int
-        Number of tasks of the stream.
+        Number of tasks in the stream.
     processes : int
         Number of processes that train together.
     reduce : callable or None
-        Sums tensors over them; None where there is one.
+        Sums tensors over the processes; None if there is only one.
     """
 
     seed: int
@@ -96,8 +97,8 @@ class Context(NamedTuple):
 class Method:
     """A rule for adapting a backbone task by task.
 
-    A method of one's own is a subclass. The arguments of its constructor are its options; they are
-    checked there. The work begins with `start`, and every task is ``begin_task``, many ``step``,
+    Your own method is a subclass. The arguments of its constructor, which checks them, are its
+    options. `start` is called once; every task is one ``begin_task``, many ``step`` and one
     ``end_task``. Between tasks the model has its original modules and parameter names, so that it
     can be evaluated and saved as it is.
 
@@ -105,20 +106,20 @@ class Method:
     ----------
     saves_open_task : bool
         Promise that ``state_dict`` is complete inside a task too: loaded into a fresh method, over
-        a model with the weights it has then, it puts the open task back as it was. Runs of other
-        methods can be resumed at task boundaries only.
+        a model with the weights of that moment, it restores the open task. Runs of other methods
+        can be resumed only at task boundaries.
     sums_over_processes : bool
-        Promise that gradients, moments and whatever else is a sum over images go through
-        ``context.reduce``, and that a term of the loss that is not of images is divided by
-        ``context.processes``. Only such methods run in several processes.
+        Promise that gradients, moments and all other sums over images go through
+        ``context.reduce``, and that a term of the loss that does not depend on images is divided
+        by ``context.processes``. Only such methods run in several processes.
     joins_tasks : bool
         Whether all tasks are learned as one.
     readout : str or None
-        Read-out of a method that trains nothing: it becomes the primary one, without any epoch.
+        Read-out of a method that trains nothing; it becomes the primary one, with 0 epochs.
     keeps : tuple of str
-        What ``keep.branches`` and ``keep.moments`` find to keep.
+        Which of ``keep.branches`` and ``keep.moments`` have something to keep.
     radius : float or None
-        Longest look-ahead of gradient-aligned steps; None where steps are plain.
+        Largest length of the look-ahead of gradient-aligned steps; None if steps are plain.
     """
 
     saves_open_task: ClassVar[bool] = False
@@ -129,31 +130,31 @@ class Method:
     radius: float | None = None
 
     def start(self, model: "nn.Module", context: Context) -> None:
-        """Attach to a model, which is frozen: a method unfreezes what it trains.
+        """Attach to a model and freeze it; a method unfreezes what it trains.
 
         Raises
         ------
         ValueError
-            If the options do not suit the model: a pattern that matches no layer, a rank too high.
+            If the options do not fit the model: a pattern matches no layer, the rank is too high.
         """
         model.requires_grad_(False)
         self.model, self.context = model, context
 
     def generator(self, task: int) -> "torch.Generator":
-        """Randomness of a task (from 0), the same whether or not the run was interrupted."""
+        """Generator of a task (counted from 0), the same after a resume."""
         import torch
 
         return torch.Generator().manual_seed(derive(self.context.seed, task, "method"))
 
     def begin_task(self, batches: Iterable[Any]) -> None:
-        """Prepare the model for a task; ``batches`` are its training images, walked at will."""
+        """Prepare the model for a task; its training images can be iterated any number of times."""
 
     def parameters(self) -> "list[nn.Parameter]":
         """Tensors of the backbone that the optimiser trains in the open task; may be empty."""
         return []
 
     def objective(self, loss: "RowsLoss") -> "RowsLoss":
-        """What a step minimises; a method may add a term to the loss over rows of a mini-batch."""
+        """The function that a step minimises; a method may add a term to the loss over rows."""
         return loss
 
     def step(
@@ -167,8 +168,8 @@ class Method:
     ) -> "AlignedStep":
         """Train on one mini-batch; ``loss(rows)`` is the mean loss over those rows of it.
 
-        A plain step, or with a ``radius`` a gradient-aligned one whose look-ahead has a random
-        share of that length.
+        Takes a plain step or, with a ``radius``, a gradient-aligned one whose look-ahead has length
+        radius · u, u uniform in [0, 1). `LoDA.step` of the library does the same for LoDA alone.
         """
         import torch
 
@@ -179,31 +180,32 @@ class Method:
         if self.radius is None or not moved:
             return plain_step(total, labels, optimizer, backward=backward, reduce=reduce)
         permutation = draw_permutation(labels, generator).to(labels.device)
-        share = float(torch.rand((), generator=generator))
+        # After the permutation: another order of the draws would change the results of a seed.
+        draw = float(torch.rand((), generator=generator))
         return gradient_aligned_step(
             total,
             labels,
             optimizer,
             moved,
-            radius=self.radius * share,
+            radius=self.radius * draw,
             permutation=permutation,
             backward=backward,
             reduce=reduce,
         )
 
     def end_task(self, batches: Iterable[Any]) -> "TaskRecord | None":
-        """Fold what was learned into the model; a record of it, where there is one."""
+        """Fold the learned update into the model; returns a record of it, or None."""
 
     def state_dict(self) -> "dict[str, Tensor]":
-        """What the method carries from task to task, beside the weights of the model."""
+        """Tensors that the method carries from task to task, besides the weights of the model."""
         return {}
 
     def load_state_dict(self, state: "Mapping[str, Tensor]") -> None:
-        """Take over a state made by ``state_dict`` between two tasks."""
+        """Load a state made by ``state_dict`` between two tasks."""
 
 
-def look_ahead(gao: bool, radius: float) -> float | None:
-    """The radius of gradient-aligned steps; None where steps are plain.
+def aligned_radius(gao: bool, radius: float) -> float | None:
+    """The radius of gradient-aligned steps, or None for plain ones.
 
     Raises
     ------

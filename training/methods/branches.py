@@ -1,4 +1,4 @@
-"""What the baselines with low-rank branches share: options, starts, and folding into the model."""
+"""What the low-rank baselines share: options, initialisation, and merging into the model."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from backends.torch.settings import TIMM_QKV, Target
 from training.components import at_least
-from training.methods.base import Context, Method, look_ahead
+from training.methods.base import Context, Method, aligned_radius
 
 if TYPE_CHECKING:
     import torch
@@ -26,18 +26,18 @@ class BranchMethod(Method):
     rank
         Rank of each branch.
     target
-        Pattern, or several, of the names of the linear layers to adapt.
+        One or more patterns for the names of the linear layers to adapt.
     parts
-        Parts of a fused qkv layer that are adapted; all takes layers of any kind.
+        Parts of a fused qkv layer to adapt; all adapts whole layers of any kind.
     gao
-        Take gradient-aligned steps, or plain ones.
+        Take gradient-aligned steps; false takes plain ones.
     radius
         Largest length of the look-ahead of a gradient-aligned step.
 
     Attributes
     ----------
     layers : dict of str to LoRALinear
-        The layers that are adapted, by name.
+        The adapted layers, by name.
     """
 
     saves_open_task = True
@@ -55,16 +55,16 @@ class BranchMethod(Method):
     ) -> None:
         at_least("rank", rank, 1)
         self.rank, self.target, self.parts = rank, target, parts
-        self.radius = look_ahead(gao, radius)
+        self.radius = aligned_radius(gao, radius)
         self.layers: dict[str, LoRALinear] = {}
 
     def start(self, model: "nn.Module", context: Context) -> None:
-        """Attach to a model whose target layers suit the rank and the parts.
+        """Attach to a model whose target layers fit the rank and the parts.
 
         Raises
         ------
         ValueError
-            If the pattern matches no layer, or a layer is too small or no fused qkv.
+            If the pattern matches no layer, or a layer is too small or not a fused qkv.
         """
         from backends.torch import check_rank, find_layers
 
@@ -77,11 +77,11 @@ class BranchMethod(Method):
     def add_branch(
         self, layer: "LoRALinear", branch: str, down: "Tensor", up: "Tensor | None" = None
     ) -> None:
-        """Put a new branch in place, or one of a state, with ``up``."""
+        """Attach a branch: a new one, or one of a state if ``up`` is given."""
         raise NotImplementedError
 
     def merge(self) -> "TaskRecord":
-        """Merge the branches into the weights of the model; a record of them."""
+        """Merge the branches into the weights of the model; returns a record of them."""
         from backends.torch import TaskRecord, restore
 
         record = TaskRecord.of(self.layers)
@@ -100,7 +100,7 @@ class BranchMethod(Method):
         return state
 
     def load_branches(self, state: "Mapping[str, Tensor]") -> None:
-        """Put the branches of a state in place, in its order."""
+        """Attach the branches of a state, in its order."""
         for key, down in state.items():
             kind, _, rest = key.partition("/")
             branch, _, name = rest.partition("/")
@@ -109,7 +109,7 @@ class BranchMethod(Method):
 
 
 class MergedBranches(BranchMethod):
-    """A method with new branches for every task, which are merged for good at its end.
+    """A method with new branches for every task, merged permanently at its end.
 
     Attributes
     ----------
@@ -122,7 +122,7 @@ class MergedBranches(BranchMethod):
     tasks = 0
 
     def add_branches(self, down: "Callable[[str, LoRALinear], Tensor]") -> None:
-        """Put a branch of every part in place; ``down`` gives the down-projections (r, D)."""
+        """Attach a branch for every part; ``down`` gives the down-projection (r, D) of a layer."""
         self._adapt()
         for name, layer in self.layers.items():
             for part in output_rows(layer.out_features, self.parts):
@@ -131,39 +131,39 @@ class MergedBranches(BranchMethod):
     def add_branch(
         self, layer: "LoRALinear", branch: str, down: "Tensor", up: "Tensor | None" = None
     ) -> None:
-        """Put a branch of the open task in place; it is called as its part of the layer."""
+        """Attach a branch of the open task, named after its part of the layer."""
         rows = output_rows(layer.out_features, self.parts)[branch]
         layer.add_branch(
             branch, down, up=up, rows=rows, scale=self.scale, train_down=self.trains_down
         )
 
     def merge(self) -> "TaskRecord":
-        """Merge the branches for good; a record of them."""
+        """Merge the branches permanently; returns a record of them."""
         record = super().merge()
         self.layers = {}
         self.tasks += 1
         return record
 
     def parameters(self) -> "list[nn.Parameter]":
-        """Tensors of the branches that are trained."""
+        """The trained tensors of the branches."""
         branches = [layer.branch(b) for layer in self.layers.values() for b in layer.branches]
         return [p for branch in branches for p in branch.parameters() if p.requires_grad]
 
     def state_dict(self) -> "dict[str, Tensor]":
-        """The number of tasks, and the branches of an open one."""
+        """The number of finished tasks, and the branches of an open one."""
         import torch
 
         return {"tasks": torch.tensor(self.tasks)} | super().state_dict()
 
     def load_state_dict(self, state: "Mapping[str, Tensor]") -> None:
-        """Take over a state, with the branches of an open task."""
+        """Load a state, with the branches of an open task."""
         self.tasks = int(state["tasks"])
         if any(key.startswith("down/") for key in state):
             self._adapt()
             self.load_branches(state)
 
     def carried(self, state: "Mapping[str, Tensor]", prefix: str) -> "dict[str, Tensor]":
-        """Tensors of a state whose names begin so, copied to where the model is."""
+        """Tensors of a state with this prefix, copied to the device of the model."""
         device = next(self.model.parameters()).device
         return {
             key.removeprefix(prefix): value.to(device, copy=True)
@@ -178,7 +178,7 @@ class MergedBranches(BranchMethod):
 
 
 class FoldedBranches(BranchMethod):
-    """A method whose branches live on from task to task.
+    """A method that keeps its branches from task to task.
 
     Between tasks they are folded into the weights of the model, so that it can be saved; a task
     starts from the exact unmerged state.
@@ -205,7 +205,7 @@ class FoldedBranches(BranchMethod):
         restore(model, self.layers)
 
     def begin_task(self, batches: Iterable[Any]) -> None:
-        """Take the branches out of the weights again and put them in place."""
+        """Subtract the branches from the weights again and attach them."""
         del batches
         self._open()
 
@@ -230,7 +230,7 @@ class FoldedBranches(BranchMethod):
         return state | super().state_dict()
 
     def load_state_dict(self, state: "Mapping[str, Tensor]") -> None:
-        """Take over weights and branches, and attach them if a task is open."""
+        """Load weights and branches, and attach the branches if a task is open."""
         import torch
 
         with torch.no_grad():
@@ -262,19 +262,19 @@ class FoldedBranches(BranchMethod):
 def output_rows(out_features: int, parts: Parts) -> dict[str, tuple[int, int] | None]:
     """Output rows of a fused qkv layer that the branches of a method write to.
 
-    Neighbouring parts share a branch, and with it the down-projection.
+    Adjacent parts share a branch, and so its down-projection.
 
     Parameters
     ----------
     out_features : int
-        Outputs of the layer: queries, keys and values of equal number, in this order.
+        Outputs of the layer: equally many queries, keys and values, in this order.
     parts : str
-        ``all`` for every output of a layer of any kind, or the letters of the parts.
+        ``all`` for every output of a layer of any kind, or the letters of the parts: ``kv``.
 
     Raises
     ------
     ValueError
-        If parts are asked of a layer whose outputs cannot be three equal parts.
+        If parts are given for a layer whose outputs cannot be split into three equal parts.
 
     Examples
     --------
@@ -287,8 +287,8 @@ def output_rows(out_features: int, parts: Parts) -> dict[str, tuple[int, int] | 
         return {"all": None}
     if out_features % 3:
         msg = (
-            f"parts must be all for layers that are not a fused qkv, got {parts} for a layer with "
-            f"{out_features} outputs; set parts to all, and name the layers by method.target"
+            f"parts must be all for a layer that is not a fused qkv, got {parts} for one with "
+            f"{out_features} outputs; set parts to all and choose the layers with method.target"
         )
         raise ValueError(msg)
     third = out_features // 3
@@ -301,7 +301,7 @@ def output_rows(out_features: int, parts: Parts) -> dict[str, tuple[int, int] | 
 
 
 def kaiming(rank: int, layer: "LoRALinear", generator: "torch.Generator") -> "Tensor":
-    """A down-projection (r, D) as LoRA starts it, drawn on the CPU."""
+    """A down-projection (r, D) with the initialisation of LoRA, drawn on the CPU."""
     import torch
     from torch import nn
 

@@ -1,10 +1,10 @@
-"""The frozen backbone: only the heads are trained. What every adaptation has to beat."""
+"""The frozen backbone, which every adaptation has to beat: at most the heads are trained."""
 
 from training.methods.base import Method
 
 
 class Frozen(Method):
-    """No adaptation at all: plain steps of the head."""
+    """No adaptation: plain steps train only the heads."""
 
     saves_open_task = True
     sums_over_processes = True
@@ -20,7 +20,7 @@ class NearestClassMean(Frozen):
 class RanPACFrozen(Frozen):
     """Nothing is trained: ridge regression on random features (RanPAC, arXiv:2307.02251).
 
-    Without the adapter that RanPAC trains on its first task.
+    The adapter that RanPAC trains on its first task is left out.
     """
 
     readout = "ridge"

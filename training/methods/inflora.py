@@ -1,7 +1,7 @@
-"""InfLoRA: the input directions of a task avoid what the gradients of old tasks span.
+"""InfLoRA: the input directions of a task avoid the span of the gradients of old tasks.
 
 Liang and Li, "InfLoRA: Interference-Free Low-Rank Adaptation for Continual Learning",
-arXiv:2404.00228. What is protected is remembered by DualGPM, `GradientMemory`.
+arXiv:2404.00228. DualGPM (`GradientMemory`) keeps a basis of the protected directions.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,9 +22,9 @@ class InfLoRA(MergedBranches):
     Parameters
     ----------
     lamb
-        Share of the energy of a task's inputs that is protected, after the first task.
+        Fraction of the energy of a task's inputs that is protected after the first task.
     lame
-        The same at the end of the stream; in between it grows linearly.
+        That fraction at the end of the stream; in between it grows linearly with the tasks.
     down_scale
         Factor c of the down-projections A = c·Uᵀ.
     **settings
@@ -42,7 +42,7 @@ class InfLoRA(MergedBranches):
         self.memories: dict[str, GradientMemory] = {}
 
     def begin_task(self, batches: Iterable[Any]) -> None:
-        """Solve for the directions from the task's inputs, and put the branches in place."""
+        """Solve for the directions from the task's inputs, and attach the branches."""
         moments = self._moments(batches)
         downs = {
             name: self._memory(name, moment).free_directions(moment, self.rank).mT * self.down_scale
@@ -51,7 +51,7 @@ class InfLoRA(MergedBranches):
         self.add_branches(lambda name, _: downs[name])
 
     def end_task(self, batches: Iterable[Any]) -> "TaskRecord":
-        """Merge for good, and protect the inputs of the task, taken through the trained model."""
+        """Merge permanently, and protect the inputs of the task through the trained model."""
         share = (self.lame - self.lamb) * (self.tasks / self.context.tasks) + self.lamb
         record = self.merge()
         for name, moment in self._moments(batches).items():
@@ -59,9 +59,9 @@ class InfLoRA(MergedBranches):
         return record
 
     def state_dict(self) -> "dict[str, Tensor]":
-        """The memory of every layer: a basis, and whether it spans what is left free.
+        """The memory of every layer: a basis, and whether it spans the free directions.
 
-        In an open task also its branches.
+        In an open task, its branches as well.
         """
         import torch
 
@@ -72,7 +72,7 @@ class InfLoRA(MergedBranches):
         return state | super().state_dict()
 
     def load_state_dict(self, state: "Mapping[str, Tensor]") -> None:
-        """Take over the memories, and the branches of an open task."""
+        """Load the memories, and the branches of an open task."""
         self.memories = {
             name: GradientMemory(basis, bool(state[f"free/{name}"]))
             for name, basis in self.carried(state, "basis/").items()
@@ -90,10 +90,10 @@ class InfLoRA(MergedBranches):
 
 
 class GradientMemory(NamedTuple):
-    r"""Orthonormal basis of the inputs that past tasks need, or of those that they leave free.
+    r"""Orthonormal basis of the inputs that past tasks need, or of the complement.
 
     Gradients of a linear layer lie in the span of its inputs, so an update whose input directions
-    avoid that span leaves old outputs alone (Liang and Li, "Adaptive Plasticity Improvement for
+    avoid that span does not change old outputs (Liang and Li, "Adaptive Plasticity Improvement for
     Continual Learning", CVPR 2023; used by InfLoRA, arXiv:2404.00228).
 
     Attributes
@@ -120,13 +120,13 @@ class GradientMemory(NamedTuple):
 
     @classmethod
     def empty(cls, like: "Tensor") -> Self:
-        """Before the first task: nothing is protected. ``like`` is any (D, D) moment."""
+        """The memory before the first task: nothing is protected. ``like`` is any (D, D) moment."""
         import torch
 
         return cls(like.new_zeros(len(like), 0, dtype=torch.float64))
 
     def free_part(self, moment: "Tensor") -> "Tensor":
-        """What past tasks leave free of a moment (D, D): C - M Mᵀ C, or M Mᵀ C."""
+        """The part of a moment (D, D) that past tasks leave free: C - M Mᵀ C, or M Mᵀ C."""
         moment = moment.to(self.basis)
         spanned = self.basis @ (self.basis.mT @ moment)
         free: Tensor = spanned if self.free else moment - spanned
@@ -140,7 +140,7 @@ class GradientMemory(NamedTuple):
         import torch
 
         vectors, values = _left_singular(self.free_part(moment))
-        # Moments are sums of float32 Gram matrices, whatever they are stored in.
+        # Moments are sums of float32 Gram matrices, whatever their dtype.
         floor = len(moment) * torch.finfo(torch.float32).eps * _size(moment.to(self.basis))
         above = values[:rank] > floor
         directions: Tensor = (vectors[:, :rank] * above).to(moment.dtype)
@@ -154,7 +154,7 @@ class GradientMemory(NamedTuple):
         moment : Tensor, shape (D, D)
             Second moment of the task's inputs through the trained model.
         share : float
-            Share ε of ‖C‖²_F, in (0, 1], that must lie in the protected space afterwards.
+            Fraction ε of ‖C‖²_F, in (0, 1], that must lie in the protected space afterwards.
         """
         moment = moment.to(self.basis)
         basis = self._shrunk(moment, share) if self.free else self._grown(moment, share)
@@ -169,7 +169,7 @@ class GradientMemory(NamedTuple):
 
         vectors, values = _left_singular(self.free_part(moment))
         total = _size(moment) ** 2
-        protected = 1 - values.square().sum() / total  # share that the basis holds as it is
+        protected = 1 - values.square().sum() / total  # share that already lies in the basis
         before = protected + (values.square().cumsum(0) - values.square()) / total
         if self.basis.shape[1]:
             wanted = int((before < share).sum())
@@ -177,7 +177,7 @@ class GradientMemory(NamedTuple):
             wanted = max(int((values.square().cumsum(0) / total < share).sum()), 1)
         room = len(moment) - self.basis.shape[1]
         joined = torch.cat([self.basis, vectors[:, : min(wanted, room)]], dim=1)
-        # Appended vectors are orthogonal to the basis up to rounding only, which would add up.
+        # Appended vectors are orthogonal to the basis only up to rounding, which would add up.
         basis: Tensor = torch.linalg.qr(joined).Q
         return basis
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from backends.torch.settings import LoDASettings
-from training.methods.base import Context, Method, look_ahead
+from training.methods.base import Context, Method, aligned_radius
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -20,25 +20,24 @@ class LoDAMethod(Method):
     Parameters
     ----------
     gao
-        Take gradient-aligned steps, or plain ones.
+        Take gradient-aligned steps; false takes plain ones.
     radius
         Largest length of the look-ahead of a gradient-aligned step.
     directions
-        solved from the second moments, or random ones in their place, which shows what solving
-        them is worth.
+        solved (from the second moments), or random, the control that shows what solving is worth.
     rank
-        Directions of each branch, r.
+        Number of directions of each branch, r.
     heldout
-        Log what the chosen directions keep on images that they were not chosen on.
+        Log how well the chosen directions do on images that they were not chosen on.
     **settings
-        The further fields of LoDASettings.
+        The other fields of LoDASettings.
     """
 
     saves_open_task = True
     sums_over_processes = True
 
-    # Two defaults are not those of the settings, which are the paper's: experiments start on small
-    # backbones, and it is here that somebody looks at the log.
+    # rank and heldout have other defaults than LoDASettings, whose defaults are the paper's:
+    # experiments start on small backbones, and their log is read.
     def __init__(
         self,
         *,
@@ -50,7 +49,7 @@ class LoDAMethod(Method):
         **settings: Any,
     ) -> None:
         self.settings = LoDASettings(rank=rank, heldout=heldout, **settings)
-        self.radius = look_ahead(gao, radius)
+        self.radius = aligned_radius(gao, radius)
         self.directions = directions
 
     def start(self, model: "nn.Module", context: Context) -> None:
@@ -77,7 +76,7 @@ class LoDAMethod(Method):
         return self.loda.state_dict()
 
     def load_state_dict(self, state: "Mapping[str, Tensor]") -> None:
-        """Take over the history, and an open task."""
+        """Load the history, and the branches of an open task."""
         self.loda.load_state_dict(state)
 
     def _random_bases(self) -> "dict[str, dict[str, Tensor]] | None":
@@ -95,17 +94,17 @@ class LoDAMethod(Method):
 
 
 class NullLoRA(LoDAMethod):
-    """The isolated branch alone, in the null space of the old tasks: what LoDA argues against.
+    """Only an isolated branch, in the null space of the old tasks: what LoDA argues against.
 
-    The update leaves outputs on old inputs as they are, as far as their moment has a null space.
-    As in LoDA the first task, which has no past, trains a general branch.
+    The update does not change outputs on old inputs, as far as their moment has a null space. The
+    first task has no past and trains a general branch, as in LoDA.
 
     Parameters
     ----------
     gao
-        Take gradient-aligned steps, or plain ones.
+        Take gradient-aligned steps; false takes plain ones.
     **settings
-        The further options of LoDAMethod.
+        The other options of LoDAMethod.
     """
 
     def __init__(self, *, gao: bool = False, **settings: Any) -> None:
@@ -114,7 +113,7 @@ class NullLoRA(LoDAMethod):
             branches="isolated",
             isolated="null",
             # Without a general branch nothing is recalibrated, and the null space has neither
-            # ridge nor floor. Fixed here, these are no options that somebody could set in vain.
+            # ridge nor floor. Fixed here, these are not offered as options without effect.
             recalibration="none",
             joint=False,
             gamma=LoDASettings.gamma,

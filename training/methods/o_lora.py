@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 class OLoRA(MergedBranches):
-    """A and B of the task are trained with a penalty; the old ones are merged, their A kept.
+    """A and B of the task are trained with a penalty; old branches are merged, but their A is kept.
 
     Parameters
     ----------
     penalty
         Weight λ₁ of the overlap of new and old down-projections.
     alpha
-        Scale the branch by alpha / rank; by 1 when not given.
+        Scale the branch by alpha / rank; by 1 if not given.
     **settings
         The options of BranchMethod.
     """
@@ -38,7 +38,7 @@ class OLoRA(MergedBranches):
         not_negative("penalty", penalty)
         if alpha is not None:
             positive("alpha", alpha)
-        self.weight = penalty
+        self.penalty_weight = penalty
         self.scale = 1.0 if alpha is None else alpha / self.rank
         self.old: dict[str, Tensor] = {}  # rows of all past A, by part and layer
 
@@ -57,18 +57,18 @@ class OLoRA(MergedBranches):
             for name, layer in self.layers.items()
             for part in layer.branches
         ]
-        return self.weight * torch.stack(overlaps).mean()
+        return self.penalty_weight * torch.stack(overlaps).mean()
 
     def objective(self, loss: "RowsLoss") -> "RowsLoss":
-        """The loss with the penalty, from the second task on."""
+        """The loss plus the penalty, from the second task on."""
         if not self.old:
             return loss
-        # Losses are summed over the processes, and the penalty counts once.
+        # Losses are summed over the processes, but the penalty must count once.
         share = 1 / self.context.processes
         return lambda rows: loss(rows) + share * self.penalty()
 
     def end_task(self, batches: Iterable[Any]) -> "TaskRecord":
-        """Merge the branch for good and keep its down-projection."""
+        """Merge the branch permanently and keep its down-projection."""
         import torch
 
         del batches
@@ -81,11 +81,11 @@ class OLoRA(MergedBranches):
         return record
 
     def state_dict(self) -> "dict[str, Tensor]":
-        """The down-projections of all past tasks, whose rank grows; branches of an open one."""
+        """The down-projections of all past tasks, and the branches of an open one."""
         return {f"old/{key}": rows for key, rows in self.old.items()} | super().state_dict()
 
     def load_state_dict(self, state: "Mapping[str, Tensor]") -> None:
-        """Take over the past down-projections, and the branches of an open task."""
+        """Load the past down-projections, and the branches of an open task."""
         self.old = self.carried(state, "old/")
         super().load_state_dict(state)
 
@@ -94,8 +94,8 @@ def overlap(new: "Tensor", old: "Tensor") -> "Tensor":
     """Mean over the rows of ``new`` (r, D) of the sum of |cosine| to all rows of ``old`` (R, D).
 
     The published penalty is the plain sum of |A_old A_newᵀ| over all layers. It grows with the
-    rank, the width and the depth, and shrinks with A; per direction and between unit vectors one
-    λ₁ serves models of all sizes.
+    rank, the width and the depth, and shrinks with A. Normalised per direction and between unit
+    vectors, one λ₁ serves models of all sizes.
 
     Examples
     --------

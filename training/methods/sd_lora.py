@@ -1,4 +1,4 @@
-"""SD-LoRA: directions of old updates are kept, their magnitudes are learned anew on every task.
+"""SD-LoRA: keeps the directions of old updates and relearns their magnitudes on every task.
 
 Wu et al., "SD-LoRA: Scalable Decoupled Low-Rank Adaptation for Class Incremental Learning",
 arXiv:2501.13198.
@@ -26,7 +26,7 @@ class SDLoRA(FoldedBranches):
     Parameters
     ----------
     start
-        α of every branch at the start of a task.
+        Magnitude α of every branch at the start of a task.
     **settings
         The options of BranchMethod.
     """
@@ -38,7 +38,7 @@ class SDLoRA(FoldedBranches):
         self.magnitudes: list[nn.Parameter] = []  # α of the tasks
 
     def begin_task(self, batches: Iterable[Any]) -> None:
-        """Start a new branch, and all magnitudes again."""
+        """Start a new branch and reset all magnitudes."""
         import torch
 
         generator = self.generator(len(self.magnitudes))
@@ -56,7 +56,7 @@ class SDLoRA(FoldedBranches):
     def add_branch(
         self, layer: "LoRALinear", branch: str, down: "Tensor", up: "Tensor | None" = None
     ) -> None:
-        """Put the branch of a task in place, with the magnitude of that task."""
+        """Attach the branch of a task, with the magnitude of that task."""
         task, part = _split(branch)
         rows = output_rows(layer.out_features, self.parts)[part]
         scale = self.magnitudes[task - 1]
@@ -69,10 +69,10 @@ class SDLoRA(FoldedBranches):
         return [*self.magnitudes, *self.factors(branches)]
 
     def end_task(self, batches: Iterable[Any]) -> "TaskRecord":
-        """Freeze what was learned, normalise the direction for the tasks to come, and fold.
+        """Freeze the branch, normalise its direction for later tasks, and fold.
 
-        The model that is evaluated holds the branch at the length that it was trained to; from
-        the next task on its direction has length one.
+        The evaluated model holds the branch with its trained length; from the next task on its
+        direction has length one.
         """
         import torch
 
@@ -91,8 +91,8 @@ class SDLoRA(FoldedBranches):
     def state_dict(self) -> "dict[str, Tensor]":
         """Weights without branches, the directions so far, and the number of tasks.
 
-        The magnitudes start again with every task, so none is carried over; those of an open task
-        are in its state.
+        The magnitudes are reset at every task, so none is carried over; the state of an open task
+        contains its own.
         """
         import torch
 
@@ -102,7 +102,7 @@ class SDLoRA(FoldedBranches):
         return state
 
     def load_state_dict(self, state: "Mapping[str, Tensor]") -> None:
-        """Take over a state; the model holds the weights of that time already."""
+        """Load a state; the model must already hold the weights that belong to it."""
         import torch
 
         trained = {name: layer.base.weight.detach().clone() for name, layer in self.layers.items()}
@@ -111,7 +111,7 @@ class SDLoRA(FoldedBranches):
         for layer in self.layers.values():
             layer.requires_grad_(False)
         with torch.no_grad():
-            if not self.is_open:  # the lengths of the last task are in the trained weights alone
+            if not self.is_open:  # only the trained weights hold the lengths of the last task
                 for name, layer in self.layers.items():
                     layer.base.weight.copy_(trained[name])
                 return
@@ -128,7 +128,7 @@ def _split(branch: str) -> tuple[int, str]:
 
 
 def _magnitude(layers: "Mapping[str, LoRALinear]") -> "nn.Parameter":
-    """A number to train, of the type and device of the layers."""
+    """A trainable number with the dtype and on the device of the layers."""
     from torch import nn
 
     weight = next(iter(layers.values())).base.weight

@@ -1,4 +1,4 @@
-"""Sequential LoRA: one low-rank branch trained on, task after task; and its upper bound."""
+"""Sequential LoRA, one branch that every task trains further, and its upper bound."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,13 @@ _BRANCH = "lora"
 class SequentialLoRA(FoldedBranches):
     """One branch for all tasks, without any protection against forgetting.
 
-    A starts Kaiming-uniform and B at zero, both are trained on every task, the weight of the
-    branch is 1 and it is never dropped.
+    A starts Kaiming-uniform and B at zero. Both are trained on every task. The branch has weight 1
+    and is never removed.
 
     Parameters
     ----------
     **settings
-        The options of BranchMethod, parts aside.
+        The options of BranchMethod except parts.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -41,7 +41,7 @@ class SequentialLoRA(FoldedBranches):
     def add_branch(
         self, layer: "LoRALinear", branch: str, down: "Tensor", up: "Tensor | None" = None
     ) -> None:
-        """Put the branch in place."""
+        """Attach the branch."""
         layer.add_branch(branch, down, up=up, train_down=True)
 
     def parameters(self) -> "list[nn.Parameter]":
