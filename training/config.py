@@ -754,7 +754,7 @@ def _refuse_unknown(
             _registry(prefix).refuse_unknown(names[prefix], [unknown], prefix, shared)
         else:
             chosen = [p.removeprefix("head.") for p in names if p.startswith("head.")]
-            msg = f"{section} has no {setting}; its settings: {', '.join(_declared(kind))}"
+            msg = f"unknown setting {key}; settings of {section}: {', '.join(_declared(kind))}"
             if kind is HeadConfig and option:
                 msg = (
                     f"{key} needs the read-out {readout}, which is neither head.readout nor in "
