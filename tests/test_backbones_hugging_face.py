@@ -128,7 +128,7 @@ def test_models_that_cannot_be_used_are_refused(
         build_backbone(BackboneConfig(f"hf:{saved}"))
     text = {"model_type": "bert", "hidden_size": 8, "num_attention_heads": 1, "vocab_size": 9}
     (saved / "config.json").write_text(json.dumps({**text, "num_hidden_layers": 1}))
-    with pytest.raises(ValueError, match="a bert model reads no images"):
+    with pytest.raises(ValueError, match="a bert model does not take only images"):
         build_backbone(BackboneConfig(f"hf:{saved}", {"pretrained": False}))
     monkeypatch.setattr("training.backbones.hugging_face.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'loda\[hf\]'"):

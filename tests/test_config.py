@@ -410,7 +410,7 @@ def test_the_file_of_a_run_runs_no_code(tmp_path: Path) -> None:
         allowed.head.build()
     with pytest.raises(SystemExit):  # options of what is not allowed are no settings
         load_experiment(["--head.KNN.k=4"], recorded=path, allow=["mine_of_tests.Mine"])
-    # Whoever goes on with a run allows what the command line names.
+    # Resuming a run allows the classes that the command line names.
     argv = ["--method", "mine_of_tests.Mine"]
     going_on = load_experiment(argv, recorded=path, allow=["mine_of_tests.KNN"])
     assert going_on.method.build().strength == 3.0
@@ -450,7 +450,7 @@ def test_bad_files_are_refused_by_both_readers(
 ) -> None:
     path = write(tmp_path, text)
     assert "error" in refused(capsys, "--config", path)
-    with pytest.raises(ValueError, match=r"some\.yaml is not a configuration"):
+    with pytest.raises(ValueError, match=r"invalid configuration .*some\.yaml"):
         read_experiment(path)
     Path(path).unlink()  # and what is missing is no default
     with pytest.raises(FileNotFoundError):
@@ -545,14 +545,29 @@ def test_files_that_only_serve_as_bases_are_not_listed() -> None:
     ("text", "said"),
     [
         ("base: nowhere\n", "nowhere"),
-        ("base: third\n", "leads back"),
+        ("base: third\n", "circular"),
         ("base: 3\n", "base must be"),
         ("base:\n", "base must be"),
-        ("base: first\nbase: first\n", "'base' stands twice, on lines 1 and 2"),
-        ("method: {rank: 3}\nmethod.rank: 4\n", "'method.rank' stands twice, on lines 1 and 2"),
-        ("method.rank: 4\nmethod: {rank: 3}\n", "'method.rank' stands twice, on lines 1 and 2"),
-        ("method:\n  rank: 3\n  gao: true\n  rank: 3\n", "'rank' stands twice, on lines 2 and 4"),
-        ("backbone.options: {depth: 1, depth: 1}\n", "'depth' stands twice, on line 1"),
+        (
+            "base: first\nbase: first\n",
+            "'base' must occur only once, got it twice, on lines 1 and 2",
+        ),
+        (
+            "method: {rank: 3}\nmethod.rank: 4\n",
+            "'method.rank' must occur only once, got it twice, on lines 1 and 2",
+        ),
+        (
+            "method.rank: 4\nmethod: {rank: 3}\n",
+            "'method.rank' must occur only once, got it twice, on lines 1 and 2",
+        ),
+        (
+            "method:\n  rank: 3\n  gao: true\n  rank: 3\n",
+            "'rank' must occur only once, got it twice, on lines 2 and 4",
+        ),
+        (
+            "backbone.options: {depth: 1, depth: 1}\n",
+            "'depth' must occur only once, got it twice, on line 1",
+        ),
         ("base: first\nmethod: {rang: 3}\n", "method.rang"),
         ("base: first\ntran: {}\n", "tran"),
         ("method: &all {rank: 3}\ntrain: *all\n", "aliases"),
@@ -563,7 +578,7 @@ def test_wrong_files_say_what_is_wrong(
     chain: str, text: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write(Path(chain).parent, text, "third")
-    with pytest.raises(ValueError, match="is not a configuration") as caught:
+    with pytest.raises(ValueError, match="invalid configuration") as caught:
         read_experiment(path)
     assert said in str(caught.value)
     assert said in refused(capsys, "--config", path)
@@ -573,7 +588,7 @@ def test_a_base_is_read_as_the_file_itself(chain: str, tmp_path: Path) -> None:
     write(tmp_path, "data: {name: folder, root: images, resize: 8}\n", "first")
     assert read_experiment(chain).data.options["root"] == "images"  # of the working directory
     write(tmp_path, "train: {lr: fast}\n", "first")
-    with pytest.raises(ValueError, match=r"(?s)third\.yaml is not a configuration.*train\.lr"):
+    with pytest.raises(ValueError, match=r"(?s)third\.yaml.*train\.lr"):
         read_experiment(chain)
 
 
@@ -582,7 +597,7 @@ def test_any_yaml_is_read_as_strictly(tmp_path: Path) -> None:
     assert read_yaml(path) == {"variants": {"a": {"x.y": 1}, "b": None}, "seeds": [1, 2]}
     # The same place in different items of a list is not the same key.
     assert read_yaml(Path(write(tmp_path, "[{a: 1}, {a: 2}]"))) == [{"a": 1}, {"a": 2}]
-    with pytest.raises(ValueError, match="twice"):
+    with pytest.raises(ValueError, match="only once"):
         read_yaml(Path(write(tmp_path, "[{a: 1, a: 2}]")))
 
 

@@ -35,7 +35,7 @@ def test_a_sound_folder_is_counted(tree: Path) -> None:
     assert {height for _, height in train.sizes} == {10, 11, 12}
     assert report.passed
     first, second, *_ = str(report).splitlines()
-    columns = ["split", "classes", "images", "a class", "width", "height", "unreadable", "twice"]
+    columns = ["split", "classes", "images", "per class", "width", "height", "unreadable", "twice"]
     assert first.split() == " ".join([*columns, "ignored", "loops"]).split()
     expected = ["train", "5", "15", "3/3/3", "20/20/20", "10/11/12", "0", "0", "0", "0"]
     assert second.split() == expected
@@ -108,12 +108,12 @@ def again(tree: Path, name: str, mode: str) -> None:
         (no_image, "cannot read the image {root}/train/dog/1.png: ", 1),
         (
             lambda tree: again(tree, "again.bmp", "RGB"),
-            "{root}/test/bee/again.bmp has the pixels of {root}/train/cat/0.png",
+            "{root}/test/bee/again.bmp has the same pixels as {root}/train/cat/0.png",
             1,
         ),
         (
             lambda tree: again(tree, "again.png", "RGBA"),
-            "{root}/test/bee/again.png has the pixels of {root}/train/cat/0.png",
+            "{root}/test/bee/again.png has the same pixels as {root}/train/cat/0.png",
             1,
         ),
         # The test split lacks it, too.
@@ -134,7 +134,7 @@ def test_what_is_wrong_is_named_and_ends_with_status_1(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert cli.main(["data", "check", str(tree)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"{tree}: sound"
+    assert capsys.readouterr().out.splitlines()[-1] == f"{tree}: no problems"
     spoil(tree)
     assert cli.main(["data", "check", str(tree), "--workers", "2"]) == 1
     printed = capsys.readouterr()

@@ -51,7 +51,7 @@ def test_every_command_works(
         assert left.value.code == 0
         shown = " ".join(capsys.readouterr().out.split())
         assert "--data.angles ANGLES Number of classes." in shown
-        assert "--head.LDA.shrinkage SHRINKAGE Share of the identity" in shown
+        assert "--head.LDA.shrinkage SHRINKAGE Weight of the identity" in shown
         return
     assert cli.main([*command, "--device=cpu"] if command[0] == "train" else command) == 0
     capsys.readouterr()

@@ -194,7 +194,7 @@ def test_images_may_come_one_by_one(kind: str, cache: bool) -> None:
         ("channels", "shape"),
         ("targets", "one class number"),
         ("shares", "one class number"),
-        ("numbers", "classes, from 0 on"),
+        ("numbers", "class numbers from 0 to 2"),
         ("names", "differently"),
         ("empty", "no training image of white"),
         ("other", "test lacks grey and train lacks white"),

@@ -172,8 +172,8 @@ class HeadConfig:
         not_negative("head.margin", self.margin)
         check(len({*self.also}) == len(self.also), "head.also", self.also, "without repetition")
         by_key = {_class_name(name): name for name in self.names}
-        alone = len(by_key) == len(self.names)
-        check(alone, "head.also", self.also, "read-outs whose classes have different names")
+        distinct = len(by_key) == len(self.names)
+        check(distinct, "head.also", self.also, "read-outs whose classes have different names")
         if strange := sorted(set(self.options) - set(by_key)):
             msg = f"head may hold options of its read-outs {', '.join(by_key)} only, got {strange}"
             raise ValueError(msg)
@@ -1148,7 +1148,7 @@ def _once(lines: dict[Any, int], key: Any, name: str, line: int) -> None:
     if key in lines:
         first, last = sorted((lines[key], line))
         where = f"on line {line}" if first == last else f"on lines {first} and {last}"
-        msg = f"the key {name!r} must occur only once, got it {where}; remove one"
+        msg = f"the key {name!r} must occur only once, got it twice, {where}; remove one"
         raise ValueError(msg)
     lines[key] = line
 

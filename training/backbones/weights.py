@@ -104,7 +104,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         # torch's message would advise running the code that the file contains.
         if path.suffix != ".safetensors" and not isinstance(error, OSError):
             reason = (
-                "it holds more than tensors, or is damaged. Save the model's state_dict() alone, "
+                "it holds more than tensors, or is damaged. Save only the model's state_dict(), "
                 "best as .safetensors."
             )
         raise _unusable(path, reason) from error

@@ -476,9 +476,10 @@ def listed_domains(root: Path) -> list[str]:
         split: {path.name.removesuffix(f"_{split}.txt") for path in root.glob(f"*_{split}.txt")}
         for split in ("train", "test")
     }
-    alone = names["train"] ^ names["test"]
-    if alone:
-        msg = f"{root} lacks one of the lists DOMAIN_train.txt and DOMAIN_test.txt of {some(alone)}"
+    incomplete = names["train"] ^ names["test"]
+    if incomplete:
+        lists = "DOMAIN_train.txt and DOMAIN_test.txt"
+        msg = f"{root} lacks one of the lists {lists} of {some(incomplete)}"
         raise FileNotFoundError(msg)
     return sorted(names["train"])
 

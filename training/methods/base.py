@@ -178,7 +178,7 @@ class Method:
         """Train on one mini-batch; ``loss(rows)`` is the mean loss over those rows of it.
 
         Takes a plain step or, with a ``radius``, a gradient-aligned one whose look-ahead has length
-        radius · u, u uniform in [0, 1). `LoDA.step` of the library does the same for LoDA alone.
+        radius · u, u uniform in [0, 1). `LoDA.step` is that step for LoDA without this package.
         """
         import torch
 
