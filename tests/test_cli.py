@@ -100,10 +100,13 @@ def test_the_help_of_train_shows_every_setting(shown: Callable[..., str]) -> Non
         assert f"\n  {own}" in options
 
 
-def test_arguments_that_are_no_settings_have_one_usage(refused: Callable[..., str]) -> None:
+def test_arguments_that_are_no_settings_have_one_usage(
+    refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
     for argv in (["--overwrite=true"], ["--overwrite", "--resume=x"], ["--allow=a.B"]):
         with pytest.raises(SystemExit):
             run_options(argv)
+        assert capsys.readouterr().err.count("usage: loda train [--config CONFIG]") == 1
     assert "--overwrite" in refused("sweep", "caltech101", "--out=x", "--dry-run", "--overwrite")
 
 

@@ -251,7 +251,7 @@ def test_bad_arguments_leave_with_status_2_and_are_named(
         ("--data folder", "data.root must be given"),
         ("--head.ridge.features 5", "head.also"),
         ("--train.speed 5", "train.speed.*lr"),
-        ("--overwrite", "loda train alone"),
+        ("--overwrite", "only loda train"),
     ],
 )
 def test_options_of_other_components_are_refused_with_a_cure(argv: str, named: str) -> None:

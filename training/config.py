@@ -834,14 +834,13 @@ _RUN_OPTIONS: dict[str, dict[str, Any]] = {
     "--resume": {
         "type": Path,
         "metavar": "RUN",
-        "help": "Go on with an interrupted run; only settings that change no result may differ",
+        "help": "Resume an interrupted run; only settings that do not affect its result may differ",
     },
     "--allow": {
         "action": "append",
         "default": [],
         "metavar": "CLASS",
-        "help": "With --resume: import path of a class of another package that the run may load; "
-        "may be repeated",
+        "help": "With --resume: import path of a third-party class that the run may load; repeatable",
     },
 }
 
@@ -862,11 +861,9 @@ def run_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.add_argument(name, **details)
     given, settings = parser.parse_known_args(argv)
     if given.resume is not None and given.overwrite:
-        parser.error(
-            "--overwrite begins a run anew and --resume goes on with one: give one of them"
-        )
+        parser.error("--overwrite starts over and --resume continues: give only one of them")
     if given.resume is None and given.allow:
-        parser.error("--allow is for --resume: what a command line names is allowed already")
+        parser.error("--allow works only with --resume: a command line may name any component")
     return given, settings
 
 
@@ -874,7 +871,7 @@ class _OnlyShown(argparse.Action):
     """An argument that the help explains and `run_options` reads; it is no setting."""
 
     def __call__(self, *_: Any) -> None:
-        raise argparse.ArgumentError(self, "it is for loda train alone; leave it out")
+        raise argparse.ArgumentError(self, "only loda train takes it; leave it out")
 
 
 # A report reads hundreds of experiments with equal components; building the parser is slowest.
