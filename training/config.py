@@ -840,7 +840,8 @@ _RUN_OPTIONS: dict[str, dict[str, Any]] = {
         "action": "append",
         "default": [],
         "metavar": "CLASS",
-        "help": "With --resume: import path of a third-party class that the run may load; repeatable",
+        "help": "With --resume: import path of a third-party class that the run may load; "
+        "repeatable",
     },
 }
 
