@@ -1,6 +1,7 @@
 """Metrics against a brute-force walk over single predictions."""
 
 import json
+from math import nan
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,7 +44,8 @@ def accuracy(classes: list[list[bool]], *, macro: bool) -> float:
 @given(stream=streams())
 def test_against_single_predictions(stream: tuple[list[int], list[list[list[bool]]]]) -> None:
     sizes, outcomes = stream
-    summary = build(sizes, outcomes).summary()
+    matrix = build(sizes, outcomes)
+    summary = matrix.summary()
     count = len(sizes)
     for prefix, macro in (("", False), ("macro_", True)):
         a = {}
@@ -53,18 +55,24 @@ def test_against_single_predictions(stream: tuple[list[int], list[list[list[bool
                 a[i, j] = accuracy(outcomes[i][begin : begin + sizes[j]], macro=macro)
                 begin += sizes[j]
         curve = [accuracy(row, macro=macro) for row in outcomes]
-        forgetting, transfer = 0.0, 0.0
+        forgotten, transfer = [], 0.0
         for j in range(count - 1):
             best = max(a[i, j] for i in range(j, count))
-            forgetting += (best - a[count - 1, j]) / (count - 1)
+            forgotten.append(best - a[count - 1, j])
             transfer += (a[count - 1, j] - a[j, j]) / (count - 1)
         assert summary[f"{prefix}last"] == pytest.approx(curve[-1])
         assert summary[f"{prefix}average"] == pytest.approx(sum(curve) / count)
-        assert summary[f"{prefix}forgetting"] == pytest.approx(forgetting)
+        assert summary[f"{prefix}forgetting"] == pytest.approx(sum(forgotten) / max(count - 1, 1))
         assert summary[f"{prefix}backward_transfer"] == pytest.approx(transfer)
         if not macro:
             flat = {(i, j): v for i, row in enumerate(summary["matrix"]) for j, v in enumerate(row)}
             assert flat == pytest.approx(a)
+            assert matrix.forgetting_by_task == pytest.approx(forgotten)
+            old = [
+                accuracy(row[:-size], macro=False)
+                for size, row in zip(sizes[1:], outcomes[1:], strict=True)
+            ]
+            assert matrix.old_curve == pytest.approx([nan, *old], nan_ok=True)
 
 
 @given(stream=streams())

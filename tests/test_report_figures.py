@@ -122,11 +122,11 @@ def test_energies_are_drawn_by_layer_and_branch(analysed: Path) -> None:
 def test_losses_are_drawn_along_the_step_with_their_marks(analysed: Path) -> None:
     own, seen = panels(drawn(analysed)["loss-loda-task2"])
     for place, panel in enumerate((own, seen)):
-        lines = {c.label: c for c in panel.curves if c.line}
+        lines = {c.label: c for c in panel.curves if c.joined}
         assert lines["old tasks"].centre == [10 * place, 20 * place]
         assert lines["new task"].centre == [10 * place + 1, 20 * place + 1]
         assert list(lines["new task"].x) == [0.0, 1.5]
-        marks = [(c.label, c.x, c.centre) for c in panel.curves if not c.line]
+        marks = [(c.label, c.x, c.centre) for c in panel.curves if not c.joined]
         assert marks == [
             (label, [step], [step + 2 * place + age])
             for label, step in (("recalibrated", 0.5), ("merged, both branches", 0.25))

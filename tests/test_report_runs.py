@@ -75,7 +75,7 @@ def test_a_folder_of_hugging_face_is_known_by_its_name(tmp_path: Path) -> None:
 
 def test_a_seed_counts_once(tmp_path: Path) -> None:
     first, second = fake_run(tmp_path / "a"), fake_run(tmp_path / "b")
-    with pytest.raises(ValueError, match="seeds"):
+    with pytest.raises(ValueError, match="twice"):
         sections(first, second)
     assert list(sizes(f"one={first}", f"two={second}")) == ["one", "two"]
     assert len(find_runs([first, tmp_path / "a", first]).runs) == 1  # one folder, given twice
@@ -131,7 +131,7 @@ def test_a_sweep_says_what_belongs_together(tmp_path: Path) -> None:
     out = swept(tmp_path / "sweep")
     write_groups(out, {"methods": ["loda", "frozen"], "parts": ["loda", "plain"]})
     parts = sections(out)
-    assert [(s.part, list(s.groups), s.fresh) for s in parts] == [
+    assert [(s.part, list(s.groups), s.new_labels) for s in parts] == [
         ("methods", ["loda", "frozen"], ("loda", "frozen")),
         ("parts", ["loda", "plain"], ("plain",)),
         ("others", ["aligned"], ("aligned",)),
@@ -355,7 +355,7 @@ def test_no_file_is_overwritten_unasked(tmp_path: Path) -> None:
     write_bundle([*runs, *runs], out, overwrite=True)
     assert [r.path.name for r in find_runs([out]).runs] == ["a", "a-2"]
     for path in (tmp_path / "a" / "metrics.jsonl", tmp_path):
-        with pytest.raises(FileExistsError, match="stays"):
+        with pytest.raises(FileExistsError, match="not a bundle"):
             write_bundle(runs, path, overwrite=True)
 
 

@@ -19,9 +19,9 @@ from training.report.tables import escape_latex, report_tables
 BACKBONES = ("glyphs", "cifar_vit")
 
 
-def table(section: Section, title: str, against: str | None = None) -> Table:
+def table(section: Section, title: str, lead_of: str | None = None) -> Table:
     """The table whose title begins so."""
-    (chosen,) = [t for t in report_tables(section, against) if t.title.startswith(title)]
+    (chosen,) = [t for t in report_tables(section, lead_of) if t.title.startswith(title)]
     return chosen
 
 
@@ -175,7 +175,7 @@ def test_tables_load_no_torch(tmp_path: Path) -> None:
 def test_labels_are_checked(tmp_path: Path) -> None:
     fake_run(tmp_path / "a")
     with pytest.raises(ValueError, match="got sgd"):
-        Report.over([tmp_path], against="sgd")
+        Report.over([tmp_path], lead_of="sgd")
 
 
 NAMES = (

@@ -1,4 +1,4 @@
-"""Sweeps: what a file may say, what is planned and run, what goes on, what is left alone."""
+"""Sweeps: what a file may say, what is planned, run, resumed and left alone."""
 
 import os
 import shutil
@@ -26,15 +26,15 @@ from training.sweep import (
     Job,
     Outcome,
     Sweep,
-    can_go_on,
+    can_resume,
     finished,
+    job_state,
     packaged_sweeps,
     plan,
     read_groups,
     read_sweep,
     run_job,
     run_sweep,
-    standing,
     summarise,
     write_groups,
 )
@@ -203,7 +203,7 @@ class Fake(Children):
         return self.train(command[command.index("train") + 2], log)
 
     def train(self, source: str, log: Path) -> int:
-        if not source.endswith(".yaml"):  # the folder of a run that goes on
+        if not source.endswith(".yaml"):  # the folder of a resumed run
             Path(source, "summary.json").touch()
             return 0
         experiment = read_experiment(source)
@@ -263,7 +263,7 @@ def test_an_unfinished_run_without_a_checkpoint_starts_again(tmp_path: Path) -> 
     job, children = planned(tmp_path), Fake()
     begun(job.experiment)
     assert not finished(job)
-    assert not can_go_on(job)
+    assert not can_resume(job)
     assert run_job(job, tmp_path, children=children).status == "finished"
     assert finished(job)
     config = str(tmp_path / "logs" / "loda-seed0.yaml")
@@ -275,13 +275,13 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, own: str | None) -> None:
     settings = {"backbone": {"name": own}} if own else {}
     job, children = planned(tmp_path, **settings), Fake()
     interrupted(job)
-    assert can_go_on(job)
+    assert can_resume(job)
     # What decides nothing may differ.
     other = planned(tmp_path, **settings, **{"data.workers": 2, "checkpoint.steps": 9})
     assert run_job(other, tmp_path, children=children).status == "finished"
     allowed = [f"--allow={own}"] if own else []
     assert children.commands == [["--resume", str(job.folder), *allowed]]
-    assert not can_go_on(job)
+    assert not can_resume(job)
     assert finished(job)
 
 
@@ -314,7 +314,7 @@ def test_an_unfinished_run_goes_on_with_data_by_another_path(
     folder = ["--data=folder", "--data.resize=8"]
     interrupted(planned(tmp_path, *folder, f"--data.root={tmp_path / 'images'}"))
     monkeypatch.chdir(tmp_path)
-    assert can_go_on(planned(tmp_path, *folder, "--data.root=./images/../images"))
+    assert can_resume(planned(tmp_path, *folder, "--data.root=./images/../images"))
 
 
 def test_a_folder_with_another_run_is_left_alone(tmp_path: Path) -> None:
@@ -332,7 +332,7 @@ def test_a_finished_run_that_cannot_be_read_stops_no_other(tmp_path: Path) -> No
     (folder / "config.yaml").write_text("method: {", "utf-8")
     (folder / "summary.json").touch()
     jobs = plan(sweep, tmp_path)
-    assert [standing(job) for job in jobs] == ["unreadable", "to do"]
+    assert [job_state(job) for job in jobs] == ["unreadable", "to do"]
     said: list[str] = []
     outcomes = run_sweep(jobs, tmp_path, tell=said.append, children=Fake())
     assert [o.status for o in outcomes] == ["unreadable", "finished"]
@@ -626,14 +626,14 @@ def test_a_stopped_sweep_leaves_runs_that_go_on(root: Path, tmp_path: Path) -> N
     with started("-m", "training.cli", "sweep", path, f"--out={out}", *long) as process:
         wait_for((jobs[0].folder / "metrics.jsonl").is_file, process)
         # Meanwhile a second sweep would leave the run to the first.
-        assert [standing(job) for job in jobs] == ["running elsewhere", "to do"]
+        assert [job_state(job) for job in jobs] == ["running elsewhere", "to do"]
         owner = held_by(jobs[0].folder)
         assert run_job(jobs[0], out)[1::2] == ("running elsewhere", f"process {owner}")
         process.send_signal(signal.SIGTERM)
         printed, errors = process.communicate()
     assert process.returncode == 143, errors
     assert b"SIGTERM: stopping as soon as every run is saved" in errors
-    assert printed == b"loda, seed 0: stopped (the sweep goes on with it when started again)\n"
+    assert printed == b"loda, seed 0: stopped (start the sweep again to resume it)\n"
     assert held_by(jobs[0].folder) is None
-    assert can_go_on(jobs[0])
+    assert can_resume(jobs[0])
     assert not jobs[1].folder.exists()

@@ -242,7 +242,7 @@ def _is_first_process() -> bool:
 )
 def _sweep(arguments: argparse.Namespace) -> int:
     from training.config import keeps_nothing
-    from training.sweep import plan, read_sweep, run_sweep, standing, summarise, write_groups
+    from training.sweep import job_state, plan, read_sweep, run_sweep, summarise, write_groups
 
     if arguments.workers < 1:
         msg = f"--workers must be at least 1, got {arguments.workers}"
@@ -251,7 +251,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     jobs = plan(sweep, arguments.out, arguments.settings, only=arguments.only)
     if arguments.dry_run:
         for job in jobs:
-            print(f"{job.name}: {standing(job)} ({job.folder})")
+            print(f"{job.name}: {job_state(job)} ({job.folder})")
         return 0
     notes = dict.fromkeys(note for job in jobs for note in keeps_nothing(job.experiment))
     _say(*(f"loda sweep: {note}" for note in notes))
@@ -312,17 +312,13 @@ def _predict(arguments: argparse.Namespace) -> None:
     _arg("--out", type=Path, help="write everything to this folder"),
     _arg("--overwrite", action="store_true", help="replace the report in --out"),
     _arg("--figure", type=Path, help="draw accuracy over tasks to this PNG or SVG"),
-    _arg("--against", metavar="NAME", help="whose lead over the others is given (default: loda)"),
-    _arg(
-        "--baseline",
-        metavar="NAME",
-        help="the method relative to whose accuracy the others are drawn",
-    ),
+    _arg("--lead-of", metavar="NAME", help="show the lead of this method (default: loda)"),
+    _arg("--baseline", metavar="NAME", help="draw accuracies relative to this method"),
 )
 def _report(arguments: argparse.Namespace) -> None:
     from training.report import Report, comparison_figure, write_report
 
-    report = Report.over(arguments.runs, against=arguments.against, baseline=arguments.baseline)
+    report = Report.over(arguments.runs, lead_of=arguments.lead_of, baseline=arguments.baseline)
     if arguments.out is None:
         print(report.markdown(), end="")
     else:

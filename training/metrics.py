@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import nan
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # reports read accuracies without torch
@@ -202,6 +203,15 @@ class AccuracyMatrix:
         return [_accuracy(c, t, macro=False) for c, t in self._rows()]
 
     @property
+    def old_curve(self) -> list[float]:
+        """Accuracy over the classes of earlier tasks, after each task, per image; NaN at first."""
+        counts = [
+            (correct[:-size], total[:-size])
+            for size, (correct, total) in zip(self.sizes, self._rows(), strict=True)
+        ]
+        return [_accuracy(c, t, macro=False) if t else nan for c, t in counts]
+
+    @property
     def macro_curve(self) -> list[float]:
         """Accuracy over all classes seen, after each task, mean over classes."""
         return [_accuracy(c, t, macro=True) for c, t in self._rows()]
@@ -220,6 +230,11 @@ class AccuracyMatrix:
     def forgetting(self) -> float:
         """Mean over old tasks j of max_i a[i][j] - a[T-1][j], last row included; 0 for T = 1."""
         return _forgetting(self.matrix)
+
+    @property
+    def forgetting_by_task(self) -> list[float]:
+        """max_i a[i][j] - a[T-1][j] of each old task j; `forgetting` is their mean."""
+        return _forgetting_by_task(self.matrix)
 
     @property
     def backward_transfer(self) -> float:
@@ -298,8 +313,11 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _forgetting(a: list[list[float]]) -> float:
-    old = range(len(a) - 1)
-    return _mean([max(row[j] for row in a[j:]) - a[-1][j] for j in old])
+    return _mean(_forgetting_by_task(a))
+
+
+def _forgetting_by_task(a: list[list[float]]) -> list[float]:
+    return [max(row[j] for row in a[j:]) - a[-1][j] for j in range(len(a) - 1)]
 
 
 def _backward_transfer(a: list[list[float]]) -> float:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from training.metrics import AccuracyMatrix
 
-# Okabe and Ito's colours, told apart with any kind of colour vision. Their yellow is too pale on
-# white; a grey takes its place.
+# Okabe and Ito's colours can be told apart with any kind of colour vision. Their yellow is too pale
+# on white, so a grey replaces it.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8C8C8C")
 _MARKERS = "osD^vPX<>"
 _DASHES = ("-", "--", "-.", ":")  # for prints without colour
@@ -48,8 +48,8 @@ class Curve(NamedTuple):
         Edges of the band; empty for none.
     style : int
         Number of its colour, marker and dashes.
-    line : bool
-        Join the points.
+    joined : bool
+        Join the points by a line.
     """
 
     label: str
@@ -58,7 +58,7 @@ class Curve(NamedTuple):
     low: Sequence[float] = ()
     high: Sequence[float] = ()
     style: int = 0
-    line: bool = True
+    joined: bool = True
 
 
 class Panel(NamedTuple):
@@ -71,15 +71,15 @@ class Panel(NamedTuple):
     x, y : str
         Names of the axes, with their units.
     title : str
-        A line above.
+        Heading.
     ends : bool
         Write the last value beside the end of each curve.
-    whole : bool
-        The places are whole numbers, such as tasks.
+    integer_x : bool
+        The places are integers, such as tasks.
     log : bool
-        Logarithmic values.
-    level : float or None
-        Value at which a thin line crosses the panel.
+        Logarithmic scale of the values.
+    reference : float or None
+        Value at which a thin horizontal line is drawn.
     """
 
     curves: Sequence[Curve]
@@ -87,24 +87,24 @@ class Panel(NamedTuple):
     y: str
     title: str = ""
     ends: bool = False
-    whole: bool = True
+    integer_x: bool = True
     log: bool = False
-    level: float | None = None
+    reference: float | None = None
 
 
 def spread_curves(
     values: Mapping[str, Sequence[Sequence[float]]], *, first: int = 1
 ) -> list[Curve]:
-    """Mean over seeds with a band of one sample standard deviation, a curve a name.
+    """Mean over seeds with a band of one sample standard deviation; one curve per name.
 
     Parameters
     ----------
     values : mapping of str to sequence of sequences
-        Name -> one list a seed, of equal lengths. A name without seeds gives no curve, and no
+        Name -> one list per seed, of equal lengths. A name without seeds gives no curve, and no
         other curve takes its style.
     first : int
-        Place of the first value. A single value, as of a method that learns all at once, is put
-        at the last place of the longest curve.
+        Place of the first value. A single value, as from a method that learns all tasks at once,
+        is put at the last place of the longest curve.
 
     Raises
     ------
@@ -149,7 +149,7 @@ def line_figure(panels: Sequence[Panel], path: str | os.PathLike[str], *, title:
     path : path
         A PNG or SVG file; written whole or not at all.
     title : str
-        A line above.
+        Heading.
 
     Raises
     ------
@@ -186,8 +186,8 @@ def interval_figure(
     Parameters
     ----------
     series : mapping of str to DataFrame
-        What is compared, such as backbones, and in it a row a name: the difference ``lead`` and
-        the ends of its interval, ``low`` and ``high``, which are NaN where there is none.
+        What is compared, such as backbones -> one row per name: the difference ``lead`` and the
+        ends of its interval, ``low`` and ``high``, which are NaN where there is none.
     path : path
         A PNG or SVG file; written whole or not at all.
     x : str
@@ -235,7 +235,7 @@ def accuracy_figure(
     path : path
         A PNG or SVG file; written whole or not at all.
     title : str
-        A line above both parts.
+        Heading of both parts.
 
     Raises
     ------
@@ -278,7 +278,7 @@ def matrix_figure(rows: Sequence[Sequence[float]], path: str | os.PathLike[str])
     Raises
     ------
     ValueError
-        For no rows, or rows of other lengths.
+        If there are no rows, or their lengths are not 1, 2, and so on.
     """
     lengths = [len(row) for row in rows]
     if not rows or lengths != list(range(1, len(rows) + 1)):
@@ -291,7 +291,7 @@ def matrix_figure(rows: Sequence[Sequence[float]], path: str | os.PathLike[str])
 
 
 def line_style(number: int) -> dict[str, Any]:
-    """Colour, marker and dashes of a curve; 36 of them differ even without their colour.
+    """Colour, marker and dashes of a curve; 36 of them differ even without colour.
 
     Examples
     --------
@@ -310,7 +310,7 @@ def line_style(number: int) -> dict[str, Any]:
 def _draw_panel(axes: "Axes", panel: Panel) -> None:
     for curve in panel.curves:
         style = line_style(curve.style)
-        if not curve.line:
+        if not curve.joined:
             style |= {"ls": "none", "ms": 8}
         axes.plot(curve.x, curve.centre, label=_plain(curve.label), **style)
         if curve.low:
@@ -323,13 +323,13 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
-    if panel.level is not None:
-        axes.axhline(panel.level, color="#555555", lw=0.8, zorder=0)
+    if panel.reference is not None:
+        axes.axhline(panel.reference, color="#555555", lw=0.8, zorder=0)
     places = [x for curve in panel.curves for x in curve.x]
     if panel.ends:
         ends = [(c.centre[-1], line_style(c.style)["color"]) for c in panel.curves]
         _label_ends(axes, max(places), ends)
-    if panel.whole:
+    if panel.integer_x:
         _whole_numbers(axes, int(min(places)), int(max(places)), room=panel.ends)
     axes.set_xlabel(panel.x)
     axes.set_ylabel(panel.y)
@@ -396,7 +396,7 @@ def _open_frame(axes: "Axes", *, grid: Literal["x", "y"]) -> None:
 
 
 def _plain(text: str) -> str:
-    """Text as it is: matplotlib would read what stands between two dollars as a formula."""
+    """Text with dollars escaped: matplotlib would read what is between two as a formula."""
     return text.replace("$", r"\$")
 
 
@@ -424,7 +424,7 @@ def _save(figure: "Figure", path: str | os.PathLike[str], title: str = "") -> Pa
     if title:
         figure.suptitle(_plain(title), fontsize=12)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Without version, date and random names the file depends on the numbers alone.
+    # Without version, date and random names the file depends only on the numbers.
     unnamed: Any = dict.fromkeys(("Date", "Creator") if kind == "svg" else ("Software",))
     with rc_context({"svg.hashsalt": "loda"}):
         write_atomically(

@@ -1,7 +1,7 @@
 """Many runs: variants of an experiment times seeds, each run in a process of its own.
 
-What is done already is skipped, what was interrupted goes on, and a failure stops no other run. No
-run outlives its sweep, unless the sweep is killed outright.
+Finished runs are skipped, interrupted ones are resumed, and a failure does not stop the others. No
+run outlives its sweep unless the sweep itself is killed.
 """
 
 import os
@@ -47,7 +47,7 @@ from training.run_dir import (
 )
 
 Engine = Literal["processes", "slurm", "local"]
-Standing = Literal["done", "to do", "running elsewhere", "unreadable"]
+JobState = Literal["done", "to do", "running elsewhere", "unreadable"]
 Status = Literal[
     "done before", "finished", "failed", "unreadable", "running elsewhere", "stopped", "not started"
 ]
@@ -57,7 +57,7 @@ _LOGS = "logs"
 _PACKAGED = files("training") / "configs" / "sweeps"
 _SEED_MAX = 2**32 - 1
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
-_PAUSE = 0.2  # seconds between two looks at a job of submitit's
+_PAUSE = 0.2  # seconds between polls of a submitit job
 
 
 @dataclass(frozen=True)
@@ -70,22 +70,22 @@ class Sweep:
     Parameters
     ----------
     variants
-        By name: the settings in which the variant differs.
+        For each variant, by name, the settings in which it differs.
     seeds
         Seeds of class order and training.
     configs
         Configurations that all runs start from, as ``--config`` of ``loda train``.
     settings
-        Settings of all runs, over those of the configurations.
+        Settings of all runs; they override the configurations.
     slurm
-        What submitit asks the cluster for, such as {timeout_min: 600, gpus_per_node: 1}.
+        Parameters for submitit, such as {timeout_min: 600, gpus_per_node: 1}.
     groups
-        By title: the variants that a report shows together; one may be in several.
+        For each title, the variants that a report shows together; one may be in several groups.
 
     Raises
     ------
     ValueError
-        If something is not as it should be.
+        If a field is invalid.
     """
 
     variants: Mapping[str, Mapping[str, Any] | None]
@@ -137,7 +137,7 @@ class Job(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a run, where its output is, and what there is to say of it."""
+    """Outcome of a run: its status, its log file and, if there is one, a reason."""
 
     job: Job
     status: Status
@@ -146,7 +146,7 @@ class Outcome(NamedTuple):
 
 
 class UnreadableRunError(ValueError):
-    """A run is finished, but the record of its settings cannot be read."""
+    """A run is finished, but its config.yaml cannot be read."""
 
 
 def packaged_sweeps() -> list[str]:
@@ -231,7 +231,8 @@ def plan(
     ------
     ValueError
         If there is no such variant, settings of one are wrong, or a run's folder holds a run of
-        other settings. A finished run that cannot be read stops nothing: it fails in its turn.
+        other settings. A finished run that cannot be read does not raise here: it is reported as
+        failed when its turn comes.
     """
     unknown = sorted(set(only or ()) - set(sweep.variants))
     if unknown:
@@ -246,7 +247,7 @@ def plan(
             folder = out / name / f"seed{seed}"
             own = replace(experiment, seed=seed, out=str(folder))
             jobs.append(Job(f"{name}, seed {seed}", own, folder))
-            standing(jobs[-1])
+            job_state(jobs[-1])
     return jobs
 
 
@@ -257,17 +258,17 @@ def _experiment(sweep: Sweep, name: str, extra: Sequence[str]) -> Experiment:
     fixed += [x for x in extra if x.partition("=")[0] in ("--seed", "--out")]
     try:
         if fixed:
-            msg = f"{', '.join(fixed)}: the sweep itself sets seeds and folders; leave it out"
+            msg = f"{', '.join(fixed)}: the sweep sets seeds and folders itself; leave it out"
             raise ValueError(msg)
-        # What the command line says wins over the file, but a variant is what it is.
+        # The command line overrides the common settings of the sweep, not what defines a variant.
         return experiment_of(configs, given[0], extra, given[1])
     except ValueError as error:
         msg = f"variant {name}: {error}"
         raise ValueError(msg) from error
 
 
-def standing(job: Job) -> Standing:
-    """Where the run of a job stands.
+def job_state(job: Job) -> JobState:
+    """State of the run of a job.
 
     Raises
     ------
@@ -298,33 +299,34 @@ def finished(job: Job) -> bool:
     return True
 
 
-def can_go_on(job: Job) -> bool:
-    """Whether the folder of a job holds an unfinished run of its settings with a checkpoint.
+def can_resume(job: Job) -> bool:
+    """Whether the folder of a job holds an unfinished run with its settings and a checkpoint.
 
-    It then goes on as it was begun: settings that do not decide what is learned may differ.
+    It is resumed with the settings that it was started with; those that do not affect what is
+    learned may differ.
 
     Raises
     ------
     ValueError
-        If an unfinished run of other settings is there, or one whose settings cannot be read: it
-        could still go on, and is not replaced.
+        If an unfinished run with other settings is there, or one whose settings cannot be read. It
+        could still be resumed, so it is not replaced.
     """
     begun = (job.folder / CONFIG).is_file() and not is_finished(job.folder)
     if not begun or not has_checkpoint(job.folder):
         return False
-    # A run that goes on looks for its data where they were.
+    # A resumed run looks for its data in the old place.
     _require_same(job, "an unfinished run", {*NEUTRAL} - {"data.root"})
     return True
 
 
 def _require_same(job: Job, what: str, ignored: Collection[str]) -> None:
-    """Refuse what the folder of a job holds if its settings are others, or cannot be read."""
+    """Raise if the run in the folder of a job has other settings, or ones that cannot be read."""
     done = is_finished(job.folder)
     try:
         recorded = read_experiment(job.folder / CONFIG)
         differing = differing_settings(recorded, as_recorded(effective(job.experiment)))
     except (ValueError, OSError) as error:
-        msg = f"{job.folder} holds {what} that cannot be read, move it away: {error}"
+        msg = f"{job.folder} holds {what} that cannot be read ({error}): move it away"
         raise (UnreadableRunError if done else ValueError)(msg) from error
     differing = [name for name in differing if name not in ignored]
     if done and "backbone.weights" in differing and _same_weights(job):
@@ -348,7 +350,7 @@ def _same_weights(job: Job) -> bool:
 
 @lru_cache(maxsize=16)
 def _digest(path: Path, modified: int) -> str:
-    """Hash of a file: many runs ask for that of the same one."""
+    """Hash of a file, cached because many runs ask for the same one."""
     del modified
     return file_sha256(path)
 
@@ -365,9 +367,9 @@ def run_sweep(
 ) -> list[Outcome]:
     """Run every job that is not done yet, each in a process of its own.
 
-    A run that was begun and not finished goes on from its newest checkpoint. A failed run leaves
-    its log, and the others go on. A run that another process is at is left to it, and looked at
-    once more in the end. SIGTERM, SIGHUP or Ctrl-C stop the runs, which save themselves first.
+    An unfinished run is resumed from its newest checkpoint. A failed run leaves its log, and the
+    others continue. A run held by another process is left to it, and checked once more at the end.
+    SIGTERM, SIGHUP or Ctrl-C stop the runs, which save themselves first.
 
     Parameters
     ----------
@@ -378,14 +380,14 @@ def run_sweep(
     workers : int
         Runs at a time on this machine; the cores are shared out evenly.
     engine : str
-        ``processes`` (on this machine), ``slurm`` (submitit, on a cluster: a job a run) or
+        ``processes`` (on this machine), ``slurm`` (submitit, on a cluster: one job per run) or
         ``local`` (submitit without a cluster).
     slurm : mapping, optional
         Parameters of the cluster jobs.
     tell : callable
-        Receives a line as runs end.
+        Called with one line whenever a run ends.
     children : Children, optional
-        What starts the processes on this machine.
+        Starts the processes on this machine; a new one by default.
 
     Returns
     -------
@@ -406,10 +408,10 @@ def run_sweep(
 
     with children or Children() as children:
         if engine == "processes":
-            outcomes = _side_by_side(jobs, out, workers, children, told)
+            outcomes = _run_here(jobs, out, workers, children, told)
             elsewhere = [o.job for o in outcomes if o.status == "running elsewhere"]
             if elsewhere and len(elsewhere) < len(jobs) and children.stopped is None:
-                again = _side_by_side(elsewhere, out, workers, children, told)
+                again = _run_here(elsewhere, out, workers, children, told)
                 newer = {o.job.folder: o for o in again}
                 outcomes = [newer.get(o.job.folder, o) for o in outcomes]
         else:
@@ -420,7 +422,7 @@ def run_sweep(
 
 
 def summarise(outcomes: Sequence[Outcome]) -> tuple[list[str], list[str]]:
-    """What became of the runs of a sweep, in lines; first those that are no failure."""
+    """Summary of a sweep: lines about successes, and lines about failures."""
 
     def line(title: str, *kinds: Status) -> list[str]:
         names = [
@@ -431,7 +433,7 @@ def summarise(outcomes: Sequence[Outcome]) -> tuple[list[str], list[str]]:
     done = sum(outcome.status in ("done before", "finished") for outcome in outcomes)
     told = [f"{done} of {len(outcomes)} runs are done"]
     told += line("running elsewhere", "running elsewhere")
-    # A job of a cluster may be stopped there, and the sweep not.
+    # A job may be stopped by the cluster while the sweep continues.
     failures = line("stopped", "stopped", "not started") + line("failed", "failed", "unreadable")
     return told, failures
 
@@ -440,12 +442,12 @@ def run_job(
     job: Job, out: Path, threads: int | None = None, children: "Children | None" = None
 ) -> Outcome:
     """Run one job in a process of its own, unless it is done; output goes to its log."""
-    if children is None:  # in a process of submitit's, which gets signals of its own
+    if children is None:  # in a submitit process, which receives signals itself
         with Children() as own:
             return run_job(job, out, threads, own)
     log = _log(job, out)
     try:
-        # The lock first: whoever held it may be done by the time of the second look.
+        # Check the lock first: its holder may finish between the two checks.
         owner = held_by(job.folder)
         if owner is not None:
             return Outcome(job, "running elsewhere", log, f"process {owner}")
@@ -460,8 +462,8 @@ def run_job(
 class Children:
     """Starts processes and waits for them; within a ``with`` block, signals are passed on.
 
-    The first SIGINT, SIGTERM or SIGHUP to this process is passed on as SIGTERM, at which a run
-    saves itself and ends; so is the next one, at which it ends at once.
+    The first SIGINT, SIGTERM or SIGHUP to this process is passed on as SIGTERM, on which a run
+    saves itself and ends. The second one is passed on too, and ends it at once.
 
     Attributes
     ----------
@@ -479,7 +481,7 @@ class Children:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None:  # threads that still run begin nothing new
+        if error is not None:  # running threads must not start another job
             self.stopped = self.stopped or signal.SIGTERM
         self._terminate()
         for child in list(self._running):
@@ -530,20 +532,20 @@ class Children:
 
 def _train(job: Job, log: Path, threads: int | None, children: Children) -> Outcome:
     log.parent.mkdir(parents=True, exist_ok=True)
-    resumed = can_go_on(job)
+    resumed = can_resume(job)
     if resumed:
         arguments = ["--resume", str(job.folder)]
-        # The sweep names its classes on purpose; the file of a run may not.
+        # The sweep itself names these classes, so they are trusted; the recorded file alone is not.
         arguments += [f"--allow={name}" for name in foreign_classes(job.experiment)]
     else:
         config = log.with_suffix(".yaml")
         write_text(config, dump_experiment(job.experiment))
-        # The folder is the sweep's own: what a run left there that cannot go on is replaced.
+        # The folder belongs to the sweep: an unfinished run that cannot be resumed is overwritten.
         arguments = ["--config", str(config), "--overwrite"]
     environment = dict(os.environ)
     if threads is not None:
         environment.setdefault("OMP_NUM_THREADS", str(threads))
-    # -P: a folder called training where the sweep was started is not ours.
+    # -P: never import a folder called `training` from the working directory.
     command = [sys.executable, "-P", "-m", "training.cli", "train", *arguments]
     status = children.run(command, log, environment, append=resumed)
     if status == 0:
@@ -551,12 +553,12 @@ def _train(job: Job, log: Path, threads: int | None, children: Children) -> Outc
     if children.stopped is not None:
         return Outcome(job, "stopped", log)
     owner = held_by(job.folder)
-    if owner is not None:  # another process began the run while ours was started
+    if owner is not None:  # another process took the run while ours was starting
         return Outcome(job, "running elsewhere", log, f"process {owner}")
     return Outcome(job, "failed", log, _last_line(log))
 
 
-def _side_by_side(
+def _run_here(
     jobs: Sequence[Job],
     out: Path,
     workers: int,
@@ -584,7 +586,7 @@ def _submitted(
     try:
         import submitit
     except ModuleNotFoundError as error:
-        msg = "the engine slurm needs submitit: pip install 'loda[slurm]'"
+        msg = f"the engine {engine} needs submitit: pip install 'loda[slurm]'"
         raise ModuleNotFoundError(msg) from error
     if engine == "slurm" and shutil.which("srun") is None:
         msg = (
@@ -603,7 +605,7 @@ def _submitted(
         while not handle.done() and children.stopped is None:
             time.sleep(_PAUSE)
         if children.stopped is not None:
-            if engine == "local":  # jobs of a cluster go on without us
+            if engine == "local":  # cluster jobs continue without us
                 for other in waiting:
                     other.cancel()
             return
@@ -618,7 +620,7 @@ def _log(job: Job, out: Path) -> Path:
 
 
 def _last_line(log: Path) -> str:
-    """The last line of a log that says anything."""
+    """The last non-empty line of a log."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "no output"
@@ -628,7 +630,7 @@ def _hint(outcome: Outcome) -> str:
     if outcome.status == "failed":
         return f" ({outcome.reason}; log: {outcome.log})"
     if outcome.status == "stopped":
-        return " (the sweep goes on with it when started again)"
+        return " (start the sweep again to resume it)"
     return f" ({outcome.reason})" if outcome.reason else ""
 
 
@@ -643,7 +645,7 @@ def _is_folder_name(name: Any) -> bool:
 
 
 def _is_part(names: Any, variants: Mapping[str, Any]) -> bool:
-    """Whether names are some of the variants, each once."""
+    """Whether names is a non-empty list of different variants."""
     return _is_list_of_texts(names) and {*names} <= {*variants} and len({*names}) == len(names) > 0
 
 

@@ -27,7 +27,7 @@ _LAST_STEP = 1.5
 
 
 class Analysis(NamedTuple):
-    """The file that was written, and why a part of it is missing."""
+    """The file that was written, and why parts of it are missing."""
 
     path: Path
     notes: list[str]
@@ -44,7 +44,7 @@ def analyse(
 ) -> Analysis:
     """Write ``analysis.json`` beside a run: energies of its subspaces, losses along its updates.
 
-    What an earlier analysis wrote of other parts and tasks stays in the file.
+    Results of an earlier analysis for other parts and tasks stay in the file.
 
     Parameters
     ----------
@@ -52,8 +52,8 @@ def analyse(
         A finished run of ``loda`` or ``null_lora``. Both parts need what ``keep.branches`` and
         ``keep.moments`` keep, ``losses`` also what ``keep.heads`` keeps, and the data.
     parts : sequence of str
-        ``subspaces``, ``losses`` or both. One for which the run kept too little, or has no
-        direction to follow, is left out.
+        ``subspaces``, ``losses`` or both. A part is left out if the run kept too
+        little for it, or has no direction to follow.
     tasks : sequence of int, optional
         Tasks to take losses of, counted from 1; by default the second, the middle and the last
         one.
@@ -71,13 +71,13 @@ def analyse(
     Raises
     ------
     FileNotFoundError
-        If the folder is no finished run, or kept too little for every part.
+        If the folder is not a finished run, or kept too little for every part.
     ValueError
         If the run used another method, or has no such task.
     """
     settings = read_settings(path, allow=allow)
     if not (path / SUMMARY).is_file():
-        msg = f"{path} holds no finished run: {SUMMARY} not there"
+        msg = f"{path} holds no finished run: {SUMMARY} missing"
         raise FileNotFoundError(msg)
     classes = read_json(path / CLASSES)
     with readable(path / CLASSES):
@@ -90,13 +90,13 @@ def analyse(
     why = {part: f"was trained without {lacking}" for part, lacking in lacks.items() if lacking}
     if "losses" in parts and settings.branches == "isolated":
         why["losses"] = "has no general branch after its first task: no direction to follow"
-    # One part that cannot be computed does not keep the other from being written.
+    # If one part cannot be computed, the other is still written.
     notes = [f"{part} left out: {path} {reason}" for part, reason in why.items()]
     if len(notes) == len(parts):
         raise (FileNotFoundError if all(lacks.values()) else ValueError)("; ".join(notes))
     file = path / ANALYSIS
     content: dict[str, Any] = dict.fromkeys(PARTS)
-    # Losses take long: those of other tasks are not computed again.
+    # Losses are slow to compute: those of other tasks are kept.
     earlier = read_json(file) if file.is_file() else content
     with readable(file):
         content = {part: earlier[part] for part in PARTS}
@@ -115,20 +115,20 @@ def analyse(
 
 
 def _tasks(path: Path, count: int, tasks: Sequence[int] | None) -> list[int]:
-    """The tasks as asked for, or by default some."""
+    """The given tasks, or by default the second, the middle and the last one."""
     if count < 2:
-        msg = f"{path} learned a single task: there is no past to compare with"
+        msg = f"{path} learned a single task: there is no earlier one to compare with"
         raise ValueError(msg)
     if tasks is None:
         return sorted({2, count // 2 + 1, count})
     if not tasks or not all(2 <= task <= count for task in tasks):
-        msg = f"tasks must be from 2 (the first one has no past) to {count}, got {list(tasks)}"
+        msg = f"tasks must be from 2 (the first one has no old tasks) to {count}, got {list(tasks)}"
         raise ValueError(msg)
     return sorted(set(tasks))
 
 
 def _missing(path: Path, names: Sequence[str], count: int) -> list[str]:
-    """Switches of ``keep`` that were off: some task lacks its file."""
+    """Switches of ``keep`` that were off, to judge by missing files."""
     return [
         f"--keep.{name} true"
         for name in names

@@ -28,7 +28,7 @@ _AGES = ("old", "new")
 _CANDIDATES = ("own", "seen")
 
 Tensors = dict[str, Tensor]
-"""One tensor a layer, by its name."""
+"""One tensor per layer, by its name."""
 
 
 def loss_landscape(
@@ -43,10 +43,10 @@ def loss_landscape(
 
     The points are :math:`W + \alpha w_G B_G A_G` for the given steps α, with W the weights before
     the task, and two marks: ``recalibrated``, :math:`W + w_G B_G \Lambda A_G`, and ``merged``, the
-    model after the task with both branches. A mark has no α of its own; its ``step`` is that of
-    the point of the line with the nearest outputs on the new task's inputs,
+    model after the task with both branches. A mark has no α of its own: its ``step`` is that of
+    the point of the line whose outputs on the new task's inputs are nearest,
     :math:`\operatorname{tr}(B\Lambda A S A^\top B^\top) / \operatorname{tr}(B A S A^\top B^\top)`
-    with S their moment, both traces summed over layers: the share of the branch's effect on the
+    with S their moment, both traces summed over layers: the part of the branch's effect on the
     new task that is kept. The heads are those after the task. ``own`` is the loss among the classes
     of an image's own task, as in training; ``seen`` that among all classes seen.
 
@@ -55,7 +55,7 @@ def loss_landscape(
     path : Path
         A finished run of LoDA with ``keep.branches``, ``keep.moments`` and ``keep.heads``.
     tasks : sequence of int
-        Counted from 1; not the first one, which has no past.
+        Counted from 1; not the first one, which has no old tasks.
     steps : sequence of float
         Values of α.
     root : str, optional
@@ -66,15 +66,16 @@ def loss_landscape(
     Returns
     -------
     list of dict
-        A task each: ``task``, ``step``, ``own`` and ``seen`` with ``old`` and ``new`` losses at
+        One per task: ``task``, ``step``, ``own`` and ``seen`` with ``old`` and ``new`` losses at
         every step, and ``marks``.
 
     Raises
     ------
     FileNotFoundError
-        If the folder is no run, or lacks branches, moments or heads.
+        If the folder is not a run, or lacks branches, moments or heads.
     ValueError
-        If the run has no general branch, the data have other classes now, or a file is damaged.
+        If the run has no general branch, the classes of the data have changed, or a file is
+        damaged.
 
     Notes
     -----
@@ -97,14 +98,14 @@ def loss_landscape(
             file = task_file(path, update.task, "heads")
             with readable(file):
                 heads.load_state_dict(read_finite(file))
-            line = _Line(model.to(accelerator.device), update, _new_moments(path, update))
+            line = _UpdateLine(model.to(accelerator.device), update, _new_moments(path, update))
             heads.eval().to(accelerator.device)
             landscapes.append(_measure(line, steps, heads, experiment, stream, accelerator))
     return landscapes[::-1]
 
 
 class TaskUpdate(NamedTuple):
-    """What a task did to the weights of the adapted layers, each by layer, in float64.
+    """Updates of the adapted layers in one task, by layer, in float64.
 
     Attributes
     ----------
@@ -130,7 +131,7 @@ class TaskUpdate(NamedTuple):
 def task_updates(
     path: Path, settings: LoDASettings, final: Mapping[str, Tensor], tasks: int
 ) -> Iterator[TaskUpdate]:
-    """Updates of the tasks from the last to the first, each taken off the weights in turn.
+    """Updates of the tasks from the last to the first, each subtracted from the weights in turn.
 
     Parameters
     ----------
@@ -139,18 +140,18 @@ def task_updates(
     settings : LoDASettings
         Of the run.
     final : mapping of str to Tensor, shape (O, D)
-        Final weights by name of the adapted layer; other layers may be there too.
+        Final weights by name of the adapted layer; may hold other layers too.
     tasks : int
         Number of tasks.
 
     Raises
     ------
     FileNotFoundError
-        If the branches of a task are not there.
+        If the branches of a task are missing.
     ValueError
-        If they are damaged or not those of the model.
+        If they are damaged or do not belong to the model.
     """
-    # A run saves no earlier weights, only the last ones and what each task added to them.
+    # A run saves only its last weights, and what each task added to them.
     now: Tensors = {}
     for task in range(tasks, 0, -1):
         layers = read_task(path, task, "branches")
@@ -174,7 +175,7 @@ def _layer_update(settings: LoDASettings, layer: Layer) -> Tensors:
     products = {name: ups[name] @ downs[name] for name in branches}
     update = {"general": products["general"]} if "general" in products else {}
     coefficients = tensors.get("coefficients")
-    # A joint Λ mixes the branches: there is no recalibrated general branch by itself.
+    # A joint Λ mixes the branches: the general one is not recalibrated by itself.
     if coefficients is not None and settings.joint:
         up, down = torch.cat(list(ups.values()), dim=1), torch.cat(list(downs.values()))
         return {**update, "whole": up @ coefficients @ down}
@@ -186,7 +187,7 @@ def _layer_update(settings: LoDASettings, layer: Layer) -> Tensors:
 
 
 def _new_moments(path: Path, update: TaskUpdate) -> Tensors:
-    """Moments of the task's inputs: those that the recalibration used, if it did."""
+    """Moments of the task's inputs: those used by the recalibration, if there was one."""
     layers = read_task(path, update.task, "moments")
     with readable(task_file(path, update.task, "moments")):
         moments = {name: layers[name] for name in update.before}
@@ -196,22 +197,22 @@ def _new_moments(path: Path, update: TaskUpdate) -> Tensors:
         }
 
 
-class _Line:
-    """A model whose adapted layers are put at points of a line, and at marks beside it."""
+class _UpdateLine:
+    """A model whose adapted layers can be set to points of a line, and to marks beside it."""
 
     def __init__(self, model: nn.Module, update: TaskUpdate, moments: Tensors) -> None:
         self.model, self.task = model.eval(), update.task
         self.weights = {name: model.get_parameter(f"{name}.weight") for name in update.before}
         self.before, self.general = self._like(update.before), self._like(update.general)
         self.marks = {"merged": self._like(update.whole)}
-        self.place = 1.0
+        self.mark_step = 1.0
         if update.recalibrated:
             self.marks = {"recalibrated": self._like(update.recalibrated), **self.marks}
-            self.place = _nearest(update.recalibrated, update.general, moments)
+            self.mark_step = _nearest(update.recalibrated, update.general, moments)
 
     @torch.no_grad()
     def points(self, steps: Sequence[float]) -> Iterator[str | int]:
-        """Put the model at each step, then at each mark, and name it."""
+        """Set the model to each step, then to each mark, and yield its number or name."""
         for number, step in enumerate(steps):
             for name, weight in self.weights.items():
                 weight.copy_(self.before[name] + step * self.general[name])
@@ -226,7 +227,7 @@ class _Line:
 
 
 def _measure(
-    line: _Line,
+    line: _UpdateLine,
     steps: Sequence[float],
     heads: CosineHeads,
     experiment: Experiment,
@@ -244,7 +245,7 @@ def _measure(
             count = int(rows.sum())
             if count:
                 counts[age] += count
-                # To move the weights costs less than to decode and load the images once more.
+                # Moving the weights costs less than decoding and loading the images again.
                 for point in line.points(steps):
                     with accelerator.autocast(), torch.no_grad():
                         features = line.model(pixels[rows])
@@ -264,7 +265,7 @@ def _measure(
             for among, points in curves.items()
         },
         "marks": {
-            mark: {"step": line.place, **{among: at(among, mark) for among in _CANDIDATES}}
+            mark: {"step": line.mark_step, **{among: at(among, mark) for among in _CANDIDATES}}
             for mark in line.marks
         },
     }
@@ -287,7 +288,7 @@ def _losses(
 
 
 def _nearest(moved: Tensors, direction: Tensors, moments: Tensors) -> float:
-    """Step of the point of the line with the nearest outputs; 1 where none changes any."""
+    """Step of the point of the line with the nearest outputs; 1 if the line changes no output."""
     outputs = {name: direction[name] @ moment for name, moment in moments.items()}
     along = sum(float((moved[name] * output).sum()) for name, output in outputs.items())
     length = sum(float((direction[name] * output).sum()) for name, output in outputs.items())

@@ -1,4 +1,4 @@
-"""A finished run as a classifier: predict images of one's own, evaluate it again on its data."""
+"""A finished run as a classifier: predict your own images, evaluate it again on its data."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -79,7 +79,7 @@ class Classifier:
 
     @torch.no_grad()
     def logits(self, images: Tensor, readout: str | None = None) -> Tensor:
-        """Scores (N, classes) of images that are transformed already.
+        """Scores (N, classes) of already transformed images.
 
         Parameters
         ----------
@@ -118,7 +118,7 @@ class Classifier:
         images : sequence of paths
             BMP, GIF, JPEG, JPEG 2000, PNG, PPM, TIFF or WebP files.
         top : int, default 1
-            Classes an image.
+            Number of classes per image.
         readout : str, optional
             A read-out of the run; the primary one by default.
 
@@ -165,7 +165,7 @@ def load(
         Where the model and its read-outs go, ``"cuda"`` say.
     allow : sequence of str
         Import paths of classes of other packages that the run may load: a run may come from
-        anybody, and importing a class runs code.
+        anybody, and importing a class runs its code.
 
     Returns
     -------
@@ -193,11 +193,11 @@ def load(
         raise FileNotFoundError(msg)
     missing = [n for n in (CONFIG, CLASSES, MODEL, READOUTS_FILE) if not (folder / n).is_file()]
     if missing:
-        msg = f"{folder} holds no finished run: {', '.join(missing)} not there"
+        msg = f"{folder} holds no finished run: {', '.join(missing)} missing"
         raise FileNotFoundError(msg)
     experiment = read_experiment(folder / CONFIG, allow)
     classes, _ = read_classes(folder)
-    with seeded(0):  # the random weights of the new model are overwritten at once
+    with seeded(0):  # the random initial weights are overwritten at once
         backbone = build_backbone(experiment.backbone, initialise=False)
     weights = read_finite(folder / MODEL)
     with readable(folder / MODEL):
@@ -206,7 +206,7 @@ def load(
     with readable(folder / READOUTS_FILE):
         readouts = {x.name: x.load(nested(tensors, x.name)) for x in wanted}
         for name, readout in readouts.items():
-            # Only a try says whether tensors fit the features and the classes.
+            # Only trying shows whether the tensors fit the features and the classes.
             count = readout.logits(torch.ones(1, backbone.features)).shape[1]
             if count != len(classes):
                 msg = f"the read-out {name!r} has {count} classes, {CLASSES} has {len(classes)}"
@@ -215,7 +215,7 @@ def load(
 
 
 def read_classes(folder: Path) -> tuple[list[str], list[int]]:
-    """Names of the classes of a run in the order of learning, and their places in the data set."""
+    """Names of the classes of a run in the order of learning, and their labels in the data set."""
     content = read_json(folder / CLASSES)
     with readable(folder / CLASSES):
         return [str(name) for name in content["class_names"]], list(content["order"])
@@ -224,7 +224,7 @@ def read_classes(folder: Path) -> tuple[list[str], list[int]]:
 def evaluate_run(
     folder: Path, *, root: str | None = None, allow: Sequence[str] = ()
 ) -> dict[str, dict[str, Any]]:
-    """Evaluate the saved model of a run on all its classes, from weights and data alone.
+    """Evaluate the saved model of a run on all its classes, from its weights and data only.
 
     Parameters
     ----------
@@ -269,7 +269,7 @@ def evaluate_run(
 def set_up(
     folder: Path, experiment: Experiment, *, root: str | None = None
 ) -> tuple[Stream, Accelerator]:
-    """The data of a run and the device that it asks for; its number of threads is set.
+    """The data of a run and the device of its settings; also sets its number of threads.
 
     Parameters
     ----------
@@ -292,16 +292,16 @@ def set_up(
         data = replace(data, options={**data.options, "root": root})
     stream = build_stream(data, experiment.seed)
     if (stream.class_names, stream.order) != read_classes(folder):
-        msg = f"the data set has other classes now than when {folder} was trained"
+        msg = f"the classes of the data set have changed since {folder} was trained; check --root"
         raise ValueError(msg)
-    # Nothing is logged, so the tracker of the run need not be installed.
+    # Nothing is logged, so the run's tracker need not be installed.
     return stream, make_accelerator(experiment.device, experiment.precision)
 
 
 def evaluation_batches(
     images: ImageSet, experiment: Experiment, device: torch.device
 ) -> Iterable[tuple[Tensor, Tensor]]:
-    """Batches of images under the test transform, in their order."""
+    """Batches of images, in order, under the test transform."""
     return loader(
         images.with_transform(test_transform(experiment.data)),
         experiment.train.eval_batch_size,

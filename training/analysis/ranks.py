@@ -1,4 +1,4 @@
-"""How many directions each layer of a run would need, from the moments that it saved."""
+"""How many directions each layer of a run would need, from the moments that it kept."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,9 +27,9 @@ def layer_ranks(path: Path, shares: Sequence[float]) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        A row a ``task`` (from 1) and ``layer``. ``energy 0.9`` is the smallest rank of the general
-        subspace that carries 0.9 of the energy, ``ratio 0.9`` that of the isolated one, which has
-        none on the first task; ``energy at 16`` and ``ratio at 16`` are the shares that the rank
+        One row per ``task`` (from 1) and ``layer``. ``energy 0.9`` is the smallest rank of the
+        general subspace that carries 0.9 of the energy, ``ratio 0.9`` that of the isolated one,
+        absent on the first task; ``energy at 16`` and ``ratio at 16`` are the shares that the rank
         of the run (16, say) reaches.
 
     Raises
@@ -62,13 +62,13 @@ def layer_ranks(path: Path, shares: Sequence[float]) -> pd.DataFrame:
                         row[f"{of} {share:g}"] = int(choice.rank)
                     row[f"{of} at {settings.rank}"] = float(choice.curve[settings.rank - 1])
             rows.append(row)
-    # Whole numbers stay whole where the first task has none.
+    # Keep integers although the first task has none in some columns.
     ranks = pd.DataFrame(rows).convert_dtypes()
     return ranks[sorted(ranks.columns, key=lambda name: " at " in name)]
 
 
 def rank_table(ranks: pd.DataFrame) -> str:
-    """Aligned plain text of what :func:`layer_ranks` returns, and the largest ranks below."""
+    """The result of :func:`layer_ranks` as aligned text, with the largest ranks below."""
     largest = ranks.drop(columns=["task", "layer"]).select_dtypes("Int64").max()
     text = ranks.map(lambda x: "" if pd.isna(x) else f"{x:.4f}" if isinstance(x, float) else str(x))
     last = ["all", "largest", *(str(largest.get(name, "")) for name in ranks.columns[2:])]

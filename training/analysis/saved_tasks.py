@@ -1,4 +1,4 @@
-"""What a run of LoDA saved of its tasks: moments with their history, branches, coefficients."""
+"""The files that a run of LoDA keeps of its tasks: moments, branches and coefficients."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ from training.run_dir import (
 
 Array = NDArray[Any]
 Layer = Mapping[str, Array]
-"""What is known of an adapted layer in one task, under the names of ``docs/verify.md``."""
+"""Arrays of an adapted layer in one task, under the names of ``docs/verify.md``."""
 
 # From the names that backends.torch.TaskRecord gives them.
 _NAMES = {
@@ -48,7 +48,7 @@ class SavedTask(NamedTuple):
     layers : dict of str to Layer
         The adapted layers by name.
     history : dict of str to History
-        By layer, as the task began; empty on the first task.
+        By layer, at the start of the task; empty on the first task.
     """
 
     number: int
@@ -57,7 +57,7 @@ class SavedTask(NamedTuple):
 
 
 def read_settings(path: Path, *, allow: Sequence[str] = ()) -> LoDASettings:
-    """Settings of LoDA that a run trained under; ``null_lora`` is LoDA under some of them.
+    """Settings of LoDA of a run; ``null_lora`` is LoDA with some of them fixed.
 
     Parameters
     ----------
@@ -69,9 +69,9 @@ def read_settings(path: Path, *, allow: Sequence[str] = ()) -> LoDASettings:
     Raises
     ------
     FileNotFoundError
-        If the folder is no run.
+        If the folder is not a run.
     ValueError
-        If the run used a method that chooses no subspaces by moments.
+        If the run used a method that does not choose subspaces by moments.
     """
     method = begun_experiment(path, allow).method
     if not (method.is_known and issubclass(method.kind, LoDAMethod)):
@@ -87,7 +87,7 @@ def read_settings(path: Path, *, allow: Sequence[str] = ()) -> LoDASettings:
 def saved_tasks(
     path: Path, settings: LoDASettings, *, branches: bool = False
 ) -> Iterator[SavedTask]:
-    """Read the moments of all tasks in order, each task with the history that it began with.
+    """Read the moments of all tasks in order, each with the history at its start.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ def saved_tasks(
             if not given or given != expected:
                 msg = f"moments must be of the layers {sorted(expected)}, got {sorted(given)}"
                 raise ValueError(msg)
-            # Its own moments enter the history of the tasks after it.
+            # The moments of a task enter the history of later tasks only.
             yield SavedTask(number, layers, dict(history))
             for name, layer in layers.items():
                 moments = [layer[passes[through]] for through in settings.passes()]
@@ -135,7 +135,7 @@ def read_task(path: Path, number: int, *names: str) -> dict[str, Layer]:
     Raises
     ------
     FileNotFoundError
-        If one of the files is not there.
+        If one of the files is missing.
     ValueError
         If one of them is damaged; the message names it.
     """
@@ -150,7 +150,7 @@ def read_task(path: Path, number: int, *names: str) -> dict[str, Layer]:
 
 
 def task_file(path: Path, number: int, name: str) -> Path:
-    """Where a run keeps the ``moments``, ``branches`` or ``heads`` of a task, counted from 1."""
+    """Path of the ``moments``, ``branches`` or ``heads`` of a task, counted from 1."""
     return task_folder(path, number) / f"{name}.safetensors"
 
 
@@ -160,7 +160,7 @@ def read_finite(path: Path) -> dict[str, Tensor]:
     Raises
     ------
     FileNotFoundError
-        If it is not there.
+        If it is missing.
     ValueError
         If it cannot be read or holds NaN or infinite values; the message names it.
     """
@@ -173,12 +173,12 @@ def read_finite(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def natural(name: str) -> list[tuple[int, int, str]]:
+def natural_sort_key(name: str) -> list[tuple[int, int, str]]:
     """Sorting key under which layer 10 comes after layer 2.
 
     Examples
     --------
-    >>> sorted(["blocks.10.qkv", "blocks.2.qkv"], key=natural)
+    >>> sorted(["blocks.10.qkv", "blocks.2.qkv"], key=natural_sort_key)
     ['blocks.2.qkv', 'blocks.10.qkv']
     """
     parts = re.split(r"(\d+)", name)

@@ -14,7 +14,13 @@ from loda_math import (
     relative_energy,
     rounding_unit,
 )
-from training.analysis.saved_tasks import Array, natural, read_settings, saved_tasks, task_file
+from training.analysis.saved_tasks import (
+    Array,
+    natural_sort_key,
+    read_settings,
+    saved_tasks,
+    task_file,
+)
 from training.run_dir import readable
 
 
@@ -37,13 +43,13 @@ def subspace_energies(path: Path, *, allow: Sequence[str] = ()) -> list[dict[str
     Returns
     -------
     list of dict
-        A task each: its number, counted from 1, and by layer and subspace the measures. The ratio
+        One per task: its number, counted from 1, and the measures by layer and subspace. The ratio
         is None where the old tasks have no energy in the subspace, or none above rounding.
 
     Raises
     ------
     FileNotFoundError
-        If the folder is no run, or kept no moments and branches.
+        If the folder is not a run, or kept no moments and branches.
     ValueError
         If the run used a method without subspaces, or a file is damaged.
 
@@ -56,7 +62,9 @@ def subspace_energies(path: Path, *, allow: Sequence[str] = ()) -> list[dict[str
     for task in saved_tasks(path, settings, branches=True):
         layers = {}
         # The order of the layers in the figures; on the first task there is no history.
-        for name, history in sorted(task.history.items(), key=lambda item: natural(item[0])):
+        for name, history in sorted(
+            task.history.items(), key=lambda item: natural_sort_key(item[0])
+        ):
             layer = task.layers[name]
             with readable(task_file(path, task.number, "branches"), name):
                 new, old = layer["moment_new"].astype(np.float64), history.mean
@@ -79,7 +87,7 @@ def _measures(basis: Array, new: Array, old: Array) -> dict[str, float | None]:
         magnitude = math.sqrt(max(float(projection_energy(basis, moment)), 0.0))
         measures[f"{name}_magnitude"] = magnitude
     ratio = float(energy_ratio(basis, new, old))
-    # Below the rounding of the moment's Gram matrices there is no energy to speak of.
+    # An energy below the rounding of the moment's Gram matrices counts as none.
     if (measures["old_energy"] or 0.0) > len(old) * rounding_unit() and math.isfinite(ratio):
         measures["ratio"] = ratio
     return measures

@@ -1,4 +1,4 @@
-"""Every solution of a run, or of somebody's ``.npz`` file, against the exact one."""
+"""Compare every solution of a run, or of an ``.npz`` file, with the exact one."""
 
 import json
 import re
@@ -24,26 +24,26 @@ from loda_math.verify import (
     verify_recalibration,
     verify_subspace,
 )
-from training.analysis.saved_tasks import Array, Layer, natural, read_settings, saved_tasks
+from training.analysis.saved_tasks import Array, Layer, natural_sort_key, read_settings, saved_tasks
 from training.logging import aligned
 from training.run_dir import readable, require_plausible_archive
 
-# TASK/LAYER/NAME of an array in somebody's file.
+# TASK/LAYER/NAME of an array in an .npz file.
 _KEY = re.compile(
     r"([^/]+)/(.+)/(moment_(?:new|old|new_trained|old_at_merge)|coefficients|qkv_(?:before|after)"
     r"|A_general_init|[AB]_(?:general|isolated))"
 )
-# As published; of a file that says nothing else.
+# The published settings, which hold for a file unless it says otherwise.
 _PUBLISHED: dict[str, Any] = {"recalibration": "direction", "gamma": 3.0, "ridge": 0.0}
 
 
 class Check(NamedTuple):
-    """One line of the table; what does not apply is None.
+    """One line of the table; None stands for what does not apply.
 
     Attributes
     ----------
     task, layer, what : str
-        Where, and which solution.
+        Task, layer and name of the solution.
     passed : bool
         The verdict.
     defect : float or None
@@ -100,7 +100,9 @@ def verify(path: Path, *, tolerance: float = 1e-5) -> list[Check]:
         with readable(path, f"task {solution.task}, layer {solution.layer}"):
             checks += solution.checks(tolerance=tolerance)
     if not checks:
-        msg = f"{path} holds nothing to check: no bases beside the moments they were chosen from"
+        msg = (
+            f"{path} holds nothing to check: bases must come with the moments they were chosen from"
+        )
         raise ValueError(msg)
     return checks
 
@@ -114,9 +116,9 @@ class Solution:
     task, layer : str
         Their names.
     arrays : mapping of str to array
-        What is known, ``moment_new`` at least; ``docs/verify.md`` has the names and shapes.
+        Arrays of the layer, at least ``moment_new``; ``docs/verify.md`` has the names and shapes.
     settings : LoDASettings
-        What it claims to be computed under.
+        Settings under which it was computed.
     history_weight : float
         Weight of the old moment in the recalibration, a number.
     accumulation_eps : float
@@ -231,7 +233,7 @@ class Solution:
         return Check(self.task, self.layer, "merge", passed, None, error, None)
 
     def _implied(self) -> Array:
-        """Λ as the weights around the merge imply it."""
+        """Λ implied by the weights before and after the merge."""
         arrays = self.arrays
         change = arrays["qkv_after"].astype(np.float64) - arrays["qkv_before"]
         if "B_isolated" in arrays and not self.settings.joint:
@@ -242,12 +244,12 @@ class Solution:
         return implied
 
     def _at_merge(self) -> tuple[Array, Array, Array, Array]:
-        """What the recalibration takes: B, A and both moments at the merge."""
+        """Inputs of the recalibration: B, A and both moments at the merge."""
         old = self.arrays.get("moment_old_at_merge", self.old)
         return *self._stacked(self.recalibrated), self.arrays["moment_new_trained"], old
 
     def _stacked(self, branches: list[str]) -> tuple[Array, Array]:
-        """B, the weights included, and A of some branches side by side."""
+        """B, times the branch weights, and A of some branches, stacked."""
         ups, downs = ([self.arrays[f"{kind}_{name}"] for name in branches] for kind in "BA")
         up, down = stack_branches(ups, downs, [self.settings.weight(name) for name in branches])
         return up, down
@@ -276,21 +278,21 @@ def read_run(path: Path) -> Iterator[Solution]:
 
 
 def read_arrays(path: Path) -> Iterator[Solution]:
-    """Solutions in an ``.npz`` file of arrays ``TASK/LAYER/NAME``, as any code can write it.
+    """Solutions in an ``.npz`` file of arrays ``TASK/LAYER/NAME``, which any code can write.
 
-    Arrays of other names are not read, and what is not there is not checked. A string ``settings``
-    (JSON) may set any field of `LoDASettings` and `accumulation_eps`; by default they are as
-    published.
+    Arrays of other names are not read, and missing ones are not checked. A string ``settings``
+    (JSON) may set any field of `LoDASettings` and `accumulation_eps`; the defaults are the
+    published ones.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
     ValueError
-        If it is no ``.npz`` file, or its settings make no sense.
+        If it is not an ``.npz`` file, or its settings are invalid.
     """
     if not path.is_file():
-        msg = f"no run folder and no file {path}"
+        msg = f"no run folder or file {path}"
         raise FileNotFoundError(msg)
     layers: dict[tuple[str, str], dict[str, Array]] = {}
     try:
@@ -302,7 +304,7 @@ def read_arrays(path: Path) -> Iterator[Solution]:
                 if place := _KEY.fullmatch(key):
                     task, layer, name = place.groups()
                     layers.setdefault((task, layer), {})[name] = archive[key]
-    except Exception as error:  # whatever a damaged or foreign archive provokes in the readers
+    except Exception as error:  # damaged or foreign archives raise all kinds of errors
         msg = f"cannot read {path} as .npz: {' '.join(str(error).split()) or repr(error)}"
         raise ValueError(msg) from error
     with readable(path, "settings"):
@@ -310,9 +312,9 @@ def read_arrays(path: Path) -> Iterator[Solution]:
         eps = given.pop("accumulation_eps")
         settings = LoDASettings(**{**_PUBLISHED, **given})
         if settings.history_weight == "mean":
-            msg = "history_weight must be a number beside arrays, got 'mean'"
+            msg = "history_weight must be a number in an .npz file, got 'mean'"
             raise ValueError(msg)
-    for task, layer in sorted(layers, key=lambda place: [natural(name) for name in place]):
+    for task, layer in sorted(layers, key=lambda place: [natural_sort_key(name) for name in place]):
         arrays = layers[task, layer]
         if "moment_new" in arrays:
             yield Solution(task, layer, arrays, settings, settings.history_weight, eps)
@@ -323,7 +325,7 @@ def _share(part: Array, whole: Array) -> float:
 
 
 def verification_table(checks: list[Check]) -> str:
-    """Aligned plain text: a line a check, and the verdict over all below."""
+    """Aligned plain text: one line per check, and the overall verdict below."""
     rows = [["task", "layer", "what", "defect", "residual", "gap", "new", "old", "rank", "verdict"]]
     for c in checks:
         small = ("" if x is None else f"{x:.1e}" for x in (c.defect, c.residual, c.gap))

@@ -1,4 +1,4 @@
-"""Which figures a section of a report has, each with what it shows in words."""
+"""The figures of a section of a report, each with a description in words."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ from training.plots import (
 )
 from training.report.runs import Run, Section
 from training.report.tables import (
-    in_two,
+    in_several,
     lead_texts,
     leads,
     of_readout,
@@ -45,15 +45,15 @@ class Drawing(NamedTuple):
     Attributes
     ----------
     name : str
-        What its file is called, before that is made a file name.
+        Name of its file, before it is turned into a valid file name.
     title, caption : str
-        What it is, and how to read it.
+        Its heading, and how to read it.
     alt : str
         What it shows, in words.
     draw : callable
         Draws it to a path.
     folded : bool
-        The page shows it when it is asked for: there is one for every method.
+        Collapsed on the page, since there is one for every method.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Drawing(NamedTuple):
 
 
 def drawings(
-    section: Section, *, against: str | None = None, baseline: str | None = None
+    section: Section, *, lead_of: str | None = None, baseline: str | None = None
 ) -> Iterator[Drawing]:
     """Every figure that the runs of a section allow.
 
@@ -73,13 +73,13 @@ def drawings(
     ----------
     section : Section
         What is compared.
-    against, baseline : str, optional
-        Labels: whose lead is given, and relative to whom accuracies are drawn; by default a method
-        without LoDA's ideas, ``seq_lora`` or ``frozen``, if there is one.
+    lead_of, baseline : str, optional
+        Labels of the method whose lead is shown, and of the one relative to which accuracies are
+        drawn; the latter is by default ``seq_lora`` or ``frozen`` if there, else any other method.
     """
-    yield from _lead(section, reference(section, against))
-    for kind in section.readouts:
-        curves = _curves(section, of_readout(section.task_measures, kind), "accuracy")
+    yield from _lead(section, reference(section, lead_of))
+    for readout in section.readouts:
+        curves = _curves(section, of_readout(section.task_measures, readout), "accuracy")
         ends = [
             f"{label} {fmean(seed[-1] for seed in seeds):.1f} per cent"
             for label, seeds in curves.items()
@@ -87,36 +87,36 @@ def drawings(
         ]
         panel = Panel(spread_curves(curves), "tasks learned", _ACCURACY, ends=True)
         yield Drawing(
-            f"accuracy-{kind}",
-            f"Accuracy over tasks, read-out {kind}",
+            f"accuracy-{readout}",
+            f"Accuracy over tasks, read-out {readout}",
             f"Accuracy over all classes seen so far. {_BAND} {_JOINT}",
             f"Lines of accuracy over the tasks learned. At the end: {', '.join(ends)}.",
             partial(line_figure, [panel]),
         )
-    yield from _relative(section, baseline or _baseline(section, against))
+    yield from _relative(section, baseline or _baseline(section, lead_of))
     yield from _forgetting(section)
     yield from _costs(section)
     yield from _matrices(section)
-    for label in section.fresh:
+    for label in section.new_labels:
         yield from analysis_drawings(label, section.groups[label])
 
 
-def side_drawings(sections: Sequence[Section], against: str | None = None) -> Iterator[Drawing]:
-    """Leads with their intervals, a figure for each part of the sweeps."""
+def side_drawings(sections: Sequence[Section], lead_of: str | None = None) -> Iterator[Drawing]:
+    """Leads with their intervals: one figure per part of the sweeps."""
     for part, columns in shared_parts(sections).items():
-        kind = shared_readouts(columns.values())[0]
-        shared = in_two(section.groups for section in columns.values())
+        readout = shared_readouts(columns.values())[0]
+        shared = in_several(section.groups for section in columns.values())
         series = {}
         for name, section in columns.items():
-            first = reference(section, against)
-            ahead = leads(of_readout(section.measures, kind), first, "last")
+            first = reference(section, lead_of)
+            ahead = leads(of_readout(section.measures, readout), first, "last")
             ahead = ahead.loc[[label for label in shared if label in ahead.index]]
             if len(ahead):
                 series[f"{name} ({first})"] = ahead
         if len(series) > 1:
             yield _leads_drawing(
                 f"side-by-side {part}",
-                f"Lead by backbone or data{f' ({part})' if part else ''}, read-out {kind}",
+                f"Lead by backbone or data{f' ({part})' if part else ''}, read-out {readout}",
                 "Last accuracy of the method in brackets minus that of the method beside the line, "
                 "paired over seeds on the same data and backbone: mean, and 95 % interval of "
                 "Student's t. A single pair has no interval.",
@@ -134,9 +134,9 @@ def comparison_figure(sections: Sequence[Section], path: str | os.PathLike[str])
     path : path
         A PNG or SVG file; written whole or not at all.
     """
-    alone = len({section.base for section in sections}) == 1
+    one_base = len({section.base for section in sections}) == 1
     curves = {
-        label if alone else f"{label}, {section.base}": [
+        label if one_base else f"{label}, {section.base}": [
             [100 * accuracy for accuracy in run.matrix.curve] for run in runs
         ]
         for section in sections
@@ -147,9 +147,9 @@ def comparison_figure(sections: Sequence[Section], path: str | os.PathLike[str])
 
 
 def _curves(section: Section, rows: pd.DataFrame, column: str) -> dict[str, list[list[float]]]:
-    """A column over tasks, a list a run, by label; a run that lacks part of it is left out.
+    """A column over tasks, by label: one list per run; incomplete runs are left out.
 
-    There is an entry for every label of the report, so that a method has one colour in all of it.
+    Every label of the report has an entry, so that a method has the same colour everywhere.
     """
     curves: dict[str, list[list[float]]] = {label: [] for label in section.labels}
     for (label, _), values in rows.groupby(["group", "run"], sort=False)[column]:
@@ -159,12 +159,12 @@ def _curves(section: Section, rows: pd.DataFrame, column: str) -> dict[str, list
 
 
 def _lead(section: Section, first: str | None) -> Iterator[Drawing]:
-    kind = section.readouts[0]
-    ahead = leads(of_readout(section.measures, kind), first, "last")
+    readout = section.readouts[0]
+    ahead = leads(of_readout(section.measures, readout), first, "last")
     if first is not None and len(ahead):
         yield _leads_drawing(
             "lead",
-            f"Lead of {first}, read-out {kind}",
+            f"Lead of {first}, read-out {readout}",
             f"Last accuracy of {first} minus that of the method beside the line, paired over "
             "seeds: mean, and 95 % interval of Student's t.",
             {first: ahead},
@@ -183,8 +183,8 @@ def _leads_drawing(
 
 
 def _relative(section: Section, baseline: str | None) -> Iterator[Drawing]:
-    kind = section.readouts[0]
-    rows = of_readout(section.task_measures, kind)
+    readout = section.readouts[0]
+    rows = of_readout(section.task_measures, readout)
     base = rows[rows["group"] == baseline]
     if not (base["tasks"] > 1).any():
         return
@@ -193,13 +193,15 @@ def _relative(section: Section, baseline: str | None) -> Iterator[Drawing]:
     panels = []
     for age, words in _AGES.items():
         both["difference"] = both[age] - both[f"{age}_base"]
-        # Before the second task there is no old one.
+        # There are no old tasks before the second one.
         first = 2 if age == "old" else 1
         later = both[both["task"] >= first]
         curves = spread_curves(_curves(section, later, "difference"), first=first)
         if not curves:
             return
-        panels.append(Panel(curves, "tasks learned", "difference (points)", f"On {words}", level=0))
+        panels.append(
+            Panel(curves, "tasks learned", "difference (points)", f"On {words}", reference=0)
+        )
     ends = [
         f"{panel.title.lower()} "
         + ", ".join(f"{curve.label} {signed(curve.centre[-1])}" for curve in panel.curves)
@@ -207,7 +209,7 @@ def _relative(section: Section, baseline: str | None) -> Iterator[Drawing]:
     ]
     yield Drawing(
         "relative",
-        f"Accuracy relative to {baseline}, read-out {kind}",
+        f"Accuracy relative to {baseline}, read-out {readout}",
         f"Accuracy minus that of {baseline} with the same seed, on the old tasks, the task just "
         f"learned and all classes seen. {_BAND} The paper's figure 4.",
         f"Three panels of accuracy differences to {baseline} over the tasks learned. At the end: "
@@ -216,8 +218,8 @@ def _relative(section: Section, baseline: str | None) -> Iterator[Drawing]:
     )
 
 
-def _baseline(section: Section, against: str | None) -> str | None:
-    ours = reference(section, against)
+def _baseline(section: Section, lead_of: str | None) -> str | None:
+    ours = reference(section, lead_of)
     others = [k for k, runs in section.groups.items() if k != ours and runs[0].tasks > 1]
     usual = [name for name in ("seq_lora", "frozen") if name in section.groups]
     return next(iter([*usual, *others]), None)
@@ -232,10 +234,10 @@ def _forgetting(section: Section) -> Iterator[Drawing]:
         yield Drawing(
             "forgetting",
             "Forgetting by task",
-            "Best accuracy that a task ever had, less the accuracy at the end; each method with "
+            "Best accuracy that a task ever had, minus the accuracy at the end; each method with "
             f"its primary read-out. {_BAND}",
             f"Lines of forgetting by task. Mean over tasks: {means}.",
-            partial(line_figure, [Panel(curves, "task", "forgetting (points)", level=0)]),
+            partial(line_figure, [Panel(curves, "task", "forgetting (points)", reference=0)]),
         )
 
 
@@ -254,7 +256,7 @@ def _costs(section: Section) -> Iterator[Drawing]:
     if panels:
         yield Drawing(
             "costs",
-            "Time and memory a task",
+            "Time and memory per task",
             f"{_BAND} {_JOINT}",
             f"Panels of {' and '.join(panel.y for panel in panels)} by task.",
             partial(line_figure, panels),
@@ -262,7 +264,7 @@ def _costs(section: Section) -> Iterator[Drawing]:
 
 
 def _matrices(section: Section) -> Iterator[Drawing]:
-    for label in section.fresh:
+    for label in section.new_labels:
         runs = section.groups[label]
         if runs[0].tasks < 2:
             continue
@@ -306,10 +308,10 @@ def _ratios(label: str, energies: pd.DataFrame) -> Iterator[Drawing]:
         f"ratio-{label}",
         f"Energy ratio of the null space and of the isolated subspace, {label}",
         "Relative energy on the new task over that on the old tasks: 1 where both use the "
-        "directions alike. Median over tasks and seeds; the band is from the smallest to the "
-        f"largest.{missing if drawn['ratio'].isna().any() else ''} The paper's figure 2.",
+        "directions equally. Median over tasks and seeds; the band spans minimum to maximum."
+        f"{missing if drawn['ratio'].isna().any() else ''} The paper's figure 2.",
         f"Energy ratio by layer. {_medians(curves)}",
-        partial(line_figure, [Panel(curves, "layer", "energy ratio r(U)", log=True, level=1)]),
+        partial(line_figure, [Panel(curves, "layer", "energy ratio r(U)", log=True, reference=1)]),
     )
 
 
@@ -325,14 +327,14 @@ def _energies(label: str, energies: pd.DataFrame) -> Iterator[Drawing]:
             for style, (name, age) in enumerate(product(branches, ("new", "old")))
         ]
         panels.append(Panel([curve for curve in curves if curve.x], "layer", y))
-    if not all(panel.curves for panel in panels):  # null space alone, as of null_lora
+    if not all(panel.curves for panel in panels):  # only the null space, as for null_lora
         return
     yield Drawing(
         f"energy-{label}",
         f"Projection magnitude and relative energy of the branches, {label}",
         "Root mean square length of a token's projection on the directions of a branch, and its "
         "share of all energy, on inputs of the new and of the old tasks. Median over tasks and "
-        "seeds; the band is from the smallest to the largest. The paper's figure 5.",
+        "seeds; the band spans minimum to maximum. The paper's figure 5.",
         f"Two panels by layer. Relative energy: {_medians(panels[1].curves)}",
         partial(line_figure, panels),
     )
@@ -354,7 +356,7 @@ def _medians(curves: Sequence[Curve]) -> str:
 
 
 def _losses(label: str, number: int, rows: pd.DataFrame) -> Drawing:
-    """Losses of one task along the step."""
+    """Losses of one task along its update."""
     # Runs that were analysed at other steps cannot be averaged with the first one.
     steps = rows["steps"].iloc[0]
     alike = rows[[own == steps for own in rows["steps"]]]
@@ -372,13 +374,13 @@ def _losses(label: str, number: int, rows: pd.DataFrame) -> Drawing:
                 points = [marks[mark] for marks in own["marks"] if mark in marks]
                 if points:
                     x, y = ([fmean(values)] for values in zip(*points, strict=True))
-                    curves.append(Curve(words, x, y, style=style, line=False))
-        panels.append(Panel(curves, "step α", "CosFace loss", title, whole=False))
+                    curves.append(Curve(words, x, y, style=style, joined=False))
+        panels.append(Panel(curves, "step α", "CosFace loss", title, integer_x=False))
     ends = [
         f"{c.label}, {panel.title}: {c.centre[0]:.3g} at 0, {c.centre[-1]:.3g} at {steps[-1]:g}."
         for panel in panels
         for c in panel.curves
-        if c.line
+        if c.joined
     ]
     return Drawing(
         f"loss-{label}-task{number}",

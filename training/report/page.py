@@ -1,6 +1,6 @@
 """A written report: tables, figures, and one HTML page that holds them all.
 
-The page needs nothing beside it: no script, no network, no other file.
+The page stands alone: it needs no script, no network and no other file.
 """
 
 import re
@@ -21,25 +21,26 @@ from training.run_dir import write_text
 MARKDOWN, LATEX, CSV, PAGE = "tables.md", "tables.tex", "runs.csv", "report.html"
 FIGURES = "figures"
 _ENDINGS = (".png", ".svg")
-_PIXELS_A_POINT = 4 / 3
+_PIXELS_PER_POINT = 4 / 3
 
 
 class Report(NamedTuple):
-    """What a report is made of.
+    """Runs, sections and options of a report.
 
     Attributes
     ----------
     inventory : Inventory
-        The runs, and what is named but not counted.
+        The finished runs, and what was left out.
     sections : list of Section
         Data and backbones, each with its methods.
-    against, baseline : str or None
-        Whose lead is given, and relative to whom accuracies are drawn.
+    lead_of, baseline : str or None
+        Label of the method whose lead is shown, and of the one relative to which accuracies are
+        drawn.
     """
 
     inventory: Inventory
     sections: list[Section]
-    against: str | None
+    lead_of: str | None
     baseline: str | None
 
     @classmethod
@@ -47,7 +48,7 @@ class Report(NamedTuple):
         cls,
         sources: Sequence[str | Path],
         *,
-        against: str | None = None,
+        lead_of: str | None = None,
         baseline: str | None = None,
     ) -> "Report":
         """Read the runs in folders and bundles, as :func:`find_runs` takes them.
@@ -57,46 +58,46 @@ class Report(NamedTuple):
         FileNotFoundError
             If there is no finished run.
         ValueError
-            If a label is that of no group, or a seed occurs twice in one.
+            If no group has a given label, or a seed occurs twice in a group.
         """
         inventory = find_runs(sources)
         sections = by_section(inventory.runs)
         labels = sections[0].labels
-        for option, label in (("against", against), ("baseline", baseline)):
+        for option, label in (("lead-of", lead_of), ("baseline", baseline)):
             if label is not None and label not in labels:
                 msg = f"--{option} must be one of {', '.join(labels)}, got {label}"
                 raise ValueError(msg)
-        return cls(inventory, sections, against, baseline)
+        return cls(inventory, sections, lead_of, baseline)
 
     def notes(self) -> list[str]:
-        """What the reader should know first."""
+        """Notes for the top of the report: runs left out, and paths without runs."""
         _, unfinished, unreadable, others = self.inventory
-        # The logs of a sweep are met wherever runs are given by a pattern.
+        # A pattern such as runs/* also matches the logs of a sweep.
         others = [p for p in others if "logs" not in (p.name, p.parent.name)]
         notes = {
             "Unfinished runs, not counted": map(str, unfinished),
             "Unreadable runs, not counted": (f"{p} ({why})" for p, why in unreadable.items()),
-            "No run is in": (str(path) for path in others if path.suffix != ".json"),
+            "Paths without a run": (str(path) for path in others if path.suffix != ".json"),
         }
         texts = {what: ", ".join(names) for what, names in notes.items()}
         return [f"{what}: {names}." for what, names in texts.items() if names]
 
     def overview(self) -> list[Table]:
         """Tables over several data sets or backbones."""
-        return side_by_side(self.sections, self.against)
+        return side_by_side(self.sections, self.lead_of)
 
     def markdown(self) -> str:
         """All tables as Markdown."""
         parts = [*self.notes(), *map(markdown, self.overview())]
         for section in self.sections:
-            parts += [f"## {section.title}", *map(markdown, report_tables(section, self.against))]
+            parts += [f"## {section.title}", *map(markdown, report_tables(section, self.lead_of))]
         return "\n\n".join(parts) + "\n"
 
     def latex(self) -> str:
         """All tables as LaTeX floats; they need the package booktabs."""
         tables = self.overview()
         for section in self.sections:
-            for table in report_tables(section, self.against):
+            for table in report_tables(section, self.lead_of):
                 tables.append(table._replace(title=f"{section.title}: {table.title}"))
         parts = [r"% In the preamble: \usepackage{booktabs}", *map(latex, tables)]
         return "\n\n".join(parts) + "\n"
@@ -121,18 +122,18 @@ def write_report(report: Report, out: Path, *, overwrite: bool = False) -> Path:
     NotADirectoryError
         If the path is a file.
     OSError
-        If there is a link in the folder, where figures are to be.
+        If the folder of the figures is, or holds, a symbolic link.
     """
     if out.exists() and not out.is_dir():
-        msg = f"{out} is a file; give a folder"
+        msg = f"{out} is a file, not a folder; choose another --out"
         raise NotADirectoryError(msg)
     links = [path for path in (out / FIGURES, *(out / FIGURES).glob("*")) if path.is_symlink()]
     if links:
-        msg = f"{links[0]} is a link; nothing is written through it: give another --out"
+        msg = f"{links[0]} is a symbolic link, which is never written through: choose another --out"
         raise OSError(msg)
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
-            msg = f"{out} is not empty, and nothing is overwritten unasked: add --overwrite"
+            msg = f"{out} is not empty: add --overwrite to replace the report in it"
             raise FileExistsError(msg)
         stale = [path for path in (out / FIGURES).rglob("*") if path.suffix in _ENDINGS]
         for path in (*(out / name for name in (MARKDOWN, LATEX, CSV, PAGE)), *stale):
@@ -144,13 +145,13 @@ def write_report(report: Report, out: Path, *, overwrite: bool = False) -> Path:
     parts = []
     overview = report.overview()
     if overview:
-        figures = _figures(side_drawings(report.sections, report.against), out / FIGURES)
+        figures = _figures(side_drawings(report.sections, report.lead_of), out / FIGURES)
         parts.append(("side-by-side", "Side by side", overview, figures))
     for section in report.sections:
         baseline = report.baseline if report.baseline in section.groups else None
         folder = out / FIGURES / (section.slug if len(report.sections) > 1 else "")
-        drawn = drawings(section, against=report.against, baseline=baseline)
-        tables = report_tables(section, report.against)
+        drawn = drawings(section, lead_of=report.lead_of, baseline=baseline)
+        tables = report_tables(section, report.lead_of)
         parts.append((section.slug, section.title, tables, _figures(drawn, folder)))
     write_text(out / PAGE, _page(report, parts))
     return out / PAGE
@@ -160,9 +161,9 @@ def _figures(drawn: Iterable[Drawing], folder: Path) -> list[dict[str, Any]]:
     """Draw figures into a folder; what the page shows of each."""
     figures: dict[str, dict[str, Any]] = {}
     for drawing in drawn:
-        # Names hold labels and read-outs, which may be any text: no path is made of them.
+        # Names contain labels and read-outs, which may be any text: never a path as they are.
         name = slug(drawing.name)
-        while name in figures:  # labels that differ in punctuation alone
+        while name in figures:  # labels that differ only in punctuation
             name += "-"
         for ending in _ENDINGS:
             path = drawing.draw(folder / f"{name}{ending}")
@@ -177,7 +178,7 @@ def _embedded(path: Path) -> dict[str, Any]:
     if size is None:
         msg = f"{path} does not say its size"
         raise ValueError(msg)
-    width, height = (round(_PIXELS_A_POINT * float(length)) for length in size.groups())
+    width, height = (round(_PIXELS_PER_POINT * float(length)) for length in size.groups())
     source = f"data:image/svg+xml;base64,{b64encode(content).decode('ascii')}"
     return {"source": source, "width": width, "height": height}
 
@@ -193,12 +194,12 @@ def _page(report: Report, parts: Sequence[tuple[Any, ...]]) -> str:
             "folder": str(run.path),
         }
         for section in report.sections
-        for label in section.fresh
+        for label in section.new_labels
         for run in section.groups[label]
     ]
     methods = len(report.sections[0].labels)
     text = files("training.report").joinpath("page.html").read_text(encoding="utf-8")
-    # Whatever a label holds, it is text.
+    # Labels are text, never markup.
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
     )

@@ -1,8 +1,8 @@
 """Finished runs, read from run folders and bundles, as tables of numbers in pandas.
 
-A *bundle* is one text file with what a report needs of many runs: weights, curves within tasks and
-the paths of the machine are left out. Its first line says what the file is, each further line holds
-a run as JSON.
+A *bundle* is one text file with what a report needs of many runs; it omits weights, curves within
+tasks and paths of the machine. Its first line says what the file is, and each further line holds
+one run as JSON.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ from training.run_dir import (
 from training.sweep import read_groups
 
 OTHERS = "others"
-"""Title of the variants that the file of a sweep puts in no group."""
+"""Title of the section of variants that the sweep file puts in no group."""
 
 _BUNDLE, _VERSION = "loda bundle", 2
 _LONGEST_HEADER = 200
@@ -60,8 +60,8 @@ _EVENT = ("task", "seconds", "memory")
 # Settings that tell runs of one experiment apart without making them different experiments.
 _NOT_COMPARED = ("seed", "out", "threads", "device", "keep", "tracker")
 
-# Accuracies under other values of these are about other images, tasks or networks; so they are
-# under other options of a data set or a backbone, unless those only say where something is.
+# Runs that differ in these cannot be compared: they use other images, tasks or networks. So do runs
+# that differ in options of the data set or backbone, except options that only name a location.
 _STREAM = ("classes", "init_cls", "increment", "task_sizes", "tasks", "validation", "image_size")
 _PLACES = ("data.root", "data.dataset", "data.download", "backbone.weights")
 
@@ -78,9 +78,9 @@ class Run:
     path : Path
         The run folder, or a place in a bundle.
     name : str
-        What the user calls the group that the run belongs to; may be empty.
-    parts : dict of str to list of str
-        The groups in the file of its sweep: titles, and variants by name.
+        Name that the user gave to the run's group; may be empty.
+    sweep_groups : dict of str to list of str
+        Groups of its sweep file: variants by title.
     experiment : Experiment
         Its settings.
     content : dict
@@ -89,12 +89,14 @@ class Run:
 
     path: Path
     name: str
-    parts: dict[str, list[str]]
+    sweep_groups: dict[str, list[str]]
     experiment: Experiment
     content: dict[str, Any]
 
     def check(self) -> None:
-        """Look once at all that a report takes from the files, which may come from anybody.
+        """Read everything once that a report needs, so that malformed files fail here.
+
+        A run may come from anybody.
 
         Raises
         ------
@@ -103,7 +105,7 @@ class Run:
         """
         for file, read in (
             (SUMMARY, lambda: (self.matrices, self.kept)),
-            (CLASSES, lambda: (self.order, self.compute)),
+            (CLASSES, lambda: (self.order_hash, self.compute)),
             (ENVIRONMENT, lambda: self.weights),
             (METRICS, lambda: self.costs),
             (ANALYSIS, lambda: (self.energies, self.losses)),
@@ -120,14 +122,14 @@ class Run:
 
     @cached_property
     def matrices(self) -> dict[str, AccuracyMatrix]:
-        """Accuracies by read-out; heads that were never trained are not one, unless asked for."""
+        """Accuracies by read-out; untrained heads are left out unless they are the primary one."""
         counts, head = self.content["summary"]["counts"], self.experiment.head
-        # Without an epoch the heads are as random as they began.
+        # Without an epoch the heads are untrained.
         if self.experiment.train.epochs == 0 and head.readout != "heads":
             counts = {kind: record for kind, record in counts.items() if kind != "heads"}
         matrices = {kind: AccuracyMatrix.from_dict(record) for kind, record in counts.items()}
         if not all(map(len, matrices.values())) or not matrices:
-            msg = "it has no counts of right predictions"
+            msg = "it has no counts of correct predictions"
             raise ValueError(msg)
         return matrices
 
@@ -135,7 +137,8 @@ class Run:
     def readout(self) -> str:
         """Its primary read-out."""
         kind = self.experiment.head.readout
-        # A class of somebody's own has another name there; results begin with the primary one.
+        # A third-party read-out is listed under its name, not its import path; the primary one is
+        # listed first.
         return kind if kind in self.matrices else next(iter(self.matrices))
 
     @property
@@ -145,11 +148,11 @@ class Run:
 
     @property
     def tasks(self) -> int:
-        """Tasks that it learned; a method that learns all at once has one."""
+        """Number of tasks that it learned; one for a method that learns all at once."""
         return len(self.matrix)
 
     @cached_property
-    def order(self) -> str:
+    def order_hash(self) -> str:
         """Short hash of the class names in the order of learning; empty if the run does not say."""
         names = self.content["classes"].get("class_names")
         return hashlib.sha256("\n".join(names).encode()).hexdigest()[:8] if names else ""
@@ -163,7 +166,7 @@ class Run:
 
     @cached_property
     def kept(self) -> dict[str, float]:
-        """Trained parameters, most of any task, and bytes carried from task to task."""
+        """Largest number of trained parameters in any task, and bytes carried between tasks."""
         summary = self.content["summary"]
         trained = max(map(_number, summary.get("trainable_parameters") or [0]))
         stored = {k: _number(size) for k, size in (summary.get("stored_bytes") or {}).items()}
@@ -176,10 +179,10 @@ class Run:
 
     @cached_property
     def compute(self) -> dict[str, float]:
-        """Optimiser steps, and images passed forth and back through the model.
+        """Optimiser steps, and forward-backward passes of images through the model.
 
-        They follow from the settings and the numbers of images. A mini-batch of one class takes one
-        step where others take two; that is not counted.
+        They are computed from the settings and the numbers of images. A mini-batch of a single
+        class takes one step where others take two; this is not taken into account.
         """
         train, images = self.experiment.train, self.content["classes"].get("images")
         each = steps_a_batch(self.experiment.method)
@@ -220,7 +223,7 @@ class Run:
 
     @cached_property
     def energies(self) -> list[dict[str, Any]]:
-        """Its analysis of subspaces: a row a task, layer and subspace; NaN for no ratio."""
+        """Subspace analysis: one row per task, layer and subspace; NaN where there is no ratio."""
         return [
             {"layer": layer, "subspace": name, **{key: _number(measured[key]) for key in _ENERGIES}}
             for task in self.content["analysis"].get("subspaces") or []
@@ -230,9 +233,10 @@ class Run:
 
     @cached_property
     def losses(self) -> list[dict[str, Any]]:
-        """Its analysis of losses: a row a task, ``own`` or ``seen`` classes, ``old`` or ``new``.
+        """Loss analysis: one row per task, set of candidate classes and age of the images.
 
-        ``steps`` and ``losses`` are the line; ``marks`` has places and losses of marked models.
+        Candidates are the ``own`` or ``seen`` classes, the age is ``old`` or ``new``. ``steps`` and
+        ``losses`` are the curve; ``marks`` holds position and loss of the marked models.
         """
         rows = []
         for task in self.content["analysis"].get("losses") or []:
@@ -240,7 +244,7 @@ class Run:
             for among, age in product(("own", "seen"), ("old", "new")):
                 losses = [_number(loss) for loss in task[among][age]]
                 if len(losses) != len(steps) or not steps:
-                    msg = f"the losses of task {task['task']} are not one for each step"
+                    msg = f"task {task['task']} must have one loss for each step"
                     raise ValueError(msg)
                 marks = {
                     name: (_number(mark["step"]), _number(mark[among][age]))
@@ -251,11 +255,11 @@ class Run:
         return rows
 
     def readout_rows(self) -> Iterator[dict[str, Any]]:
-        """What it measured, by read-out: most of the columns of :func:`load`."""
+        """Its results by read-out: most of the columns of :func:`load`."""
         shared = {
             **self.kept,
             **self.compute,
-            # A sum over tasks of which one is missing is none.
+            # A sum with a missing task is NaN.
             **{key: sum(task[key] for task in self.costs) for key in _TIMES},
             **{key: pd.Series([task[key] for task in self.costs]).max() for key in _MEMORY},
             "analysed": bool(self.content["analysis"]),
@@ -275,27 +279,23 @@ class Run:
             yield {**self._identity(kind), **per_cent, **shared}
 
     def task_rows(self) -> Iterator[dict[str, Any]]:
-        """What it measured, by read-out and task: most of the columns of :func:`load_tasks`."""
+        """Its results by read-out and task: most of the columns of :func:`load_tasks`."""
         for kind, matrix in self.matrices.items():
-            cells = matrix.matrix
-            for j, (size, right, count) in enumerate(
-                zip(matrix.sizes, matrix.correct, matrix.total, strict=True)
-            ):
-                lost = max(row[j] for row in cells[j:]) - cells[-1][j]
-                accuracies = {
-                    "accuracy": sum(right) / sum(count),
-                    "old": sum(right[:-size]) / sum(count[:-size]) if j else nan,
-                    "new": sum(right[-size:]) / sum(count[-size:]),
-                    "forgetting": lost if j < len(cells) - 1 else nan,  # of the last one, none yet
-                }
-                per_cent = {name: 100 * x for name, x in accuracies.items()}
+            curves = {
+                "accuracy": matrix.curve,
+                "old": matrix.old_curve,
+                "new": [row[-1] for row in matrix.matrix],
+                "forgetting": [*matrix.forgetting_by_task, nan],  # of the last task, none yet
+            }
+            for j in range(len(matrix)):
+                per_cent = {name: 100 * values[j] for name, values in curves.items()}
                 yield {**self._identity(kind), "task": j + 1, **per_cent, **self.costs[j]}
 
     def _identity(self, kind: str) -> dict[str, Any]:
         return {
             "run": str(self.path),
             "seed": self.seed,
-            "order": self.order,
+            "order": self.order_hash,
             "tasks": len(self.matrices[kind]),
             "readout": kind,
             "primary": kind == self.readout,
@@ -314,7 +314,7 @@ class Inventory(NamedTuple):
     unreadable : dict of Path to str
         Folders of finished runs that cannot be read, and why.
     others : list of Path
-        What holds no run.
+        Paths without a run.
     """
 
     runs: list[Run]
@@ -332,13 +332,13 @@ def find_runs(sources: Sequence[str | Path]) -> Inventory:
         Folders, each a run or with runs somewhere below, or files that ``loda bundle`` wrote;
         ``NAME=SOURCE`` names the group. A run in a folder below a given one is named after that
         folder, and one in ``VARIANT/seedN``, as a sweep puts it, after the variant, whether the
-        sweep, its variants or its runs are given; others have no name. Whatever holds no run (the
-        logs of a sweep, say) is passed over.
+        sweep, its variants or its runs are given; others have no name. Paths without a run (the
+        logs of a sweep, say) are skipped.
 
     Raises
     ------
     FileNotFoundError
-        If a source is not there, or there is no run, or none that finished.
+        If a source does not exist, or there is no finished run.
     ValueError
         If a bundle cannot be read, or none of the runs.
     """
@@ -368,8 +368,8 @@ def find_runs(sources: Sequence[str | Path]) -> Inventory:
     if not runs:
         what, places = ("no finished run", unfinished) if unfinished else ("no run", others)
         msg = (
-            f"{what} in {', '.join(map(str, places))}: a run folder holds {CONFIG} and, once "
-            f"finished, {SUMMARY}; a file must be one that loda bundle wrote"
+            f"{what} in {', '.join(map(str, places))}: a run folder must hold {CONFIG} and, once "
+            f"finished, {SUMMARY}; a file must be a bundle, as loda bundle writes it"
         )
         raise FileNotFoundError(msg)
     return Inventory(list(runs.values()), list(unfinished), unreadable, others)
@@ -387,14 +387,14 @@ def read_run(path: Path, name: str = "") -> Run:
     """
     missing = [file for file in (CONFIG, SUMMARY) if not (path / file).is_file()]
     if missing:
-        msg = f"{path} holds no finished run: {', '.join(missing)} not there"
+        msg = f"{path} holds no finished run: {', '.join(missing)} missing"
         raise FileNotFoundError(msg)
     content: dict[str, Any] = {"log": []}
     for part, (file, keys) in _FILES.items():
         values = read_json(path / file) if (path / file).is_file() else {}
         with readable(path / file):
             content[part] = _part(values, keys)
-            if "backbone" in content[part]:  # without the paths that may be among the rest
+            if "backbone" in content[part]:  # only these keys: others may hold paths
                 backbone = _part(values["backbone"], ("weights_sha256", "tag"))
                 content[part]["backbone"] = backbone
     if (path / METRICS).is_file():
@@ -402,7 +402,7 @@ def read_run(path: Path, name: str = "") -> Run:
             lines = (path / METRICS).read_text(encoding="utf-8").splitlines()
             events = [event for event in map(json.loads, lines) if event["event"] == "task"]
             content["log"] = [_part(event, _EVENT) for event in events]
-    # Only a sweep puts its runs so deep; elsewhere a file of that name is somebody else's.
+    # Only a sweep nests its runs this deep; elsewhere a file of that name is not ours.
     parts = read_groups(path.absolute().parent.parent) if _variant(path) else {}
     run = Run(path, name, parts, read_experiment(path / CONFIG), content)
     run.check()
@@ -410,7 +410,7 @@ def read_run(path: Path, name: str = "") -> Run:
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether there is a file that says it is a bundle."""
+    """Whether the path is a bundle, by its first line."""
     if not path.is_file():
         return False
     try:
@@ -431,24 +431,24 @@ def write_bundle(runs: Sequence[Run], path: Path, *, overwrite: bool = False) ->
     path : Path
         The file.
     overwrite : bool
-        Replace a bundle that is there.
+        Replace an existing bundle.
 
     Raises
     ------
     FileExistsError
-        If it is there and ``overwrite`` is off, or it is no bundle.
+        If the file exists and ``overwrite`` is off, or it is not a bundle.
     """
     if path.exists():
         if not overwrite:
-            msg = f"{path} is there, and nothing is overwritten unasked: add --overwrite"
+            msg = f"{path} already exists: add --overwrite to replace it"
             raise FileExistsError(msg)
         if not is_bundle(path):
-            msg = f"{path} is no file of loda bundle and stays: give another --out"
+            msg = f"{path} exists and is not a bundle, so it is not replaced: choose another --out"
             raise FileExistsError(msg)
     lines: list[dict[str, Any]] = [{"format": _BUNDLE, "version": _VERSION}]
     for run, place in zip(runs, _places_in_bundle(run.path for run in runs), strict=True):
         config = _portable(experiment_values(run.experiment)) | {"out": None}
-        record = {"run": place, "name": run.name, "groups": run.parts, "config": config}
+        record = {"run": place, "name": run.name, "groups": run.sweep_groups, "config": config}
         lines.append(record | run.content)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -463,7 +463,7 @@ def read_bundle(path: Path, name: str = "") -> Iterator[Run]:
     path : Path
         The file.
     name : str
-        What the user calls their group; by default each keeps the name that it had.
+        Name of their group; by default each run keeps the name that it had.
 
     Raises
     ------
@@ -494,7 +494,7 @@ def read_bundle(path: Path, name: str = "") -> Iterator[Run]:
                 {part: record[part] for part in (*_FILES, "log")},
             )
             if run.path in places:
-                msg = f"{record['run']} is there a second time"
+                msg = f"{record['run']} occurs twice"
                 raise ValueError(msg)
             places.add(run.path)
         run.check()
@@ -505,7 +505,7 @@ def read_bundle(path: Path, name: str = "") -> Iterator[Run]:
 class Section:
     """Runs on the same data, cut into the same tasks, from the same backbone.
 
-    Where a sweep says which of its variants belong together, each such part is a section.
+    If the sweep defines groups of variants, each of them, a *part*, is a section.
 
     Attributes
     ----------
@@ -516,10 +516,10 @@ class Section:
     slug : str
         Both as a file name.
     groups : dict of str to list of Run
-        Label -> runs that differ by their seed alone, by seed.
+        Label -> runs that differ only in their seed, sorted by seed.
     labels : tuple of str
         Labels of all sections, so that a method has one colour in all of them.
-    fresh : tuple of str
+    new_labels : tuple of str
         Labels that no earlier section on the same data and backbone has.
     """
 
@@ -528,7 +528,7 @@ class Section:
     slug: str
     groups: dict[str, list[Run]]
     labels: tuple[str, ...]
-    fresh: tuple[str, ...]
+    new_labels: tuple[str, ...]
 
     @property
     def title(self) -> str:
@@ -545,12 +545,12 @@ class Section:
 
     @cached_property
     def measures(self) -> pd.DataFrame:
-        """A row a run and read-out, as :func:`load` describes them."""
+        """One row per run and read-out, as :func:`load` describes them."""
         return _frame(self.groups, Run.readout_rows)
 
     @cached_property
     def task_measures(self) -> pd.DataFrame:
-        """A row a run, read-out and task, as :func:`load_tasks` describes them."""
+        """One row per run, read-out and task, as :func:`load_tasks` describes them."""
         return _frame(self.groups, Run.task_rows)
 
 
@@ -570,26 +570,28 @@ def by_section(runs: Sequence[Run]) -> list[Section]:
     for base, groups in bases.items():
         shown: set[str] = set()
         for part, members in _by_part(groups).items():
-            fresh = tuple(label for label in members if label not in shown)
-            whole = max(len(r.parts.get(part, ())) for group in members.values() for r in group)
-            if not fresh and len(members) < whole:
-                continue  # some variants of a part, all of which an earlier one shows
+            new_labels = tuple(label for label in members if label not in shown)
+            whole = max(
+                len(r.sweep_groups.get(part, ())) for group in members.values() for r in group
+            )
+            if not new_labels and len(members) < whole:
+                # Only some variants of the part were run, and an earlier section shows them all.
+                continue
             name = slug(f"{base}: {part}" if part else base)
             if name in [section.slug for section in sections]:
                 name += f"-{len(sections) + 1}"
-            sections.append(Section(base, part, name, members, labels, fresh))
+            sections.append(Section(base, part, name, members, labels, new_labels))
             shown |= set(members)
     return sections
 
 
 def load(*sources: str | Path) -> pd.DataFrame:
-    """What finished runs measured: a row a run and read-out.
+    """Results of finished runs: one row per run and read-out.
 
     Parameters
     ----------
     *sources : str or Path
-        Run folders, folders that hold runs, and files of ``loda bundle``; ``NAME=SOURCE`` names a
-        group.
+        Run folders, folders that hold runs, and bundles; ``NAME=SOURCE`` names a group.
 
     Returns
     -------
@@ -630,7 +632,7 @@ def load(*sources: str | Path) -> pd.DataFrame:
 
 
 def load_tasks(*sources: str | Path) -> pd.DataFrame:
-    """What finished runs measured after each task: a row a run, read-out and task.
+    """Results of finished runs after each task: one row per run, read-out and task.
 
     Parameters
     ----------
@@ -662,7 +664,7 @@ def load_tasks(*sources: str | Path) -> pd.DataFrame:
 
 
 def measures(runs: Sequence[Run]) -> pd.DataFrame:
-    """What finished runs measured, as :func:`load` describes it."""
+    """Results of finished runs, as :func:`load` describes it."""
     settings = [
         {"run": str(run.path)}
         | {
@@ -676,7 +678,7 @@ def measures(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def slug(text: str) -> str:
-    """Text as part of a file name: small letters and digits of ASCII, joined by dashes.
+    """Text as part of a file name: lower-case ASCII letters and digits, joined by dashes.
 
     Examples
     --------
@@ -694,7 +696,7 @@ def _named(source: str | Path) -> tuple[Path, str]:
         name, _, rest = str(source).partition("=")
         place = Path(rest)
     if not place.exists():
-        msg = f"no folder or file {place}; give run folders, or files of loda bundle"
+        msg = f"no folder or file {place}; give run folders or bundles"
         raise FileNotFoundError(msg)
     return place, name
 
@@ -729,7 +731,7 @@ def _number(value: Any) -> float:
 
 
 def _places_in_bundle(paths: Iterable[Path]) -> list[str]:
-    """Names of run folders, below sweep and variant if they are of one; numbered where equal."""
+    """Names of run folders, below those of sweep and variant if any; numbered where equal."""
     places: list[str] = []
     for path in paths:
         top, *below = path.absolute().parts[-3 if _variant(path) else -1 :]
@@ -742,7 +744,7 @@ def _places_in_bundle(paths: Iterable[Path]) -> list[str]:
 
 
 def _portable(value: Any) -> Any:
-    """Settings with the last names of absolute paths: the rest tells of this machine alone."""
+    """Settings with absolute paths cut to their last part: the rest only describes this machine."""
     if isinstance(value, dict):
         return {key: _portable(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -769,18 +771,18 @@ def _by_base(runs: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:
 
 
 def _by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs that differ by their seed alone, by seed.
+    """Groups of runs that differ only in their seed, sorted by seed.
 
-    Their label is the given name, or that of the method, with the settings in which groups of one
-    name differ.
+    The label of a group is the given name or that of the method, plus the settings in which groups
+    of the same name differ.
     """
     members = _alike(runs, lambda run: [run.name, _group_settings(run.experiment)])
     for group in members:
         if len({run.seed for run in group}) < len(group):
             again = ", ".join(str(run.path) for run in group)
             msg = (
-                f"these runs have the same settings and not all seeds differ: {again}; to compare "
-                f"them, name them apart: NAME={group[0].path} OTHER={group[-1].path}"
+                f"these runs have the same settings, and a seed occurs twice: {again}; to compare "
+                f"them, give them names: NAME={group[0].path} OTHER={group[-1].path}"
             )
             raise ValueError(msg)
     labels = _distinct(
@@ -792,7 +794,7 @@ def _by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def _alike(runs: Sequence[Run], settings: Callable[[Run], Any]) -> list[list[Run]]:
-    """Runs of equal settings together."""
+    """Lists of runs with equal settings."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(_key(settings(run)), []).append(run)
@@ -800,14 +802,16 @@ def _alike(runs: Sequence[Run], settings: Callable[[Run], Any]) -> list[list[Run
 
 
 def _by_part(groups: dict[str, list[Run]]) -> dict[str, dict[str, list[Run]]]:
-    """Groups by the part of a sweep that they are in; one may be in several."""
+    """Groups by part, that is by group of the sweep file; one may be in several."""
     parts = {}
-    for title in dict.fromkeys(t for runs in groups.values() for run in runs for t in run.parts):
+    for title in dict.fromkeys(
+        t for runs in groups.values() for run in runs for t in run.sweep_groups
+    ):
         places = {
-            label: run.parts[title].index(_variant(run.path))
+            label: run.sweep_groups[title].index(_variant(run.path))
             for label, runs in groups.items()
             for run in runs
-            if _variant(run.path) in run.parts.get(title, ())
+            if _variant(run.path) in run.sweep_groups.get(title, ())
         }
         if places:
             parts[title] = {
@@ -819,7 +823,7 @@ def _by_part(groups: dict[str, list[Run]]) -> dict[str, dict[str, list[Run]]]:
 
 
 def _section_settings(run: Run) -> dict[str, Any]:
-    """What tells sections apart; folders and files that moved do not count."""
+    """Settings that distinguish sections; moved folders and files do not count."""
     experiment, keys = run.experiment, _section_keys(run.experiment)
     weights = experiment.backbone.options.get("weights")
     return {
@@ -836,24 +840,24 @@ def _section_keys(experiment: Experiment) -> set[str]:
 
 
 def _group_settings(experiment: Experiment) -> dict[str, Any]:
-    """What tells groups of a section apart."""
+    """Settings that distinguish groups of a section."""
     apart = {*NEUTRAL, *_PLACES, *_section_keys(experiment), "head.also"}
-    # A run has only the options of the read-outs that it evaluates. One that evaluates more is no
-    # other experiment, unless their options are not the usual ones.
-    usual = {
+    # A run records only the options of the read-outs that it evaluates. Evaluating more read-outs
+    # does not make it a different experiment, unless their options are not the defaults.
+    defaults = {
         f"head.{kind}.{option}": value
         for kind in READOUTS.paths
         for option, value in READOUTS.options(kind).items()
     }
     return {
         key: value
-        for key, value in (usual | flat_settings(experiment)).items()
+        for key, value in (defaults | flat_settings(experiment)).items()
         if key not in apart and key.partition(".")[0] not in _NOT_COMPARED
     }
 
 
 def _base_title(experiment: Experiment, tasks: int) -> str:
-    """Data and backbone of runs that have learned so many tasks."""
+    """Data, number of tasks and backbone, as a title."""
     held_out = ", held-out training images" if experiment.data.validation else ""
     weights = experiment.backbone.options.get("weights")
     file = f" ({Path(weights).stem})" if weights else ""
@@ -872,14 +876,14 @@ def _data_name(experiment: Experiment) -> str:
 
 
 def _distinct(names: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names, each with the settings in which others of the same name differ."""
+    """Names, each extended by the settings in which equal names differ."""
     labels = []
     for name, own in zip(names, settings, strict=True):
         rivals = [other for rival, other in zip(names, settings, strict=True) if rival == name]
         differing = [k for k in own if any(k in other and other[k] != own[k] for other in rivals)]
         extra = ", ".join(f"{key} {own[key]}" for key in differing)
         labels.append(f"{name} ({extra})" if extra else name)
-    # A name that the user gave may be that of a method, with the same settings.
+    # A name that the user gave may equal that of a method with the same settings.
     return [
         label if labels.count(label) == 1 else f"{label} [{number}]"
         for number, label in enumerate(labels, 1)

@@ -12,7 +12,9 @@ import pandas as pd
 from training.report.runs import Section
 
 DASH = "–"
-METRICS = {name: name.replace("_", " ") for name in ("last", "average", "forgetting", "task_given")}
+METRIC_TITLES = {
+    name: name.replace("_", " ") for name in ("last", "average", "forgetting", "task_given")
+}
 """Columns of the measures, and their names in the tables."""
 
 _LATEX = {
@@ -36,9 +38,9 @@ class Table(NamedTuple):
     Attributes
     ----------
     title : str
-        A line above.
+        Heading.
     cells : DataFrame
-        Texts. The index holds the names of the rows; its own name is the header above them.
+        Cell texts. The index holds the names of the rows, and its own name is their column header.
     note : str
         How to read it; may be empty.
     best : collection of (str, str)
@@ -52,7 +54,7 @@ class Table(NamedTuple):
 
     @property
     def header(self) -> list[str]:
-        """Names of the columns, that of the names of the rows first."""
+        """Names of the columns, that of the row names first."""
         return [str(self.cells.index.name), *map(str, self.cells.columns)]
 
 
@@ -101,7 +103,7 @@ def latex(table: Table) -> str:
     texts = table.cells.map(escape_latex)
     for row, name in table.best:
         texts.loc[row, name] = rf"\textbf{{{texts.loc[row, name]}}}"
-    # The command that ends the line above would take these for an argument of its own.
+    # The command that ends the line above would read these as its argument.
     guards = ["{}" if name.lstrip().startswith(("[", "*")) else "" for name in texts.index]
     names = [guard + escape_latex(name) for guard, name in zip(guards, texts.index, strict=True)]
     texts.insert(0, table.cells.index.name, names)
@@ -115,7 +117,7 @@ def latex(table: Table) -> str:
 
 
 def escape_latex(text: str) -> str:
-    r"""Text without letters that LaTeX takes for commands.
+    r"""Text with the characters escaped that are special in LaTeX.
 
     Examples
     --------
@@ -125,86 +127,90 @@ def escape_latex(text: str) -> str:
     return "".join(_LATEX.get(letter, letter) for letter in text)
 
 
-def report_tables(section: Section, against: str | None = None) -> list[Table]:
+def report_tables(section: Section, lead_of: str | None = None) -> list[Table]:
     """Accuracy and lead by read-out, controls, and costs.
 
     Parameters
     ----------
     section : Section
         What is compared.
-    against : str, optional
-        The label whose lead over the others is given; by default ``loda`` or else the first.
+    lead_of : str, optional
+        The label whose lead over the others is shown; by default ``loda`` or else the first.
     """
-    chosen = reference(section, against)
+    chosen = reference(section, lead_of)
     by_readout = [
         table
-        for kind in section.readouts
-        for table in (accuracy_table(section, kind), lead_table(section, kind, chosen))
+        for readout in section.readouts
+        for table in (accuracy_table(section, readout), lead_table(section, readout, chosen))
         if len(table.cells)
     ]
     return [*by_readout, controls_table(section), cost_table(section)]
 
 
-def reference(section: Section, against: str | None) -> str | None:
-    """Label of the method whose lead is given; None where the section lacks the named one."""
-    if against is not None:
-        return against if against in section.groups else None
+def reference(section: Section, lead_of: str | None) -> str | None:
+    """Label of the method whose lead is shown; None where the section lacks the named one."""
+    if lead_of is not None:
+        return lead_of if lead_of in section.groups else None
     return "loda" if "loda" in section.groups else next(iter(section.groups))
 
 
-def accuracy_table(section: Section, kind: str) -> Table:
-    """A row a method: mean and spread over seeds of every metric, for one read-out."""
-    measures = of_readout(section.measures, kind)
+def accuracy_table(section: Section, readout: str) -> Table:
+    """One row per method: mean and spread over seeds of every metric, for one read-out."""
+    measures = of_readout(section.measures, readout)
     # Groups in which some run lacks the read-out have no row.
     by_group = (
         measures.groupby("group", sort=False)
         .filter(lambda rows: len(rows) == len(section.groups[rows.name]))
         .groupby("group", sort=False)
     )
-    mean, deviation = by_group[[*METRICS]].mean(), by_group[[*METRICS]].std()
-    # Ranked as they are shown: what looks equal is equally bold.
+    mean, deviation = by_group[[*METRIC_TITLES]].mean(), by_group[[*METRIC_TITLES]].std()
+    # Ranked as shown, so that what looks equal is equally bold.
     several = by_group["tasks"].first() > 1
     rivals = mean[several | ~several.any()].map(lambda x: round(x, 2))
     best = rivals.max()
     best["forgetting"] = rivals["forgetting"].min()
     cells = pd.DataFrame(
         {
-            **{METRICS[c]: map(spread_text, mean[c], deviation[c]) for c in METRICS},
+            **{METRIC_TITLES[c]: map(spread_text, mean[c], deviation[c]) for c in METRIC_TITLES},
             "seeds": by_group["seed"].agg(lambda seeds: ", ".join(map(str, seeds))),
         },
         index=mean.index.rename("method"),
     )
     note = "Mean ± sample standard deviation over the seeds; the best of a column in bold."
     if len(rivals) < len(mean):
-        note += " A method that learns all tasks at once has the last accuracy alone, unranked."
-    bold = [(row, METRICS[c]) for c in METRICS for row in rivals.index[rivals[c] == best[c]]]
-    title = f"Accuracy, read-out {kind} (%)"
+        note += (
+            " A method that learns all tasks at once has only the last accuracy and is not ranked."
+        )
+    bold = [
+        (row, METRIC_TITLES[c]) for c in METRIC_TITLES for row in rivals.index[rivals[c] == best[c]]
+    ]
+    title = f"Accuracy, read-out {readout} (%)"
     return Table(title, cells, note, bold if len(rivals) > 1 else ())
 
 
-def lead_table(section: Section, kind: str, against: str | None) -> Table:
+def lead_table(section: Section, readout: str, lead_of: str | None) -> Table:
     """Paired differences between a method and each of the others, if there are pairs."""
-    measures = of_readout(section.measures, kind)
-    by_metric = {name: leads(measures, against, name) for name in METRICS}
+    measures = of_readout(section.measures, readout)
+    by_metric = {name: leads(measures, lead_of, name) for name in METRIC_TITLES}
     labels = by_metric["last"].index
     pairs = pd.DataFrame({name: ahead["pairs"] for name, ahead in by_metric.items()})
     counts = [dict.fromkeys((x.min(), x.max())) for _, x in pairs.loc[labels].iterrows()]
     cells = pd.DataFrame(
         {
-            **{METRICS[c]: lead_texts(x.reindex(labels)) for c, x in by_metric.items()},
+            **{METRIC_TITLES[c]: lead_texts(x.reindex(labels)) for c, x in by_metric.items()},
             "pairs": [" to ".join(f"{count:.0f}" for count in ends) for ends in counts],
         },
         index=labels.rename("over"),
     )
     note = (
-        f"{against} minus the method, over the seeds that both have; in brackets the 95 % interval "
-        "of Student's t. More is better, for forgetting less."
+        f"{lead_of} minus the method, over the seeds that both have; in brackets the 95 % interval "
+        "of Student's t. Higher is better; for forgetting, lower."
     )
-    return Table(f"Lead of {against}, read-out {kind} (points)", cells, note)
+    return Table(f"Lead of {lead_of}, read-out {readout} (points)", cells, note)
 
 
 def controls_table(section: Section) -> Table:
-    """What a method may train, keep and spend beside the others; means over seeds."""
+    """What each method trains, keeps and spends; means over seeds."""
     by_group = section.measures.drop_duplicates("run").groupby("group", sort=False)
     columns = {
         "trained parameters": ("trained_parameters", ",.0f"),
@@ -217,11 +223,11 @@ def controls_table(section: Section) -> Table:
     values = by_group[[column for column, _ in columns.values()]].mean()
     values["trained_parameters"] = by_group["trained_parameters"].max()
     note = (
-        "Trained parameters, those of the head of the task among them: the most of any task. Kept: "
-        "what is carried from task to task beside the model and the heads, at the end. Steps and "
-        "passes (an image forth, and back as far as something is trained) of the whole stream: a "
-        "gradient-aligned mini-batch takes two steps and passes each of its images twice. Means "
-        "over the seeds."
+        "Trained parameters: the largest number in any task, its head included. Kept: what is "
+        "carried from task to task besides the model and the heads, at the end. Steps and passes: "
+        "totals over the stream; a pass is one image forward, and backward as far as something is "
+        "trained. A gradient-aligned mini-batch takes two steps and passes each of its images "
+        "twice. Means over the seeds."
     )
     return Table("Controls", _formatted(values, columns), note)
 
@@ -233,8 +239,8 @@ def cost_table(section: Section) -> Table:
     time = each.groupby(runs["group"], sort=False).mean()
     memory = runs.groupby("group", sort=False)[["memory_mib", "gpu_memory_mib"]].max()
     columns = {
-        "time a task (s)": ("seconds", ",.1f"),
-        "training alone (s)": ("training_seconds", ",.1f"),
+        "time per task (s)": ("seconds", ",.1f"),
+        "training only (s)": ("training_seconds", ",.1f"),
         "peak memory (MiB)": ("memory_mib", ".0f"),
         "peak GPU memory (MiB)": ("gpu_memory_mib", ".0f"),
     }
@@ -251,40 +257,39 @@ def _formatted(values: pd.DataFrame, columns: Mapping[str, tuple[str, str]]) -> 
     return pd.DataFrame(texts, index=values.index.rename("method"))
 
 
-def side_by_side(sections: Sequence[Section], against: str | None = None) -> list[Table]:
-    """Last accuracy by method, and the lead of one of them, with a column a section.
+def side_by_side(sections: Sequence[Section], lead_of: str | None = None) -> list[Table]:
+    """Last accuracy by method, and the lead of one method, with one column per section.
 
-    Parts of a sweep are compared with the same parts of the others; where some have no parts, all
-    that a sweep holds is compared with all of the others. Differences are paired within a section
-    alone.
+    A part of one sweep is compared with the same part of the others; if some sweep has no parts,
+    whole sweeps are compared. Differences are paired only within a section.
     """
     tables = []
     for part, columns in shared_parts(sections).items():
-        labels = in_two(section.groups for section in columns.values())
-        for kind in shared_readouts(columns.values()):
+        labels = in_several(section.groups for section in columns.values())
+        for readout in shared_readouts(columns.values()):
             texts = {}
             for name, section in columns.items():
-                last = of_readout(section.measures, kind).groupby("group")["last"]
+                last = of_readout(section.measures, readout).groupby("group")["last"]
                 spread = last.agg(["mean", "std"]).reindex(labels)
                 texts[name] = [*map(spread_text, spread["mean"], spread["std"])]
-            title = f"Side by side{_of(part)}: last accuracy, read-out {kind} (%)"
+            title = f"Side by side{_of(part)}: last accuracy, read-out {readout} (%)"
             cells = pd.DataFrame(texts, index=pd.Index(labels, name="method"))
             note = "Mean ± sample standard deviation over the seeds."
-            tables += [Table(title, cells, note), *_side_leads(part, columns, kind, against)]
+            tables += [Table(title, cells, note), *_side_leads(part, columns, readout, lead_of)]
     return tables
 
 
 def _side_leads(
-    part: str, columns: dict[str, Section], kind: str, against: str | None
+    part: str, columns: dict[str, Section], readout: str, lead_of: str | None
 ) -> Iterator[Table]:
     """The table of leads, if there is a lead in any column."""
-    chosen = {name: reference(section, against) for name, section in columns.items()}
+    chosen = {name: reference(section, lead_of) for name, section in columns.items()}
     gains = {
-        name: differences(of_readout(section.measures, kind), chosen[name], "last")
+        name: differences(of_readout(section.measures, readout), chosen[name], "last")
         for name, section in columns.items()
     }
     by_column = {name: intervals(gain) for name, gain in gains.items()}
-    labels = in_two(section.groups for section in columns.values())
+    labels = in_several(section.groups for section in columns.values())
     labels = [label for label in labels if any(label in x.index for x in by_column.values())]
     if not labels:
         return
@@ -306,12 +311,12 @@ def _side_leads(
     texts = [lead_texts(x.reindex(labels), pairs=True) for x in by_column.values()]
     texts_by_header = dict(zip(headers, texts, strict=True))
     cells = pd.DataFrame(texts_by_header, index=pd.Index(labels, name="over"))
-    title = f"Side by side{_of(part)}: lead of {' or '.join(names)}, read-out {kind} (points)"
+    title = f"Side by side{_of(part)}: lead of {' or '.join(names)}, read-out {readout} (points)"
     yield Table(title, cells, note)
 
 
 def shared_parts(sections: Sequence[Section]) -> dict[str, dict[str, Section]]:
-    """Sections by part and the name of their column, where two of them share a method."""
+    """Sections by part and the name of their column; parts in which two share a method."""
     words = [section.base.split(", ") for section in sections]
     alike = takewhile(lambda column: len(set(column)) == 1, zip(*words, strict=False))
     common = min(len(list(alike)), *(len(own) - 1 for own in words))
@@ -322,54 +327,54 @@ def shared_parts(sections: Sequence[Section]) -> dict[str, dict[str, Section]]:
         columns = parts.setdefault(section.part if titled else "", {})
         earlier = columns[name].groups if name in columns else {}
         columns[name] = replace(section, groups={**earlier, **section.groups})
-    return {k: part for k, part in parts.items() if in_two(s.groups for s in part.values())}
+    return {k: part for k, part in parts.items() if in_several(s.groups for s in part.values())}
 
 
 def shared_readouts(sections: Iterable[Section]) -> list[str]:
     """Read-outs that at least two of the sections have, in their order; else the first one."""
     kinds = [section.readouts for section in sections]
-    return in_two(kinds) or kinds[0][:1]
+    return in_several(kinds) or kinds[0][:1]
 
 
-def in_two(columns: Iterable[Iterable[str]]) -> list[str]:
-    """What at least two of the columns hold, in its order there."""
+def in_several(columns: Iterable[Iterable[str]]) -> list[str]:
+    """Names that occur in at least two of the columns, in order of first appearance."""
     names = [name for column in columns for name in column]
     return [name for name in dict.fromkeys(names) if names.count(name) > 1]
 
 
-def of_readout(measures: pd.DataFrame, kind: str) -> pd.DataFrame:
+def of_readout(measures: pd.DataFrame, readout: str) -> pd.DataFrame:
     """The rows of one read-out."""
-    return measures[measures["readout"] == kind]
+    return measures[measures["readout"] == readout]
 
 
-def leads(measures: pd.DataFrame, against: str | None, column: str) -> pd.DataFrame:
+def leads(measures: pd.DataFrame, lead_of: str | None, column: str) -> pd.DataFrame:
     """How far one group is ahead of each of the others: paired differences with their intervals.
 
     Parameters
     ----------
     measures : DataFrame
         Rows of :func:`training.report.load`, of one section and read-out.
-    against : str or None
-        The group that is ahead, or behind.
+    lead_of : str or None
+        The group whose lead is computed.
     column : str
         What is compared, such as ``last``.
 
     Returns
     -------
     DataFrame
-        As :func:`intervals` gives it, a row a group that shares a seed and class order.
+        As :func:`intervals` gives it, one row per group that shares a seed and class order.
     """
-    return intervals(differences(measures, against, column))
+    return intervals(differences(measures, lead_of, column))
 
 
-def differences(measures: pd.DataFrame, against: str | None, column: str) -> pd.DataFrame:
-    """One group minus each of the others: a row a seed and class order, a column a group."""
+def differences(measures: pd.DataFrame, lead_of: str | None, column: str) -> pd.DataFrame:
+    """One group minus each of the others: rows are seeds and class orders, columns groups."""
     values = measures.pivot(index=["seed", "order"], columns="group", values=column)
-    if against not in values:
+    if lead_of not in values:
         return pd.DataFrame()
     # A pivot sorts its columns; those of a report are in the order of its groups.
-    others = [label for label in dict.fromkeys(measures["group"]) if label != against]
-    return values[others].rsub(values[against], axis=0)
+    others = [label for label in dict.fromkeys(measures["group"]) if label != lead_of]
+    return values[others].rsub(values[lead_of], axis=0)
 
 
 def intervals(differences: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame:
@@ -378,20 +383,20 @@ def intervals(differences: pd.DataFrame, *, confidence: float = 0.95) -> pd.Data
     .. math:: \bar d \pm t_{n-1,\,(1+c)/2} \; s_d / \sqrt n
 
     for the n differences d of one seed each, with sample standard deviation s. The interval
-    supposes that the differences are independent and near normal.
+    assumes that the differences are independent and nearly normal.
 
     Parameters
     ----------
     differences : DataFrame
-        A row a seed, or whatever else makes a pair; NaN where there is no pair.
+        One row per seed, or whatever else makes a pair; NaN where there is no pair.
     confidence : float
         c, between 0 and 1.
 
     Returns
     -------
     DataFrame
-        A row a column that has a pair: ``lead``, ``low``, ``high``, ``pairs``. One pair gives no
-        interval, but NaN.
+        One row per column with at least one pair: ``lead``, ``low``, ``high``, ``pairs``. A single
+        pair has no interval (NaN).
 
     Examples
     --------
@@ -426,7 +431,7 @@ def lead_texts(leads: pd.DataFrame, *, pairs: bool = False) -> list[str]:
 
 
 def spread_text(mean: float, deviation: float = nan) -> str:
-    """Mean and standard deviation with two digits; a dash where there is none."""
+    """Mean and standard deviation with two decimals; a dash where there is none."""
     if isnan(mean):
         return DASH
     centre = f"{mean:z.2f}".replace("-", "−")
@@ -434,8 +439,8 @@ def spread_text(mean: float, deviation: float = nan) -> str:
 
 
 def signed(value: float) -> str:
-    """A number with two digits and its sign."""
-    return f"{value:+z.2f}".replace("-", "−")  # z: no minus before a zero
+    """A number with two decimals and its sign."""
+    return f"{value:+z.2f}".replace("-", "−")  # z: turns -0.0 into 0.0
 
 
 def _of(part: str) -> str:
