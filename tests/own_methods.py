@@ -4,6 +4,7 @@ import os
 import signal
 from typing import Any
 
+from backends.torch import plain_step
 from training.methods.loda import LoDAMethod
 
 
@@ -29,3 +30,33 @@ class Signalled(LoDAMethod):
             else:
                 os.kill(os.getpid(), sent)
         return super().step(*arguments, **settings)
+
+
+class Alone:
+    """A method that has all functions without being a `Method`."""
+
+    def start(self, model: Any, context: Any) -> None:
+        """Freeze the model."""
+        model.requires_grad_(False)
+
+    def begin_task(self, batches: Any) -> None:
+        """Do nothing."""
+
+    def parameters(self) -> list[Any]:
+        """Train nothing but the heads."""
+        return []
+
+    def step(self, loss: Any, labels: Any, optimizer: Any, *, generator: Any, backward: Any) -> Any:
+        """Take a plain step."""
+        del generator
+        return plain_step(loss, labels, optimizer, backward=backward)
+
+    def end_task(self, batches: Any) -> None:
+        """Leave no record."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Carry nothing over."""
+        return {}
+
+    def load_state_dict(self, state: Any) -> None:
+        """Take nothing over."""

@@ -245,3 +245,7 @@ def test_a_class_of_ones_own_is_chosen_by_its_path() -> None:
         BackboneConfig("own_components.Net", {"depth": 5})
     with pytest.raises(ValueError, match="num_features"):
         build_backbone(BackboneConfig("own_components.Nameless"))
+    with pytest.raises(ValueError, match="NoNet"):
+        build_backbone(BackboneConfig("own_components.NoNet"))
+    with pytest.raises(ValueError, match="no module nothere"):
+        build_backbone(BackboneConfig("nothere.Net"))

@@ -75,6 +75,16 @@ def test_all_is_on_the_disk_before_it_has_its_name(
     assert seen[:3] == [f"synced {name}", f"named {name}", "synced checkpoints"]
 
 
+def test_a_failure_says_how_to_resume(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, to: Path) -> Path:
+        raise OSError(28, "no space", str(path), None, str(to))
+
+    monkeypatch.setattr(Path, "replace", full)
+    checkpoints = Checkpoints(two, CheckpointConfig(), "ours", resume_by="loda train --allow a.B")
+    with pytest.raises(OSError, match=r"resume with: loda train --allow a\.B"):
+        checkpoints.write({}, {}, b"")
+
+
 def test_ten_is_newer_than_nine(tmp_path: Path) -> None:
     for number in range(2):
         write_checkpoint(tmp_path, {}, {"number": number}, b"", keep=2)

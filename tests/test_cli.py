@@ -12,7 +12,7 @@ import pytest
 from small_runs import flags, tiny
 
 from training import cli
-from training.config import load_experiment, read_experiment
+from training.config import load_experiment, read_experiment, run_options
 
 # An interpreter in which the libraries of the train extra cannot be found.
 BASE_INSTALL = """
@@ -95,6 +95,19 @@ def test_the_help_of_train_shows_every_setting(shown: Callable[..., str]) -> Non
     printed = shown("train", "--help")
     for setting in ("--config", "--print_config", "--method.rank", "--keep.moments", "--out"):
         assert setting in printed
+    options = printed.partition("usage:")[2].partition("\n\n")[2]
+    for own in ("--overwrite ", "--resume RUN ", "--allow CLASS "):
+        assert f"\n  {own}" in options
+
+
+def test_arguments_that_are_no_settings_have_one_usage(
+    refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for argv in (["--overwrite=true"], ["--overwrite", "--resume=x"], ["--allow=a.B"]):
+        with pytest.raises(SystemExit):
+            run_options(argv)
+        assert capsys.readouterr().err.count("usage: loda train [--config CONFIG]") == 1
+    assert "--overwrite" in refused("sweep", "caltech101", "--out=x", "--dry-run", "--overwrite")
 
 
 def test_a_printed_configuration_can_be_given_back(

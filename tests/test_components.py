@@ -50,6 +50,15 @@ class Box:
     def area(self):
         return self.base.area()
 
+class Untyped:
+    """A shape whose options have no types."""
+
+    def __init__(self, corners, size: float = 1.0) -> None:
+        pass
+
+    def area(self):
+        return 0
+
 class Point:
     """Without the function that makes a shape."""
 
@@ -125,11 +134,14 @@ def test_options_that_a_constructor_hands_on_are_its_options() -> None:
         ("square", {"side": "long"}, "side"),
         ("square", {"side": None}, "shape.side"),
         ("square", {"side": -1.0}, "side must be positive, got -1"),
-        ("box", {}, "height"),
+        ("box", {}, "shape.height must be given"),
+        ("square", {"height": 1.0}, "another shape: box"),
+        ("shapes_of_yours.Square", {"sides": 1}, "shapes_of_yours"),
         ("box", {"height": 1.0, "side": -1.0}, "side"),
         ("circle", {}, "circle"),
         ("shapes_of_mine.Circle", {}, "Circle"),
         ("shapes_of_mine.Point", {}, "area"),
+        ("shapes_of_mine.Untyped", {"corners": 3}, "corners.*annotate"),
         ("shapes_of_mine.length", {}, "class"),
         ("shapes_of_yours.Square", {}, "shapes_of_yours"),
         ("subprocess.Popen", {"args": "touch made"}, "area"),

@@ -1,6 +1,7 @@
 """Experiments from files and command lines: what is accepted, what is refused, and how."""
 
 import importlib
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
@@ -38,6 +39,8 @@ from training.config import (
     read_experiment,
     read_yaml,
     resolve_config,
+    resume_command,
+    run_options,
 )
 
 MINE = '''
@@ -237,6 +240,44 @@ def test_bad_arguments_leave_with_status_2_and_are_named(
     assert named in refused(capsys, argument)
 
 
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        ("--method seq_lora --method.gamma 2", "method seq_lora.*another method: loda"),
+        ("--method frozen --method.gao true", "method frozen.*none.*seq_lora"),
+        ("--backbone glyphs --backbone.weights x", "backbone glyphs.*timm"),
+        ("--backbone nothere.Net --backbone.width 4", "no module nothere"),
+        ("--data digits --data.rot x", "data set digits.*resize"),
+        ("--data folder", "data.root must be given"),
+        ("--head.ridge.features 5", "head.also"),
+        ("--train.speed 5", "train.speed.*lr"),
+        ("--overwrite", "only loda train"),
+    ],
+)
+def test_options_of_other_components_are_refused_with_a_cure(argv: str, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        experiment_of(argv.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("method: {name: o_lora, gamma: 2}", "method o_lora"),
+        ("train: {lr: abc}", "train.lr"),
+        ("method: ewc", "ewc"),
+        ("head: {ridge: {features: 3}}", "head.also"),
+        ("train: {lx: 1}", "train.lx"),
+    ],
+)
+def test_errors_in_a_file_name_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, named: str
+) -> None:
+    path = write(tmp_path, text)
+    message = refused(capsys, "--config", path, "--seed=3")
+    assert f"{path}: " in message
+    assert named in message
+
+
 def test_print_config_is_a_configuration(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -334,6 +375,9 @@ def test_classes_of_ones_own_are_chosen_by_their_path(
     assert [x.name for x in found.head.build()] == ["knn"]
     assert found.head.options == {"KNN": {"k": 3}}
     assert foreign_classes(found) == ["mine_of_tests.Mine", "mine_of_tests.KNN"]
+    command = resume_command(Path("a run"), found)
+    options, _ = run_options(shlex.split(command)[2:])
+    assert (options.resume, options.allow) == (Path("a run"), foreign_classes(found))
     assert keeps_nothing(replace(found, keep=KeepConfig(branches=True))) == []  # not judged
     path = write(tmp_path, dump_experiment(found))
     assert load_experiment(["--config", path]) == found
@@ -364,6 +408,8 @@ def test_the_file_of_a_run_runs_no_code(tmp_path: Path) -> None:
     assert allowed.method.build().strength == 3.0
     with pytest.raises(ValueError, match="KNN"):
         allowed.head.build()
+    with pytest.raises(SystemExit):  # options of what is not allowed are no settings
+        load_experiment(["--head.KNN.k=4"], recorded=path, allow=["mine_of_tests.Mine"])
     # Resuming a run allows the classes that the command line names.
     argv = ["--method", "mine_of_tests.Mine"]
     going_on = load_experiment(argv, recorded=path, allow=["mine_of_tests.KNN"])

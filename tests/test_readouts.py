@@ -465,6 +465,18 @@ def test_packaged_read_outs_are_known_by_name() -> None:
     assert {name: type(r) for name, r in all_readouts().readouts.items()} == READOUTS
 
 
+def test_a_read_out_is_called_as_its_class_unless_it_says_otherwise() -> None:
+    class Plain(NearestMean):
+        pass
+
+    class Bare(Readout):
+        def fit(self, statistics: Any, **_: Any) -> Any:
+            return statistics
+
+    assert (Plain.name, Bare.name) == ("nearest_mean", "Bare")
+    assert list(Readouts([Bare()], dim=2).readouts) == ["Bare"]
+
+
 def test_each_is_fitted_on_what_it_gathers() -> None:
     readouts = after(all_readouts(epochs=2), 3)
     assert list(readouts.classifiers) == ["alignment", "heads", "nearest_mean", "ridge"]

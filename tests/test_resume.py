@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -26,9 +27,9 @@ from small_runs import KEPT, READOUTS, changed, finished, flags, plain, tiny, tr
 
 from training import cli
 from training.checkpoint import newest_checkpoint, read_checkpoint, write_checkpoint
-from training.config import Experiment, begun_experiment
+from training.config import Experiment, MethodConfig, begun_experiment
 from training.methods import METHODS
-from training.run_dir import checkpoint_files, read_json, write_json
+from training.run_dir import checkpoint_files, is_finished, read_json, write_json
 from training.train import prepare, resume, run_to_end, train
 
 TRAINED = [name for name in METHODS.paths if name not in ("ncm", "ranpac_frozen")]
@@ -310,6 +311,17 @@ def test_one_process_at_a_time(tmp_path: Path, root: Path, whole: Path) -> None:
     held.folder.close()
     assert differences(resume(path, quiet=True), whole) == []
     assert not (path / ".lock").exists()
+
+
+def test_a_method_needs_no_base_class_and_is_allowed_again(tmp_path: Path, root: Path) -> None:
+    run = prepare(replace(tiny(root, tmp_path / "cut"), method=MethodConfig("own_methods.Alone")))
+    run.on_step = at_step(8, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt) as left:
+        run_to_end(run, quiet=True)
+    _, command = str(left.value).split("resume with: loda ")
+    assert "--allow own_methods.Alone" in command
+    assert cli.main(command.split()) == 0
+    assert is_finished(tmp_path / "cut")
 
 
 @pytest.mark.parametrize(

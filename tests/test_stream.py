@@ -190,6 +190,8 @@ def test_images_may_come_one_by_one(kind: str, cache: bool) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
+        ("nothing", "load"),
+        ("channels", "shape"),
         ("targets", "one class number"),
         ("shares", "one class number"),
         ("numbers", "class numbers from 0 to 2"),

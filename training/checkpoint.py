@@ -146,6 +146,7 @@ def write_checkpoint(
     *,
     keep: int,
     unusable: Sequence[Path] = (),
+    resume_by: str | None = None,
 ) -> Path:
     """Write the next checkpoint of a run and remove all but the last ``keep``.
 
@@ -165,7 +166,7 @@ def write_checkpoint(
     except OSError as error:
         rest = (
             f"earlier checkpoints are unharmed; once this is fixed, resume with: "
-            f"loda train --resume {run}"
+            f"{resume_by or f'loda train --resume {run}'}"
             if before
             else "there is no earlier checkpoint"
         )
@@ -266,10 +267,20 @@ class Checkpoints:
         How often, and how many are kept.
     identity : str
         Distinguishes the checkpoints of this run from those of others.
+    resume_by : str, optional
+        The command that resumes the run, for messages; ``loda train --resume RUN`` by default.
     """
 
-    def __init__(self, run: Path, config: CheckpointConfig, identity: str) -> None:
+    def __init__(
+        self,
+        run: Path,
+        config: CheckpointConfig,
+        identity: str,
+        *,
+        resume_by: str | None = None,
+    ) -> None:
         self.run, self.config, self.identity = run, config, identity
+        self.resume_by = resume_by
         self._unusable: tuple[Path, ...] = ()
         self._steps, self._written = 0, time.monotonic()
 
@@ -290,6 +301,7 @@ class Checkpoints:
             metrics,
             keep=self.config.keep,
             unusable=self._unusable,
+            resume_by=self.resume_by,
         )
         self._unusable = ()
 

@@ -173,20 +173,12 @@ def _require_run(run: Path) -> None:
 # The settings have their own parser, which also prints their help.
 @_command("train", "train on a stream of tasks", add_help=False)
 def _train(arguments: argparse.Namespace) -> None:
-    own = argparse.ArgumentParser(prog="loda train", add_help=False, allow_abbrev=False)
-    own.add_argument("--resume", type=Path, metavar="RUN")
-    own.add_argument("--overwrite", action="store_true")
-    own.add_argument(*_ALLOW[0], **_ALLOW[1])
-    given, settings = own.parse_known_args(arguments.settings)
-    if given.resume is not None and given.overwrite:
-        own.error("--overwrite starts over and --resume continues: give only one of them")
-    if given.resume is None and given.allow:
-        own.error("--allow works only with --resume: a command line may name any component")
+    from training.config import keeps_nothing, load_experiment, run_options
+
+    given, settings = run_options(arguments.settings)
     if given.resume is not None:
         _resume(given.resume, settings, given.allow)
         return
-    from training.config import keeps_nothing, load_experiment
-
     # Read the settings first, so that help and errors need not wait for torch.
     experiment = load_experiment(settings)
     if _is_first_process():

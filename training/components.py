@@ -14,12 +14,12 @@ import importlib
 import math
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import entry_points
 from importlib.util import find_spec
-from inspect import cleandoc, signature
+from inspect import Parameter, cleandoc, signature
 from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, Self, get_args, get_type_hints
@@ -47,6 +47,10 @@ class Registry:
     other : callable, optional
         Returns the import path of the class that handles a name found nowhere else (a model of
         timm, say), or None if no class does.
+    families : mapping of str to str
+        What ``other`` handles, in words, with one name of each: where to look for an option.
+    base : str, optional
+        The class to inherit, for the message about a class that lacks functions.
     """
 
     kind: str
@@ -54,6 +58,8 @@ class Registry:
     requires: tuple[str, ...]
     group: str | None = None
     other: Callable[[str], str | None] = lambda _: None
+    families: Mapping[str, str] = field(default_factory=dict)
+    base: str | None = None
 
     def names(self) -> list[str]:
         """Names of this package and of installed ones; imports none of the classes."""
@@ -109,12 +115,17 @@ class Registry:
         missing = [need for need in self.requires if not callable(getattr(kind, need, None))]
         if not isinstance(kind, type) or missing:
             needs = ", ".join(self.requires)
-            msg = f"{self.kind} must be a class with the functions {needs}, got {name}: {kind!r}"
+            inherit = f"; inherit {self.base}" if self.base else ""
+            msg = (
+                f"{self.kind} must be a class with the functions {needs}, got {name}: "
+                f"{kind!r}{inherit}"
+            )
             raise ValueError(msg)
         return kind
 
     def add_options(self, group: Any, name: str, section: str) -> None:
         """Add the options of a component as arguments ``--SECTION.OPTION`` of a group."""
+        self._reader(name)  # says clearly what a constructor lacks
         group.add_class_arguments(self.find(name), section, as_group=False, skip={_NAME})
 
     def options(self, name: str) -> dict[str, Any]:
@@ -124,9 +135,81 @@ class Registry:
         --------
         >>> sets = Registry("set", {"digits": "training.components.Registry"}, ("find",))
         >>> sorted(sets.options("digits"))
-        ['group', 'kind', 'other', 'paths', 'requires']
+        ['base', 'families', 'group', 'kind', 'other', 'paths', 'requires']
         """
-        return dict(_reader(self.find(name)).get_defaults().as_dict())
+        return dict(self._reader(name).get_defaults().as_dict())
+
+    def refuse_unknown(
+        self, name: str, keys: Collection[str], section: str, shared: Sequence[str] = ()
+    ) -> None:
+        """Refuse options that a component does not have, and name the components that have them.
+
+        ``shared`` are settings of the section, which the message lists as well.
+
+        Raises
+        ------
+        ValueError
+            If ``keys`` holds one that is not among `options`.
+        """
+        options = self.options(name)
+        unknown = sorted(set(keys) - set(options))
+        if not unknown:
+            return
+        # Only classes of the package are asked: a list of names imports no code of others.
+        classes = {**{known: known for known in self.paths}, **self.families}
+        others = [
+            label for label, known in classes.items() if set(unknown) <= set(self.options(known))
+        ]
+        cure = f"leave out or correct {'it' if len(unknown) == 1 else 'them'}"
+        if others:
+            cure += f", or choose another {self.kind}: {', '.join(others)}"
+        msg = (
+            f"{self.kind} {name} has no {', '.join(f'{section}.{key}' for key in unknown)}; its "
+            f"options: {', '.join([*options, *shared]) or 'none'}; {cure}{self._not_a_module(name)}"
+        )
+        raise ValueError(msg)
+
+    def require_given(self, name: str, keys: Collection[str], section: str) -> None:
+        """Refuse to leave out an option that has no default.
+
+        Raises
+        ------
+        ValueError
+            If one is not in ``keys``.
+        """
+        for key, meaning in _required(self.find(name)).items():
+            if key not in keys:
+                what = f": {meaning.rstrip('.')}" if meaning else ""
+                msg = f"{section}.{key} must be given for the {self.kind} {name}{what}"
+                raise ValueError(msg)
+
+    def _not_a_module(self, name: str) -> str:
+        """What to say of a name that looks like an import path, but is taken for something else."""
+        parts = name.split(".")
+        if self.is_packaged(name) and len(parts) > 1 and all(x.isidentifier() for x in parts):
+            return f" ({name} is no import path: there is no module {parts[0]})"
+        return ""
+
+    def _reader(self, name: str) -> jsonargparse.ArgumentParser:
+        kind = self.find(name)
+        try:
+            return _reader(kind)
+        except ValueError as error:
+            untyped = [
+                argument.name
+                for argument in signature(kind).parameters.values()
+                if argument.annotation is Parameter.empty
+                and argument.default is Parameter.empty
+                and argument.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+                and argument.name != _NAME
+            ]
+            if not untyped:
+                raise
+            msg = (
+                f"{self.kind} {name}: arguments of the constructor are its options and must have "
+                f"a type, got {', '.join(untyped)} without one; annotate it, {untyped[0]}: int"
+            )
+            raise ValueError(msg) from error
 
     def complete(self, name: str, options: Mapping[str, Any], section: str) -> dict[str, Any]:
         """Options of a component, completed with the defaults.
@@ -142,12 +225,8 @@ class Registry:
         if not isinstance(options, Mapping):
             msg = f"{section} must hold options by name, got {options!r}"
             raise ValueError(msg)  # noqa: TRY004 - a value of a setting
-        if unknown := sorted(set(map(str, options)) - set(defaults)):
-            msg = (
-                f"{self.kind} {name} has no {', '.join(f'{section}.{key}' for key in unknown)}; "
-                f"its options: {', '.join(defaults) or 'none'}"
-            )
-            raise ValueError(msg)
+        self.refuse_unknown(name, [str(key) for key in options], section)
+        self.require_given(name, options, section)
         try:
             values = dict(_reader(kind).parse_object(dict(options)).as_dict())
         except ArgumentError as error:
@@ -331,3 +410,10 @@ def _reader(kind: type) -> jsonargparse.ArgumentParser:
     reader = jsonargparse.ArgumentParser(exit_on_error=False)
     reader.add_class_arguments(kind, as_group=False, skip={_NAME})
     return reader
+
+
+def _required(kind: type) -> dict[str, str]:
+    """Options of a class without a default, with their help."""
+    reader = _reader(kind)
+    actions: list[Any] = reader._actions  # the only way to their help
+    return {x.dest: x.help or "" for x in actions if x.required}

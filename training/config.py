@@ -20,12 +20,12 @@ Relative paths (``data.root``, ``backbone.weights``, ``out``) start at the worki
 
 import argparse
 import re
+import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from importlib.resources import files
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +45,7 @@ from training.components import (
     summary,
 )
 from training.data.config import DataConfig
-from training.methods.base import METHODS, MethodConfig
+from training.methods.base import METHODS, MethodConfig, fact
 from training.run_dir import CONFIG
 
 NEUTRAL = (
@@ -82,8 +82,9 @@ READOUTS = Registry(
         "nearest_mean": "backends.torch.readouts.NearestMean",
         "ridge": "backends.torch.readouts.Ridge",
     },
-    requires=("fit", "load"),
+    requires=("fit", "load", "statistics"),
     group="loda.readouts",
+    base="backends.torch.readouts.Readout",
 )
 
 
@@ -341,6 +342,18 @@ def foreign_classes(experiment: Experiment) -> list[str]:
     return [*_divided(_choose(_DEFAULT, flat_settings(experiment)), allow=())[1].values()]
 
 
+def resume_command(run: Path, experiment: Experiment) -> str:
+    """The command that resumes a run; it allows the classes of other packages again.
+
+    Examples
+    --------
+    >>> resume_command(Path("runs/mine"), Experiment())
+    'loda train --resume runs/mine'
+    """
+    allowed = [part for name in foreign_classes(experiment) for part in ("--allow", name)]
+    return shlex.join(["loda", "train", "--resume", str(run), *allowed])
+
+
 def keeps_nothing(experiment: Experiment) -> list[str]:
     """Warnings about switches of ``keep`` that have no effect with the chosen method.
 
@@ -500,6 +513,26 @@ _Settings = dict[str, Any]  # by dotted name
 _Source = list[str] | _Settings  # arguments without --config, or the settings of a file
 
 
+class _FileSettings(_Settings):
+    """The settings of a file, which messages about them name."""
+
+    def __init__(self, settings: _Settings, path: Path) -> None:
+        super().__init__(settings)
+        self.path = path
+
+
+@contextmanager
+def _naming_file(source: _Source) -> Iterator[None]:
+    """Put the file of a source, if it is one, before the message of an error."""
+    try:
+        yield
+    except ValueError as error:
+        if not isinstance(source, _FileSettings):
+            raise
+        msg = f"{source.path}: {error}"
+        raise ValueError(msg) from error
+
+
 def _sources(given: Sequence[str] | Mapping[str, Any]) -> list[_Source]:
     """Settings as a list of sources: files come first, wherever the command line names them."""
     if isinstance(given, Mapping):
@@ -540,7 +573,7 @@ def _file_sources(path: Path, above: tuple[Path, ...] = ()) -> list[_Source]:
         base = beside if beside.is_file() else resolve_config(name)
         bases = _file_sources(base, (*above, path.resolve()))
     try:
-        return [*bases, _flat(values)]
+        return [*bases, _FileSettings(_flat(values), path)]
     except ValueError as error:
         msg = f"{path}: {error}"
         raise ValueError(msg) from error
@@ -626,7 +659,8 @@ def _registry(prefix: str) -> Registry:
 
 def _own_readout(method: str) -> str | None:
     """The read-out of a method that trains nothing."""
-    return getattr(METHODS.find(method), "readout", None)
+    own: str | None = fact(METHODS.find(method), "readout")
+    return own
 
 
 _Components = tuple[tuple[str, str], ...]  # prefixes of options and names, to be hashed
@@ -658,12 +692,19 @@ def _experiment(sources: Sequence[_Source], allow: Collection[str] | None = None
     component has them. Options that only the old one had are dropped. Options that neither has are
     left in, so that the parser refuses them.
     """
-    choices = [*accumulate(sources, _choose, initial=_DEFAULT)]
-    components, foreign = _divided(choices[-1], allow)
+    choice = _DEFAULT
+    divided = []
+    for source in sources:
+        with _naming_file(source):
+            choice = _choose(choice, source)
+            divided.append(_divided(choice, allow))
+            _options(divided[-1][0])  # refuses a class whose options cannot be read
+    components, foreign = divided[-1] if divided else _divided(_DEFAULT, allow)
     arguments: list[str] = []
     recorded: dict[str, Any] = {}  # options of the foreign components, by section
-    for source, choice in zip(sources, choices[1:], strict=True):
-        here, foreign_here = _divided(choice, allow)
+    for source, (here, foreign_here) in zip(sources, divided, strict=True):
+        with _naming_file(source):
+            _refuse_unknown(source, here, foreign_here, _options(components))
         dropped = _options(here) - _options(components)
         if isinstance(source, list):
             arguments += _arguments_without(source, dropped)
@@ -679,11 +720,77 @@ def _experiment(sources: Sequence[_Source], allow: Collection[str] | None = None
                 own = recorded.setdefault(section, {})
                 (own.setdefault(readout, {}) if readout else own).update(options)
         arguments.append(f"--config={_yaml(settings)}")
-    try:
-        values = _parser(components).parse_args(arguments).as_dict()
-    except (argparse.ArgumentError, OverflowError) as error:
-        raise ValueError(str(error)) from error
+    values = _parsed(components, arguments, sources)
     return _assemble(values, dict(components), recorded)
+
+
+def _keys(source: _Source) -> list[str]:
+    """Dotted names of the settings that a source gives."""
+    if not isinstance(source, list):
+        return list(source)
+    options = [x.removeprefix("--").partition("=")[0] for x in source if x.startswith("--")]
+    return [option.removesuffix("+") for option in options]  # --head.also+=ridge adds to a list
+
+
+def _refuse_unknown(
+    source: _Source, here: _Components, foreign: Mapping[str, str], later: frozenset[str]
+) -> None:
+    """Refuse settings that a source's components do not have, nor those that replace them."""
+    names = dict(here)
+    known = _options(here) | later
+    for key in _keys(source):
+        section, _, setting = key.partition(".")
+        kind = _SECTIONS.get(section)
+        if kind is None or not setting or _is_of(setting, _declared(kind)) or _is_of(key, known):
+            continue
+        readout, _, option = setting.partition(".")
+        prefix = f"head.{readout}" if kind is HeadConfig and option else section
+        if prefix in foreign:
+            if isinstance(source, list):  # a file's are kept unchecked
+                _registry(prefix).require_known(foreign[prefix], prefix, trusted=False)
+        elif prefix in names:
+            unknown = key.removeprefix(f"{prefix}.")
+            shared = [] if kind is HeadConfig else _declared(kind)[1:]  # all but the name
+            _registry(prefix).refuse_unknown(names[prefix], [unknown], prefix, shared)
+        else:
+            chosen = [p.removeprefix("head.") for p in names if p.startswith("head.")]
+            msg = f"unknown setting {key}; settings of {section}: {', '.join(_declared(kind))}"
+            if kind is HeadConfig and option:
+                msg = (
+                    f"{key} needs the read-out {readout}, which is neither head.readout nor in "
+                    f"head.also, got {', '.join(chosen)}; add it to head.also, or leave {key} out"
+                )
+            raise ValueError(msg)
+
+
+def _parsed(
+    components: _Components, arguments: Sequence[str], sources: Sequence[_Source]
+) -> dict[str, Any]:
+    """Values of all settings; an error names the file that it lies in."""
+    parser = _parser(components)
+    try:
+        return dict(parser.parse_args([*arguments]).as_dict())
+    except (argparse.ArgumentError, OverflowError) as error:
+        message = str(error)
+        for source in sources:
+            if isinstance(source, _FileSettings) and _error_of(parser, source) == message:
+                message = f"{source.path}: {message}"
+                break
+        if "required" in message:
+            given = {key for source in sources for key in _keys(source)}
+            for prefix, name in components:
+                options = {x.removeprefix(f"{prefix}.") for x in given}
+                _registry(prefix).require_given(name, options, prefix)
+        raise ValueError(message) from error
+
+
+def _error_of(parser: jsonargparse.ArgumentParser, settings: _Settings) -> str | None:
+    """What the parser says of the settings of one file alone."""
+    try:
+        parser.parse_args([f"--config={_yaml(settings)}"])
+    except (argparse.ArgumentError, OverflowError) as error:
+        return str(error)
+    return None
 
 
 def _is_of(key: str, names: Collection[str]) -> bool:
@@ -714,7 +821,58 @@ def _options(components: _Components) -> frozenset[str]:
 
 
 _PROGRAM = "loda train"
-_USAGE = "loda train [--config CONFIG] [--SETTING VALUE ...] [--overwrite] | --resume RUN"
+_USAGE = (
+    "loda train [--config CONFIG] [--SETTING VALUE ...] [--overwrite] | "
+    "--resume RUN [--allow CLASS ...]"
+)
+# Arguments of the command that are no settings.
+_RUN_OPTIONS: dict[str, dict[str, Any]] = {
+    "--overwrite": {
+        "action": "store_true",
+        "help": "Replace the run in a folder that is not empty",
+    },
+    "--resume": {
+        "type": Path,
+        "metavar": "RUN",
+        "help": "Resume an interrupted run; only settings that do not affect its result may differ",
+    },
+    "--allow": {
+        "action": "append",
+        "default": [],
+        "metavar": "CLASS",
+        "help": "With --resume: import path of a third-party class that the run may load; "
+        "repeatable",
+    },
+}
+
+
+def run_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Separate the arguments of ``loda train`` that are no settings from the settings.
+
+    Examples
+    --------
+    >>> options, settings = run_options(["--overwrite", "--seed=3"])
+    >>> options.overwrite, options.resume, options.allow, settings
+    (True, None, [], ['--seed=3'])
+    """
+    parser = argparse.ArgumentParser(
+        prog=_PROGRAM, usage=_USAGE, add_help=False, allow_abbrev=False
+    )
+    for name, details in _RUN_OPTIONS.items():
+        parser.add_argument(name, **details)
+    given, settings = parser.parse_known_args(argv)
+    if given.resume is not None and given.overwrite:
+        parser.error("--overwrite starts over and --resume continues: give only one of them")
+    if given.resume is None and given.allow:
+        parser.error("--allow works only with --resume: a command line may name any component")
+    return given, settings
+
+
+class _OnlyShown(argparse.Action):
+    """An argument that the help explains and `run_options` reads; it is no setting."""
+
+    def __call__(self, *_: Any) -> None:
+        raise argparse.ArgumentError(self, "only loda train takes it; leave it out")
 
 
 # A report reads hundreds of experiments with equal components; building the parser is slowest.
@@ -737,6 +895,13 @@ def _parser(components: _Components) -> jsonargparse.ArgumentParser:
         action="config",
         help=f"A YAML file, or the name of a packaged configuration: {packaged}",
     )
+    for name, details in _RUN_OPTIONS.items():
+        shown = {"metavar": details.get("metavar"), "help": details["help"]}
+        nargs = None if "metavar" in details else 0
+        hidden = argparse.SUPPRESS
+        result.add_argument(
+            name, action=_OnlyShown, nargs=nargs, dest=hidden, default=hidden, **shown
+        )
     result.add_class_arguments(Experiment, as_group=False, skip={*_SECTIONS})
     for section, kind in _SECTIONS.items():
         own = [item for item in components if item[0].partition(".")[0] == section]

@@ -220,7 +220,7 @@ class Processes(Share):
             msg = (
                 f"process {self.rank} of {self.count} has lost the others: another process has "
                 f"ended (see its message, unless it was killed) or does not answer ({reason}); "
-                f"resume with: loda train --resume RUN"
+                f"resume with: loda train --resume RUN, and --allow CLASS for classes of your own"
             )
             raise ConnectionError(msg) from error
 

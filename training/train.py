@@ -40,6 +40,7 @@ from training.config import (
     dump_experiment,
     effective,
     flat_settings,
+    resume_command,
 )
 from training.data import (
     ImageSet,
@@ -60,6 +61,7 @@ from training.logging import (
 )
 from training.loss import cosface
 from training.methods import Context
+from training.methods.base import fact
 from training.metrics import Meter, count_correct
 from training.plots import accuracy_figure
 from training.run_dir import (
@@ -199,7 +201,7 @@ def prepare(
     seed = experiment.seed
     method = experiment.method.build()
     processes = launched_processes()
-    if processes.count > 1 and not method.sums_over_processes:
+    if processes.count > 1 and not fact(method, "sums_over_processes"):
         msg = (
             f"method {experiment.method.name} does not declare sums_over_processes = True: "
             f"train it with one process"
@@ -227,7 +229,7 @@ def prepare(
 
     with processes.first_of_each_machine():  # the first process may download data and weights
         stream = build_stream(experiment.data, seed)
-        if method.joins_tasks:
+        if fact(method, "joins_tasks"):
             stream = replace(
                 stream, tasks=[tuple(label for task in stream.tasks for label in task)]
             )
@@ -273,7 +275,8 @@ def prepare(
     path = Path(processes.from_first(open_folder))
     folder = opened[0] if opened else RunFolder(path, writes=False)
     identity = _identity_hash(experiment, classes, backbone)
-    checkpoints = Checkpoints(path, experiment.checkpoint, identity)
+    resume_by = resume_command(path, experiment)
+    checkpoints = Checkpoints(path, experiment.checkpoint, identity, resume_by=resume_by)
     run = Run(experiment, stream, backbone, accelerator, processes, folder, checkpoints, state)
     try:
         if resume_from is None:
@@ -499,7 +502,7 @@ def _raise_if_worker_died(error: RuntimeError, run: Run) -> None:
     """Raise a clearer error if a data-loading worker was killed, usually for lack of memory."""
     said = str(error)
     if said.startswith("DataLoader worker"):  # torch has no exception class for this
-        again = f"; resume with: loda train --resume {run.folder.path}"
+        again = f"; resume with: {_resume_command(run)}"
         msg = (
             f"a process that loads images has died ({' '.join(said.split())}): if memory ran out, "
             f"lower data.workers{again if run.experiment.checkpoint.keep else ''}"
@@ -793,7 +796,7 @@ def save_in_task(run: Run, task: int, position: OpenTask, *, last: bool) -> None
         return
     if not position.is_finite():
         _raise_diverged(task, position)
-    saved = run.state.method.saves_open_task
+    saved = fact(run.state.method, "saves_open_task")
     if saved:
         _save(run)
     else:  # restart the interval, or every following step would check again
@@ -819,7 +822,11 @@ def _leave_if_asked(run: Run, *, saved: bool) -> None:
     run.stop.received = signal.Signals(number)
     run.processes.wait()  # the launcher ends the others as soon as one has ended
     what = "a checkpoint was written" if saved else "the last task has a checkpoint"
-    run.stop.leave(f"{what}; resume with: loda train --resume {run.folder.path}")
+    run.stop.leave(f"{what}; resume with: {_resume_command(run)}")
+
+
+def _resume_command(run: Run) -> str:
+    return resume_command(run.folder.path, run.experiment)
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:

@@ -93,6 +93,12 @@ def build_backbone(config: Component, *, initialise: bool = True) -> Backbone:
     built = config.build().build(initialise=initialise)
     # A third-party class returns only the module: the other facts are read from it.
     is_whole = isinstance(built, Backbone)
+    if not is_whole and not isinstance(built, nn.Module):
+        msg = (
+            f"build of the backbone {config.name} must return a torch.nn.Module, got "
+            f"{built!r:.40}; return the network that it builds"
+        )
+        raise ValueError(msg)
     backbone: Backbone = built if is_whole else described(built, config.name, config.options)
     backbone = backbone._replace(name=config.name)
     if not initialise:
@@ -221,7 +227,9 @@ def _create(name: str, options: Mapping[str, Any]) -> nn.Module:
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
         hint = f" Did you mean {', '.join(near)}?" if near else ""
-        msg = f"backbone.name: timm {timm.__version__} has no model {name!r}.{hint}"
+        first, dot, _ = name.partition(".")
+        path = f", and there is no module {first} for an import path" if dot else ""
+        msg = f"backbone.name: timm {timm.__version__} has no model {name!r}{path}.{hint}"
         raise ValueError(msg)
     try:
         module: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **options)

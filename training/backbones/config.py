@@ -142,6 +142,7 @@ BACKBONES = Registry(
     requires=("build",),
     group="loda.backbones",
     other=_by_library,
+    families={"the name of a timm model": "vit_tiny_patch16_224"},
 )
 
 

@@ -145,7 +145,20 @@ def cut_tasks(config: DataConfig, available: int) -> list[tuple[int, ...]]:
 
 def _checked(split: Any, config: DataConfig, use: str) -> Split:
     """The split that a data set returned, checked: a third-party class may be wrong."""
+    if not isinstance(split, Sequence) or len(split) != 3:
+        msg = (
+            f"load of {_place(config)} must return images, the class number of each, and the names "
+            f"of the classes, got {split!r:.40}; end it with: return images, targets, classes"
+        )
+        raise ValueError(msg)
     images, targets, classes = split
+    shape = getattr(images, "shape", None)
+    if shape is not None and len(shape) != 4:
+        msg = (
+            f"images of {_place(config)} must have the shape (N, C, H, W), got {tuple(shape)}; "
+            "grey images need a channel too: images[:, None]"
+        )
+        raise ValueError(msg)
     numbers = np.asarray(targets)
     if numbers.ndim != 1 or numbers.dtype.kind not in "iu" or len(numbers) != len(images):
         msg = (

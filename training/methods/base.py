@@ -34,8 +34,17 @@ METHODS = Registry(
         "inflora": "training.methods.inflora.InfLoRA",
         "sd_lora": "training.methods.sd_lora.SDLoRA",
     },
-    requires=("start", "begin_task", "parameters", "step", "end_task", "load_state_dict"),
+    requires=(
+        "start",
+        "begin_task",
+        "parameters",
+        "step",
+        "end_task",
+        "state_dict",
+        "load_state_dict",
+    ),
     group="loda.methods",
+    base="training.methods.Method",
 )
 
 
@@ -214,3 +223,16 @@ def aligned_radius(gao: bool, radius: float) -> float | None:
     """
     not_negative("radius", radius)
     return radius if gao else None
+
+
+def fact(method: Any, name: str) -> Any:
+    """A fact of a method or its class, such as ``joins_tasks``.
+
+    A class that has the functions of `Method` without inheriting it gets the defaults.
+
+    Examples
+    --------
+    >>> fact(object(), "saves_open_task")
+    False
+    """
+    return getattr(method, name, getattr(Method, name))

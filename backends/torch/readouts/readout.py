@@ -43,7 +43,7 @@ class Readout(ABC):
     Attributes
     ----------
     name : str
-        Name in results and files.
+        Name in results and files; by default that of the class.
     gathers : str or None
         Name of the statistics that it is fitted on; ``"statistics"`` are those of the classes.
         Read-outs that give the same name share one object. None if the heads are enough.
@@ -64,6 +64,11 @@ class Readout(ABC):
 
     name: ClassVar[str]
     gathers: ClassVar[str | None] = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if not hasattr(cls, "name"):
+            cls.name = cls.__name__
 
     @property
     def warm_start(self) -> bool:
