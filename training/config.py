@@ -12,7 +12,8 @@ How a setting gets from a file to the constructor of a method::
     _choose      finds the components that the sources name, so that their options are known
     _experiment  drops options of components that a later source has replaced
     _parser      builds jsonargparse's parser, with exactly the options of the chosen components
-    _assemble    puts the values into the dataclasses below, which check and keep them
+    _assemble    puts the values into the dataclasses below, which check and keep them (the options
+                 of a component by making an instance once, `components.Registry.complete`)
     build        of a component makes an instance from its options, when it is needed
 
 Relative paths (``data.root``, ``backbone.weights``, ``out``) start at the working directory.
@@ -699,6 +700,8 @@ def _experiment(sources: Sequence[_Source], allow: Collection[str] | None = None
             choice = _choose(choice, source)
             divided.append(_divided(choice, allow))
             _options(divided[-1][0])  # refuses a class whose options cannot be read
+    # From here on the settings are arguments for jsonargparse. A file becomes --config=TEXT: it is not
+    # read as it stands, but without what was dropped and what belongs to foreign classes.
     components, foreign = divided[-1] if divided else _divided(_DEFAULT, allow)
     arguments: list[str] = []
     recorded: dict[str, Any] = {}  # options of the foreign components, by section

@@ -36,6 +36,7 @@ class LoDAMethod(Method):
     saves_open_task = True
     sums_over_processes = True
 
+    # jsonargparse follows **settings into LoDASettings, so its fields are options of this method.
     # rank and heldout have other defaults than LoDASettings, whose defaults are the paper's:
     # experiments start on small backbones, and their log is read.
     def __init__(
