@@ -700,8 +700,8 @@ def _experiment(sources: Sequence[_Source], allow: Collection[str] | None = None
             choice = _choose(choice, source)
             divided.append(_divided(choice, allow))
             _options(divided[-1][0])  # refuses a class whose options cannot be read
-    # From here on the settings are arguments for jsonargparse. A file becomes --config=TEXT: it is not
-    # read as it stands, but without what was dropped and what belongs to foreign classes.
+    # From here on the settings are arguments for jsonargparse. A file becomes --config=TEXT, for it
+    # is read without what was dropped and without what belongs to foreign classes.
     components, foreign = divided[-1] if divided else _divided(_DEFAULT, allow)
     arguments: list[str] = []
     recorded: dict[str, Any] = {}  # options of the foreign components, by section
