@@ -52,7 +52,7 @@ def test_a_direction_that_is_not_there_is_said(
 
 
 def test_runs_that_cannot_be_analysed(run: Path, copy: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no run folder"):
+    with pytest.raises(FileNotFoundError, match="run folder"):
         analyse(tmp_path)
     with pytest.raises(ValueError, match=r"from 2 .* to 3, got"):
         analyse(run, tasks=[1])

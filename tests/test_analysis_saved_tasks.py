@@ -61,7 +61,7 @@ def test_other_methods_are_refused(
     for read in READERS:
         with pytest.raises(ValueError, match="frozen"):
             read(run)
-        with pytest.raises(FileNotFoundError, match="no run folder"):
+        with pytest.raises(FileNotFoundError, match="run folder"):
             read(tmp_path)
 
 
