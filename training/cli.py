@@ -341,7 +341,8 @@ def _bundle(arguments: argparse.Namespace) -> None:
     _say(*(f"loda bundle: left out, not finished: {path}" for path in inventory.unfinished))
     _say(*(f"loda bundle: left out: {path}: {why}" for path, why in inventory.unreadable.items()))
     written = write_bundle(inventory.runs, arguments.out, overwrite=arguments.overwrite)
-    print(f"bundle of {len(inventory.runs)} runs: {written}")
+    count = len(inventory.runs)
+    print(f"bundle of {count} run{'' if count == 1 else 's'}: {written}")
 
 
 @_command(
