@@ -9,12 +9,12 @@ from small_runs import finished, tiny, tree
 from torch import nn
 
 from training.analysis.loss_landscape import loss_landscape, task_updates
-from training.analysis.predict import evaluation_batches, load, set_up
+from training.analysis.predict import load, set_up
 from training.analysis.saved_tasks import read_settings
 from training.backbones import build_backbone
 from training.config import read_experiment
 from training.seeds import derive, seeded
-from training.train import extract_features, train
+from training.train import evaluation_batches, extract_features, train
 
 LAYER = "blocks.1.attn.qkv"
 STEPS = (0.0, 0.5, 1.0, 1.5)

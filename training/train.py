@@ -43,6 +43,7 @@ from training.config import (
     resume_command,
 )
 from training.data import (
+    Batches,
     ImageSet,
     Stream,
     build_stream,
@@ -51,7 +52,7 @@ from training.data import (
     train_transform,
     verify_data,
 )
-from training.distributed import Processes, launched_processes, make_accelerator
+from training.distributed import Processes, Share, launched_processes, make_accelerator
 from training.logging import (
     Progress,
     peak_memory,
@@ -721,21 +722,28 @@ def evaluate(run: Run, task: int) -> None:
 def _features(run: Run, images: ImageSet) -> tuple[Tensor, Tensor]:
     """Features under the test transform, in the order of the images, and labels."""
     device = run.accelerator.device
-    batches = loader(
-        images.with_transform(test_transform(run.experiment.data)),
-        run.experiment.train.eval_batch_size,
-        shuffle=False,
-        seed=0,
-        workers=run.experiment.data.workers,
-        share=run.processes,
-        device=device,
-    )
+    batches = evaluation_batches(images, run.experiment, device, run.processes)
     if run.processes.count == 1:
         return extract_features(run.state.model, batches, run.accelerator)
     part = torch.zeros(0, run.backbone.features, device=device)
     if len(batches):
         part, _ = extract_features(run.state.model, batches, run.accelerator)
     return run.processes.gather_rows(part, len(images)), images.labels
+
+
+def evaluation_batches(
+    images: ImageSet, experiment: Experiment, device: torch.device, share: Share | None = None
+) -> Batches:
+    """Batches of images, in order, under the test transform; those of one process's share."""
+    return loader(
+        images.with_transform(test_transform(experiment.data)),
+        experiment.train.eval_batch_size,
+        shuffle=False,
+        seed=0,
+        workers=experiment.data.workers,
+        share=share,
+        device=device,
+    )
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from backends.torch.readouts import CosineHeads
 from backends.torch.settings import LoDASettings
-from training.analysis.predict import evaluation_batches, load, set_up
+from training.analysis.predict import load, set_up
 from training.analysis.saved_tasks import (
     Layer,
     read_finite,
@@ -23,6 +23,7 @@ from training.config import Experiment, HeadConfig
 from training.data import Stream
 from training.loss import cosface
 from training.run_dir import readable
+from training.train import evaluation_batches
 
 _AGES = ("old", "new")
 _CANDIDATES = ("own", "seen")

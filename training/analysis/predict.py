@@ -1,6 +1,6 @@
 """A finished run as a classifier: predict your own images, evaluate it again on its data."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -13,12 +13,12 @@ from backends.torch.readouts import Classifier as FittedReadout
 from training.analysis.saved_tasks import read_finite
 from training.backbones import Backbone, build_backbone, check_fits
 from training.config import Experiment, read_experiment
-from training.data import ImageSet, Stream, build_stream, loader, open_image, test_transform
+from training.data import Stream, build_stream, open_image, test_transform
 from training.distributed import make_accelerator
 from training.metrics import count_correct
 from training.run_dir import CLASSES, CONFIG, MODEL, READOUTS_FILE, nested, read_json, readable
 from training.seeds import seeded
-from training.train import extract_features
+from training.train import evaluation_batches, extract_features
 
 
 class Prediction(NamedTuple):
@@ -296,17 +296,3 @@ def set_up(
         raise ValueError(msg)
     # Nothing is logged, so the run's tracker need not be installed.
     return stream, make_accelerator(experiment.device, experiment.precision)
-
-
-def evaluation_batches(
-    images: ImageSet, experiment: Experiment, device: torch.device
-) -> Iterable[tuple[Tensor, Tensor]]:
-    """Batches of images, in order, under the test transform."""
-    return loader(
-        images.with_transform(test_transform(experiment.data)),
-        experiment.train.eval_batch_size,
-        shuffle=False,
-        seed=0,
-        workers=experiment.data.workers,
-        device=device,
-    )

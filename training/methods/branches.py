@@ -1,6 +1,7 @@
 """What the low-rank baselines share: options, initialisation, and merging into the model."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +19,7 @@ Parts = Literal["all", "q", "k", "v", "qk", "kv", "qv"]
 _ORDER = "qkv"
 
 
-class BranchMethod(Method):
+class BranchMethod(Method, ABC):
     """A method that trains low-rank branches beside linear layers.
 
     Parameters
@@ -74,11 +75,11 @@ class BranchMethod(Method):
             output_rows(layer.out_features, self.parts)
         super().start(model, context)
 
+    @abstractmethod
     def add_branch(
         self, layer: "LoRALinear", branch: str, down: "Tensor", up: "Tensor | None" = None
     ) -> None:
         """Attach a branch: a new one, or one of a state if ``up`` is given."""
-        raise NotImplementedError
 
     def merge(self) -> "TaskRecord":
         """Merge the branches into the weights of the model; returns a record of them."""
