@@ -2,8 +2,9 @@
 
 import math
 import operator
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 from loda_math._arrays import (
     Array,
@@ -17,6 +18,9 @@ from loda_math._arrays import (
     peak,
     python_number,
 )
+
+MomentLike = Any
+"""A second moment as an array, as `Moments` (their mean counts) or as a `History` (its total)."""
 
 # Relative asymmetry that a Gram matrix formed in single precision stays well below.
 SYMMETRY_TOLERANCE = 1e-4
@@ -35,29 +39,79 @@ def check_real(xp: Namespace, **arrays: Array) -> None:
 
 
 def check_square(**moments: Array) -> int:
-    """Refuse moments that are not square, or not all of one shape; returns their size D."""
+    """Refuse moments that are not square, of one size, and broadcast together; returns D."""
     for name, m in moments.items():
         if m.ndim < 2 or m.shape[-1] != m.shape[-2] or m.shape[-1] == 0:
             msg = f"{name} must be square, of shape (..., D, D) with D > 0, got {tuple(m.shape)}"
             raise ValueError(msg)
     shapes = {name: tuple(m.shape) for name, m in moments.items()}
-    if len(set(shapes.values())) > 1:
-        msg = f"moments must have one shape, got {shapes}"
+    if len(set(shapes.values())) > 1 and not _broadcast_together(*shapes.values()):
+        msg = f"moments must have one D, and leading axes that broadcast, got {shapes}"
         raise ValueError(msg)
     return int(next(iter(shapes.values()))[-1])
 
 
-def checked_moments(moments: Mapping[str, Array], **matrices: Array) -> tuple[Namespace, int]:
-    """Namespace and size D of second moments, and of the matrices that come with them.
+def _broadcast_together(*shapes: tuple[int, ...]) -> bool:
+    """Whether the leading axes broadcast and the last two axes agree."""
+    axes = zip_longest(*(reversed(shape[:-2]) for shape in shapes), fillvalue=1)
+    is_fit = all(len(set(lengths) - {1}) < 2 for lengths in axes)
+    return is_fit and len({shape[-2:] for shape in shapes}) == 1
+
+
+class CheckedMoments(NamedTuple):
+    """Second moments of one task or of several, as the solvers take them."""
+
+    xp: Namespace
+    size: int  # D
+    moments: tuple[Array, ...]  # in the order given, of one shape
+    gram_eps: Any  # rounding unit of the arithmetic that formed them; 0 where only dtypes count
+
+
+def checked_moments(
+    moments: Mapping[str, MomentLike], *, accumulation_eps: Any = None, **matrices: Array
+) -> CheckedMoments:
+    """Second moments given as arrays, `Moments` or `History`, and the matrices that come with them.
 
     Refuses what is not real, finite and of one library, and moments that are not square, symmetric
-    and of one shape. The shapes of the matrices are left to the caller.
+    and of one size. Moments are broadcast against each other. The shapes of the matrices are left
+    to the caller. Without ``accumulation_eps`` the coarsest unit that a moment carries counts.
     """
-    xp = namespace(**matrices, **moments)
-    check_real(xp, **matrices, **moments)
-    size = check_square(**moments)
-    check_values(xp, matrices, moments)
-    return xp, size
+    arrays = {name: _as_array(moment) for name, moment in moments.items()}
+    eps = check_eps("accumulation_eps", accumulation_eps)
+    if eps is None:
+        eps = _coarsest([m.unit for m in moments.values() if _is_accumulated(m)])
+    xp = namespace(**matrices, **arrays)
+    check_real(xp, **matrices, **arrays)
+    size = check_square(**arrays)
+    check_values(xp, matrices, arrays)
+    values = tuple(arrays.values())
+    if len({tuple(m.shape) for m in values}) > 1:
+        values = tuple(xp.broadcast_arrays(*values))
+    return CheckedMoments(xp, size, values, eps)
+
+
+def _is_accumulated(moment: MomentLike) -> bool:
+    from loda_math.moments import History, Moments  # which checks its arguments here
+
+    return isinstance(moment, (History, Moments))
+
+
+def _coarsest(units: Sequence[Any]) -> Any:
+    """The largest of some units, of which arrays are not read; 0 for none."""
+    known = [python_number(unit) for unit in units if unit is not None]
+    largest = max((unit for unit in known if not is_array(unit)), default=0.0)
+    for unit in known:
+        if is_array(unit):
+            xp = namespace(unit=unit)
+            largest = xp.where(unit > largest, unit, largest + 0 * unit)
+    return largest
+
+
+def _as_array(moment: MomentLike) -> Array:
+    """The mean of `Moments`, the total of a `History`, and anything else as it is."""
+    if not _is_accumulated(moment):
+        return moment
+    return moment.total if hasattr(moment, "weight") else moment.mean
 
 
 def check_columns(name: str, matrix: Array, size: int) -> None:
@@ -120,7 +174,9 @@ def check_share(name: str, value: Any) -> Any:
 
 
 def check_eps(name: str, value: Any) -> Any:
-    """The rounding unit, refused if it is coarser than any arithmetic (bfloat16 has 7.8e-3)."""
+    """The rounding unit or None, refused if coarser than any arithmetic (bfloat16 has 7.8e-3)."""
+    if value is None:
+        return None
     value = check_scalar(name, value)
     if not is_array(value) and value > COARSEST:
         msg = (

@@ -72,8 +72,12 @@ CALLS: dict[str, Call] = {
 REPORTS: dict[str, Call] = {
     "general_solution": ranked(lm.general_solution, *TASKS),
     "trace_ratio_subspace": ranked(lm.trace_ratio_subspace, *TASKS),
-    "isolated_subspace floor": ranked(lm.isolated_subspace, *TASKS, energy_floor=0.5),
-    "isolated_solution floor": ranked(lm.isolated_solution, *TASKS, energy_floor=0.5),
+    "isolated_subspace floor": ranked(
+        lm.isolated_subspace, *TASKS, objective="trace_ratio", energy_floor=0.5
+    ),
+    "isolated_solution floor": ranked(
+        lm.isolated_solution, *TASKS, objective="trace_ratio", energy_floor=0.5
+    ),
     "isolated_subspace first": (lambda a: lm.isolated_subspace(a, None, 2), ("new",)),
     "rank_for ratio": rank_for("ratio"),
     **{f"verify_subspace {x}": verified(x) for x in ("general", "trace_ratio", "null")},

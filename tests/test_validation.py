@@ -48,8 +48,9 @@ def test_what_is_no_array(xp: ModuleType, name: str, argument: str) -> None:
         with pytest.raises(TypeError, match=rf"^{argument} must be an array"):
             call(xp, name, **{argument: x})
     moments = lm.second_moment(to_library(xp, EYE))
-    with pytest.raises(TypeError, match=rf"^{argument} must be an array.*pass its \.mean"):
-        call(xp, name, **{argument: moments})
+    if argument not in ("new", "old", "moment") or name == "remember":
+        with pytest.raises(TypeError, match=rf"^{argument} must be an array.*pass its \.mean"):
+            call(xp, name, **{argument: moments})
 
 
 @pytest.mark.parametrize(("name", "argument"), [c for c in CASES if len(ALL[c[0]][1]) > 1])
@@ -86,7 +87,7 @@ def test_moments_that_are_not_symmetric(xp: ModuleType, name: str, argument: str
 
 @pytest.mark.parametrize(("name", "argument"), [c for c in SQUARE if len(ALL[c[0]][1]) > 1])
 def test_sizes_that_do_not_match(xp: ModuleType, name: str, argument: str) -> None:
-    with pytest.raises(ValueError, match=r"^(moments must have one|basis must have) shape"):
+    with pytest.raises(ValueError, match=r"^(moments must have one D|basis must have shape)"):
         call(xp, name, **{argument: to_library(xp, np.eye(4))})
 
 
@@ -196,9 +197,10 @@ RECALIBRATION = ("gamma", "history_weight")
 SETTINGS: dict[str, tuple[str, ...]] = {
     "general_subspace": (ROUNDING,),
     "general_solution": (ROUNDING,),
-    "isolated_subspace": (*SUBSPACE, "energy_floor"),
-    "isolated_solution": (*SUBSPACE, "energy_floor"),
-    "trace_ratio_subspace": SUBSPACE,
+    "isolated_subspace": SUBSPACE,
+    "isolated_subspace floor": (*SUBSPACE, "energy_floor"),
+    "isolated_solution floor": (*SUBSPACE, "energy_floor"),
+    "trace_ratio_subspace": (*SUBSPACE, "energy_floor"),
     "trace_ratio_solution": (*SUBSPACE, "energy_floor"),
     "rank_for ratio": (*SUBSPACE, "share"),
     "recalibration full": RECALIBRATION,
