@@ -7,7 +7,7 @@ directions.
 
 from typing import Literal, NamedTuple, get_args
 
-from loda_math import _subspaces
+from loda_math import _subspaces, _trace_ratio
 from loda_math._arrays import Array, Namespace, result_dtype, safe_divide
 from loda_math._validation import (
     check_eps,
@@ -406,7 +406,7 @@ def isolated_solution(
         directions = _subspaces.isolated(xp, new, old, rank, ridge, gram_eps)
         return _solution(xp, directions, rank, new, old)
     energy_floor = check_share("energy_floor", energy_floor)
-    best = _subspaces.trace_ratio(xp, new, old, rank, ridge, energy_floor, gram_eps)
+    best = _trace_ratio.trace_ratio(xp, new, old, rank, ridge, energy_floor, gram_eps)
     solution = _solution(xp, best.directions, rank, new, old)
     return solution._replace(gap=xp.astype(best.gap[..., 0], result_dtype(xp, new, old)))
 
@@ -459,7 +459,7 @@ def trace_ratio_solution(
     gram_eps = check_eps("accumulation_eps", accumulation_eps)
     xp, size = _checked(new, old)
     rank = check_rank(rank, size)
-    best = _subspaces.trace_ratio(xp, new, old, rank, ridge, energy_floor, gram_eps)
+    best = _trace_ratio.trace_ratio(xp, new, old, rank, ridge, energy_floor, gram_eps)
     dtype = result_dtype(xp, new, old)
     return TraceRatioSolution(
         basis=_subspaces.finished_basis(xp, best.directions, rank, new, old),

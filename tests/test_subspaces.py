@@ -31,7 +31,7 @@ from strategies import (
 )
 
 from loda_math import (
-    _subspaces,
+    _trace_ratio,
     general_solution,
     general_subspace,
     isolated_solution,
@@ -559,7 +559,7 @@ def test_the_ratio_only_rises_along_the_iterations(pencil: tuple) -> None:
     least = np.linalg.eigvalsh(r)[: pencil[2]].sum()
     best, steps = largest_ratio(s, r, pencil[2]), []
     for count in range(5):
-        kappa, value = _subspaces._newton(namespace(s=s), s, r, start, count)
+        kappa, value = _trace_ratio._newton(namespace(s=s), s, r, start, count)
         steps.append(kappa.item())
         assert kappa + max(value, 0) / least >= best * (1 - 1e-9)
     assert np.all(np.diff(steps) >= 0)

@@ -15,6 +15,7 @@ from loda_math._arrays import (
     span_energy,
     widen,
 )
+from loda_math._trace_ratio import trace_ratio
 from loda_math._validation import (
     check_eps,
     check_rows,
@@ -278,7 +279,7 @@ def _trace_ratio(
     """Of the ratio of traces under a floor."""
     s, r = _subspaces.regularised(xp, new, old, ridge, gram_eps)
     rank = int(span.shape[-1])
-    exact = _subspaces.trace_ratio(xp, new, old, rank, ridge, energy_floor, gram_eps)
+    exact = trace_ratio(xp, new, old, rank, ridge, energy_floor, gram_eps)
     carried, held = span_energy(xp, span, s), span_energy(xp, span, r)
     value, best = safe_divide(xp, carried, held), exact.ratio[..., 0, 0]
     image = s @ span - exact.multiplier * (r @ span)
