@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -39,23 +39,28 @@ def check_real(xp: Namespace, **arrays: Array) -> None:
 
 
 def check_square(**moments: Array) -> int:
-    """Refuse moments that are not square, of one size, and broadcast together; returns D."""
+    """Refuse moments that are not square, or not all of one shape; returns their size D."""
     for name, m in moments.items():
         if m.ndim < 2 or m.shape[-1] != m.shape[-2] or m.shape[-1] == 0:
             msg = f"{name} must be square, of shape (..., D, D) with D > 0, got {tuple(m.shape)}"
             raise ValueError(msg)
     shapes = {name: tuple(m.shape) for name, m in moments.items()}
-    if len(set(shapes.values())) > 1 and not _broadcast_together(*shapes.values()):
-        msg = f"moments must have one D, and leading axes that broadcast, got {shapes}"
+    if len(set(shapes.values())) > 1:
+        msg = f"moments must have one shape, got {shapes}"
         raise ValueError(msg)
     return int(next(iter(shapes.values()))[-1])
 
 
-def _broadcast_together(*shapes: tuple[int, ...]) -> bool:
-    """Whether the leading axes broadcast and the last two axes agree."""
-    axes = zip_longest(*(reversed(shape[:-2]) for shape in shapes), fillvalue=1)
-    is_fit = all(len(set(lengths) - {1}) < 2 for lengths in axes)
-    return is_fit and len({shape[-2:] for shape in shapes}) == 1
+def check_broadcast(**moments: Array) -> int:
+    """Refuse moments that are not square, of one size and broadcastable; returns their size D."""
+    size = max(check_square(**{name: m}) for name, m in moments.items())
+    shapes = {name: tuple(m.shape) for name, m in moments.items()}
+    axes = zip_longest(*(reversed(shape[:-2]) for shape in shapes.values()), fillvalue=1)
+    fit = all(len(set(lengths) - {1}) < 2 for lengths in axes)
+    if not fit or any(shape[-1] != size for shape in shapes.values()):
+        msg = f"moments must have one D, and leading axes that broadcast, got {shapes}"
+        raise ValueError(msg)
+    return size
 
 
 class CheckedMoments(NamedTuple):
@@ -76,42 +81,25 @@ def checked_moments(
     and of one size. Moments are broadcast against each other. The shapes of the matrices are left
     to the caller. Without ``accumulation_eps`` the coarsest unit that a moment carries counts.
     """
-    arrays = {name: _as_array(moment) for name, moment in moments.items()}
+    from loda_math.moments import History, Moments, coarsest_unit  # which checks its arguments here
+
+    arrays, carriers = {}, []
+    for name, moment in moments.items():
+        if isinstance(moment, (Moments, History)):
+            carriers.append(moment)
+            arrays[name] = moment.mean if isinstance(moment, Moments) else moment.total
+        else:
+            arrays[name] = moment
     eps = check_eps("accumulation_eps", accumulation_eps)
-    if eps is None:
-        eps = _coarsest([m.unit for m in moments.values() if _is_accumulated(m)])
     xp = namespace(**matrices, **arrays)
+    eps = coarsest_unit(xp, *carriers) if eps is None else eps
     check_real(xp, **matrices, **arrays)
-    size = check_square(**arrays)
+    size = check_broadcast(**arrays)
     check_values(xp, matrices, arrays)
     values = tuple(arrays.values())
     if len({tuple(m.shape) for m in values}) > 1:
         values = tuple(xp.broadcast_arrays(*values))
     return CheckedMoments(xp, size, values, eps)
-
-
-def _is_accumulated(moment: MomentLike) -> bool:
-    from loda_math.moments import History, Moments  # which checks its arguments here
-
-    return isinstance(moment, (History, Moments))
-
-
-def _coarsest(units: Sequence[Any]) -> Any:
-    """The largest of some units, of which arrays are not read; 0 for none."""
-    known = [python_number(unit) for unit in units if unit is not None]
-    largest = max((unit for unit in known if not is_array(unit)), default=0.0)
-    for unit in known:
-        if is_array(unit):
-            xp = namespace(unit=unit)
-            largest = xp.where(unit > largest, unit, largest + 0 * unit)
-    return largest
-
-
-def _as_array(moment: MomentLike) -> Array:
-    """The mean of `Moments`, the total of a `History`, and anything else as it is."""
-    if not _is_accumulated(moment):
-        return moment
-    return moment.total if hasattr(moment, "weight") else moment.mean
 
 
 def check_columns(name: str, matrix: Array, size: int) -> None:

@@ -186,7 +186,7 @@ def combine(a: Moments, b: Moments, /) -> Moments:
             f"{tuple(b.total.shape)}"
         )
         raise ValueError(msg)
-    total, unit = a.total + b.total, _coarsest(xp, a, b)
+    total, unit = a.total + b.total, coarsest_unit(xp, a, b)
     if a.error is None and b.error is None:
         return Moments(total, a.count + b.count, None, unit)
     # Two-sum (Knuth): the exact rounding error of the addition above, without a branch.
@@ -309,7 +309,7 @@ def remember(
     # The total is not read: it was checked when it was formed, one task at a time.
     check_values(xp, symmetric=added)
     parts = [weight * m for m in widen(xp, *means)]
-    unit = _coarsest(xp, *moments, *(() if history is None else (history,)))
+    unit = coarsest_unit(xp, *moments, *(() if history is None else (history,)))
     if history is not None:
         parts.insert(0, decay * widen(xp, history.total)[0])
     # One after another, so that a history is the same bit for bit however it was resumed.
@@ -381,7 +381,7 @@ def _gram(xp: Namespace, tokens: Array, wide: Any) -> Moments:
     return Moments(gram, int(tokens.shape[-2]), error, float(xp.finfo(tokens.dtype).eps))
 
 
-def _coarsest(xp: Namespace, *moments: Any) -> Any:
+def coarsest_unit(xp: Namespace, *moments: Any) -> Any:
     """Coarsest rounding unit of moments, histories and arrays; an array where one of them is."""
     numbers, arrays = [0.0], []
     for m in moments:
