@@ -248,9 +248,9 @@ def lower_cholesky(xp: Namespace, x: Array, name: str) -> Array:
         factor = xp.linalg.cholesky(x, upper=True).mT if is_torch(x) else xp.linalg.cholesky(x)
     except Exception as error:
         raise ValueError(msg) from error
-    # JAX and CuPy report a failure as NaN.
-    silent = is_jax(x) or bool(compat.is_cupy_array(x))
-    if silent and is_concrete(x) and not bool(xp.all(xp.isfinite(factor))):
+    # NumPy and torch raise. JAX and CuPy leave NaN, MLX the pivot that is not positive.
+    silent = not (is_numpy(x) or is_torch(x))
+    if silent and is_concrete(x) and not bool(xp.all(diagonal(xp, factor) > 0)):
         raise ValueError(msg)
     return factor
 
