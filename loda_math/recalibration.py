@@ -9,6 +9,7 @@ from loda_math._arrays import (
     Namespace,
     descending_eigh,
     detached,
+    diagonal,
     eye_like,
     is_array,
     is_concrete,
@@ -19,6 +20,7 @@ from loda_math._arrays import (
     rounding_share,
     safe_divide,
     symmetrise,
+    trace,
     widen,
     with_derivative,
 )
@@ -151,10 +153,10 @@ def recalibration(
     noise = rounding_share(xp, rank, new, old, gram_eps=gram_eps)
     if form == "full":
         return xp.astype(_full(xp, k, gamma_q, noise), dtype)
-    energy = xp.linalg.diagonal(k)
+    energy = diagonal(xp, k)
     active = energy > noise * xp.max(energy, axis=-1, keepdims=True)
     if form == "direction":
-        weights = _share(xp, xp.linalg.diagonal(gamma_q), energy, active)
+        weights = _share(xp, diagonal(xp, gamma_q), energy, active)
     else:
         b = safe_divide(xp, b, detached(peak(xp, b)))  # a common factor does not matter
         gram = b.mT @ b
@@ -166,7 +168,7 @@ def recalibration(
             weights = solve(xp, matrix, rhs)
         else:
             part, whole = (xp.sum(gram * m, axis=(-2, -1))[..., None] for m in (gamma_q, k))
-            weights = _share(xp, part, whole, whole > noise * xp.linalg.trace(gram)[..., None])
+            weights = _share(xp, part, whole, whole > noise * trace(xp, gram)[..., None])
             weights = weights + xp.zeros_like(energy)
     return xp.astype(weights[..., None, :] * eye_like(xp, k, rank), dtype)
 
@@ -497,7 +499,7 @@ def _semidefinite_solve(xp: Namespace, matrix: Array, rhs: Array, noise: float) 
     """Solve a consistent positive semi-definite system; directions in its kernel get 0."""
     fixed = detached(matrix)
     # Unit diagonal first: unknowns may differ in size by orders of magnitude.
-    scale = xp.sqrt(xp.clip(xp.linalg.diagonal(fixed), 0.0, None))
+    scale = xp.sqrt(xp.clip(diagonal(xp, fixed), 0.0, None))
     shrink = safe_divide(xp, xp.ones_like(scale), scale)
     values, vectors = descending_eigh(xp, fixed * shrink[..., :, None] * shrink[..., None, :])
     active = values > noise * values[..., :1]
@@ -525,11 +527,11 @@ def _box(xp: Namespace, matrix: Array, rhs: Array) -> Array:
     size, eps = int(rhs.shape[-1]), float(xp.finfo(rhs.dtype).eps)
     given = matrix, rhs
     matrix, rhs = detached(matrix), detached(rhs)
-    diagonal = xp.linalg.diagonal(matrix)
-    scale = xp.max(diagonal, axis=-1)[..., None]
+    energy = diagonal(xp, matrix)
+    scale = xp.max(energy, axis=-1)[..., None]
     rhs = safe_divide(xp, rhs, scale + 0 * rhs)
     matrix = safe_divide(xp, matrix, scale[..., None] + 0 * matrix)
-    active = xp.astype(diagonal > 0, matrix.dtype)
+    active = xp.astype(energy > 0, matrix.dtype)
     eye = eye_like(xp, matrix, size)
     # The proximal term keeps steps along the kernel of M finite; it does not move the solution.
     anchored = matrix + (1 - active + 8 * size * eps)[..., None] * eye
