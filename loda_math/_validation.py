@@ -102,6 +102,29 @@ def checked_moments(
     return CheckedMoments(xp, size, values, eps)
 
 
+def checked_weights(coefficients: Array | None = None, **arrays: Array) -> Namespace:
+    """Namespace of weights (..., O, D) and of the branch, ``up`` and ``down``, that fits them."""
+    if coefficients is not None:
+        arrays["coefficients"] = coefficients
+    xp = namespace(**arrays)
+    check_real(xp, **arrays)
+    shapes = {name: tuple(x.shape) for name, x in arrays.items()}
+    up, down = shapes["up"], shapes["down"]
+    fit = min(len(shape) for shape in shapes.values()) > 1 and up[-1] == down[-2]
+    if not fit or any(
+        shape[-2:] != ((up[-1], up[-1]) if name == "coefficients" else (up[-2], down[-1]))
+        for name, shape in shapes.items()
+        if name not in ("up", "down")
+    ):
+        msg = (
+            f"shapes must be (..., O, D), up (..., O, r), down (..., r, D) and coefficients "
+            f"(..., r, r), got {shapes}"
+        )
+        raise ValueError(msg)
+    check_values(xp, arrays)
+    return xp
+
+
 def check_columns(name: str, matrix: Array, size: int) -> None:
     """Refuse a matrix whose last axis is not the D of the moments."""
     shape = tuple(matrix.shape)
