@@ -8,7 +8,7 @@ is derived in docs/theory.md.
 
 from typing import Any
 
-from loda_math._arrays import Array, Namespace, coarsest_eps, descending_eigh, is_array, safe_divide
+from loda_math._arrays import Array, Namespace, coarsest_eps, descending_eigh, is_array, larger
 from loda_math.moments import GRAM_TOKENS, SINGLE_EPS
 
 # Rounding of a Gram matrix, as a norm, in rounding units and per √D channels. Products that are
@@ -26,15 +26,11 @@ def channel_noise(
     and ``gram_eps`` the rounding unit of the Gram matrices that were summed in them.
     """
     size, eps = int(s.shape[-1]), float(xp.finfo(s.dtype).eps)
-    stored = float(coarsest_eps(xp, *given))
+    stored = coarsest_eps(xp, *given)
     # Gram matrices are formed in single precision at least, whatever they are stored in.
-    formed = min(stored, SINGLE_EPS)
-    if is_array(gram_eps):
-        unit = xp.astype(gram_eps, s.dtype)
-        formed = xp.where(unit > formed, unit, formed + 0 * unit)[..., None]
-    else:
-        formed = max(formed, gram_eps)
+    formed = larger(xp, gram_eps, min(stored, SINGLE_EPS))
     share = size**0.5 * (GRAM_NOISE * formed + stored)
+    share = share[..., None] if is_array(share) else share
     # The eigensolver adds its own error, which is relative to the whole matrix.
     return share * xp.abs(xp.linalg.diagonal(s)) + size * eps * largest
 

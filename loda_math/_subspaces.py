@@ -15,6 +15,7 @@ from loda_math._arrays import (
     fix_signs,
     is_array,
     is_concrete,
+    larger,
     peak,
     result_dtype,
     safe_divide,
@@ -48,15 +49,15 @@ def normalised(xp: Namespace, moment: Array) -> tuple[Array, Array]:
 
 
 def regularised(
-    xp: Namespace, new: Array, old: Array, ridge: Any, gram_eps: float = 0.0
+    xp: Namespace, new: Array, old: Array, ridge: Any, gram_eps: Any = 0.0
 ) -> tuple[Array, Array]:
     """Both moments of trace one, and the history with the ridge (α / D) I on it."""
     size = int(new.shape[-1])
     s_new, s_old = (normalised(xp, s)[0] for s in widen(xp, new, old))
     least = 4 * size * coarsest_eps(xp, new, old, gram_eps=gram_eps)
     # An array is not read: it may be on an accelerator, or stand for a value that comes later.
-    traced = is_array(ridge)
-    alpha = xp.clip(xp.astype(ridge, s_old.dtype), least, None) if traced else max(ridge, least)
+    alpha = larger(xp, xp.astype(ridge, s_old.dtype) if is_array(ridge) else ridge, least)
+    alpha = alpha[..., None, None] if is_array(alpha) else alpha
     return s_new, add_to_diagonal(xp, s_old, alpha / size)
 
 
