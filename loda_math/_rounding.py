@@ -8,7 +8,15 @@ is derived in docs/theory.md.
 
 from typing import Any
 
-from loda_math._arrays import Array, Namespace, coarsest_eps, descending_eigh, is_array, larger
+from loda_math._arrays import (
+    Array,
+    Namespace,
+    coarsest_eps,
+    descending_eigh,
+    diagonal,
+    is_array,
+    larger,
+)
 from loda_math.moments import GRAM_TOKENS, SINGLE_EPS
 
 # Rounding of a Gram matrix, as a norm, in rounding units and per √D channels. Products that are
@@ -32,7 +40,7 @@ def channel_noise(
     share = size**0.5 * (GRAM_NOISE * formed + stored)
     share = share[..., None] if is_array(share) else share
     # The eigensolver adds its own error, which is relative to the whole matrix.
-    return share * xp.abs(xp.linalg.diagonal(s)) + size * eps * largest
+    return share * xp.abs(diagonal(xp, s)) + size * eps * largest
 
 
 def noise_along(xp: Namespace, noise: Array, directions: Array) -> Array:

@@ -41,7 +41,7 @@ def normalised(xp: Namespace, moment: Array) -> tuple[Array, Array]:
     largest = peak(xp, moment)
     moment = safe_divide(xp, moment, largest)
     # The trace of a true moment is positive; a negative one must not flip its sign.
-    total = xp.abs(trace(xp, moment))
+    total = xp.abs(trace(xp, moment)[..., None, None])
     # The symmetric part in one scaling: large moments are bound by memory, not by arithmetic.
     moment = moment + moment.mT
     moment *= safe_divide(xp, xp.full_like(total, 0.5), total)
@@ -114,7 +114,7 @@ def generalised(xp: Namespace, s_new: Array, r: Array, count: int, noise: Array)
     """
     size, eps = int(s_new.shape[-1]), float(xp.finfo(s_new.dtype).eps)
     # With wᵀRw = 1 the squared length of w is at least the inverse of the trace of R.
-    floor = xp.min(noise, axis=-1, keepdims=True) / trace(xp, r)[..., 0]
+    floor = xp.min(noise, axis=-1, keepdims=True) / trace(xp, r)[..., None]
 
     def solve(several: int) -> tuple[Directions, Array]:
         values, directions = leading_pencil(xp, s_new, r, several, "old")
