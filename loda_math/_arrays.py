@@ -5,7 +5,7 @@ No array library is imported here; ``array_api_compat`` finds the one that an ar
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -128,7 +128,9 @@ def is_concrete(*arrays: Array | None) -> bool:
             continue
         if compat.is_dask_array(x):
             return False
-        if jax is not None and isinstance(x, jax.core.Tracer):
+        # A constant inside of compiled code is no tracer itself, but whatever is made of it is.
+        made = (x, jax.lax.stop_gradient(x)) if jax is not None and compat.is_jax_array(x) else ()
+        if any(isinstance(y, jax.core.Tracer) for y in made):  # type: ignore[union-attr]
             return False
         if torch is not None and isinstance(x, torch.Tensor) and _is_traced(torch, x):
             return False
@@ -145,6 +147,38 @@ def _is_traced(torch: Any, x: Array) -> bool:
         return True
     proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
     return proxies is not None and proxies.get_proxy_mode() is not None
+
+
+def detached(x: Array) -> Array:
+    """``x`` as a constant: no derivative flows through it."""
+    if is_torch(x):
+        return x.detach()
+    return sys.modules["jax"].lax.stop_gradient(x) if is_jax(x) else x
+
+
+def may_be_differentiated(*arrays: Array) -> bool:
+    """Whether a derivative with respect to one of the arrays may be asked for."""
+    jax, torch = sys.modules.get("jax"), sys.modules.get("torch")
+    for x in arrays:
+        if jax is not None and isinstance(x, jax.core.Tracer):
+            return True
+        if torch is not None and isinstance(x, torch.Tensor):
+            if x.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(x):
+                return True
+            if torch.autograd.forward_ad._current_level >= 0:
+                return True
+    return False
+
+
+def with_derivative(value: Array, formula: Callable[[], Array], *inputs: Array) -> Array:
+    """The value, with the derivative of a formula for it that can be differentiated.
+
+    The formula is evaluated only where a derivative with respect to the inputs may be asked for.
+    """
+    if not may_be_differentiated(*inputs):
+        return value
+    smooth = formula()
+    return detached(value) + (smooth - detached(smooth))
 
 
 def full_precision(x: Array) -> AbstractContextManager[Any]:
@@ -265,17 +299,6 @@ def lower_cholesky(xp: Namespace, x: Array, name: str) -> Array:
     if silent and is_concrete(x) and not bool(xp.all(diagonal(xp, factor) > 0)):
         raise ValueError(msg)
     return factor
-
-
-def semidefinite_solve(xp: Namespace, matrix: Array, rhs: Array, noise: float) -> Array:
-    """Solve a consistent positive semi-definite system; directions in its kernel get 0."""
-    # Unit diagonal first: unknowns may differ in size by orders of magnitude.
-    scale = xp.sqrt(xp.clip(diagonal(xp, matrix), 0.0, None))
-    shrink = safe_divide(xp, xp.ones_like(scale), scale)
-    values, vectors = descending_eigh(xp, matrix * shrink[..., :, None] * shrink[..., None, :])
-    inverse = reciprocal(xp, values, values > noise * values[..., :1])
-    part = vectors.mT @ (rhs * shrink)[..., None]
-    return (vectors @ (inverse[..., None] * part))[..., 0] * shrink
 
 
 def fix_signs(xp: Namespace, basis: Array) -> Array:
