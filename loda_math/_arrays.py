@@ -86,21 +86,30 @@ def result_dtype(xp: Namespace, *arrays: Array | None) -> Any:
     return xp.result_type(*(a.dtype for a in arrays if a is not None))
 
 
-def coarsest_eps(xp: Namespace, *arrays: Array | None, gram_eps: float = 0.0) -> float:
+def larger(xp: Namespace, a: Any, b: Any) -> Any:
+    """The larger of two numbers; either may be an array, as every number is in compiled code."""
+    if not is_array(a) and not is_array(b):
+        return max(a, b)
+    a, b = a + 0 * b, b + 0 * a
+    return xp.where(a > b, a, b)
+
+
+def coarsest_eps(xp: Namespace, *arrays: Array | None, gram_eps: Any = 0.0) -> Any:
     """What the entries can be trusted to: the largest eps of the dtypes, and ``gram_eps``.
 
     ``gram_eps`` is the eps of the arithmetic that made the entries, where it was coarser.
     """
-    return max(gram_eps, *(float(xp.finfo(a.dtype).eps) for a in arrays if a is not None))
+    eps = max(float(xp.finfo(a.dtype).eps) for a in arrays if a is not None)
+    return larger(xp, gram_eps, eps)
 
 
-def rounding_share(xp: Namespace, size: int, *arrays: Array | None, gram_eps: float = 0.0) -> float:
+def rounding_share(xp: Namespace, size: int, *arrays: Array | None, gram_eps: Any = 0.0) -> Any:
     """Share of the largest eigenvalue below which the eigenvalues of the arrays are rounding."""
     # size·eps for the arithmetic. Storing a moment in fewer digits costs less: its errors are
     # independent, and size·eps of float32 would take real directions, that of halves all.
     arithmetic = size * float(xp.finfo(widest(xp, next(a for a in arrays if a is not None))).eps)
     storage = min(size, 16) * coarsest_eps(xp, *arrays, gram_eps=gram_eps)
-    return max(arithmetic, storage)
+    return larger(xp, storage, arithmetic)
 
 
 def widen(xp: Namespace, *arrays: Array) -> tuple[Array, ...]:
@@ -199,12 +208,15 @@ def eye_like(xp: Namespace, x: Array, size: int) -> Array:
 
 
 def add_to_diagonal(xp: Namespace, x: Array, amount: Any) -> Array:
-    """``x`` with an amount added to its diagonal; ``x`` must be fresh, it may be changed."""
+    """``x`` with an amount added to its diagonal; ``x`` must be fresh, it may be changed.
+
+    An amount that is an array has two axes of length one behind the leading ones.
+    """
     size = int(x.shape[-1])
     if (is_numpy(x) or (is_torch(x) and not x.requires_grad)) and is_concrete(x):
         # In place: two more matrices of this size cost as much as a step of the solve.
         rows = xp.arange(size, **placed_like(x))
-        x[..., rows, rows] += amount
+        x[..., rows, rows] += amount[..., 0] if is_array(amount) else amount
         return x
     return x + amount * eye_like(xp, x, size)
 
