@@ -82,6 +82,11 @@ def projection_energy(basis: Array, moment: MomentLike) -> Array:
     ValueError
         If the shapes do not match, or values are not finite or the moment is not symmetric.
 
+    See Also
+    --------
+    relative_energy : As a share of the trace.
+    energy_ratio : New task over old ones.
+
     Notes
     -----
     LoDA, arXiv:2603.00191, Section 3.
@@ -116,6 +121,11 @@ def relative_energy(basis: Array, moment: MomentLike) -> Array:
     ------
     TypeError, ValueError
         As in :func:`projection_energy`.
+
+    See Also
+    --------
+    projection_energy : In units of the moment.
+    energy_ratio : New task over old ones.
 
     Notes
     -----
@@ -154,6 +164,11 @@ def energy_ratio(basis: Array, new: MomentLike, old: MomentLike) -> Array:
     ------
     TypeError, ValueError
         As in :func:`projection_energy`.
+
+    See Also
+    --------
+    relative_energy : The shares that are divided.
+    heldout_ratio : The same where the basis was not chosen.
 
     Notes
     -----
@@ -204,6 +219,11 @@ def heldout_ratio(
     ------
     TypeError, ValueError
         As in :func:`energy_ratio`, and what ``choose`` raises.
+
+    See Also
+    --------
+    energy_ratio : The ratio on given moments.
+    isolated_subspace : A rule to judge.
 
     Notes
     -----
@@ -269,6 +289,11 @@ def first_order_update(
         If an argument is not a real floating-point array.
     ValueError
         If shapes do not match, values are not finite, or ``step`` is negative.
+
+    See Also
+    --------
+    projection_energy : The energy in the bounds.
+    update_effect : The exact effect of a merge.
 
     Notes
     -----
