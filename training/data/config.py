@@ -24,7 +24,7 @@ class DataConfig(Component):
     Parameters
     ----------
     name
-        digits (embedded, no download), folder (train/CLASS/* with test/ or val/), cifar100, one of
+        glyphs (drawn characters) or digits (both without download), folder (train/CLASS/* with test/ or val/), cifar100, one of
         imagenet-r, imagenet-a, cub and domainnet (the folder of that name in root), timm (what
         data.dataset names), or the import path of a class with a function load.
     classes
