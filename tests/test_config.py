@@ -160,7 +160,9 @@ def test_no_argument_gives_the_default_experiment() -> None:
     assert (glyphs.data.name, glyphs.backbone.name) == ("glyphs", "cifar_vit")
     for argv in ([], ["--data=glyphs"], ["--backbone", "cifar_vit"]):
         assert load_experiment(argv) == glyphs
-    assert load_experiment(["--train.lr=0.1"]) == replace(glyphs, train=replace(glyphs.train, lr=0.1))
+    assert load_experiment(["--train.lr=0.1"]) == replace(
+        glyphs, train=replace(glyphs.train, lr=0.1)
+    )
 
 
 def test_other_data_or_backbones_start_from_the_defaults_of_the_settings() -> None:

@@ -363,7 +363,7 @@ def paint(dots: FloatArray, rng: np.random.Generator) -> NDArray[np.uint8]:
 
 
 def texture(count: int, rng: np.random.Generator) -> FloatArray:
-    """Draw coloured waves, from smooth ones to stripes, and speckle: (N, 32, 32, 3), mean near 0."""
+    """Draw coloured waves, smooth or striped, and speckle: (N, 32, 32, 3), mean about 0."""
     axis = (np.arange(BITMAP) + 0.5) / BITMAP
     result = rng.normal(size=(count, BITMAP, BITMAP, 1)) * rng.uniform(0, SPECKLE, (count, 1, 1, 1))
     for _ in range(WAVES):
@@ -405,8 +405,7 @@ def instances(character: int, split: str) -> NDArray[np.uint8]:
     number = PER_SPLIT[split]
     rng = np.random.default_rng([SEED, character, split == "test"])
     dots = bend(characters().take(np.full(number, character)), rng, 2 * DOTS)
-    images = np.ascontiguousarray(paint(dots, rng).transpose(0, 3, 1, 2))
-    return images
+    return np.ascontiguousarray(paint(dots, rng).transpose(0, 3, 1, 2))
 
 
 class Drawings(Sequence["Tensor"]):
