@@ -3,22 +3,27 @@
     python docs/protocol.py choose > training/configs/sweeps/glyphs-choose.yaml
     python docs/protocol.py rates RECORDS                  # the trials as a table, the best in bold
     python docs/protocol.py test RECORDS > training/configs/sweeps/glyphs-test.yaml
+    python docs/protocol.py contrasts RECORDS --tests TESTS           # what the test shows
 
-RECORDS is a bundle of the trials, or their folder. Everything that the test runs is decided by the
-trials and by the rules in this file, which was committed before the first test run.
+RECORDS and TESTS are bundles of the trials and of the test, or their folders. Everything that the
+test runs is decided by the trials and by the rules in this file, which was committed before the
+first test run.
 """
 
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, variance
 
 import yaml
+from pandas import DataFrame
 from scipy.stats import t as student
 
 from training.config import read_yaml, resolve_config
-from training.report.runs import Run, find_runs
+from training.report.runs import Run, find_runs, load
+from training.report.tables import differences, intervals
 
 READOUT = "alignment"  # primary; the others are evaluated on the same training
 RATES = (0.006, 0.02, 0.06, 0.18, 0.5, 1.0)
@@ -94,13 +99,15 @@ def choosing_sweep(rates: tuple[float, ...] = RATES) -> str:
 def read_trials(sources: list[Path]) -> Trials:
     """Last accuracies in per cent under the primary read-out, by method, rate and seed.
 
+    Without sources there are none.
+
     Raises
     ------
     ValueError
         If a run is not one of the trials.
     """
     trials: Trials = {}
-    for run in find_runs(sources).runs:
+    for run in find_runs(sources).runs if sources else []:
         data = run.experiment.data
         if data.name != "glyphs" or data.options["alphabet"] != "choose":
             msg = f"{run.name} must be a run on the alphabet to choose on; leave it out"
@@ -213,6 +220,43 @@ def test_sweep(trials: Trials) -> str:
     return _sweep("glyphs-test", title, "test", seeds, variants, runs * len(seeds), groups)
 
 
+def contrasts(trials: Trials, tests: list[Path]) -> str:
+    """Leads of LoDA in last accuracy: the two primary contrasts, then whole tables at once.
+
+    Intervals are Student's, paired by seed, at 1 - 0.05 / k for the k rows of a table.
+    """
+    runs = load(*tests)
+    runs = runs[runs["readout"] == READOUT]
+    strange = sorted(set(runs["data.alphabet"]) - {"test"})
+    if strange:
+        msg = (
+            f"tests must be on the alphabet test, got runs on {', '.join(strange)}; leave them out"
+        )
+        raise ValueError(msg)
+    tables = {}
+    for section, rows in runs.groupby("section", sort=False):
+        lead_of = "loda-20-tasks" if "loda-20-tasks" in set(rows["group"]) else "loda"
+        tables[str(section)] = differences(rows, lead_of, "last")
+    other = rival(trials, best_rates(trials))
+    primary = [
+        table[["frozen", other]] for table in tables.values() if {"frozen", other} <= {*table}
+    ]
+    if not primary:
+        msg = f"tests must hold runs of loda, frozen and {other}; run more of glyphs-test"
+        raise ValueError(msg)
+    named = {"Primary contrasts": primary[0], **tables}
+    return "\n\n".join(_contrast_table(title, table) for title, table in named.items())
+
+
+def _contrast_table(title: str, table: DataFrame) -> str:
+    found = intervals(table, confidence=1 - 0.05 / max(1, table.shape[1]))
+    lines = [f"#### {title}", "", "| over | lead, points | seeds |", "|---|---:|---:|"]
+    for name, row in found.iterrows():
+        bounds = f"[{row['low']:+.2f}, {row['high']:+.2f}]"
+        lines.append(f"| {name} | {row['lead']:+.2f} {bounds} | {row['pairs']:.0f} |")
+    return "\n".join(lines)
+
+
 def _native(method: str) -> Settings:
     """The packaged settings of a method's authors, one setting a name."""
     sections = read_yaml(resolve_config(f"native/{method}"))
@@ -225,7 +269,7 @@ def _sweep(
     name: str,
     title: str,
     alphabet: str,
-    seeds: "range | tuple[int, ...]",
+    seeds: Sequence[int],
     variants: dict[str, Settings],
     runs: list[tuple[str, float]],
     groups: dict[str, list[str]] | None = None,
@@ -273,15 +317,22 @@ def rate_table(trials: Trials) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Print one of the files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("what", choices=["choose", "rates", "test"])
+    parser.add_argument("what", choices=["choose", "rates", "test", "contrasts"])
     parser.add_argument("records", nargs="*", type=Path, help="the trials: a bundle or folders")
+    parser.add_argument("--tests", nargs="+", type=Path, default=[], help="of contrasts: the test")
     given = parser.parse_args(arguments)
     if (given.what == "choose") == bool(given.records):
-        parser.error("choose takes no records, rates and test need those of the trials")
+        parser.error("choose takes no records, the others need those of the trials")
+    if (given.what == "contrasts") != bool(given.tests):
+        parser.error("--tests names the runs of the test, for contrasts only")
     try:
-        trials = read_trials(given.records) if given.records else {}
-        texts = {"choose": choosing_sweep, "rates": lambda: rate_table(trials)}
-        text = test_sweep(trials) if given.what == "test" else texts[given.what]()
+        trials = read_trials(given.records)
+        text = {
+            "choose": choosing_sweep,
+            "rates": lambda: rate_table(trials),
+            "test": lambda: test_sweep(trials),
+            "contrasts": lambda: contrasts(trials, given.tests),
+        }[given.what]()
     except (ValueError, OSError) as error:
         parser.error(str(error))
     sys.stdout.write(text.rstrip() + "\n")

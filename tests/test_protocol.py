@@ -7,7 +7,9 @@ from pathlib import Path
 import protocol
 import pytest
 import yaml
+from fake_runs import fake_run
 
+from training.config import BackboneConfig, DataConfig, MethodConfig
 from training.sweep import plan, read_sweep
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +111,30 @@ def test_the_test_sweep_is_on_the_other_alphabet_and_other_seeds(tmp_path: Path)
         assert classes == 40
     methods = (sweep.groups or {})["methods"]
     assert set(methods) == {*protocol.METHODS, "frozen"}
+
+
+def test_the_contrasts_are_paired_and_hold_together(tmp_path: Path) -> None:
+    lasts = {"loda": (50, 60, 70), "frozen": (40, 52, 58), "inflora": (48, 59, 71)}
+    for variant, values in lasts.items():
+        for seed, last in enumerate(values):
+            fake_run(
+                tmp_path / "test" / variant / f"seed{seed}",
+                rows=((90,), (last, last)),
+                seed=seed,
+                data=DataConfig("glyphs", {"alphabet": "test"}, image_size=32),
+                backbone=BackboneConfig("cifar_vit"),
+                method=MethodConfig(variant),
+            )
+    printed = protocol.contrasts(trials(), [tmp_path / "test"])
+    primary = printed.partition("\n\n#### ")[0]
+    # Differences 10, 8, 12: mean 10, s = 2, and t of two degrees of freedom at 98.75 % is 6.2053.
+    half = 6.2053 * 2 / 3**0.5
+    assert f"| frozen | +10.00 [{10 - half:+.2f}, {10 + half:+.2f}] | 3 |" in primary
+    assert "| inflora | +0.67 [" in primary
+    other = trials()
+    other["o_lora"][0.18] = {11: 90.0, 12: 90.0}
+    with pytest.raises(ValueError, match="o_lora"):
+        protocol.contrasts(other, [tmp_path / "test"])
 
 
 def test_the_command_prints_what_the_functions_give(tmp_path: Path) -> None:
