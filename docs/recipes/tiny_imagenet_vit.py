@@ -41,7 +41,7 @@ def read(root: Path, split: str) -> Images:
                 "scale the images first."
             )
             raise ValueError(msg)
-        pixels[row] = image
+        pixels[row] = np.asarray(image)
     numbers = {name: label for label, name in enumerate(sorted({p.parent.name for p in paths}))}
     labels = torch.tensor([numbers[path.parent.name] for path in paths])
     return Images(torch.from_numpy(pixels), labels)

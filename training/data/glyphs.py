@@ -8,13 +8,10 @@ data set ``glyphs`` paints characters on coloured grounds, and the recipe of the
 
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -278,8 +275,8 @@ def unit(images: FloatArray) -> FloatArray:
     """Return images (N, ...) as rows of mean 0 and length 1."""
     rows = images.reshape(len(images), -1)
     rows = rows - rows.mean(axis=1, keepdims=True)
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows
+    normed: FloatArray = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return normed
 
 
 def distinct_glyphs(
@@ -368,9 +365,9 @@ def texture(count: int, rng: np.random.Generator) -> FloatArray:
     result = rng.normal(size=(count, BITMAP, BITMAP, 1)) * rng.uniform(0, SPECKLE, (count, 1, 1, 1))
     for _ in range(WAVES):
         angle = rng.uniform(0, 2 * np.pi, size=count)
-        cycles = np.exp(rng.uniform(*np.log(CYCLES), size=count))
+        cycles = _log_uniform(rng, CYCLES, (count,))
         phase = rng.uniform(0, 2 * np.pi, size=(count, 1, 1))
-        hardness = np.exp(rng.uniform(*np.log(HARDNESS), size=(count, 1, 1)))
+        hardness = _log_uniform(rng, HARDNESS, (count, 1, 1))
         across = 2 * np.pi * (cycles * np.cos(angle))[:, None, None] * axis
         down = 2 * np.pi * (cycles * np.sin(angle))[:, None, None] * axis[:, None]
         wave = np.tanh(hardness * np.sin(across + down + phase)) / np.tanh(hardness)
@@ -379,13 +376,21 @@ def texture(count: int, rng: np.random.Generator) -> FloatArray:
     return result
 
 
+def _log_uniform(
+    rng: np.random.Generator, bounds: tuple[float, float], size: tuple[int, ...]
+) -> FloatArray:
+    low, high = np.log(bounds)
+    drawn: FloatArray = np.exp(rng.uniform(float(low), float(high), size=size))
+    return drawn
+
+
 @cache
 def characters() -> Glyphs:
     """Return the characters of both alphabets, always the same."""
 
     def rich(glyphs: Glyphs) -> NDArray[np.bool_]:
         # Of few arcs there are only bars, hooks and ovals, which handwriting makes alike.
-        several: NDArray[np.bool_] = (np.diff(glyphs.arcs[:, :MIN_ARCS, 0]) > 0).all(axis=1)
+        several: NDArray[np.bool_] = np.diff(glyphs.arcs[:, :MIN_ARCS, 0]).min(axis=1) > 0
         return several
 
     return distinct_glyphs(ALPHABETS["test"].stop, SEED, rich, CHARACTER_CORRELATION)
@@ -408,7 +413,7 @@ def instances(character: int, split: str) -> NDArray[np.uint8]:
     return np.ascontiguousarray(paint(dots, rng).transpose(0, 3, 1, 2))
 
 
-class Drawings(Sequence["Tensor"]):
+class Drawings(Sequence[Any]):
     """The images of an alphabet in one of the splits, by position, as uint8 tensors (3, 32, 32).
 
     Parameters
@@ -425,7 +430,7 @@ class Drawings(Sequence["Tensor"]):
     def __len__(self) -> int:
         return len(self.numbers) * PER_SPLIT[self.split]
 
-    def __getitem__(self, index: int) -> "Tensor":
+    def __getitem__(self, index: Any) -> Any:
         import torch
 
         row, position = divmod(index, PER_SPLIT[self.split])

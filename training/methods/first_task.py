@@ -71,7 +71,9 @@ class FirstTask(LoDAMethod):
         """The tensors of the branch, on the first task."""
         return [] if self.adapted else super().parameters()
 
-    def end_task(self, batches: Iterable[Any]) -> "TaskRecord | None":
+    def end_task(  # type: ignore[override]  # as Method: None if nothing was merged
+        self, batches: Iterable[Any]
+    ) -> "TaskRecord | None":
         """Merge the branch at the end of the first task."""
         if self.adapted:
             return None
