@@ -8,19 +8,25 @@ from loda_math._arrays import (
     Array,
     Namespace,
     descending_eigh,
+    detached,
+    diagonal,
     eye_like,
     is_array,
     is_concrete,
     namespace,
     peak,
+    reciprocal,
     result_dtype,
     rounding_share,
     safe_divide,
-    semidefinite_solve,
     symmetrise,
+    trace,
     widen,
+    with_derivative,
 )
 from loda_math._validation import (
+    CheckedMoments,
+    MomentLike,
     check_columns,
     check_real,
     check_scalar,
@@ -59,10 +65,9 @@ class UpdateEffect(NamedTuple):
 def recalibration(
     up: Array,
     down: Array,
-    new: Array,
-    old: Array,
+    new: MomentLike,
+    old: MomentLike,
     gamma: float,
-    /,
     form: RecalibrationForm = "full",
     *,
     history_weight: Any = 1.0,
@@ -89,7 +94,7 @@ def recalibration(
         Up-projection B.
     down : array, shape (..., r, D)
         Down-projection A, its scale included.
-    new, old : array, shape (..., D, D)
+    new, old : array of shape (..., D, D), Moments or History
         Second moments of the layer's inputs on the new task (through the trained model) and in
         the history.
     gamma : float
@@ -118,6 +123,11 @@ def recalibration(
     -----
     LoDA, arXiv:2603.00191, Theorem 2.3.
 
+    Λ may be differentiated with respect to every argument (PyTorch, JAX), also where eigenvalues
+    tie: :math:`d\Lambda = (d(\gamma Q) - \Lambda \, dK) K^{+}` with :math:`K = P + \gamma Q`,
+    and no eigenvector is differentiated. Directions without energy stay without, and entries at a
+    bound of the box stay there.
+
     Examples
     --------
     >>> import numpy as np
@@ -130,7 +140,7 @@ def recalibration(
         msg = f"form must be one of {get_args(RecalibrationForm)}, got {form!r}"
         raise ValueError(msg)
     gamma = check_scalar("gamma", gamma)
-    xp, dtype = checked_update(up, down, new, old)
+    (xp, _, (new, old), gram_eps), dtype = checked_update(up, down, new, old)
     weight = check_weight(xp, "history_weight", history_weight)
     b, p, q = _projected(xp, up, down, new, old)
     gamma_q, k = _scaled_system(xp, p, q, gamma, weight)
@@ -140,25 +150,25 @@ def recalibration(
     # Energies below this share of the largest are rounding of the moments; B and A are taken as
     # exact, even in half precision.
     rank = int(down.shape[-2])
-    noise = rounding_share(xp, rank, new, old)
+    noise = rounding_share(xp, rank, new, old, gram_eps=gram_eps)
     if form == "full":
         return xp.astype(_full(xp, k, gamma_q, noise), dtype)
-    energy = xp.linalg.diagonal(k)
+    energy = diagonal(xp, k)
     active = energy > noise * xp.max(energy, axis=-1, keepdims=True)
     if form == "direction":
-        weights = _share(xp, xp.linalg.diagonal(gamma_q), energy, active)
+        weights = _share(xp, diagonal(xp, gamma_q), energy, active)
     else:
-        b = safe_divide(xp, b, peak(xp, b))
+        b = safe_divide(xp, b, detached(peak(xp, b)))  # a common factor does not matter
         gram = b.mT @ b
         if form in ("diagonal", "box"):
             mask = xp.astype(active, k.dtype)
             rhs = xp.sum(gram * gamma_q, axis=-1) * mask
             matrix = gram * k * mask[..., :, None] * mask[..., None, :]
-            solve = _box if form == "box" else partial(semidefinite_solve, noise=noise)
+            solve = _box if form == "box" else partial(_semidefinite_solve, noise=noise)
             weights = solve(xp, matrix, rhs)
         else:
             part, whole = (xp.sum(gram * m, axis=(-2, -1))[..., None] for m in (gamma_q, k))
-            weights = _share(xp, part, whole, whole > noise * xp.linalg.trace(gram)[..., None])
+            weights = _share(xp, part, whole, whole > noise * trace(xp, gram)[..., None])
             weights = weights + xp.zeros_like(energy)
     return xp.astype(weights[..., None, :] * eye_like(xp, k, rank), dtype)
 
@@ -167,10 +177,9 @@ def recalibration_loss(
     coefficients: Array,
     up: Array,
     down: Array,
-    new: Array,
-    old: Array,
+    new: MomentLike,
+    old: MomentLike,
     gamma: float,
-    /,
     *,
     history_weight: Any = 1.0,
 ) -> Array:
@@ -210,7 +219,7 @@ def recalibration_loss(
     1.0
     """
     gamma = check_scalar("gamma", gamma)
-    xp, dtype = checked_update(up, down, new, old, coefficients=coefficients)
+    (xp, _, (new, old), _), dtype = checked_update(up, down, new, old, coefficients=coefficients)
     b, p, q = _projected(xp, up, down, new, old)
     (c,) = widen(xp, coefficients)
     interference = b @ c
@@ -223,7 +232,7 @@ def recalibration_loss(
 
 
 def stack_branches(
-    ups: Sequence[Array], downs: Sequence[Array], weights: Sequence[float] | None = None, /
+    ups: Sequence[Array], downs: Sequence[Array], weights: Sequence[float] | None = None
 ) -> tuple[Array, Array]:
     r"""One branch that does what several do: :math:`\sum_b w_b B_b A_b = B A`.
 
@@ -287,10 +296,9 @@ def joint_recalibration(
     ups: Sequence[Array],
     downs: Sequence[Array],
     weights: Sequence[float],
-    new: Array,
-    old: Array,
+    new: MomentLike,
+    old: MomentLike,
     gamma: float,
-    /,
     form: RecalibrationForm = "full",
     *,
     history_weight: Any = 1.0,
@@ -338,7 +346,7 @@ def joint_recalibration(
 
 
 def update_effect(
-    coefficients: Array, up: Array, down: Array, new: Array, old: Array, /
+    coefficients: Array, up: Array, down: Array, new: MomentLike, old: MomentLike
 ) -> UpdateEffect:
     r"""Exact mean squared effect of merging :math:`B \Lambda A`, known before merging.
 
@@ -354,7 +362,7 @@ def update_effect(
         Up-projection B, the weight of the branch included.
     down : array, shape (..., r, D)
         Down-projection A, its scale included.
-    new, old : array, shape (..., D, D)
+    new, old : array of shape (..., D, D), Moments or History
         Second moments of the inputs on the new task and in the history. For a history that sums
         over tasks, the old changes are sums over tasks too.
 
@@ -380,21 +388,21 @@ def update_effect(
     >>> [float(x) for x in effect]
     [1.5, 6.0, 0.5, 2.0]
     """
-    xp, dtype = checked_update(up, down, new, old, coefficients=coefficients)
+    (xp, _, (new, old), _), dtype = checked_update(up, down, new, old, coefficients=coefficients)
     b, p, q = _projected(xp, up, down, new, old)
     (c,) = widen(xp, coefficients)
     update = b @ c
     parts = ((update, p), (b, p), (update - b, q), (b, q))
-    return UpdateEffect(
-        *(xp.astype(_output_energy(xp, factor, gram), dtype) for factor, gram in parts)
-    )
+    energies = (xp.astype(_output_energy(xp, factor, gram), dtype) for factor, gram in parts)
+    return UpdateEffect(*xp.broadcast_arrays(*energies))
 
 
 def checked_update(
-    up: Array, down: Array, new: Array, old: Array, **coefficients: Array
-) -> tuple[Namespace, Any]:
-    """Namespace and dtype of the result for a branch, its moments and coefficients that fit."""
-    xp, size = checked_moments({"new": new, "old": old}, up=up, down=down, **coefficients)
+    up: Array, down: Array, new: MomentLike, old: MomentLike, **coefficients: Array
+) -> tuple[CheckedMoments, Any]:
+    """Moments, and dtype of the result, for a branch and coefficients that fit together."""
+    moments = checked_moments({"new": new, "old": old}, up=up, down=down, **coefficients)
+    xp, size, arrays, _ = moments
     check_columns("down", down, size)
     rank = down.shape[-2]
     if up.ndim < 2 or up.shape[-1] != rank:
@@ -404,7 +412,7 @@ def checked_update(
         if tuple(c.shape[-2:]) != (rank, rank):
             msg = f"{name} must have shape (..., {rank}, {rank}), got {tuple(c.shape)}"
             raise ValueError(msg)
-    return xp, result_dtype(xp, up, down, new, old, *coefficients.values())
+    return moments, result_dtype(xp, up, down, *arrays, *coefficients.values())
 
 
 def check_weight(xp: Namespace, name: str, weight: Any) -> Any:
@@ -435,14 +443,16 @@ def _scaled_system(
         weight = xp.astype(weight, p.dtype)[..., None, None]
     gamma_q = q * (gamma / (1 + gamma) / (1 + weight))
     k = p * (weight / (1 + weight) / (1 + gamma)) + gamma_q
-    largest = peak(xp, k)
+    largest = detached(peak(xp, k))
     return safe_divide(xp, gamma_q, largest + 0 * gamma_q), safe_divide(xp, k, largest)
 
 
 def _share(xp: Namespace, part: Array, whole: Array, active: Array) -> Array:
     """``part / whole`` in [0, 1], and 0 where ``whole`` is rounding."""
-    ratio = xp.clip(safe_divide(xp, part, whole), 0.0, 1.0)
-    return xp.where(active, ratio, xp.zeros_like(ratio))
+    ratio = safe_divide(xp, part, whole)
+    ratio = xp.where(active, ratio, xp.zeros_like(ratio))
+    # Only rounding leaves the interval: the derivative is that of the ratio, at its ends too.
+    return with_derivative(xp.clip(ratio, 0.0, 1.0), lambda: ratio, ratio)
 
 
 def _full(xp: Namespace, k: Array, gamma_q: Array, noise: float) -> Array:
@@ -451,16 +461,57 @@ def _full(xp: Namespace, k: Array, gamma_q: Array, noise: float) -> Array:
     With K = V diag(k) Vᵀ, the matrix T = k^(-1/2) Vᵀ γQ V k^(-1/2) is symmetric with the
     eigenvalues of Λ, and Λ = V k^(1/2) T k^(-1/2) Vᵀ. No inverse of K is formed.
     """
-    values, vectors = descending_eigh(xp, k)
+    values, vectors = descending_eigh(xp, detached(k))
     active = values > noise * values[..., :1]
     root = xp.sqrt(xp.where(active, values, xp.ones_like(values)))
     shrink = xp.where(active, 1 / root, xp.zeros_like(root))[..., None, :]
     stretch = xp.where(active, root, xp.zeros_like(root))[..., None, :]
-    inner = (vectors * shrink).mT @ gamma_q @ (vectors * shrink)
+    whitening = vectors * shrink
+    inner = whitening.mT @ detached(gamma_q) @ whitening
     weights, rotation = descending_eigh(xp, inner)
     weights = xp.clip(weights, 0.0, 1.0)[..., None, :]
     inner = (rotation * weights) @ rotation.mT
-    return (vectors * stretch) @ inner @ (vectors * shrink).mT
+    exact = (vectors * stretch) @ inner @ whitening.mT
+
+    def smooth() -> Array:
+        """γQ W (Wᵀ K W)⁻¹ Wᵀ with W held fixed: the derivative needs no eigenvectors."""
+        quotient = _whitened_solve(xp, k, whitening, active, gamma_q).mT
+        # How the directions without energy turn, as far as the others allow.
+        idle = vectors * xp.astype(~active, k.dtype)[..., None, :]
+        return quotient + exact @ whitening @ (whitening.mT @ k @ idle) @ idle.mT
+
+    return with_derivative(exact, smooth, k, gamma_q)
+
+
+def _whitened_solve(
+    xp: Namespace, matrix: Array, whitening: Array, active: Array, rhs: Array
+) -> Array:
+    """M⁺ times a matrix as W (Wᵀ M W)⁻¹ Wᵀ, W being fixed with Wᵀ M W = I on its active columns.
+
+    The value is known beforehand: this is for the derivative with respect to M, ties or not.
+    """
+    idle = xp.astype(~active, matrix.dtype)[..., None, :]
+    gram = whitening.mT @ matrix @ whitening + idle * eye_like(xp, matrix, int(matrix.shape[-1]))
+    return whitening @ xp.linalg.solve(gram, whitening.mT @ rhs)
+
+
+def _semidefinite_solve(xp: Namespace, matrix: Array, rhs: Array, noise: float) -> Array:
+    """Solve a consistent positive semi-definite system; directions in its kernel get 0."""
+    fixed = detached(matrix)
+    # Unit diagonal first: unknowns may differ in size by orders of magnitude.
+    scale = xp.sqrt(xp.clip(diagonal(xp, fixed), 0.0, None))
+    shrink = safe_divide(xp, xp.ones_like(scale), scale)
+    values, vectors = descending_eigh(xp, fixed * shrink[..., :, None] * shrink[..., None, :])
+    active = values > noise * values[..., :1]
+    inverse = reciprocal(xp, values, active)
+    part = vectors.mT @ (detached(rhs) * shrink)[..., None]
+    exact = (vectors @ (inverse[..., None] * part))[..., 0] * shrink
+
+    def smooth() -> Array:
+        whitening = shrink[..., :, None] * vectors * xp.sqrt(inverse)[..., None, :]
+        return _whitened_solve(xp, matrix, whitening, active, rhs[..., None])[..., 0]
+
+    return with_derivative(exact, smooth, matrix, rhs)
 
 
 def _output_energy(xp: Namespace, factor: Array, gram: Array) -> Array:
@@ -474,11 +525,13 @@ def _box(xp: Namespace, matrix: Array, rhs: Array) -> Array:
     Unknowns with a zero on the diagonal of M do not count and get 0.
     """
     size, eps = int(rhs.shape[-1]), float(xp.finfo(rhs.dtype).eps)
-    diagonal = xp.linalg.diagonal(matrix)
-    scale = xp.max(diagonal, axis=-1)[..., None]
+    given = matrix, rhs
+    matrix, rhs = detached(matrix), detached(rhs)
+    energy = diagonal(xp, matrix)
+    scale = xp.max(energy, axis=-1)[..., None]
     rhs = safe_divide(xp, rhs, scale + 0 * rhs)
     matrix = safe_divide(xp, matrix, scale[..., None] + 0 * matrix)
-    active = xp.astype(diagonal > 0, matrix.dtype)
+    active = xp.astype(energy > 0, matrix.dtype)
     eye = eye_like(xp, matrix, size)
     # The proximal term keeps steps along the kernel of M finite; it does not move the solution.
     anchored = matrix + (1 - active + 8 * size * eps)[..., None] * eye
@@ -501,4 +554,15 @@ def _box(xp: Namespace, matrix: Array, rhs: Array) -> Array:
         length = 0.99 / xp.where(steepest > 0.99, steepest, 0.99 + 0 * steepest)
         x, slack = x + length * step, slack - length * step
         low, high = low + length * d_low, high + length * d_high
-    return xp.clip(x, 0.0, 1.0) * active
+    exact = xp.clip(x, 0.0, 1.0) * active
+    # Unknowns at a bound stay there, and the others solve what is left of the system.
+    free = xp.astype((x > low) & (slack > high), matrix.dtype) * active
+    bound = exact * (1 - free)
+
+    def smooth() -> Array:
+        matrix, rhs = given
+        rest = (rhs - (matrix @ bound[..., None])[..., 0]) * free
+        part = matrix * free[..., :, None] * free[..., None, :]
+        return bound + _semidefinite_solve(xp, part, rest, 8 * size * eps)
+
+    return with_derivative(exact, smooth, *given)

@@ -8,15 +8,19 @@ from loda_math._arrays import (
     Namespace,
     coarsest_eps,
     descending_eigh,
+    descending_eigvalsh,
+    diagonal,
     eye_like,
     result_dtype,
     rounding_share,
     safe_divide,
     span_energy,
+    trace,
     widen,
 )
+from loda_math._trace_ratio import trace_ratio
 from loda_math._validation import (
-    check_eps,
+    MomentLike,
     check_rows,
     check_scalar,
     check_share,
@@ -65,14 +69,13 @@ class SubspaceReport(NamedTuple):
 
 def verify_subspace(
     basis: Array,
-    new: Array,
-    old: Array,
-    /,
+    new: MomentLike,
+    old: MomentLike | None,
     objective: Objective,
     *,
     ridge: float = 1e-2,
     energy_floor: float = 0.0,
-    accumulation_eps: float = 0.0,
+    accumulation_eps: float | None = None,
     tolerance: float = 1e-5,
 ) -> SubspaceReport:
     r"""Check a basis against the exact optimum of its objective.
@@ -90,8 +93,8 @@ def verify_subspace(
     basis : array, shape (..., D, r)
         U. For a down-projection with scale c, ``down.mT / c``. Objectives depend only on its span,
         so a basis that is not orthonormal is still measured.
-    new, old : array, shape (..., D, D)
-        Second moments that the basis was chosen from; zeros where there was no history.
+    new, old : array of shape (..., D, D), Moments or History
+        Second moments that the basis was chosen from; ``None`` or zeros where there was no history.
     objective : {"general", "isolated", "trace_ratio", "null"}
         What the basis is meant to optimise.
     ridge, energy_floor, accumulation_eps
@@ -134,9 +137,12 @@ def verify_subspace(
         raise ValueError(msg)
     ridge = check_scalar("ridge", ridge)
     energy_floor = check_share("energy_floor", energy_floor)
-    gram_eps = check_eps("accumulation_eps", accumulation_eps)
     tolerance = check_scalar("tolerance", tolerance, positive=True)
-    xp, size = checked_moments({"new": new, "old": old}, basis=basis)
+    given = {"new": new} if old is None else {"new": new, "old": old}
+    xp, size, moments, gram_eps = checked_moments(
+        given, accumulation_eps=accumulation_eps, basis=basis
+    )
+    new, old = moments if len(moments) > 1 else (*moments, xp.zeros_like(*moments))
     check_rows("basis", basis, size)
     (u,) = widen(xp, basis)
     span, active, orthonormality = _orthonormalised(xp, u)
@@ -157,16 +163,21 @@ def verify_subspace(
     noise = rounding_share(xp, size, new, old, gram_eps=gram_eps)
     noise = noise * xp.max(xp.linalg.eigvalsh(s_new), axis=-1)[..., None]
     dtype = result_dtype(xp, basis, new, old)
+    fields = (
+        orthonormality,
+        quality.residual,
+        quality.gap,
+        quality.value,
+        quality.optimum,
+        span_energy(xp, span, s_new),
+        span_energy(xp, span, s_old),
+    )
     return SubspaceReport(
-        orthonormality=xp.astype(orthonormality, dtype),
-        stationarity=xp.astype(quality.residual, dtype),
-        optimality_gap=xp.astype(quality.gap, dtype),
-        objective=xp.astype(quality.value, dtype),
-        optimum=xp.astype(quality.optimum, dtype),
-        energy_new=xp.astype(span_energy(xp, span, s_new), dtype),
-        energy_old=xp.astype(span_energy(xp, span, s_old), dtype),
-        effective_rank=_subspaces.count_true(xp, carried > noise),
-        passed=passed,
+        *xp.broadcast_arrays(
+            *(xp.astype(field, dtype) for field in fields),
+            _subspaces.count_true(xp, carried > noise),
+            passed,
+        )
     )
 
 
@@ -186,7 +197,7 @@ def _orthonormalised(xp: Namespace, u: Array) -> tuple[Array, Array, Array]:
     gram = u.mT @ u
     rank, eps = int(u.shape[-1]), float(xp.finfo(u.dtype).eps)
     # Zero columns stand for inert directions; a column that is merely short is a defect.
-    ones = xp.astype(xp.linalg.diagonal(gram) > eps, u.dtype)
+    ones = xp.astype(diagonal(xp, gram) > eps, u.dtype)
     defect = xp.max(xp.abs(gram - ones[..., None, :] * eye_like(xp, u, rank)), axis=(-2, -1))
     values, vectors = descending_eigh(xp, gram)
     active = (values > rounding_share(xp, rank, u) * values[..., :1]) & (values > eps)
@@ -203,9 +214,8 @@ def _energy(
     s, _ = _subspaces.normalised(xp, o if minimise else 0.5 * n + 0.5 * o)
     image = s @ span
     value = xp.sum(span * image, axis=(-2, -1))
-    # eigvalsh of the standard need not sort: the order is set here.
-    values = xp.sort(xp.linalg.eigvalsh(s), axis=-1, descending=not minimise)
-    best = xp.sum(values[..., : int(span.shape[-1])], axis=-1)
+    values, rank = descending_eigvalsh(xp, s), int(span.shape[-1])
+    best = xp.sum(values[..., -rank:] if minimise else values[..., :rank], axis=-1)
     return _Quality(
         value,
         best,
@@ -252,7 +262,7 @@ def _isolated(
     inner = xp.linalg.solve(span.mT @ (r @ span) + ones, span.mT @ image)
     exact = _subspaces.isolated(xp, new, old, rank, ridge, gram_eps)
     values = xp.where(exact.inert, xp.zeros_like(exact.values), exact.values)
-    value, best = xp.linalg.trace(inner), xp.sum(values[..., :rank], axis=-1)
+    value, best = trace(xp, inner), xp.sum(values[..., :rank], axis=-1)
     spectrum = xp.linalg.eigvalsh(r)
     condition = xp.max(spectrum, axis=-1) / xp.min(spectrum, axis=-1)
     return _Quality(
@@ -278,7 +288,7 @@ def _trace_ratio(
     """Of the ratio of traces under a floor."""
     s, r = _subspaces.regularised(xp, new, old, ridge, gram_eps)
     rank = int(span.shape[-1])
-    exact = _subspaces.trace_ratio(xp, new, old, rank, ridge, energy_floor, gram_eps)
+    exact = trace_ratio(xp, new, old, rank, ridge, energy_floor, gram_eps)
     carried, held = span_energy(xp, span, s), span_energy(xp, span, r)
     value, best = safe_divide(xp, carried, held), exact.ratio[..., 0, 0]
     image = s @ span - exact.multiplier * (r @ span)
@@ -291,7 +301,7 @@ def _trace_ratio(
     gap = xp.where(is_full, gap, xp.maximum(gap, 0 * gap))
     # A basis of fewer directions has a larger ratio: only inert ones may be left out.
     active_needed = _subspaces.count_true(xp, ~exact.directions.inert)
-    spectrum = xp.sort(xp.linalg.eigvalsh(s), axis=-1, descending=True)[..., :rank]
+    spectrum = descending_eigvalsh(xp, s)[..., :rank]
     is_complete = (_subspaces.count_true(xp, active) >= active_needed) & (
         carried >= (energy_floor - tolerance) * xp.sum(spectrum, axis=-1)
     )
