@@ -1,6 +1,6 @@
 """Second moments of the inputs of linear layers, and of two halves of the images, in one pass."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Self
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from backends.torch.distributed import Reduce, sum_moments
+from backends.torch.distributed import Reduce, default_reduce, sum_moments
 from backends.torch.layers import find_layers
 from backends.torch.settings import TIMM_QKV, Target
 from loda_math import Moments, combine, second_moment
@@ -164,15 +164,22 @@ def _accumulate(moments: dict[str, Moments], name: str, tokens: Tensor) -> None:
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:
-    """Run a model on a tensor, on the first element of a tuple, or on a dict of keywords.
+    """Run a model on a tensor, on the first element of a tuple, or on a mapping of keywords.
 
-    Tensors are moved to the device of the model's first parameter.
+    Tensors are moved to the device of the model's first parameter. Batches of transformers
+    (``BatchEncoding``, ``BatchFeature``) are mappings.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if isinstance(batch, (tuple, list)):
         batch = batch[0]
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+    if not isinstance(batch, Tensor):
+        msg = (
+            f"a batch must be a tensor, a tuple that begins with one, or a mapping of keywords, "
+            f"got {type(batch).__name__}; pass forward=, a function of the model and a batch"
+        )
+        raise TypeError(msg)
     return model(batch.to(device, non_blocking=True))
 
 
@@ -197,8 +204,9 @@ def collect_moments(
     forward : callable, optional
         ``forward(model, batch)``.
     reduce : callable, optional
-        Sums tensors over the processes that share the batches (:func:`sum_over_processes`). Each
-        process has its own batches; one without any takes part as well.
+        Sums tensors over the processes that share the batches; by default over those of
+        ``torch.distributed``, if it has several (:func:`sum_over_processes`; :func:`unshared` sums
+        nothing). Each process has its own batches; one without any takes part as well.
 
     Returns
     -------
@@ -263,6 +271,7 @@ def _walk(
     finally:
         for module, mode in modes.items():
             module.training = mode
+    reduce = default_reduce(reduce)
     if reduce is not None:
         collector.share(reduce)
     unseen = [name for name in collector.layers if name not in collector.moments]

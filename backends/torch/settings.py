@@ -70,6 +70,11 @@ class LoDASettings:
     heldout : bool
         Measure, from the second task on, the energy ratio of the directions on held-out images:
         chosen on one half of the images, measured on the other. Does not change the directions.
+    radius : float
+        Largest radius ρ of the look-ahead of a gradient-aligned step.
+    freeze_statistics : bool
+        Keep the running statistics of batch norms as they are during a task: these layers stay in
+        evaluation mode, whatever mode the model is in.
 
     Examples
     --------
@@ -94,6 +99,8 @@ class LoDASettings:
     history: HistoryPasses = "merged"
     history_decay: float = 1.0
     heldout: bool = False
+    radius: float = 0.3
+    freeze_statistics: bool = True
 
     def __post_init__(self) -> None:
         patterns = [self.target] if isinstance(self.target, str) else list(self.target)
@@ -106,11 +113,12 @@ class LoDASettings:
             raise ValueError(msg)
         # A NumPy integer could not be written to a file of settings.
         object.__setattr__(self, "rank", operator.index(self.rank))
-        for name in ("joint", "heldout"):
+        for name in ("joint", "heldout", "freeze_statistics"):
             if getattr(self, name) is not True and getattr(self, name) is not False:
                 msg = f"{name} must be true or false, got {getattr(self, name)!r}"
                 raise ValueError(msg)
-        for name in ("general_weight", "isolated_weight", "down_scale", "ridge", "gamma"):
+        weights = ("general_weight", "isolated_weight", "down_scale")
+        for name in (*weights, "ridge", "gamma", "radius"):
             if not _is_not_negative(getattr(self, name)):
                 msg = f"{name} must be finite and at least 0, got {getattr(self, name)!r}"
                 raise ValueError(msg)
