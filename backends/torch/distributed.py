@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, distributed, nn
 
+from backends.torch.lora import frozen_matrix
 from loda_math import Moments, second_moment
 
 Reduce = Callable[[Sequence[Tensor]], None]
@@ -65,9 +66,9 @@ def sum_moments(
     """
     parts: dict[str, Moments] = {}
     for name, layer in layers.items():
-        weight = next(layer.parameters())
-        nothing = weight.new_zeros(0, int(layer.in_features))  # type: ignore[arg-type]
-        part = moments[name] if name in moments else second_moment(nothing.detach(), check=False)
+        weight = frozen_matrix(layer).detach()
+        nothing = weight.new_zeros(0, weight.shape[1])
+        part = moments[name] if name in moments else second_moment(nothing, check=False)
         # A process that saw nothing takes part with a zero, or the others would wait for ever.
         # Copies: the collector's own tensors may be in use elsewhere.
         error = None if part.error is None else part.error.clone()
