@@ -72,14 +72,14 @@ def sum_moments(
         # A process that saw nothing takes part with a zero, or the others would wait for ever.
         # Copies: the collector's own tensors may be in use elsewhere.
         error = None if part.error is None else part.error.clone()
-        parts[name] = Moments(part.total.clone(), part.count, error)
+        parts[name] = Moments(part.total.clone(), part.count, error, part.unit)
     device = next(iter(parts.values())).total.device
     counts = torch.tensor([part.count for part in parts.values()], device=device)
     sums = [tensor for part in parts.values() for tensor in (part.total, part.error)]
     reduce([tensor for tensor in sums if tensor is not None])
     reduce([counts])
     return {
-        name: Moments(part.total, count, part.error)
+        name: Moments(part.total, count, part.error, part.unit)
         for (name, part), count in zip(parts.items(), counts.tolist(), strict=True)
         if count
     }

@@ -35,7 +35,7 @@ PRESETS: Final[Mapping[str, str]] = {
 _Value = TypeVar("_Value")
 
 Branches = Literal["both", "general", "isolated"]
-IsolatedRule = Literal["pencil", "trace_ratio", "null"]
+IsolatedRule = Literal["quotient", "trace_ratio", "null"]
 HistoryPasses = Literal["merged", "trained", "both"]
 Recalibration = Literal["full", "diagonal", "box", "direction", "scalar", "none"]
 
@@ -74,15 +74,15 @@ class LoDASettings:
     branches : {"both", "general", "isolated"}
         Branches from the second task on. The first task trains only the general branch, together
         with its down-projection.
-    isolated : {"pencil", "trace_ratio", "null"}
-        Directions of the isolated branch: pencil (generalised eigenvectors, the rule of
+    isolated : {"quotient", "trace_ratio", "null"}
+        Directions of the isolated branch: quotient (generalised eigenvectors, the rule of
         Theorem 2.2), trace_ratio (the largest ratio of new-task to old-task energy) or null (the
         null space of the history).
     ridge : float
         Regularisation α of the isolated directions, relative to the mean energy of a direction.
-    energy_floor : float, optional
+    energy_floor : float
         With isolated trace_ratio: share (0 to 1) of the new-task energy within reach of rank
-        directions that the chosen ones must carry. Without it only the ratio decides.
+        directions that the chosen ones must carry. At 0 only the ratio decides.
     recalibration : {"full", "diagonal", "box", "direction", "scalar", "none"}
         Form of the factor Λ of the general branch at the merge; none merges the branch as trained.
     joint : bool
@@ -122,9 +122,9 @@ class LoDASettings:
     isolated_weight: float = 1.0
     down_scale: float = 3**-0.5
     branches: Branches = "both"
-    isolated: IsolatedRule = "pencil"
+    isolated: IsolatedRule = "quotient"
     ridge: float = 1e-2
-    energy_floor: float | None = None
+    energy_floor: float = 0.0
     recalibration: Recalibration = "full"
     joint: bool = False
     gamma: float = 1.5
@@ -167,10 +167,7 @@ class LoDASettings:
             raise ValueError(msg)
         for name in ("energy_floor", "history_decay"):
             value = getattr(self, name)
-            if not (_is_not_negative(value) and value <= 1) and (name, value) != (
-                "energy_floor",
-                None,
-            ):
+            if not (_is_not_negative(value) and value <= 1):
                 msg = f"{name} must be a share from 0 to 1, got {value!r}"
                 raise ValueError(msg)
         for name, kind in (
@@ -182,9 +179,9 @@ class LoDASettings:
             if getattr(self, name) not in get_args(kind):
                 msg = f"{name} must be one of {get_args(kind)}, got {getattr(self, name)!r}"
                 raise ValueError(msg)
-        if self.energy_floor is not None and self.isolated != "trace_ratio":
+        if self.energy_floor > 0 and self.isolated != "trace_ratio":
             msg = (
-                f"energy_floor must be left out unless isolated is 'trace_ratio', got "
+                f"energy_floor must be 0 unless isolated is 'trace_ratio', got "
                 f"{self.energy_floor} with {self.isolated!r}"
             )
             raise ValueError(msg)
