@@ -3,7 +3,8 @@
 import math
 import operator
 from collections.abc import Mapping
-from typing import Any
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 from loda_math._arrays import (
     Array,
@@ -17,6 +18,9 @@ from loda_math._arrays import (
     peak,
     python_number,
 )
+
+MomentLike = Any
+"""A second moment as an array, as `Moments` (their mean counts) or as a `History` (its total)."""
 
 # Relative asymmetry that a Gram matrix formed in single precision stays well below.
 SYMMETRY_TOLERANCE = 1e-4
@@ -47,17 +51,55 @@ def check_square(**moments: Array) -> int:
     return int(next(iter(shapes.values()))[-1])
 
 
-def checked_moments(moments: Mapping[str, Array], **matrices: Array) -> tuple[Namespace, int]:
-    """Namespace and size D of second moments, and of the matrices that come with them.
+def check_broadcast(**moments: Array) -> int:
+    """Refuse moments that are not square, of one size and broadcastable; returns their size D."""
+    size = max(check_square(**{name: m}) for name, m in moments.items())
+    shapes = {name: tuple(m.shape) for name, m in moments.items()}
+    axes = zip_longest(*(reversed(shape[:-2]) for shape in shapes.values()), fillvalue=1)
+    fit = all(len(set(lengths) - {1}) < 2 for lengths in axes)
+    if not fit or any(shape[-1] != size for shape in shapes.values()):
+        msg = f"moments must have one D, and leading axes that broadcast, got {shapes}"
+        raise ValueError(msg)
+    return size
+
+
+class CheckedMoments(NamedTuple):
+    """Second moments of one task or of several, as the solvers take them."""
+
+    xp: Namespace
+    size: int  # D
+    moments: tuple[Array, ...]  # in the order given, of one shape
+    gram_eps: Any  # rounding unit of the arithmetic that formed them; 0 where only dtypes count
+
+
+def checked_moments(
+    moments: Mapping[str, MomentLike], *, accumulation_eps: Any = None, **matrices: Array
+) -> CheckedMoments:
+    """Second moments given as arrays, `Moments` or `History`, and the matrices that come with them.
 
     Refuses what is not real, finite and of one library, and moments that are not square, symmetric
-    and of one shape. The shapes of the matrices are left to the caller.
+    and of one size. Moments are broadcast against each other. The shapes of the matrices are left
+    to the caller. Without ``accumulation_eps`` the coarsest unit that a moment carries counts.
     """
-    xp = namespace(**matrices, **moments)
-    check_real(xp, **matrices, **moments)
-    size = check_square(**moments)
-    check_values(xp, matrices, moments)
-    return xp, size
+    from loda_math.moments import History, Moments, coarsest_unit  # which checks its arguments here
+
+    arrays, carriers = {}, []
+    for name, moment in moments.items():
+        if isinstance(moment, (Moments, History)):
+            carriers.append(moment)
+            arrays[name] = moment.mean if isinstance(moment, Moments) else moment.total
+        else:
+            arrays[name] = moment
+    eps = check_eps("accumulation_eps", accumulation_eps)
+    xp = namespace(**matrices, **arrays)
+    eps = coarsest_unit(xp, *carriers) if eps is None else eps
+    check_real(xp, **matrices, **arrays)
+    size = check_broadcast(**arrays)
+    check_values(xp, matrices, arrays)
+    values = tuple(arrays.values())
+    if len({tuple(m.shape) for m in values}) > 1:
+        values = tuple(xp.broadcast_arrays(*values))
+    return CheckedMoments(xp, size, values, eps)
 
 
 def check_columns(name: str, matrix: Array, size: int) -> None:
@@ -120,7 +162,9 @@ def check_share(name: str, value: Any) -> Any:
 
 
 def check_eps(name: str, value: Any) -> Any:
-    """The rounding unit, refused if it is coarser than any arithmetic (bfloat16 has 7.8e-3)."""
+    """The rounding unit or None, refused if coarser than any arithmetic (bfloat16 has 7.8e-3)."""
+    if value is None:
+        return None
     value = check_scalar(name, value)
     if not is_array(value) and value > COARSEST:
         msg = (

@@ -13,6 +13,7 @@ from loda_math._arrays import (
     widen,
 )
 from loda_math._validation import (
+    MomentLike,
     check_real,
     check_rows,
     check_scalar,
@@ -57,14 +58,14 @@ class FirstOrderUpdate(NamedTuple):
     bound: Array
 
 
-def projection_energy(basis: Array, moment: Array, /) -> Array:
+def projection_energy(basis: Array, moment: MomentLike) -> Array:
     r"""Energy that a subspace carries, :math:`E(U; S) = \operatorname{tr}(U^\top S U)`.
 
     Parameters
     ----------
     basis : array, shape (..., D, r)
         Orthonormal columns (zero columns carry nothing).
-    moment : array, shape (..., D, D)
+    moment : array of shape (..., D, D), Moments or History
         Second moment, symmetric.
 
     Returns
@@ -89,19 +90,19 @@ def projection_energy(basis: Array, moment: Array, /) -> Array:
     >>> float(projection_energy(np.eye(3)[:, :2], np.diag([4.0, 2.0, 1.0])))
     6.0
     """
-    xp = _checked(basis, moment=moment)
+    xp, (moment,) = _checked(basis, moment=moment)
     u, s = widen(xp, basis, moment)
     return xp.astype(span_energy(xp, u, s), result_dtype(xp, basis, moment))
 
 
-def relative_energy(basis: Array, moment: Array, /) -> Array:
+def relative_energy(basis: Array, moment: MomentLike) -> Array:
     r"""Share of all energy in a subspace, :math:`e(U; S) = E(U; S) / \operatorname{tr} S`.
 
     Parameters
     ----------
     basis : array, shape (..., D, r)
         Orthonormal columns.
-    moment : array, shape (..., D, D)
+    moment : array of shape (..., D, D), Moments or History
         Second moment, symmetric.
 
     Returns
@@ -124,12 +125,12 @@ def relative_energy(basis: Array, moment: Array, /) -> Array:
     >>> float(relative_energy(np.eye(4)[:, :1], np.eye(4)))
     0.25
     """
-    xp = _checked(basis, moment=moment)
+    xp, (moment,) = _checked(basis, moment=moment)
     u, s = widen(xp, basis, moment)
     return xp.astype(_relative(xp, u, s), result_dtype(xp, basis, moment))
 
 
-def energy_ratio(basis: Array, new: Array, old: Array, /) -> Array:
+def energy_ratio(basis: Array, new: MomentLike, old: MomentLike) -> Array:
     r"""Relative energy on the new task over that on the old, :math:`e(U; S_{new}) / e(U; S_{old})`.
 
     About 1 for directions that old and new tasks use alike; large for directions that only the
@@ -139,7 +140,7 @@ def energy_ratio(basis: Array, new: Array, old: Array, /) -> Array:
     ----------
     basis : array, shape (..., D, r)
         Orthonormal columns.
-    new, old : array, shape (..., D, D)
+    new, old : array of shape (..., D, D), Moments or History
         Second moments, symmetric.
 
     Returns
@@ -162,7 +163,7 @@ def energy_ratio(basis: Array, new: Array, old: Array, /) -> Array:
     >>> float(energy_ratio(np.eye(2)[:, :1], np.diag([3.0, 1.0]), np.diag([1.0, 3.0])))
     3.0
     """
-    xp = _checked(basis, new=new, old=old)
+    xp, (new, old) = _checked(basis, new=new, old=old)
     u, n, o = widen(xp, basis, new, old)
     top, bottom = _relative(xp, u, n), _relative(xp, u, o)
     nothing = xp.where(top > 0, xp.full_like(top, float("inf")), xp.full_like(top, float("nan")))
@@ -171,7 +172,10 @@ def energy_ratio(basis: Array, new: Array, old: Array, /) -> Array:
 
 
 def heldout_ratio(
-    choose: Callable[[Array, Array], Array], first: Array, second: Array, old: Array, /
+    choose: Callable[[MomentLike, MomentLike], Array],
+    first: MomentLike,
+    second: MomentLike,
+    old: MomentLike,
 ) -> HeldoutRatio:
     r"""Cross-validate the choice of a subspace over two halves of the new task.
 
@@ -181,17 +185,18 @@ def heldout_ratio(
     Parameters
     ----------
     choose : callable
-        ``choose(new, old)`` returns a basis (..., D, r); a closure over
-        for instance :func:`isolated_subspace`.
-    first, second : array, shape (..., D, D)
+        ``choose(new, old)`` gets moments as they are given here and returns a basis (..., D, r); a
+        closure over for instance :func:`isolated_subspace`.
+    first, second : array of shape (..., D, D), Moments or History
         Second moments of two halves of the task, split *by images*: tokens of one image are so
         alike that a split by tokens holds nothing out.
-    old : array, shape (..., D, D)
+    old : array of shape (..., D, D), Moments or History
         History.
 
     Returns
     -------
     HeldoutRatio
+        All three of one shape.
 
     Raises
     ------
@@ -223,11 +228,13 @@ def heldout_ratio(
                 relative_energy(basis, other),
             )
         )
-    return HeldoutRatio(*(0.5 * (a + b) for a, b in zip(*halves, strict=True)))
+    xp = namespace(basis=basis)
+    means = (0.5 * (a + b) for a, b in zip(*halves, strict=True))
+    return HeldoutRatio(*xp.broadcast_arrays(*means))
 
 
 def first_order_update(
-    tokens: Array, down: Array, grad_output: Array, step: float, /
+    tokens: Array, down: Array, grad_output: Array, step: float
 ) -> FirstOrderUpdate:
     r"""Effect of one gradient step on the up-projection, to first order (Theorem 2.1).
 
@@ -293,10 +300,10 @@ def first_order_update(
     return FirstOrderUpdate(*(xp.astype(part, dtype) for part in outputs))
 
 
-def _checked(basis: Array, **moments: Array) -> Namespace:
-    xp, size = checked_moments(moments, basis=basis)
+def _checked(basis: Array, **moments: MomentLike) -> tuple[Namespace, tuple[Array, ...]]:
+    xp, size, arrays, _ = checked_moments(moments, basis=basis)
     check_rows("basis", basis, size)
-    return xp
+    return xp, arrays
 
 
 def _relative(xp: Namespace, basis: Array, moment: Array) -> Array:

@@ -19,7 +19,7 @@ from loda_math._arrays import (
 from loda_math._validation import check_real, check_scalar
 
 
-def class_split(labels: Array, permutation: Array, /) -> tuple[Array, Array]:
+def class_split(labels: Array, permutation: Array) -> tuple[Array, Array]:
     """Two halves of a mini-batch with disjoint classes.
 
     Parameters
@@ -73,7 +73,7 @@ def class_split(labels: Array, permutation: Array, /) -> tuple[Array, Array]:
     return xp.any(member[:, :cut], axis=1), xp.any(member[:, cut:], axis=1)
 
 
-def lookahead(params: Sequence[Array], grads: Sequence[Array], radius: Any, /) -> list[Array]:
+def lookahead(params: Sequence[Array], grads: Sequence[Array], radius: Any) -> list[Array]:
     r"""Parameters moved along descent by a fixed length each.
 
     :math:`\tilde\theta_k = \theta_k - \rho\, \hat g_k / \|\hat g_k\|`, every tensor normalised by

@@ -1,7 +1,8 @@
 """Streaming second moments, and the weighted history that many tasks leave behind.
 
 Moments are a monoid of (sum, count), precise enough for the solvers. A history is one matrix that
-stays in range over any number of tasks.
+stays in range over any number of tasks. Both carry the rounding unit of the arithmetic that formed
+them, so that a solver can tell directions from rounding noise.
 """
 
 import math
@@ -12,6 +13,7 @@ from loda_math._arrays import (
     Namespace,
     at_least_single,
     full_precision,
+    is_array,
     namespace,
     python_number,
     symmetrise,
@@ -46,13 +48,18 @@ class Moments(NamedTuple):
     error : array, shape (..., D, D), optional
         What rounding took from ``total``, kept where the library has no float64 (compensated
         summation); ``None`` elsewhere.
+    unit : float, default 0
+        Rounding unit of the arithmetic that formed the outer products, where it is coarser than
+        that of ``total``: 1.2e-7 for float32 Gram matrices. :func:`second_moment` sets it,
+        :func:`combine` keeps the coarsest, and solvers take rounding below it for noise. Give it
+        (from :func:`rounding_unit`) to moments made by hand.
 
     Examples
     --------
     >>> import numpy as np
     >>> m = second_moment(np.asarray([[1.0, 2.0], [3.0, 4.0]]))
-    >>> m.count
-    2
+    >>> m.count, m.unit
+    (2, 2.220446049250313e-16)
     >>> m.mean
     array([[ 5.,  7.],
            [ 7., 10.]])
@@ -61,6 +68,7 @@ class Moments(NamedTuple):
     total: Array
     count: Any
     error: Array | None = None
+    unit: Any = 0.0
 
     @property
     def mean(self) -> Array:
@@ -72,7 +80,7 @@ class Moments(NamedTuple):
     def zero(self) -> "Moments":
         """The neutral element of ``combine`` for moments of this shape."""
         nothing = namespace(total=self.total).zeros_like(self.total)
-        return Moments(nothing, 0, None if self.error is None else nothing)
+        return Moments(nothing, 0, None if self.error is None else nothing, 0.0)
 
     def __add__(self, other: "Moments") -> "Moments":  # type: ignore[override]
         """``combine(self, other)``; a tuple would otherwise be concatenated."""
@@ -150,7 +158,7 @@ def combine(a: Moments, b: Moments, /) -> Moments:
     Returns
     -------
     Moments
-        Totals and counts added.
+        Totals and counts added; the coarser of the two rounding units.
 
     Raises
     ------
@@ -171,29 +179,29 @@ def combine(a: Moments, b: Moments, /) -> Moments:
         if not isinstance(part, Moments):
             msg = f"{name} must be Moments, as second_moment returns, got {type(part).__name__}"
             raise TypeError(msg)
-    namespace(a=a.total, b=b.total)
+    xp = namespace(a=a.total, b=b.total)
     if tuple(a.total.shape) != tuple(b.total.shape):
         msg = (
             f"moments of different shapes do not combine: {tuple(a.total.shape)} and "
             f"{tuple(b.total.shape)}"
         )
         raise ValueError(msg)
-    total = a.total + b.total
+    total, unit = a.total + b.total, coarsest_unit(xp, a, b)
     if a.error is None and b.error is None:
-        return Moments(total, a.count + b.count)
+        return Moments(total, a.count + b.count, None, unit)
     # Two-sum (Knuth): the exact rounding error of the addition above, without a branch.
     shadow = total - a.total
     error = (a.total - (total - shadow)) + (b.total - shadow)
     for part in (a, b):
         if part.error is not None:
             error = error + part.error
-    return Moments(total, a.count + b.count, error)
+    return Moments(total, a.count + b.count, error, unit)
 
 
 class History(NamedTuple):
     r"""Weighted sum of the mean moments of past tasks, :math:`S_{old} = \sum_t w_t S_t`.
 
-    To store a history, store its three fields; ``History(total, weight, squares)`` is the same
+    To store a history, store its fields; ``History(total, weight, squares, unit)`` is the same
     history again.
 
     Attributes
@@ -205,6 +213,9 @@ class History(NamedTuple):
         :math:`\sum_t w_t`; divides the total to a mean.
     squares : float
         :math:`\sum_t w_t^2`, for the number of tasks that are effectively remembered.
+    unit : float, default 0
+        Rounding unit of the arithmetic that formed the moments, the coarsest of all tasks, as in
+        :class:`Moments`.
 
     Examples
     --------
@@ -217,6 +228,7 @@ class History(NamedTuple):
     total: Array
     weight: Any
     squares: Any
+    unit: Any = 0.0
 
     @property
     def mean(self) -> Array:
@@ -231,7 +243,7 @@ class History(NamedTuple):
 
 
 def remember(
-    history: History | None, /, *moments: Array, weight: float = 1.0, decay: float = 1.0
+    history: History | None, /, *moments: Array | Moments, weight: float = 1.0, decay: float = 1.0
 ) -> History:
     r"""Add a finished task to the history: :math:`S_{old} \leftarrow \beta S_{old} + w S_t`.
 
@@ -244,10 +256,11 @@ def remember(
     ----------
     history : History or None
         The history so far; ``None`` before the first task.
-    *moments : array, shape (..., D, D)
-        Mean second moment of the task. Several moments of one task, from passes through different
-        models, are added one after another after a single decay; the task then weighs w times
-        their number. The published code adds two.
+    *moments : Moments, or array of shape (..., D, D)
+        Second moment of the task: ``Moments``, of which the mean and the rounding unit are taken,
+        or a mean as an array, with the unit of its dtype. Several moments of one task, from passes
+        through different models, are added one after another after a single decay; the task then
+        weighs w times their number. The published code adds two.
     weight : float, default 1
         w, at least 0: for instance 1, or the number of classes of the task.
     decay : float, default 1
@@ -287,14 +300,16 @@ def remember(
         raise TypeError(msg)
     weight, decay = check_scalar("weight", weight), check_share("decay", decay)
     several = len(moments) > 1
-    added = {f"moments[{i}]" if several else "moment": m for i, m in enumerate(moments)}
+    means = [m.mean if isinstance(m, Moments) else m for m in moments]
+    added = {f"moments[{i}]" if several else "moment": m for i, m in enumerate(means)}
     arrays = added if history is None else added | {"total": history.total}
     xp = namespace(**arrays)
     check_real(xp, **arrays)
     check_square(**arrays)
     # The total is not read: it was checked when it was formed, one task at a time.
     check_values(xp, symmetric=added)
-    parts = [weight * m for m in widen(xp, *moments)]
+    parts = [weight * m for m in widen(xp, *means)]
+    unit = coarsest_unit(xp, *moments, *(() if history is None else (history,)))
     if history is not None:
         parts.insert(0, decay * widen(xp, history.total)[0])
     # One after another, so that a history is the same bit for bit however it was resumed.
@@ -303,11 +318,12 @@ def remember(
         total = total + part
     task_weight = python_number(len(moments) * weight)
     if history is None:
-        return History(total, task_weight, task_weight * task_weight)
+        return History(total, task_weight, task_weight * task_weight, unit)
     return History(
         total,
         decay * history.weight + task_weight,
         decay * decay * history.squares + task_weight * task_weight,
+        unit,
     )
 
 
@@ -361,5 +377,21 @@ def _guarded(xp: Namespace, tokens: Array) -> Array:
 def _gram(xp: Namespace, tokens: Array, wide: Any) -> Moments:
     with full_precision(tokens):
         gram = xp.astype(symmetrise(transposed(tokens) @ tokens), wide)
-    compensated = xp.finfo(wide).bits < 64
-    return Moments(gram, int(tokens.shape[-2]), gram * 0 if compensated else None)
+    error = gram * 0 if xp.finfo(wide).bits < 64 else None
+    return Moments(gram, int(tokens.shape[-2]), error, float(xp.finfo(tokens.dtype).eps))
+
+
+def coarsest_unit(xp: Namespace, *moments: Any) -> Any:
+    """Coarsest rounding unit of moments, histories and arrays; an array where one of them is."""
+    numbers, arrays = [0.0], []
+    for m in moments:
+        array = m.total if isinstance(m, (Moments, History)) else m
+        numbers.append(float(xp.finfo(array.dtype).eps))
+        if array is not m:
+            unit = python_number(m.unit)
+            (arrays if is_array(unit) else numbers).append(unit)
+    coarsest: Any = max(numbers)
+    # In compiled code the units are arrays like every other field, and cannot be compared.
+    for unit in arrays:
+        coarsest = xp.where(unit > coarsest, unit, coarsest + 0 * unit)
+    return coarsest

@@ -21,6 +21,8 @@ from loda_math._arrays import (
     widen,
 )
 from loda_math._validation import (
+    CheckedMoments,
+    MomentLike,
     check_columns,
     check_real,
     check_scalar,
@@ -59,10 +61,9 @@ class UpdateEffect(NamedTuple):
 def recalibration(
     up: Array,
     down: Array,
-    new: Array,
-    old: Array,
+    new: MomentLike,
+    old: MomentLike,
     gamma: float,
-    /,
     form: RecalibrationForm = "full",
     *,
     history_weight: Any = 1.0,
@@ -89,7 +90,7 @@ def recalibration(
         Up-projection B.
     down : array, shape (..., r, D)
         Down-projection A, its scale included.
-    new, old : array, shape (..., D, D)
+    new, old : array of shape (..., D, D), Moments or History
         Second moments of the layer's inputs on the new task (through the trained model) and in
         the history.
     gamma : float
@@ -130,7 +131,7 @@ def recalibration(
         msg = f"form must be one of {get_args(RecalibrationForm)}, got {form!r}"
         raise ValueError(msg)
     gamma = check_scalar("gamma", gamma)
-    xp, dtype = checked_update(up, down, new, old)
+    (xp, _, (new, old), gram_eps), dtype = checked_update(up, down, new, old)
     weight = check_weight(xp, "history_weight", history_weight)
     b, p, q = _projected(xp, up, down, new, old)
     gamma_q, k = _scaled_system(xp, p, q, gamma, weight)
@@ -140,7 +141,7 @@ def recalibration(
     # Energies below this share of the largest are rounding of the moments; B and A are taken as
     # exact, even in half precision.
     rank = int(down.shape[-2])
-    noise = rounding_share(xp, rank, new, old)
+    noise = rounding_share(xp, rank, new, old, gram_eps=gram_eps)
     if form == "full":
         return xp.astype(_full(xp, k, gamma_q, noise), dtype)
     energy = xp.linalg.diagonal(k)
@@ -167,10 +168,9 @@ def recalibration_loss(
     coefficients: Array,
     up: Array,
     down: Array,
-    new: Array,
-    old: Array,
+    new: MomentLike,
+    old: MomentLike,
     gamma: float,
-    /,
     *,
     history_weight: Any = 1.0,
 ) -> Array:
@@ -210,7 +210,7 @@ def recalibration_loss(
     1.0
     """
     gamma = check_scalar("gamma", gamma)
-    xp, dtype = checked_update(up, down, new, old, coefficients=coefficients)
+    (xp, _, (new, old), _), dtype = checked_update(up, down, new, old, coefficients=coefficients)
     b, p, q = _projected(xp, up, down, new, old)
     (c,) = widen(xp, coefficients)
     interference = b @ c
@@ -223,7 +223,7 @@ def recalibration_loss(
 
 
 def stack_branches(
-    ups: Sequence[Array], downs: Sequence[Array], weights: Sequence[float] | None = None, /
+    ups: Sequence[Array], downs: Sequence[Array], weights: Sequence[float] | None = None
 ) -> tuple[Array, Array]:
     r"""One branch that does what several do: :math:`\sum_b w_b B_b A_b = B A`.
 
@@ -287,10 +287,9 @@ def joint_recalibration(
     ups: Sequence[Array],
     downs: Sequence[Array],
     weights: Sequence[float],
-    new: Array,
-    old: Array,
+    new: MomentLike,
+    old: MomentLike,
     gamma: float,
-    /,
     form: RecalibrationForm = "full",
     *,
     history_weight: Any = 1.0,
@@ -338,7 +337,7 @@ def joint_recalibration(
 
 
 def update_effect(
-    coefficients: Array, up: Array, down: Array, new: Array, old: Array, /
+    coefficients: Array, up: Array, down: Array, new: MomentLike, old: MomentLike
 ) -> UpdateEffect:
     r"""Exact mean squared effect of merging :math:`B \Lambda A`, known before merging.
 
@@ -354,7 +353,7 @@ def update_effect(
         Up-projection B, the weight of the branch included.
     down : array, shape (..., r, D)
         Down-projection A, its scale included.
-    new, old : array, shape (..., D, D)
+    new, old : array of shape (..., D, D), Moments or History
         Second moments of the inputs on the new task and in the history. For a history that sums
         over tasks, the old changes are sums over tasks too.
 
@@ -380,21 +379,21 @@ def update_effect(
     >>> [float(x) for x in effect]
     [1.5, 6.0, 0.5, 2.0]
     """
-    xp, dtype = checked_update(up, down, new, old, coefficients=coefficients)
+    (xp, _, (new, old), _), dtype = checked_update(up, down, new, old, coefficients=coefficients)
     b, p, q = _projected(xp, up, down, new, old)
     (c,) = widen(xp, coefficients)
     update = b @ c
     parts = ((update, p), (b, p), (update - b, q), (b, q))
-    return UpdateEffect(
-        *(xp.astype(_output_energy(xp, factor, gram), dtype) for factor, gram in parts)
-    )
+    energies = (xp.astype(_output_energy(xp, factor, gram), dtype) for factor, gram in parts)
+    return UpdateEffect(*xp.broadcast_arrays(*energies))
 
 
 def checked_update(
-    up: Array, down: Array, new: Array, old: Array, **coefficients: Array
-) -> tuple[Namespace, Any]:
-    """Namespace and dtype of the result for a branch, its moments and coefficients that fit."""
-    xp, size = checked_moments({"new": new, "old": old}, up=up, down=down, **coefficients)
+    up: Array, down: Array, new: MomentLike, old: MomentLike, **coefficients: Array
+) -> tuple[CheckedMoments, Any]:
+    """Moments, and dtype of the result, for a branch and coefficients that fit together."""
+    moments = checked_moments({"new": new, "old": old}, up=up, down=down, **coefficients)
+    xp, size, arrays, _ = moments
     check_columns("down", down, size)
     rank = down.shape[-2]
     if up.ndim < 2 or up.shape[-1] != rank:
@@ -404,7 +403,7 @@ def checked_update(
         if tuple(c.shape[-2:]) != (rank, rank):
             msg = f"{name} must have shape (..., {rank}, {rank}), got {tuple(c.shape)}"
             raise ValueError(msg)
-    return xp, result_dtype(xp, up, down, new, old, *coefficients.values())
+    return moments, result_dtype(xp, up, down, *arrays, *coefficients.values())
 
 
 def check_weight(xp: Namespace, name: str, weight: Any) -> Any:

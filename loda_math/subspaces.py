@@ -5,18 +5,19 @@ effective rank and gap. Where the gap is small, only the energy of the basis is 
 directions.
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
-from loda_math import _subspaces
-from loda_math._arrays import Array, Namespace, result_dtype, safe_divide
+from loda_math import _subspaces, _trace_ratio
+from loda_math._arrays import Array, Namespace, is_array, result_dtype, safe_divide
 from loda_math._validation import (
-    check_eps,
+    MomentLike,
     check_rank,
     check_scalar,
     check_share,
     checked_moments,
 )
 
+IsolatedObjective = Literal["quotient", "trace_ratio"]
 RankMeasure = Literal["energy", "ratio"]
 
 
@@ -97,7 +98,11 @@ class RankChoice(NamedTuple):
 
 
 def general_subspace(
-    new: Array, old: Array | None, rank: int, /, *, accumulation_eps: float = 0.0
+    new: MomentLike | None = None,
+    old: MomentLike | None = None,
+    rank: int | None = None,
+    *,
+    accumulation_eps: float | None = None,
 ) -> Array:
     r"""Directions of most energy for old and new tasks together.
 
@@ -106,19 +111,20 @@ def general_subspace(
 
     Parameters
     ----------
-    new : array, shape (..., D, D)
-        Second moment of the current task.
-    old : array, shape (..., D, D), or None
-        History; ``None`` on the first task.
+    new : array of shape (..., D, D), Moments or History, optional
+        Second moment of the current task. Of `Moments` the mean counts, of a `History` the total,
+        and their rounding unit with them. Left out, the history alone counts.
+    old : array of shape (..., D, D), Moments or History, optional
+        History; left out or ``None`` on the first task. Leading axes broadcast against ``new``.
     rank : int
         Number of directions r, from 1 to D. Spans are nested in the rank, except within ties:
         among equal eigenvalues SciPy's partial solver, which solves large moments in host memory,
         may choose other directions for another rank.
-    accumulation_eps : float, default 0
+    accumulation_eps : float, optional
         Rounding unit of the arithmetic that formed the moments, where it was coarser than their
         dtype: 1.2e-7 for float64 sums of float32 Gram matrices, as :func:`second_moment` makes of
-        float32 tokens (:func:`rounding_unit` knows it). Directions below it are rounding noise and
-        come out as zero columns.
+        float32 tokens (:func:`rounding_unit` knows it). `Moments` and `History` carry theirs, and
+        need none. Directions below it are rounding noise and come out as zero columns.
 
     Returns
     -------
@@ -130,9 +136,9 @@ def general_subspace(
     Raises
     ------
     TypeError
-        If a moment is not a real floating-point array, or the rank no integer.
+        If there is no moment, a moment is not a real floating-point array, or the rank no integer.
     ValueError
-        If moments are not square, differ in shape, are not finite or not symmetric, or the rank
+        If moments are not square, differ in size, are not finite or not symmetric, or the rank
         is out of range.
 
     Notes
@@ -151,14 +157,14 @@ def general_subspace(
 
 
 def isolated_subspace(
-    new: Array,
-    old: Array | None,
-    rank: int,
-    /,
+    new: MomentLike,
+    old: MomentLike | None = None,
+    rank: int | None = None,
     *,
     ridge: float = 1e-2,
-    energy_floor: float | None = None,
-    accumulation_eps: float = 0.0,
+    objective: IsolatedObjective = "quotient",
+    energy_floor: float = 0.0,
+    accumulation_eps: float | None = None,
 ) -> Array:
     r"""Directions of high energy for the new task and low energy for the old ones (Theorem 2.2).
 
@@ -169,9 +175,9 @@ def isolated_subspace(
 
     Parameters
     ----------
-    new : array, shape (..., D, D)
-        Second moment of the current task.
-    old : array, shape (..., D, D), or None
+    new : array of shape (..., D, D), Moments or History
+        Second moment of the current task, as in :func:`general_subspace`.
+    old : array of shape (..., D, D), Moments or History, optional
         History. ``None`` or zero gives the leading directions of ``new``; a singular history
         gives, as the ridge shrinks, the best directions inside its null space.
     rank : int
@@ -179,11 +185,14 @@ def isolated_subspace(
     ridge : float, default 1e-2
         α, relative to the mean eigenvalue of the history. Never taken below 4·D·eps of the
         arithmetic that formed the inputs, which keeps the factorisation safe.
-    energy_floor : float, optional
-        τ in [0, 1]: maximise the ratio of traces instead, as :func:`trace_ratio_subspace` does,
-        over the bases U(κ) that carry at least τ of the new-task energy that r directions can
-        carry. Without a floor the best ratio may come from directions with almost no energy.
-    accumulation_eps : float, default 0
+    objective : {"quotient", "trace_ratio"}
+        What is maximised: the trace of the quotient, as above, or the ratio of traces, as
+        :func:`trace_ratio_subspace` does.
+    energy_floor : float, default 0
+        τ in [0, 1], for the ratio of traces only: look among the bases that carry at least τ of
+        the new-task energy that r directions can carry. With a floor of 0 the best ratio may come
+        from directions with almost no energy.
+    accumulation_eps : float, optional
         As in :func:`general_subspace`. The ridge is not taken below 4·D times it.
 
     Returns
@@ -199,9 +208,10 @@ def isolated_subspace(
     TypeError
         If a moment is not a real floating-point array, or the rank no integer.
     ValueError
-        If moments are not square, differ in shape, are not finite or not symmetric, the history
-        has eigenvalues below -ridge/D of its trace, the rank is out of range or the ridge
-        negative. Negative eigenvalues of ``new`` are not looked for.
+        If moments are not square, differ in size, are not finite or not symmetric, the history
+        has eigenvalues below -ridge/D of its trace, the rank is out of range, the ridge negative,
+        the objective unknown, or a floor is given for the quotient. Negative eigenvalues of
+        ``new`` are not looked for.
 
     Notes
     -----
@@ -225,19 +235,20 @@ def isolated_subspace(
         old,
         rank,
         ridge=ridge,
+        objective=objective,
         energy_floor=energy_floor,
         accumulation_eps=accumulation_eps,
     ).basis
 
 
 def trace_ratio_subspace(
-    new: Array,
-    old: Array | None,
-    rank: int,
-    /,
+    new: MomentLike,
+    old: MomentLike | None = None,
+    rank: int | None = None,
     *,
     ridge: float = 1e-2,
-    accumulation_eps: float = 0.0,
+    energy_floor: float = 0.0,
+    accumulation_eps: float | None = None,
 ) -> Array:
     r"""Directions with the largest ratio of new-task to old-task energy.
 
@@ -250,7 +261,7 @@ def trace_ratio_subspace(
 
     Parameters
     ----------
-    new, old, rank, ridge, accumulation_eps
+    new, old, rank, ridge, energy_floor, accumulation_eps
         As in :func:`isolated_subspace`.
 
     Returns
@@ -280,11 +291,16 @@ def trace_ratio_subspace(
     array([0., 0., 1.])
     """
     return trace_ratio_solution(
-        new, old, rank, ridge=ridge, accumulation_eps=accumulation_eps
+        new,
+        old,
+        rank,
+        ridge=ridge,
+        energy_floor=energy_floor,
+        accumulation_eps=accumulation_eps,
     ).basis
 
 
-def null_subspace(old: Array, rank: int, /) -> Array:
+def null_subspace(old: MomentLike, rank: int) -> Array:
     r"""Directions in which the old tasks have least energy.
 
     Minimises :math:`E(U; S_{old})` over orthonormal U: the trailing eigenvectors. What null-space
@@ -292,8 +308,8 @@ def null_subspace(old: Array, rank: int, /) -> Array:
 
     Parameters
     ----------
-    old : array, shape (..., D, D)
-        History, symmetric.
+    old : array of shape (..., D, D), Moments or History
+        History, as in :func:`general_subspace`.
     rank : int
         Number of directions r, from 1 to D; spans are nested as in :func:`general_subspace`.
 
@@ -321,7 +337,11 @@ def null_subspace(old: Array, rank: int, /) -> Array:
 
 
 def general_solution(
-    new: Array, old: Array | None, rank: int, /, *, accumulation_eps: float = 0.0
+    new: MomentLike | None = None,
+    old: MomentLike | None = None,
+    rank: int | None = None,
+    *,
+    accumulation_eps: float | None = None,
 ) -> SubspaceSolution:
     r"""Solve for the general subspace: basis, energies, effective rank and gap.
 
@@ -351,34 +371,33 @@ def general_solution(
     >>> solution.values, int(solution.effective_rank), float(solution.gap)
     (array([4., 2.]), 2, 0.25)
     """
-    gram_eps = check_eps("accumulation_eps", accumulation_eps)
-    xp, size = _checked(new, old)
+    xp, size, new, old, gram_eps = _checked(new, old, accumulation_eps)
     rank = check_rank(rank, size)
     return _solution(xp, _subspaces.general(xp, new, old, rank, gram_eps), rank, new, old)
 
 
 def isolated_solution(
-    new: Array,
-    old: Array | None,
-    rank: int,
-    /,
+    new: MomentLike,
+    old: MomentLike | None = None,
+    rank: int | None = None,
     *,
     ridge: float = 1e-2,
-    energy_floor: float | None = None,
-    accumulation_eps: float = 0.0,
+    objective: IsolatedObjective = "quotient",
+    energy_floor: float = 0.0,
+    accumulation_eps: float | None = None,
 ) -> SubspaceSolution:
     r"""Solve for the isolated subspace: basis, generalised eigenvalues, effective rank and gap.
 
     Parameters
     ----------
-    new, old, rank, ridge, energy_floor, accumulation_eps
+    new, old, rank, ridge, objective, energy_floor, accumulation_eps
         As in :func:`isolated_subspace`.
 
     Returns
     -------
     SubspaceSolution
         ``values`` are generalised eigenvalues of :math:`(\bar S_{new}, R)`; without history,
-        eigenvalues of :math:`\bar S_{new}`. With an energy floor they are the ratio of each
+        eigenvalues of :math:`\bar S_{new}`. For the ratio of traces they are the ratio of each
         column, and the gap is that of :class:`TraceRatioSolution`.
 
     Raises
@@ -398,37 +417,42 @@ def isolated_solution(
     >>> solution.values.round(3), int(solution.effective_rank)
     (array([10.591,  2.542,  0.648,  0.   ]), 3)
     """
+    if objective not in get_args(IsolatedObjective):
+        msg = f"objective must be one of {get_args(IsolatedObjective)}, got {objective!r}"
+        raise ValueError(msg)
     ridge = check_scalar("ridge", ridge)
-    gram_eps = check_eps("accumulation_eps", accumulation_eps)
-    xp, size = _checked(new, old)
+    energy_floor = check_share("energy_floor", energy_floor)
+    xp, size, new, old, gram_eps = _checked(new, old, accumulation_eps, needs_new=True)
     rank = check_rank(rank, size)
-    if energy_floor is None:
+    if objective == "quotient":
+        if is_array(energy_floor) or energy_floor != 0:
+            msg = (
+                f"energy_floor must be 0 for the objective 'quotient', got {energy_floor}; pass "
+                "objective='trace_ratio'"
+            )
+            raise ValueError(msg)
         directions = _subspaces.isolated(xp, new, old, rank, ridge, gram_eps)
         return _solution(xp, directions, rank, new, old)
-    energy_floor = check_share("energy_floor", energy_floor)
-    best = _subspaces.trace_ratio(xp, new, old, rank, ridge, energy_floor, gram_eps)
+    best = _trace_ratio.trace_ratio(xp, new, old, rank, ridge, energy_floor, gram_eps)
     solution = _solution(xp, best.directions, rank, new, old)
     return solution._replace(gap=xp.astype(best.gap[..., 0], result_dtype(xp, new, old)))
 
 
 def trace_ratio_solution(
-    new: Array,
-    old: Array | None,
-    rank: int,
-    /,
+    new: MomentLike,
+    old: MomentLike | None = None,
+    rank: int | None = None,
     *,
     ridge: float = 1e-2,
     energy_floor: float = 0.0,
-    accumulation_eps: float = 0.0,
+    accumulation_eps: float | None = None,
 ) -> TraceRatioSolution:
     r"""Solve for the best ratio of traces, and return the certificate beside the basis.
 
     Parameters
     ----------
-    new, old, rank, ridge, accumulation_eps
-        As in :func:`trace_ratio_subspace`.
-    energy_floor : float, default 0
-        τ in [0, 1]: share of the new-task energy that r directions can carry, to be kept.
+    new, old, rank, ridge, energy_floor, accumulation_eps
+        As in :func:`isolated_subspace`.
 
     Returns
     -------
@@ -456,10 +480,9 @@ def trace_ratio_solution(
     """
     ridge = check_scalar("ridge", ridge)
     energy_floor = check_share("energy_floor", energy_floor)
-    gram_eps = check_eps("accumulation_eps", accumulation_eps)
-    xp, size = _checked(new, old)
+    xp, size, new, old, gram_eps = _checked(new, old, accumulation_eps, needs_new=True)
     rank = check_rank(rank, size)
-    best = _subspaces.trace_ratio(xp, new, old, rank, ridge, energy_floor, gram_eps)
+    best = _trace_ratio.trace_ratio(xp, new, old, rank, ridge, energy_floor, gram_eps)
     dtype = result_dtype(xp, new, old)
     return TraceRatioSolution(
         basis=_subspaces.finished_basis(xp, best.directions, rank, new, old),
@@ -473,7 +496,7 @@ def trace_ratio_solution(
     )
 
 
-def null_solution(old: Array, rank: int, /) -> SubspaceSolution:
+def null_solution(old: MomentLike, rank: int) -> SubspaceSolution:
     r"""Solve for the null space of old tasks: basis, energies, effective rank and gap.
 
     Parameters
@@ -503,26 +526,25 @@ def null_solution(old: Array, rank: int, /) -> SubspaceSolution:
     >>> solution.values, float(solution.gap)
     (array([0.]), 0.5)
     """
-    xp, size = checked_moments({"old": old})
+    xp, size, (history,), _ = checked_moments({"old": old})
     rank = check_rank(rank, size)
-    directions = _subspaces.null(xp, old, rank)
-    solution = _solution(xp, directions, rank, old)
+    directions = _subspaces.null(xp, history, rank)
+    solution = _solution(xp, directions, rank, history)
     # The values increase here, so the gap is on the other side; no direction is noise.
     last, following = directions.values[..., rank - 1], directions.values[..., min(rank, size - 1)]
     gap = safe_divide(xp, following - last, directions.largest[..., 0])
     gap = gap if rank < size else xp.ones_like(gap)
-    return solution._replace(gap=xp.astype(gap, old.dtype))
+    return solution._replace(gap=xp.astype(gap, history.dtype))
 
 
 def rank_for(
-    new: Array,
-    old: Array | None,
-    share: float,
-    /,
+    new: MomentLike | None = None,
+    old: MomentLike | None = None,
+    share: float | None = None,
     *,
     of: RankMeasure = "energy",
     ridge: float = 1e-2,
-    accumulation_eps: float = 0.0,
+    accumulation_eps: float | None = None,
 ) -> RankChoice:
     r"""Smallest rank that reaches a share of what all D directions would, layer by layer.
 
@@ -535,10 +557,8 @@ def rank_for(
 
     Parameters
     ----------
-    new : array, shape (..., D, D)
-        Second moment of the current task.
-    old : array, shape (..., D, D), or None
-        History; ``None`` on the first task.
+    new, old
+        As in :func:`general_subspace`; for the ratio ``new`` is needed.
     share : float
         Share to reach, from 0 to 1. Directions at the level of rounding do not count, so that 1
         gives the numerical rank.
@@ -546,7 +566,7 @@ def rank_for(
         What the share is a share of.
     ridge : float, default 1e-2
         As in :func:`isolated_subspace`; for the ratio only.
-    accumulation_eps : float, default 0
+    accumulation_eps : float, optional
         As in :func:`general_subspace` and :func:`isolated_subspace`.
 
     Returns
@@ -557,9 +577,9 @@ def rank_for(
     Raises
     ------
     TypeError
-        If a moment is not a real floating-point array.
+        If a moment is missing or not a real floating-point array.
     ValueError
-        If moments are not square, differ in shape, are not finite or not symmetric, the share is
+        If moments are not square, differ in size, are not finite or not symmetric, the share is
         outside [0, 1] or the measure unknown.
 
     Notes
@@ -577,8 +597,7 @@ def rank_for(
         msg = f"of must be one of {get_args(RankMeasure)}, got {of!r}"
         raise ValueError(msg)
     share, ridge = check_share("share", share), check_scalar("ridge", ridge)
-    gram_eps = check_eps("accumulation_eps", accumulation_eps)
-    xp, size = _checked(new, old)
+    xp, size, new, old, gram_eps = _checked(new, old, accumulation_eps, needs_new=of == "ratio")
     if of == "energy":
         directions = _subspaces.general(xp, new, old, size, gram_eps)
     else:
@@ -595,9 +614,19 @@ def rank_for(
     return RankChoice(rank, xp.astype(curve, result_dtype(xp, new, old)))
 
 
-def _checked(new: Array, old: Array | None) -> tuple[Namespace, int]:
-    """Namespace and size of the moments of a task, of which the first has no history."""
-    return checked_moments({"new": new} if old is None else {"new": new, "old": old})
+def _checked(
+    new: MomentLike | None,
+    old: MomentLike | None,
+    accumulation_eps: Any,
+    *,
+    needs_new: bool = False,
+) -> tuple[Namespace, int, Array, Array | None, Any]:
+    """Namespace, size, the moments and their rounding unit; a history alone comes as the first."""
+    given = {"new": new, "old": old}
+    if old is None or (new is None and not needs_new):
+        del given["old" if old is None else "new"]
+    xp, size, moments, gram_eps = checked_moments(given, accumulation_eps=accumulation_eps)
+    return xp, size, moments[0], moments[1] if len(moments) > 1 else None, gram_eps
 
 
 def _solution(

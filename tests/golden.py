@@ -775,7 +775,10 @@ def _calls(arrays: list[Any], integers: tuple[Any, Any], rank: int) -> Iterator[
         yield f"isolated_subspace.{ridge}", lm.isolated_subspace(new, old, rank, ridge=ridge)
     yield "isolated_subspace.alone", lm.isolated_subspace(new, None, rank)
     yield "isolated_solution", lm.isolated_solution(new, old, rank)
-    yield "isolated_solution.floor", lm.isolated_solution(new, old, rank, energy_floor=0.5)
+    # Before the objective was an argument, a floor chose it.
+    named = "objective" in inspect.signature(lm.isolated_solution).parameters
+    floor = {"energy_floor": 0.5} | ({"objective": "trace_ratio"} if named else {})
+    yield "isolated_solution.floor", lm.isolated_solution(new, old, rank, **floor)
     yield "null_subspace", lm.null_subspace(old, rank)
     yield "null_solution", lm.null_solution(old, rank)
     yield "trace_ratio_subspace", lm.trace_ratio_subspace(new, old, rank)

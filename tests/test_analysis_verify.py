@@ -52,7 +52,7 @@ def write_run(folder: Path, **options: Any) -> Path:
 
 
 @pytest.mark.parametrize("history", ["merged", "trained", "both"])
-@pytest.mark.parametrize("isolated", ["pencil", "null"])
+@pytest.mark.parametrize("isolated", ["quotient", "null"])
 def test_a_run_of_our_own_passes(tmp_path: Path, history: str, isolated: str) -> None:
     checks = verify(write_run(tmp_path / "run", history=history, isolated=isolated))
     assert all(check.passed for check in checks)

@@ -145,7 +145,7 @@ def test_a_method_without_tensors_takes_plain_steps(model: nn.Module) -> None:
         ("loda", {"history_weight": "sum"}, "history_weight"),
         ("loda", {"directions": "best"}, "directions"),
         ("loda", {"penalty": 1.0}, "gamma"),  # the message lists those that there are
-        ("null_lora", {"isolated": "pencil"}, "isolated"),
+        ("null_lora", {"isolated": "quotient"}, "isolated"),
         ("null_lora", {"gamma": 1.0}, "gamma"),
         ("seq_lora", {"rank": 0}, "rank"),
         ("seq_lora", {"parts": "q"}, "parts"),

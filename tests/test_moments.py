@@ -156,6 +156,34 @@ def test_sum_and_plus_combine(xp: ModuleType) -> None:
             parts[0].__radd__(other)
 
 
+def test_the_rounding_unit_is_that_of_the_gram_matrices_and_the_coarsest_stays(
+    xp: ModuleType,
+) -> None:
+    single = second_moment(to_library(xp, np.ones((3, 2)), "float32"))
+    assert single.unit == 2.0**-23
+    assert combine(single, Moments(single.total, 1)).unit == single.unit
+    if libraries.has_dtype("float64"):
+        double = second_moment(to_library(xp, np.ones((3, 2)), "float64"))
+        assert double.unit == 2.0**-52
+        assert (double + single).unit == (single + double).unit == single.unit
+        assert (single.zero() + double).unit == double.unit
+        # A mean in float32 is as coarse as one that was formed in it.
+        for coarse in (single, to_library(xp, np.ones((2, 2)), "float32")):
+            history = remember(remember(None, double), coarse)
+            assert history.unit == remember(history, double).unit == single.unit
+        assert remember(None, double).unit == double.unit
+    assert History(single.total, 1.0, 1.0).unit == 0
+
+
+def test_units_that_are_arrays_are_compared(xp: ModuleType) -> None:
+    one = to_library(xp, np.ones((2, 2)), "float32")
+    units = [to_library(xp, np.asarray(u), "float32") for u in (1e-6, 3e-4, 2e-5)]
+    whole = sum(Moments(one, 1, None, unit) for unit in units)
+    assert isinstance(whole, Moments)
+    assert float(whole.unit) == pytest.approx(3e-4)
+    assert float(combine(whole, Moments(one, 1, None, 1e-3)).unit) == pytest.approx(1e-3)
+
+
 def test_empty_batches_and_sets(xp: ModuleType) -> None:
     none = second_moment(to_library(xp, np.zeros((0, 3))))
     assert none.count == 0

@@ -45,7 +45,7 @@ SIBLINGS: dict[str, tuple[Callable[..., Any], Callable[..., Any], dict[str, floa
     "energy floor": (
         lm.isolated_subspace,
         lm.isolated_solution,
-        {"ridge": 1e-9, "energy_floor": 0.4},
+        {"ridge": 1e-9, "objective": "trace_ratio", "energy_floor": 0.4},
     ),
     "trace ratio": (lm.trace_ratio_subspace, lm.trace_ratio_solution, {"ridge": 1e-9}),
 }

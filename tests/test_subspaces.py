@@ -31,7 +31,7 @@ from strategies import (
 )
 
 from loda_math import (
-    _subspaces,
+    _trace_ratio,
     general_solution,
     general_subspace,
     isolated_solution,
@@ -459,15 +459,19 @@ def test_the_gap_says_whether_the_basis_is_meaningful(
     assert float(isolated_solution(flat, flat, rank).gap) < 1e-12
 
 
-@pytest.mark.parametrize("tau", [None, 0.0, 0.5])
-def test_rank_above_the_numerical_rank(xp: ModuleType, tau: float | None) -> None:
+@pytest.mark.parametrize(
+    ("objective", "tau"), [("quotient", 0.0), ("trace_ratio", 0.0), ("trace_ratio", 0.5)]
+)
+def test_rank_above_the_numerical_rank(xp: ModuleType, objective: Any, tau: float) -> None:
     rng = np.random.default_rng(0)
     q = orthogonal(6, rng)
     new = from_spectrum(np.array([1.0, 0.5, 0.25, 0, 0, 0]), q)
     old = from_spectrum(rng.uniform(0.5, 1, 6), orthogonal(6, rng))
-    solution = isolated_solution(to_library(xp, new), to_library(xp, old), 5, energy_floor=tau)
+    solution = isolated_solution(
+        to_library(xp, new), to_library(xp, old), 5, objective=objective, energy_floor=tau
+    )
     assert int(solution.effective_rank) == np.any(to_numpy(solution.basis) != 0, axis=0).sum()
-    if tau is None:
+    if objective == "quotient":
         assert int(solution.effective_rank) == 3
         # The span of what is there is far from what is not.
         assert float(solution.gap) > 0.01
@@ -476,7 +480,7 @@ def test_rank_above_the_numerical_rank(xp: ModuleType, tau: float | None) -> Non
 def test_a_floor_changes_the_rule_in_the_sibling_too(xp: ModuleType) -> None:
     rng = np.random.default_rng(1)
     new, old = (to_library(xp, m @ m.T, "float32") for m in rng.standard_normal((2, 5, 5)))
-    solution = isolated_solution(new, old, 2, energy_floor=0.6)
+    solution = isolated_solution(new, old, 2, objective="trace_ratio", energy_floor=0.6)
     best = trace_ratio_solution(new, old, 2, energy_floor=0.6)
     np.testing.assert_array_equal(to_numpy(solution.basis), to_numpy(best.basis))
     assert float(solution.gap) == float(best.gap)
@@ -493,7 +497,7 @@ def test_nothing_at_all(xp: ModuleType) -> None:
         general_solution(zero, zero, 2),
         isolated_solution(zero, None, 2),
         isolated_solution(zero, zero, 2),
-        isolated_solution(zero, zero, 2, energy_floor=0.5),
+        isolated_solution(zero, zero, 2, objective="trace_ratio", energy_floor=0.5),
     ):
         np.testing.assert_array_equal(to_numpy(solution.basis), np.zeros((2, 3, 2)))
         np.testing.assert_array_equal(to_numpy(solution.values), np.zeros((2, 2)))
@@ -559,7 +563,7 @@ def test_the_ratio_only_rises_along_the_iterations(pencil: tuple) -> None:
     least = np.linalg.eigvalsh(r)[: pencil[2]].sum()
     best, steps = largest_ratio(s, r, pencil[2]), []
     for count in range(5):
-        kappa, value = _subspaces._newton(namespace(s=s), s, r, start, count)
+        kappa, value = _trace_ratio._newton(namespace(s=s), s, r, start, count)
         steps.append(kappa.item())
         assert kappa + max(value, 0) / least >= best * (1 - 1e-9)
     assert np.all(np.diff(steps) >= 0)
@@ -663,7 +667,7 @@ def test_no_history_and_no_energy(xp: ModuleType) -> None:
     best = np.eye(3)[:, :2]
     for tau in (0.0, 0.5, 1.0):
         for old in (None, zero):
-            basis = isolated_subspace(eye, old, 2, energy_floor=tau)
+            basis = isolated_subspace(eye, old, 2, objective="trace_ratio", energy_floor=tau)
             np.testing.assert_allclose(to_numpy(basis), best, atol=1e-6)
         nothing = trace_ratio_solution(zero, eye, 2, energy_floor=tau)
         np.testing.assert_array_equal(to_numpy(nothing.basis), np.zeros((3, 2)))

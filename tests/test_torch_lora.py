@@ -131,9 +131,11 @@ def test_new_branch_and_no_branch_change_no_bit_of_the_output() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_branches_take_the_dtype_of_the_layer(dtype: torch.dtype) -> None:
+def test_branches_are_float32_or_wider_beside_a_layer_of_any_dtype(dtype: torch.dtype) -> None:
     layer = two_branches(dtype)
-    assert {p.dtype for p in layer.parameters()} == {dtype}
+    wide = torch.promote_types(dtype, torch.float32)
+    assert {p.dtype for p in layer.branches.parameters()} == {wide}
+    assert {p.dtype for p in layer.base.parameters()} == {dtype}
     x = random(3, D, seed=1, dtype=dtype)
     assert layer(x).dtype == layer.weight.dtype == dtype
     # The update itself is summed in float32 or wider: halves would lose small branches.
@@ -242,7 +244,7 @@ def test_names_are_unique_and_known() -> None:
 
 def test_only_linear_layers_with_a_weight_of_their_own_can_be_adapted() -> None:
     with pytest.raises(TypeError, match="Conv2d"):
-        LoRALinear(nn.Conv2d(1, 1, 1))  # type: ignore[arg-type]
+        LoRALinear(nn.Conv2d(1, 1, 3))
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(D, O))
     with pytest.raises(TypeError, match="parametris"):
         LoRALinear(normed)

@@ -48,8 +48,9 @@ def test_what_is_no_array(xp: ModuleType, name: str, argument: str) -> None:
         with pytest.raises(TypeError, match=rf"^{argument} must be an array"):
             call(xp, name, **{argument: x})
     moments = lm.second_moment(to_library(xp, EYE))
-    with pytest.raises(TypeError, match=rf"^{argument} must be an array.*pass its \.mean"):
-        call(xp, name, **{argument: moments})
+    if argument not in ("new", "old", "moment"):
+        with pytest.raises(TypeError, match=rf"^{argument} must be an array.*pass its \.mean"):
+            call(xp, name, **{argument: moments})
 
 
 @pytest.mark.parametrize(("name", "argument"), [c for c in CASES if len(ALL[c[0]][1]) > 1])
@@ -86,7 +87,7 @@ def test_moments_that_are_not_symmetric(xp: ModuleType, name: str, argument: str
 
 @pytest.mark.parametrize(("name", "argument"), [c for c in SQUARE if len(ALL[c[0]][1]) > 1])
 def test_sizes_that_do_not_match(xp: ModuleType, name: str, argument: str) -> None:
-    with pytest.raises(ValueError, match=r"^(moments must have one|basis must have) shape"):
+    with pytest.raises(ValueError, match=r"^(moments must have one D|basis must have shape)"):
         call(xp, name, **{argument: to_library(xp, np.eye(4))})
 
 
@@ -196,9 +197,10 @@ RECALIBRATION = ("gamma", "history_weight")
 SETTINGS: dict[str, tuple[str, ...]] = {
     "general_subspace": (ROUNDING,),
     "general_solution": (ROUNDING,),
-    "isolated_subspace": (*SUBSPACE, "energy_floor"),
-    "isolated_solution": (*SUBSPACE, "energy_floor"),
-    "trace_ratio_subspace": SUBSPACE,
+    "isolated_subspace": SUBSPACE,
+    "isolated_subspace floor": (*SUBSPACE, "energy_floor"),
+    "isolated_solution floor": (*SUBSPACE, "energy_floor"),
+    "trace_ratio_subspace": (*SUBSPACE, "energy_floor"),
     "trace_ratio_solution": (*SUBSPACE, "energy_floor"),
     "rank_for ratio": (*SUBSPACE, "share"),
     "recalibration full": RECALIBRATION,
@@ -271,13 +273,17 @@ def flat(result: Any) -> list[Any]:
     return [to_numpy(x) for x in (result if isinstance(result, (tuple, list)) else (result,))]
 
 
-@pytest.mark.parametrize("name", [name for name in SETTINGS if documented_defaults(name)])
+@pytest.mark.parametrize(
+    "name",
+    [name for name in SETTINGS if documented_defaults(name) and not name.endswith(" floor")],
+)
 def test_defaults_are_the_documented_ones(name: str) -> None:
     defaults = documented_defaults(name)
     for a, b in zip(flat(run(np, name)), flat(run(np, name, **defaults)), strict=True):
         np.testing.assert_array_equal(a, b)
     for setting, value in defaults.items():
-        if setting not in ("tolerance", ROUNDING):  # those need a case at their edge
+        # The tolerance needs a case at its edge, and the quotient takes no floor.
+        if setting in SETTINGS[name] and setting != "tolerance":
             other = flat(run(np, name, **{setting: 0.5 * value or 1.0}))
             default = flat(run(np, name))
             assert any(np.any(a != b) for a, b in zip(default, other, strict=True)), setting
@@ -315,10 +321,11 @@ def test_one_wide_argument_makes_the_result_wide(xp: ModuleType, name: str, argu
 
 
 @pytest.mark.parametrize(("name", "argument"), sorted(OPTIONAL))
-def test_without_a_history_the_result_has_the_dtype_of_the_task(
+def test_one_moment_alone_gives_the_result_its_dtype(
     xp: ModuleType, name: str, argument: str
 ) -> None:
-    result = call(xp, name, new=to_library(xp, EYE, "float32"), **{argument: None})
+    narrow = {a: to_library(xp, MATRIX[a], "float32") for a in ALL[name][1]}
+    result = call(xp, name, **narrow | {argument: None})
     fields = result if isinstance(result, tuple) else (result,)
     assert "float32" in {dtype_name(x) for x in fields}
     assert "float64" not in {dtype_name(x) for x in fields}

@@ -194,7 +194,7 @@ def test_the_effective_rank_counts_what_is_above_rounding(xp: ModuleType) -> Non
 def test_a_floor_is_checked_under_the_floor(xp: ModuleType) -> None:
     rng = np.random.default_rng(4)
     new, old = (to_library(xp, m @ m.T, "float32") for m in rng.standard_normal((2, 6, 6)))
-    basis = isolated_subspace(new, old, 2, energy_floor=0.9)
+    basis = isolated_subspace(new, old, 2, objective="trace_ratio", energy_floor=0.9)
     check = lambda tau: verify_subspace(basis, new, old, "trace_ratio", energy_floor=tau)  # noqa: E731
     assert bool(check(0.9).passed)
     assert not bool(check(0.0).passed)
@@ -296,7 +296,7 @@ def test_every_layer_has_a_verdict_of_its_own(xp: ModuleType) -> None:
     new = np.stack([gram(x) for x in tokens])
     old = np.stack([gram(x) for x in histories])
     bases = np.stack([np.linalg.qr(rng.standard_normal((8, 2)))[0] for _ in range(3)])
-    bases[1] = isolated_subspace(new[1], old[1], 2, energy_floor=0.9)
+    bases[1] = isolated_subspace(new[1], old[1], 2, objective="trace_ratio", energy_floor=0.9)
     for objective, options in (
         ("isolated", {"ridge": 0.0}),
         ("trace_ratio", {"energy_floor": 0.9}),

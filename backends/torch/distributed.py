@@ -9,6 +9,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from backends.torch.lora import frozen_matrix
 from loda_math import Moments, second_moment
 
 Reduce = Callable[[Sequence[Tensor]], None]
@@ -136,20 +137,20 @@ def sum_moments(
     """
     parts: dict[str, Moments] = {}
     for name, layer in layers.items():
-        weight = next(layer.parameters())
-        nothing = weight.new_zeros(0, int(layer.in_features))  # type: ignore[arg-type]
-        part = moments[name] if name in moments else second_moment(nothing.detach(), check=False)
+        weight = frozen_matrix(layer).detach()
+        nothing = weight.new_zeros(0, weight.shape[1])
+        part = moments[name] if name in moments else second_moment(nothing, check=False)
         # A process that saw nothing takes part with a zero, or the others would wait for ever.
         # Copies: the collector's own tensors may be in use elsewhere.
         error = None if part.error is None else part.error.clone()
-        parts[name] = Moments(part.total.clone(), part.count, error)
+        parts[name] = Moments(part.total.clone(), part.count, error, part.unit)
     device = next(iter(parts.values())).total.device
     counts = torch.tensor([part.count for part in parts.values()], device=device)
     sums = [tensor for part in parts.values() for tensor in (part.total, part.error)]
     reduce([tensor for tensor in sums if tensor is not None])
     reduce([counts])
     return {
-        name: Moments(part.total, count, part.error)
+        name: Moments(part.total, count, part.error, part.unit)
         for (name, part), count in zip(parts.items(), counts.tolist(), strict=True)
         if count
     }

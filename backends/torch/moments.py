@@ -1,15 +1,20 @@
 """Second moments of the inputs of linear layers, and of two halves of the images, in one pass."""
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.overrides import TorchFunctionMode
 
 from backends.torch.distributed import Reduce, default_reduce, sum_moments
 from backends.torch.layers import find_layers
+from backends.torch.linear_maps import PARTS, InProjection
+from backends.torch.lora import LoRALinear, frozen_matrix, input_tokens
 from backends.torch.settings import TIMM_QKV, Target
 from loda_math import Moments, combine, second_moment
 
@@ -26,6 +31,10 @@ class MomentCollector:
     Sums stay on the device of the inputs: one Gram matrix per batch in float32 (or wider), added in
     float64 where the device has it and with compensation elsewhere. Nothing is read back during
     the run, autocast does not reach the Gram matrix, and the hooks are always removed.
+
+    Layers may be called as modules, or a model may read their weights and multiply by them itself
+    (``F.linear``, ``F.multi_head_attention_forward``). Compiled models run uncompiled meanwhile, and
+    the fused attention of ``nn.MultiheadAttention`` is not used.
 
     Parameters
     ----------
@@ -52,28 +61,33 @@ class MomentCollector:
     def __init__(self, model: nn.Module, target: Target = TIMM_QKV) -> None:
         self.layers = find_layers(model, target)
         self.moments: dict[str, Moments] = {}
-        self._handles: list[RemovableHandle] = []
+        self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        for name, layer in self.layers.items():
-            hook = partial(self._on_forward, name)
-            self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        reads = _WeightReads(self.layers, self._on_read)
+        with ExitStack() as stack:
+            for name, layer in self.layers.items():
+                before, after = partial(reads.enter_call, name), partial(reads.leave_call, name)
+                handle = layer.register_forward_pre_hook(before, with_kwargs=True)
+                stack.callback(handle.remove)
+                # Also called if the layer raises.
+                handle = layer.register_forward_hook(after, always_call=True)
+                stack.callback(handle.remove)
+            # A compiled model does not notice hooks that are newer than it is.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(reads)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._stack.close()
 
     def share(self, reduce: Reduce) -> None:
         """Replace the sums by those over all processes."""
         self.moments = sum_moments(self.moments, self.layers, reduce)
 
-    def _on_forward(
-        self, name: str, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
-    ) -> None:
-        # Some models pass the input of a layer by keyword.
-        self._add(name, args[0] if args else next(iter(kwargs.values())))
+    def _on_read(self, name: str, x: Tensor) -> None:
+        self._add(name, input_tokens(self.layers[name], x))
 
     def _add(self, name: str, tokens: Tensor) -> None:
         _accumulate(self.moments, name, tokens)
@@ -104,7 +118,8 @@ class HalvingCollector(MomentCollector):
 
     def __enter__(self) -> Self:
         super().__enter__()
-        self._handles.append(self._model.register_forward_pre_hook(self._count, with_kwargs=True))
+        handle = self._model.register_forward_pre_hook(self._count, with_kwargs=True)
+        self._stack.callback(handle.remove)
         return self
 
     def halves(self) -> Halves:
@@ -130,7 +145,7 @@ class HalvingCollector(MomentCollector):
         """
         super().share(reduce)
         # A layer that mixes the images in one process has no halves in any.
-        device = next(iter(self.layers.values())).weight.device
+        device = frozen_matrix(next(iter(self.layers.values()))).device
         mixing = torch.tensor([name in self._mixing for name in self.layers], device=device).int()
         reduce([mixing])
         pairs = zip(self.layers, mixing.tolist(), strict=True)
@@ -152,6 +167,117 @@ class HalvingCollector(MomentCollector):
             return
         by_image = rows.reshape(images, -1, rows.shape[-1])
         _accumulate(self.half, name, by_image[self._images_before % 2 :: 2])
+
+
+class _WeightReads(TorchFunctionMode):
+    """Sees calls of layers, and products with the weights of those that are not called.
+
+    Parameters
+    ----------
+    layers : dict of str to nn.Module
+        Layers by name, adapted or not.
+    on_read : callable
+        ``on_read(name, x)`` for every input that the weight of a layer is applied to, with the
+        images along the first axis.
+    """
+
+    def __init__(
+        self, layers: dict[str, nn.Module], on_read: Callable[[str, Tensor], None]
+    ) -> None:
+        super().__init__()
+        self._on_read = on_read
+        self._calls: list[str] = []  # layers whose call is running
+        self._names = {id(layer): name for name, layer in layers.items()}
+        # By the tensor that is read: a plain layer's own, an attention's for its projection.
+        self._owners: dict[int, dict[str | None, str]] = {}
+        for name, layer in layers.items():
+            base = layer.base if isinstance(layer, LoRALinear) else layer
+            if isinstance(base, InProjection):
+                self._owners.setdefault(id(base.packed), {})[base.part] = name
+            else:
+                self._owners[id(base.weight)] = {None: name}
+
+    def enter_call(
+        self, name: str, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+    ) -> None:
+        """A layer is called as a module; products inside the call are the call's own."""
+        self._calls.append(name)
+        # Some models pass the input of a layer by keyword.
+        self._on_read(name, args[0] if args else next(iter(kwargs.values())))
+
+    def leave_call(self, name: str, *_: object) -> None:
+        """The call is over, or has failed."""
+        self._calls.remove(name)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        kwargs = kwargs or {}
+        if func is F.linear:
+            x, weight = _arguments(_LINEAR, args, kwargs, "input", "weight")
+            for name in self._readers(weight).values():
+                if name not in self._calls:
+                    self._on_read(name, x)
+        elif func is F.multi_head_attention_forward:
+            return self._attention(args, kwargs)
+        return func(*args, **kwargs)
+
+    def _attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An attention with its input and output projections in the open."""
+        call = _ATTENTION.bind(*args, **kwargs)
+        given = call.arguments
+        query, key, value = given["query"], given["key"], given["value"]
+        inputs = dict(zip(PARTS, (query, key, value), strict=True))
+        for part, name in self._readers(given["in_proj_weight"]).items():
+            if part is None and not (query is key is value):
+                msg = (
+                    f"the inputs of layer {name!r} must be one tensor, got a query, a key and a "
+                    f"value that differ; name its parts {name}.q, {name}.k and {name}.v instead"
+                )
+                raise ValueError(msg)
+            self._on_read(name, _images_first(inputs[part or "q"]))
+        for part, x in inputs.items():
+            for name in self._readers(given.get(f"{part}_proj_weight")).values():
+                self._on_read(name, _images_first(x))
+        out = given["out_proj_weight"]
+        names = self._readers(out)
+        if not names:
+            return F.multi_head_attention_forward(*call.args, **call.kwargs)
+        # The product with the identity is exact, and shows what goes into the real one.
+        given["out_proj_weight"] = torch.eye(len(out), dtype=out.dtype, device=out.device)
+        given["out_proj_bias"], bias = None, given["out_proj_bias"]
+        attended, weights = F.multi_head_attention_forward(*call.args, **call.kwargs)
+        for name in names.values():
+            self._on_read(name, _images_first(attended))
+        return F.linear(attended, out, bias), weights
+
+    def _readers(self, weight: Tensor | None) -> dict[str | None, str]:
+        """Names of the layers that a weight belongs to, by part of a packed projection."""
+        if weight is None:
+            return {}
+        layers: dict[str | None, nn.Module] = getattr(weight, "linear_maps", {})
+        if layers:  # computed with branches
+            named = {part: self._names.get(id(layer)) for part, layer in layers.items()}
+            return {part: name for part, name in named.items() if name is not None}
+        return self._owners.get(id(weight), {})
+
+
+_LINEAR = ("input", "weight", "bias")
+_ATTENTION = inspect.signature(F.multi_head_attention_forward)
+
+
+def _arguments(
+    order: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any], *names: str
+) -> list[Any]:
+    """Arguments of a call by name; built-in functions have no signature to bind to."""
+    given = dict(zip(order, args, strict=False)) | kwargs
+    return [given[name] for name in names]
+
+
+def _images_first(x: Tensor) -> Tensor:
+    """Tokens of an attention, which are (tokens, images, D) there."""
+    return x.transpose(0, 1) if x.ndim == 3 else x
 
 
 def _accumulate(moments: dict[str, Moments], name: str, tokens: Tensor) -> None:
@@ -278,7 +404,8 @@ def _walk(
     if unseen:
         msg = (
             f"no tokens went through {unseen}: either there was no batch (an iterator that is "
-            f"used up?), or the model does not call these layers as modules"
+            f"used up?), or the model neither calls these layers nor multiplies by their weight "
+            f"with F.linear"
         )
         raise ValueError(msg)
     # One read for all layers.

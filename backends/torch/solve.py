@@ -228,14 +228,11 @@ def _subspace_rule(
 ) -> Callable[[Tensor, Tensor | None], Tensor]:
     """How the directions of a branch are chosen from the new moments and the history."""
     rank = settings.rank
-    # Without a floor "trace_ratio" takes the largest ratio, which is that of a floor of 0; None
-    # asks for the generalised eigenvectors.
-    floor = (settings.energy_floor or 0.0) if settings.isolated == "trace_ratio" else None
 
     def choose(new: Tensor, old: Tensor | None) -> Tensor:
         if branch == "general":
             basis = general_subspace(new, old, rank, accumulation_eps=gram_eps)
-        elif settings.isolated == "null" and old is not None:
+        elif settings.isolated == "null":
             basis = null_subspace(old, rank)
         else:
             basis = isolated_subspace(
@@ -243,7 +240,8 @@ def _subspace_rule(
                 old,
                 rank,
                 ridge=settings.ridge,
-                energy_floor=floor,
+                objective=settings.isolated,
+                energy_floor=settings.energy_floor,
                 accumulation_eps=gram_eps,
             )
         return torch.as_tensor(basis)

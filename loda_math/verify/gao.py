@@ -28,7 +28,7 @@ class PerturbationReport(NamedTuple):
 
 
 def verify_perturbation(
-    before: Array, after: Array, gradient: Array, radius: float, /, *, tolerance: float = 1e-5
+    before: Array, after: Array, gradient: Array, radius: float, *, tolerance: float = 1e-5
 ) -> PerturbationReport:
     r"""Check :math:`\tilde\theta = \theta - \rho \, g / \|g\|`, one parameter at a time.
 

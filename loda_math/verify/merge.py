@@ -34,7 +34,7 @@ class MergeReport(NamedTuple):
     passed: Array
 
 
-def implied_coefficients(change: Array, up: Array, down: Array, /) -> Array:
+def implied_coefficients(change: Array, up: Array, down: Array) -> Array:
     r"""Recover Λ from the change of a weight, :math:`\Lambda = B^+ \, \Delta W A^+`.
 
     Parameters
@@ -77,7 +77,6 @@ def verify_merge(
     after: Array,
     up: Array,
     down: Array,
-    /,
     coefficients: Array | None = None,
     *,
     tolerance: float = 1e-5,
@@ -123,9 +122,11 @@ def verify_merge(
     rounding = 2 * float(xp.finfo(after.dtype).eps) * size
     dtype = result_dtype(xp, before, after, up, down)
     return MergeReport(
-        error=xp.astype(safe_divide(xp, unexplained, length), dtype),
-        update=xp.astype(safe_divide(xp, length, size + 0 * length), dtype),
-        passed=unexplained <= tolerance * length + rounding,
+        *xp.broadcast_arrays(
+            xp.astype(safe_divide(xp, unexplained, length), dtype),
+            xp.astype(safe_divide(xp, length, size + 0 * length), dtype),
+            unexplained <= tolerance * length + rounding,
+        )
     )
 
 

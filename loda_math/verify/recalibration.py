@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from loda_math._arrays import Array, eye_like, safe_divide, widen
-from loda_math._validation import check_scalar
+from loda_math._validation import MomentLike, check_scalar
 from loda_math.recalibration import (
     RecalibrationForm,
     check_weight,
@@ -47,10 +47,9 @@ def verify_recalibration(
     coefficients: Array,
     up: Array,
     down: Array,
-    new: Array,
-    old: Array,
+    new: MomentLike,
+    old: MomentLike,
     gamma: float,
-    /,
     form: RecalibrationForm = "full",
     *,
     history_weight: Any = 1.0,
@@ -91,8 +90,8 @@ def verify_recalibration(
     """
     gamma = check_scalar("gamma", gamma)
     tolerance = check_scalar("tolerance", tolerance, positive=True)
-    xp, dtype = checked_update(up, down, new, old, coefficients=coefficients)
-    b, a, n, o = wide = widen(xp, up, down, new, old)
+    (xp, _, arrays, _), dtype = checked_update(up, down, new, old, coefficients=coefficients)
+    b, a, n, o = wide = widen(xp, up, down, *arrays)
     (given,) = widen(xp, coefficients)
     # Solved from the moments as given: their dtype determines which energies are rounding.
     exact = recalibration(up, down, new, old, gamma, form, history_weight=history_weight)
@@ -114,12 +113,9 @@ def verify_recalibration(
     deviation = xp.sqrt(safe_divide(xp, distance, whole + 0 * distance))
     gap = safe_divide(xp, loss - optimum, drop + 0 * loss)
     effect = update_effect(given, *wide)
+    fields = (deviation, gap, loss, optimum, effect.old_change, effect.new_loss)
     return RecalibrationReport(
-        deviation=xp.astype(deviation, dtype),
-        optimality_gap=xp.astype(gap, dtype),
-        loss=xp.astype(loss, dtype),
-        optimum=xp.astype(optimum, dtype),
-        old_change=xp.astype(effect.old_change, dtype),
-        new_loss=xp.astype(effect.new_loss, dtype),
-        passed=deviation <= tolerance**0.5,
+        *xp.broadcast_arrays(
+            *(xp.astype(field, dtype) for field in fields), deviation <= tolerance**0.5
+        )
     )

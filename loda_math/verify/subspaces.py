@@ -15,8 +15,9 @@ from loda_math._arrays import (
     span_energy,
     widen,
 )
+from loda_math._trace_ratio import trace_ratio
 from loda_math._validation import (
-    check_eps,
+    MomentLike,
     check_rows,
     check_scalar,
     check_share,
@@ -65,14 +66,13 @@ class SubspaceReport(NamedTuple):
 
 def verify_subspace(
     basis: Array,
-    new: Array,
-    old: Array,
-    /,
+    new: MomentLike,
+    old: MomentLike | None,
     objective: Objective,
     *,
     ridge: float = 1e-2,
     energy_floor: float = 0.0,
-    accumulation_eps: float = 0.0,
+    accumulation_eps: float | None = None,
     tolerance: float = 1e-5,
 ) -> SubspaceReport:
     r"""Check a basis against the exact optimum of its objective.
@@ -90,8 +90,8 @@ def verify_subspace(
     basis : array, shape (..., D, r)
         U. For a down-projection with scale c, ``down.mT / c``. Objectives depend only on its span,
         so a basis that is not orthonormal is still measured.
-    new, old : array, shape (..., D, D)
-        Second moments that the basis was chosen from; zeros where there was no history.
+    new, old : array of shape (..., D, D), Moments or History
+        Second moments that the basis was chosen from; ``None`` or zeros where there was no history.
     objective : {"general", "isolated", "trace_ratio", "null"}
         What the basis is meant to optimise.
     ridge, energy_floor, accumulation_eps
@@ -134,9 +134,12 @@ def verify_subspace(
         raise ValueError(msg)
     ridge = check_scalar("ridge", ridge)
     energy_floor = check_share("energy_floor", energy_floor)
-    gram_eps = check_eps("accumulation_eps", accumulation_eps)
     tolerance = check_scalar("tolerance", tolerance, positive=True)
-    xp, size = checked_moments({"new": new, "old": old}, basis=basis)
+    given = {"new": new} if old is None else {"new": new, "old": old}
+    xp, size, moments, gram_eps = checked_moments(
+        given, accumulation_eps=accumulation_eps, basis=basis
+    )
+    new, old = moments if len(moments) > 1 else (*moments, xp.zeros_like(*moments))
     check_rows("basis", basis, size)
     (u,) = widen(xp, basis)
     span, active, orthonormality = _orthonormalised(xp, u)
@@ -157,16 +160,21 @@ def verify_subspace(
     noise = rounding_share(xp, size, new, old, gram_eps=gram_eps)
     noise = noise * xp.max(xp.linalg.eigvalsh(s_new), axis=-1)[..., None]
     dtype = result_dtype(xp, basis, new, old)
+    fields = (
+        orthonormality,
+        quality.residual,
+        quality.gap,
+        quality.value,
+        quality.optimum,
+        span_energy(xp, span, s_new),
+        span_energy(xp, span, s_old),
+    )
     return SubspaceReport(
-        orthonormality=xp.astype(orthonormality, dtype),
-        stationarity=xp.astype(quality.residual, dtype),
-        optimality_gap=xp.astype(quality.gap, dtype),
-        objective=xp.astype(quality.value, dtype),
-        optimum=xp.astype(quality.optimum, dtype),
-        energy_new=xp.astype(span_energy(xp, span, s_new), dtype),
-        energy_old=xp.astype(span_energy(xp, span, s_old), dtype),
-        effective_rank=_subspaces.count_true(xp, carried > noise),
-        passed=passed,
+        *xp.broadcast_arrays(
+            *(xp.astype(field, dtype) for field in fields),
+            _subspaces.count_true(xp, carried > noise),
+            passed,
+        )
     )
 
 
@@ -278,7 +286,7 @@ def _trace_ratio(
     """Of the ratio of traces under a floor."""
     s, r = _subspaces.regularised(xp, new, old, ridge, gram_eps)
     rank = int(span.shape[-1])
-    exact = _subspaces.trace_ratio(xp, new, old, rank, ridge, energy_floor, gram_eps)
+    exact = trace_ratio(xp, new, old, rank, ridge, energy_floor, gram_eps)
     carried, held = span_energy(xp, span, s), span_energy(xp, span, r)
     value, best = safe_divide(xp, carried, held), exact.ratio[..., 0, 0]
     image = s @ span - exact.multiplier * (r @ span)

@@ -159,7 +159,7 @@ class Solution:
             yield self._check_basis("general", general, tolerance)
         if not first and "A_isolated" in arrays:
             rule = self.settings.isolated
-            objective: Objective = "isolated" if rule == "pencil" else rule
+            objective: Objective = "isolated" if rule == "quotient" else rule
             yield self._check_basis(objective, arrays["A_isolated"], tolerance)
         if not self.recalibrated:
             return
@@ -184,7 +184,7 @@ class Solution:
             self.old,
             objective,
             ridge=self.settings.ridge,
-            energy_floor=self.settings.energy_floor or 0.0,
+            energy_floor=self.settings.energy_floor,
             accumulation_eps=self.accumulation_eps,
             tolerance=tolerance,
         )

@@ -120,6 +120,6 @@ class NullLoRA(LoDAMethod):
             gamma=LoDASettings.gamma,
             history_weight=LoDASettings.history_weight,
             ridge=LoDASettings.ridge,
-            energy_floor=None,
+            energy_floor=LoDASettings.energy_floor,
             **settings,
         )
