@@ -5,9 +5,12 @@ from typing import TYPE_CHECKING
 from backends._lazy import load_on_use
 
 if TYPE_CHECKING:
-    from backends.torch.distributed import Reduce, sum_over_processes
+    from backends.torch.distributed import Reduce, sum_over_processes, unshared
     from backends.torch.gao import (
         AlignedStep,
+        Half,
+        Halves,
+        Part,
         RowsLoss,
         draw_permutation,
         gradient_aligned_step,
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
         plain_state,
         restore,
     )
-    from backends.torch.loda import LoDA
+    from backends.torch.loda import LoDA, Task
     from backends.torch.lora import LoRABranch, LoRALinear
     from backends.torch.moments import MomentCollector, collect_moments
     from backends.torch.record import TaskRecord
@@ -31,13 +34,17 @@ if TYPE_CHECKING:
 __all__ = [
     "TIMM_QKV",
     "AlignedStep",
+    "Half",
+    "Halves",
     "LoDA",
     "LoDASettings",
     "LoRABranch",
     "LoRALinear",
     "MomentCollector",
+    "Part",
     "Reduce",
     "RowsLoss",
+    "Task",
     "TaskRecord",
     "adapt",
     "attach",
@@ -51,6 +58,7 @@ __all__ = [
     "random_bases",
     "restore",
     "sum_over_processes",
+    "unshared",
 ]
 
 # A command line that only shows the settings loads no torch.

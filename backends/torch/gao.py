@@ -362,23 +362,31 @@ class Half:
         for tensor in (*self._perturbed, *_parameters(self._optimizers), *self._others):
             tensor.grad = None
 
-    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         if not _share_tensors(optimizer, _parameters(self._optimizers)):
             return
         self._require_phase("target", "optimizer.step")
-        if not self._shared:
-            if self._reduce is not None:
-                msg = (
-                    "half.share() must be called before the gradients are clipped and "
-                    "optimizer.step() is called, since several processes train the model"
-                )
-                raise RuntimeError(msg)
+        # A closure computes gradients, and shares them, inside the step.
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None and not self._shared:
+            self._require_shared()
             self.share()
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         if _share_tensors(optimizer, self._perturbed):
             self.stepped = True
             self._may_skip = self._may_skip or getattr(optimizer, "found_inf", None) is not None
+            self._require_shared()
+
+    def _require_shared(self) -> None:
+        if not self._shared and self._reduce is not None:
+            msg = (
+                "half.share() must be called before the gradients are clipped and optimizer.step() "
+                "uses them, since several processes train the model"
+            )
+            raise RuntimeError(msg)
 
     def _require_phase(self, phase: str, call: str) -> None:
         if self._phase == phase:
@@ -400,7 +408,7 @@ class Halves:
 
     Parameters
     ----------
-    groups : Tensor of shape (N,), int, or a sequence of these
+    window : Tensor of shape (N,), int, a sequence of these, or Window
         Groups of the rows of this process, such as class labels: any integers, one tensor for each
         mini-batch of the window. Rows of one group belong to one half. A number of rows instead of
         groups stands for a random split.
@@ -410,11 +418,9 @@ class Halves:
         The tensors that are moved.
     radius : float
         Length of the shift.
-    permutation : Tensor, optional
-        The groups present, over the window and all processes, in random order; if not given, drawn
-        from ``generator``, by the first process.
-    generator : torch.Generator, optional
-        A CPU generator; the global one by default.
+    permutation : Tensor, shape (k,)
+        The groups present, over the window and all processes, in random order, the same in all
+        processes.
     reduce : callable, optional
         Sums tensors over the processes of ``torch.distributed``.
     others : iterable of Tensor
@@ -467,13 +473,12 @@ class Halves:
 
     def __init__(
         self,
-        groups: Groups | Sequence[Groups],
+        window: "Groups | Sequence[Groups] | Window",
         optimizer: Optimizer | Sequence[Optimizer],
         perturbed: Sequence[Tensor],
         *,
         radius: float,
-        permutation: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        permutation: Tensor,
         reduce: Reduce | None = None,
         others: Iterable[Tensor] = (),
     ) -> None:
@@ -481,10 +486,9 @@ class Halves:
         check_radius(radius)
         _require_trained(optimizers, perturbed)
         reduce = _require_reduce(reduce)
-        batches = [groups] if isinstance(groups, (Tensor, int)) else list(groups)
-        window = Window(batches, shared=reduce is not None)
-        if permutation is None:
-            permutation = window.draw(generator)
+        if not isinstance(window, Window):
+            batches = [window] if isinstance(window, (Tensor, int)) else list(window)
+            window = Window(batches, shared=reduce is not None)
         parts = window.split(permutation)
         alone = not all(window.counts)  # one group: there is nothing to align with
         if alone:
@@ -584,10 +588,6 @@ class Window:
             msg = "a step must have at least one row, got none"
             raise ValueError(msg)
         self.counts = [0, 0]
-
-    def draw(self, generator: torch.Generator | None) -> Tensor:
-        """The groups in random order."""
-        return draw_permutation(self.labels, generator)
 
     def split(self, permutation: Tensor) -> tuple[list[Part], list[Part]]:
         """The parts of both halves that this process holds."""

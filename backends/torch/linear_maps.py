@@ -241,7 +241,9 @@ def untie_weight(module: nn.Module) -> None:
     holder._parameters[name] = nn.Parameter(copy, requires_grad=weight.requires_grad)
 
 
-def read_in_projection(owner: nn.MultiheadAttention, layers: Mapping[str | None, nn.Module]) -> None:
+def read_in_projection(
+    owner: nn.MultiheadAttention, layers: Mapping[str | None, nn.Module]
+) -> None:
     """Let an attention read its packed weight through adapted layers.
 
     Parameters
@@ -251,7 +253,9 @@ def read_in_projection(owner: nn.MultiheadAttention, layers: Mapping[str | None,
     layers : mapping of str or None to nn.Module
         Adapted layer by part, or one under ``None`` for all rows.
     """
-    child = layers[None] if None in layers else nn.ModuleDict({str(p): x for p, x in layers.items()})
+    child = (
+        layers[None] if None in layers else nn.ModuleDict({str(p): x for p, x in layers.items()})
+    )
     owner._modules["in_proj"] = child
     if not hasattr(type(owner), "reads_in_projection"):
         owner.__class__ = _reading(type(owner))

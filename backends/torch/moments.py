@@ -21,7 +21,7 @@ from loda_math import Moments, combine, second_moment
 Forward = Callable[[nn.Module, Any], Any]
 """Runs a model on one element of an iterable of batches."""
 
-Halves = dict[str, tuple[Tensor, Tensor]]
+MomentHalves = dict[str, tuple[Tensor, Tensor]]
 """Second moments (D, D) of two halves of the images, by layer."""
 
 
@@ -122,12 +122,12 @@ class HalvingCollector(MomentCollector):
         self._stack.callback(handle.remove)
         return self
 
-    def halves(self) -> Halves:
+    def halves(self) -> MomentHalves:
         """Mean second moments of both halves, of the layers that have two.
 
         Left out are layers that saw only one image, or whose input does not separate the images.
         """
-        halves: Halves = {}
+        halves: MomentHalves = {}
         for name, whole in self.moments.items():
             half = self.half.get(name)
             rest = whole.count - half.count if half is not None else 0
@@ -355,7 +355,7 @@ def collect_halves(
     *,
     forward: Forward = default_forward,
     reduce: Reduce | None = None,
-) -> tuple[dict[str, Moments], Halves]:
+) -> tuple[dict[str, Moments], MomentHalves]:
     """Second moments over all batches, as by :func:`collect_moments`, and those of two halves.
 
     Parameters

@@ -35,7 +35,9 @@ class RunningStatistics:
         layers = [
             module
             for module in model.modules()
-            if any(module._buffers.get(name) is not None for name in ("running_mean", "running_var"))
+            if any(
+                module._buffers.get(name) is not None for name in ("running_mean", "running_var")
+            )
         ]
         self._model, self._frozen = model, freeze
         self._modes = {layer: layer.training for layer in layers} if freeze else {}
