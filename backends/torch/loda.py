@@ -12,8 +12,15 @@ from torch.optim import Optimizer
 
 from backends.torch.distributed import Reduce
 from backends.torch.gao import AlignedStep, RowsLoss, draw_permutation, gradient_aligned_step
-from backends.torch.layers import adapt, check_rank, find_layers, restore
-from backends.torch.lora import LoRALinear
+from backends.torch.layers import (
+    adapt,
+    check_rank,
+    check_same_layers,
+    check_weights,
+    find_layers,
+    restore,
+)
+from backends.torch.lora import LoRALinear, frozen_matrix, warn_of_rounding
 from backends.torch.moments import Forward, collect_halves, collect_moments, default_forward
 from backends.torch.record import TaskRecord
 from backends.torch.settings import LoDASettings
@@ -78,6 +85,9 @@ class LoDA:
         Weighted sum of the mean second moments of past tasks by layer; empty before the first.
     tasks : int
         Tasks completed.
+    masters : dict of str to Tensor, shape (out_features, in_features)
+        Weights in float32 by layer, with the setting ``master`` and layers in half precision. Where
+        a weight was changed between tasks, its master starts again from it.
 
     Examples
     --------
@@ -115,13 +125,21 @@ class LoDA:
         self.history: dict[str, History] = {}
         self.tasks = 0
         self._open: _OpenTask | None = None
+        self.masters: dict[str, Tensor] = {}
         # Settings that do not fit the model should fail here, not after an hour of loading data.
-        check_rank(find_layers(model, self.settings.target), self.settings.rank)
+        layers = self.target_layers()
+        check_rank(layers, self.settings.ranks(layers))
+        self.settings.factors(layers)
+        check_weights(model, layers, untie=self.settings.untie)
 
     @property
     def layers(self) -> dict[str, LoRALinear]:
         """The adapted layers during a task; empty between tasks."""
         return {} if self._open is None else self._open.layers
+
+    def target_layers(self) -> dict[str, nn.Module]:
+        """The layers that the settings name, adapted or not."""
+        return find_layers(self.model, self.settings.target, self.settings.exclude)
 
     def lora_parameters(self) -> list[nn.Parameter]:
         """The tensors of the branches that are trained in the open task."""
@@ -154,27 +172,36 @@ class LoDA:
         RuntimeError
             If a task is open already.
         ValueError
-            If there is no batch, inputs are not finite, given bases do not fit, or a pattern of
-            ``trainable`` matches no parameter. The model is then as it was before the call.
+            If there is no batch, inputs are not finite, given bases do not fit, the target layers
+            are not those of the past tasks, or a pattern of ``trainable`` names no parameter that
+            can be trained. The model is then as it was before the call.
+
+        Warns
+        -----
+        UserWarning
+            If a layer saw fewer tokens than a branch has directions.
         """
         self._require_closed()
         settings, first_task = self.settings, self.tasks == 0
+        if self.history:
+            totals = {name: past.total for name, past in self.history.items()}
+            check_same_layers(self.target_layers(), totals)
         if bases is not None:
             self._check_bases(bases)
         task = self._open_task()
         try:
             # The model may have moved to another device since the last task.
             self.history = {
-                name: past._replace(total=past.total.to(task.layers[name].base.weight.device))
+                name: past._replace(total=past.total.to(task.layers[name].frozen.device))
                 for name, past in self.history.items()
             }
             # Directions with less energy than the rounding of the Gram matrices are noise. The
             # solvers of loda_math call this unit ``accumulation_eps``.
-            gram_eps = rounding_unit(*(layer.base.weight for layer in task.layers.values()))
+            gram_eps = rounding_unit(*(layer.frozen for layer in task.layers.values()))
             # Branches are not there yet, so this is a pass through the previous merged model.
             if settings.heldout and bases is None and not first_task:
                 moments, halves = collect_halves(
-                    self.model, batches, settings.target, forward=self.forward, reduce=self.reduce
+                    self.model, batches, list(task.layers), forward=self.forward, reduce=self.reduce
                 )
                 task.new = {name: m.mean for name, m in moments.items()}
                 task.heldout = solve_heldout(settings, halves, self.history, gram_eps)
@@ -316,6 +343,7 @@ class LoDA:
                 coefficients=coefficients,
                 heldout=task.heldout,
                 effects=effects,
+                rounding={n: x.rounding for n, x in task.layers.items() if x.rounding is not None},
             )
             # Every pass that the settings name adds its moment to the history of a layer.
             history = {
@@ -327,10 +355,13 @@ class LoDA:
                 for name in moments[passes[0]]
             }
         except BaseException:  # the task stays open, as if end_task had not been called
-            for layer in task.layers.values():
+            for layer in reversed(task.layers.values()):
                 if layer.merged:
                     layer.unmerge()
             raise
+        if not settings.master:
+            warn_of_rounding(record.rounding)
+        self.masters = {n: x.master for n, x in task.layers.items() if x.master is not None}
         self._close_task()
         self.history = history
         self.tasks += 1
@@ -350,6 +381,7 @@ class LoDA:
         """
         state = {"tasks": torch.tensor(self.tasks)}
         state |= {f"history/{name}": past.total for name, past in self.history.items()}
+        state |= {f"master/{name}": weight for name, weight in self.masters.items()}
         for name, layer in self.layers.items():
             task = self._require_open()
             state[f"new/{name}"] = task.new[name]
@@ -378,11 +410,16 @@ class LoDA:
         self._require_closed()
         self._check_state(state)
         tasks = int(state["tasks"])
+        self.masters = {
+            name: state[f"master/{name}"].to(frozen_matrix(layer).device, copy=True)
+            for name, layer in self.target_layers().items()
+            if f"master/{name}" in state
+        }
         if any(key.startswith("new/") for key in state):
             task = self._open_task()
             # The moment in the state replaces the pass over the task's images.
             for name, layer in task.layers.items():
-                device = layer.base.weight.device
+                device = layer.frozen.device
                 task.new[name] = state[f"new/{name}"].to(device, copy=True)
                 for branch in self.settings.names(tasks == 0):
                     down, up = (state[f"{part}/{branch}/{name}"] for part in ("down", "up"))
@@ -397,46 +434,69 @@ class LoDA:
         for _ in range(tasks):
             past = remember(past, *zeros, decay=self.settings.history_decay)
         self.history = {}
-        for name, module in find_layers(self.model, self.settings.target).items():
+        for name, module in self.target_layers().items():
             if past is not None:
-                total = state[f"history/{name}"].to(module.weight.device, copy=True)
+                total = state[f"history/{name}"].to(frozen_matrix(module).device, copy=True)
                 self.history[name] = past._replace(total=total)
         self.tasks = tasks
 
     def _open_task(self) -> _OpenTask:
         """Put adapted layers in place and freeze every parameter that the task does not train."""
-        model, target = self.model, self.settings.target
+        model, settings = self.model, self.settings
         # Include every name of a shared parameter: a pattern may match any of them.
         named = list(model.named_parameters(remove_duplicate=False))
+        found = self.target_layers()
+        frozen = {parameter for layer in found.values() for parameter in layer.parameters()}
+        trained: set[nn.Parameter] = set()
         for pattern in self.trainable:
-            if not any(fnmatchcase(name, pattern) for name, _ in named):
-                names = ", ".join(name for name, _ in named)
-                msg = f"trainable pattern {pattern!r} matches no parameter; parameters: {names}"
+            meant = [(name, p) for name, p in named if fnmatchcase(name, pattern)]
+            # A target layer stays frozen even if a pattern matches it.
+            free = {p for _, p in meant if p not in frozen and p.is_floating_point()}
+            if not free:
+                names = ", ".join(name for name, _ in meant or named)
+                why = "matches none but frozen ones" if meant else "matches no parameter; parameters"
+                msg = f"trainable pattern {pattern!r} {why}: {names}"
                 raise ValueError(msg)
+            trained |= free
         requires_grad_before = {parameter: parameter.requires_grad for _, parameter in named}
-        layers = adapt(model, target)
-        # A target layer stays frozen even if a pattern matches it.
-        frozen = {p for layer in layers.values() for p in layer.base.parameters()}
-        trained = {
-            parameter
-            for name, parameter in named
-            if any(fnmatchcase(name, pattern) for pattern in self.trainable)
-        } - frozen
-        for parameter, required in requires_grad_before.items():
-            parameter.requires_grad_(required and parameter in trained)
+        layers = adapt(model, list(found), untie=settings.untie, masters=self._masters(found))
+        # Target layers that were given a weight of their own have new parameters.
+        untied = dict(model.named_parameters(remove_duplicate=False))
+        for name, parameter in named:
+            new = untied.get(name)
+            if new is not None and new is not parameter:
+                requires_grad_before[new] = requires_grad_before[parameter]
+        for parameter in requires_grad_before:
+            # Also what was frozen before: a parameter that is named is trained.
+            parameter.requires_grad_(parameter in trained)
         self._open = _OpenTask(layers, requires_grad_before)
         return self._open
+
+    def _masters(self, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+        """Weights in float32 of layers in half precision, if the settings ask for them."""
+        masters: dict[str, Tensor] = {}
+        for name, layer in layers.items() if self.settings.master else ():
+            weight = frozen_matrix(layer).detach()
+            if weight.element_size() >= torch.float32.itemsize:
+                continue
+            master = self.masters.get(name)
+            # A weight that was changed between tasks has left its master behind.
+            if master is None or not torch.equal(master.to(weight), weight):
+                master = weight.float()
+            masters[name] = master.to(weight.device)
+        return masters
 
     def _add_branch(
         self, name: str, branch: str, down: Tensor, up: Tensor | None = None, *, train_down: bool
     ) -> None:
-        scale = self.settings.weight(branch)
+        factor = self.settings.factors(self.layers)[name]
+        scale = self.settings.weight(branch) * factor
         self.layers[name].add_branch(branch, down, up=up, scale=scale, train_down=train_down)
 
     def _moments(self, batches: Iterable[Any]) -> dict[str, Tensor]:
         """Mean second moments of the inputs of the layers, as the model is now."""
         moments = collect_moments(
-            self.model, batches, self.settings.target, forward=self.forward, reduce=self.reduce
+            self.model, batches, list(self.layers), forward=self.forward, reduce=self.reduce
         )
         return {name: m.mean for name, m in moments.items()}
 
@@ -461,14 +521,16 @@ class LoDA:
 
     def _check_bases(self, bases: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Refuse given bases that do not fit the branches of the coming task."""
-        layers = find_layers(self.model, self.settings.target)
+        layers = self.target_layers()
+        ranks = self.settings.ranks(layers)
         if set(bases) != set(layers):
             msg = f"bases must name the layers {sorted(layers)}, got {sorted(bases)}"
             raise ValueError(msg)
         branches = self.settings.names(self.tasks == 0)
         for name, given in bases.items():
             shapes = {branch: tuple(basis.shape) for branch, basis in given.items()}
-            expected = dict.fromkeys(branches, (layers[name].in_features, self.settings.rank))
+            width = frozen_matrix(layers[name]).shape[1]
+            expected = dict.fromkeys(branches, (width, ranks[name]))
             if shapes != expected:
                 msg = f"bases of layer {name!r} must have shapes {expected}, got {shapes}"
                 raise ValueError(msg)
@@ -482,16 +544,20 @@ class LoDA:
         tasks = int(state["tasks"]) if "tasks" in state else -1
         is_open = any(key.startswith("new/") for key in state)
         expected: dict[str, tuple[int, ...]] = {"tasks": ()}
-        for name, layer in find_layers(self.model, self.settings.target).items():
-            size = layer.in_features
+        layers = self.target_layers()
+        ranks = self.settings.ranks(layers)
+        for name, layer in layers.items():
+            outputs, size = frozen_matrix(layer).shape
+            if f"master/{name}" in state:  # only of layers in half precision
+                expected[f"master/{name}"] = (outputs, size)
             if tasks > 0:
                 expected[f"history/{name}"] = (size, size)
             if not is_open:
                 continue
             expected[f"new/{name}"] = (size, size)
             for branch in self.settings.names(tasks == 0):
-                expected[f"down/{branch}/{name}"] = (self.settings.rank, size)
-                expected[f"up/{branch}/{name}"] = (layer.out_features, self.settings.rank)
+                expected[f"down/{branch}/{name}"] = (ranks[name], size)
+                expected[f"up/{branch}/{name}"] = (outputs, ranks[name])
                 ratio = f"heldout/{branch}/{name}"
                 if ratio in state:  # only if the open task measured it
                     expected[ratio] = (len(HeldoutRatio._fields),)
