@@ -106,7 +106,8 @@ def rounding_share(xp: Namespace, size: int, *arrays: Array | None, gram_eps: fl
 def widen(xp: Namespace, *arrays: Array) -> tuple[Array, ...]:
     """The arrays in the widest real dtype of their library; those that have it are not copied."""
     dtype = widest(xp, arrays[0])
-    return tuple(xp.astype(a, dtype, copy=False) for a in arrays)
+    # Not every library knows astype(copy=False).
+    return tuple(a if a.dtype == dtype else xp.astype(a, dtype) for a in arrays)
 
 
 def is_concrete(*arrays: Array | None) -> bool:
@@ -148,9 +149,19 @@ def full_precision(x: Array) -> AbstractContextManager[Any]:
     return autocast
 
 
+def placed_like(x: Array) -> dict[str, Any]:
+    """Keyword that creates an array where ``x`` lies; empty where arrays go to each other.
+
+    Everything that is created beside an argument is given it: a default device may be another one.
+    """
+    # JAX lets an array without a device of its own follow the others; the sharding of ``x`` would
+    # not fit an array of another shape. Arrays of MLX lie in memory that its devices share.
+    return {"device": compat.device(x)} if hasattr(x, "device") and not is_jax(x) else {}
+
+
 def eye_like(xp: Namespace, x: Array, size: int) -> Array:
     """Identity of the given size with the dtype and device of ``x``."""
-    return xp.eye(size, dtype=x.dtype, device=compat.device(x))
+    return xp.eye(size, dtype=x.dtype, **placed_like(x))
 
 
 def add_to_diagonal(xp: Namespace, x: Array, amount: Any) -> Array:
@@ -158,7 +169,7 @@ def add_to_diagonal(xp: Namespace, x: Array, amount: Any) -> Array:
     size = int(x.shape[-1])
     if (is_numpy(x) or (is_torch(x) and not x.requires_grad)) and is_concrete(x):
         # In place: two more matrices of this size cost as much as a step of the solve.
-        rows = xp.arange(size, device=compat.device(x))
+        rows = xp.arange(size, **placed_like(x))
         x[..., rows, rows] += amount
         return x
     return x + amount * eye_like(xp, x, size)
@@ -181,9 +192,18 @@ def peak(xp: Namespace, x: Array) -> Array:
     return xp.maximum(largest, -smallest)
 
 
+def diagonal(xp: Namespace, x: Array) -> Array:
+    """Diagonals of the last two axes, (..., D), of libraries without linear algebra too."""
+    if hasattr(getattr(xp, "linalg", None), "diagonal"):
+        return xp.linalg.diagonal(x)
+    return xp.sum(x * eye_like(xp, x, int(x.shape[-1])), axis=-1)
+
+
 def trace(xp: Namespace, x: Array) -> Array:
-    """Trace over the last two axes, kept as two axes of length one."""
-    return xp.linalg.trace(x)[..., None, None]
+    """Traces of the last two axes, (...), of libraries without linear algebra too."""
+    if hasattr(getattr(xp, "linalg", None), "trace"):
+        return xp.linalg.trace(x)
+    return xp.sum(diagonal(xp, x), axis=-1)
 
 
 def safe_divide(xp: Namespace, a: Array, b: Array) -> Array:
@@ -205,10 +225,15 @@ def span_energy(xp: Namespace, basis: Array, moment: Array, *, keepdims: bool = 
 def descending_eigh(xp: Namespace, x: Array) -> tuple[Array, Array]:
     """Eigenvalues from largest to smallest, and eigenvectors, of a symmetric matrix."""
     values, vectors = xp.linalg.eigh(symmetrise(x))
-    # The standard leaves the order open, so it is set here.
-    order = xp.argsort(values, axis=-1, descending=True)
+    # The standard leaves the order open, and not every library knows descending=True.
+    order = xp.argsort(-values, axis=-1)
     values = xp.take_along_axis(values, order, axis=-1)
     return values, xp.take_along_axis(vectors, order[..., None, :], axis=-1)
+
+
+def descending_eigvalsh(xp: Namespace, x: Array) -> Array:
+    """Eigenvalues from largest to smallest of a symmetric matrix."""
+    return -xp.sort(-xp.linalg.eigvalsh(x), axis=-1)
 
 
 def lower_cholesky(xp: Namespace, x: Array, name: str) -> Array:
@@ -223,9 +248,9 @@ def lower_cholesky(xp: Namespace, x: Array, name: str) -> Array:
         factor = xp.linalg.cholesky(x, upper=True).mT if is_torch(x) else xp.linalg.cholesky(x)
     except Exception as error:
         raise ValueError(msg) from error
-    # JAX and CuPy report a failure as NaN.
-    silent = is_jax(x) or bool(compat.is_cupy_array(x))
-    if silent and is_concrete(x) and not bool(xp.all(xp.isfinite(factor))):
+    # NumPy and torch raise. JAX and CuPy leave NaN, MLX the pivot that is not positive.
+    silent = not (is_numpy(x) or is_torch(x))
+    if silent and is_concrete(x) and not bool(xp.all(diagonal(xp, factor) > 0)):
         raise ValueError(msg)
     return factor
 
@@ -233,7 +258,7 @@ def lower_cholesky(xp: Namespace, x: Array, name: str) -> Array:
 def semidefinite_solve(xp: Namespace, matrix: Array, rhs: Array, noise: float) -> Array:
     """Solve a consistent positive semi-definite system; directions in its kernel get 0."""
     # Unit diagonal first: unknowns may differ in size by orders of magnitude.
-    scale = xp.sqrt(xp.clip(xp.linalg.diagonal(matrix), 0.0, None))
+    scale = xp.sqrt(xp.clip(diagonal(xp, matrix), 0.0, None))
     shrink = safe_divide(xp, xp.ones_like(scale), scale)
     values, vectors = descending_eigh(xp, matrix * shrink[..., :, None] * shrink[..., None, :])
     inverse = reciprocal(xp, values, values > noise * values[..., :1])

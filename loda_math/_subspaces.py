@@ -38,7 +38,7 @@ def normalised(xp: Namespace, moment: Array) -> tuple[Array, Array]:
     largest = peak(xp, moment)
     moment = safe_divide(xp, moment, largest)
     # The trace of a true moment is positive; a negative one must not flip its sign.
-    total = xp.abs(trace(xp, moment))
+    total = xp.abs(trace(xp, moment)[..., None, None])
     # The symmetric part in one scaling: large moments are bound by memory, not by arithmetic.
     moment = moment + moment.mT
     moment *= safe_divide(xp, xp.full_like(total, 0.5), total)

@@ -8,6 +8,7 @@ from loda_math._arrays import (
     Array,
     Namespace,
     descending_eigh,
+    diagonal,
     eye_like,
     is_array,
     is_concrete,
@@ -18,6 +19,7 @@ from loda_math._arrays import (
     safe_divide,
     semidefinite_solve,
     symmetrise,
+    trace,
     widen,
 )
 from loda_math._validation import (
@@ -144,10 +146,10 @@ def recalibration(
     noise = rounding_share(xp, rank, new, old, gram_eps=gram_eps)
     if form == "full":
         return xp.astype(_full(xp, k, gamma_q, noise), dtype)
-    energy = xp.linalg.diagonal(k)
+    energy = diagonal(xp, k)
     active = energy > noise * xp.max(energy, axis=-1, keepdims=True)
     if form == "direction":
-        weights = _share(xp, xp.linalg.diagonal(gamma_q), energy, active)
+        weights = _share(xp, diagonal(xp, gamma_q), energy, active)
     else:
         b = safe_divide(xp, b, peak(xp, b))
         gram = b.mT @ b
@@ -159,7 +161,7 @@ def recalibration(
             weights = solve(xp, matrix, rhs)
         else:
             part, whole = (xp.sum(gram * m, axis=(-2, -1))[..., None] for m in (gamma_q, k))
-            weights = _share(xp, part, whole, whole > noise * xp.linalg.trace(gram)[..., None])
+            weights = _share(xp, part, whole, whole > noise * trace(xp, gram)[..., None])
             weights = weights + xp.zeros_like(energy)
     return xp.astype(weights[..., None, :] * eye_like(xp, k, rank), dtype)
 
@@ -473,11 +475,11 @@ def _box(xp: Namespace, matrix: Array, rhs: Array) -> Array:
     Unknowns with a zero on the diagonal of M do not count and get 0.
     """
     size, eps = int(rhs.shape[-1]), float(xp.finfo(rhs.dtype).eps)
-    diagonal = xp.linalg.diagonal(matrix)
-    scale = xp.max(diagonal, axis=-1)[..., None]
+    energy = diagonal(xp, matrix)
+    scale = xp.max(energy, axis=-1)[..., None]
     rhs = safe_divide(xp, rhs, scale + 0 * rhs)
     matrix = safe_divide(xp, matrix, scale[..., None] + 0 * matrix)
-    active = xp.astype(diagonal > 0, matrix.dtype)
+    active = xp.astype(energy > 0, matrix.dtype)
     eye = eye_like(xp, matrix, size)
     # The proximal term keeps steps along the kernel of M finite; it does not move the solution.
     anchored = matrix + (1 - active + 8 * size * eps)[..., None] * eye

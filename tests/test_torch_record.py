@@ -83,7 +83,7 @@ def test_predicted_effect_is_the_change_of_the_outputs(options: dict[str, Any]) 
         for name, effect in record.effects.items():
             merged = method.model.get_submodule(name).weight.detach() - before[f"{name}.weight"]
             whole = sum(
-                w * record.ups[name][b] @ record.downs[name][b] for b, w in record.weights.items()
+                w * record.ups[name][b] @ record.downs[name][b] for b, w in record.weights[name].items()
             )
             new = (trained if record.trained else previous)[name]
             old = [[x[name] for x in seen_then] for seen_then in remembered]
@@ -197,7 +197,7 @@ def test_record_gives_flat_tensors_for_files() -> None:
     method = small(history="both")
     learn(method, 0)
     record = learn(method, 1)
-    kinds = {"coefficients", *(f"{k}/{b}" for k in ("down", "up") for b in record.weights)}
+    kinds = {"coefficients", *(f"{k}/{b}" for k in ("down", "up") for b in ("general", "isolated"))}
     assert set(record.branch_tensors()) == {f"{k}/{n}" for k in kinds for n in WIDTHS}
     passes = ("new", "trained", "merged")
     assert set(record.moment_tensors()) == {f"{p}/{n}" for p in passes for n in WIDTHS}

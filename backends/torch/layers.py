@@ -191,7 +191,8 @@ def check_weights(model: nn.Module, layers: Mapping[str, nn.Module], *, untie: b
         As :func:`check_rank`.
     """
     _check_weights(layers)
-    shared = {} if untie else shared_weights(model, layers)
+    bases = {name: _base(layer) for name, layer in layers.items()}
+    shared = {} if untie else shared_weights(model, bases)
     if shared:
         owners = "; ".join(f"{name} with {', '.join(others)}" for name, others in shared.items())
         msg = (

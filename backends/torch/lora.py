@@ -1,5 +1,6 @@
 """A frozen linear layer with named low-rank branches, computed as one fused low-rank path."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
@@ -398,6 +399,26 @@ class LoRALinear(nn.Module):
             raise ValueError(msg)
 
 
+def warn_of_rounding(rounding: Mapping[str, MergeRounding]) -> None:
+    """Warn of layers whose weights took up less than nearly all of an update at a merge.
+
+    Parameters
+    ----------
+    rounding : mapping of str to MergeRounding
+        By layer.
+    """
+    correlations = {name: float(x.correlation) for name, x in rounding.items()}
+    poor = {name: c for name, c in correlations.items() if c < _ENOUGH}
+    if poor:
+        worst = min(poor, key=poor.__getitem__)
+        msg = (
+            f"merged weights in half precision took up the update with a correlation below "
+            f"{_ENOUGH} in {len(poor)} of {len(correlations)} layers (worst: {poor[worst]:.3f} in "
+            f"{worst!r}); set master to keep these weights in float32 too, or train in float32"
+        )
+        warnings.warn(msg, stacklevel=3)
+
+
 def frozen_matrix(layer: nn.Module) -> Tensor:
     """Frozen weight (out_features, in_features) of a layer, adapted or not; a view of its own."""
     return layer.frozen if isinstance(layer, LoRALinear) else matrix(layer)
@@ -407,6 +428,9 @@ def input_tokens(layer: nn.Module, x: Tensor) -> Tensor:
     """Input of a layer, adapted or not, with the features last."""
     return linear_maps.tokens(layer.base if isinstance(layer, LoRALinear) else layer, x)
 
+
+_ENOUGH: Final = 0.99
+"""Correlation of a merged with the wanted update from which rounding is not worth a warning."""
 
 _PLAIN: Final = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 """Layers whose forward is known to be one new tensor from ``F.linear``."""

@@ -142,7 +142,10 @@ class LoDASettings:
 
     def __post_init__(self) -> None:
         for name in ("target", "exclude"):
-            patterns = as_patterns(getattr(self, name))
+            given = getattr(self, name)
+            if not isinstance(given, str):  # a file of settings has a list
+                object.__setattr__(self, name, tuple(given))
+            patterns = as_patterns(given)
             if not all(pattern.strip() for pattern in patterns) or (
                 name == "target" and not patterns
             ):
