@@ -73,9 +73,13 @@ def find_layers(
     if not chosen:
         msg = f"exclude must leave some layer of the target, got {exclude!r} with {target!r}"
         raise ValueError(msg)
-    halved = sorted(whole for whole in chosen if any(name.startswith(f"{whole}.") for name in chosen))
+    halved = sorted(
+        whole for whole in chosen if any(name.startswith(f"{whole}.") for name in chosen)
+    )
     if halved:
-        msg = f"layers must be named as a whole or by parts, got both for {halved}; name one of them"
+        msg = (
+            f"layers must be named as a whole or by parts, got both for {halved}; name one of them"
+        )
         raise ValueError(msg)
     return {name: module for name, module in layers.items() if name in chosen}
 
@@ -171,7 +175,9 @@ def check_rank(layers: Mapping[str, nn.Module], rank: int | Mapping[str, int]) -
         raise ValueError(msg)
 
 
-def check_weights(model: nn.Module, layers: Mapping[str, nn.Module], *, untie: bool = False) -> None:
+def check_weights(
+    model: nn.Module, layers: Mapping[str, nn.Module], *, untie: bool = False
+) -> None:
     """Refuse layers whose weight cannot be changed, or not without changing other modules.
 
     Parameters
