@@ -58,7 +58,7 @@ def test_first_task_trains_the_general_branch_and_its_down_projection() -> None:
     fit(loda, 0)
     record = end(loda, 0)
     assert all(not torch.equal(record.downs[n]["general"], before[n]) for n in before)
-    assert record.weights == dict.fromkeys(WIDTHS, {"general": 0.25})
+    assert record.weights == {name: {"general": 0.25} for name in WIDTHS}
     assert record.coefficients == {}
 
 

@@ -21,20 +21,24 @@ if TYPE_CHECKING:
         plain_state,
         restore,
     )
+    from backends.torch.linear_maps import InProjection
     from backends.torch.loda import LoDA
-    from backends.torch.lora import LoRABranch, LoRALinear
+    from backends.torch.lora import LoRABranch, LoRALinear, MergeRounding, weight_matrix
     from backends.torch.moments import MomentCollector, collect_moments
     from backends.torch.record import TaskRecord
-    from backends.torch.settings import TIMM_QKV, LoDASettings
+    from backends.torch.settings import PRESETS, TIMM_QKV, LoDASettings
     from backends.torch.solve import random_bases
 
 __all__ = [
+    "PRESETS",
     "TIMM_QKV",
     "AlignedStep",
+    "InProjection",
     "LoDA",
     "LoDASettings",
     "LoRABranch",
     "LoRALinear",
+    "MergeRounding",
     "MomentCollector",
     "Reduce",
     "RowsLoss",
@@ -51,6 +55,7 @@ __all__ = [
     "random_bases",
     "restore",
     "sum_over_processes",
+    "weight_matrix",
 ]
 
 # A command line that only shows the settings loads no torch.
@@ -59,6 +64,7 @@ __getattr__, __dir__ = load_on_use(
     __all__,
     (
         "settings",
+        "linear_maps",
         "lora",
         "layers",
         "distributed",

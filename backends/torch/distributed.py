@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, distributed, nn
 
-from backends.torch.lora import frozen_matrix
+from backends.torch.lora import weight_matrix
 from loda_math import Moments, second_moment
 
 Reduce = Callable[[Sequence[Tensor]], None]
@@ -66,7 +66,7 @@ def sum_moments(
     """
     parts: dict[str, Moments] = {}
     for name, layer in layers.items():
-        weight = frozen_matrix(layer).detach()
+        weight = weight_matrix(layer).detach()
         nothing = weight.new_zeros(0, weight.shape[1])
         part = moments[name] if name in moments else second_moment(nothing, check=False)
         # A process that saw nothing takes part with a zero, or the others would wait for ever.

@@ -16,7 +16,7 @@ from backends.torch.linear_maps import (
     untie_weight,
     why_not_adaptable,
 )
-from backends.torch.lora import LoRALinear, frozen_matrix
+from backends.torch.lora import LoRALinear, weight_matrix
 from backends.torch.settings import ALL_LINEAR, TIMM_QKV, Target, as_patterns, matching
 
 
@@ -73,9 +73,9 @@ def find_layers(
     if not chosen:
         msg = f"exclude must leave some layer of the target, got {exclude!r} with {target!r}"
         raise ValueError(msg)
-    halved = sorted(whole for whole in chosen if any(name.startswith(f"{whole}.") for name in chosen))
-    if halved:
-        msg = f"layers must be named as a whole or by parts, got both for {halved}; name one of them"
+    both = sorted(x for x in chosen if any(name.startswith(f"{x}.") for name in chosen))
+    if both:
+        msg = f"layers must be named as a whole or by parts, got both for {both}; leave one out"
         raise ValueError(msg)
     return {name: module for name, module in layers.items() if name in chosen}
 
@@ -163,7 +163,7 @@ def check_rank(layers: Mapping[str, nn.Module], rank: int | Mapping[str, int]) -
     """
     _check_weights(layers)
     ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(layers, rank)
-    sizes = {name: frozen_matrix(layer).shape[1] for name, layer in layers.items()}
+    sizes = {name: weight_matrix(layer).shape[1] for name, layer in layers.items()}
     narrow = {name: size for name, size in sizes.items() if size < ranks[name]}
     if narrow:
         above = ", ".join(sorted({str(ranks[name]) for name in narrow}))
@@ -171,7 +171,9 @@ def check_rank(layers: Mapping[str, nn.Module], rank: int | Mapping[str, int]) -
         raise ValueError(msg)
 
 
-def check_weights(model: nn.Module, layers: Mapping[str, nn.Module], *, untie: bool = False) -> None:
+def check_weights(
+    model: nn.Module, layers: Mapping[str, nn.Module], *, untie: bool = False
+) -> None:
     """Refuse layers whose weight cannot be changed, or not without changing other modules.
 
     Parameters
@@ -218,7 +220,7 @@ def check_same_layers(layers: Mapping[str, nn.Module], past: Mapping[str, Tensor
         If a layer is missing, has no past, or another number of input features.
     """
     gone, new = sorted(set(past) - set(layers)), sorted(set(layers) - set(past))
-    sizes = {name: frozen_matrix(layer).shape[1] for name, layer in layers.items()}
+    sizes = {name: weight_matrix(layer).shape[1] for name, layer in layers.items()}
     other = {n: (len(past[n]), sizes[n]) for n in layers if n in past and len(past[n]) != sizes[n]}
     problems = [
         *([f"missing: {gone}"] if gone else []),

@@ -20,7 +20,7 @@ from backends.torch.layers import (
     find_layers,
     restore,
 )
-from backends.torch.lora import LoRALinear, frozen_matrix, warn_of_rounding
+from backends.torch.lora import LoRALinear, warn_of_rounding, weight_matrix
 from backends.torch.moments import Forward, collect_halves, collect_moments, default_forward
 from backends.torch.record import TaskRecord
 from backends.torch.settings import LoDASettings
@@ -128,8 +128,7 @@ class LoDA:
         self.masters: dict[str, Tensor] = {}
         # Settings that do not fit the model should fail here, not after an hour of loading data.
         layers = self.target_layers()
-        check_rank(layers, self.settings.ranks(layers))
-        self.settings.factors(layers)
+        check_rank(layers, {n: own.rank for n, own in self.settings.by_layer(layers).items()})
         check_weights(model, layers, untie=self.settings.untie)
 
     @property
@@ -411,7 +410,7 @@ class LoDA:
         self._check_state(state)
         tasks = int(state["tasks"])
         self.masters = {
-            name: state[f"master/{name}"].to(frozen_matrix(layer).device, copy=True)
+            name: state[f"master/{name}"].to(weight_matrix(layer).device, copy=True)
             for name, layer in self.target_layers().items()
             if f"master/{name}" in state
         }
@@ -436,7 +435,7 @@ class LoDA:
         self.history = {}
         for name, module in self.target_layers().items():
             if past is not None:
-                total = state[f"history/{name}"].to(frozen_matrix(module).device, copy=True)
+                total = state[f"history/{name}"].to(weight_matrix(module).device, copy=True)
                 self.history[name] = past._replace(total=total)
         self.tasks = tasks
 
@@ -454,7 +453,9 @@ class LoDA:
             free = {p for _, p in meant if p not in frozen and p.is_floating_point()}
             if not free:
                 names = ", ".join(name for name, _ in meant or named)
-                why = "matches none but frozen ones" if meant else "matches no parameter; parameters"
+                why = (
+                    "matches none but frozen ones" if meant else "matches no parameter; parameters"
+                )
                 msg = f"trainable pattern {pattern!r} {why}: {names}"
                 raise ValueError(msg)
             trained |= free
@@ -476,7 +477,7 @@ class LoDA:
         """Weights in float32 of layers in half precision, if the settings ask for them."""
         masters: dict[str, Tensor] = {}
         for name, layer in layers.items() if self.settings.master else ():
-            weight = frozen_matrix(layer).detach()
+            weight = weight_matrix(layer).detach()
             if weight.element_size() >= torch.float32.itemsize:
                 continue
             master = self.masters.get(name)
@@ -489,8 +490,7 @@ class LoDA:
     def _add_branch(
         self, name: str, branch: str, down: Tensor, up: Tensor | None = None, *, train_down: bool
     ) -> None:
-        factor = self.settings.factors(self.layers)[name]
-        scale = self.settings.weight(branch) * factor
+        scale = self.settings.by_layer(self.layers)[name].weight(branch)
         self.layers[name].add_branch(branch, down, up=up, scale=scale, train_down=train_down)
 
     def _moments(self, batches: Iterable[Any]) -> dict[str, Tensor]:
@@ -522,15 +522,15 @@ class LoDA:
     def _check_bases(self, bases: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Refuse given bases that do not fit the branches of the coming task."""
         layers = self.target_layers()
-        ranks = self.settings.ranks(layers)
+        own = self.settings.by_layer(layers)
         if set(bases) != set(layers):
             msg = f"bases must name the layers {sorted(layers)}, got {sorted(bases)}"
             raise ValueError(msg)
         branches = self.settings.names(self.tasks == 0)
         for name, given in bases.items():
             shapes = {branch: tuple(basis.shape) for branch, basis in given.items()}
-            width = frozen_matrix(layers[name]).shape[1]
-            expected = dict.fromkeys(branches, (width, ranks[name]))
+            width = weight_matrix(layers[name]).shape[1]
+            expected = dict.fromkeys(branches, (width, own[name].rank))
             if shapes != expected:
                 msg = f"bases of layer {name!r} must have shapes {expected}, got {shapes}"
                 raise ValueError(msg)
@@ -545,9 +545,9 @@ class LoDA:
         is_open = any(key.startswith("new/") for key in state)
         expected: dict[str, tuple[int, ...]] = {"tasks": ()}
         layers = self.target_layers()
-        ranks = self.settings.ranks(layers)
+        own = self.settings.by_layer(layers)
         for name, layer in layers.items():
-            outputs, size = frozen_matrix(layer).shape
+            outputs, size = weight_matrix(layer).shape
             if f"master/{name}" in state:  # only of layers in half precision
                 expected[f"master/{name}"] = (outputs, size)
             if tasks > 0:
@@ -556,8 +556,8 @@ class LoDA:
                 continue
             expected[f"new/{name}"] = (size, size)
             for branch in self.settings.names(tasks == 0):
-                expected[f"down/{branch}/{name}"] = (ranks[name], size)
-                expected[f"up/{branch}/{name}"] = (outputs, ranks[name])
+                expected[f"down/{branch}/{name}"] = (own[name].rank, size)
+                expected[f"up/{branch}/{name}"] = (outputs, own[name].rank)
                 ratio = f"heldout/{branch}/{name}"
                 if ratio in state:  # only if the open task measured it
                     expected[ratio] = (len(HeldoutRatio._fields),)
