@@ -20,6 +20,7 @@ from backends.torch import (
     LoDASettings,
     Reduce,
     collect_moments,
+    draw_permutation,
     gradient_aligned_step,
     plain_step,
 )
@@ -160,7 +161,10 @@ def test_tasks_are_those_of_one_process() -> None:
             generator = torch.Generator().manual_seed(task)
             loss = share_loss(model, x, y, mine, loda.trainable_parameters()[0])
             for _ in range(3):
-                loda.step(loss, y, optimizer, radius=0.3, generator=generator)
+                gradient_aligned_step(
+                    loss, y, optimizer, loda.lora_parameters(), radius=0.3,
+                    permutation=draw_permutation(y, generator), reduce=reduce,
+                )  # fmt: skip
             loda.end_task(list(x[mine.start : mine.stop].split(3)))
         return {**model.state_dict(), **loda.state_dict()}
 

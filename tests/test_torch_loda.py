@@ -581,7 +581,7 @@ def test_nothing_of_a_task_stays_in_memory_but_the_history() -> None:
         gc.collect()
         assert images() is None
         assert all(reference() is None for reference in references)
-    sizes = [v.numel() for v in loda.state_dict().values()]
+    sizes = [v.numel() for key, v in loda.state_dict().items() if key != "settings"]
     assert sorted(sizes) == [1, 144, 144]
 
 
@@ -779,9 +779,9 @@ def test_state_of_another_model_or_other_settings_is_refused_whole() -> None:
         assert loda.tasks == 0
         assert loda.history == loda.layers == {}
         assert type(model[0]) is nn.Linear
-    # Between tasks the rank may change: the history knows nothing of it.
+    # Between tasks the rank may change, if that is meant: the history knows nothing of it.
     loda = LoDA(model, LoDASettings(**{**MLP, "rank": 2}))
-    loda.load_state_dict(between)
+    loda.load_state_dict(between, strict=False)
     assert loda.tasks == 1
 
 

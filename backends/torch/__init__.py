@@ -5,9 +5,12 @@ from typing import TYPE_CHECKING
 from backends._lazy import load_on_use
 
 if TYPE_CHECKING:
-    from backends.torch.distributed import Reduce, sum_over_processes
+    from backends.torch.distributed import Reduce, sum_over_processes, unshared
     from backends.torch.gao import (
         AlignedStep,
+        Half,
+        Halves,
+        Part,
         RowsLoss,
         draw_permutation,
         gradient_aligned_step,
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
         restore,
     )
     from backends.torch.linear_maps import InProjection
-    from backends.torch.loda import LoDA
+    from backends.torch.loda import LoDA, Task
     from backends.torch.lora import LoRABranch, LoRALinear, MergeRounding, weight_matrix
     from backends.torch.moments import MomentCollector, collect_moments
     from backends.torch.record import TaskRecord
@@ -33,6 +36,8 @@ __all__ = [
     "PRESETS",
     "TIMM_QKV",
     "AlignedStep",
+    "Half",
+    "Halves",
     "InProjection",
     "LoDA",
     "LoDASettings",
@@ -40,8 +45,10 @@ __all__ = [
     "LoRALinear",
     "MergeRounding",
     "MomentCollector",
+    "Part",
     "Reduce",
     "RowsLoss",
+    "Task",
     "TaskRecord",
     "adapt",
     "attach",
@@ -55,6 +62,7 @@ __all__ = [
     "random_bases",
     "restore",
     "sum_over_processes",
+    "unshared",
     "weight_matrix",
 ]
 

@@ -411,8 +411,8 @@ def warn_of_rounding(rounding: Mapping[str, MergeRounding]) -> None:
     if poor:
         worst = min(poor, key=poor.__getitem__)
         msg = (
-            f"rounding at the merge loses a part of the update: in {len(poor)} of {len(rounding)} layers "
-            f"what is left has a correlation with it of less than {_ENOUGH} (worst: "
+            f"rounding at the merge loses a part of the update: in {len(poor)} of {len(rounding)} "
+            f"layers what is left has a correlation with it of less than {_ENOUGH} (worst: "
             f"{poor[worst]:.3f} in {worst!r}); set master to keep the weights in float32 as well"
         )
         warnings.warn(msg, stacklevel=3)

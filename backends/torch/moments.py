@@ -1,7 +1,7 @@
 """Second moments of the inputs of linear layers, and of two halves of the images, in one pass."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, Self
@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from backends.torch.distributed import Reduce, sum_moments
+from backends.torch.distributed import Reduce, default_reduce, sum_moments
 from backends.torch.layers import find_layers
 from backends.torch.linear_maps import PARTS, InProjection
 from backends.torch.lora import LoRALinear, input_tokens, weight_matrix
@@ -21,7 +21,7 @@ from loda_math import Moments, combine, second_moment
 Forward = Callable[[nn.Module, Any], Any]
 """Runs a model on one element of an iterable of batches."""
 
-Halves = dict[str, tuple[Tensor, Tensor]]
+MomentHalves = dict[str, tuple[Tensor, Tensor]]
 """Second moments (D, D) of two halves of the images, by layer."""
 
 
@@ -122,12 +122,12 @@ class HalvingCollector(MomentCollector):
         self._stack.callback(handle.remove)
         return self
 
-    def halves(self) -> Halves:
+    def halves(self) -> MomentHalves:
         """Mean second moments of both halves, of the layers that have two.
 
         Left out are layers that saw only one image, or whose input does not separate the images.
         """
-        halves: Halves = {}
+        halves: MomentHalves = {}
         for name, whole in self.moments.items():
             half = self.half.get(name)
             rest = whole.count - half.count if half is not None else 0
@@ -290,15 +290,22 @@ def _accumulate(moments: dict[str, Moments], name: str, tokens: Tensor) -> None:
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:
-    """Run a model on a tensor, on the first element of a tuple, or on a dict of keywords.
+    """Run a model on a tensor, on the first element of a tuple, or on a mapping of keywords.
 
-    Tensors are moved to the device of the model's first parameter.
+    Tensors are moved to the device of the model's first parameter. Batches of transformers
+    (``BatchEncoding``, ``BatchFeature``) are mappings.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if isinstance(batch, (tuple, list)):
         batch = batch[0]
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+    if not isinstance(batch, Tensor):
+        msg = (
+            f"a batch must be a tensor, a tuple that begins with one, or a mapping of keywords, "
+            f"got {type(batch).__name__}; pass forward=, a function of the model and a batch"
+        )
+        raise TypeError(msg)
     return model(batch.to(device, non_blocking=True))
 
 
@@ -323,8 +330,9 @@ def collect_moments(
     forward : callable, optional
         ``forward(model, batch)``.
     reduce : callable, optional
-        Sums tensors over the processes that share the batches (:func:`sum_over_processes`). Each
-        process has its own batches; one without any takes part as well.
+        Sums tensors over the processes that share the batches; by default over those of
+        ``torch.distributed``, if it has several (:func:`sum_over_processes`; :func:`unshared` sums
+        nothing). Each process has its own batches; one without any takes part as well.
 
     Returns
     -------
@@ -347,7 +355,7 @@ def collect_halves(
     *,
     forward: Forward = default_forward,
     reduce: Reduce | None = None,
-) -> tuple[dict[str, Moments], Halves]:
+) -> tuple[dict[str, Moments], MomentHalves]:
     """Second moments over all batches, as by :func:`collect_moments`, and those of two halves.
 
     Parameters
@@ -389,6 +397,7 @@ def _walk(
     finally:
         for module, mode in modes.items():
             module.training = mode
+    reduce = default_reduce(reduce)
     if reduce is not None:
         collector.share(reduce)
     unseen = [name for name in collector.layers if name not in collector.moments]

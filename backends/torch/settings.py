@@ -103,6 +103,11 @@ class LoDASettings:
     heldout : bool
         Measure, from the second task on, the energy ratio of the directions on held-out images:
         chosen on one half of the images, measured on the other. Does not change the directions.
+    radius : float
+        Largest radius ρ of the look-ahead of a gradient-aligned step.
+    freeze_statistics : bool
+        Keep the running statistics of batch norms as they are during a task: these layers stay in
+        evaluation mode, whatever mode the model is in.
 
     Examples
     --------
@@ -132,6 +137,8 @@ class LoDASettings:
     history: HistoryPasses = "merged"
     history_decay: float = 1.0
     heldout: bool = False
+    radius: float = 0.3
+    freeze_statistics: bool = True
 
     def __post_init__(self) -> None:
         for name in ("target", "exclude"):
@@ -154,11 +161,12 @@ class LoDASettings:
                     f"weight_pattern must be finite and at least 0, got {factor!r} for {pattern!r}"
                 )
                 raise ValueError(msg)
-        for name in ("joint", "heldout", "untie", "master"):
+        for name in ("joint", "heldout", "untie", "master", "freeze_statistics"):
             if getattr(self, name) is not True and getattr(self, name) is not False:
                 msg = f"{name} must be true or false, got {getattr(self, name)!r}"
                 raise ValueError(msg)
-        for name in ("general_weight", "isolated_weight", "down_scale", "ridge", "gamma"):
+        weights = ("general_weight", "isolated_weight", "down_scale")
+        for name in (*weights, "ridge", "gamma", "radius"):
             if not _is_not_negative(getattr(self, name)):
                 msg = f"{name} must be finite and at least 0, got {getattr(self, name)!r}"
                 raise ValueError(msg)
