@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         find_layers,
         plain_state,
         restore,
+        untie,
     )
     from backends.torch.linear_maps import InProjection
     from backends.torch.loda import LoDA, Task
@@ -63,6 +64,7 @@ __all__ = [
     "restore",
     "sum_over_processes",
     "unshared",
+    "untie",
     "weight_matrix",
 ]
 

@@ -183,7 +183,7 @@ def check_weights(
     layers : mapping of str to module
         As :func:`find_layers` returns them.
     untie : bool, default False
-        Whether weights that are shared are copied later (:func:`adapt`), and so no obstacle.
+        Whether :func:`untie` follows, so that shared weights are no obstacle.
 
     Raises
     ------
@@ -202,6 +202,30 @@ def check_weights(
             f"too, got {owners}; exclude them, or set untie to give each a copy of its own"
         )
         raise ValueError(msg)
+
+
+def untie(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Give layers whose weight other modules hold too a copy of their own, for good.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model, between tasks.
+    layers : mapping of str to module
+        As :func:`find_layers` returns them.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5))
+    >>> model[1].weight = model[0].weight
+    >>> untie(model, find_layers(model, "1"))
+    >>> model[1].weight is model[0].weight
+    False
+    """
+    bases = {name: _base(layer) for name, layer in layers.items()}
+    for name in shared_weights(model, bases):
+        untie_weight(bases[name])
 
 
 def check_same_layers(layers: Mapping[str, nn.Module], past: Mapping[str, Tensor]) -> None:
@@ -247,7 +271,6 @@ def adapt(
     model: nn.Module,
     target: Target = TIMM_QKV,
     *,
-    untie: bool = False,
     masters: Mapping[str, Tensor] | None = None,
 ) -> dict[str, LoRALinear]:
     """Replace the matching linear layers by :class:`LoRALinear` around them, in place.
@@ -258,8 +281,6 @@ def adapt(
         Any module but a bare ``nn.Linear``.
     target : str or sequence of str
         Names and patterns, as in :func:`find_layers`.
-    untie : bool, default False
-        Give layers whose weight is shared with other modules a copy of their own, for good.
     masters : mapping of str to Tensor, shape (out_features, in_features), optional
         float32 weights by layer, for layers in half precision (:class:`LoRALinear`).
 
@@ -271,8 +292,8 @@ def adapt(
     Raises
     ------
     ValueError
-        If a pattern matches nothing, a layer is adapted already, or its weight is shared and
-        ``untie`` is not set; nothing has been changed then.
+        If a pattern matches nothing, a layer is adapted already, or other modules hold its weight
+        too (:func:`untie`); nothing has been changed then.
     TypeError
         If the weight of a layer cannot be added to (quantised, computed, sharded); nothing has
         been changed then.
@@ -294,9 +315,7 @@ def adapt(
     if adapted:
         msg = f"layers {adapted} are adapted already; restore the model first"
         raise ValueError(msg)
-    check_weights(model, found, untie=untie)
-    for name in shared_weights(model, found) if untie else ():
-        untie_weight(found[name])
+    check_weights(model, found)
     masters = masters or {}
     layers = {name: LoRALinear(module, master=masters.get(name)) for name, module in found.items()}
     attach(model, layers)

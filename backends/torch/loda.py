@@ -38,6 +38,7 @@ from backends.torch.layers import (
     check_weights,
     find_layers,
     restore,
+    untie,
 )
 from backends.torch.lora import LoRABranch, LoRALinear, warn_of_rounding, weight_matrix
 from backends.torch.moments import Forward, collect_halves, collect_moments, default_forward
@@ -51,7 +52,7 @@ from backends.torch.solve import (
     solve_heldout,
     solve_recalibration,
 )
-from loda_math import HeldoutRatio, History, UpdateEffect, remember, rounding_unit
+from loda_math import HeldoutRatio, History, Moments, UpdateEffect, remember, rounding_unit
 
 
 @dataclass
@@ -370,8 +371,10 @@ class LoDA:
                 task.new = {name: m.mean for name, m in moments.items()}
                 task.heldout = solve_heldout(settings, halves, self.history, gram_eps)
             else:
-                task.new = self._moments(batches)
+                moments = self._collect(batches)
+                task.new = {name: m.mean for name, m in moments.items()}
             if bases is None:
+                self._warn_of_few_tokens({name: m.count for name, m in moments.items()})
                 # Before the first task there is no history: None instead of an empty dict.
                 bases = solve_bases(settings, task.new, self.history or None, gram_eps)
             for name in task.layers:
@@ -743,9 +746,11 @@ class LoDA:
     def _open_task(self) -> _OpenTask:
         """Put adapted layers in place and freeze every parameter that the task does not train."""
         model, settings = self.model, self.settings
+        found = self.target_layers()
+        if settings.untie:
+            untie(model, found)
         # Include every name of a shared parameter: a pattern may match any of them.
         named = list(model.named_parameters(remove_duplicate=False))
-        found = self.target_layers()
         frozen = {parameter for layer in found.values() for parameter in layer.parameters()}
         trained: set[nn.Parameter] = set()
         for pattern in self.trainable:
@@ -754,20 +759,12 @@ class LoDA:
             free = {p for _, p in meant if p not in frozen and p.is_floating_point()}
             if not free:
                 names = ", ".join(name for name, _ in meant or named)
-                why = (
-                    "matches none but frozen ones" if meant else "matches no parameter; parameters"
-                )
-                msg = f"trainable pattern {pattern!r} {why}: {names}"
+                why = "only those of target layers" if meant else "no parameter; parameters here"
+                msg = f"trainable pattern {pattern!r} matches {why}: {names}"
                 raise ValueError(msg)
             trained |= free
         requires_grad_before = {parameter: parameter.requires_grad for _, parameter in named}
-        layers = adapt(model, list(found), untie=settings.untie, masters=self._masters(found))
-        # Target layers that were given a weight of their own have new parameters.
-        untied = dict(model.named_parameters(remove_duplicate=False))
-        for name, parameter in named:
-            new = untied.get(name)
-            if new is not None and new is not parameter:
-                requires_grad_before[new] = requires_grad_before[parameter]
+        layers = adapt(model, list(found), masters=self._masters(found))
         for parameter in requires_grad_before:
             # Also what was frozen before: a parameter that is named is trained.
             parameter.requires_grad_(parameter in trained)
@@ -799,10 +796,25 @@ class LoDA:
 
     def _moments(self, batches: Iterable[Any]) -> dict[str, Tensor]:
         """Mean second moments of the inputs of the layers, as the model is now."""
-        moments = collect_moments(
+        return {name: m.mean for name, m in self._collect(batches).items()}
+
+    def _collect(self, batches: Iterable[Any]) -> dict[str, Moments]:
+        return collect_moments(
             self.model, batches, list(self.layers), forward=self.forward, reduce=self.reduce
         )
-        return {name: m.mean for name, m in moments.items()}
+
+    def _warn_of_few_tokens(self, counts: Mapping[str, int | Tensor]) -> None:
+        """Warn of layers with fewer tokens than directions: some of these mean nothing."""
+        ranks = {name: own.rank for name, own in self.settings.by_layer(self.layers).items()}
+        few = {name: int(count) for name, count in counts.items() if int(count) < ranks[name]}
+        if few:
+            worst = min(few, key=few.__getitem__)
+            msg = (
+                f"rank should be at most the number of tokens, got rank {ranks[worst]} and "
+                f"{few[worst]} tokens in layer {worst!r} (too few in {len(few)} of {len(counts)} "
+                f"layers): the other directions carry nothing; give more data or lower the rank"
+            )
+            warnings.warn(msg, stacklevel=3)
 
     def _branches(self) -> list[LoRABranch]:
         return [layer.branch(name) for layer in self.layers.values() for name in layer.branches]
