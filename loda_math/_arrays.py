@@ -5,7 +5,7 @@ No array library is imported here; ``array_api_compat`` finds the one that an ar
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -86,21 +86,30 @@ def result_dtype(xp: Namespace, *arrays: Array | None) -> Any:
     return xp.result_type(*(a.dtype for a in arrays if a is not None))
 
 
-def coarsest_eps(xp: Namespace, *arrays: Array | None, gram_eps: float = 0.0) -> float:
+def larger(xp: Namespace, a: Any, b: Any) -> Any:
+    """The larger of two numbers; either may be an array, as every number is in compiled code."""
+    if not is_array(a) and not is_array(b):
+        return max(a, b)
+    a, b = a + 0 * b, b + 0 * a
+    return xp.where(a > b, a, b)
+
+
+def coarsest_eps(xp: Namespace, *arrays: Array | None, gram_eps: Any = 0.0) -> Any:
     """What the entries can be trusted to: the largest eps of the dtypes, and ``gram_eps``.
 
     ``gram_eps`` is the eps of the arithmetic that made the entries, where it was coarser.
     """
-    return max(gram_eps, *(float(xp.finfo(a.dtype).eps) for a in arrays if a is not None))
+    eps = max(float(xp.finfo(a.dtype).eps) for a in arrays if a is not None)
+    return larger(xp, gram_eps, eps)
 
 
-def rounding_share(xp: Namespace, size: int, *arrays: Array | None, gram_eps: float = 0.0) -> float:
+def rounding_share(xp: Namespace, size: int, *arrays: Array | None, gram_eps: Any = 0.0) -> Any:
     """Share of the largest eigenvalue below which the eigenvalues of the arrays are rounding."""
     # size·eps for the arithmetic. Storing a moment in fewer digits costs less: its errors are
     # independent, and size·eps of float32 would take real directions, that of halves all.
     arithmetic = size * float(xp.finfo(widest(xp, next(a for a in arrays if a is not None))).eps)
     storage = min(size, 16) * coarsest_eps(xp, *arrays, gram_eps=gram_eps)
-    return max(arithmetic, storage)
+    return larger(xp, storage, arithmetic)
 
 
 def widen(xp: Namespace, *arrays: Array) -> tuple[Array, ...]:
@@ -119,7 +128,9 @@ def is_concrete(*arrays: Array | None) -> bool:
             continue
         if compat.is_dask_array(x):
             return False
-        if jax is not None and isinstance(x, jax.core.Tracer):
+        # A constant inside of compiled code is no tracer itself, but whatever is made of it is.
+        made = (x, jax.lax.stop_gradient(x)) if jax is not None and compat.is_jax_array(x) else ()
+        if any(isinstance(y, jax.core.Tracer) for y in made):  # type: ignore[union-attr]
             return False
         if torch is not None and isinstance(x, torch.Tensor) and _is_traced(torch, x):
             return False
@@ -136,6 +147,38 @@ def _is_traced(torch: Any, x: Array) -> bool:
         return True
     proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
     return proxies is not None and proxies.get_proxy_mode() is not None
+
+
+def detached(x: Array) -> Array:
+    """``x`` as a constant: no derivative flows through it."""
+    if is_torch(x):
+        return x.detach()
+    return sys.modules["jax"].lax.stop_gradient(x) if is_jax(x) else x
+
+
+def may_be_differentiated(*arrays: Array) -> bool:
+    """Whether a derivative with respect to one of the arrays may be asked for."""
+    jax, torch = sys.modules.get("jax"), sys.modules.get("torch")
+    for x in arrays:
+        if jax is not None and isinstance(x, jax.core.Tracer):
+            return True
+        if torch is not None and isinstance(x, torch.Tensor):
+            if x.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(x):
+                return True
+            if torch.autograd.forward_ad._current_level >= 0:
+                return True
+    return False
+
+
+def with_derivative(value: Array, formula: Callable[[], Array], *inputs: Array) -> Array:
+    """The value, with the derivative of a formula for it that can be differentiated.
+
+    The formula is evaluated only where a derivative with respect to the inputs may be asked for.
+    """
+    if not may_be_differentiated(*inputs):
+        return value
+    smooth = formula()
+    return detached(value) + (smooth - detached(smooth))
 
 
 def full_precision(x: Array) -> AbstractContextManager[Any]:
@@ -165,12 +208,15 @@ def eye_like(xp: Namespace, x: Array, size: int) -> Array:
 
 
 def add_to_diagonal(xp: Namespace, x: Array, amount: Any) -> Array:
-    """``x`` with an amount added to its diagonal; ``x`` must be fresh, it may be changed."""
+    """``x`` with an amount added to its diagonal; ``x`` must be fresh, it may be changed.
+
+    An amount that is an array has two axes of length one behind the leading ones.
+    """
     size = int(x.shape[-1])
     if (is_numpy(x) or (is_torch(x) and not x.requires_grad)) and is_concrete(x):
         # In place: two more matrices of this size cost as much as a step of the solve.
         rows = xp.arange(size, **placed_like(x))
-        x[..., rows, rows] += amount
+        x[..., rows, rows] += amount[..., 0] if is_array(amount) else amount
         return x
     return x + amount * eye_like(xp, x, size)
 
@@ -253,17 +299,6 @@ def lower_cholesky(xp: Namespace, x: Array, name: str) -> Array:
     if silent and is_concrete(x) and not bool(xp.all(diagonal(xp, factor) > 0)):
         raise ValueError(msg)
     return factor
-
-
-def semidefinite_solve(xp: Namespace, matrix: Array, rhs: Array, noise: float) -> Array:
-    """Solve a consistent positive semi-definite system; directions in its kernel get 0."""
-    # Unit diagonal first: unknowns may differ in size by orders of magnitude.
-    scale = xp.sqrt(xp.clip(diagonal(xp, matrix), 0.0, None))
-    shrink = safe_divide(xp, xp.ones_like(scale), scale)
-    values, vectors = descending_eigh(xp, matrix * shrink[..., :, None] * shrink[..., None, :])
-    inverse = reciprocal(xp, values, values > noise * values[..., :1])
-    part = vectors.mT @ (rhs * shrink)[..., None]
-    return (vectors @ (inverse[..., None] * part))[..., 0] * shrink
 
 
 def fix_signs(xp: Namespace, basis: Array) -> Array:

@@ -248,3 +248,13 @@ print(*sorted({{name.partition(".")[0] for name in sys.modules}}))
     )
     assert done.returncode == 0, done.stderr
     assert not set(done.stdout.split()) & {"scipy", "torch", "jax", "cupy", "dask", "threadpoolctl"}
+
+
+def test_constants_inside_of_compiled_code(jnp: ModuleType) -> None:
+    """Moments that a compiled function closes over have values, but nothing made of them has."""
+    import jax
+
+    new, old = arguments(jnp, "isolated_subspace", widest_dtype(jnp))
+    compiled = jax.jit(lambda x: x + lm.energy_ratio(lm.isolated_subspace(new, old, 2), new, old))
+    expected = lm.energy_ratio(lm.isolated_subspace(new, old, 2), new, old)
+    np.testing.assert_allclose(compiled(0.0), to_numpy(expected), rtol=1e-4)

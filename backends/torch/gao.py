@@ -579,11 +579,12 @@ class Window:
         self._sizes = [_count(groups) for groups in own]
         self.first = sum(_count(groups) for before in everyone[:rank] for groups in before)
         numbers = [groups for groups in flat if isinstance(groups, int)]
-        if numbers and len(numbers) < len(flat):
+        tensors = [groups for groups in flat if isinstance(groups, Tensor)]
+        if numbers and tensors:
             msg = "groups must be tensors for all mini-batches or numbers of rows for all, got both"
             raise ValueError(msg)
         # Each row a group of its own: halves by rows at random.
-        self.labels = torch.arange(sum(numbers)) if numbers else torch.cat(flat)
+        self.labels = torch.cat(tensors) if tensors else torch.arange(sum(numbers))
         if self.labels.numel() == 0:
             msg = "a step must have at least one row, got none"
             raise ValueError(msg)
@@ -660,14 +661,14 @@ class _Shift:
         self._groups: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = []
         for (dtype, _), pairs in alike.items():
             group = [tensor for tensor, _ in pairs]
-            before = torch._foreach_mul(group, 1)
+            before = list(torch._foreach_mul(group, 1))
             wide = torch.promote_types(dtype, torch.float32)
             shifts = _unit_directions([gradient.to(wide) for _, gradient in pairs])
             torch._foreach_mul_(shifts, radius)
-            moved = torch._foreach_sub([value.to(wide) for value in before], shifts)
+            moved = list(torch._foreach_sub([value.to(wide) for value in before], shifts))
             if wide != dtype:
                 moved = [value.to(dtype) for value in moved]
-            self._groups.append((group, list(before), list(moved)))
+            self._groups.append((group, before, moved))
         try:
             for group, _, moved in self._groups:
                 torch._foreach_copy_(group, moved)
@@ -701,7 +702,7 @@ class _Shift:
             Put a value back that the move has made NaN or infinite, whatever happened to it since.
         """
         for group, before, moved in self._groups:
-            values = torch._foreach_add(before, torch._foreach_sub(group, moved))
+            values = list(torch._foreach_add(before, torch._foreach_sub(group, moved)))
             if finite_only:
                 triples = zip(moved, values, before, strict=True)
                 values = [torch.where(m.isfinite(), v, b) for m, v, b in triples]
@@ -734,7 +735,8 @@ def _alignment(a: Sequence[Tensor], b: Sequence[Tensor | None]) -> Tensor:
     tiny = torch.finfo(wide).tiny
     x, y = (gradient / gradient.abs().amax().clamp_min(tiny) for gradient in flat)
     lengths = torch.linalg.vector_norm(x) * torch.linalg.vector_norm(y)
-    return ((x * y).sum() / lengths.clamp_min(tiny)).clamp(-1, 1)
+    cosine: Tensor = (x * y).sum() / lengths.clamp_min(tiny)
+    return cosine.clamp(-1, 1)
 
 
 def _plain_step(

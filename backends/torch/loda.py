@@ -1,6 +1,7 @@
 """LoDA for a PyTorch model: adapt it to one task after another without keeping old data."""
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
