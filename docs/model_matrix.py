@@ -1,4 +1,4 @@
-"""What of LoDA works on models of timm, torchvision and transformers; prints the table of models.md.
+"""What works on models of timm, torchvision and transformers; prints the table of models.md.
 
     python docs/model_matrix.py
 
@@ -57,6 +57,7 @@ def text(*, padded: bool) -> Batch:
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
+NEXT: dict[str, Any] = {"depths": (1,) * 4, "dims": (8, 8, 12, 12), "num_classes": 5}
 SMALL: dict[str, Any] = {
     "img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5,
 }  # fmt: skip
@@ -101,27 +102,19 @@ CASES: dict[str, Case] = {
         _timm("deit_tiny_distilled_patch16_224", **SMALL), "timm", images
     ),
     "timm BEiT": Case(_timm("beit_base_patch16_224", **SMALL), "timm", images),
-    "timm EVA-02": Case(
-        _timm("eva02_tiny_patch14_224", **SMALL, qkv_fused=True), "timm", images
-    ),
+    "timm EVA-02": Case(_timm("eva02_tiny_patch14_224", **SMALL, qkv_fused=True), "timm", images),
     "timm Swin": Case(_timm("swin_tiny_patch4_window7_224", **SWIN), "timm", images),
     "timm Swin V2": Case(_timm("swinv2_tiny_window8_256", **SWIN), "timm", images),
-    "timm ConvNeXt": Case(
-        _timm("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 12, 12), num_classes=5), "*.mlp.fc1", images
-    ),
+    "timm ConvNeXt": Case(_timm("convnext_atto", **NEXT), "*.mlp.fc1", images),
     "timm ConvNeXt, convolutions": Case(
-        _timm("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 12, 12), num_classes=5, conv_mlp=True),
-        "*.mlp.fc1",
-        images,
+        _timm("convnext_atto", **NEXT, conv_mlp=True), "*.mlp.fc1", images
     ),
     "torchvision ViT": Case(_vit, "torchvision-vit", images),
     "torchvision ViT, all": Case(_vit, "all-linear", images),
     "torchvision Swin": Case(_swin, "torchvision-swin", images),
     "transformers ViT": Case(_hugging("ViT", **EYES), "transformers-vit", images),
     "transformers DINOv2": Case(_hugging("Dinov2", **EYES), "transformers-dinov2", images),
-    "transformers CLIP (vision)": Case(
-        _hugging("CLIPVision", **EYES), "transformers-clip", images
-    ),
+    "transformers CLIP (vision)": Case(_hugging("CLIPVision", **EYES), "transformers-clip", images),
     "transformers SigLIP (vision)": Case(
         _hugging("SiglipVision", **EYES), "transformers-siglip", images
     ),
@@ -164,9 +157,7 @@ def learn(loda: LoDA, batch: Batch) -> None:
     optimizer = torch.optim.SGD(loda.trainable_parameters(), lr=0.5)
 
     def loss(rows: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(
-            outputs(loda.model, rows_of(batch, rows)), labels[rows]
-        )
+        return nn.functional.cross_entropy(outputs(loda.model, rows_of(batch, rows)), labels[rows])
 
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)

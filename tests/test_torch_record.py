@@ -83,7 +83,8 @@ def test_predicted_effect_is_the_change_of_the_outputs(options: dict[str, Any]) 
         for name, effect in record.effects.items():
             merged = method.model.get_submodule(name).weight.detach() - before[f"{name}.weight"]
             whole = sum(
-                w * record.ups[name][b] @ record.downs[name][b] for b, w in record.weights[name].items()
+                w * record.ups[name][b] @ record.downs[name][b]
+                for b, w in record.weights[name].items()
             )
             new = (trained if record.trained else previous)[name]
             old = [[x[name] for x in seen_then] for seen_then in remembered]

@@ -23,23 +23,28 @@ if TYPE_CHECKING:
         find_layers,
         plain_state,
         restore,
+        untie,
     )
+    from backends.torch.linear_maps import InProjection
     from backends.torch.loda import LoDA, Task
-    from backends.torch.lora import LoRABranch, LoRALinear
+    from backends.torch.lora import LoRABranch, LoRALinear, MergeRounding, weight_matrix
     from backends.torch.moments import MomentCollector, collect_moments
     from backends.torch.record import TaskRecord
-    from backends.torch.settings import TIMM_QKV, LoDASettings
+    from backends.torch.settings import PRESETS, TIMM_QKV, LoDASettings
     from backends.torch.solve import random_bases
 
 __all__ = [
+    "PRESETS",
     "TIMM_QKV",
     "AlignedStep",
     "Half",
     "Halves",
+    "InProjection",
     "LoDA",
     "LoDASettings",
     "LoRABranch",
     "LoRALinear",
+    "MergeRounding",
     "MomentCollector",
     "Part",
     "Reduce",
@@ -59,6 +64,8 @@ __all__ = [
     "restore",
     "sum_over_processes",
     "unshared",
+    "untie",
+    "weight_matrix",
 ]
 
 # A command line that only shows the settings loads no torch.
@@ -67,6 +74,7 @@ __getattr__, __dir__ = load_on_use(
     __all__,
     (
         "settings",
+        "linear_maps",
         "lora",
         "layers",
         "distributed",

@@ -9,7 +9,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from backends.torch.lora import frozen_matrix
+from backends.torch.lora import weight_matrix
 from loda_math import Moments, second_moment
 
 Reduce = Callable[[Sequence[Tensor]], None]
@@ -137,7 +137,7 @@ def sum_moments(
     """
     parts: dict[str, Moments] = {}
     for name, layer in layers.items():
-        weight = frozen_matrix(layer).detach()
+        weight = weight_matrix(layer).detach()
         nothing = weight.new_zeros(0, weight.shape[1])
         part = moments[name] if name in moments else second_moment(nothing, check=False)
         # A process that saw nothing takes part with a zero, or the others would wait for ever.

@@ -16,7 +16,7 @@ from backends.torch.linear_maps import (
     untie_weight,
     why_not_adaptable,
 )
-from backends.torch.lora import LoRALinear, frozen_matrix
+from backends.torch.lora import LoRALinear, weight_matrix
 from backends.torch.settings import ALL_LINEAR, TIMM_QKV, Target, as_patterns, matching
 
 
@@ -73,13 +73,9 @@ def find_layers(
     if not chosen:
         msg = f"exclude must leave some layer of the target, got {exclude!r} with {target!r}"
         raise ValueError(msg)
-    halved = sorted(
-        whole for whole in chosen if any(name.startswith(f"{whole}.") for name in chosen)
-    )
-    if halved:
-        msg = (
-            f"layers must be named as a whole or by parts, got both for {halved}; name one of them"
-        )
+    both = sorted(x for x in chosen if any(name.startswith(f"{x}.") for name in chosen))
+    if both:
+        msg = f"layers must be named as a whole or by parts, got both for {both}; leave one out"
         raise ValueError(msg)
     return {name: module for name, module in layers.items() if name in chosen}
 
@@ -167,7 +163,7 @@ def check_rank(layers: Mapping[str, nn.Module], rank: int | Mapping[str, int]) -
     """
     _check_weights(layers)
     ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(layers, rank)
-    sizes = {name: frozen_matrix(layer).shape[1] for name, layer in layers.items()}
+    sizes = {name: weight_matrix(layer).shape[1] for name, layer in layers.items()}
     narrow = {name: size for name, size in sizes.items() if size < ranks[name]}
     if narrow:
         above = ", ".join(sorted({str(ranks[name]) for name in narrow}))
@@ -187,7 +183,7 @@ def check_weights(
     layers : mapping of str to module
         As :func:`find_layers` returns them.
     untie : bool, default False
-        Whether weights that are shared are copied later (:func:`adapt`), and so no obstacle.
+        Whether :func:`untie` follows, so that shared weights are no obstacle.
 
     Raises
     ------
@@ -208,6 +204,30 @@ def check_weights(
         raise ValueError(msg)
 
 
+def untie(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Give layers whose weight other modules hold too a copy of their own, for good.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model, between tasks.
+    layers : mapping of str to module
+        As :func:`find_layers` returns them.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5))
+    >>> model[1].weight = model[0].weight
+    >>> untie(model, find_layers(model, "1"))
+    >>> model[1].weight is model[0].weight
+    False
+    """
+    bases = {name: _base(layer) for name, layer in layers.items()}
+    for name in shared_weights(model, bases):
+        untie_weight(bases[name])
+
+
 def check_same_layers(layers: Mapping[str, nn.Module], past: Mapping[str, Tensor]) -> None:
     """Refuse layers that are not those of the past tasks.
 
@@ -224,7 +244,7 @@ def check_same_layers(layers: Mapping[str, nn.Module], past: Mapping[str, Tensor
         If a layer is missing, has no past, or another number of input features.
     """
     gone, new = sorted(set(past) - set(layers)), sorted(set(layers) - set(past))
-    sizes = {name: frozen_matrix(layer).shape[1] for name, layer in layers.items()}
+    sizes = {name: weight_matrix(layer).shape[1] for name, layer in layers.items()}
     other = {n: (len(past[n]), sizes[n]) for n in layers if n in past and len(past[n]) != sizes[n]}
     problems = [
         *([f"missing: {gone}"] if gone else []),
@@ -251,7 +271,6 @@ def adapt(
     model: nn.Module,
     target: Target = TIMM_QKV,
     *,
-    untie: bool = False,
     masters: Mapping[str, Tensor] | None = None,
 ) -> dict[str, LoRALinear]:
     """Replace the matching linear layers by :class:`LoRALinear` around them, in place.
@@ -262,8 +281,6 @@ def adapt(
         Any module but a bare ``nn.Linear``.
     target : str or sequence of str
         Names and patterns, as in :func:`find_layers`.
-    untie : bool, default False
-        Give layers whose weight is shared with other modules a copy of their own, for good.
     masters : mapping of str to Tensor, shape (out_features, in_features), optional
         float32 weights by layer, for layers in half precision (:class:`LoRALinear`).
 
@@ -275,8 +292,8 @@ def adapt(
     Raises
     ------
     ValueError
-        If a pattern matches nothing, a layer is adapted already, or its weight is shared and
-        ``untie`` is not set; nothing has been changed then.
+        If a pattern matches nothing, a layer is adapted already, or other modules hold its weight
+        too (:func:`untie`); nothing has been changed then.
     TypeError
         If the weight of a layer cannot be added to (quantised, computed, sharded); nothing has
         been changed then.
@@ -298,9 +315,7 @@ def adapt(
     if adapted:
         msg = f"layers {adapted} are adapted already; restore the model first"
         raise ValueError(msg)
-    check_weights(model, found, untie=untie)
-    for name in shared_weights(model, found) if untie else ():
-        untie_weight(found[name])
+    check_weights(model, found)
     masters = masters or {}
     layers = {name: LoRALinear(module, master=masters.get(name)) for name, module in found.items()}
     attach(model, layers)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 PARTS: Final = ("q", "k", "v")
-"""Parts of the packed input projection of an ``nn.MultiheadAttention``, in the order of its rows."""
+"""Parts of the packed input projection of an ``nn.MultiheadAttention``, by its rows."""
 
 
 class InProjection(nn.Module):
@@ -141,7 +141,10 @@ def matrix(module: nn.Module, weight: Tensor | None = None) -> Tensor:
     weight = _weight(module) if weight is None else weight
     if is_transposed(module):
         return weight.mT
-    return weight[(..., *(0,) * (weight.ndim - 2))] if weight.ndim > 2 else weight
+    # Not flatten(), which would copy a weight in another memory format.
+    for _ in range(weight.ndim - 2):
+        weight = weight[..., 0]
+    return weight
 
 
 def like_weight(module: nn.Module, matrix: Tensor) -> Tensor:
@@ -155,8 +158,9 @@ def tokens(module: nn.Module, x: Tensor) -> Tensor:
         return x
     assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))  # noqa: S101 - for mypy
     # A stride leaves points out, which are no tokens then.
-    points = (..., *(slice(None, None, step) for step in module.stride))
-    return x[points].movedim(-1 - len(module.stride), -1)
+    for axis, step in enumerate(module.stride, start=x.ndim - len(module.stride)):
+        x = x if step == 1 else x[(slice(None),) * axis + (slice(None, None, step),)]
+    return x.movedim(-1 - len(module.stride), -1)
 
 
 def from_tokens(module: nn.Module, y: Tensor) -> Tensor:
@@ -258,14 +262,14 @@ def read_in_projection(
     )
     owner._modules["in_proj"] = child
     if not hasattr(type(owner), "reads_in_projection"):
-        owner.__class__ = _reading(type(owner))
+        owner.__class__ = _reading(type(owner))  # type: ignore[arg-type]
 
 
 def own_in_projection(owner: nn.MultiheadAttention) -> None:
     """Let an attention read its packed weight directly again."""
     owner._modules.pop("in_proj", None)
     if hasattr(type(owner), "reads_in_projection"):
-        owner.__class__ = type(owner).__mro__[1]  # type: ignore[assignment]
+        owner.__class__ = type(owner).__mro__[1]
 
 
 def mark(weight: Tensor, layers: Mapping[str | None, nn.Module]) -> Tensor:

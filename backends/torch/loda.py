@@ -1,6 +1,7 @@
 """LoDA for a PyTorch model: adapt it to one task after another without keeping old data."""
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -38,8 +39,9 @@ from backends.torch.layers import (
     check_weights,
     find_layers,
     restore,
+    untie,
 )
-from backends.torch.lora import LoRABranch, LoRALinear, frozen_matrix, warn_of_rounding
+from backends.torch.lora import LoRABranch, LoRALinear, warn_of_rounding, weight_matrix
 from backends.torch.moments import Forward, collect_halves, collect_moments, default_forward
 from backends.torch.record import TaskRecord
 from backends.torch.running_statistics import RunningStatistics
@@ -51,7 +53,7 @@ from backends.torch.solve import (
     solve_heldout,
     solve_recalibration,
 )
-from loda_math import HeldoutRatio, History, UpdateEffect, remember, rounding_unit
+from loda_math import HeldoutRatio, History, Moments, UpdateEffect, remember, rounding_unit
 
 
 @dataclass
@@ -191,8 +193,7 @@ class LoDA:
         self.masters: dict[str, Tensor] = {}
         # Settings that do not fit the model should fail here, not after an hour of loading data.
         layers = self.target_layers()
-        check_rank(layers, self.settings.ranks(layers))
-        self.settings.factors(layers)
+        check_rank(layers, {n: own.rank for n, own in self.settings.by_layer(layers).items()})
         check_weights(model, layers, untie=self.settings.untie)
 
     @property
@@ -371,8 +372,10 @@ class LoDA:
                 task.new = {name: m.mean for name, m in moments.items()}
                 task.heldout = solve_heldout(settings, halves, self.history, gram_eps)
             else:
-                task.new = self._moments(batches)
+                moments = self._collect(batches)
+                task.new = {name: m.mean for name, m in moments.items()}
             if bases is None:
+                self._warn_of_few_tokens({name: m.count for name, m in moments.items()})
                 # Before the first task there is no history: None instead of an empty dict.
                 bases = solve_bases(settings, task.new, self.history or None, gram_eps)
             for name in task.layers:
@@ -712,7 +715,7 @@ class LoDA:
         self._check_state(state)
         tasks = int(state["tasks"])
         self.masters = {
-            name: state[f"master/{name}"].to(frozen_matrix(layer).device, copy=True)
+            name: state[f"master/{name}"].to(weight_matrix(layer).device, copy=True)
             for name, layer in self.target_layers().items()
             if f"master/{name}" in state
         }
@@ -731,7 +734,7 @@ class LoDA:
                         task.heldout.setdefault(name, {})[branch] = values
         self.history = {}
         for name, module in self.target_layers().items() if tasks else ():
-            total = state[f"history/{name}"].to(frozen_matrix(module).device, copy=True)
+            total = state[f"history/{name}"].to(weight_matrix(module).device, copy=True)
             # Only the totals are saved. The rest of a history depends only on the number of tasks
             # and the dtype, so a dummy history of as many zero moments provides it.
             zeros, past = [total.new_zeros(1, 1) for _ in self.settings.passes()], None
@@ -744,9 +747,11 @@ class LoDA:
     def _open_task(self) -> _OpenTask:
         """Put adapted layers in place and freeze every parameter that the task does not train."""
         model, settings = self.model, self.settings
+        found = self.target_layers()
+        if settings.untie:
+            untie(model, found)
         # Include every name of a shared parameter: a pattern may match any of them.
         named = list(model.named_parameters(remove_duplicate=False))
-        found = self.target_layers()
         frozen = {parameter for layer in found.values() for parameter in layer.parameters()}
         trained: set[nn.Parameter] = set()
         for pattern in self.trainable:
@@ -755,20 +760,12 @@ class LoDA:
             free = {p for _, p in meant if p not in frozen and p.is_floating_point()}
             if not free:
                 names = ", ".join(name for name, _ in meant or named)
-                why = (
-                    "matches none but frozen ones" if meant else "matches no parameter; parameters"
-                )
-                msg = f"trainable pattern {pattern!r} {why}: {names}"
+                why = "only those of target layers" if meant else "no parameter; parameters here"
+                msg = f"trainable pattern {pattern!r} matches {why}: {names}"
                 raise ValueError(msg)
             trained |= free
         requires_grad_before = {parameter: parameter.requires_grad for _, parameter in named}
-        layers = adapt(model, list(found), untie=settings.untie, masters=self._masters(found))
-        # Target layers that were given a weight of their own have new parameters.
-        untied = dict(model.named_parameters(remove_duplicate=False))
-        for name, parameter in named:
-            new = untied.get(name)
-            if new is not None and new is not parameter:
-                requires_grad_before[new] = requires_grad_before[parameter]
+        layers = adapt(model, list(found), masters=self._masters(found))
         for parameter in requires_grad_before:
             # Also what was frozen before: a parameter that is named is trained.
             parameter.requires_grad_(parameter in trained)
@@ -782,7 +779,7 @@ class LoDA:
         """Weights in float32 of layers in half precision, if the settings ask for them."""
         masters: dict[str, Tensor] = {}
         for name, layer in layers.items() if self.settings.master else ():
-            weight = frozen_matrix(layer).detach()
+            weight = weight_matrix(layer).detach()
             if weight.element_size() >= torch.float32.itemsize:
                 continue
             master = self.masters.get(name)
@@ -795,16 +792,30 @@ class LoDA:
     def _add_branch(
         self, name: str, branch: str, down: Tensor, up: Tensor | None = None, *, train_down: bool
     ) -> None:
-        factor = self.settings.factors(self.layers)[name]
-        scale = self.settings.weight(branch) * factor
+        scale = self.settings.by_layer(self.layers)[name].weight(branch)
         self.layers[name].add_branch(branch, down, up=up, scale=scale, train_down=train_down)
 
     def _moments(self, batches: Iterable[Any]) -> dict[str, Tensor]:
         """Mean second moments of the inputs of the layers, as the model is now."""
-        moments = collect_moments(
+        return {name: m.mean for name, m in self._collect(batches).items()}
+
+    def _collect(self, batches: Iterable[Any]) -> dict[str, Moments]:
+        return collect_moments(
             self.model, batches, list(self.layers), forward=self.forward, reduce=self.reduce
         )
-        return {name: m.mean for name, m in moments.items()}
+
+    def _warn_of_few_tokens(self, counts: Mapping[str, int | Tensor]) -> None:
+        """Warn of layers with fewer tokens than directions: some of these mean nothing."""
+        ranks = {name: own.rank for name, own in self.settings.by_layer(self.layers).items()}
+        few = {name: int(count) for name, count in counts.items() if int(count) < ranks[name]}
+        if few:
+            worst = min(few, key=few.__getitem__)
+            msg = (
+                f"rank should be at most the number of tokens, got rank {ranks[worst]} and "
+                f"{few[worst]} tokens in layer {worst!r} (too few in {len(few)} of {len(counts)} "
+                f"layers): the other directions carry nothing; give more data or lower the rank"
+            )
+            warnings.warn(msg, stacklevel=3)
 
     def _branches(self) -> list[LoRABranch]:
         return [layer.branch(name) for layer in self.layers.values() for name in layer.branches]
@@ -922,15 +933,15 @@ class LoDA:
     def _check_bases(self, bases: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Refuse given bases that do not fit the branches of the coming task."""
         layers = self.target_layers()
-        ranks = self.settings.ranks(layers)
+        own = self.settings.by_layer(layers)
         if set(bases) != set(layers):
             msg = f"bases must name the layers {sorted(layers)}, got {sorted(bases)}"
             raise ValueError(msg)
         branches = self.settings.names(self.tasks == 0)
         for name, given in bases.items():
             shapes = {branch: tuple(basis.shape) for branch, basis in given.items()}
-            width = frozen_matrix(layers[name]).shape[1]
-            expected = dict.fromkeys(branches, (width, ranks[name]))
+            width = weight_matrix(layers[name]).shape[1]
+            expected = dict.fromkeys(branches, (width, own[name].rank))
             if shapes != expected:
                 msg = f"bases of layer {name!r} must have shapes {expected}, got {shapes}"
                 raise ValueError(msg)
@@ -946,9 +957,9 @@ class LoDA:
         written = tuple(state["settings"].shape) if "settings" in state else (1,)
         expected: dict[str, tuple[int, ...]] = {"tasks": (), "settings": written}
         layers = self.target_layers()
-        ranks = self.settings.ranks(layers)
+        own = self.settings.by_layer(layers)
         for name, layer in layers.items():
-            outputs, size = frozen_matrix(layer).shape
+            outputs, size = weight_matrix(layer).shape
             if f"master/{name}" in state:  # only of layers in half precision
                 expected[f"master/{name}"] = (outputs, size)
             if tasks > 0:
@@ -957,8 +968,8 @@ class LoDA:
                 continue
             expected[f"new/{name}"] = (size, size)
             for branch in self.settings.names(tasks == 0):
-                expected[f"down/{branch}/{name}"] = (ranks[name], size)
-                expected[f"up/{branch}/{name}"] = (outputs, ranks[name])
+                expected[f"down/{branch}/{name}"] = (own[name].rank, size)
+                expected[f"up/{branch}/{name}"] = (outputs, own[name].rank)
                 ratio = f"heldout/{branch}/{name}"
                 if ratio in state:  # only if the open task measured it
                     expected[ratio] = (len(HeldoutRatio._fields),)

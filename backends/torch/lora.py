@@ -174,7 +174,7 @@ class LoRALinear(nn.Module):
 
     # Which kind of backward hooks the shared ones are is a flag beside them.
     @property
-    def _is_full_backward_hook(self) -> bool | None:  # type: ignore[override]
+    def _is_full_backward_hook(self) -> bool | None:
         base = self.__dict__.get("_modules", {}).get("base")
         return None if base is None else base._is_full_backward_hook
 
@@ -253,10 +253,9 @@ class LoRALinear(nn.Module):
             msg = f"up must have shape {shape}, got {tuple(up.shape)}"
             raise ValueError(msg)
         # Copies, so that training never writes into the caller's bases.
-        weight = self.frozen
-        to = {"device": weight.device, "dtype": _at_least_float32(weight.dtype)}
-        down = down.detach().to(**to, copy=True).contiguous()
-        up = torch.zeros(shape, **to) if up is None else up.detach().to(**to, copy=True)
+        device, dtype = self.frozen.device, _at_least_float32(self.frozen.dtype)
+        down = down.detach().to(device, dtype, copy=True).contiguous()
+        up = down.new_zeros(shape) if up is None else up.detach().to(device, dtype, copy=True)
         branch = LoRABranch(down, up, scale=scale, rows=rows, train_down=train_down)
         self.branches[name] = branch
         return branch
@@ -412,14 +411,14 @@ def warn_of_rounding(rounding: Mapping[str, MergeRounding]) -> None:
     if poor:
         worst = min(poor, key=poor.__getitem__)
         msg = (
-            f"merged weights in half precision took up the update with a correlation below "
-            f"{_ENOUGH} in {len(poor)} of {len(correlations)} layers (worst: {poor[worst]:.3f} in "
-            f"{worst!r}); set master to keep these weights in float32 too, or train in float32"
+            f"rounding at the merge loses a part of the update: in {len(poor)} of {len(rounding)} "
+            f"layers what is left has a correlation with it of less than {_ENOUGH} (worst: "
+            f"{poor[worst]:.3f} in {worst!r}); set master to keep the weights in float32 as well"
         )
         warnings.warn(msg, stacklevel=3)
 
 
-def frozen_matrix(layer: nn.Module) -> Tensor:
+def weight_matrix(layer: nn.Module) -> Tensor:
     """Frozen weight (out_features, in_features) of a layer, adapted or not; a view of its own."""
     return layer.frozen if isinstance(layer, LoRALinear) else matrix(layer)
 

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from backends.torch.distributed import Reduce, default_reduce, sum_moments
 from backends.torch.layers import find_layers
 from backends.torch.linear_maps import PARTS, InProjection
-from backends.torch.lora import LoRALinear, frozen_matrix, input_tokens
+from backends.torch.lora import LoRALinear, input_tokens, weight_matrix
 from backends.torch.settings import TIMM_QKV, Target
 from loda_math import Moments, combine, second_moment
 
@@ -33,8 +33,8 @@ class MomentCollector:
     the run, autocast does not reach the Gram matrix, and the hooks are always removed.
 
     Layers may be called as modules, or a model may read their weights and multiply by them itself
-    (``F.linear``, ``F.multi_head_attention_forward``). Compiled models run uncompiled meanwhile, and
-    the fused attention of ``nn.MultiheadAttention`` is not used.
+    (``F.linear``, ``F.multi_head_attention_forward``). Meanwhile compiled models run uncompiled,
+    and the fused attention of ``nn.MultiheadAttention`` is not used.
 
     Parameters
     ----------
@@ -145,7 +145,7 @@ class HalvingCollector(MomentCollector):
         """
         super().share(reduce)
         # A layer that mixes the images in one process has no halves in any.
-        device = frozen_matrix(next(iter(self.layers.values()))).device
+        device = weight_matrix(next(iter(self.layers.values()))).device
         mixing = torch.tensor([name in self._mixing for name in self.layers], device=device).int()
         reduce([mixing])
         pairs = zip(self.layers, mixing.tolist(), strict=True)

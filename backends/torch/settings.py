@@ -3,9 +3,9 @@
 import math
 import operator
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Final, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Final, Literal, Self, TypeVar, get_args
 
 # In quotes below, as in readouts/readout.py: a command line must not run this block.
 if TYPE_CHECKING:
@@ -200,8 +200,13 @@ class LoDASettings:
             msg = "joint must be false if recalibration is 'none', got true"
             raise ValueError(msg)
 
-    def ranks(self, layers: Collection[str]) -> dict[str, int]:
-        """Directions of each branch by layer.
+    def by_layer(self, layers: Collection[str]) -> dict[str, Self]:
+        """Settings of every layer, with its own rank and weights in the place of the patterns.
+
+        Parameters
+        ----------
+        layers : collection of str
+            Names of all target layers.
 
         Raises
         ------
@@ -210,14 +215,24 @@ class LoDASettings:
 
         Examples
         --------
-        >>> LoDASettings(rank=8, rank_pattern={"*.1.*": 4}).ranks(["a.0.qkv", "a.1.qkv"])
+        >>> settings = LoDASettings(rank=8, rank_pattern={"*.1.*": 4})
+        >>> {name: own.rank for name, own in settings.by_layer(["a.0.qkv", "a.1.qkv"]).items()}
         {'a.0.qkv': 8, 'a.1.qkv': 4}
         """
-        return _by_layer(layers, "rank_pattern", self.rank_pattern, self.rank)
-
-    def factors(self, layers: Collection[str]) -> dict[str, float]:
-        """Factor on the weights of the branches by layer; errors as those of :meth:`ranks`."""
-        return _by_layer(layers, "weight_pattern", self.weight_pattern, 1.0)
+        ranks = _values(layers, "rank_pattern", self.rank_pattern, self.rank)
+        factors = _values(layers, "weight_pattern", self.weight_pattern, 1.0)
+        own: dict[tuple[int, float], Self] = {
+            (rank, factor): replace(
+                self,
+                rank=rank,
+                general_weight=self.general_weight * factor,
+                isolated_weight=self.isolated_weight * factor,
+                rank_pattern={},
+                weight_pattern={},
+            )
+            for rank, factor in {*zip(ranks.values(), factors.values(), strict=True)}
+        }
+        return {name: own[ranks[name], factors[name]] for name in layers}
 
     def weight(self, branch: str) -> float:
         """Weight w of a branch as it is used: halved if there are both branches."""
@@ -278,7 +293,7 @@ def matching(pattern: str, names: Collection[str]) -> list[str]:
     return [name for name in names if name.endswith(f".{pattern}")]
 
 
-def _by_layer(
+def _values(
     layers: Collection[str], setting: str, patterns: Mapping[str, _Value], default: _Value
 ) -> dict[str, _Value]:
     """A value by layer: that of the first pattern that fits it, or the default."""

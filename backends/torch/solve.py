@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from backends.torch.lora import LoRALinear, frozen_matrix
+from backends.torch.lora import LoRALinear, weight_matrix
 from backends.torch.settings import LoDASettings
 from loda_math import (
     HeldoutRatio,
@@ -55,10 +55,10 @@ def solve_bases(
     dict of str to dict of str to Tensor, shape (D, r)
     """
     bases: Bases = {name: {} for name in new}
-    ranks = settings.ranks(new)
+    own = settings.by_layer(new)
     for branch in settings.names(first_task=history is None):
-        for group in _solved_together(new, ranks):
-            choose = _subspace_rule(settings, branch, ranks[group[0]], gram_eps)
+        for group in _solved_together(new, own):
+            choose = _subspace_rule(own[group[0]], branch, gram_eps)
             old = None if history is None else _stack(history[name].total for name in group)
             solved = choose(_stack(new[name] for name in group), old)
             for name, basis in zip(group, solved, strict=True):
@@ -101,12 +101,11 @@ def random_bases(
     >>> {branch: tuple(basis.shape) for branch, basis in bases["a"].items()}
     {'general': (6, 2), 'isolated': (6, 2)}
     """
-
-    ranks = settings.ranks(layers)
+    own = settings.by_layer(layers)
 
     def draw(name: str, layer: nn.Module) -> Tensor:
-        width = frozen_matrix(layer).shape[1]
-        basis: Tensor = torch.linalg.qr(torch.randn(width, ranks[name], generator=generator)).Q
+        width = weight_matrix(layer).shape[1]
+        basis: Tensor = torch.linalg.qr(torch.randn(width, own[name].rank, generator=generator)).Q
         return basis
 
     branches = settings.names(first_task=first_task)
@@ -134,11 +133,11 @@ def solve_heldout(
         Of scalars.
     """
     ratios: HeldoutRatios = {name: {} for name in halves}
-    ranks = settings.ranks(history)  # some layers may have no halves
+    own = settings.by_layer(history)  # some layers may have no halves
     firsts = {name: first for name, (first, _) in halves.items()}
     for branch in settings.names(first_task=False):
-        for group in _solved_together(firsts, ranks):
-            choose = _subspace_rule(settings, branch, ranks[group[0]], gram_eps)
+        for group in _solved_together(firsts, own):
+            choose = _subspace_rule(own[group[0]], branch, gram_eps)
             first, second = (_stack(halves[name][half] for name in group) for half in (0, 1))
             old = _stack(history[name].total for name in group)
             batched = heldout_ratio(choose, first, second, old)
@@ -230,9 +229,10 @@ def solve_effects(
 
 
 def _subspace_rule(
-    settings: LoDASettings, branch: str, rank: int, gram_eps: float
+    settings: LoDASettings, branch: str, gram_eps: float
 ) -> Callable[[Tensor, Tensor | None], Tensor]:
     """How the directions of a branch are chosen from the new moments and the history."""
+    rank = settings.rank
 
     def choose(new: Tensor, old: Tensor | None) -> Tensor:
         if branch == "general":
@@ -254,13 +254,15 @@ def _subspace_rule(
     return choose
 
 
-def _solved_together(moments: Mapping[str, Tensor], ranks: Mapping[str, int]) -> list[list[str]]:
+def _solved_together(
+    moments: Mapping[str, Tensor], settings: Mapping[str, LoDASettings]
+) -> list[list[str]]:
     """Groups of layers that are solved in one call; on a CPU, large layers one at a time.
 
     A stack of them would overflow its caches: twelve of width 768 take a quarter longer at once.
     """
     calls: list[list[str]] = []
-    for group in _groups({name: (m.shape, ranks[name]) for name, m in moments.items()}):
+    for group in _groups({name: (m.shape, settings[name].rank) for name, m in moments.items()}):
         first = moments[group[0]]
         one_by_one = first.device.type == "cpu" and len(first) >= _ONE_BY_ONE_FROM
         calls += [[name] for name in group] if one_by_one else [group]

@@ -272,6 +272,7 @@ def read_run(path: Path) -> Iterator[Solution]:
     """
     settings = read_settings(path)
     for task in saved_tasks(path, settings, branches=True):
+        own = settings.by_layer(task.layers)
         for name, layer in task.layers.items():
             arrays, weight = dict(layer), settings.history_weight
             history = task.history.get(name)
@@ -279,7 +280,7 @@ def read_run(path: Path) -> Iterator[Solution]:
                 arrays["moment_old"] = history.total
             if weight == "mean":
                 weight = 1.0 if history is None else 1 / history.weight
-            yield Solution(str(task.number), name, arrays, settings, weight, rounding_unit())
+            yield Solution(str(task.number), name, arrays, own[name], weight, rounding_unit())
 
 
 def read_arrays(path: Path) -> Iterator[Solution]:
