@@ -622,13 +622,13 @@ class LoDA:
                 if layer.merged:
                     layer.unmerge()
             raise
-        if not settings.master:
-            warn_of_rounding(record.rounding)
         self.masters = {n: x.master for n, x in task.layers.items() if x.master is not None}
         self._close_task()
         self.history = history
         self.tasks += 1
         self._copy_model()
+        if not settings.master:
+            warn_of_rounding(record.rounding)
         return record
 
     def abandon_task(self) -> None:
@@ -832,7 +832,8 @@ class LoDA:
     def _copy_model(self) -> None:
         """Give all processes the model of the first: the solves may have rounded differently."""
         if self._shares():
-            copy_from_first([*self.model.parameters(), *self.model.buffers()])
+            masters = self.masters.values()
+            copy_from_first([*self.model.parameters(), *self.model.buffers(), *masters])
 
     def _prepare_step(self, *optimizers: Optimizer) -> list[Tensor]:
         """The tensors to be moved; before the first step, heads are those of the first process."""

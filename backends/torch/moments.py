@@ -1,6 +1,7 @@
 """Second moments of the inputs of linear layers, and of two halves of the images, in one pass."""
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -73,8 +74,10 @@ class MomentCollector:
                 # Also called if the layer raises.
                 handle = layer.register_forward_hook(after, always_call=True)
                 stack.callback(handle.remove)
-            # A compiled model does not notice hooks that are newer than it is.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            # A compiled model does not notice hooks that are newer than it is. Where nothing was
+            # compiled, asking for it would import the compiler, which takes seconds.
+            if "torch._dynamo" in sys.modules:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(reads)
             self._stack = stack.pop_all()
         return self
