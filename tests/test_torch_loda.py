@@ -1048,3 +1048,409 @@ def test_an_encoder_with_packed_projections_goes_through_tasks() -> None:
     assert list(model.state_dict()) == names
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert all(p.requires_grad for p in parameters)
+
+
+# A task as a context
+
+
+def test_a_task_as_a_context_is_begun_and_ended() -> None:
+    loda, twin = small(radius=0.3), small()
+    with loda.task(batches(0, loda.model)) as task:
+        assert loda.is_open
+        x, y = inputs(0, loda.model)
+        optimizer = torch.optim.SGD(task.parameters(), lr=0.05, momentum=0.9)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            task.step(
+                lambda rows: F.cross_entropy(loda.model(x[rows]), y[rows]),
+                y, optimizer, generator=generator,
+            )  # fmt: skip
+    learn(twin, 0)
+    assert loda.tasks == 1
+    assert not loda.is_open
+    assert set(task.record.new) == set(WIDTHS)
+    assert same(snapshot(loda.model), snapshot(twin.model))
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("when", ["inside", "in a half", "at the end"])
+def test_an_error_abandons_the_task(failure: type[BaseException], when: str) -> None:
+    loda = small()
+    learn(loda, 0)
+    state = snapshot(loda.model)
+
+    def train() -> None:
+        data = batches(1, loda.model)
+        given = breaking(data, failure("stop"), on_walk=2) if when == "at the end" else data
+        with loda.task(given) as task:
+            fit(loda, 1)
+            if when == "inside":
+                raise failure("stop")
+            if when == "in a half":
+                optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
+                for half in task.halves(4, optimizer):
+                    loda.model(data[0][half.source[0].rows]).sum().backward()
+                    half.look_ahead()
+                    raise failure("stop")
+
+    with pytest.raises(failure, match="stop"):
+        train()
+    assert same(snapshot(loda.model), state)
+    assert loda.tasks == 1
+    assert not loda.is_open
+    learn(loda, 1)
+
+
+def test_a_task_may_be_ended_or_abandoned_inside_its_context() -> None:
+    loda = small()
+    with loda.task(batches(0, loda.model)):
+        end(loda, 0)
+    with loda.task(batches(1, loda.model)):
+        loda.abandon_task()
+    with pytest.raises(ValueError, match="several times"):
+        loda.task(iter(batches(1, loda.model)))
+    assert loda.tasks == 1
+
+
+def test_keywords_are_fields_of_the_settings() -> None:
+    loda = LoDA(mlp(), LoDASettings(**MLP, gamma=2.0), rank=2, radius=0.7)
+    assert loda.settings == LoDASettings(target=MLP["target"], gamma=2.0, rank=2, radius=0.7)
+    with pytest.raises(TypeError, match="rnk"):
+        LoDA(mlp(), target="0", rnk=2)
+    with pytest.raises(ValueError, match="rank"):
+        LoDA(mlp(), target="0", rank=0)
+
+
+def test_groups_for_an_optimiser_hold_every_trained_tensor_once() -> None:
+    loda = LoDA(mlp(), **MLP, trainable=["5.*"])
+    begin(loda, 0)
+    outside = nn.Linear(4, 2)
+    own = [id(p) for p in loda.model[5].parameters()]
+    branches = [id(p) for p in loda.lora_parameters()]
+    for options, rates in (
+        ({"lr": 0.1, "head_lr": 0.01}, [0.1, 0.01]),
+        ({"lr": 0.1}, [0.1, 0.1]),
+        ({"head_lr": 0.01}, [None, 0.01]),
+        ({}, [None, None]),
+    ):
+        groups = loda.parameters(**options, head=outside.parameters())
+        assert [[id(p) for p in group["params"]] for group in groups] == [
+            branches,
+            own + [id(p) for p in outside.parameters()],
+        ]
+        assert [group.get("lr") for group in groups] == rates
+    bare = small()
+    begin(bare, 0)
+    assert len(bare.parameters(lr=0.1)) == 1
+    with pytest.raises(ValueError, match="head_lr"):
+        bare.parameters(head_lr=0.1)
+
+
+def test_radius_is_that_of_the_settings_unless_it_is_given() -> None:
+    def trained(setting: float, given: float | None) -> dict[str, Tensor]:
+        loda = small(radius=setting)
+        begin(loda, 0)
+        x, y = inputs(0, loda.model)
+        optimizer = torch.optim.SGD(loda.parameters(), lr=0.1)
+        loda.step(
+            lambda rows: F.cross_entropy(loda.model(x[rows]), y[rows]),
+            y, optimizer, radius=given, draw=0.5, permutation=torch.arange(4),
+        )  # fmt: skip
+        return snapshot(loda.model)
+
+    assert same(trained(0.7, None), trained(0.1, 0.7))
+    assert not same(trained(0.7, None), trained(0.1, None))
+
+
+@pytest.mark.parametrize("groups", ["labels", "window", "number"])
+def test_step_in_phases_is_the_step_of_one_call(groups: str) -> None:
+    def trained(in_phases: bool) -> dict[str, Tensor]:
+        loda = LoDA(mlp(), **MLP, trainable=["5.*"], radius=0.5)
+        begin(loda, 0)
+        x, y = inputs(0, loda.model)
+        optimizer = torch.optim.SGD(loda.parameters(lr=0.1), momentum=0.9)
+        generator = torch.Generator().manual_seed(3)
+        labels = len(y) if groups == "number" else y
+        for _ in range(3):
+            if not in_phases:
+                loda.step(
+                    lambda rows: F.cross_entropy(loda.model(x[rows]), y[rows]),
+                    labels, optimizer, generator=generator,
+                )  # fmt: skip
+                continue
+            parts = 4 if groups == "window" else 1
+            xs, ys = x.chunk(parts), y.chunk(parts)
+            given = list(ys) if groups == "window" else labels
+            for half in loda.halves(given, optimizer, generator=generator):
+                for some, leave in ((half.source, half.look_ahead), (half.target, half.share)):
+                    for part in some:
+                        logits = loda.model(xs[part.batch][part.rows])
+                        loss = F.cross_entropy(logits, ys[part.batch][part.rows])
+                        (part.weight * loss).backward()
+                    leave()
+                optimizer.step()
+                half.restore()
+        return snapshot(loda.model)
+
+    whole, phases = trained(in_phases=False), trained(in_phases=True)
+    assert whole.keys() == phases.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(phases[name], tensor, rtol=1e-9, atol=1e-12)
+
+
+def test_nothing_is_saved_or_ended_while_the_branches_are_moved() -> None:
+    loda = small()
+    begin(loda, 0)
+    x, _ = inputs(0, loda.model)
+    optimizer = torch.optim.SGD(loda.parameters(), lr=0.1)
+    before = snapshot(loda.model)
+    steps = iter(loda.halves(4, optimizer))
+    half = next(steps)
+    loda.model(x[half.source[0].rows]).sum().backward()
+    half.look_ahead()
+    for call in (loda.state_dict, lambda: end(loda, 0)):
+        with pytest.raises(RuntimeError, match="restore"):
+            call()
+    # An error that the caller caught: the next step starts from where this one did.
+    loda.halves(4, optimizer)
+    assert same(snapshot(loda.model), before)
+
+
+# Losses and optimisers that miss the open task
+
+
+def test_optimiser_of_the_last_task_is_refused() -> None:
+    loda = small()
+    begin(loda, 0)
+    kept = fit(loda, 0)
+    end(loda, 0)
+    begin(loda, 1)
+    with pytest.raises(ValueError, match="after the task has begun"):
+        fit(loda, 1, kept)
+    fit(loda, 1)
+
+
+class Checkpointed(nn.Module):
+    """A block that is computed again in the backward pass."""
+
+    def __init__(self, *, reentrant: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.block, self.head, self.reentrant = nn.Linear(6, 8), nn.Linear(8, 4), reentrant
+
+    def forward(self, x: Tensor) -> Any:
+        from torch.utils.checkpoint import checkpoint
+
+        return self.head(checkpoint(self.block, x, use_reentrant=self.reentrant))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("needs_grad", [False, True])
+@pytest.mark.parametrize("in_phases", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_works_or_is_an_error(
+    reentrant: bool, in_phases: bool, needs_grad: bool
+) -> None:
+    def trained(model: nn.Module, loss_through: Any) -> Tensor:
+        x, y = inputs(0, mlp())
+        x = x.float().requires_grad_(needs_grad)
+        loda = LoDA(model, target="block", rank=2, trainable=["head.*"])
+        loda.begin_task([x.detach()])
+        optimizer = torch.optim.SGD(loda.parameters(lr=0.1))
+
+        def loss(rows: Tensor) -> Tensor:
+            return F.cross_entropy(loss_through(x[rows]), y[rows])
+
+        draws: dict[str, Any] = {"draw": 0.5, "permutation": torch.arange(4)}
+        if in_phases:
+            for half in loda.halves(y, optimizer, **draws):
+                loss(half.source[0].rows).backward()
+                half.look_ahead()
+                loss(half.target[0].rows).backward()
+                optimizer.step()
+                half.restore()
+        else:
+            loda.step(loss, y, optimizer, **draws)
+        return loda.layers["block"].branch("general").up.detach()
+
+    plain = Checkpointed(reentrant=False)
+    expected = trained(plain, lambda x: plain.head(plain.block(x)))
+    model = Checkpointed(reentrant=reentrant)
+    # Without an input that requires a gradient, or under autograd.grad, the reentrant kind gives
+    # none.
+    if reentrant and not (in_phases and needs_grad):
+        with pytest.raises(RuntimeError, match="use_reentrant"):
+            trained(model, model)
+    else:
+        torch.testing.assert_close(trained(model, model), expected)
+
+
+# One LoDA a model
+
+
+def test_a_second_loda_is_refused_while_a_task_is_open() -> None:
+    model = mlp()
+    loda, other = LoDA(model, **MLP), LoDA(model, **MLP)
+    between = other.state_dict()
+    begin(loda, 0)
+    flags = [p.requires_grad for p in model.parameters()]
+    whole, part = nn.Sequential(model), model[5:]
+    for call in (
+        lambda: LoDA(model, **MLP),
+        lambda: LoDA(whole, target="0.0", rank=2),
+        lambda: LoDA(part, target="0", rank=2),
+        lambda: LoDA(copy.deepcopy(model), **MLP),
+        lambda: begin(other, 0),
+        lambda: other.load_state_dict(between),
+    ):
+        with pytest.raises(RuntimeError, match="detach"):
+            call()
+    assert [p.requires_grad for p in model.parameters()] == flags
+    learn_on = fit(loda, 0)
+    assert learn_on is not None
+    end(loda, 0)
+    LoDA(model, **MLP)
+
+
+@pytest.mark.parametrize("through", ["itself", "a part of it", "what holds it", "a copy"])
+def test_a_model_whose_loda_is_lost_is_recovered(through: str) -> None:
+    model = mlp().train()
+    model.append(nn.BatchNorm1d(4).double())
+    model[0].requires_grad_(False)
+    flags, state = [p.requires_grad for p in model.parameters()], snapshot(model)
+    modules = list(model.modules())
+    loda = LoDA(model, **MLP)
+    begin(loda, 0)
+    fit(loda, 0)
+    held = copy.deepcopy(model) if through == "a copy" else model
+    given = {"a part of it": held[2:], "what holds it": nn.Sequential(held)}.get(through, held)
+    if through != "itself":
+        del loda
+        gc.collect()
+    LoDA.detach(given)
+    LoDA.detach(given)  # nothing is left to do
+    assert same(snapshot(held), state)
+    assert [p.requires_grad for p in held.parameters()] == flags
+    assert held.train()[6].training
+    if through == "a copy":
+        LoDA.detach(model)
+    assert list(model.modules()) == modules
+    fresh = LoDA(model, **MLP)
+    learn(fresh, 0)
+    if through == "itself":
+        with pytest.raises(RuntimeError, match="no task"):
+            end(loda, 0)
+
+
+# Running statistics
+
+
+def with_norms() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, 10), nn.BatchNorm1d(10), nn.Dropout(0.5), nn.Linear(10, 8),
+        nn.Unflatten(1, (4, 2)), nn.InstanceNorm1d(4, track_running_stats=True), nn.Flatten(),
+        nn.Linear(8, 4),
+    )  # fmt: skip
+    return model.double()
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+@pytest.mark.parametrize("ended", [True, False])
+def test_running_statistics_stay_or_move_as_the_settings_say(freeze: bool, ended: bool) -> None:
+    model = with_norms().train()
+    model[1].eval()  # a layer that was apart from the rest stays so
+    loda = LoDA(model, target=("0", "3"), rank=3, freeze_statistics=freeze)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    x, y = inputs(0, mlp())
+
+    def moved() -> set[str]:
+        return {n for n, buffer in model.named_buffers() if not torch.equal(buffer, buffers[n])}
+
+    loda.begin_task([x])
+    assert not moved()
+    assert [model[i].training for i in (1, 2, 5)] == [False, True, not freeze]
+    model.train()
+    assert [model[i].training for i in (1, 2, 5)] == [not freeze, True, not freeze]
+    optimizer = torch.optim.SGD(loda.parameters(), lr=0.1)
+    loda.step(lambda rows: F.cross_entropy(model(x[rows]), y[rows]), y, optimizer)
+    changed = moved()
+    assert bool(changed) is not freeze
+    if ended:
+        loda.end_task([x])
+        assert moved() == changed
+    else:
+        loda.abandon_task()
+        assert not moved()
+    assert not any("train" in module.__dict__ for module in model.modules())
+    assert model[5].training
+    assert all(module.training for module in model.train().modules())
+
+
+# Settings in the state
+
+
+def test_settings_travel_with_the_state_and_are_compared() -> None:
+    loda = small(gamma=2.0)
+    learn(loda, 0)
+    between = through_a_file(loda.state_dict())
+    begin(loda, 1)
+    within = through_a_file(loda.state_dict())
+    for options, trainable in (
+        ({"gamma": 1.0}, ()), ({"rank": 2}, ()), ({"general_weight": 0.1}, ()), ({}, ("5.*",)),
+    ):  # fmt: skip
+        other = LoDA(mlp(), LoDASettings(**{**MLP, "gamma": 2.0, **options}), trainable=trainable)
+        named = next(iter(options), "trainable")
+        for state in (between, within):
+            with pytest.raises(ValueError, match=named):
+                other.load_state_dict(state)
+        with pytest.raises(ValueError, match=named):
+            other.load_state_dict(within, strict=False)
+        other.load_state_dict(between, strict=False)
+        assert other.tasks == 1
+    for options in ({"history": "both"}, {"history_decay": 0.5}):
+        other = small(gamma=2.0, **options)
+        with pytest.raises(ValueError, match=next(iter(options))):
+            other.load_state_dict(between, strict=False)
+    small(gamma=2.0, radius=0.9).load_state_dict(within)
+    for broken in (b"{", b"[1]", b"\xff"):
+        with pytest.raises(ValueError, match="settings"):
+            small().load_state_dict(between | {"settings": torch.tensor(list(broken)).byte()})
+
+
+# Autocast around everything
+
+
+def test_autocast_around_a_task_is_autocast_inside_its_losses() -> None:
+    def trained(outside: bool) -> dict[str, Tensor]:
+        model = mlp().float()
+        loda = LoDA(model, **MLP, trainable=["5.*"])
+        x, y = (
+            tensor.float() if tensor.is_floating_point() else tensor for tensor in inputs(0, model)
+        )
+        probe = []
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=outside):
+            for _ in range(2):
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    probe.append(model(x).detach())
+                loda.forward = lambda net, batch: cast(net)(batch)
+                with loda.task([x]) as task:
+                    optimizer = torch.optim.SGD(task.parameters(), lr=0.5)
+                    for _ in range(3):
+                        task.step(
+                            lambda rows: F.cross_entropy(cast(model)(x[rows]).float(), y[rows]),
+                            y, optimizer, draw=0.5, permutation=torch.arange(4),
+                        )  # fmt: skip
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                probe.append(model(x).detach())
+        return {**snapshot(model), **dict(zip("abc", probe, strict=True))}
+
+    def cast(model: nn.Module) -> Any:
+        def call(x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                result: Tensor = model(x)
+                return result
+
+        return call
+
+    assert same(trained(outside=False), trained(outside=True))

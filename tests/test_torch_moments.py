@@ -1,6 +1,8 @@
 """The moment collector against recorded inputs, halves of the images against halves by hand."""
 
+from collections import OrderedDict, UserDict
 from collections.abc import Callable, Iterator
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -75,11 +77,24 @@ def test_batches_may_be_tensors_tuples_dictionaries_or_what_forward_takes() -> N
 
     model, x = Keywords(), torch.randn(4, 3)
     expected = (x.double().T @ x.double()).float()
-    for batch in (x, (x, torch.zeros(4)), [x], {"x": x, "scale": 1.0}):
+    keywords = {"x": x, "scale": 1.0}
+    mappings = (keywords, UserDict(keywords), OrderedDict(keywords), MappingProxyType(keywords))
+    for batch in (x, (x, torch.zeros(4)), [x], *mappings, (UserDict(keywords), torch.zeros(4))):
         total = collect_moments(model, [batch], "fc")["fc"].total
         torch.testing.assert_close(total.float(), expected)
     twice = collect_moments(model, [x], "fc", forward=lambda m, b: m(b, 2.0))
     torch.testing.assert_close(twice["fc"].total.float(), 4 * expected)
+    with pytest.raises(TypeError, match="forward="):
+        collect_moments(model, ["text"], "fc")
+
+
+def test_batches_of_transformers_are_mappings() -> None:
+    transformers = pytest.importorskip("transformers")
+    model, x = nn.Sequential(OrderedDict(fc=nn.Linear(3, 2))), torch.randn(4, 3)
+    expected = collect_moments(model, [x], "fc")["fc"].total
+    for kind in (transformers.BatchFeature, transformers.BatchEncoding):
+        batch = kind({"input": x})
+        assert torch.equal(collect_moments(model, [batch], "fc")["fc"].total, expected)
 
 
 def test_a_single_token_without_a_batch_axis_counts_as_one() -> None:

@@ -179,7 +179,8 @@ def test_a_task_of_one_image_has_no_held_out_ratio() -> None:
     method = small(heldout=True)
     learn(method, 0)
     one = [inputs(1, method.model)[0][:1]]
-    method.begin_task(one)
+    with pytest.warns(UserWarning, match="tokens"):
+        method.begin_task(one)
     assert method.end_task(one).heldout == {}
 
 

@@ -911,7 +911,7 @@ class LoDA:
         try:
             saved = json.loads(bytes(state["settings"].tolist()))
             known = {name: saved[name] for name in saved}
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, LookupError) as error:
             msg = f"the settings of the state cannot be read: {error}"
             raise ValueError(msg) from error
         here = self._described()

@@ -368,6 +368,7 @@ class LoRALinear(nn.Module):
         self._unmerged = weight.detach().clone(), master
         self.master = None if master is None else whole
         weight.copy_(merged)
+        torch.clear_autocast_cache()  # it may hold a cast of the weight from before
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -377,6 +378,7 @@ class LoRALinear(nn.Module):
             raise ValueError(msg)
         weight, self.master = self._unmerged
         self.frozen.copy_(weight)
+        torch.clear_autocast_cache()
         self._unmerged = None
 
     def extra_repr(self) -> str:
