@@ -803,6 +803,253 @@ def test_names_with_slashes_survive_the_state() -> None:
     assert same(twin.state_dict(), loda.state_dict())
 
 
+# Which parameters and layers take part
+
+
+@pytest.mark.parametrize("frozen", ["", "5.", "5.bias"])
+def test_a_parameter_that_is_named_trains_even_if_it_was_frozen(frozen: str) -> None:
+    model = mlp()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    flags = [p.requires_grad for p in model.parameters()]
+    before = snapshot(model)
+    loda = LoDA(model, LoDASettings(**MLP), trainable=["5.*"])
+    learn(loda, 0)
+    after = snapshot(model)
+    assert not any(torch.equal(after[n], before[n]) for n in ("5.weight", "5.bias"))
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+@pytest.mark.parametrize("pattern", ["0.*", "[02].weight", "steps"])
+def test_a_parameter_that_cannot_train_is_refused(pattern: str) -> None:
+    model = mlp()
+    model.steps = nn.Parameter(torch.zeros(2, dtype=torch.int64), requires_grad=False)
+    flags = [p.requires_grad for p in model.parameters()]
+    loda = LoDA(model, LoDASettings(**MLP), trainable=["5.*", pattern])
+    with pytest.raises(ValueError, match="trainable"):
+        loda.begin_task(never())
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model.__setitem__(2, nn.Identity()), r"missing: \['2'\]"),
+        (lambda model: model.append(nn.Linear(4, 4).double()), r"without a past: \['6'\]"),
+        (lambda model: model.__setitem__(5, nn.Linear(9, 4).double()), r"\(6, 9\)"),
+        (lambda model: model.insert(0, nn.Identity()), "missing.*without"),
+    ],
+)
+def test_layers_that_changed_between_tasks_are_refused_before_anything_is_touched(
+    change: Any, message: str
+) -> None:
+    model = mlp()
+    loda = LoDA(model, target="*", rank=3)
+    learn(loda, 0)
+    change(model)
+    modules, flags = list(model.modules()), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        loda.begin_task(never())
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert not loda.is_open
+    assert loda.tasks == 1
+
+
+def test_fewer_tokens_than_directions_are_warned_of_with_their_numbers() -> None:
+    x = inputs(0, mlp())[0]
+    loda = small(rank_pattern={"2": 6})
+    with pytest.warns(UserWarning, match=r"rank 6 and 4 tokens in layer '2' \(too few in 1 of 3"):
+        loda.begin_task([x[:4]])
+    loda.abandon_task()
+    loda.begin_task([x[:6]])
+    loda.abandon_task()
+    loda.begin_task(
+        [x[:2]],
+        bases={
+            n: {"general": torch.eye(w)[:, :3] if n != "2" else torch.eye(w)[:, :6]}
+            for n, w in WIDTHS.items()
+        },
+    )
+
+
+PATTERNS: dict[str, Any] = {
+    "rank_pattern": {"2": 2, "[24]": 4},
+    "weight_pattern": {"[02]": 0.5},
+}
+RANKS, FACTORS = {"0": 3, "2": 2, "4": 4}, {"0": 0.5, "2": 0.5, "4": 1.0}
+
+
+@pytest.mark.parametrize("options", [{}, {"joint": True, "heldout": True}], ids=str)
+def test_rank_and_weight_of_a_layer_follow_the_first_pattern_that_fits(options: Any) -> None:
+    loda = small(**PATTERNS, **options, recalibration="full")
+    uniform = {rank: small(rank=rank, **options) for rank in (2, 3, 4)}
+    for method in (loda, *uniform.values()):
+        begin(method, 0)
+        end(method, 0)
+        begin(method, 1)
+    for name, layer in loda.layers.items():
+        for branch, weight in (("general", 0.25), ("isolated", 0.5)):
+            down = layer.branch(branch).down
+            assert torch.equal(down, uniform[RANKS[name]].layers[name].branch(branch).down)
+            assert layer.branch(branch).scale == weight * FACTORS[name]
+    before = snapshot(loda.model)
+    fit(loda, 1)
+    record = end(loda, 1)
+    for name in WIDTHS:
+        weights = {"general": 0.25 * FACTORS[name], "isolated": 0.5 * FACTORS[name]}
+        assert record.weights[name] == weights
+        up = torch.cat([w * record.ups[name][b] for b, w in weights.items()], dim=1)
+        down = torch.cat([record.downs[name][b] for b in weights])
+        factor = torch.eye(len(down), dtype=up.dtype)
+        size = len(record.coefficients[name])
+        factor[:size, :size] = record.coefficients[name]
+        assert size == RANKS[name] * (2 if options else 1)
+        merged = before[f"{name}.base.weight"] + up @ factor @ down
+        torch.testing.assert_close(loda.model.get_submodule(name).weight.detach(), merged)
+
+
+def test_state_of_other_ranks_by_layer_is_refused() -> None:
+    loda, twin = small(**PATTERNS), small(**PATTERNS)
+    for task in range(2):
+        begin(loda, task)
+        twin.load_state_dict(loda.state_dict())
+        twin.model.load_state_dict(loda.model.state_dict())
+        fit(loda, task)
+        fit(twin, task)
+        end(loda, task)
+        end(twin, task)
+        assert same(snapshot(loda.model), snapshot(twin.model))
+    begin(loda, 2)
+    with pytest.raises(ValueError, match="state"):
+        small(rank_pattern={"2": 3}).load_state_dict(loda.state_dict())
+
+
+def test_patterns_that_fit_no_target_layer_are_refused_at_construction() -> None:
+    for name in ("rank_pattern", "weight_pattern"):
+        with pytest.raises(ValueError, match=f"{name}.*'5'"):
+            small(**{name: {"5": 1}})
+    with pytest.raises(ValueError, match=r"7.*6"):
+        small(rank_pattern={"0": 7})
+
+
+# Half precision
+
+
+def bfloat16_vit() -> nn.Module:
+    return vit().bfloat16()
+
+
+def test_rounding_at_the_merge_is_recorded_and_warned_of() -> None:
+    loda = small(bfloat16_vit)
+    begin(loda, 0)
+    fit(loda, 0)
+    with pytest.warns(UserWarning, match="master"):
+        record = end(loda, 0)
+    assert record.rounding.keys() == loda.history.keys()
+    logged = record.diagnostics()
+    for name, rounding in record.rounding.items():
+        assert logged[name]["rounding"]["correlation"] == float(rounding.correlation) < 0.99
+    assert loda.tasks == 1
+    assert learn(small(), 0).rounding == {}
+
+
+def test_masters_hold_the_sum_of_all_updates_and_go_with_the_state() -> None:
+    loda, twin = (small(bfloat16_vit, master=True, recalibration="none") for _ in range(2))
+    model, exact = loda.model, {}
+    for task in range(4):
+        begin(loda, task)
+        fit(loda, task)
+        if task == 2:  # goes on in another object
+            state = through_a_file({"loda": loda.state_dict(), "model": model.state_dict()})
+            twin.load_state_dict(state["loda"])
+            twin.model.load_state_dict(state["model"])
+            loda, model = twin, twin.model
+        for name, layer in loda.layers.items():
+            start = exact.get(name, layer.base.weight.detach().double())
+            exact[name] = start + layer.delta().detach().double()
+        end(loda, task)
+        for name, weight in exact.items():
+            torch.testing.assert_close(loda.masters[name].double(), weight, rtol=1e-5, atol=1e-6)
+            assert torch.equal(model.get_submodule(name).weight, loda.masters[name].bfloat16())
+    changed, other = loda.masters
+    with torch.no_grad():
+        model.get_submodule(changed).weight.mul_(2)
+    kept = loda.masters[other]
+    begin(loda, 4)
+    start = loda.layers[changed].base.weight
+    assert torch.equal(loda.layers[changed].master, start.float())
+    assert torch.equal(loda.layers[other].master, kept)
+    loda.abandon_task()
+    assert small(master=True).masters == {}
+
+
+# Models of other kinds through whole tasks
+
+
+@pytest.mark.slow  # imports the compiler
+@pytest.mark.parametrize("compiled", ["model", "copy"])
+def test_a_compiled_model_is_validated_inside_a_task(compiled: str) -> None:
+    results = []
+
+    def through_tasks(loda: LoDA, run: Any) -> None:
+        model = loda.model
+        for task in range(2):
+            x, y = inputs(task, model)
+            loda.begin_task([x])
+            optimizer = torch.optim.SGD(loda.trainable_parameters(), lr=0.05)
+            for seed in range(2):
+                run.train()
+                loda.step(
+                    lambda rows, x=x, y=y: F.cross_entropy(run(x[rows]), y[rows]), y, optimizer,
+                    radius=0.3, generator=torch.Generator().manual_seed(seed),
+                )  # fmt: skip
+                run.eval()
+                with torch.no_grad():
+                    run(x)
+            loda.end_task([x])
+            with torch.no_grad():
+                results.append(run(x))
+
+    through_tasks(plain := small(), plain.model)
+    loda = small()
+    if compiled == "model":
+        loda.model.compile(backend="eager")
+    run = loda.model if compiled == "model" else torch.compile(loda.model, backend="eager")
+    through_tasks(loda, run)
+    for one, other in zip(results[:2], results[2:], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_an_encoder_with_packed_projections_goes_through_tasks() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).double()
+    loda = LoDA(model, target="all-linear", rank=2, heldout=True, history="both")
+    names, parameters = list(model.state_dict()), list(model.parameters())
+    for _task in range(2):
+        x = torch.randn(8, 4, 6, dtype=torch.float64)
+        loda.begin_task([x])
+        assert len(loda.layers) == 8
+        optimizer = torch.optim.SGD(loda.trainable_parameters(), lr=0.1)
+        loda.step(
+            lambda rows, x=x: model(x[rows]).pow(3).mean(),
+            torch.arange(8) % 2,
+            optimizer,
+            radius=0.1,
+        )
+        before = {name: layer.weight.detach().clone() for name, layer in loda.layers.items()}
+        with pytest.raises(OSError, match="gone"):
+            loda.end_task(breaking([x], OSError("gone"), on_walk=2))
+        assert all(torch.equal(layer.weight, before[n]) for n, layer in loda.layers.items())
+        record = loda.end_task([x])
+    assert record.effects.keys() == record.heldout.keys() == loda.history.keys()
+    assert list(model.state_dict()) == names
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert all(p.requires_grad for p in parameters)
+
+
 # A task as a context
 
 

@@ -724,6 +724,8 @@ class LoDA:
             # The moment in the state replaces the pass over the task's images.
             for name, layer in task.layers.items():
                 device = layer.frozen.device
+                # Whatever weights the model has now: its own are loaded later.
+                layer.master = self.masters.get(name)
                 task.new[name] = state[f"new/{name}"].to(device, copy=True)
                 for branch in self.settings.names(tasks == 0):
                     down, up = (state[f"{part}/{branch}/{name}"] for part in ("down", "up"))

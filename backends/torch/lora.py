@@ -181,7 +181,8 @@ class LoRALinear(nn.Module):
     @_is_full_backward_hook.setter
     def _is_full_backward_hook(self, full: bool | None) -> None:
         base = self.__dict__.get("_modules", {}).get("base")
-        if base is not None:  # nn.Module sets it before there is one
+        # nn.Module sets None before there is a base, and in a copy after there is one.
+        if base is not None and full is not None:
             base._is_full_backward_hook = full
 
     @property
