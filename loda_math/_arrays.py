@@ -55,6 +55,11 @@ def is_torch(x: Any) -> bool:
     return bool(compat.is_torch_array(x))
 
 
+def is_cupy(x: Any) -> bool:
+    """Whether ``x`` is a CuPy array."""
+    return bool(compat.is_cupy_array(x))
+
+
 def is_deferred(x: Any) -> bool:
     """Whether ``x`` is a dask array: dask can carry moments, and has no ``eigh`` to solve with."""
     return bool(compat.is_dask_array(x))
@@ -209,25 +214,6 @@ def descending_eigh(xp: Namespace, x: Array) -> tuple[Array, Array]:
     order = xp.argsort(values, axis=-1, descending=True)
     values = xp.take_along_axis(values, order, axis=-1)
     return values, xp.take_along_axis(vectors, order[..., None, :], axis=-1)
-
-
-def lower_cholesky(xp: Namespace, x: Array, name: str) -> Array:
-    """Lower Cholesky factor of an exactly symmetric matrix; a failure is reported by ``name``."""
-    msg = (
-        f"{name} is not positive semi-definite to working precision: it has eigenvalues below "
-        f"-ridge/D of its trace. Accumulate it with second_moment (float32 or wider tokens), "
-        f"or raise ridge."
-    )
-    try:
-        # Of torch's factors the upper one is laid out as LAPACK wants it next: without a copy.
-        factor = xp.linalg.cholesky(x, upper=True).mT if is_torch(x) else xp.linalg.cholesky(x)
-    except Exception as error:
-        raise ValueError(msg) from error
-    # JAX and CuPy report a failure as NaN.
-    silent = is_jax(x) or bool(compat.is_cupy_array(x))
-    if silent and is_concrete(x) and not bool(xp.all(xp.isfinite(factor))):
-        raise ValueError(msg)
-    return factor
 
 
 def semidefinite_solve(xp: Namespace, matrix: Array, rhs: Array, noise: float) -> Array:
