@@ -46,7 +46,9 @@ def leading_eigh(
     to the largest magnitude.
     """
     if _on_host(x, count):
-        return _solve_each(xp, lambda a: _leading(a, count, lanczos), x)
+        if not lanczos:
+            return _solve_each(xp, lambda a: _dense_leading(a.T, count), x)
+        return _solve_each(xp, lambda a: _leading(a, count), x)
     values, vectors = descending_eigh(xp, x)
     return values[..., :count], vectors[..., :count]
 
@@ -54,7 +56,7 @@ def leading_eigh(
 def trailing_eigh(xp: Namespace, x: Array, count: int) -> tuple[Array, Array, Array]:
     """The ``count`` smallest eigenvalues, rising, eigenvectors, and the largest eigenvalue."""
     if _on_host(x, count):
-        return _solve_each(xp, lambda a: _dense(a, 0, count), x)
+        return _solve_each(xp, lambda a: _dense(a.T, 0, count), x)
     values, vectors = descending_eigh(xp, x)
     rising = xp.flip(values[..., -count:], axis=-1)
     return rising, xp.flip(vectors[..., -count:], axis=-1), values[..., :1]
@@ -230,11 +232,13 @@ def _potrf(a: Any) -> Any:
     return upper.T
 
 
-def _leading(a: Any, count: int, lanczos: bool = True) -> tuple[Any, Any]:
+def _leading(a: Any, count: int) -> tuple[Any, Any]:
     """Leading eigenpairs of one row-major NumPy matrix, of which the lower triangle is read."""
-    proven = _lanczos(a, count) if lanczos and len(a) >= LANCZOS_SIZE else None
-    if proven is not None:
-        return proven
+    proven = _lanczos(a, count) if len(a) >= LANCZOS_SIZE else None
+    return _dense_leading(a, count) if proven is None else proven
+
+
+def _dense_leading(a: Any, count: int) -> tuple[Any, Any]:
     values, vectors, _ = _dense(a, len(a) - count, len(a))
     return values[::-1].copy(), vectors[:, ::-1].copy()
 
@@ -304,7 +308,7 @@ def _leading_generalised(s: Any, factor: Any, count: int) -> tuple[Any, Any]:
 def _dense(a: Any, start: int, stop: int) -> tuple[Any, Any, Any]:
     """Eigenpairs ``start`` to ``stop``, rising, and the largest eigenvalue, by one reduction.
 
-    Of the row-major matrix the lower triangle is read.
+    The lower triangle is read; a column-major matrix costs less.
     """
     import numpy as np
     from scipy.linalg import LinAlgError, eigh, eigh_tridiagonal, eigvalsh_tridiagonal
@@ -328,11 +332,15 @@ def _dense(a: Any, start: int, stop: int) -> tuple[Any, Any, Any]:
     except LinAlgError:  # the part may fail among equal eigenvalues; all of them never do
         values, vectors = eigh(a, driver="evd", check_finite=False)
         return values[start:stop], vectors[:, start:stop], values[-1:]
-    # The reflectors of the reduction leave the first coordinate as it is.
-    vectors[1:], _, _ = functions[1](
-        "L", "N", reduced[1:, :-1], scales, vectors[1:], lwork=BLOCK * (stop - start)
+    # The reflectors lie below the diagonal and leave the first coordinate as it is. A shift by one
+    # element presents them as those of a QR decomposition, with a last row that must be zero.
+    reduced[0, 1:] = 0
+    reflectors = reduced.ravel(order="K")[1 : 1 - size].reshape(size, size - 1, order="F")
+    shifted = np.roll(vectors, -1, axis=0)
+    shifted, _, _ = functions[1](
+        "L", "N", reflectors, scales, shifted, lwork=BLOCK * (stop - start)
     )
-    return values, vectors, largest
+    return values, np.roll(shifted, 1, axis=0), largest
 
 
 def _triangular(a: Any, b: Any, flag: str) -> Any:

@@ -66,10 +66,10 @@ class _Bracket(NamedTuple):
 
 
 class _Point(NamedTuple):
-    """U(κ) with its energies, shape (..., 1, 1), and the eigenvalues of S − κR around r."""
+    """U(κ) and one direction more, energies of U(κ), and the eigenvalues of S − κR around r."""
 
     basis: Array
-    new: Array
+    new: Array  # (..., 1, 1)
     old: Array
     around: Array  # (..., 1, 2), or (..., 1, 1) for r = D
 
@@ -88,7 +88,7 @@ def trace_ratio(
     old = xp.zeros_like(new) if old is None else old
     s, r = regularised(xp, new, old, ridge, gram_eps)
     spectrum, vectors = leading_eigh(xp, s, min(rank + 1, size))
-    top = _point(xp, s, r, rank, spectrum, vectors)
+    top = _point(xp, s, r, spectrum, vectors, rank)
     most = xp.sum(spectrum[..., :rank], axis=-1)[..., None, None]
     floor = _Floor(energy_floor * most, rounding_share(xp, size, s) * most)
     # Theorem 2.2's basis: its ratio is where the search begins.
@@ -110,8 +110,9 @@ def trace_ratio(
         r_norm, _ = leading_eigh(xp, r, 1)
     # Rotate the basis within its span to separate inert directions from the others: dropping an
     # inert column then loses no energy.
-    energies, turn = descending_eigh(xp, point.basis.mT @ (s @ point.basis))
-    basis = point.basis @ turn
+    basis = point.basis[..., :rank]
+    energies, turn = descending_eigh(xp, basis.mT @ (s @ basis))
+    basis = basis @ turn
     ratios = energies / xp.sum(basis * (r @ basis), axis=-2)
     noise = rounding_share(xp, size, new, old, gram_eps=gram_eps)
     inert = energies <= noise * spectrum[..., :1]
@@ -137,39 +138,48 @@ def _search(
 
     Each κ is the answer for the pencil within the span of a few bases that are known already. Those
     at both ends of the bracket are among them, so that this answer lies in the bracket too, and its
-    error is at least squared by a step.
+    error is at least squared by a step. Where the bound proves the answer, it is final.
     """
     size, eps = int(s.shape[-1]), float(xp.finfo(s.dtype).eps)
-    close = 64 * rounding_share(xp, size, s)
+    count, close = min(rank + 1, size), 64 * rounding_share(xp, size, s)
     best, kappa = top, _ratio_of(xp, s, r, start)
     bracket = _Bracket(xp.zeros_like(kappa), xp.full_like(kappa, math.inf))
-    upper, fails, is_last = bracket.high, xp.zeros_like(kappa), kappa < 0
+    upper, fails = bracket.high, xp.zeros_like(kappa)
+    is_last = is_done = kappa < 0
     # Three bases save a step over two, and pay where their problems are small.
-    known = [start] if 12 * rank > size else [start, start]
+    known = [start] if 16 * rank > size else [start, start]
     for _ in range(MOST_STEPS):
         span, _ = xp.linalg.qr(xp.concat([best.basis, *known], axis=-1))
         small = [span.mT @ (m @ span) for m in (s, r)]
-        kappa = _root(xp, small[0], small[1], rank, floor, kappa, bracket).low
+        answer = _root(xp, small[0], small[1], rank, floor, kappa, bracket).low
+        values, vectors = descending_eigh(xp, _shifted(small[0], small[1], answer))
+        guess = _point(xp, small[0], small[1], values[..., :count], vectors[..., :count], rank)
+        is_proven = floor.is_met(guess.new) & (upper * guess.old <= (1 + close) * guess.new)
+        is_proven = is_proven & ~is_done
+        best = _chosen(xp, is_proven, guess._replace(basis=span @ guess.basis), best)
+        bracket = _narrowed(xp, bracket, answer, is_proven, xp.zeros_like(is_proven))
+        is_done = is_done | is_proven
+        if bool(xp.all(is_done)):
+            break
         # Where eigenvalues cross, rounding may put one κ after the other on the far side.
         back = xp.expm1(xp.log1p(bracket.high) - 4 * eps * 64.0**fails)
-        kappa = xp.maximum(bracket.low, xp.minimum(kappa, back))
+        kappa = xp.where(is_done, kappa, xp.maximum(bracket.low, xp.minimum(answer, back)))
         is_stuck = kappa <= bracket.low * (1 + 4 * eps)
-        values, vectors = leading_eigh(xp, s - kappa * r, min(rank + 1, size), lanczos=False)
-        point = _point(xp, s, r, rank, values, vectors)
-        meets = floor.is_met(point.new)
+        values, vectors = leading_eigh(xp, _shifted(s, r, kappa), count, lanczos=False)
+        point = _point(xp, s, r, values, vectors, rank)
         upper = xp.minimum(upper, _bound(xp, floor, kappa, point))
+        meets = floor.is_met(point.new)
+        fails = xp.where(meets, xp.zeros_like(fails), fails + 1)
         known = [xp.where(meets, best.basis, point.basis), *known][: len(known)]
-        best = _Point(*(xp.where(meets, *pair) for pair in zip(point, best, strict=True)))
-        bracket = _narrowed(xp, bracket, kappa, meets)
-        fails = xp.where(meets, 0 * fails, fails + 1)
+        best = _chosen(xp, meets & ~is_done, point, best)
+        bracket = _narrowed(xp, bracket, kappa, meets & ~is_done, ~(meets | is_done))
         gain = best.new - bracket.low * best.old
         is_at_root = (gain <= close * best.new) | is_last
         is_at_floor = (best.new - floor.energy <= close * floor.energy) & (bracket.low > 0)
         is_last = meets & (gain <= LAST_GAIN * best.new)
-        is_done = is_at_root | is_at_floor | (meets & is_stuck) | _is_shut(xp, bracket)
+        is_done = is_done | is_at_root | is_at_floor | (meets & is_stuck) | _is_shut(xp, bracket)
         if bool(xp.all(is_done)):
             break
-        kappa = xp.where(is_done, bracket.low, kappa)
     return best, bracket.low, upper, xp.isinf(bracket.high)
 
 
@@ -180,8 +190,9 @@ def _fixed_search(
     kappa = _ratio_of(xp, s, r, start)
     bracket = _Bracket(xp.zeros_like(kappa), xp.full_like(kappa, math.inf))
     bracket = _root(xp, s, r, rank, floor, kappa, bracket, steps)
-    values, vectors = leading_eigh(xp, s - bracket.low * r, min(rank + 1, int(s.shape[-1])))
-    point = _point(xp, s, r, rank, values, vectors)
+    shifted = _shifted(s, r, bracket.low)
+    values, vectors = leading_eigh(xp, shifted, min(rank + 1, int(s.shape[-1])))
+    point = _point(xp, s, r, values, vectors, rank)
     upper = _bound(xp, floor, bracket.low, point)
     return point, bracket.low, upper, xp.isinf(bracket.high)
 
@@ -205,12 +216,13 @@ def _root(
     eps = float(xp.finfo(s.dtype).eps)
     stride, is_last = xp.full_like(kappa, math.inf), kappa < 0
     for _ in range(steps or MOST_STEPS):
-        values, vectors = descending_eigh(xp, s - kappa * r)
+        values, vectors = descending_eigh(xp, _shifted(s, r, kappa))
         basis = vectors[..., :rank]
         shadow = r @ basis
         old = xp.sum(basis * shadow, axis=(-2, -1), keepdims=True)
         new = span_energy(xp, basis, s, keepdims=True)
-        bracket = _narrowed(xp, bracket, kappa, floor.is_met(new))
+        meets = floor.is_met(new)
+        bracket = _narrowed(xp, bracket, kappa, meets, ~meets)
         rises, gain = xp.isinf(bracket.high), new - kappa * old
         is_done = xp.where(
             rises,
@@ -228,7 +240,7 @@ def _root(
         # In t = log(1 + κ), over which the energy changes most evenly.
         low, t, high = (xp.log1p(k) for k in (bracket.low, kappa, bracket.high))
         aim = t - safe_divide(xp, new - floor.energy, (1 + kappa) * slope)
-        is_sound = (aim > low) & (aim < high) & (xp.abs(aim - t) <= 0.5 * stride)
+        is_sound = (aim > low) & (aim < high) & (xp.abs(aim - t) <= 0.5 * stride) & ~rises
         aim = xp.where(is_sound, aim, 0.5 * (low + high))
         following = xp.where(rises, xp.maximum(kappa, new / old), xp.expm1(aim))
         stride = xp.abs(xp.log1p(following) - t)
@@ -236,10 +248,22 @@ def _root(
     return bracket
 
 
-def _point(xp: Namespace, s: Array, r: Array, rank: int, values: Array, vectors: Array) -> _Point:
+def _shifted(s: Array, r: Array, kappa: Array) -> Array:
+    """S − κR."""
+    shifted = -kappa * r
+    shifted += s
+    return shifted
+
+
+def _point(xp: Namespace, s: Array, r: Array, values: Array, vectors: Array, rank: int) -> _Point:
+    """The point of the r + 1 leading eigenpairs of S − κR, or of all of them for r = D."""
     basis = vectors[..., :rank]
     new, old = (span_energy(xp, basis, m, keepdims=True) for m in (s, r))
-    return _Point(basis, new, old, values[..., None, rank - 1 :])
+    return _Point(vectors, new, old, values[..., None, rank - 1 :])
+
+
+def _chosen(xp: Namespace, mask: Array, one: _Point, other: _Point) -> _Point:
+    return _Point(*(xp.where(mask, *pair) for pair in zip(one, other, strict=True)))
 
 
 def _ratio_of(xp: Namespace, s: Array, r: Array, basis: Array) -> Array:
@@ -247,11 +271,13 @@ def _ratio_of(xp: Namespace, s: Array, r: Array, basis: Array) -> Array:
     return xp.clip(new / old, 0.0, None)
 
 
-def _narrowed(xp: Namespace, bracket: _Bracket, kappa: Array, meets: Array) -> _Bracket:
+def _narrowed(
+    xp: Namespace, bracket: _Bracket, kappa: Array, meets: Array, fails: Array
+) -> _Bracket:
     """The bracket after one more try; rounding must not widen it."""
     return _Bracket(
         xp.where(meets, xp.maximum(bracket.low, kappa), bracket.low),
-        xp.where(meets, bracket.high, xp.minimum(bracket.high, kappa)),
+        xp.where(fails, xp.minimum(bracket.high, kappa), bracket.high),
     )
 
 

@@ -563,10 +563,11 @@ def test_the_ratio_only_rises_along_the_iterations(pencil: tuple) -> None:
     best, steps = largest_ratio(s, r, pencil[2]), []
     # Newton starts at the ratio of Theorem 2.2's basis.
     kappa, none = np.full((1, 1), ratio(start, s, r)), np.zeros((1, 1))
+    xp = namespace(s=s)
     for count in range(1, 6):
         bracket = _trace_ratio._Bracket(none, none + np.inf)
         floor = _trace_ratio._Floor(none, none)
-        bracket = _trace_ratio._root(np, s, r, pencil[2], floor, kappa, bracket, count)
+        bracket = _trace_ratio._root(xp, s, r, pencil[2], floor, kappa, bracket, count)
         steps.append(bracket.low.item())
         assert np.isinf(bracket.high)
         assert steps[-1] <= best * (1 + 1e-9)
