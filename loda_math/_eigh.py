@@ -17,11 +17,12 @@ from loda_math._arrays import (
     Array,
     Namespace,
     descending_eigh,
+    diagonal,
     is_concrete,
-    is_cupy,
     is_jax,
     is_numpy,
     is_torch,
+    placed_like,
 )
 
 # Below this size the standard solver is as fast as any.
@@ -35,6 +36,11 @@ LANCZOS_LEAST, LANCZOS_RESTARTS = 48, 6
 BLOCK = 64
 # Steps of the power method that bounds an eigenvalue: its order of magnitude is what counts.
 POWER_STEPS = 8
+
+
+def is_partial(x: Array, count: int) -> bool:
+    """Whether fewer eigenpairs cost less; their values can be read then, without a wait."""
+    return _on_host(x, count)
 
 
 def leading_eigh(
@@ -62,19 +68,16 @@ def trailing_eigh(xp: Namespace, x: Array, count: int) -> tuple[Array, Array, Ar
     return rising, xp.flip(vectors[..., -count:], axis=-1), values[..., :1]
 
 
-def leading_pencil(xp: Namespace, s: Array, r: Array, count: int, name: str) -> tuple[Array, Array]:
-    """The ``count`` largest eigenvalues of (S, R), R = LLᵀ, and L⁻ᵀV for orthonormal V.
+def reduced_pencil(xp: Namespace, s: Array, factor: Array, count: int) -> tuple[Array, Array]:
+    """The ``count`` largest eigenvalues of the pencil (S, LLᵀ), falling, and V.
 
-    A failure of the factorisation is reported in terms of the argument ``name``.
+    V holds orthonormal eigenvectors of L⁻¹SL⁻ᵀ; those of the pencil are L⁻ᵀV.
     """
-    factor = lower_cholesky(xp, r, name)
     if _on_host(s, count):
-        values, vectors = _solve_each(xp, lambda a, b: _leading_generalised(a, b, count), s, factor)
-    else:
-        half = lower_solve(xp, factor, s)
-        values, vectors = descending_eigh(xp, lower_solve(xp, factor, half.mT))
-        values, vectors = values[..., :count], vectors[..., :count]
-    return values, lower_solve(xp, factor, vectors, transpose=True)
+        return _solve_each(xp, lambda a, b: _leading_generalised(a, b, count), s, factor)
+    half = lower_solve(xp, factor, s)
+    values, vectors = descending_eigh(xp, lower_solve(xp, factor, half.mT))
+    return values[..., :count], vectors[..., :count]
 
 
 def lower_cholesky(xp: Namespace, x: Array, name: str) -> Array:
@@ -86,9 +89,9 @@ def lower_cholesky(xp: Namespace, x: Array, name: str) -> Array:
         if "LinAlgError" not in type(error).__name__:
             raise
         raise ValueError(_indefinite(name, _failing(xp, x))) from error
-    # JAX and CuPy report a failure as NaN.
-    if (is_jax(x) or is_cupy(x)) and is_concrete(x):
-        is_sound = xp.all(xp.isfinite(factor), axis=(-2, -1))
+    # NumPy and torch raise. JAX and CuPy leave NaN, MLX the pivot that is not positive.
+    if not (is_numpy(x) or is_torch(x)) and is_concrete(x):
+        is_sound = xp.all(diagonal(xp, factor) > 0, axis=-1)
         if not bool(xp.all(is_sound)):
             first = int(xp.argmin(xp.reshape(xp.astype(is_sound, xp.int32), (-1,))))
             raise ValueError(_indefinite(name, _index(x, first)))
@@ -192,9 +195,10 @@ def _solve_each(
     flat = [np.ascontiguousarray(a).reshape(-1, *a.shape[-2:]) for a in host]
     with _threads_of(arrays[0]):
         solved = [solve(*matrices) for matrices in zip(*flat, strict=True)]
+    where = placed_like(arrays[0])
     if not batch:
-        return tuple(xp.asarray(x) for x in solved[0])
-    parts = (xp.stack([xp.asarray(x) for x in part]) for part in zip(*solved, strict=True))
+        return tuple(xp.asarray(x, **where) for x in solved[0])
+    parts = (xp.stack([xp.asarray(x, **where) for x in part]) for part in zip(*solved, strict=True))
     return tuple(xp.reshape(x, (*batch, *x.shape[1:])) for x in parts)
 
 

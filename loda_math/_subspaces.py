@@ -4,6 +4,7 @@ Each gives directions in order of merit with their eigenvalues, one more than is
 the gap behind the last one is known.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from loda_math._arrays import (
@@ -13,14 +14,23 @@ from loda_math._arrays import (
     coarsest_eps,
     fix_signs,
     is_array,
+    larger,
     peak,
     result_dtype,
-    rounding_share,
     safe_divide,
     trace,
     widen,
 )
-from loda_math._eigh import largest_eigenvalue, leading_eigh, leading_pencil, trailing_eigh
+from loda_math._eigh import (
+    is_partial,
+    largest_eigenvalue,
+    leading_eigh,
+    lower_cholesky,
+    lower_solve,
+    reduced_pencil,
+    trailing_eigh,
+)
+from loda_math._rounding import channel_noise, is_noise, noise_along
 
 
 class Directions(NamedTuple):
@@ -38,7 +48,7 @@ def normalised(xp: Namespace, moment: Array) -> tuple[Array, Array]:
     largest = peak(xp, moment)
     moment = safe_divide(xp, moment, largest)
     # The trace of a true moment is positive; a negative one must not flip its sign.
-    total = xp.abs(trace(xp, moment))
+    total = xp.abs(trace(xp, moment)[..., None, None])
     # The symmetric part in one scaling: large moments are bound by memory, not by arithmetic.
     moment = moment + moment.mT
     moment *= safe_divide(xp, xp.full_like(total, 0.5), total)
@@ -46,20 +56,20 @@ def normalised(xp: Namespace, moment: Array) -> tuple[Array, Array]:
 
 
 def regularised(
-    xp: Namespace, new: Array, old: Array, ridge: Any, gram_eps: float = 0.0
+    xp: Namespace, new: Array, old: Array, ridge: Any, gram_eps: Any = 0.0
 ) -> tuple[Array, Array]:
     """Both moments of trace one, and the history with the ridge (α / D) I on it."""
     size = int(new.shape[-1])
     s_new, s_old = (normalised(xp, s)[0] for s in widen(xp, new, old))
     least = 4 * size * coarsest_eps(xp, new, old, gram_eps=gram_eps)
     # An array is not read: it may be on an accelerator, or stand for a value that comes later.
-    traced = is_array(ridge)
-    alpha = xp.clip(xp.astype(ridge, s_old.dtype), least, None) if traced else max(ridge, least)
+    alpha = larger(xp, xp.astype(ridge, s_old.dtype) if is_array(ridge) else ridge, least)
+    alpha = alpha[..., None, None] if is_array(alpha) else alpha
     return s_new, add_to_diagonal(xp, s_old, alpha / size)
 
 
 def general(
-    xp: Namespace, new: Array, old: Array | None, rank: int, gram_eps: float = 0.0
+    xp: Namespace, new: Array, old: Array | None, rank: int, gram_eps: Any = 0.0
 ) -> Directions:
     """Leading eigenvectors of the sum of the moments, eigenvalues in the units of the moments."""
     (s,) = widen(xp, new)
@@ -69,44 +79,94 @@ def general(
         s, units = 0.5 * s, 2.0
         s += 0.5 * widen(xp, old)[0]
     s, total = normalised(xp, s)
-    noise = rounding_share(xp, int(s.shape[-1]), new, old, gram_eps=gram_eps)
-    directions = leading(xp, s, rank, noise)
+    directions = leading(xp, s, rank, new, old, gram_eps=gram_eps)
     scale = units * total[..., 0]
     return directions._replace(values=directions.values * scale, largest=directions.largest * scale)
 
 
-def leading(xp: Namespace, s: Array, rank: int, noise: float) -> Directions:
-    """Leading eigenvectors of a moment; below ``noise`` times the largest they are inert."""
-    count = min(rank + 1, int(s.shape[-1]))
-    values, vectors = leading_eigh(xp, s, count)
-    largest = values[..., :1]
-    return Directions(vectors, values, values <= noise * largest, largest)
+def leading(
+    xp: Namespace, s: Array, rank: int, *given: Array | None, gram_eps: Any = 0.0
+) -> Directions:
+    """Leading eigenvectors of a moment that came from the given arrays."""
+    size, eps = int(s.shape[-1]), float(xp.finfo(s.dtype).eps)
+
+    def solve(count: int) -> tuple[Directions, Array]:
+        values, vectors = leading_eigh(xp, s, count)
+        largest = values[..., :1]
+        noise = channel_noise(xp, s, largest, *given, gram_eps=gram_eps)
+        along = noise_along(xp, noise, vectors)
+        inert = is_noise(xp, values, along, size * eps * largest)
+        return Directions(vectors, values, inert, largest), xp.min(noise, axis=-1, keepdims=True)
+
+    return _first_above_noise(xp, solve, min(rank + 1, size), s)
 
 
 def isolated(
-    xp: Namespace, new: Array, old: Array | None, rank: int, ridge: Any, gram_eps: float = 0.0
+    xp: Namespace, new: Array, old: Array | None, rank: int, ridge: Any, gram_eps: Any = 0.0
 ) -> Directions:
     """Leading generalised eigenvectors of (new, old + ridge), Theorem 2.2, made orthonormal."""
-    size = int(new.shape[-1])
     if old is None:
         s_new, _ = normalised(xp, *widen(xp, new))
-        return leading(xp, s_new, rank, rounding_share(xp, size, new, gram_eps=gram_eps))
+        return leading(xp, s_new, rank, new, gram_eps=gram_eps)
     s_new, r = regularised(xp, new, old, ridge, gram_eps)
-    noise = rounding_share(xp, size, new, old, gram_eps=gram_eps) * largest_eigenvalue(xp, s_new)
-    return generalised(xp, s_new, r, min(rank + 1, size), noise)
+    largest = largest_eigenvalue(xp, s_new)
+    noise = channel_noise(xp, s_new, largest, new, old, gram_eps=gram_eps)
+    return generalised(xp, s_new, r, min(rank + 1, int(new.shape[-1])), noise)
 
 
 def generalised(xp: Namespace, s_new: Array, r: Array, count: int, noise: Array) -> Directions:
-    """Leading generalised eigenvectors of (S_new, R), orthonormalised in that order."""
-    values, directions = leading_pencil(xp, s_new, r, count, "old")
+    """Leading generalised eigenvectors of (S_new, R), orthonormalised in that order.
+
+    ``noise`` is that of S_new by channel.
+    """
+    size, eps = int(s_new.shape[-1]), float(xp.finfo(s_new.dtype).eps)
+    factor = lower_cholesky(xp, r, "old")
+    # With wᵀRw = 1 the squared length of w is at least the inverse of the trace of R.
+    least = xp.min(noise, axis=-1, keepdims=True) / trace(xp, r)[..., None]
+
+    def solve(several: int) -> tuple[Directions, Array]:
+        values, vectors = reduced_pencil(xp, s_new, factor, several)
+        largest = values[..., :1]
+        rounding = size * eps * largest
+        # For wᵀRw = 1 the ratio is wᵀSw: noise in S_new counts as much as the ridge magnifies it.
+        directions = lower_solve(xp, factor, vectors, transpose=True)
+        inert = is_noise(xp, values, noise_along(xp, noise, directions) + rounding, rounding)
+        return Directions(vectors, values, inert, largest), least + rounding
+
+    first = _first_above_noise(xp, solve, count, s_new)
     # Householder QR keeps the span of the leading columns even for an ill-conditioned factor.
-    basis, _ = xp.linalg.qr(directions)
-    # The ratio cannot reveal noise: the ridge magnifies what rounding left in ``new``.
-    directions = directions / xp.sqrt(xp.sum(directions * directions, axis=-2, keepdims=True))
-    energy = xp.sum(directions * (s_new @ directions), axis=-2)
-    largest = values[..., :1]
-    rounding = rounding_share(xp, int(s_new.shape[-1]), s_new) * largest
-    return Directions(basis, values, (energy <= noise) | (values <= rounding), largest)
+    basis, _ = xp.linalg.qr(lower_solve(xp, factor, first.basis, transpose=True))
+    return first._replace(basis=basis)
+
+
+def _first_above_noise(
+    xp: Namespace, solve: Callable[[int], tuple[Directions, Array]], wanted: int, like: Array
+) -> Directions:
+    """The first directions that carry more than noise, noise only where there are no more of them.
+
+    ``solve`` gives as many directions as are asked for, by falling eigenvalue, and the least noise
+    that any direction of a matrix like this may have. Noise of a large channel may come before
+    smaller directions that are sound, so the search goes on behind it.
+    """
+    size = int(like.shape[-1])
+    # A solver of the whole spectrum gives all of it at the same price, and nothing has to be read.
+    count = wanted if is_partial(like, wanted) else size
+    directions, least = solve(count)
+    while count < size:
+        short = count - count_true(xp, directions.inert)[..., None] < wanted
+        # Eigenvalues fall: below the least noise none can be sound.
+        if not bool(xp.any(short & (directions.values[..., -1:] > least))):
+            break
+        count = min(2 * count, size)
+        directions, least = solve(count)
+    inert = xp.astype(directions.inert, xp.int32)
+    place = xp.cumulative_sum(0 * inert + 1, axis=-1)  # 1, 2, ..., so that no two keys are equal
+    order = xp.argsort(place + count * inert, axis=-1)[..., :wanted]
+    return directions._replace(
+        basis=xp.take_along_axis(directions.basis, order[..., None, :], axis=-1),
+        values=xp.take_along_axis(directions.values, order, axis=-1),
+        inert=xp.take_along_axis(directions.inert, order, axis=-1),
+    )
 
 
 def null(xp: Namespace, old: Array, rank: int) -> Directions:

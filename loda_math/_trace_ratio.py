@@ -22,7 +22,14 @@ from loda_math._arrays import (
     safe_divide,
     span_energy,
 )
-from loda_math._eigh import leading_eigh, leading_pencil, trailing_eigh
+from loda_math._eigh import (
+    leading_eigh,
+    lower_cholesky,
+    lower_solve,
+    reduced_pencil,
+    trailing_eigh,
+)
+from loda_math._rounding import channel_noise, is_noise, noise_along
 from loda_math._subspaces import Directions, regularised
 
 # Steps where nothing can be read on the way, as under jax.jit: from the generalised eigenvectors
@@ -92,7 +99,9 @@ def trace_ratio(
     most = xp.sum(spectrum[..., :rank], axis=-1)[..., None, None]
     floor = _Floor(energy_floor * most, rounding_share(xp, size, s) * most)
     # Theorem 2.2's basis: its ratio is where the search begins.
-    start, _ = xp.linalg.qr(leading_pencil(xp, s, r, rank, "old")[1])
+    factor = lower_cholesky(xp, r, "old")
+    _, vectors = reduced_pencil(xp, s, factor, rank)
+    start, _ = xp.linalg.qr(lower_solve(xp, factor, vectors, transpose=True))
     if is_concrete(s, r, energy_floor if is_array(energy_floor) else None):
         point, kappa, upper, is_free = _search(xp, s, r, rank, floor, top, start)
     else:
@@ -114,8 +123,9 @@ def trace_ratio(
     energies, turn = descending_eigh(xp, basis.mT @ (s @ basis))
     basis = basis @ turn
     ratios = energies / xp.sum(basis * (r @ basis), axis=-2)
-    noise = rounding_share(xp, size, new, old, gram_eps=gram_eps)
-    inert = energies <= noise * spectrum[..., :1]
+    noise = channel_noise(xp, s, spectrum[..., :1], new, old, gram_eps=gram_eps)
+    rounding = size * float(xp.finfo(s.dtype).eps) * spectrum[..., :1]
+    inert = is_noise(xp, energies, noise_along(xp, noise, basis), rounding)
     # Not over the largest eigenvalue of S − κR: for one direction that is zero at the maximiser.
     scale = spectrum[..., :1] + kappa[..., 0] * r_norm
     gap = scale if rank == size else point.around[..., 0, :1] - point.around[..., 0, 1:]

@@ -67,11 +67,14 @@ PENCILS += [("random", "random", LANCZOS), ("clustered", "deficient", LANCZOS)]
 
 
 @pytest.mark.parametrize(("new", "old", "size"), PENCILS)
-def test_leading_pencil(host: ModuleType, new: str, old: str, size: int) -> None:
+def test_reduced_pencil(host: ModuleType, new: str, old: str, size: int) -> None:
     s = moment(new, 1, size)
     r = moment(old, 2, size) + 1e-2 / size * np.eye(size)
     arrays = to_library(host, s), to_library(host, r)
-    values, directions = _eigh.leading_pencil(namespace(x=arrays[0]), *arrays, COUNT, "old")
+    xp = namespace(x=arrays[0])
+    factor = _eigh.lower_cholesky(xp, arrays[1], "old")
+    values, reduced = _eigh.reduced_pencil(xp, arrays[0], factor, COUNT)
+    directions = _eigh.lower_solve(xp, factor, reduced, transpose=True)
     eigenvalues, ours = to_numpy(values), to_numpy(directions)
     exact, vectors = scipy.linalg.eigh(s, r)
     exact, vectors = exact[::-1], vectors[:, ::-1]

@@ -176,6 +176,8 @@ def test_deterministic(xp: ModuleType, pencil: tuple) -> None:
 
 @pytest.mark.parametrize("size", [0, 1])
 def test_smallest_sizes(xp: ModuleType, size: int) -> None:
+    if size == 0 and xp.__name__ == "mlx.core":
+        pytest.skip("MLX reduces no empty arrays")
     one = to_library(xp, np.full((size, 1, 1), 5.0), "float32")
     for u in (general_subspace(one, one, 1), isolated_subspace(one, one, 1), null_subspace(one, 1)):
         np.testing.assert_array_equal(to_numpy(u), np.ones((size, 1, 1)))
