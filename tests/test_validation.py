@@ -378,7 +378,9 @@ UPDATES: dict[str, Any] = {
     "update_effect": lambda n, o, **k: lm.update_effect(
         k["coefficients"], k["up"], k["down"], n, o
     ),
-    "verify_subspace": lambda n, o, **k: lm.verify.verify_subspace(k["basis"], n, o, "isolated"),
+    "verify_subspace": lambda n, o, **k: lm.verify.verify_subspace(
+        k["basis"], n, o, "isolated", accumulation_eps=k.get("accumulation_eps")
+    ),
     "verify_recalibration": lambda n, o, **k: lm.verify.verify_recalibration(
         k["coefficients"], k["up"], k["down"], n, o, 1.5
     ),
@@ -420,7 +422,9 @@ def test_functions_of_moments_take_them_as_they_are(xp: ModuleType, name: str) -
     new, history = streamed(xp)
     matrices = branch(xp)
     result = UPDATES[name](new, history, **matrices)
-    assert_same(result, UPDATES[name](new.mean, history.total, **matrices))
+    # An array has no unit: it is said where a function can be told.
+    said = UPDATES[name](new.mean, history.total, **matrices, accumulation_eps=new.unit)
+    assert_same(result, said)
 
 
 def test_moments_of_float32_tokens_need_no_ridge(xp: ModuleType) -> None:
