@@ -29,6 +29,7 @@ from loda_math.recalibration import (
 from loda_math.subspaces import (
     RankChoice,
     RankMeasure,
+    RidgeScale,
     SubspaceSolution,
     TraceRatioSolution,
     general_solution,
@@ -49,6 +50,7 @@ __all__ = [
     "Moments",
     "RankChoice",
     "RankMeasure",
+    "RidgeScale",
     "RecalibrationForm",
     "SubspaceSolution",
     "TraceRatioSolution",

@@ -154,12 +154,12 @@ def eye_like(xp: Namespace, x: Array, size: int) -> Array:
 
 
 def add_to_diagonal(xp: Namespace, x: Array, amount: Any) -> Array:
-    """``x`` with an amount added to its diagonal; ``x`` must be fresh, it may be changed."""
+    """``x`` with an amount, one or (..., 1, 1), on its diagonal; ``x`` must be fresh."""
     size = int(x.shape[-1])
     if (is_numpy(x) or (is_torch(x) and not x.requires_grad)) and is_concrete(x):
         # In place: two more matrices of this size cost as much as a step of the solve.
         rows = xp.arange(size, device=compat.device(x))
-        x[..., rows, rows] += amount
+        x[..., rows, rows] += amount[..., 0] if is_array(amount) and amount.ndim else amount
         return x
     return x + amount * eye_like(xp, x, size)
 

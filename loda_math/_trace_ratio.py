@@ -15,7 +15,7 @@ from loda_math._arrays import (
     span_energy,
 )
 from loda_math._eigh import leading_eigh, trailing_eigh
-from loda_math._subspaces import Directions, generalised, regularised
+from loda_math._subspaces import Directions, Ridge, generalised, regularised
 
 # Newton's steps on f are Dinkelbach's: quadratic at the end, and f·f' falls by a factor of four a
 # step before. From the generalised eigenvectors six reach rounding at the default ridge, twelve
@@ -50,7 +50,7 @@ def trace_ratio(
     new: Array,
     old: Array | None,
     rank: int,
-    ridge: Any,
+    ridge: Ridge,
     energy_floor: Any,
     gram_eps: float = 0.0,
 ) -> TraceRatio:

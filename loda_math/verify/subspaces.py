@@ -9,12 +9,14 @@ from loda_math._arrays import (
     coarsest_eps,
     descending_eigh,
     eye_like,
+    is_array,
     result_dtype,
     rounding_share,
     safe_divide,
     span_energy,
     widen,
 )
+from loda_math._subspaces import Ridge, RidgeScale, checked_ridge
 from loda_math._trace_ratio import trace_ratio
 from loda_math._validation import (
     MomentLike,
@@ -71,6 +73,7 @@ def verify_subspace(
     objective: Objective,
     *,
     ridge: float = 1e-2,
+    ridge_scale: RidgeScale = "mean",
     energy_floor: float = 0.0,
     accumulation_eps: float | None = None,
     tolerance: float = 1e-5,
@@ -94,7 +97,7 @@ def verify_subspace(
         Second moments that the basis was chosen from; ``None`` or zeros where there was no history.
     objective : {"general", "isolated", "trace_ratio", "null"}
         What the basis is meant to optimise.
-    ridge, energy_floor, accumulation_eps
+    ridge, ridge_scale, energy_floor, accumulation_eps
         As in :func:`isolated_subspace`. A ridge below the rounding of the moments is tried twice:
         as raised to that rounding, and as the least one that makes the float64 moments definite.
         The better result for the basis counts.
@@ -132,7 +135,7 @@ def verify_subspace(
     if objective not in get_args(Objective):
         msg = f"objective must be one of {get_args(Objective)}, got {objective!r}"
         raise ValueError(msg)
-    ridge = check_scalar("ridge", ridge)
+    strength = checked_ridge(ridge, ridge_scale)
     energy_floor = check_share("energy_floor", energy_floor)
     tolerance = check_scalar("tolerance", tolerance, positive=True)
     given = {"new": new} if old is None else {"new": new, "old": old}
@@ -144,9 +147,11 @@ def verify_subspace(
     (u,) = widen(xp, basis)
     span, active, orthonormality = _orthonormalised(xp, u)
     if objective == "isolated":
-        quality = _isolated_at_better_ridge(xp, span, active, new, old, ridge, gram_eps)
+        quality = _isolated_at_better_ridge(xp, span, active, new, old, strength, gram_eps)
     elif objective == "trace_ratio":
-        quality = _trace_ratio(xp, span, active, new, old, ridge, energy_floor, gram_eps, tolerance)
+        quality = _trace_ratio(
+            xp, span, active, new, old, strength, energy_floor, gram_eps, tolerance
+        )
     else:
         quality = _energy(xp, span, active, new, old, minimise=objective == "null")
     passed = (
@@ -230,26 +235,28 @@ def _isolated_at_better_ridge(
     active: Array,
     new: Array,
     old: Array,
-    ridge: float,
+    ridge: Ridge,
     gram_eps: float,
 ) -> _Quality:
     """Of the isolated subspace, at the ridge with the smaller gap: the given or the least one."""
     given = _isolated(xp, span, active, new, old, ridge, gram_eps)
     size = int(new.shape[-1])
-    if ridge >= 4 * size * coarsest_eps(xp, new, old, gram_eps=gram_eps):
-        return given
     n, o = widen(xp, new, old)
+    s_old, _ = _subspaces.normalised(xp, o)
+    alpha = _subspaces.relative_ridge(xp, s_old, ridge)
+    if not is_array(alpha) and alpha >= 4 * size * coarsest_eps(xp, new, old, gram_eps=gram_eps):
+        return given
     # Rounding can leave small eigenvalues of a history negative: the least ridge lifts them all.
-    lowest = xp.min(xp.linalg.eigvalsh(_subspaces.normalised(xp, o)[0]))
-    least = xp.clip(-4 * size * lowest, ridge, None)
-    wide = _isolated(xp, span, active, n, o, least, 0.0)
+    lowest = -4 * size * xp.min(xp.linalg.eigvalsh(s_old))
+    least = xp.where(lowest > alpha, lowest, alpha + 0 * lowest)
+    wide = _isolated(xp, span, active, n, o, Ridge(least), 0.0)
     is_better = wide.gap < given.gap
     pairs = zip(wide[:-1], given[:-1], strict=True)
     return _Quality(*(xp.where(is_better, a, b) for a, b in pairs))
 
 
 def _isolated(
-    xp: Namespace, span: Array, active: Array, new: Array, old: Array, ridge: Any, gram_eps: float
+    xp: Namespace, span: Array, active: Array, new: Array, old: Array, ridge: Ridge, gram_eps: float
 ) -> _Quality:
     """Of the isolated subspace at one ridge."""
     s, r = _subspaces.regularised(xp, new, old, ridge, gram_eps)
@@ -278,7 +285,7 @@ def _trace_ratio(
     active: Array,
     new: Array,
     old: Array,
-    ridge: float,
+    ridge: Ridge,
     energy_floor: float,
     gram_eps: float,
     tolerance: float,

@@ -184,6 +184,7 @@ class Solution:
             self.old,
             objective,
             ridge=self.settings.ridge,
+            ridge_scale=self.settings.ridge_scale,
             energy_floor=self.settings.energy_floor,
             accumulation_eps=self.accumulation_eps,
             tolerance=tolerance,
