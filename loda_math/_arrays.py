@@ -5,7 +5,7 @@ No array library is imported here; ``array_api_compat`` finds the one that an ar
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -86,27 +86,37 @@ def result_dtype(xp: Namespace, *arrays: Array | None) -> Any:
     return xp.result_type(*(a.dtype for a in arrays if a is not None))
 
 
-def coarsest_eps(xp: Namespace, *arrays: Array | None, gram_eps: float = 0.0) -> float:
+def larger(xp: Namespace, a: Any, b: Any) -> Any:
+    """The larger of two numbers; either may be an array, as every number is in compiled code."""
+    if not is_array(a) and not is_array(b):
+        return max(a, b)
+    a, b = a + 0 * b, b + 0 * a
+    return xp.where(a > b, a, b)
+
+
+def coarsest_eps(xp: Namespace, *arrays: Array | None, gram_eps: Any = 0.0) -> Any:
     """What the entries can be trusted to: the largest eps of the dtypes, and ``gram_eps``.
 
     ``gram_eps`` is the eps of the arithmetic that made the entries, where it was coarser.
     """
-    return max(gram_eps, *(float(xp.finfo(a.dtype).eps) for a in arrays if a is not None))
+    eps = max(float(xp.finfo(a.dtype).eps) for a in arrays if a is not None)
+    return larger(xp, gram_eps, eps)
 
 
-def rounding_share(xp: Namespace, size: int, *arrays: Array | None, gram_eps: float = 0.0) -> float:
+def rounding_share(xp: Namespace, size: int, *arrays: Array | None, gram_eps: Any = 0.0) -> Any:
     """Share of the largest eigenvalue below which the eigenvalues of the arrays are rounding."""
     # size·eps for the arithmetic. Storing a moment in fewer digits costs less: its errors are
     # independent, and size·eps of float32 would take real directions, that of halves all.
     arithmetic = size * float(xp.finfo(widest(xp, next(a for a in arrays if a is not None))).eps)
     storage = min(size, 16) * coarsest_eps(xp, *arrays, gram_eps=gram_eps)
-    return max(arithmetic, storage)
+    return larger(xp, storage, arithmetic)
 
 
 def widen(xp: Namespace, *arrays: Array) -> tuple[Array, ...]:
     """The arrays in the widest real dtype of their library; those that have it are not copied."""
     dtype = widest(xp, arrays[0])
-    return tuple(xp.astype(a, dtype, copy=False) for a in arrays)
+    # Not every library knows astype(copy=False).
+    return tuple(a if a.dtype == dtype else xp.astype(a, dtype) for a in arrays)
 
 
 def is_concrete(*arrays: Array | None) -> bool:
@@ -118,7 +128,9 @@ def is_concrete(*arrays: Array | None) -> bool:
             continue
         if compat.is_dask_array(x):
             return False
-        if jax is not None and isinstance(x, jax.core.Tracer):
+        # A constant inside of compiled code is no tracer itself, but whatever is made of it is.
+        made = (x, jax.lax.stop_gradient(x)) if jax is not None and compat.is_jax_array(x) else ()
+        if any(isinstance(y, jax.core.Tracer) for y in made):  # type: ignore[union-attr]
             return False
         if torch is not None and isinstance(x, torch.Tensor) and _is_traced(torch, x):
             return False
@@ -137,6 +149,38 @@ def _is_traced(torch: Any, x: Array) -> bool:
     return proxies is not None and proxies.get_proxy_mode() is not None
 
 
+def detached(x: Array) -> Array:
+    """``x`` as a constant: no derivative flows through it."""
+    if is_torch(x):
+        return x.detach()
+    return sys.modules["jax"].lax.stop_gradient(x) if is_jax(x) else x
+
+
+def may_be_differentiated(*arrays: Array) -> bool:
+    """Whether a derivative with respect to one of the arrays may be asked for."""
+    jax, torch = sys.modules.get("jax"), sys.modules.get("torch")
+    for x in arrays:
+        if jax is not None and isinstance(x, jax.core.Tracer):
+            return True
+        if torch is not None and isinstance(x, torch.Tensor):
+            if x.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(x):
+                return True
+            if torch.autograd.forward_ad._current_level >= 0:
+                return True
+    return False
+
+
+def with_derivative(value: Array, formula: Callable[[], Array], *inputs: Array) -> Array:
+    """The value, with the derivative of a formula for it that can be differentiated.
+
+    The formula is evaluated only where a derivative with respect to the inputs may be asked for.
+    """
+    if not may_be_differentiated(*inputs):
+        return value
+    smooth = formula()
+    return detached(value) + (smooth - detached(smooth))
+
+
 def full_precision(x: Array) -> AbstractContextManager[Any]:
     """Context in which products of ``x`` keep its precision: torch's autocast would halve it."""
     torch = sys.modules.get("torch")
@@ -148,18 +192,31 @@ def full_precision(x: Array) -> AbstractContextManager[Any]:
     return autocast
 
 
+def placed_like(x: Array) -> dict[str, Any]:
+    """Keyword that creates an array where ``x`` lies; empty where arrays go to each other.
+
+    Everything that is created beside an argument is given it: a default device may be another one.
+    """
+    # JAX lets an array without a device of its own follow the others; the sharding of ``x`` would
+    # not fit an array of another shape. Arrays of MLX lie in memory that its devices share.
+    return {"device": compat.device(x)} if hasattr(x, "device") and not is_jax(x) else {}
+
+
 def eye_like(xp: Namespace, x: Array, size: int) -> Array:
     """Identity of the given size with the dtype and device of ``x``."""
-    return xp.eye(size, dtype=x.dtype, device=compat.device(x))
+    return xp.eye(size, dtype=x.dtype, **placed_like(x))
 
 
 def add_to_diagonal(xp: Namespace, x: Array, amount: Any) -> Array:
-    """``x`` with an amount, one or (..., 1, 1), on its diagonal; ``x`` must be fresh."""
+    """``x`` with an amount added to its diagonal; ``x`` must be fresh, it may be changed.
+
+    An amount that is an array has two axes of length one behind the leading ones.
+    """
     size = int(x.shape[-1])
     if (is_numpy(x) or (is_torch(x) and not x.requires_grad)) and is_concrete(x):
         # In place: two more matrices of this size cost as much as a step of the solve.
-        rows = xp.arange(size, device=compat.device(x))
-        x[..., rows, rows] += amount[..., 0] if is_array(amount) and amount.ndim else amount
+        rows = xp.arange(size, **placed_like(x))
+        x[..., rows, rows] += amount[..., 0] if is_array(amount) else amount
         return x
     return x + amount * eye_like(xp, x, size)
 
@@ -181,9 +238,18 @@ def peak(xp: Namespace, x: Array) -> Array:
     return xp.maximum(largest, -smallest)
 
 
+def diagonal(xp: Namespace, x: Array) -> Array:
+    """Diagonals of the last two axes, (..., D), of libraries without linear algebra too."""
+    if hasattr(getattr(xp, "linalg", None), "diagonal"):
+        return xp.linalg.diagonal(x)
+    return xp.sum(x * eye_like(xp, x, int(x.shape[-1])), axis=-1)
+
+
 def trace(xp: Namespace, x: Array) -> Array:
-    """Trace over the last two axes, kept as two axes of length one."""
-    return xp.linalg.trace(x)[..., None, None]
+    """Traces of the last two axes, (...), of libraries without linear algebra too."""
+    if hasattr(getattr(xp, "linalg", None), "trace"):
+        return xp.linalg.trace(x)
+    return xp.sum(diagonal(xp, x), axis=-1)
 
 
 def safe_divide(xp: Namespace, a: Array, b: Array) -> Array:
@@ -205,10 +271,15 @@ def span_energy(xp: Namespace, basis: Array, moment: Array, *, keepdims: bool = 
 def descending_eigh(xp: Namespace, x: Array) -> tuple[Array, Array]:
     """Eigenvalues from largest to smallest, and eigenvectors, of a symmetric matrix."""
     values, vectors = xp.linalg.eigh(symmetrise(x))
-    # The standard leaves the order open, so it is set here.
-    order = xp.argsort(values, axis=-1, descending=True)
+    # The standard leaves the order open, and not every library knows descending=True.
+    order = xp.argsort(-values, axis=-1)
     values = xp.take_along_axis(values, order, axis=-1)
     return values, xp.take_along_axis(vectors, order[..., None, :], axis=-1)
+
+
+def descending_eigvalsh(xp: Namespace, x: Array) -> Array:
+    """Eigenvalues from largest to smallest of a symmetric matrix."""
+    return -xp.sort(-xp.linalg.eigvalsh(x), axis=-1)
 
 
 def lower_cholesky(xp: Namespace, x: Array, name: str) -> Array:
@@ -223,22 +294,11 @@ def lower_cholesky(xp: Namespace, x: Array, name: str) -> Array:
         factor = xp.linalg.cholesky(x, upper=True).mT if is_torch(x) else xp.linalg.cholesky(x)
     except Exception as error:
         raise ValueError(msg) from error
-    # JAX and CuPy report a failure as NaN.
-    silent = is_jax(x) or bool(compat.is_cupy_array(x))
-    if silent and is_concrete(x) and not bool(xp.all(xp.isfinite(factor))):
+    # NumPy and torch raise. JAX and CuPy leave NaN, MLX the pivot that is not positive.
+    silent = not (is_numpy(x) or is_torch(x))
+    if silent and is_concrete(x) and not bool(xp.all(diagonal(xp, factor) > 0)):
         raise ValueError(msg)
     return factor
-
-
-def semidefinite_solve(xp: Namespace, matrix: Array, rhs: Array, noise: float) -> Array:
-    """Solve a consistent positive semi-definite system; directions in its kernel get 0."""
-    # Unit diagonal first: unknowns may differ in size by orders of magnitude.
-    scale = xp.sqrt(xp.clip(xp.linalg.diagonal(matrix), 0.0, None))
-    shrink = safe_divide(xp, xp.ones_like(scale), scale)
-    values, vectors = descending_eigh(xp, matrix * shrink[..., :, None] * shrink[..., None, :])
-    inverse = reciprocal(xp, values, values > noise * values[..., :1])
-    part = vectors.mT @ (rhs * shrink)[..., None]
-    return (vectors @ (inverse[..., None] * part))[..., 0] * shrink
 
 
 def fix_signs(xp: Namespace, basis: Array) -> Array:

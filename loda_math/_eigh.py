@@ -21,6 +21,7 @@ from loda_math._arrays import (
     is_jax,
     is_numpy,
     lower_cholesky,
+    placed_like,
 )
 
 # Below this size the standard solver is as fast as any.
@@ -124,7 +125,8 @@ def _solve_each(
     flat = [np.ascontiguousarray(a).reshape(-1, *a.shape[-2:]) for a in host]
     with _threads_of(arrays[0]):
         solved = [solve(*matrices) for matrices in zip(*flat, strict=True)]
-    parts = (xp.stack([xp.asarray(x) for x in part]) for part in zip(*solved, strict=True))
+    where = placed_like(arrays[0])
+    parts = (xp.stack([xp.asarray(x, **where) for x in part]) for part in zip(*solved, strict=True))
     return tuple(xp.reshape(x, (*batch, *x.shape[1:])) for x in parts)
 
 

@@ -4,6 +4,7 @@ Each gives directions in order of merit with their eigenvalues, one more than is
 the gap behind the last one is known.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 from loda_math._arrays import (
@@ -13,14 +14,16 @@ from loda_math._arrays import (
     coarsest_eps,
     fix_signs,
     is_array,
+    is_concrete,
+    larger,
     peak,
     result_dtype,
-    rounding_share,
     safe_divide,
     trace,
     widen,
 )
 from loda_math._eigh import largest_eigenvalue, leading_eigh, leading_pencil, trailing_eigh
+from loda_math._rounding import channel_noise, is_noise, noise_along
 from loda_math._validation import check_scalar
 
 RidgeScale = Literal["mean", "channels", "eigenvalues"]
@@ -50,7 +53,7 @@ def normalised(xp: Namespace, moment: Array) -> tuple[Array, Array]:
     largest = peak(xp, moment)
     moment = safe_divide(xp, moment, largest)
     # The trace of a true moment is positive; a negative one must not flip its sign.
-    total = xp.abs(trace(xp, moment))
+    total = xp.abs(trace(xp, moment)[..., None, None])
     # The symmetric part in one scaling: large moments are bound by memory, not by arithmetic.
     moment = moment + moment.mT
     moment *= safe_divide(xp, xp.full_like(total, 0.5), total)
@@ -66,7 +69,7 @@ def checked_ridge(ridge: Any, ridge_scale: RidgeScale) -> Ridge:
 
 
 def regularised(
-    xp: Namespace, new: Array, old: Array, ridge: Ridge, gram_eps: float = 0.0
+    xp: Namespace, new: Array, old: Array, ridge: Ridge, gram_eps: Any = 0.0
 ) -> tuple[Array, Array]:
     """Both moments of trace one, and the history with the ridge on it, a multiple of I."""
     size = int(new.shape[-1])
@@ -74,22 +77,23 @@ def regularised(
     least = 4 * size * coarsest_eps(xp, new, old, gram_eps=gram_eps)
     alpha = relative_ridge(xp, s_old, ridge)
     # An array is not read: it may be on an accelerator, or stand for a value that comes later.
-    alpha = xp.clip(alpha, least, None) if is_array(alpha) else max(alpha, least)
+    alpha = larger(xp, relative_ridge(xp, s_old, ridge), least)
+    alpha = alpha[..., None, None] if is_array(alpha) else alpha
     return s_new, add_to_diagonal(xp, s_old, alpha / size)
 
 
 def relative_ridge(xp: Namespace, s_old: Array, ridge: Ridge) -> Any:
-    """The ridge over the mean energy of a history of trace one: a number or (..., 1, 1)."""
+    """The ridge over the mean energy of a history of trace one: a number or an array (...)."""
     alpha = xp.astype(ridge.alpha, s_old.dtype) if is_array(ridge.alpha) else ridge.alpha
     if ridge.scale == "mean":
         return alpha
     is_by_channel = ridge.scale == "channels"
     energies = xp.linalg.diagonal(s_old) if is_by_channel else xp.linalg.eigvalsh(s_old)
-    return alpha * typical_share(xp, energies)[..., None]
+    return alpha * typical_share(xp, energies)
 
 
 def typical_share(xp: Namespace, energies: Array) -> Array:
-    """Typical over mean energy, from 0 to 1 (1 if all are zero): (..., D) to (..., 1).
+    """Typical over mean energy, from 0 to 1 (1 if all are zero): (..., D) to (...).
 
     The typical energy c is the mean of min(e_i, K c) for K = CAP: no energy counts for more than K
     times the result. It is the least of (e_1 + ... + e_{D-n}) / (D - K n) over n < D / K, with
@@ -105,11 +109,11 @@ def typical_share(xp: Namespace, energies: Array) -> Array:
     shares = safe_divide(xp, sums / xp.where(counts, weights, 1 + 0 * weights), sums[..., -1:])
     # A zero history has no typical energy: the ridge decides alone, at any size.
     is_usable = counts & (sums[..., -1:] > 0)
-    return xp.min(xp.where(is_usable, shares, xp.ones_like(shares)), axis=-1, keepdims=True)
+    return xp.min(xp.where(is_usable, shares, xp.ones_like(shares)), axis=-1)
 
 
 def general(
-    xp: Namespace, new: Array, old: Array | None, rank: int, gram_eps: float = 0.0
+    xp: Namespace, new: Array, old: Array | None, rank: int, gram_eps: Any = 0.0
 ) -> Directions:
     """Leading eigenvectors of the sum of the moments, eigenvalues in the units of the moments."""
     (s,) = widen(xp, new)
@@ -119,44 +123,95 @@ def general(
         s, units = 0.5 * s, 2.0
         s += 0.5 * widen(xp, old)[0]
     s, total = normalised(xp, s)
-    noise = rounding_share(xp, int(s.shape[-1]), new, old, gram_eps=gram_eps)
-    directions = leading(xp, s, rank, noise)
+    directions = leading(xp, s, rank, new, old, gram_eps=gram_eps)
     scale = units * total[..., 0]
     return directions._replace(values=directions.values * scale, largest=directions.largest * scale)
 
 
-def leading(xp: Namespace, s: Array, rank: int, noise: float) -> Directions:
-    """Leading eigenvectors of a moment; below ``noise`` times the largest they are inert."""
-    count = min(rank + 1, int(s.shape[-1]))
-    values, vectors = leading_eigh(xp, s, count)
-    largest = values[..., :1]
-    return Directions(vectors, values, values <= noise * largest, largest)
+def leading(
+    xp: Namespace, s: Array, rank: int, *given: Array | None, gram_eps: Any = 0.0
+) -> Directions:
+    """Leading eigenvectors of a moment that came from the given arrays."""
+    size, eps = int(s.shape[-1]), float(xp.finfo(s.dtype).eps)
+
+    def solve(count: int) -> tuple[Directions, Array]:
+        values, vectors = leading_eigh(xp, s, count)
+        largest = values[..., :1]
+        noise = channel_noise(xp, s, largest, *given, gram_eps=gram_eps)
+        along = noise_along(xp, noise, vectors)
+        inert = is_noise(xp, values, along, size * eps * largest)
+        return Directions(vectors, values, inert, largest), xp.min(noise, axis=-1, keepdims=True)
+
+    return _first_above_noise(xp, solve, min(rank + 1, size), size)
 
 
 def isolated(
-    xp: Namespace, new: Array, old: Array | None, rank: int, ridge: Ridge, gram_eps: float = 0.0
+    xp: Namespace, new: Array, old: Array | None, rank: int, ridge: Ridge, gram_eps: Any = 0.0
 ) -> Directions:
     """Leading generalised eigenvectors of (new, old + ridge), Theorem 2.2, made orthonormal."""
-    size = int(new.shape[-1])
     if old is None:
         s_new, _ = normalised(xp, *widen(xp, new))
-        return leading(xp, s_new, rank, rounding_share(xp, size, new, gram_eps=gram_eps))
+        return leading(xp, s_new, rank, new, gram_eps=gram_eps)
     s_new, r = regularised(xp, new, old, ridge, gram_eps)
-    noise = rounding_share(xp, size, new, old, gram_eps=gram_eps) * largest_eigenvalue(xp, s_new)
-    return generalised(xp, s_new, r, min(rank + 1, size), noise)
+    largest = largest_eigenvalue(xp, s_new)
+    noise = channel_noise(xp, s_new, largest, new, old, gram_eps=gram_eps)
+    return generalised(xp, s_new, r, min(rank + 1, int(new.shape[-1])), noise)
 
 
 def generalised(xp: Namespace, s_new: Array, r: Array, count: int, noise: Array) -> Directions:
-    """Leading generalised eigenvectors of (S_new, R), orthonormalised in that order."""
-    values, directions = leading_pencil(xp, s_new, r, count, "old")
+    """Leading generalised eigenvectors of (S_new, R), orthonormalised in that order.
+
+    ``noise`` is that of S_new by channel.
+    """
+    size, eps = int(s_new.shape[-1]), float(xp.finfo(s_new.dtype).eps)
+    # With wᵀRw = 1 the squared length of w is at least the inverse of the trace of R.
+    floor = xp.min(noise, axis=-1, keepdims=True) / trace(xp, r)[..., None]
+
+    def solve(several: int) -> tuple[Directions, Array]:
+        values, directions = leading_pencil(xp, s_new, r, several, "old")
+        largest = values[..., :1]
+        rounding = size * eps * largest
+        # For wᵀRw = 1 the ratio is wᵀSw: noise in S_new counts as much as the ridge magnifies it.
+        along = noise_along(xp, noise, directions) + rounding
+        inert = is_noise(xp, values, along, rounding)
+        return Directions(directions, values, inert, largest), floor + rounding
+
+    found = _first_above_noise(xp, solve, count, size)
     # Householder QR keeps the span of the leading columns even for an ill-conditioned factor.
-    basis, _ = xp.linalg.qr(directions)
-    # The ratio cannot reveal noise: the ridge magnifies what rounding left in ``new``.
-    directions = directions / xp.sqrt(xp.sum(directions * directions, axis=-2, keepdims=True))
-    energy = xp.sum(directions * (s_new @ directions), axis=-2)
-    largest = values[..., :1]
-    rounding = rounding_share(xp, int(s_new.shape[-1]), s_new) * largest
-    return Directions(basis, values, (energy <= noise) | (values <= rounding), largest)
+    basis, _ = xp.linalg.qr(found.basis)
+    return found._replace(basis=basis)
+
+
+def _first_above_noise(
+    xp: Namespace, solve: Callable[[int], tuple[Directions, Array]], wanted: int, size: int
+) -> Directions:
+    """The first directions that carry more than noise, noise only where there are no more of them.
+
+    ``solve`` gives as many directions as are asked for, by falling eigenvalue, and the least noise
+    that any direction has. Noise of a large channel may come before smaller directions that are
+    sound, so the search goes on behind it.
+    """
+    count = wanted
+    while True:
+        directions, least = solve(count)
+        if count == size:
+            break
+        if not is_concrete(directions.values):
+            count = size
+            continue
+        short = count - count_true(xp, directions.inert)[..., None] < wanted
+        # Eigenvalues fall: below the least noise none can be sound.
+        if not bool(xp.any(short & (directions.values[..., -1:] > least))):
+            break
+        count = min(2 * count, size)
+    inert = xp.astype(directions.inert, xp.int32)
+    place = xp.cumulative_sum(0 * inert + 1, axis=-1)  # 1, 2, ..., so that no two keys are equal
+    order = xp.argsort(place + count * inert, axis=-1)[..., :wanted]
+    return directions._replace(
+        basis=xp.take_along_axis(directions.basis, order[..., None, :], axis=-1),
+        values=xp.take_along_axis(directions.values, order, axis=-1),
+        inert=xp.take_along_axis(directions.inert, order, axis=-1),
+    )
 
 
 def null(xp: Namespace, old: Array, rank: int) -> Directions:

@@ -15,6 +15,7 @@ from loda_math._arrays import (
     span_energy,
 )
 from loda_math._eigh import leading_eigh, trailing_eigh
+from loda_math._rounding import channel_noise, is_noise, noise_along
 from loda_math._subspaces import Directions, Ridge, generalised, regularised
 
 # Newton's steps on f are Dinkelbach's: quadratic at the end, and f·f' falls by a factor of four a
@@ -59,7 +60,6 @@ def trace_ratio(
     old = xp.zeros_like(new) if old is None else old
     s, r = regularised(xp, new, old, ridge, gram_eps)
     spectrum, _ = leading_eigh(xp, s, rank)
-    noise = rounding_share(xp, size, new, old, gram_eps=gram_eps)
     most = xp.sum(spectrum, axis=-1)[..., None, None]
     start = generalised(xp, s, r, rank, 0 * spectrum[..., :1]).basis
     best, value = _newton(xp, s, r, start)
@@ -80,7 +80,9 @@ def trace_ratio(
     energies, turn = descending_eigh(xp, point.basis.mT @ (s @ point.basis))
     basis = point.basis @ turn
     ratios = energies / xp.sum(basis * (r @ basis), axis=-2)
-    inert = energies <= noise * spectrum[..., :1]
+    noise = channel_noise(xp, s, spectrum[..., :1], new, old, gram_eps=gram_eps)
+    rounding = size * float(xp.finfo(s.dtype).eps) * spectrum[..., :1]
+    inert = is_noise(xp, energies, noise_along(xp, noise, basis), rounding)
     # Not over the largest eigenvalue of S − κR: for one direction that is zero at the maximiser.
     scale = spectrum[..., :1] + multiplier[..., 0] * r_norm
     gap = scale if rank == size else values[..., rank - 1 : rank] - values[..., rank:]

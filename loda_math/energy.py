@@ -10,6 +10,7 @@ from loda_math._arrays import (
     result_dtype,
     safe_divide,
     span_energy,
+    trace,
     widen,
 )
 from loda_math._validation import (
@@ -307,7 +308,7 @@ def _checked(basis: Array, **moments: MomentLike) -> tuple[Namespace, tuple[Arra
 
 
 def _relative(xp: Namespace, basis: Array, moment: Array) -> Array:
-    energy, whole = xp.broadcast_arrays(span_energy(xp, basis, moment), xp.linalg.trace(moment))
+    energy, whole = xp.broadcast_arrays(span_energy(xp, basis, moment), trace(xp, moment))
     return safe_divide(xp, energy, whole)
 
 

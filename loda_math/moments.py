@@ -14,6 +14,7 @@ from loda_math._arrays import (
     at_least_single,
     full_precision,
     is_array,
+    larger,
     namespace,
     python_number,
     symmetrise,
@@ -75,7 +76,7 @@ class Moments(NamedTuple):
         """Second moment ``S = XᵀX / N``, shape (..., D, D); zero if nothing was counted."""
         total = self.total if self.error is None else self.total + self.error
         # An empty sum is zero already, so any divisor but zero will do; no branch on the count.
-        return total / (self.count + (self.count == 0))
+        return total / _by_matrix(self.count + (self.count == 0))
 
     def zero(self) -> "Moments":
         """The neutral element of ``combine`` for moments of this shape."""
@@ -234,7 +235,7 @@ class History(NamedTuple):
     def mean(self) -> Array:
         """Weighted mean of the moments, shape (..., D, D), for any number of tasks."""
         # Nothing of positive weight leaves a total of zero: any divisor but zero will do.
-        return self.total / (self.weight + (self.weight == 0))
+        return self.total / _by_matrix(self.weight + (self.weight == 0))
 
     @property
     def effective_tasks(self) -> Any:
@@ -374,6 +375,11 @@ def _guarded(xp: Namespace, tokens: Array) -> Array:
     return xp.where(peak <= limit, peak, xp.full_like(peak, math.inf))
 
 
+def _by_matrix(number: Any) -> Any:
+    """A number, or an array of one a matrix, as it meets matrices."""
+    return number[..., None, None] if is_array(number) else number
+
+
 def _gram(xp: Namespace, tokens: Array, wide: Any) -> Moments:
     with full_precision(tokens):
         gram = xp.astype(symmetrise(transposed(tokens) @ tokens), wide)
@@ -383,15 +389,11 @@ def _gram(xp: Namespace, tokens: Array, wide: Any) -> Moments:
 
 def coarsest_unit(xp: Namespace, *moments: Any) -> Any:
     """Coarsest rounding unit of moments, histories and arrays; an array where one of them is."""
-    numbers, arrays = [0.0], []
+    coarsest: Any = 0.0
     for m in moments:
-        array = m.total if isinstance(m, (Moments, History)) else m
-        numbers.append(float(xp.finfo(array.dtype).eps))
-        if array is not m:
-            unit = python_number(m.unit)
-            (arrays if is_array(unit) else numbers).append(unit)
-    coarsest: Any = max(numbers)
-    # In compiled code the units are arrays like every other field, and cannot be compared.
-    for unit in arrays:
-        coarsest = xp.where(unit > coarsest, unit, coarsest + 0 * unit)
+        carries = isinstance(m, (Moments, History))
+        own = float(xp.finfo((m.total if carries else m).dtype).eps)
+        coarsest = larger(xp, coarsest, own)
+        if carries:
+            coarsest = larger(xp, coarsest, python_number(m.unit))
     return coarsest

@@ -8,17 +8,21 @@ from loda_math._arrays import (
     Array,
     Namespace,
     descending_eigh,
+    detached,
+    diagonal,
     eye_like,
     is_array,
     is_concrete,
     namespace,
     peak,
+    reciprocal,
     result_dtype,
     rounding_share,
     safe_divide,
-    semidefinite_solve,
     symmetrise,
+    trace,
     widen,
+    with_derivative,
 )
 from loda_math._validation import (
     CheckedMoments,
@@ -119,6 +123,11 @@ def recalibration(
     -----
     LoDA, arXiv:2603.00191, Theorem 2.3.
 
+    Λ may be differentiated with respect to every argument (PyTorch, JAX), also where eigenvalues
+    tie: :math:`d\Lambda = (d(\gamma Q) - \Lambda \, dK) K^{+}` with :math:`K = P + \gamma Q`,
+    and no eigenvector is differentiated. Directions without energy stay without, and entries at a
+    bound of the box stay there.
+
     Examples
     --------
     >>> import numpy as np
@@ -144,22 +153,22 @@ def recalibration(
     noise = rounding_share(xp, rank, new, old, gram_eps=gram_eps)
     if form == "full":
         return xp.astype(_full(xp, k, gamma_q, noise), dtype)
-    energy = xp.linalg.diagonal(k)
+    energy = diagonal(xp, k)
     active = energy > noise * xp.max(energy, axis=-1, keepdims=True)
     if form == "direction":
-        weights = _share(xp, xp.linalg.diagonal(gamma_q), energy, active)
+        weights = _share(xp, diagonal(xp, gamma_q), energy, active)
     else:
-        b = safe_divide(xp, b, peak(xp, b))
+        b = safe_divide(xp, b, detached(peak(xp, b)))  # a common factor does not matter
         gram = b.mT @ b
         if form in ("diagonal", "box"):
             mask = xp.astype(active, k.dtype)
             rhs = xp.sum(gram * gamma_q, axis=-1) * mask
             matrix = gram * k * mask[..., :, None] * mask[..., None, :]
-            solve = _box if form == "box" else partial(semidefinite_solve, noise=noise)
+            solve = _box if form == "box" else partial(_semidefinite_solve, noise=noise)
             weights = solve(xp, matrix, rhs)
         else:
             part, whole = (xp.sum(gram * m, axis=(-2, -1))[..., None] for m in (gamma_q, k))
-            weights = _share(xp, part, whole, whole > noise * xp.linalg.trace(gram)[..., None])
+            weights = _share(xp, part, whole, whole > noise * trace(xp, gram)[..., None])
             weights = weights + xp.zeros_like(energy)
     return xp.astype(weights[..., None, :] * eye_like(xp, k, rank), dtype)
 
@@ -434,14 +443,16 @@ def _scaled_system(
         weight = xp.astype(weight, p.dtype)[..., None, None]
     gamma_q = q * (gamma / (1 + gamma) / (1 + weight))
     k = p * (weight / (1 + weight) / (1 + gamma)) + gamma_q
-    largest = peak(xp, k)
+    largest = detached(peak(xp, k))
     return safe_divide(xp, gamma_q, largest + 0 * gamma_q), safe_divide(xp, k, largest)
 
 
 def _share(xp: Namespace, part: Array, whole: Array, active: Array) -> Array:
     """``part / whole`` in [0, 1], and 0 where ``whole`` is rounding."""
-    ratio = xp.clip(safe_divide(xp, part, whole), 0.0, 1.0)
-    return xp.where(active, ratio, xp.zeros_like(ratio))
+    ratio = safe_divide(xp, part, whole)
+    ratio = xp.where(active, ratio, xp.zeros_like(ratio))
+    # Only rounding leaves the interval: the derivative is that of the ratio, at its ends too.
+    return with_derivative(xp.clip(ratio, 0.0, 1.0), lambda: ratio, ratio)
 
 
 def _full(xp: Namespace, k: Array, gamma_q: Array, noise: float) -> Array:
@@ -450,16 +461,57 @@ def _full(xp: Namespace, k: Array, gamma_q: Array, noise: float) -> Array:
     With K = V diag(k) Vᵀ, the matrix T = k^(-1/2) Vᵀ γQ V k^(-1/2) is symmetric with the
     eigenvalues of Λ, and Λ = V k^(1/2) T k^(-1/2) Vᵀ. No inverse of K is formed.
     """
-    values, vectors = descending_eigh(xp, k)
+    values, vectors = descending_eigh(xp, detached(k))
     active = values > noise * values[..., :1]
     root = xp.sqrt(xp.where(active, values, xp.ones_like(values)))
     shrink = xp.where(active, 1 / root, xp.zeros_like(root))[..., None, :]
     stretch = xp.where(active, root, xp.zeros_like(root))[..., None, :]
-    inner = (vectors * shrink).mT @ gamma_q @ (vectors * shrink)
+    whitening = vectors * shrink
+    inner = whitening.mT @ detached(gamma_q) @ whitening
     weights, rotation = descending_eigh(xp, inner)
     weights = xp.clip(weights, 0.0, 1.0)[..., None, :]
     inner = (rotation * weights) @ rotation.mT
-    return (vectors * stretch) @ inner @ (vectors * shrink).mT
+    exact = (vectors * stretch) @ inner @ whitening.mT
+
+    def smooth() -> Array:
+        """γQ W (Wᵀ K W)⁻¹ Wᵀ with W held fixed: the derivative needs no eigenvectors."""
+        quotient = _whitened_solve(xp, k, whitening, active, gamma_q).mT
+        # How the directions without energy turn, as far as the others allow.
+        idle = vectors * xp.astype(~active, k.dtype)[..., None, :]
+        return quotient + exact @ whitening @ (whitening.mT @ k @ idle) @ idle.mT
+
+    return with_derivative(exact, smooth, k, gamma_q)
+
+
+def _whitened_solve(
+    xp: Namespace, matrix: Array, whitening: Array, active: Array, rhs: Array
+) -> Array:
+    """M⁺ times a matrix as W (Wᵀ M W)⁻¹ Wᵀ, W being fixed with Wᵀ M W = I on its active columns.
+
+    The value is known beforehand: this is for the derivative with respect to M, ties or not.
+    """
+    idle = xp.astype(~active, matrix.dtype)[..., None, :]
+    gram = whitening.mT @ matrix @ whitening + idle * eye_like(xp, matrix, int(matrix.shape[-1]))
+    return whitening @ xp.linalg.solve(gram, whitening.mT @ rhs)
+
+
+def _semidefinite_solve(xp: Namespace, matrix: Array, rhs: Array, noise: float) -> Array:
+    """Solve a consistent positive semi-definite system; directions in its kernel get 0."""
+    fixed = detached(matrix)
+    # Unit diagonal first: unknowns may differ in size by orders of magnitude.
+    scale = xp.sqrt(xp.clip(diagonal(xp, fixed), 0.0, None))
+    shrink = safe_divide(xp, xp.ones_like(scale), scale)
+    values, vectors = descending_eigh(xp, fixed * shrink[..., :, None] * shrink[..., None, :])
+    active = values > noise * values[..., :1]
+    inverse = reciprocal(xp, values, active)
+    part = vectors.mT @ (detached(rhs) * shrink)[..., None]
+    exact = (vectors @ (inverse[..., None] * part))[..., 0] * shrink
+
+    def smooth() -> Array:
+        whitening = shrink[..., :, None] * vectors * xp.sqrt(inverse)[..., None, :]
+        return _whitened_solve(xp, matrix, whitening, active, rhs[..., None])[..., 0]
+
+    return with_derivative(exact, smooth, matrix, rhs)
 
 
 def _output_energy(xp: Namespace, factor: Array, gram: Array) -> Array:
@@ -473,11 +525,13 @@ def _box(xp: Namespace, matrix: Array, rhs: Array) -> Array:
     Unknowns with a zero on the diagonal of M do not count and get 0.
     """
     size, eps = int(rhs.shape[-1]), float(xp.finfo(rhs.dtype).eps)
-    diagonal = xp.linalg.diagonal(matrix)
-    scale = xp.max(diagonal, axis=-1)[..., None]
+    given = matrix, rhs
+    matrix, rhs = detached(matrix), detached(rhs)
+    energy = diagonal(xp, matrix)
+    scale = xp.max(energy, axis=-1)[..., None]
     rhs = safe_divide(xp, rhs, scale + 0 * rhs)
     matrix = safe_divide(xp, matrix, scale[..., None] + 0 * matrix)
-    active = xp.astype(diagonal > 0, matrix.dtype)
+    active = xp.astype(energy > 0, matrix.dtype)
     eye = eye_like(xp, matrix, size)
     # The proximal term keeps steps along the kernel of M finite; it does not move the solution.
     anchored = matrix + (1 - active + 8 * size * eps)[..., None] * eye
@@ -500,4 +554,15 @@ def _box(xp: Namespace, matrix: Array, rhs: Array) -> Array:
         length = 0.99 / xp.where(steepest > 0.99, steepest, 0.99 + 0 * steepest)
         x, slack = x + length * step, slack - length * step
         low, high = low + length * d_low, high + length * d_high
-    return xp.clip(x, 0.0, 1.0) * active
+    exact = xp.clip(x, 0.0, 1.0) * active
+    # Unknowns at a bound stay there, and the others solve what is left of the system.
+    free = xp.astype((x > low) & (slack > high), matrix.dtype) * active
+    bound = exact * (1 - free)
+
+    def smooth() -> Array:
+        matrix, rhs = given
+        rest = (rhs - (matrix @ bound[..., None])[..., 0]) * free
+        part = matrix * free[..., :, None] * free[..., None, :]
+        return bound + _semidefinite_solve(xp, part, rest, 8 * size * eps)
+
+    return with_derivative(exact, smooth, *given)

@@ -8,7 +8,7 @@ directions.
 from typing import Any, Literal, NamedTuple, get_args
 
 from loda_math import _subspaces, _trace_ratio
-from loda_math._arrays import Array, Namespace, is_array, result_dtype, safe_divide
+from loda_math._arrays import Array, Namespace, detached, is_array, result_dtype, safe_divide
 from loda_math._subspaces import RidgeScale, checked_ridge
 from loda_math._validation import (
     MomentLike,
@@ -143,7 +143,8 @@ def general_subspace(
 
     Notes
     -----
-    LoDA, arXiv:2603.00191, Section 3.2. Bases are constants: do not differentiate through them.
+    LoDA, arXiv:2603.00191, Section 3.2. Bases are constants: no derivative flows through any
+    result of the solvers, since that of an eigenvector does not exist where eigenvalues tie.
 
     Examples
     --------
@@ -541,6 +542,7 @@ def null_solution(old: MomentLike, rank: int) -> SubspaceSolution:
     (array([0.]), 0.5)
     """
     xp, size, (history,), _ = checked_moments({"old": old})
+    history = detached(history)
     rank = check_rank(rank, size)
     directions = _subspaces.null(xp, history, rank)
     solution = _solution(xp, directions, rank, history)
@@ -641,7 +643,8 @@ def _checked(
     if old is None or (new is None and not needs_new):
         del given["old" if old is None else "new"]
     xp, size, moments, gram_eps = checked_moments(given, accumulation_eps=accumulation_eps)
-    return xp, size, moments[0], moments[1] if len(moments) > 1 else None, gram_eps
+    new, old = (*map(detached, moments), None)[:2]
+    return xp, size, new, old, gram_eps
 
 
 def _solution(

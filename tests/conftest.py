@@ -67,11 +67,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what is marked ``gpu`` where there is none."""
-    if item.get_closest_marker("gpu") is not None:
-        import torch
-
-        if not torch.cuda.is_available():
-            pytest.skip("no CUDA device here")
+    if item.get_closest_marker("gpu") is None:
+        return
+    if not pytest.importorskip("torch").cuda.is_available():
+        pytest.skip("no CUDA device here")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-NAMES = ("numpy", "torch", "torch-cuda", "array_api_strict", "jax", "jax-x32", "cupy")
+NAMES = ("numpy", "torch", "torch-cuda", "array_api_strict", "jax", "jax-x32", "cupy", "mlx")
 
 
 @dataclass
@@ -72,6 +72,8 @@ def opened(name: str) -> Iterator[ModuleType]:
     if module == "jax":
         device, context = _jax(library, float64=variant != "x32")
         library = library.numpy
+    elif module == "mlx":
+        library = import_module("mlx.core")
     elif module == "array_api_strict":
         device = library.Device("device1")
     elif variant == "cuda":
@@ -87,9 +89,9 @@ def opened(name: str) -> Iterator[ModuleType]:
 
 
 def _jax(jax: ModuleType, *, float64: bool) -> tuple[Any, Any]:
-    """The last device (on a host: a second one), and the context that sets the precision."""
+    """The last device (on a host: one of four), and the context that sets the precision."""
     with suppress(AttributeError, RuntimeError):  # an older JAX, or its backend runs already
-        jax.config.update("jax_num_cpu_devices", 2)
+        jax.config.update("jax_num_cpu_devices", 4)
     home = jax if hasattr(jax, "enable_x64") else jax.experimental
     return jax.devices()[-1], home.enable_x64(float64)
 
@@ -124,6 +126,8 @@ def from_numpy(xp: ModuleType, x: NDArray[Any]) -> Any:
         return jax.device_put(xp.asarray(x), device)
     if xp.__name__ == "array_api_strict":
         return xp.asarray(x, device=device)
+    if xp.__name__ == "mlx.core":  # which makes float32 of float64 unless told
+        return xp.array(x, dtype=getattr(xp, "bool_" if x.dtype == bool else x.dtype.name))
     return xp.asarray(x)
 
 

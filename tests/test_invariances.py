@@ -273,7 +273,7 @@ def test_layers_are_independent(xp: ModuleType, name: str) -> None:
         one = call(xp, name, **{a: to_library(xp, x[i, j]) for a, x in stacks.items()})
         parts = one if isinstance(one, tuple) else (one,)
         for whole, single in zip(fields, parts, strict=True):
-            if whole is None or isinstance(whole, int):  # what a Moments counts is one number
+            if whole is None or isinstance(whole, (int, float)):  # count and unit of Moments
                 assert whole == single
                 continue
             assert whole.shape == (3, 2, *single.shape)

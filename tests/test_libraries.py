@@ -18,7 +18,7 @@ from strategies import Matrix, dtype_name, from_spectrum, orthogonal, to_library
 import loda_math as lm
 
 ROOT = Path(__file__).parents[1]
-SIZE, RANK, LAYERS = 6, 2, 3
+SIZE, RANK, LAYERS = 6, 2, 4
 
 # Compared over all libraries, and compiled in both of JAX's precisions; the others in float64.
 BASIC = (
@@ -38,20 +38,20 @@ BASIC = (
 TOLERANCE = {"float64": 1e-12, "float32": 2e-5}
 
 
-def matrices(name: str) -> dict[str, Matrix]:
+def matrices(name: str, size: int = SIZE) -> dict[str, Matrix]:
     """Arguments of a function, batched over layers; spectra with clear gaps make bases unique."""
     rng = np.random.default_rng(0)
 
     def layers(make: Callable[[], Matrix]) -> Matrix:
         return np.stack([make() for _ in range(LAYERS)])
 
-    moment = lambda: from_spectrum(2.0 ** -np.arange(SIZE), orthogonal(SIZE, rng))  # noqa: E731
-    shapes = {"up": (5, RANK), "down": (RANK, SIZE), "coefficients": (RANK, RANK)}
-    shapes |= {"tokens": (7, SIZE), "grad_output": (7, 4)}
-    shapes |= dict.fromkeys(("before", "after", "change", "gradient"), (5, SIZE))
+    moment = lambda: from_spectrum(2.0 ** -np.arange(size), orthogonal(size, rng))  # noqa: E731
+    shapes = {"up": (5, RANK), "down": (RANK, size), "coefficients": (RANK, RANK)}
+    shapes |= {"tokens": (7, size), "grad_output": (7, 4)}
+    shapes |= dict.fromkeys(("before", "after", "change", "gradient"), (5, size))
     make = {a: lambda shape=shape: rng.standard_normal(shape) for a, shape in shapes.items()}
     make |= dict.fromkeys(("new", "old", "moment"), moment)
-    make["basis"] = lambda: orthogonal(SIZE, rng)[:, :RANK]
+    make["basis"] = lambda: orthogonal(size, rng)[:, :RANK]
     return {a: layers(make[a]) for a in ALL[name][1]}
 
 
@@ -168,6 +168,52 @@ def test_sums_are_compensated_where_jax_has_no_float64(jnp: ModuleType) -> None:
     np.testing.assert_allclose(total, 4 * (1 + 8 * 2.0**-24), rtol=1e-12)
 
 
+# Devices: what is created beside the arguments lies where they lie
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_default_device_of_torch_is_not_used(name: str) -> None:
+    """The meta device stands for an accelerator: what ends there has no values."""
+    torch = pytest.importorskip("torch")
+    # 200: large enough for SciPy.
+    x = [torch.from_numpy(m) for m in matrices(name, 200).values()]
+    expected = fields(name, x)
+    with torch.device("meta"):
+        result = fields(name, x)
+    for ours, alone in zip(result, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(alone))
+
+
+def test_a_training_step_does_not_use_the_default_device_of_torch() -> None:
+    torch = pytest.importorskip("torch")
+    p, g, order = torch.ones(3), torch.asarray([3.0, 0.0, -4.0]), torch.asarray([2, 0])
+    with torch.device("meta"):
+        halves = lm.class_split(torch.asarray([2, 0, 2], device="cpu"), order)
+        (moved,), (rest,) = lm.lookahead([p], [g], 0.5), lm.project_conflict([p], [g])
+        cosine = lm.gradient_alignment([p], [g])
+    for x in (*halves, moved, rest, cosine):
+        assert x.device.type == "cpu"
+
+
+@pytest.mark.parametrize("library", ["jax"])
+@pytest.mark.parametrize("name", ALL)
+def test_sharded_arrays_of_jax(library: str, name: str) -> None:
+    """Layers over two devices, and the features of each layer over two."""
+    import jax
+
+    with libraries.opened(library):
+        if len(jax.devices()) < 4:
+            pytest.skip("this JAX shows one CPU device only")
+        mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("layer", "feature"))
+        place = jax.sharding.NamedSharding(
+            mesh, jax.sharding.PartitionSpec("layer", None, "feature")
+        )
+        host = list(matrices(name).values())
+        ours = fields(name, [jax.device_put(m, place) for m in host])
+        for found, expected in zip(ours, fields(name, host), strict=True):
+            np.testing.assert_allclose(np.asarray(found), expected, atol=1e-9)
+
+
 # The base install: this package, array-api-compat and one array library
 
 
@@ -202,3 +248,13 @@ print(*sorted({{name.partition(".")[0] for name in sys.modules}}))
     )
     assert done.returncode == 0, done.stderr
     assert not set(done.stdout.split()) & {"scipy", "torch", "jax", "cupy", "dask", "threadpoolctl"}
+
+
+def test_constants_inside_of_compiled_code(jnp: ModuleType) -> None:
+    """Moments that a compiled function closes over have values, but nothing made of them has."""
+    import jax
+
+    new, old = arguments(jnp, "isolated_subspace", widest_dtype(jnp))
+    compiled = jax.jit(lambda x: x + lm.energy_ratio(lm.isolated_subspace(new, old, 2), new, old))
+    expected = lm.energy_ratio(lm.isolated_subspace(new, old, 2), new, old)
+    np.testing.assert_allclose(compiled(0.0), to_numpy(expected), rtol=1e-4)

@@ -329,3 +329,148 @@ def test_one_moment_alone_gives_the_result_its_dtype(
     fields = result if isinstance(result, tuple) else (result,)
     assert "float32" in {dtype_name(x) for x in fields}
     assert "float64" not in {dtype_name(x) for x in fields}
+
+
+# Moments as they are given
+
+TOKENS = RNG.standard_normal((2, 40, 4)) * [1.0, 0.5, 0.1, 0.0]  # the last feature is dead
+SOLVERS: dict[str, Any] = {
+    "general": lm.general_solution,
+    "isolated": lm.isolated_solution,
+    "trace ratio": lm.trace_ratio_solution,
+    "rank": lambda new, old, rank, **k: lm.rank_for(new, old, 0.3 * rank, of="ratio", **k),
+}
+UPDATES: dict[str, Any] = {
+    "projection_energy": lambda n, o, **k: lm.projection_energy(k["basis"], n),
+    "relative_energy": lambda n, o, **k: lm.relative_energy(k["basis"], o),
+    "energy_ratio": lambda n, o, **k: lm.energy_ratio(k["basis"], n, o),
+    "heldout_ratio": lambda n, o, **k: lm.heldout_ratio(lambda *_: k["basis"], n, n, o),
+    "recalibration": lambda n, o, **k: lm.recalibration(k["up"], k["down"], n, o, 1.5),
+    "recalibration_loss": lambda n, o, **k: lm.recalibration_loss(
+        k["coefficients"], k["up"], k["down"], n, o, 1.5
+    ),
+    "update_effect": lambda n, o, **k: lm.update_effect(
+        k["coefficients"], k["up"], k["down"], n, o
+    ),
+    "verify_subspace": lambda n, o, **k: lm.verify.verify_subspace(k["basis"], n, o, "isolated"),
+    "verify_recalibration": lambda n, o, **k: lm.verify.verify_recalibration(
+        k["coefficients"], k["up"], k["down"], n, o, 1.5
+    ),
+}
+
+
+def streamed(xp: ModuleType) -> tuple[lm.Moments, lm.History]:
+    """Moments of a new task, and a history, both formed of float32 tokens."""
+    new, old = (lm.second_moment(to_library(xp, x, "float32")) for x in TOKENS)
+    return new, lm.remember(lm.remember(None, old), old)
+
+
+def branch(xp: ModuleType) -> dict[str, Any]:
+    """A branch and a basis in the widest dtype, as moments are."""
+    names = ("basis", "up", "down", "coefficients")
+    return {n: to_library(xp, GENERIC[n], libraries.widest_dtype(xp)) for n in names}
+
+
+def assert_same(a: Any, b: Any) -> None:
+    for x, y in zip(flat(a), flat(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_solvers_take_moments_and_histories_with_their_unit(xp: ModuleType, name: str) -> None:
+    solve = SOLVERS[name]
+    new, history = streamed(xp)
+    settings = {} if name == "general" else {"ridge": 0.0}
+    expected = solve(new.mean, history.total, 2, accumulation_eps=new.unit, **settings)
+    assert_same(solve(new, history, 2, **settings), expected)
+    assert_same(solve(new.mean, history, 2, **settings), expected)
+    # What is said counts, whatever the moments carry.
+    coarse = solve(new, history, 2, accumulation_eps=1e-3, **settings)
+    assert_same(coarse, solve(new.mean, history.total, 2, accumulation_eps=1e-3, **settings))
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_functions_of_moments_take_them_as_they_are(xp: ModuleType, name: str) -> None:
+    new, history = streamed(xp)
+    matrices = branch(xp)
+    result = UPDATES[name](new, history, **matrices)
+    assert_same(result, UPDATES[name](new.mean, history.total, **matrices))
+
+
+def test_moments_of_float32_tokens_need_no_ridge(xp: ModuleType) -> None:
+    """The unit keeps the factorisation safe and the dead direction out."""
+    for seed in range(10):
+        x = np.random.default_rng(seed).standard_normal((2, 300, 6)) * [1, 1, 0.5, 0.5, 0.1, 0.0]
+        new, old = (lm.second_moment(to_library(xp, tokens, "float32")) for tokens in x)
+        basis = to_numpy(lm.isolated_subspace(new, lm.remember(None, old), 5, ridge=0.0))
+        assert np.all(np.abs(basis[-1]) < 1e-3)
+
+
+@pytest.mark.parametrize("name", ["general", "isolated", "trace ratio"])
+def test_keywords_say_which_moment_is_which(xp: ModuleType, name: str) -> None:
+    new, old = (to_library(xp, m, "float32") for m in (NEW, OLD))
+    expected = SOLVERS[name](new, old, 2)
+    assert_same(SOLVERS[name](rank=2, old=old, new=new), expected)
+    assert_same(SOLVERS[name](new, old=old, rank=2), expected)
+    if name != "general":
+        first = SOLVERS[name](new=new, rank=2)
+        assert_same(first, SOLVERS[name](new, None, 2))
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_moments_broadcast(xp: ModuleType, name: str) -> None:
+    solve = SOLVERS[name]
+    layers = np.stack([NEW, OLD + 1e-2 * NEW, np.eye(4)])
+    many, one = to_library(xp, layers, "float32"), to_library(xp, OLD, "float32")
+    for new, old in ((many, one), (one, many), (many[:, None, ...], many[:2, ...])):
+        result = solve(new, old, 2)
+        batch = np.broadcast_shapes(tuple(new.shape[:-2]), tuple(old.shape[:-2]))
+        full = [to_numpy(m) for m in (new, old)]
+        full = [np.broadcast_to(m, (*batch, 4, 4)) for m in full]
+        expected = solve(*(to_library(xp, m, "float32") for m in full), 2)
+        assert_same(result, expected)
+        for field in result:
+            assert tuple(field.shape[: len(batch)]) == batch
+    with pytest.raises(ValueError, match="broadcast"):
+        solve(many, many[:2, ...], 2)
+
+
+@pytest.mark.parametrize("name", sorted(set(UPDATES) - {"recalibration", "recalibration_loss"}))
+def test_the_fields_of_a_report_have_one_shape(xp: ModuleType, name: str) -> None:
+    matrices = {a: to_library(xp, GENERIC[a], "float32") for a in branch(xp)}
+    many = to_library(xp, np.stack([NEW, OLD, NEW + OLD]), "float32")
+    one = to_library(xp, OLD, "float32")
+    for new, old in ((many, one), (one, many)):
+        result = UPDATES[name](new, old, **matrices)
+        if isinstance(result, tuple):
+            assert {tuple(field.shape) for field in result} == {(3,)}
+
+
+def test_a_history_alone_has_a_general_subspace(xp: ModuleType) -> None:
+    _, history = streamed(xp)
+    assert_same(lm.general_solution(old=history, rank=2), lm.general_solution(history, None, 2))
+    assert_same(lm.rank_for(old=history, share=0.9), lm.rank_for(history, share=0.9))
+
+
+def test_what_is_missing_is_named(xp: ModuleType) -> None:
+    m = to_library(xp, EYE)
+    for solve in (lm.general_subspace, lm.isolated_subspace, lm.trace_ratio_subspace):
+        with pytest.raises(TypeError, match="rank"):
+            solve(m, m)
+        with pytest.raises(TypeError, match="new"):
+            solve(rank=1)
+    with pytest.raises(TypeError, match="new"):
+        lm.isolated_subspace(old=m, rank=1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="new"):
+        lm.rank_for(old=m, share=0.5, of="ratio")
+    with pytest.raises(TypeError, match="share"):
+        lm.rank_for(m)
+
+
+def test_a_floor_belongs_to_the_ratio_of_traces(xp: ModuleType) -> None:
+    m = to_library(xp, EYE)
+    for floor in (0.5, xp.asarray(0.5)):
+        with pytest.raises(ValueError, match="energy_floor"):
+            lm.isolated_subspace(m, m, 1, energy_floor=floor)
+    with pytest.raises(ValueError, match="objective"):
+        lm.isolated_subspace(m, m, 1, objective="ratio")  # type: ignore[arg-type]

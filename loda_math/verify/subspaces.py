@@ -8,12 +8,16 @@ from loda_math._arrays import (
     Namespace,
     coarsest_eps,
     descending_eigh,
+    descending_eigvalsh,
+    diagonal,
     eye_like,
     is_array,
+    larger,
     result_dtype,
     rounding_share,
     safe_divide,
     span_energy,
+    trace,
     widen,
 )
 from loda_math._subspaces import Ridge, RidgeScale, checked_ridge
@@ -199,7 +203,7 @@ def _orthonormalised(xp: Namespace, u: Array) -> tuple[Array, Array, Array]:
     gram = u.mT @ u
     rank, eps = int(u.shape[-1]), float(xp.finfo(u.dtype).eps)
     # Zero columns stand for inert directions; a column that is merely short is a defect.
-    ones = xp.astype(xp.linalg.diagonal(gram) > eps, u.dtype)
+    ones = xp.astype(diagonal(xp, gram) > eps, u.dtype)
     defect = xp.max(xp.abs(gram - ones[..., None, :] * eye_like(xp, u, rank)), axis=(-2, -1))
     values, vectors = descending_eigh(xp, gram)
     active = (values > rounding_share(xp, rank, u) * values[..., :1]) & (values > eps)
@@ -216,9 +220,8 @@ def _energy(
     s, _ = _subspaces.normalised(xp, o if minimise else 0.5 * n + 0.5 * o)
     image = s @ span
     value = xp.sum(span * image, axis=(-2, -1))
-    # eigvalsh of the standard need not sort: the order is set here.
-    values = xp.sort(xp.linalg.eigvalsh(s), axis=-1, descending=not minimise)
-    best = xp.sum(values[..., : int(span.shape[-1])], axis=-1)
+    values, rank = descending_eigvalsh(xp, s), int(span.shape[-1])
+    best = xp.sum(values[..., -rank:] if minimise else values[..., :rank], axis=-1)
     return _Quality(
         value,
         best,
@@ -244,11 +247,12 @@ def _isolated_at_better_ridge(
     n, o = widen(xp, new, old)
     s_old, _ = _subspaces.normalised(xp, o)
     alpha = _subspaces.relative_ridge(xp, s_old, ridge)
-    if not is_array(alpha) and alpha >= 4 * size * coarsest_eps(xp, new, old, gram_eps=gram_eps):
+    floor = 4 * size * coarsest_eps(xp, new, old, gram_eps=gram_eps)
+    if not is_array(alpha) and not is_array(floor) and alpha >= floor:
         return given
     # Rounding can leave small eigenvalues of a history negative: the least ridge lifts them all.
     lowest = -4 * size * xp.min(xp.linalg.eigvalsh(s_old))
-    least = xp.where(lowest > alpha, lowest, alpha + 0 * lowest)
+    least = larger(xp, lowest, alpha)
     wide = _isolated(xp, span, active, n, o, Ridge(least), 0.0)
     is_better = wide.gap < given.gap
     pairs = zip(wide[:-1], given[:-1], strict=True)
@@ -267,7 +271,7 @@ def _isolated(
     inner = xp.linalg.solve(span.mT @ (r @ span) + ones, span.mT @ image)
     exact = _subspaces.isolated(xp, new, old, rank, ridge, gram_eps)
     values = xp.where(exact.inert, xp.zeros_like(exact.values), exact.values)
-    value, best = xp.linalg.trace(inner), xp.sum(values[..., :rank], axis=-1)
+    value, best = trace(xp, inner), xp.sum(values[..., :rank], axis=-1)
     spectrum = xp.linalg.eigvalsh(r)
     condition = xp.max(spectrum, axis=-1) / xp.min(spectrum, axis=-1)
     return _Quality(
@@ -306,7 +310,7 @@ def _trace_ratio(
     gap = xp.where(is_full, gap, xp.maximum(gap, 0 * gap))
     # A basis of fewer directions has a larger ratio: only inert ones may be left out.
     active_needed = _subspaces.count_true(xp, ~exact.directions.inert)
-    spectrum = xp.sort(xp.linalg.eigvalsh(s), axis=-1, descending=True)[..., :rank]
+    spectrum = descending_eigvalsh(xp, s)[..., :rank]
     is_complete = (_subspaces.count_true(xp, active) >= active_needed) & (
         carried >= (energy_floor - tolerance) * xp.sum(spectrum, axis=-1)
     )
