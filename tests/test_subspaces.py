@@ -806,7 +806,7 @@ def typical(energies: Matrix) -> float:
 @st.composite
 def with_outliers(draw: st.DrawFn) -> tuple[Matrix, Matrix]:
     """Energies of a history of which some are large, and a rotation for them."""
-    size = draw(st.integers(1, 40))
+    size = draw(st.sampled_from([1, 8, 9, 16, 40]))
     rng = np.random.default_rng(draw(seeds))
     energies = rng.uniform(0.1, 1, size)
     energies[: draw(st.integers(0, size // 3))] *= draw(st.sampled_from([1e1, 1e3, 1e6]))
@@ -863,7 +863,7 @@ def test_outliers_do_not_drown_what_the_new_task_alone_uses(
 def test_the_mean_energy_is_drowned_by_a_shared_outlier(xp: ModuleType) -> None:
     old, new = np.ones(64), np.ones(64)
     old[:4] = 1e-3
-    old[-1] = new[-1] = 1e6
+    old[-1] = new[-1] = 1e4
     moments = [to_library(xp, np.diag(m), "float32") for m in (new, old)]
     mean, robust = (isolated_subspace(*moments, 4, ridge_scale=s) for s in ("mean", "channels"))
     assert float(energy_ratio(mean, *moments)) < 1.1
@@ -898,6 +898,7 @@ def test_limits_hold_at_any_scale_of_the_ridge(
 
 
 @pytest.mark.parametrize("scale", SCALES)
+@few
 @given(pencil=pencils(24), exponents=st.tuples(*[st.integers(-100, 100)] * 2), dtype=dtypes)
 def test_any_scale_of_the_ridge_is_safe_and_free_of_units(
     xp: ModuleType, scale: Any, pencil: tuple, exponents: tuple[int, int], dtype: str
