@@ -20,7 +20,6 @@ from loda_math._arrays import (
     is_concrete,
     is_jax,
     is_numpy,
-    lower_cholesky,
     placed_like,
 )
 
@@ -32,6 +31,11 @@ LANCZOS_SIZE = 640
 LANCZOS_VECTORS, LANCZOS_LEAST, LANCZOS_RESTARTS = 3, 48, 12
 # Steps of the power method that bounds an eigenvalue: its order of magnitude is what counts.
 POWER_STEPS = 8
+
+
+def is_partial(x: Array, count: int) -> bool:
+    """Whether fewer eigenpairs cost less; their values can be read then, without a wait."""
+    return _on_host(x, count)
 
 
 def leading_eigh(xp: Namespace, x: Array, count: int) -> tuple[Array, Array]:
@@ -51,19 +55,16 @@ def trailing_eigh(xp: Namespace, x: Array, count: int) -> tuple[Array, Array, Ar
     return rising, xp.flip(vectors[..., -count:], axis=-1), values[..., :1]
 
 
-def leading_pencil(xp: Namespace, s: Array, r: Array, count: int, name: str) -> tuple[Array, Array]:
-    """The ``count`` largest eigenvalues of (S, R), R = LLᵀ, and L⁻ᵀV for orthonormal V.
+def reduced_pencil(xp: Namespace, s: Array, factor: Array, count: int) -> tuple[Array, Array]:
+    """The ``count`` largest eigenvalues of the pencil (S, LLᵀ), falling, and V.
 
-    A failure of the factorisation is reported in terms of the argument ``name``.
+    V holds orthonormal eigenvectors of L⁻¹SL⁻ᵀ; those of the pencil are L⁻ᵀV.
     """
-    factor = lower_cholesky(xp, r, name)
     if _on_host(s, count):
-        values, vectors = _solve_each(xp, lambda a, b: _leading_generalised(a, b, count), s, factor)
-    else:
-        half = lower_solve(xp, factor, s)
-        values, vectors = descending_eigh(xp, lower_solve(xp, factor, half.mT))
-        values, vectors = values[..., :count], vectors[..., :count]
-    return values, lower_solve(xp, factor, vectors, transpose=True)
+        return _solve_each(xp, lambda a, b: _leading_generalised(a, b, count), s, factor)
+    half = lower_solve(xp, factor, s)
+    values, vectors = descending_eigh(xp, lower_solve(xp, factor, half.mT))
+    return values[..., :count], vectors[..., :count]
 
 
 def lower_solve(xp: Namespace, factor: Array, rhs: Array, *, transpose: bool = False) -> Array:

@@ -14,7 +14,7 @@ from strategies import SPECTRA, Matrix, from_spectrum, orthogonal, to_library, t
 
 import loda_math as lm
 from loda_math import _eigh
-from loda_math._arrays import namespace
+from loda_math._arrays import lower_cholesky, namespace
 
 COUNT = 5
 # Part of a spectrum by the dense solver; and by Lanczos, which can run from 192 on for so many.
@@ -67,11 +67,14 @@ PENCILS += [("random", "random", LANCZOS), ("clustered", "deficient", LANCZOS)]
 
 
 @pytest.mark.parametrize(("new", "old", "size"), PENCILS)
-def test_leading_pencil(host: ModuleType, new: str, old: str, size: int) -> None:
+def test_reduced_pencil(host: ModuleType, new: str, old: str, size: int) -> None:
     s = moment(new, 1, size)
     r = moment(old, 2, size) + 1e-2 / size * np.eye(size)
     arrays = to_library(host, s), to_library(host, r)
-    values, directions = _eigh.leading_pencil(namespace(x=arrays[0]), *arrays, COUNT, "old")
+    xp = namespace(x=arrays[0])
+    factor = lower_cholesky(xp, arrays[1], "old")
+    values, reduced = _eigh.reduced_pencil(xp, arrays[0], factor, COUNT)
+    directions = _eigh.lower_solve(xp, factor, reduced, transpose=True)
     eigenvalues, ours = to_numpy(values), to_numpy(directions)
     exact, vectors = scipy.linalg.eigh(s, r)
     exact, vectors = exact[::-1], vectors[:, ::-1]
