@@ -6,6 +6,7 @@ writes or draws random numbers. The paper is arXiv:2603.00191.
 """
 
 from loda_math import verify
+from loda_math._subspaces import RidgeScale
 from loda_math.energy import (
     FirstOrderUpdate,
     HeldoutRatio,
@@ -36,7 +37,6 @@ from loda_math.recalibration import (
 from loda_math.subspaces import (
     RankChoice,
     RankMeasure,
-    RidgeScale,
     SubspaceSolution,
     TraceRatioSolution,
     general_solution,
