@@ -87,6 +87,7 @@ def read_run(path: Path) -> Iterator[Solution]:
     """
     settings = read_settings(path)
     for task in saved_tasks(path, settings, branches=True):
+        own = settings.by_layer(task.layers)
         for name, layer in task.layers.items():
             arrays = {key: array for key, array in layer.items() if key in LAYER_ARRAYS}
             history, weight = task.history.get(name), settings.history_weight
@@ -94,7 +95,7 @@ def read_run(path: Path) -> Iterator[Solution]:
                 arrays["moment_old"] = history.total
             if weight == "mean":
                 weight = 1.0 if history is None else 1 / history.weight
-            yield Solution(str(task.number), name, arrays, _layer_settings(settings, weight))
+            yield Solution(str(task.number), name, arrays, _layer_settings(own[name], weight))
 
 
 def export_run(path: Path, file: Path) -> None:
