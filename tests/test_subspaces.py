@@ -810,7 +810,7 @@ def typical(energies: Matrix) -> float:
 @st.composite
 def with_outliers(draw: st.DrawFn) -> tuple[Matrix, Matrix]:
     """Energies of a history of which some are large, and a rotation for them."""
-    size = draw(st.sampled_from([1, 8, 9, 16, 40]))
+    size = draw(st.sampled_from([8, 9, 24]))
     rng = np.random.default_rng(draw(seeds))
     energies = rng.uniform(0.1, 1, size)
     energies[: draw(st.integers(0, size // 3))] *= draw(st.sampled_from([1e1, 1e3, 1e6]))
@@ -872,6 +872,8 @@ def test_the_mean_energy_is_drowned_by_a_shared_outlier(xp: ModuleType) -> None:
     mean, robust = (isolated_subspace(*moments, 4, ridge_scale=s) for s in ("mean", "channels"))
     assert float(energy_ratio(mean, *moments)) < 1.1
     assert float(energy_ratio(robust, *moments)) > 900
+    by_traces = trace_ratio_solution(*moments, 4, ridge_scale="channels").basis
+    assert float(energy_ratio(by_traces, *moments)) > 900
     # Bases are verified, and ranks chosen, at the scale that they were asked for.
     for scale, passes in (("mean", False), ("channels", True), ("eigenvalues", True)):
         report = verify_subspace(robust, *moments, "isolated", ridge_scale=scale, tolerance=1e-3)
