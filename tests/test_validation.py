@@ -353,7 +353,10 @@ UPDATES: dict[str, Any] = {
     "update_effect": lambda n, o, **k: lm.update_effect(
         k["coefficients"], k["up"], k["down"], n, o
     ),
-    "verify_subspace": lambda n, o, **k: lm.verify.verify_subspace(k["basis"], n, o, "isolated"),
+    # How far a direction may fall short depends on the unit.
+    "verify_subspace": lambda n, o, **k: lm.verify.verify_subspace(
+        k["basis"], n, o, "isolated", accumulation_eps=lm.rounding_unit()
+    ),
     "verify_recalibration": lambda n, o, **k: lm.verify.verify_recalibration(
         k["coefficients"], k["up"], k["down"], n, o, 1.5
     ),
