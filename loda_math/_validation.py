@@ -34,7 +34,14 @@ STRIPE = 256
 def check_real(xp: Namespace, **arrays: Array) -> None:
     """Refuse arrays that are not real floating point."""
     for name, x in arrays.items():
-        if not xp.isdtype(x.dtype, "real floating"):
+        if type(x).__name__ == "MaskedArray":
+            msg = f"{name} is a masked array, and its mask would not count; leave the rows out"
+            raise TypeError(msg)
+        try:
+            is_real = xp.isdtype(x.dtype, "real floating")
+        except TypeError:  # a dtype from outside the library, as NumPy's bfloat16 and float8
+            is_real = False
+        if not is_real:
             msg = f"{name} must be real floating point, got dtype {x.dtype}; cast it first"
             raise TypeError(msg)
 
