@@ -58,6 +58,12 @@ class Moments(NamedTuple):
         :func:`combine` keeps the coarsest, and solvers take rounding below it for noise. Give it
         (from :func:`rounding_unit`) to moments made by hand.
 
+    See Also
+    --------
+    second_moment : Moments of a set of tokens.
+    combine : Moments of two sets.
+    History : What several tasks leave behind.
+
     Examples
     --------
     >>> import numpy as np
@@ -164,6 +170,12 @@ def second_moment(tokens: Array, /, *, check: bool = True) -> Moments:
         If the tokens have fewer than two axes, no features, or hold NaN, infinity or values
         whose squares would overflow.
 
+    See Also
+    --------
+    combine : Moments of two sets of tokens.
+    remember : Add the moments of a task to the history.
+    general_subspace : What moments are for.
+
     Examples
     --------
     >>> import numpy as np
@@ -214,6 +226,11 @@ def combine(a: Moments, b: Moments, /) -> Moments:
     ValueError
         If the totals differ in shape.
 
+    See Also
+    --------
+    second_moment : Moments of a set of tokens.
+    Moments : Their fields.
+
     Examples
     --------
     >>> import numpy as np
@@ -262,6 +279,11 @@ class History(NamedTuple):
     unit : float, default 0
         Rounding unit of the arithmetic that formed the moments, the coarsest of all tasks, as in
         :class:`Moments`.
+
+    See Also
+    --------
+    remember : Add a task.
+    Moments : Of one task.
 
     Examples
     --------
@@ -383,6 +405,11 @@ def remember(
         If shapes differ, values are not finite or not symmetric, the weight is negative, or the
         decay is not from 0 to 1.
 
+    See Also
+    --------
+    History : Its fields.
+    second_moment : The moments of a task.
+
     Notes
     -----
     Generalises the history of LoDA, arXiv:2603.00191, Section 3.2.
@@ -453,6 +480,11 @@ def rounding_unit(*tokens: Array) -> float:
     ------
     TypeError
         If an array is not real floating point.
+
+    See Also
+    --------
+    general_subspace : Takes it as ``accumulation_eps``.
+    Moments : Carry it.
 
     Examples
     --------
