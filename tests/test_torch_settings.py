@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
         {"energy_floor": 0.5}, {"energy_floor": 0.5, "isolated": "null"},
         {"joint": True, "recalibration": "none"}, {"joint": None}, {"heldout": 1},
         {"history_decay": -0.1}, {"history_decay": float("nan")}, {"history_decay": None},
-        {"history_weight": -1.0}, {"history_weight": "sum"},
+        {"history_weight": -1.0}, {"history_weight": "sum"}, {"ridge_scale": "median"},
     ],
     ids=str,
 )  # fmt: skip
