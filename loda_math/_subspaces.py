@@ -14,7 +14,6 @@ from loda_math._arrays import (
     coarsest_eps,
     fix_signs,
     is_array,
-    is_concrete,
     larger,
     peak,
     result_dtype,
@@ -22,7 +21,15 @@ from loda_math._arrays import (
     trace,
     widen,
 )
-from loda_math._eigh import largest_eigenvalue, leading_eigh, leading_pencil, trailing_eigh
+from loda_math._eigh import (
+    is_partial,
+    largest_eigenvalue,
+    leading_eigh,
+    lower_cholesky,
+    lower_solve,
+    reduced_pencil,
+    trailing_eigh,
+)
 from loda_math._rounding import channel_noise, is_noise, noise_along
 
 
@@ -91,7 +98,7 @@ def leading(
         inert = is_noise(xp, values, along, size * eps * largest)
         return Directions(vectors, values, inert, largest), xp.min(noise, axis=-1, keepdims=True)
 
-    return _first_above_noise(xp, solve, min(rank + 1, size), size)
+    return _first_above_noise(xp, solve, min(rank + 1, size), s)
 
 
 def isolated(
@@ -113,46 +120,45 @@ def generalised(xp: Namespace, s_new: Array, r: Array, count: int, noise: Array)
     ``noise`` is that of S_new by channel.
     """
     size, eps = int(s_new.shape[-1]), float(xp.finfo(s_new.dtype).eps)
+    factor = lower_cholesky(xp, r, "old")
     # With wᵀRw = 1 the squared length of w is at least the inverse of the trace of R.
-    floor = xp.min(noise, axis=-1, keepdims=True) / trace(xp, r)[..., None]
+    least = xp.min(noise, axis=-1, keepdims=True) / trace(xp, r)[..., None]
 
     def solve(several: int) -> tuple[Directions, Array]:
-        values, directions = leading_pencil(xp, s_new, r, several, "old")
+        values, vectors = reduced_pencil(xp, s_new, factor, several)
         largest = values[..., :1]
         rounding = size * eps * largest
         # For wᵀRw = 1 the ratio is wᵀSw: noise in S_new counts as much as the ridge magnifies it.
-        along = noise_along(xp, noise, directions) + rounding
-        inert = is_noise(xp, values, along, rounding)
-        return Directions(directions, values, inert, largest), floor + rounding
+        directions = lower_solve(xp, factor, vectors, transpose=True)
+        inert = is_noise(xp, values, noise_along(xp, noise, directions) + rounding, rounding)
+        return Directions(vectors, values, inert, largest), least + rounding
 
-    found = _first_above_noise(xp, solve, count, size)
+    first = _first_above_noise(xp, solve, count, s_new)
     # Householder QR keeps the span of the leading columns even for an ill-conditioned factor.
-    basis, _ = xp.linalg.qr(found.basis)
-    return found._replace(basis=basis)
+    basis, _ = xp.linalg.qr(lower_solve(xp, factor, first.basis, transpose=True))
+    return first._replace(basis=basis)
 
 
 def _first_above_noise(
-    xp: Namespace, solve: Callable[[int], tuple[Directions, Array]], wanted: int, size: int
+    xp: Namespace, solve: Callable[[int], tuple[Directions, Array]], wanted: int, like: Array
 ) -> Directions:
     """The first directions that carry more than noise, noise only where there are no more of them.
 
     ``solve`` gives as many directions as are asked for, by falling eigenvalue, and the least noise
-    that any direction has. Noise of a large channel may come before smaller directions that are
-    sound, so the search goes on behind it.
+    that any direction of a matrix like this may have. Noise of a large channel may come before
+    smaller directions that are sound, so the search goes on behind it.
     """
-    count = wanted
-    while True:
-        directions, least = solve(count)
-        if count == size:
-            break
-        if not is_concrete(directions.values):
-            count = size
-            continue
+    size = int(like.shape[-1])
+    # A solver of the whole spectrum gives all of it at the same price, and nothing has to be read.
+    count = wanted if is_partial(like, wanted) else size
+    directions, least = solve(count)
+    while count < size:
         short = count - count_true(xp, directions.inert)[..., None] < wanted
         # Eigenvalues fall: below the least noise none can be sound.
         if not bool(xp.any(short & (directions.values[..., -1:] > least))):
             break
         count = min(2 * count, size)
+        directions, least = solve(count)
     inert = xp.astype(directions.inert, xp.int32)
     place = xp.cumulative_sum(0 * inert + 1, axis=-1)  # 1, 2, ..., so that no two keys are equal
     order = xp.argsort(place + count * inert, axis=-1)[..., :wanted]

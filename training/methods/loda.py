@@ -49,7 +49,10 @@ class LoDAMethod(Method):
         heldout: bool = True,
         **settings: Any,
     ) -> None:
-        self.settings = LoDASettings(rank=rank, heldout=heldout, **settings)
+        # The training loop keeps batch norms in evaluation mode whatever the method.
+        self.settings = LoDASettings(
+            rank=rank, heldout=heldout, radius=radius, freeze_statistics=True, **settings
+        )
         self.radius = aligned_radius(gao, radius)
         self.directions = directions
 
