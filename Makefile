@@ -7,7 +7,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 # JAX compiles for every shape: what says most about it in little time. `make full` has the rest.
 JAX_TESTS := $(addprefix tests/test_,libraries.py theory_page.py frameworks_page.py)
-MLX_TESTS := tests/test_libraries.py
+MLX_TESTS := $(addprefix tests/test_,libraries.py frameworks_page.py)
 # What a version that is too old breaks first: layers, steps, settings, data, files, reports.
 TRAIN_TESTS := $(addprefix tests/test_,torch_math.py torch_layers.py torch_lora.py torch_gao.py \
 	torch_moments.py torch_loda.py config.py cli.py train.py checkpoint.py transforms.py \

@@ -27,6 +27,13 @@ def namespace(**arrays: Array) -> Namespace:
                 f"{type(x).__name__}{hint}"
             )
             raise TypeError(msg)
+        if (is_numpy(x) or compat.is_cupy_array(x)) and not hasattr(type(x), "mT"):
+            library = type(x).__module__
+            msg = (
+                f"{name} must be an array of NumPy 2.0 or CuPy 14 at least, got one of {library} "
+                f"{sys.modules[library].__version__}; upgrade {library}"
+            )
+            raise TypeError(msg)
     libraries = {name: type(x).__module__.partition(".")[0] for name, x in arrays.items()}
     try:
         return compat.array_namespace(*arrays.values())

@@ -20,6 +20,17 @@ def example(heading: str) -> tuple[str, list[list[float]]]:
     return code, shares(printed)
 
 
+def test_the_mlx_example() -> None:
+    pytest.importorskip("mlx", reason="MLX is not installed; make mlx has an environment with it")
+    section = PAGE.partition("\n## MLX\n")[2]
+    (code, *_) = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    basis = np.asarray(names["basis"])
+    assert names["new"].count == 100
+    np.testing.assert_allclose(basis.T @ basis, np.eye(4), atol=1e-6)
+
+
 def shares(text: str) -> list[list[float]]:
     """The numbers of each line."""
     return [[float(x) for x in re.findall(r"\d\.\d\d", line)] for line in text.splitlines()]
