@@ -36,10 +36,27 @@ def namespace(**arrays: Array) -> Namespace:
             raise TypeError(msg)
     libraries = {name: type(x).__module__.partition(".")[0] for name, x in arrays.items()}
     try:
-        return compat.array_namespace(*arrays.values())
+        xp = compat.array_namespace(*arrays.values())
     except TypeError as error:
         msg = f"all arguments must be arrays of one library, got {libraries}"
         raise TypeError(msg) from error
+    return xp if hasattr(xp, "linalg") else _WithoutLinearAlgebra(xp)
+
+
+class _WithoutLinearAlgebra:
+    """Namespace of a library that has moments and energies, and says what it has not."""
+
+    def __init__(self, xp: Namespace) -> None:
+        self._xp = xp
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "linalg":
+            msg = (
+                f"a library with the linear algebra of the array API standard must solve, "
+                f"{self._xp.__name__} has none; pass the moments as NumPy arrays"
+            )
+            raise TypeError(msg)
+        return getattr(self._xp, name)
 
 
 def is_array(x: Any) -> bool:
@@ -247,14 +264,14 @@ def peak(xp: Namespace, x: Array) -> Array:
 
 def diagonal(xp: Namespace, x: Array) -> Array:
     """Diagonals of the last two axes, (..., D), of libraries without linear algebra too."""
-    if hasattr(getattr(xp, "linalg", None), "diagonal"):
+    if not isinstance(xp, _WithoutLinearAlgebra) and hasattr(xp.linalg, "diagonal"):
         return xp.linalg.diagonal(x)
     return xp.sum(x * eye_like(xp, x, int(x.shape[-1])), axis=-1)
 
 
 def trace(xp: Namespace, x: Array) -> Array:
     """Traces of the last two axes, (...), of libraries without linear algebra too."""
-    if hasattr(getattr(xp, "linalg", None), "trace"):
+    if not isinstance(xp, _WithoutLinearAlgebra) and hasattr(xp.linalg, "trace"):
         return xp.linalg.trace(x)
     return xp.sum(diagonal(xp, x), axis=-1)
 
