@@ -7,7 +7,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 # JAX compiles for every shape: what says most about it in little time. `make full` has the rest.
 JAX_TESTS := $(addprefix tests/test_,libraries.py theory_page.py frameworks_page.py)
-MLX_TESTS := $(addprefix tests/test_,libraries.py frameworks_page.py)
+MLX_TESTS := $(addprefix tests/test_,libraries.py other_libraries.py frameworks_page.py)
 # What a version that is too old breaks first: layers, steps, settings, data, files, reports.
 TRAIN_TESTS := $(addprefix tests/test_,torch_math.py torch_layers.py torch_lora.py torch_gao.py \
 	torch_moments.py torch_loda.py config.py cli.py train.py checkpoint.py transforms.py \
@@ -42,7 +42,7 @@ gpu: $(VENV)/.test
 jax-all: $(VENV)/.test
 	for file in tests/test_*.py; do $(WITH_JAX) $(BIN)/pytest -q -m jax $$file || test $$? = 5 || exit 1; done
 
-# The mathematics on MLX, in an environment of its own.
+# The mathematics on MLX, and on what cannot solve, in an environment of their own.
 mlx: .venv-mlx/.done
 	$(ONE_THREAD) LODA_LIBRARIES=mlx .venv-mlx/bin/pytest @tests/numpy_only.txt $(MLX_TESTS)
 
@@ -86,7 +86,7 @@ $(VENV)/.%: pyproject.toml constraints.txt
 .venv-mlx/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-mlx
 	.venv-mlx/bin/python -m pip install --quiet --constraint constraints.txt \
-		--editable '.[mlx,maths-tests]'
+		--editable '.[mlx,other-libraries,maths-tests]'
 	touch $@
 
 .venv-minimum/.done: pyproject.toml tests/minimum.py

@@ -28,7 +28,7 @@ def namespace(**arrays: Array) -> Namespace:
             )
             raise TypeError(msg)
         if (is_numpy(x) or compat.is_cupy_array(x)) and not hasattr(type(x), "mT"):
-            library = type(x).__module__
+            library = type(x).__module__.partition(".")[0]
             msg = (
                 f"{name} must be an array of NumPy 2.0 or CuPy 14 at least, got one of {library} "
                 f"{sys.modules[library].__version__}; upgrade {library}"
@@ -40,23 +40,27 @@ def namespace(**arrays: Array) -> Namespace:
     except TypeError as error:
         msg = f"all arguments must be arrays of one library, got {libraries}"
         raise TypeError(msg) from error
-    return xp if hasattr(xp, "linalg") else _WithoutLinearAlgebra(xp)
+    can_solve = is_deferred(next(iter(arrays.values()))) or hasattr(
+        getattr(xp, "linalg", None), "eigh"
+    )
+    return xp if can_solve else _WithoutLinearAlgebra(xp)
 
 
 class _WithoutLinearAlgebra:
-    """Namespace of a library that has moments and energies, and says what it has not."""
+    """Namespace of a library that forms moments and energies, and says that it cannot solve."""
 
     def __init__(self, xp: Namespace) -> None:
         self._xp = xp
 
     def __getattr__(self, name: str) -> Any:
-        if name == "linalg":
+        part = None if name == "linalg" else getattr(self._xp, name, None)
+        if part is None:
             msg = (
-                f"a library with the linear algebra of the array API standard must solve, "
-                f"{self._xp.__name__} has none; pass the moments as NumPy arrays"
+                f"the library must have the linear algebra of the array API standard for this, "
+                f"got {self._xp.__name__} without {name}; pass the D×D moments as NumPy arrays"
             )
             raise TypeError(msg)
-        return getattr(self._xp, name)
+        return part
 
 
 def is_array(x: Any) -> bool:
