@@ -15,12 +15,19 @@ from loda_math.energy import (
     projection_energy,
     relative_energy,
 )
-from loda_math.gao import class_split, gradient_alignment, lookahead, project_conflict
+from loda_math.gao import (
+    class_split,
+    gradient_alignment,
+    lookahead,
+    project_conflict,
+    undo_lookahead,
+)
 from loda_math.moments import History, Moments, combine, remember, rounding_unit, second_moment
 from loda_math.recalibration import (
     RecalibrationForm,
     UpdateEffect,
     joint_recalibration,
+    merge,
     recalibration,
     recalibration_loss,
     stack_branches,
@@ -65,6 +72,7 @@ __all__ = [
     "isolated_subspace",
     "joint_recalibration",
     "lookahead",
+    "merge",
     "null_solution",
     "null_subspace",
     "project_conflict",
@@ -79,6 +87,7 @@ __all__ = [
     "stack_branches",
     "trace_ratio_solution",
     "trace_ratio_subspace",
+    "undo_lookahead",
     "update_effect",
     "verify",
 ]

@@ -14,6 +14,7 @@ from loda_math._arrays import (
     is_deferred,
     is_numpy,
     is_torch,
+    larger,
     namespace,
     peak,
     python_number,
@@ -81,18 +82,11 @@ def checked_moments(
     and of one size. Moments are broadcast against each other. The shapes of the matrices are left
     to the caller. Without ``accumulation_eps`` the coarsest unit that a moment carries counts.
     """
-    from loda_math.moments import History, Moments, coarsest_unit  # which checks its arguments here
-
-    arrays, carriers = {}, []
-    for name, moment in moments.items():
-        if isinstance(moment, (Moments, History)):
-            carriers.append(moment)
-            arrays[name] = moment.mean if isinstance(moment, Moments) else moment.total
-        else:
-            arrays[name] = moment
+    arrays = {name: _as_array(moment) for name, moment in moments.items()}
     eps = check_eps("accumulation_eps", accumulation_eps)
     xp = namespace(**matrices, **arrays)
-    eps = coarsest_unit(xp, *carriers) if eps is None else eps
+    if eps is None:
+        eps = coarsest_unit(xp, *filter(_is_accumulated, moments.values()))
     check_real(xp, **matrices, **arrays)
     size = check_broadcast(**arrays)
     check_values(xp, matrices, arrays)
@@ -100,6 +94,53 @@ def checked_moments(
     if len({tuple(m.shape) for m in values}) > 1:
         values = tuple(xp.broadcast_arrays(*values))
     return CheckedMoments(xp, size, values, eps)
+
+
+def checked_weights(coefficients: Array | None = None, **arrays: Array) -> Namespace:
+    """Namespace of weights (..., O, D) and of the branch, ``up`` and ``down``, that fits them."""
+    if coefficients is not None:
+        arrays["coefficients"] = coefficients
+    xp = namespace(**arrays)
+    check_real(xp, **arrays)
+    shapes = {name: tuple(x.shape) for name, x in arrays.items()}
+    up, down = shapes["up"], shapes["down"]
+    fit = min(len(shape) for shape in shapes.values()) > 1 and up[-1] == down[-2]
+    if not fit or any(
+        shape[-2:] != ((up[-1], up[-1]) if name == "coefficients" else (up[-2], down[-1]))
+        for name, shape in shapes.items()
+        if name not in ("up", "down")
+    ):
+        msg = (
+            f"shapes must be (..., O, D), up (..., O, r), down (..., r, D) and coefficients "
+            f"(..., r, r), got {shapes}"
+        )
+        raise ValueError(msg)
+    check_values(xp, arrays)
+    return xp
+
+
+def _is_accumulated(moment: MomentLike) -> bool:
+    """Whether it is `Moments` or a `History`, whose module checks its arguments here."""
+    return hasattr(moment, "total") and hasattr(moment, "unit")
+
+
+def _as_array(moment: MomentLike) -> Array:
+    """The mean of `Moments`, the total of a `History`, and anything else as it is."""
+    if not _is_accumulated(moment):
+        return moment
+    return moment.total if hasattr(moment, "effective_tasks") else moment.mean
+
+
+def coarsest_unit(xp: Namespace, *moments: MomentLike) -> Any:
+    """Coarsest rounding unit of moments, histories and arrays; an array where one of them is."""
+    coarsest: Any = 0.0
+    for m in moments:
+        carries = _is_accumulated(m)
+        own = float(xp.finfo((m.total if carries else m).dtype).eps)
+        coarsest = larger(xp, coarsest, own)
+        if carries:
+            coarsest = larger(xp, coarsest, python_number(m.unit))
+    return coarsest
 
 
 def check_columns(name: str, matrix: Array, size: int) -> None:

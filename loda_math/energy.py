@@ -50,13 +50,14 @@ class FirstOrderUpdate(NamedTuple):
         Change of the layer's output.
     loss : array, shape (...)
         First-order change of the loss; never positive.
-    bound : array, shape (...)
-        Upper bound on ``-loss``.
+    lower, upper : array, shape (...)
+        Bounds on ``-loss``.
     """
 
     output: Array
     loss: Array
-    bound: Array
+    lower: Array
+    upper: Array
 
 
 def projection_energy(basis: Array, moment: MomentLike) -> Array:
@@ -241,8 +242,10 @@ def first_order_update(
 
     For :math:`Y = X (W + B A)^\top` and :math:`g = \partial L / \partial Y`, a step of size
     :math:`\eta` on B changes the output by :math:`\Delta Y = -\eta X A^\top A X^\top g` and the
-    loss by :math:`\langle g, \Delta Y\rangle = -\eta \|g^\top X A^\top\|_F^2`, at most
-    :math:`\eta \min(\|g\|_2^2 \|X A^\top\|_F^2, \|g\|_F^2 \|X A^\top\|_2^2)` in size.
+    loss by :math:`\langle g, \Delta Y\rangle = -\eta \|g^\top X A^\top\|_F^2`. In size this is at
+    least :math:`\eta \sigma_N(g)^2 \|X A^\top\|_F^2`, with the N-th singular value of g (zero if
+    O < N), and at most
+    :math:`\eta \min(\|g\|_2^2 \|X A^\top\|_F^2, \|g\|_F^2 \|X A^\top\|_2^2)`.
 
     Parameters
     ----------
@@ -258,7 +261,7 @@ def first_order_update(
     Returns
     -------
     FirstOrderUpdate
-        ``output`` (..., N, O), ``loss`` (...) and ``bound`` (...).
+        ``output`` (..., N, O), ``loss``, ``lower`` and ``upper`` (...).
 
     Raises
     ------
@@ -276,8 +279,8 @@ def first_order_update(
     >>> import numpy as np
     >>> x, a, g = np.eye(2), np.asarray([[1.0, 0.0]]), np.ones((2, 1))
     >>> update = first_order_update(x, a, g, 0.5)
-    >>> update.output[0], float(update.loss), float(update.bound)
-    (array([-0.5]), -0.5, 1.0)
+    >>> update.output[0], [float(x) for x in update[1:]]
+    (array([-0.5]), [-0.5, 0.0, 1.0])
     """
     xp = namespace(tokens=tokens, down=down, grad_output=grad_output)
     check_real(xp, tokens=tokens, down=down, grad_output=grad_output)
@@ -296,8 +299,11 @@ def first_order_update(
     z = x @ a.mT
     update = z.mT @ g
     loss = -step * xp.sum(update * update, axis=(-2, -1))
-    bound = xp.minimum(_spectral(xp, g) * _squared(xp, z), _squared(xp, g) * _spectral(xp, z))
-    outputs = (-step * (z @ update), loss, step * bound)
+    lowest, highest = _squared_singular(xp, g)
+    energy = _squared(xp, z)
+    upper = xp.minimum(highest * energy, _squared(xp, g) * _squared_singular(xp, z)[1])
+    scalars = xp.broadcast_arrays(loss, step * lowest * energy, step * upper)
+    outputs = (-step * (z @ update), *scalars)
     return FirstOrderUpdate(*(xp.astype(part, dtype) for part in outputs))
 
 
@@ -316,7 +322,9 @@ def _squared(xp: Namespace, x: Array) -> Array:
     return xp.sum(x * x, axis=(-2, -1))
 
 
-def _spectral(xp: Namespace, x: Array) -> Array:
-    """Squared spectral norm, from the smaller of the two Gram matrices."""
-    gram = x.mT @ x if x.shape[-1] <= x.shape[-2] else x @ x.mT
-    return xp.max(xp.linalg.eigvalsh(gram), axis=-1)
+def _squared_singular(xp: Namespace, x: Array) -> tuple[Array, Array]:
+    """Squares of σ_N (zero for fewer columns than rows N) and of σ_1, from the smaller Gram."""
+    is_tall = x.shape[-1] < x.shape[-2]
+    values = xp.linalg.eigvalsh(x.mT @ x if is_tall else x @ x.mT)
+    lowest, highest = xp.min(values, axis=-1), xp.max(values, axis=-1)
+    return (0 * lowest if is_tall else xp.clip(lowest, 0.0, None)), highest

@@ -111,7 +111,7 @@ def lookahead(params: Sequence[Array], grads: Sequence[Array], radius: Any) -> l
     [array([0.7, 0.6])]
     """
     radius = check_scalar("radius", radius)
-    xp = _check_lists(params, grads, "params", "grads")
+    xp = _check_lists(params=params, grads=grads)
     moved = []
     for p, g in zip(params, grads, strict=True):
         direction = at_least_single(xp, g)
@@ -121,6 +121,56 @@ def lookahead(params: Sequence[Array], grads: Sequence[Array], radius: Any) -> l
         shift = radius * safe_divide(xp, direction, length)
         moved.append(xp.astype(at_least_single(xp, p) - shift, p.dtype))
     return moved
+
+
+def undo_lookahead(
+    params: Sequence[Array], before: Sequence[Array], moved: Sequence[Array]
+) -> list[Array]:
+    r"""Parameters with the shift of a look-ahead taken off, after the step taken there.
+
+    :math:`\theta \leftarrow \tilde\theta' + (\theta - \tilde\theta)`: the optimiser steps from
+    :math:`\tilde\theta` to :math:`\tilde\theta'`, and what it did is kept. Where no step was taken,
+    go on from ``before`` instead: adding the shift back changes about a tenth of the floats.
+
+    Parameters
+    ----------
+    params : sequence of arrays
+        :math:`\tilde\theta'`, as the optimiser left them.
+    before, moved : sequence of arrays
+        :math:`\theta`, and :math:`\tilde\theta` as :func:`lookahead` gave it; the same shapes.
+
+    Returns
+    -------
+    list of arrays
+        Shapes and dtypes of ``params``.
+
+    Raises
+    ------
+    TypeError
+        If a tensor is not real floating point.
+    ValueError
+        If the lists do not match.
+
+    Notes
+    -----
+    LoDA, arXiv:2603.00191, Section 3.3. Weight decay has seen the shifted parameters, as in the
+    published code.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> theta = [np.asarray([1.0, 1.0])]
+    >>> moved = lookahead(theta, [np.asarray([3.0, 4.0])], 0.5)
+    >>> stepped = [moved[0] - 0.25]
+    >>> undo_lookahead(stepped, theta, moved)
+    [array([0.75, 0.75])]
+    """
+    xp = _check_lists(params=params, before=before, moved=moved)
+    restored = []
+    for p, start, end in zip(params, before, moved, strict=True):
+        shift = at_least_single(xp, start) - at_least_single(xp, end)
+        restored.append(xp.astype(at_least_single(xp, p) + shift, p.dtype))
+    return restored
 
 
 def gradient_alignment(a: Sequence[Array], b: Sequence[Array], /) -> Array:
@@ -147,7 +197,7 @@ def gradient_alignment(a: Sequence[Array], b: Sequence[Array], /) -> Array:
     >>> float(gradient_alignment([np.asarray([1.0]), np.asarray([0.0])], [np.ones(1), np.ones(1)]))
     0.7071067811865475
     """
-    xp = _check_lists(a, b, "a", "b")
+    xp = _check_lists(a=a, b=b)
     a, b = _unit_peak(xp, a), _unit_peak(xp, b)
     lengths = xp.sqrt(total_inner(xp, a, a)) * xp.sqrt(total_inner(xp, b, b))
     return xp.clip(safe_divide(xp, total_inner(xp, a, b), lengths), -1.0, 1.0)
@@ -180,7 +230,7 @@ def project_conflict(a: Sequence[Array], b: Sequence[Array], /) -> list[Array]:
     >>> project_conflict([np.asarray([1.0, -1.0])], [np.asarray([0.0, 2.0])])
     [array([1., 0.])]
     """
-    xp = _check_lists(a, b, "a", "b")
+    xp = _check_lists(a=a, b=b)
     scaled = _unit_peak(xp, b)
     overlap = total_inner(xp, a, scaled)
     overlap = xp.minimum(overlap, xp.zeros_like(overlap))
@@ -191,21 +241,21 @@ def project_conflict(a: Sequence[Array], b: Sequence[Array], /) -> list[Array]:
     ]
 
 
-def _check_lists(a: Sequence[Array], b: Sequence[Array], first: str, second: str) -> Namespace:
-    for name, group in ((first, a), (second, b)):
+def _check_lists(**lists: Sequence[Array]) -> Namespace:
+    for name, group in lists.items():
         if not isinstance(group, (list, tuple)):
             msg = f"{name} must be a list or tuple of arrays, got {type(group).__name__}"
             raise TypeError(msg)
-    named = {f"{first}[{i}]": x for i, x in enumerate(a)}
-    named |= {f"{second}[{i}]": x for i, x in enumerate(b)}
+    named = {f"{name}[{i}]": x for name, group in lists.items() for i, x in enumerate(group)}
+    names = " and ".join(lists)
     if not named:
-        msg = f"{first} and {second} must hold at least one tensor"
+        msg = f"{names} must hold at least one tensor"
         raise ValueError(msg)
     xp = namespace(**named)
     check_real(xp, **named)
-    shapes = [tuple(x.shape) for x in a], [tuple(x.shape) for x in b]
-    if shapes[0] != shapes[1]:
-        msg = f"{first} and {second} must hold tensors of the same shapes, got {shapes}"
+    shapes = [[tuple(x.shape) for x in group] for group in lists.values()]
+    if any(others != shapes[0] for others in shapes):
+        msg = f"{names} must hold tensors of the same shapes, got {shapes}"
         raise ValueError(msg)
     return xp
 

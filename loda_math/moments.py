@@ -14,7 +14,6 @@ from loda_math._arrays import (
     at_least_single,
     full_precision,
     is_array,
-    larger,
     namespace,
     python_number,
     symmetrise,
@@ -28,6 +27,7 @@ from loda_math._validation import (
     check_share,
     check_square,
     check_values,
+    coarsest_unit,
 )
 
 # Tokens per single-precision Gram matrix. Rounding within a Gram grows with the tokens summed in
@@ -385,15 +385,3 @@ def _gram(xp: Namespace, tokens: Array, wide: Any) -> Moments:
         gram = xp.astype(symmetrise(transposed(tokens) @ tokens), wide)
     error = gram * 0 if xp.finfo(wide).bits < 64 else None
     return Moments(gram, int(tokens.shape[-2]), error, float(xp.finfo(tokens.dtype).eps))
-
-
-def coarsest_unit(xp: Namespace, *moments: Any) -> Any:
-    """Coarsest rounding unit of moments, histories and arrays; an array where one of them is."""
-    coarsest: Any = 0.0
-    for m in moments:
-        carries = isinstance(m, (Moments, History))
-        own = float(xp.finfo((m.total if carries else m).dtype).eps)
-        coarsest = larger(xp, coarsest, own)
-        if carries:
-            coarsest = larger(xp, coarsest, python_number(m.unit))
-    return coarsest

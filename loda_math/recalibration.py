@@ -1,5 +1,6 @@
 """Closed-form recalibration of the branches before merging, and its effect (LoDA, Theorem 2.3)."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
@@ -32,6 +33,7 @@ from loda_math._validation import (
     check_scalar,
     check_values,
     checked_moments,
+    checked_weights,
 )
 
 RecalibrationForm = Literal["full", "diagonal", "box", "direction", "scalar"]
@@ -395,6 +397,56 @@ def update_effect(
     parts = ((update, p), (b, p), (update - b, q), (b, q))
     energies = (xp.astype(_output_energy(xp, factor, gram), dtype) for factor, gram in parts)
     return UpdateEffect(*xp.broadcast_arrays(*energies))
+
+
+def merge(weight: Array, up: Array, down: Array, coefficients: Array | None = None) -> Array:
+    r"""Weight with a branch folded in, :math:`W + B \Lambda A`.
+
+    Parameters
+    ----------
+    weight : array, shape (..., O, D)
+        W, of a layer that maps x to :math:`W x`.
+    up : array, shape (..., O, r)
+        B, the weight of the branch included.
+    down : array, shape (..., r, D)
+        A, its scale included. Several branches go through :func:`stack_branches`.
+    coefficients : array, shape (..., r, r), optional
+        Λ; the identity by default.
+
+    Returns
+    -------
+    array, shape (..., O, D)
+        In the dtype of ``weight``, rounded once: sums are taken in the widest dtype.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not a real floating-point array.
+    ValueError
+        If shapes do not match, or values are not finite, those of the result included.
+
+    Notes
+    -----
+    LoDA, arXiv:2603.00191, Section 3.4. On the first task Λ is the identity. A branch that is not
+    recalibrated has the identity as its block of Λ, or is merged by a second call.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> up, down = np.asarray([[1.0], [2.0]]), np.asarray([[1.0, 0.0, 1.0]])
+    >>> merge(np.zeros((2, 3)), up, down, np.asarray([[0.5]]))
+    array([[0.5, 0. , 0.5],
+           [1. , 0. , 1. ]])
+    """
+    xp = checked_weights(coefficients, weight=weight, up=up, down=down)
+    w, b, a = widen(xp, weight, up, down)
+    if coefficients is not None:
+        b = b @ widen(xp, coefficients)[0]
+    merged = w + b @ a
+    largest = float(xp.finfo(weight.dtype).max)
+    in_range = xp.where(xp.abs(merged) <= largest, merged, xp.full_like(merged, math.inf))
+    check_values(xp, {"the merged weight": in_range})
+    return xp.astype(merged, weight.dtype)
 
 
 def checked_update(

@@ -16,7 +16,7 @@ EYE = np.eye(3)
 UP, DOWN = np.ones((2, 2)), np.eye(3)[:2]
 MATRIX = {"new": EYE, "old": EYE, "moment": EYE, "up": UP, "down": DOWN, "basis": EYE[:, :2]}
 MATRIX |= {"tokens": np.ones((4, 3)), "grad_output": np.ones((4, 2)), "coefficients": np.eye(2)}
-MATRIX |= {name: np.ones((2, 3)) for name in ("before", "after", "change", "gradient")}
+MATRIX |= {name: np.ones((2, 3)) for name in ("before", "after", "change", "gradient", "weight")}
 
 TASKS, BRANCH = ("new", "old"), ("up", "down", "new", "old")
 Call = tuple[Callable[..., Any], tuple[str, ...]]
@@ -85,6 +85,7 @@ REPORTS: dict[str, Call] = {
         lambda *a, gamma=1.0, **k: verify.verify_recalibration(*a, gamma, **k),
         ("coefficients", *BRANCH),
     ),
+    "merge": (lm.merge, ("weight", "up", "down", "coefficients")),
     "implied_coefficients": (verify.implied_coefficients, ("change", "up", "down")),
     "verify_merge": (verify.verify_merge, ("before", "after", "up", "down")),
     "verify_perturbation": (
@@ -97,6 +98,7 @@ CASES = [(name, argument) for name, (_, arguments) in ALL.items() for argument i
 # The first task has no history; the sum of the two moments may have one of them alone.
 HISTORY_FREE = ("general_", "isolated_", "trace_ratio_", "rank_for", "verify_subspace")
 OPTIONAL = {(name, "old") for name, a in CASES if a == "old" and name.startswith(HISTORY_FREE)}
+OPTIONAL |= {("merge", "coefficients")}
 OPTIONAL |= {(name, "new") for name in ("general_subspace", "general_solution", "rank_for")}
 SQUARE = [case for case in CASES if case[1] in ("new", "old", "moment")]
 every_argument = pytest.mark.parametrize(("name", "argument"), CASES)

@@ -15,8 +15,9 @@ from torch import nn
 
 from backends.torch import LoDA, LoDASettings
 from loda_math import general_subspace, isolated_subspace, recalibration, stack_branches
+from loda_math.verify import LayerSettings, read_archive, verification_table, verify_archive
 from training.analysis.saved_tasks import task_file
-from training.analysis.verify import read_arrays, verification_table, verify
+from training.analysis.verify import export_run, verify
 from training.config import Experiment, MethodConfig, dump_experiment
 from training.run_dir import write_tensors, write_text
 
@@ -121,7 +122,7 @@ def test_null_lora_is_verified_as_what_it_is(tmp_path_factory: pytest.TempPathFa
 
 # Arrays of somebody else's code
 
-PUBLISHED = LoDASettings(recalibration="direction", gamma=3.0, ridge=0.0)
+PUBLISHED = LayerSettings()
 
 
 def foreign(seed: int = 0) -> dict[str, np.ndarray]:
@@ -145,8 +146,8 @@ def foreign(seed: int = 0) -> dict[str, np.ndarray]:
         "B_isolated": ups[1],
         "moment_new_trained": new,
         "moment_old_at_merge": old,
-        "qkv_before": before,
-        "qkv_after": before + up @ down,
+        "weight_before": before,
+        "weight_after": before + up @ down,
     }
 
 
@@ -166,8 +167,10 @@ def test_correct_arrays_of_somebody_else_pass(tmp_path: Path) -> None:
     assert verdicts(path) == dict.fromkeys(names, True)
     assert {(c.task, c.layer) for c in verify(path)} == {("1", "block0.qkv")}
     # What the settings are by default may also be said.
-    said = {name: x for name, x in asdict(PUBLISHED).items() if name not in ("target", "rank")}
-    assert verdicts(save(path, foreign(), **said)) == verdicts(path)
+    assert verdicts(save(path, foreign(), **asdict(PUBLISHED))) == verdicts(path)
+    # A fused layer may call its weight by what it is.
+    renamed = {k.replace("weight_", "qkv_"): x for k, x in foreign().items()}
+    assert verdicts(save(path, renamed)) == dict.fromkeys(names, True)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +178,7 @@ def test_correct_arrays_of_somebody_else_pass(tmp_path: Path) -> None:
     [
         ("A_general", {"general"}),
         ("A_isolated", {"isolated", "Λ direction", "merge"}),
-        ("qkv_after", {"Λ direction", "merge"}),
+        ("weight_after", {"Λ direction", "merge"}),
         ("moment_old_at_merge", {"Λ direction", "merge"}),
     ],
 )
@@ -188,7 +191,7 @@ def test_each_mistake_is_found(tmp_path: Path, name: str, broken: set[str]) -> N
 
 def test_settings_travel_with_the_arrays(tmp_path: Path) -> None:
     arrays, path = foreign(), tmp_path / "a.npz"
-    wrong = verdicts(save(path, arrays, recalibration="full"))
+    wrong = verdicts(save(path, arrays, form="full"))
     assert wrong == {"general": True, "isolated": True, "Λ full": False, "merge": False}
     assert not verdicts(save(path, arrays, down_scale=1.0))["general"]
     assert not verdicts(save(path, arrays, ridge=1.0))["isolated"]
@@ -199,7 +202,7 @@ def test_settings_travel_with_the_arrays(tmp_path: Path) -> None:
             *(arrays[k] for k in ("B_general", "A_general", "moment_new", "moment_old")), 3.0
         )
     }
-    verdict = verdicts(save(path, given, recalibration="full"))
+    verdict = verdicts(save(path, given, form="full"))
     assert verdict["Λ full"]
     assert not verdict["merge"]  # the weights were merged with other coefficients
 
@@ -209,10 +212,11 @@ def test_settings_travel_with_the_arrays(tmp_path: Path) -> None:
     [
         "{oops",
         "[]",
-        '{"form": "full"}',
+        '{"recalibration": "full"}',
         '{"ridge": "x"}',
         '{"ridge": -1}',
-        '{"recalibration": "blah"}',
+        '{"form": "blah"}',
+        '{"energy_floor": 0.5}',
         '{"isolated": null}',
         '{"history_weight": "mean"}',
         '{"accumulation_eps": "x"}',
@@ -228,13 +232,13 @@ def test_settings_that_make_no_sense_are_refused(settings: str, tmp_path: Path) 
 
 def test_the_first_task_and_arrays_that_are_not_there(tmp_path: Path) -> None:
     arrays = foreign()
-    arrays = {k: arrays[k] for k in ("moment_new", "A_general", "B_general", "qkv_before")}
+    arrays = {k: arrays[k] for k in ("moment_new", "A_general", "B_general", "weight_before")}
     general = general_subspace(arrays["moment_new"], None, 2)
     arrays["A_general_init"] = PUBLISHED.down_scale * general.T
     update = 0.25 * arrays["B_general"] @ arrays["A_general"]
-    arrays["qkv_after"] = arrays["qkv_before"] + update
+    arrays["weight_after"] = arrays["weight_before"] + update
     assert verdicts(save(tmp_path / "a.npz", arrays)) == {"general": True, "merge": True}
-    del arrays["A_general_init"], arrays["qkv_after"]
+    del arrays["A_general_init"], arrays["weight_after"]
     with pytest.raises(ValueError, match="nothing to check"):
         verify(save(tmp_path / "a.npz", arrays))
 
@@ -293,10 +297,19 @@ def test_a_wrong_tolerance_is_not_blamed_on_the_run(tmp_path: Path, tolerance: f
 def test_task_10_comes_after_task_2(tmp_path: Path) -> None:
     path = tmp_path / "arrays.npz"
     np.savez(path, **{f"task{k}/block/moment_new": np.eye(2) for k in (10, 2, 1)})
-    assert [solution.task for solution in read_arrays(path)] == ["task1", "task2", "task10"]
+    assert [task for task, _ in read_archive(path).layers] == ["task1", "task2", "task10"]
 
 
 def test_the_recorded_run(shared: Path) -> None:
     checks = verify(shared / "reference" / "trace.npz")
     assert len(checks) == 20
     assert all(check.passed for check in checks)
+
+
+@pytest.mark.parametrize("option", ["joint", "mean", "energy floor"])
+def test_an_exported_run_is_verified_by_the_mathematics_alone(tmp_path: Path, option: str) -> None:
+    run, file = write_run(tmp_path / "run", **OPTIONS[option]), tmp_path / "run.npz"
+    export_run(run, file)
+    ours, theirs = verify(run), verify_archive(file)
+    assert [c[:2] + c[-2:] for c in ours] == [c[:2] + c[-2:] for c in theirs]
+    assert all(check.passed for check in theirs)

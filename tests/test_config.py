@@ -155,8 +155,25 @@ def test_read_outs_are_built_with_their_options() -> None:
 # The command line
 
 
-def test_no_argument_gives_the_defaults() -> None:
-    assert load_experiment([]) == Experiment()
+def test_no_argument_gives_the_default_experiment() -> None:
+    glyphs = experiment_of(["--config=glyphs"])
+    assert (glyphs.data.name, glyphs.backbone.name) == ("glyphs", "cifar_vit")
+    for argv in ([], ["--data=glyphs"], ["--backbone", "cifar_vit"]):
+        assert load_experiment(argv) == glyphs
+    assert load_experiment(["--train.lr=0.1"]) == replace(
+        glyphs, train=replace(glyphs.train, lr=0.1)
+    )
+
+
+def test_other_data_or_backbones_start_from_the_defaults_of_the_settings() -> None:
+    assert load_experiment(["--data=digits"]) == Experiment()
+    assert load_experiment(["--config=digits"]) == Experiment()
+    assert load_experiment(["--backbone=glyphs"]) == Experiment()
+
+
+def test_a_backbone_made_from_such_images_is_refused() -> None:
+    with pytest.raises(ValueError, match="cifar_vit"):
+        experiment_of(["--config=glyphs", "--backbone=glyphs"])
 
 
 def test_command_line_overrides_the_file_which_overrides_defaults(tmp_path: Path) -> None:
@@ -281,7 +298,8 @@ def test_errors_in_a_file_name_it(
 def test_print_config_is_a_configuration(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    changes = ["--seed=3", "--train.lr=0.5", "--method=o_lora", "--method.alpha=8"]
+    changes = ["--data=digits", "--seed=3", "--train.lr=0.5"]
+    changes += ["--method=o_lora", "--method.alpha=8"]
     path = write(tmp_path, printed(capsys, *changes, "--print_config"))
     method = MethodConfig("o_lora", {"alpha": 8.0})
     expected = Experiment(seed=3, method=method, train=TrainConfig(lr=0.5))

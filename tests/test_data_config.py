@@ -114,7 +114,7 @@ def test_a_data_set_that_only_a_run_names_is_not_imported() -> None:
 
 
 def test_every_name_says_what_it_is_and_loads_no_torch() -> None:
-    assert DATA_SETS.names()[:2] == ["digits", "folder"]
+    assert DATA_SETS.names()[:3] == ["glyphs", "digits", "folder"]
     code = (
         "import sys; from training.data import DATA_SETS, DataConfig; DataConfig()\n"
         "assert all(DATA_SETS.find(name).__doc__ for name in DATA_SETS.paths)\n"

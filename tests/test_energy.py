@@ -192,7 +192,7 @@ def test_first_order_update_is_the_gradient_step(xp: ModuleType, args: tuple, dt
         to_numpy(update.output), output, rtol=rtol, atol=rtol * np.abs(output).max()
     )
     assert float(update.loss) == pytest.approx(change, rel=rtol, abs=1e-14 * scale)
-    assert dtype_name(update.output) == dtype_name(update.loss) == dtype_name(update.bound) == dtype
+    assert dtype_name(update.output) == dtype_name(update.loss) == dtype_name(update.upper) == dtype
 
 
 @given(args=steps())
@@ -207,10 +207,10 @@ def test_theorem_2_1_sandwich(xp: ModuleType, args: tuple) -> None:
         singular[0] ** 2 * np.sum(gate**2),
         np.sum(grad**2) * np.linalg.norm(gate, 2) ** 2,
     )
-    drop, bound = -float(update.loss), float(update.bound)
-    slack = 1e-12 * upper
-    assert lower - slack <= drop <= bound + slack
-    assert bound == pytest.approx(upper, rel=1e-9)
+    drop, slack = -float(update.loss), 1e-12 * upper
+    assert float(update.lower) - slack <= drop <= float(update.upper) + slack
+    assert float(update.upper) == pytest.approx(upper, rel=1e-9)
+    assert float(update.lower) == pytest.approx(lower, rel=1e-9, abs=slack)
 
 
 @given(seed=seeds, size=st.integers(1, 5))
@@ -221,7 +221,21 @@ def test_the_bound_is_reached_by_rank_one(xp: ModuleType, seed: int, size: int) 
     grad = column @ rng.standard_normal((1, 2))
     arrays = [to_library(xp, a) for a in (tokens, rng.standard_normal((2, 3)), grad)]
     update = first_order_update(*arrays, 0.1)
-    assert float(update.bound) == pytest.approx(-float(update.loss), rel=1e-9)
+    assert float(update.upper) == pytest.approx(-float(update.loss), rel=1e-9)
+
+
+@given(seed=seeds, size=st.integers(1, 5))
+def test_the_lower_bound_is_reached_by_equal_gradients(
+    xp: ModuleType, seed: int, size: int
+) -> None:
+    """A gradient with equal singular values passes all the energy of the gate on."""
+    rng = np.random.default_rng(seed)
+    tokens, down = rng.standard_normal((size, 3)), rng.standard_normal((2, 3))
+    grad = 3 * np.linalg.qr(rng.standard_normal((size + 2, size)))[0].T
+    update = first_order_update(*(to_library(xp, a) for a in (tokens, down, grad)), 0.1)
+    expected = 0.1 * 9 * np.sum((tokens @ down.T) ** 2)
+    for value in (update.lower, -update.loss):
+        assert float(value) == pytest.approx(expected, rel=1e-9)
 
 
 def test_updates_are_batched_like_a_loop(xp: ModuleType) -> None:

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from strategies import EPS, dtype_name, dtypes, seeds, to_library, to_numpy
 
 import loda_math as lm
-from loda_math import class_split, gradient_alignment, lookahead, project_conflict
+from loda_math import (
+    class_split,
+    gradient_alignment,
+    lookahead,
+    project_conflict,
+    undo_lookahead,
+)
 
 SHAPES = ((3,), (2, 4), (), (1, 2, 3))
 
@@ -118,6 +124,23 @@ def test_lookahead_lowers_a_smooth_loss_to_first_order(xp: ModuleType, seed: int
     (moved,) = lookahead([to_library(xp, point)], [to_library(xp, grad)], radius)
     drop = scipy.special.logsumexp(a @ to_numpy(moved)) - scipy.special.logsumexp(a @ point)
     assert drop == pytest.approx(-radius * np.linalg.norm(grad), rel=1e-3)
+
+
+@given(seed=seeds, radius=st.floats(0, 10), dtype=dtypes)
+def test_the_shift_is_taken_off_and_the_step_is_kept(
+    xp: ModuleType, seed: int, radius: float, dtype: str
+) -> None:
+    before, grads, steps = (to_lists(xp, gradients(seed + i), dtype) for i in range(3))
+    moved = lookahead(before, grads, radius)
+    stepped = [m - s for m, s in zip(moved, steps, strict=True)]
+    restored = undo_lookahead(stepped, before, moved)
+    # As if the step had been taken where the parameters were.
+    expected = flat(before) - flat(steps)
+    slack = 8 * EPS[dtype] * (1 + radius + np.abs(flat(before)) + np.abs(flat(steps)))
+    assert np.all(np.abs(flat(restored) - expected) <= slack)
+    assert {dtype_name(x) for x in restored} == {dtype}
+    with pytest.raises(ValueError, match="same shapes"):
+        undo_lookahead(stepped, before, moved[:-1])
 
 
 def test_empty_tensors_and_broken_gradients(xp: ModuleType) -> None:

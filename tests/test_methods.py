@@ -14,6 +14,7 @@ from training.methods import METHODS, Context, Method, MethodConfig, steps_a_bat
 NAMES = tuple(METHODS.paths)
 STILL = {"frozen", "ncm", "ranpac_frozen"}
 ALIGNED = sorted({*NAMES} - STILL)
+BY_DEFAULT = {"loda", "first_task"}  # take aligned steps unless told otherwise
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -93,10 +94,10 @@ def test_steps_are_gradient_aligned_where_it_is_asked_for(name: str, model: nn.M
         model.load_state_dict(state)
         learned.append(learn(made(name, model, **options), model, 0))
     default, aligned, plain = learned
-    published = aligned if name == "loda" else plain  # LoDA's own radius is another one
-    assert all(torch.equal(default[k], published[k]) for k in plain) == (name != "loda")
+    published = aligned if name in BY_DEFAULT else plain  # LoDA's own radius is another one
+    assert all(torch.equal(default[k], published[k]) for k in plain) == (name not in BY_DEFAULT)
     assert any(not torch.equal(plain[k], aligned[k]) for k in plain)
-    assert steps_a_batch(MethodConfig(name)) == (2 if name == "loda" else 1)
+    assert steps_a_batch(MethodConfig(name)) == (2 if name in BY_DEFAULT else 1)
     assert steps_a_batch(MethodConfig(name, {"gao": True, "radius": 0.0})) == 2
     assert steps_a_batch(MethodConfig(name, {"gao": False})) == 1
 

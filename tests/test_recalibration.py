@@ -27,6 +27,7 @@ from loda_math import (
     general_solution,
     isolated_solution,
     joint_recalibration,
+    merge,
     null_solution,
     rank_for,
     recalibration,
@@ -517,6 +518,65 @@ def test_weights_that_are_no_numbers_are_refused() -> None:
     for weight in (np.asarray(np.nan), np.asarray([1.0, np.nan])):
         with pytest.raises(ValueError, match="history_weight"):
             recalibration(eye, eye, eye, eye, 1.0, history_weight=weight)
+
+
+# The merge
+
+
+@given(branch=branches(), gamma=gammas, dtype=dtypes, seed=seeds)
+def test_the_merged_layer_does_what_layer_and_branch_did(
+    xp: ModuleType, branch: tuple, gamma: float, dtype: str, seed: int
+) -> None:
+    up, down, new, old = to_arrays(xp, branch, dtype)
+    rng = np.random.default_rng(seed)
+    weight = to_library(xp, rng.standard_normal((len(branch[0]), branch[1].shape[1])), dtype)
+    c = recalibration(up, down, new, old, gamma)
+    merged = merge(weight, up, down, c)
+    assert dtype_name(merged) == dtype
+    w, b, a, m = (to_numpy(x) for x in (weight, up, down, merged))
+    x = rng.standard_normal((7, a.shape[1]))
+    expected = x @ w.T + x @ a.T @ to_numpy(c).T @ b.T
+    scale = np.abs(w).max() + np.abs(b).max() * np.abs(a).max() * len(a)
+    np.testing.assert_allclose(x @ m.T, expected, atol=100 * EPS[dtype] * scale)
+    # Without coefficients the branch is merged as it was trained.
+    plain = to_numpy(merge(weight, up, down))
+    np.testing.assert_allclose(plain, w + b @ a, atol=10 * EPS[dtype] * scale)
+
+
+def test_a_merge_is_rounded_once(xp: ModuleType) -> None:
+    libraries.needs_float64(xp)
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(s).astype("float32") for s in ((5, 6), (5, 3), (3, 6), (3, 3))]
+    w, b, a, c = (x.astype("float64") for x in arrays)
+    exact = (w + b @ c @ a).astype("float32")
+    merged = to_numpy(merge(*(to_library(xp, x, "float32") for x in arrays)))
+    # Half a unit in the last place, and what the order of the wide sum may change in it.
+    assert np.mean(merged == exact) > 0.95
+    np.testing.assert_allclose(merged, exact, rtol=1.2e-7)
+
+
+def test_merging_by_parts_is_merging_the_stack(xp: ModuleType) -> None:
+    rng = np.random.default_rng(1)
+    w, *factors = (
+        to_library(xp, rng.standard_normal(s), "float32")
+        for s in ((2, 5, 6), (2, 5, 3), (2, 5, 2), (2, 3, 6), (2, 2, 6))
+    )
+    up, down = stack_branches(factors[:2], factors[2:], [0.25, 0.5])
+    parts = merge(merge(w, 0.25 * factors[0], factors[2]), 0.5 * factors[1], factors[3])
+    np.testing.assert_allclose(to_numpy(merge(w, up, down)), to_numpy(parts), atol=1e-5)
+    alone = merge(w[0, ...], up[0, ...], down[0, ...])
+    np.testing.assert_allclose(to_numpy(merge(w, up, down))[0], to_numpy(alone), atol=1e-6)
+
+
+def test_a_merge_that_does_not_fit_or_overflows(xp: ModuleType) -> None:
+    w, up, down, c = (
+        to_library(xp, np.ones(s), "float32") for s in ((3, 4), (3, 2), (2, 4), (2, 2))
+    )
+    for wrong in ((w.mT, up, down), (w, up, down.mT), (w, up, down, w), (w, up[0, :], down)):
+        with pytest.raises(ValueError, match="shapes"):
+            merge(*wrong)
+    with pytest.raises(ValueError, match="merged weight"):
+        merge(w, 1e30 * up, 1e30 * down, c)
 
 
 # Derivatives. The oracle is the closed form, differentiated by central differences in NumPy.

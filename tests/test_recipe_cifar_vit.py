@@ -1,4 +1,4 @@
-"""The recipe of cifar_vit: CIFAR-10 from its pictures, training in miniature, the weights."""
+"""The recipes of photographs: their images, training in miniature, the weights of cifar_vit."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,9 @@ from typing import Any
 
 import cifar_vit
 import numpy as np
+import photographs
 import pytest
+import tiny_imagenet_vit
 import torch
 from PIL import Image
 from pretraining import command_line
@@ -21,23 +23,23 @@ from training.backbones.config import PACKAGED_WEIGHTS
 RECORDED = "884ccced8cc1a099e9b20bc02b1ec9382ed88a2ca75795ffd28f44a71da257b7"
 WEIGHTS = Path(training.__file__).parent / "weights" / PACKAGED_WEIGHTS["cifar_vit"]
 TINY: dict[str, Any] = {
-    **cifar_vit.OPTIONS,
+    **cifar_vit.SOURCE.options,
     "embed_dim": 32,
     "depth": 2,
     "num_heads": 2,
     "widths": [8, 8],
     "num_classes": 4,
 }
-MINIATURE = cifar_vit.Recipe(seed=3, epochs=4, batch_size=16, lr=3e-3)
+MINIATURE = photographs.Recipe(seed=3, epochs=4, batch_size=16, lr=3e-3)
 
 
-def colours(count: int, seed: int) -> cifar_vit.Images:
+def colours(count: int, seed: int) -> photographs.Images:
     """Four classes of noise, each around a grey of its own."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 4
     noise = torch.randint(64, (count, 32, 32, 3), generator=generator)
     pixels = (noise + 60 * labels[:, None, None, None]).to(torch.uint8)
-    return cifar_vit.Images(pixels, labels)
+    return photographs.Images(pixels, labels)
 
 
 def sheets(root: Path, split: str, tiles: np.ndarray) -> None:
@@ -53,8 +55,8 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def trained() -> cifar_vit.Result:
-    return cifar_vit.train(MINIATURE, colours(64, 0), colours(40, 1), options=TINY)
+def trained() -> photographs.Result:
+    return photographs.train(MINIATURE, colours(64, 0), colours(40, 1), options=TINY)
 
 
 # The images
@@ -66,7 +68,7 @@ def test_tiles_are_read_row_by_row_and_labelled_by_class(tmp_path: Path) -> None
     images = cifar_vit.read(tmp_path, "train")
     assert np.array_equal(images.pixels.numpy(), tiles.reshape(60, 32, 32, 3))
     assert images.labels.tolist() == [label for label in range(10) for _ in range(6)]
-    others, held = cifar_vit.split_off(images, 3)
+    others, held = photographs.split_off(images, 3)
     assert torch.equal(held.pixels, images.pixels[2::3])
     assert torch.bincount(held.labels).tolist() == [2] * 10
     assert len(others.labels) == 40
@@ -80,14 +82,31 @@ def test_missing_and_odd_pictures_are_named(tmp_path: Path) -> None:
         cifar_vit.read(tmp_path, "test")
 
 
+def test_folders_are_read_by_class_and_other_sizes_are_named(tmp_path: Path) -> None:
+    for name, shades in (("cat", (10, 20)), ("ant", (30, 40))):
+        folder = tmp_path / "train" / name
+        folder.mkdir(parents=True)
+        for number, shade in enumerate(shades):
+            Image.new("L", (32, 32), shade).save(folder / f"{number}.jpg", quality=100)
+    images = tiny_imagenet_vit.read(tmp_path, "train")
+    assert images.pixels.shape == (4, 32, 32, 3)
+    assert images.pixels[:, 0, 0, 0].tolist() == [30, 40, 10, 20]
+    assert images.labels.tolist() == [0, 0, 1, 1]
+    with pytest.raises(FileNotFoundError, match="no test/CLASS"):
+        tiny_imagenet_vit.read(tmp_path, "test")
+    Image.new("RGB", (64, 40)).save(tmp_path / "train" / "cat" / "odd.jpg")
+    with pytest.raises(ValueError, match="64 x 40"):
+        tiny_imagenet_vit.read(tmp_path, "train")
+
+
 def test_an_epoch_gives_each_image_once_as_a_window_of_the_mirrored_image() -> None:
     pixels = torch.randint(256, (10, 32, 32, 3), generator=torch.Generator().manual_seed(0))
-    images = cifar_vit.Images(pixels.to(torch.uint8), torch.arange(10))
-    batches = list(cifar_vit.epoch(images, 5, 0, torch.Generator().manual_seed(1)))
+    images = photographs.Images(pixels.to(torch.uint8), torch.arange(10))
+    batches = list(photographs.epoch(images, 5, 0, torch.Generator().manual_seed(1)))
     assert [len(labels) for _, labels in batches] == [5, 5]
     seen = torch.cat([labels for _, labels in batches])
     assert sorted(seen.tolist()) == list(range(10))
-    wide = functional.pad(cifar_vit.scaled(images.pixels), (4,) * 4, mode="reflect")
+    wide = functional.pad(photographs.scaled(images.pixels), (4,) * 4, mode="reflect")
     flips = []
     for x, label in zip(torch.cat([x for x, _ in batches]), seen, strict=True):
         windows = wide[label].unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4)
@@ -99,10 +118,12 @@ def test_an_epoch_gives_each_image_once_as_a_window_of_the_mirrored_image() -> N
 
 
 def test_a_square_of_each_image_is_erased_and_the_generator_decides() -> None:
-    images = cifar_vit.Images(torch.full((64, 32, 32, 3), 255, dtype=torch.uint8), torch.arange(64))
+    images = photographs.Images(
+        torch.full((64, 32, 32, 3), 255, dtype=torch.uint8), torch.arange(64)
+    )
 
     def one(seed: int) -> torch.Tensor:
-        return next(cifar_vit.epoch(images, 64, 8, torch.Generator().manual_seed(seed)))[0]
+        return next(photographs.epoch(images, 64, 8, torch.Generator().manual_seed(seed)))[0]
 
     erased = one(0) == 0
     lost = erased[:, 0].sum(dim=(1, 2))
@@ -118,18 +139,18 @@ def test_a_square_of_each_image_is_erased_and_the_generator_decides() -> None:
 # The recipe
 
 
-def test_the_same_seed_gives_the_same_weights(trained: cifar_vit.Result) -> None:
+def test_the_same_seed_gives_the_same_weights(trained: photographs.Result) -> None:
     state = torch.random.get_rng_state()
-    again = cifar_vit.train(MINIATURE, colours(64, 0), colours(40, 1), options=TINY)
+    again = photographs.train(MINIATURE, colours(64, 0), colours(40, 1), options=TINY)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert same(again.tensors, trained.tensors)
     assert again.losses == trained.losses
-    other = cifar_vit.Recipe(**{**vars(MINIATURE), "seed": 4, "epochs": 1})
-    changed = cifar_vit.train(other, colours(64, 0), colours(40, 1), options=TINY)
+    other = photographs.Recipe(**{**vars(MINIATURE), "seed": 4, "epochs": 1})
+    changed = photographs.train(other, colours(64, 0), colours(40, 1), options=TINY)
     assert not same(changed.tensors, trained.tensors)
 
 
-def test_the_recipe_learns(trained: cifar_vit.Result) -> None:
+def test_the_recipe_learns(trained: photographs.Result) -> None:
     assert trained.losses[-1] < trained.losses[0]
     assert trained.accuracy > 0.5  # chance is a quarter
     assert {t.dtype for t in trained.tensors.values()} == {torch.float16}
@@ -151,7 +172,9 @@ def test_the_command_line_writes_once_and_a_trial_opens_no_test_image(
     assert "2684682 weights" in printed
     with safe_open(out, framework="pt") as file:
         metadata = file.metadata()
-    assert metadata["tensors_sha256"] == cifar_vit.digest(load_file(out))
+    assert metadata["tensors_sha256"] == photographs.digest(
+        load_file(out), cifar_vit.SOURCE.options
+    )
     assert f"SHA-256 of the backbone's tensors: {metadata['tensors_sha256']}" in printed
     assert "--epochs 1 --batch-size 30 " in metadata["recipe"]
     before = out.read_bytes()
@@ -171,9 +194,9 @@ def test_the_packaged_weights_are_those_of_the_recipe() -> None:
         metadata = file.metadata()
     assert WEIGHTS.stat().st_size <= 6_000_000
     assert metadata["timm_model"] == conv_vit.NAME
-    assert json.loads(metadata["timm_options"]) == cifar_vit.OPTIONS
+    assert json.loads(metadata["timm_options"]) == cifar_vit.SOURCE.options
     # The file was written when the recipe was a module of the package, under another command.
-    settings = command_line(cifar_vit.PROGRAM, cifar_vit.Recipe()).partition(" --")[2]
+    settings = command_line(cifar_vit.SOURCE.program, photographs.Recipe()).partition(" --")[2]
     assert metadata["recipe"].partition(" --")[2] == settings
     assert metadata["tensors_sha256"] == RECORDED
     assert build_backbone(BackboneConfig("cifar_vit")).tensors_sha256 == RECORDED
@@ -186,9 +209,11 @@ def test_the_packaged_weights_reach_their_recorded_accuracy(shared: Path) -> Non
     folder = shared / "data" / "cifar10"
     if not folder.is_dir():
         pytest.skip(f"CIFAR-10 is not here: {folder}")
-    _, some = cifar_vit.split_off(cifar_vit.read(folder, "test"), 25)
+    _, some = photographs.split_off(cifar_vit.read(folder, "test"), 25)
     with safe_open(WEIGHTS, framework="pt") as file:
         recorded = float(file.metadata()["test_accuracy"])
-    accuracy = cifar_vit.accuracy(cifar_vit.load(load_file(WEIGHTS)), some)
+    accuracy = photographs.accuracy(
+        photographs.load(load_file(WEIGHTS), cifar_vit.SOURCE.options), some
+    )
     # 400 images: three standard errors are below five per cent.
     assert accuracy == pytest.approx(recorded, abs=0.05)

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import digit_rejection
-import glyphs
 import glyphs_vit
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import training
+from training.data import glyphs
 
 WEIGHTS = Path(training.__file__).parent / "weights" / "glyphs_vit.safetensors"
 MINIATURE = glyphs_vit.Recipe(
@@ -55,7 +55,7 @@ def jittered_digits(amount: float, copies: int) -> tuple[glyphs.Glyphs, np.ndarr
 
 def test_instances_are_block_counts_of_varied_handwriting(classes: glyphs.Glyphs) -> None:
     one = classes.take(np.zeros(50, dtype=int))
-    counts = glyphs.handwrite(one, np.random.default_rng(0))
+    counts = glyphs_vit.handwrite(one, np.random.default_rng(0))
     assert counts.shape == (50, 8, 8)
     assert counts.dtype == np.uint8
     assert counts.max() == 16
@@ -64,15 +64,15 @@ def test_instances_are_block_counts_of_varied_handwriting(classes: glyphs.Glyphs
 
 
 def test_instances_depend_on_the_generator_alone(classes: glyphs.Glyphs) -> None:
-    first, again = (glyphs.handwrite(classes, np.random.default_rng(7)) for _ in range(2))
-    other = glyphs.handwrite(classes, np.random.default_rng(8))
+    first, again = (glyphs_vit.handwrite(classes, np.random.default_rng(7)) for _ in range(2))
+    other = glyphs_vit.handwrite(classes, np.random.default_rng(8))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
 
 
 def test_the_package_passes_pixels_from_zero_to_one(classes: glyphs.Glyphs) -> None:
     images = glyphs_vit.write(classes, np.arange(40), np.random.default_rng(0))
-    counts = glyphs.handwrite(classes, np.random.default_rng(0))
+    counts = glyphs_vit.handwrite(classes, np.random.default_rng(0))
     assert images.shape == (40, 1, 8, 8)
     np.testing.assert_array_equal(images[:, 0].numpy() * 16, counts)
 
@@ -138,9 +138,9 @@ def test_stretched_and_slanted_digits_are_rejected(width: float, slant: float) -
 def test_no_glyph_class_looks_like_a_digit_or_like_another_class() -> None:
     drawn = digit_rejection.glyph_classes(300, seed=1)
     assert digit_rejection.digit_likeness(drawn).max() <= digit_rejection.DIGIT_CORRELATION
-    pictures = digit_rejection.pictures(drawn)
+    pictures = glyphs.pictures(drawn)
     alike = pictures @ pictures.T - np.eye(300)
-    assert alike.max() <= digit_rejection.TWIN_CORRELATION
+    assert alike.max() <= glyphs.TWIN_CORRELATION
 
 
 def test_the_rejection_bites_and_leaves_other_shapes() -> None:

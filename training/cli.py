@@ -414,11 +414,20 @@ def _data_check(arguments: argparse.Namespace) -> int:
         help="a run trained with keep.moments and keep.branches, or an .npz file of arrays",
     ),
     _arg("--tolerance", type=float, default=1e-5, help="largest relative error (default: 1e-5)"),
+    _arg(
+        "--export",
+        type=Path,
+        metavar="FILE.npz",
+        help="also write what was checked, for python -m loda_math.verify",
+    ),
 )
 def _verify(arguments: argparse.Namespace) -> int:
-    from training.analysis.verify import verification_table, verify
+    from loda_math.verify import verification_table
+    from training.analysis.verify import export_run, verify
 
     checks = verify(arguments.path, tolerance=arguments.tolerance)
+    if arguments.export is not None:
+        export_run(arguments.path, arguments.export)
     print(verification_table(checks))
     return 0 if all(check.passed for check in checks) else 1
 

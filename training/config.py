@@ -291,6 +291,13 @@ class Experiment:
     def __post_init__(self) -> None:
         check_seed("seed", self.seed)
         at_least("threads", self.threads, 1)
+        if self.data.is_known and self.backbone.name in getattr(self.data.kind, "refuses", ()):
+            msg = (
+                f"backbone.name must not be {self.backbone.name} for data.name {self.data.name}: "
+                "it was pretrained on such images, so nothing would be shown; choose another "
+                "backbone, such as cifar_vit"
+            )
+            raise ValueError(msg)
 
 
 _COMPONENTS: dict[str, type[Component]] = {
@@ -390,7 +397,8 @@ def load_experiment(
     argv : sequence of str
         The arguments.
     recorded : Path, optional
-        The ``config.yaml`` of a run to start from, in place of the defaults.
+        The ``config.yaml`` of a run to start from. Without it, and without ``--config``, the
+        default experiment is the start, unless the arguments name other data or another backbone.
     allow : collection of str
         Import paths that the recorded file may name, besides those that the arguments name.
 
@@ -402,7 +410,7 @@ def load_experiment(
     try:
         sources = _sources(argv)
         if recorded is None:
-            return _experiment(sources)
+            return _experiment([*_default_sources(sources), *sources])
         named = _named(_choose(_DEFAULT, sources[-1]))
         return _experiment([*_file_sources(recorded), *sources], {*allow, *named.values()})
     except ValueError as error:
@@ -550,6 +558,21 @@ def _sources(given: Sequence[str] | Mapping[str, Any]) -> list[_Source]:
         else:
             rest.append(argument)
     return [*configs, rest]
+
+
+def _default_sources(sources: Sequence[_Source]) -> list[_Source]:
+    """The default experiment, for a command line without a configuration.
+
+    Its settings, such as the learning rate, suit its own data and backbone. Whoever names others
+    starts from the defaults of the settings.
+    """
+    *configs, given = sources
+    if configs or not isinstance(given, list):
+        return []
+    default = _FileSettings(_flat(read_yaml(path := resolve_config(DEFAULT))), path)
+    named = _chosen_on(given)
+    chosen = ("data.name", "backbone.name")
+    return [default] if all(named.get(key, default[key]) == default[key] for key in chosen) else []
 
 
 def _file_sources(path: Path, above: tuple[Path, ...] = ()) -> list[_Source]:
@@ -896,7 +919,8 @@ def _parser(components: _Components) -> jsonargparse.ArgumentParser:
     result.add_argument(
         "--config",
         action="config",
-        help=f"A YAML file, or the name of a packaged configuration: {packaged}",
+        help=f"A YAML file, or the name of a packaged configuration: {packaged}; {DEFAULT} "
+        "if not given, unless other data or another backbone are named",
     )
     for name, details in _RUN_OPTIONS.items():
         shown = {"metavar": details.get("metavar"), "help": details["help"]}
@@ -1041,6 +1065,10 @@ def packaged_configs() -> list[str]:
     paths = [p for part in ("", "paper/", "native/") for p in _CONFIGS.glob(f"{part}*.yaml")]
     names = [path.relative_to(_CONFIGS).with_suffix("") for path in paths]
     return sorted(name.as_posix() for name in names if not name.name.startswith("_"))
+
+
+DEFAULT = "glyphs"
+"""The packaged configuration of the default experiment."""
 
 
 def resolve_config(name: str) -> Path:

@@ -5,27 +5,28 @@ no glyph class. The stroke templates of the digits, several hands each, are our 
 other purpose: nothing is trained on them.
 """
 
-from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
-from glyphs import BITMAP, FloatArray, Glyphs, draw, fit, pack, random_glyph, trace
-from numpy.typing import NDArray
+
+from training.data.glyphs import (
+    CELLS,
+    FloatArray,
+    Glyphs,
+    distinct_glyphs,
+    pack,
+    pictures,
+    trace,
+    unit,
+)
 
 Point = tuple[float, float]
 
 # Jittered digits lie above it (see tests/test_recipe_glyphs_vit.py), most random glyphs below.
 DIGIT_CORRELATION = 0.82
-# Two glyph classes closer than this would be one class with two labels.
-TWIN_CORRELATION = 0.9
 WIDTHS = (0.45, 0.65, 0.85, 1.0)
 SLANTS = (-0.25, 0.0, 0.25)
 SHIFTS = (-1, 0, 1)
-CELLS = 16
-BLUR = 1.25
-# Pixels of the bitmap that the pen's middle may use, and the pen: templates are drawn alike.
-EXTENT = 26.0
-PEN = 2.0
 BOX = 0.8
 
 
@@ -130,37 +131,6 @@ def digit_strokes() -> dict[int, list[list[FloatArray]]]:
     }
 
 
-def pictures(glyphs: Glyphs, width: float | None = None) -> FloatArray:
-    """Draw glyphs as large as the box allows and blur them: unit vectors of mean 0, (N, 256).
-
-    With ``width`` each is first stretched to a box of that width and of height 1.
-    """
-    dots = trace(*glyphs)
-    count = len(dots)
-    if width is not None:
-        dots = dots / np.maximum(np.ptp(dots, axis=1, keepdims=True), 1e-3) * [width, 1.0]
-    extent, centre = np.full((count, 2), EXTENT), np.full((count, 2), BITMAP / 2)
-    ink = draw(fit(dots, extent, centre), np.full(count, PEN))
-    return _unit(_blur(ink))
-
-
-def _blur(ink: NDArray[np.bool_]) -> FloatArray:
-    """Average to 16 x 16 cells and blur by a Gaussian."""
-    step = BITMAP // CELLS
-    cells = ink.reshape(-1, CELLS, step, CELLS, step).mean(axis=(2, 4))
-    grid = np.arange(CELLS)
-    kernel = np.exp(-((grid[:, None] - grid) ** 2) / (2 * BLUR**2))
-    blurred: FloatArray = kernel @ cells @ kernel
-    return blurred
-
-
-def _unit(images: FloatArray) -> FloatArray:
-    rows = images.reshape(len(images), -1)
-    rows = rows - rows.mean(axis=1, keepdims=True)
-    unit: FloatArray = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    return unit
-
-
 @cache
 def digit_bank() -> tuple[FloatArray, FloatArray]:
     """Return the pictures of all digit templates, slanted and shifted, as rows of 256.
@@ -176,7 +146,7 @@ def digit_bank() -> tuple[FloatArray, FloatArray]:
         dots = trace(*_skewed(flat, 1.0, slant))
         wide = np.ptp(dots, axis=1)[:, 0] > 0.3
         stretched += _shifted(pictures(_skewed(flat, 1.0, slant).take(wide), BOX))
-    return _unit(np.concatenate(natural)), _unit(np.concatenate(stretched))
+    return unit(np.concatenate(natural)), unit(np.concatenate(stretched))
 
 
 def _skewed(glyphs: Glyphs, width: float, slant: float) -> Glyphs:
@@ -217,21 +187,4 @@ def glyph_classes(count: int, seed: int) -> Glyphs:
     ValueError
         If ``count`` is not positive.
     """
-    if count < 1:
-        msg = f"the number of glyph classes must be at least 1, got {count}; take more"
-        raise ValueError(msg)
-    rng = np.random.default_rng(seed)
-    chosen: list[Sequence[FloatArray]] = []
-    seen = np.zeros((count, CELLS * CELLS))
-    while len(chosen) < count:
-        drawn = [random_glyph(rng) for _ in range(256)]
-        batch = pack(drawn)
-        images, likeness = pictures(batch), digit_likeness(batch)
-        for strokes, image, like in zip(drawn, images, likeness, strict=True):
-            if like > DIGIT_CORRELATION or len(chosen) == count:
-                continue
-            if (seen[: len(chosen)] @ image).max(initial=-1.0) > TWIN_CORRELATION:
-                continue
-            seen[len(chosen)] = image
-            chosen.append(strokes)
-    return pack(chosen)
+    return distinct_glyphs(count, seed, lambda batch: digit_likeness(batch) <= DIGIT_CORRELATION)

@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from digit_rejection import glyph_classes
-from glyphs import LEVELS, Glyphs, handwrite
+from numpy.typing import NDArray
 from pretraining import adamw, descend, parse, say, untrained, write_weights
 from torch import Tensor, nn
 from torch.nn import functional
+
+from training.data.glyphs import BITMAP, Glyphs, bend, draw, fit
 
 PROGRAM = "python docs/recipes/glyphs_vit.py"
 TIMM_MODEL = "vit_tiny_patch16_224"
@@ -34,6 +36,10 @@ TIMM_OPTIONS: dict[str, Any] = {
 }
 # Streams of random numbers that share the seed: training samples, held-out samples, episodes.
 TRAIN, HELD_OUT, EPISODES = 1, 2, 3
+BLOCK = 4
+SIZE = BITMAP // BLOCK
+LEVELS = BLOCK * BLOCK
+PEN_RADIUS = (1.5, 2.9)
 WAYS, SHOTS = 10, 5
 FEW_SHOT_EPISODES = 200
 
@@ -68,6 +74,33 @@ class Result:
 def build() -> nn.Module:
     """Return the untrained backbone: (N, 1, 8, 8) pixels in [0, 1] to (N, 96) class tokens."""
     return untrained(TIMM_MODEL, **TIMM_OPTIONS)
+
+
+def block_counts(bitmaps: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Count the ink of each 4 x 4 block: (N, 32, 32) to (N, 8, 8), values 0 to 16."""
+    blocks = bitmaps.reshape(-1, SIZE, BLOCK, SIZE, BLOCK)
+    counts: NDArray[np.uint8] = blocks.sum(axis=(2, 4), dtype=np.uint8)
+    return counts
+
+
+def handwrite(glyphs: Glyphs, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Draw one random instance of every glyph: block counts (N, 8, 8), values 0 to 16.
+
+    Vertices are jittered, the plane is bent by slow waves, turned, sheared and stretched, and the
+    pen's width, the size and the position vary, as between writers.
+
+    Examples
+    --------
+    >>> bar = pack([[np.array([[0.5, 0.0], [0.5, 0.5], [0.5, 1.0]])]])
+    >>> handwrite(bar, np.random.default_rng(0)).shape
+    (1, 8, 8)
+    """
+    dots = bend(glyphs, rng)
+    count = len(dots)
+    radius = rng.uniform(*PEN_RADIUS, size=count)
+    extent = rng.uniform(27, 32, size=(count, 2)) - 2 * radius[:, None]
+    centre = BITMAP / 2 + rng.normal(0, 0.8, size=(count, 2))
+    return block_counts(draw(fit(dots, extent, centre), radius))
 
 
 def write(glyphs: Glyphs, labels: np.ndarray[Any, Any], rng: np.random.Generator) -> Tensor:

@@ -6,14 +6,13 @@ from loda_math._arrays import (
     Array,
     Namespace,
     descending_eigh,
-    namespace,
     reciprocal,
     result_dtype,
     rounding_share,
     safe_divide,
     widen,
 )
-from loda_math._validation import check_real, check_scalar, check_values
+from loda_math._validation import check_scalar, checked_weights
 
 
 class MergeReport(NamedTuple):
@@ -66,7 +65,7 @@ def implied_coefficients(change: Array, up: Array, down: Array) -> Array:
     array([[0.5 , 0.  ],
            [0.  , 0.25]])
     """
-    xp = _updates(change=change, up=up, down=down)
+    xp = checked_weights(change=change, up=up, down=down)
     c, b, a = widen(xp, change, up, down)
     left, right = _pseudo_inverse(xp, b.mT @ b), _pseudo_inverse(xp, a @ a.mT)
     return xp.astype(left @ (b.mT @ c @ a.mT) @ right, result_dtype(xp, change, up, down))
@@ -111,7 +110,7 @@ def verify_merge(
     True
     """
     tolerance = check_scalar("tolerance", tolerance, positive=True)
-    xp = _updates(before=before, after=after, up=up, down=down)
+    xp = checked_weights(coefficients, before=before, after=after, up=up, down=down)
     w, v, b, a = widen(xp, before, after, up, down)
     if coefficients is not None:
         b = b @ widen(xp, coefficients)[0]
@@ -128,20 +127,6 @@ def verify_merge(
             unexplained <= tolerance * length + rounding,
         )
     )
-
-
-def _updates(**arrays: Array) -> Namespace:
-    xp = namespace(**arrays)
-    check_real(xp, **arrays)
-    shapes = {name: tuple(x.shape) for name, x in arrays.items()}
-    up, down = shapes["up"], shapes["down"]
-    weights = [shape for name, shape in shapes.items() if name not in ("up", "down")]
-    fit = min(len(shape) for shape in shapes.values()) > 1 and up[-1] == down[-2]
-    if not fit or any(w[-2:] != (up[-2], down[-1]) for w in weights):
-        msg = f"shapes must be (..., O, D), up (..., O, r) and down (..., r, D), got {shapes}"
-        raise ValueError(msg)
-    check_values(xp, arrays)
-    return xp
 
 
 def _pseudo_inverse(xp: Namespace, gram: Array) -> Array:

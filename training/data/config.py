@@ -24,9 +24,10 @@ class DataConfig(Component):
     Parameters
     ----------
     name
-        digits (embedded, no download), folder (train/CLASS/* with test/ or val/), cifar100, one of
-        imagenet-r, imagenet-a, cub and domainnet (the folder of that name in root), timm (what
-        data.dataset names), or the import path of a class with a function load.
+        glyphs (characters on coloured grounds) or digits, both without download; folder
+        (train/CLASS/* with test/ or val/), cifar100, one of imagenet-r, imagenet-a, cub and
+        domainnet (the folder of that name in root), timm (what data.dataset names), or the import
+        path of a class with a function load.
     classes
         Use only the first N classes of the class order; all if not given.
     init_cls

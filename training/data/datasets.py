@@ -61,10 +61,14 @@ class DataSet:
     mode : str
         Pillow's name for the channels of the images: RGB, or L for grey ones. Images given to a
         trained classifier are converted to ``side`` and ``mode`` first.
+    refuses : tuple of str
+        Packaged backbones that were pretrained on such images: what they learn of a stream of them
+        would say nothing.
     """
 
     side: ClassVar[int | None] = None
     mode: ClassVar[Literal["RGB", "L"]] = "RGB"
+    refuses: ClassVar[tuple[str, ...]] = ()
 
 
 @dataclass
@@ -91,6 +95,36 @@ class Digits(DataSet):
         # Greys are counts from 0 to 16: sixteenths are exact in float32, bytes would not be.
         images = (pixels[chosen].astype(np.float32) / 16).reshape(-1, 1, 8, 8)
         return Split(images, target[chosen], [str(digit) for digit in range(10)])
+
+
+@dataclass
+class Glyphs(DataSet):
+    """Characters of pen strokes on textured coloured grounds, drawn by this package: 32 by 32.
+
+    A character has 60 training and 40 test images. The seed of a run chooses which characters its
+    tasks are of, not what they look like: no seed changes an image.
+
+    Parameters
+    ----------
+    alphabet
+        choose (120 characters, to choose settings on) or test (280 others, for results).
+    """
+
+    side = 32
+    refuses = ("glyphs",)
+
+    alphabet: Literal["choose", "test"] = "choose"
+
+    def load(self, split: str) -> Split:
+        """List the images of a split; those of a character are drawn when one is first read."""
+        import numpy as np
+
+        from training.data.glyphs import ALPHABETS, PER_SPLIT, Drawings
+
+        numbers = ALPHABETS[self.alphabet]
+        targets = np.repeat(np.arange(len(numbers)), PER_SPLIT[split])
+        names = [f"{self.alphabet}-{number:03}" for number in range(len(numbers))]
+        return Split(Drawings(numbers, split), targets, names)
 
 
 @dataclass
@@ -400,6 +434,7 @@ class TimmData(DataSet):
 DATA_SETS = Registry(
     "data set",
     {
+        "glyphs": f"{__name__}.Glyphs",
         "digits": f"{__name__}.Digits",
         "folder": f"{__name__}.Folder",
         "cifar100": f"{__name__}.Cifar100",

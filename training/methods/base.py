@@ -27,6 +27,7 @@ METHODS = Registry(
         "seq_lora": "training.methods.seq_lora.SequentialLoRA",
         "joint": "training.methods.seq_lora.Joint",
         "frozen": "training.methods.frozen.Frozen",
+        "first_task": "training.methods.first_task.FirstTask",
         "ncm": "training.methods.frozen.NearestClassMean",
         "ranpac_frozen": "training.methods.frozen.RanPACFrozen",
         "null_lora": "training.methods.loda.NullLoRA",
@@ -56,7 +57,8 @@ class MethodConfig(Component):
     ----------
     name
         loda; seq_lora (one plain LoRA branch that every task trains further); joint (the same on
-        all tasks at once, the upper bound); frozen; ncm and ranpac_frozen (frozen, with nearest
+        all tasks at once, the upper bound); frozen; first_task (loda on the first task, frozen
+        after it); ncm and ranpac_frozen (frozen, with nearest
         class means or ridge regression in place of training); null_lora, o_lora, inflora, sd_lora;
         or the import path of a class, my_package.MyMethod.
     """

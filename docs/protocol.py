@@ -1,0 +1,342 @@
+"""The comparison of docs/protocol.md as sweep files: the trials, and the test that they decide.
+
+    python docs/protocol.py choose > training/configs/sweeps/glyphs-choose.yaml
+    python docs/protocol.py rates RECORDS                  # the trials as a table, the best in bold
+    python docs/protocol.py test RECORDS > training/configs/sweeps/glyphs-test.yaml
+    python docs/protocol.py contrasts RECORDS --tests TESTS           # what the test shows
+
+RECORDS and TESTS are bundles of the trials and of the test, or their folders. Everything that the
+test runs is decided by the trials and by the rules in this file, which was committed before the
+first test run.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, variance
+
+import yaml
+from pandas import DataFrame
+from scipy.stats import t as student
+
+from training.config import read_yaml, resolve_config
+from training.report.runs import Run, find_runs, load
+from training.report.tables import differences, intervals
+
+READOUT = "alignment"  # primary; the others are evaluated on the same training
+RATES = (0.006, 0.02, 0.06, 0.18, 0.5, 1.0)
+# Steps that are added for every method where the best rate of one of them is at an edge.
+LOWER, HIGHER = (0.002, 0.0006), (2.0, 4.0)
+CHOOSING_SEEDS = (11, 12)
+FIRST_TEST_SEED = 101
+FEWEST_SEEDS, MOST_SEEDS = 10, 20
+HALF_WIDTH = 1.0  # points: of the interval of a primary contrast that the number of seeds aims at
+METHODS = ("loda", "seq_lora", "joint", "null_lora", "o_lora", "inflora", "sd_lora", "first_task")
+BASELINES = ("seq_lora", "null_lora", "o_lora", "inflora", "sd_lora")  # candidates for the rival
+ONLY_HEADS = "frozen"  # its primary read-out depends on no rate; its heads have this one
+ONLY_RATE = 0.5
+NATIVE = ("inflora", "o_lora", "sd_lora", "ranpac_frozen")  # their authors' settings, no trials
+LONG = ("loda", "inflora", "seq_lora")  # also on 20 tasks of 2 classes, with frozen
+EPOCHS = 12
+
+Settings = dict[str, object]
+Trials = dict[str, dict[float, dict[int, float]]]  # last accuracy by method, rate and seed
+
+LODA_PARTS: dict[str, Settings] = {
+    "general-only": {"method.branches": "general"},
+    "isolated-only": {"method.branches": "isolated"},
+    "isolated-null-space": {"method.isolated": "null"},
+    "isolated-trace-ratio": {"method.isolated": "trace_ratio"},
+    "random-directions": {"method.directions": "random"},
+    "look-ahead-of-length-0": {"method.radius": 0.0},
+    "without-look-ahead-double-epochs": {"method.gao": False, "train.epochs": 2 * EPOCHS},
+    "recalibration-none": {"method.recalibration": "none"},
+}
+HEAD = """# {title}
+#
+# Command:  loda sweep {name} --out runs/{name}
+# Time:     {hours}
+#
+# Written by docs/protocol.py; docs/protocol.md says why it is as it is.
+"""
+SHARED: Settings = {
+    "head.readout": READOUT,
+    "head.also": ["heads", "nearest_mean", "ridge"],
+    "keep": {"state": False, "figure": False},
+}
+
+
+def seconds(method: str) -> float:
+    """Processor seconds of a run on the glyphs, as measured on one thread."""
+    return {"loda": 170.0, "frozen": 60.0, "first_task": 85.0}.get(method, 100.0)
+
+
+def hours(runs: list[tuple[str, float]]) -> str:
+    """Hours of one processor core for methods and the multiples of their epochs."""
+    total = sum(seconds(method) * times for method, times in runs)
+    return f"{len(runs)} runs, about {total / 3600:.0f} hours of one processor core"
+
+
+def choosing_sweep(rates: tuple[float, ...] = RATES) -> str:
+    """The trials: every method at every rate, on the alphabet to choose on."""
+    variants: dict[str, Settings] = {ONLY_HEADS: {"method.name": ONLY_HEADS, "train.lr": ONLY_RATE}}
+    for rate in sorted(rates):
+        for method in METHODS:
+            variants[f"{method}-{rate}"] = {"method.name": method, "train.lr": rate}
+    runs = [(str(v["method.name"]), 1.0) for v in variants.values() for _ in CHOOSING_SEEDS]
+    return _sweep(
+        "glyphs-choose",
+        "Learning rates for the comparison on the glyphs: equal trials for every method.",
+        "choose",
+        CHOOSING_SEEDS,
+        variants,
+        runs,
+    )
+
+
+def read_trials(sources: list[Path]) -> Trials:
+    """Last accuracies in per cent under the primary read-out, by method, rate and seed.
+
+    Without sources there are none.
+
+    Raises
+    ------
+    ValueError
+        If a run is not one of the trials.
+    """
+    trials: Trials = {}
+    for run in find_runs(sources).runs if sources else []:
+        data = run.experiment.data
+        if data.name != "glyphs" or data.options["alphabet"] != "choose":
+            msg = f"{run.name} must be a run on the alphabet to choose on; leave it out"
+            raise ValueError(msg)
+        by_rate = trials.setdefault(run.experiment.method.name, {})
+        by_rate.setdefault(run.experiment.train.lr, {})[run.seed] = _last(run)
+    return trials
+
+
+def _last(run: Run) -> float:
+    return 100 * run.matrices[READOUT].last
+
+
+def best_rates(trials: Trials, seeds: tuple[int, ...] = CHOOSING_SEEDS) -> dict[str, float]:
+    """The rate of each method with the best mean last accuracy; of equal ones the lower.
+
+    Raises
+    ------
+    ValueError
+        If methods had other trials than each other, or a best rate is at an edge of the grid that
+        can still be extended.
+    """
+    grids = {method: sorted(trials.get(method, {})) for method in METHODS}
+    grid = grids["loda"]
+    for method, rates in grids.items():
+        have = {seed for rate in rates for seed in trials[method][rate]}
+        whole = all(set(trials[method][rate]) == set(seeds) for rate in rates)
+        if rates != grid or not set(RATES) <= set(rates) or not whole:
+            msg = (
+                f"{method} must have a trial at every rate of {sorted({*RATES, *grid})} with seeds "
+                f"{list(seeds)}, got rates {rates} and seeds {sorted(have)}; run the rest"
+            )
+            raise ValueError(msg)
+    chosen = {}
+    for method in METHODS:
+        means = {rate: fmean(trials[method][rate].values()) for rate in grid}
+        chosen[method] = max(grid, key=lambda rate: (means[rate], -rate))
+    for edge, further in ((grid[0], LOWER), (grid[-1], HIGHER)):
+        left = [rate for rate in further if rate not in grid]
+        at_edge = [method for method in METHODS if chosen[method] == edge]
+        if at_edge and left:
+            msg = (
+                f"the best rate must be inside the grid, got {edge} for {', '.join(at_edge)}; run "
+                f"the trials of every method at {left[0]} too"
+            )
+            raise ValueError(msg)
+    return chosen
+
+
+def rival(trials: Trials, chosen: dict[str, float]) -> str:
+    """The baseline with the best trials, each at its own rate."""
+    return max(BASELINES, key=lambda method: fmean(trials[method][chosen[method]].values()))
+
+
+def number_of_seeds(trials: Trials, chosen: dict[str, float]) -> int:
+    """Seeds for which the interval of a paired difference is expected to be within a point.
+
+    The variance of LoDA's lead over a method is pooled over the methods of the trials, whose
+    orders give each of them a degree of freedom less than there are orders.
+    """
+    others = {m: trials[m][chosen[m]] for m in METHODS if m not in ("loda", "joint")}
+    others[ONLY_HEADS] = trials[ONLY_HEADS][ONLY_RATE]
+    own = trials["loda"][chosen["loda"]]
+    spread = math.sqrt(
+        fmean(variance([own[seed] - last[seed] for seed in own]) for last in others.values())
+    )
+    for count in range(FEWEST_SEEDS, MOST_SEEDS):
+        if student.ppf(0.975, count - 1) * spread / math.sqrt(count) <= HALF_WIDTH:
+            return count
+    return MOST_SEEDS
+
+
+def test_sweep(trials: Trials) -> str:
+    """The comparison, its controls and the long stream, on the alphabet of results."""
+    chosen = best_rates(trials)
+    seeds = range(FIRST_TEST_SEED, FIRST_TEST_SEED + number_of_seeds(trials, chosen))
+    rate = chosen["loda"]
+    own: dict[str, Settings] = {
+        method: {"method.name": method, "train.lr": chosen[method]} for method in METHODS
+    }
+    own[ONLY_HEADS] = {"method.name": ONLY_HEADS, "train.lr": ONLY_RATE}
+    parts: dict[str, Settings] = {
+        name: {"method.name": "loda", "train.lr": rate, **changes}
+        for name, changes in LODA_PARTS.items()
+    }
+    equal: dict[str, Settings] = {}
+    for method in (*BASELINES, "joint"):
+        equal[f"{method}-aligned"] = {**own[method], "method.gao": True}
+        equal[f"{method}-double-epochs"] = {**own[method], "train.epochs": 2 * EPOCHS}
+    long = {"data.init_cls": 2, "data.increment": 2, "data.tasks": 20}
+    streams = {f"{m}-20-tasks": {**own[m], **long} for m in (*LONG, ONLY_HEADS)}
+    # What a method's authors do not say (the rate of o_lora) is as in the trials.
+    native = {f"{m}-native": {"train.lr": chosen.get(m, ONLY_RATE), **_native(m)} for m in NATIVE}
+    variants: dict[str, Settings] = {**own, **parts, **equal, **native, **streams}
+    runs = []
+    for name, settings in variants.items():
+        twice = name.endswith(("-aligned", "-double-epochs", "-native"))
+        runs.append((str(settings["method.name"]), 2.0 if twice else 1.0))
+    title = (
+        "The methods on the glyphs that no setting was chosen on, LoDA's parts and the controls.\n"
+        f"# The rival of the second primary contrast is {rival(trials, chosen)}."
+    )
+    groups = {
+        "methods": list(own),
+        "LoDA's parts": ["loda", *parts],
+        "controls": ["loda", *equal],
+        "native settings": ["loda", *native],
+        "20 tasks": list(streams),
+    }
+    return _sweep("glyphs-test", title, "test", seeds, variants, runs * len(seeds), groups)
+
+
+def contrasts(trials: Trials, tests: list[Path]) -> str:
+    """Leads of LoDA in last accuracy: the two primary contrasts, then whole tables at once.
+
+    Intervals are Student's, paired by seed, at 1 - 0.05 / k for the k rows of a table.
+    """
+    runs = load(*tests)
+    runs = runs[runs["readout"] == READOUT]
+    strange = sorted(set(runs["data.alphabet"]) - {"test"})
+    if strange:
+        msg = (
+            f"tests must be on the alphabet test, got runs on {', '.join(strange)}; leave them out"
+        )
+        raise ValueError(msg)
+    tables = {}
+    for section, rows in runs.groupby("section", sort=False):
+        lead_of = "loda-20-tasks" if "loda-20-tasks" in set(rows["group"]) else "loda"
+        tables[str(section)] = differences(rows, lead_of, "last")
+    other = rival(trials, best_rates(trials))
+    primary = [
+        table[["frozen", other]] for table in tables.values() if {"frozen", other} <= {*table}
+    ]
+    if not primary:
+        msg = f"tests must hold runs of loda, frozen and {other}; run more of glyphs-test"
+        raise ValueError(msg)
+    named = {"Primary contrasts": primary[0], **tables}
+    return "\n\n".join(_contrast_table(title, table) for title, table in named.items())
+
+
+def _contrast_table(title: str, table: DataFrame) -> str:
+    found = intervals(table, confidence=1 - 0.05 / max(1, table.shape[1]))
+    lines = [f"#### {title}", "", "| over | lead, points | seeds |", "|---|---:|---:|"]
+    for name, row in found.iterrows():
+        bounds = f"[{row['low']:+.2f}, {row['high']:+.2f}]"
+        lines.append(f"| {name} | {row['lead']:+.2f} {bounds} | {row['pairs']:.0f} |")
+    return "\n".join(lines)
+
+
+def _native(method: str) -> Settings:
+    """The packaged settings of a method's authors, one setting a name."""
+    sections = read_yaml(resolve_config(f"native/{method}"))
+    return {
+        f"{section}.{key}": value for section, own in sections.items() for key, value in own.items()
+    }
+
+
+def _sweep(
+    name: str,
+    title: str,
+    alphabet: str,
+    seeds: Sequence[int],
+    variants: dict[str, Settings],
+    runs: list[tuple[str, float]],
+    groups: dict[str, list[str]] | None = None,
+) -> str:
+    settings = {"data.alphabet": alphabet, **SHARED}
+    whole = {"configs": ["glyphs"], "settings": settings, "seeds": list(seeds)}
+    lines = [HEAD.format(title=title, name=name, hours=hours(runs)).rstrip()]
+    lines.append(_yaml(whole))
+    lines.append("variants:")
+    lines += [f"  {variant}: {_inline(own)}" for variant, own in variants.items()]
+    if groups:
+        lines.append(_yaml({"groups": groups}))
+    return "\n".join(lines) + "\n"
+
+
+def _yaml(value: object) -> str:
+    text: str = yaml.safe_dump(value, sort_keys=False, default_flow_style=None, width=100)
+    return text.rstrip()
+
+
+def _inline(value: Settings) -> str:
+    text: str = yaml.safe_dump(value, sort_keys=False, default_flow_style=True, width=10_000)
+    return text.strip()
+
+
+def rate_table(trials: Trials) -> str:
+    """The trials as a table in Markdown: mean last accuracies, the best of a method in bold."""
+    rates = sorted({rate for method in METHODS for rate in trials.get(method, {})})
+    lines = [
+        "| method | " + " | ".join(f"lr {rate}" for rate in rates) + " |",
+        "|---|" + "---:|" * len(rates),
+    ]
+    for method in (m for m in METHODS if m in trials):
+        means = {rate: fmean(seeds.values()) for rate, seeds in trials[method].items()}
+        best = max(means, key=lambda rate: (means[rate], -rate))
+        cells = ["–" if rate not in means else f"{means[rate]:.2f}" for rate in rates]
+        cells[rates.index(best)] = f"**{cells[rates.index(best)]}**"
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    if ONLY_HEADS in trials:
+        mean = f"{fmean(trials[ONLY_HEADS][ONLY_RATE].values()):.2f}"
+        lines.append(f"| {ONLY_HEADS} | {' | '.join([mean] * len(rates))} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print one of the files."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("what", choices=["choose", "rates", "test", "contrasts"])
+    parser.add_argument("records", nargs="*", type=Path, help="the trials: a bundle or folders")
+    parser.add_argument("--tests", nargs="+", type=Path, default=[], help="of contrasts: the test")
+    given = parser.parse_args(arguments)
+    if (given.what == "choose") == bool(given.records):
+        parser.error("choose takes no records, the others need those of the trials")
+    if (given.what == "contrasts") != bool(given.tests):
+        parser.error("--tests names the runs of the test, for contrasts only")
+    try:
+        trials = read_trials(given.records)
+        text = {
+            "choose": choosing_sweep,
+            "rates": lambda: rate_table(trials),
+            "test": lambda: test_sweep(trials),
+            "contrasts": lambda: contrasts(trials, given.tests),
+        }[given.what]()
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    sys.stdout.write(text.rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""The comparison of docs/protocol.md: its sweep files, and the rules by which trials decide it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import protocol
+import pytest
+import yaml
+from fake_runs import fake_run
+
+from training.config import BackboneConfig, DataConfig, MethodConfig
+from training.sweep import plan, read_sweep
+
+ROOT = Path(__file__).parents[1]
+
+
+def trials(best: float = 0.18, grid: tuple[float, ...] = protocol.RATES) -> protocol.Trials:
+    """Every method is best at one rate; inflora is the best of the baselines."""
+    ahead = {"loda": 5.0, "inflora": 3.0, "joint": 9.0}
+    made: protocol.Trials = {
+        method: {
+            rate: {
+                seed: 30 + ahead.get(method, 0.0) - 10 * abs(rate - best) + (seed - 11)
+                for seed in protocol.CHOOSING_SEEDS
+            }
+            for rate in grid
+        }
+        for method in protocol.METHODS
+    }
+    made["frozen"] = {protocol.ONLY_RATE: {11: 28.0, 12: 29.0}}
+    return made
+
+
+def test_the_sweep_of_trials_is_the_one_of_the_protocol() -> None:
+    path = ROOT / "training" / "configs" / "sweeps" / "glyphs-choose.yaml"
+    assert path.read_text(encoding="utf-8") == protocol.choosing_sweep()
+
+
+def test_every_method_gets_the_same_trials() -> None:
+    sweep = read_sweep("glyphs-choose")
+    rates: dict[str, list[float]] = {}
+    for job in plan(sweep, Path("out")):
+        experiment = job.experiment
+        assert experiment.data.options["alphabet"] == "choose"
+        if job.experiment.seed == protocol.CHOOSING_SEEDS[0]:
+            rates.setdefault(experiment.method.name, []).append(experiment.train.lr)
+    assert rates.pop("frozen") == [protocol.ONLY_RATE]
+    assert set(rates) == set(protocol.METHODS)
+    assert {tuple(own) for own in rates.values()} == {tuple(sorted(protocol.RATES))}
+
+
+def test_the_sweep_of_room_is_a_part_of_the_trials() -> None:
+    whole = {job.name: job.experiment for job in plan(read_sweep("glyphs-choose"), Path("out"))}
+    for job in plan(read_sweep("glyphs-room"), Path("out")):
+        assert job.experiment == whole[job.name]
+
+
+def test_the_best_rate_is_taken_and_of_equals_the_lower() -> None:
+    assert protocol.best_rates(trials()) == dict.fromkeys(protocol.METHODS, 0.18)
+    equal = trials()
+    equal["loda"][0.06] = dict(equal["loda"][0.18])
+    assert protocol.best_rates(equal)["loda"] == 0.06
+
+
+def test_a_best_rate_at_an_edge_asks_for_trials_of_all_beyond_it() -> None:
+    with pytest.raises(ValueError, match=r"at 2\.0"):
+        protocol.best_rates(trials(best=1.0))
+    with pytest.raises(ValueError, match=r"at 0\.002"):
+        protocol.best_rates(trials(best=0.006))
+    wider = (*protocol.RATES, *protocol.HIGHER)
+    assert protocol.best_rates(trials(best=4.0, grid=wider))["loda"] == 4.0
+
+
+def test_unequal_trials_are_refused() -> None:
+    fewer = trials()
+    del fewer["o_lora"][0.02][12]
+    with pytest.raises(ValueError, match="o_lora"):
+        protocol.best_rates(fewer)
+    more = trials()
+    more["seq_lora"][2.0] = {11: 1.0, 12: 1.0}
+    with pytest.raises(ValueError, match="seq_lora"):
+        protocol.best_rates(more)
+
+
+def test_the_number_of_seeds_grows_with_the_spread_of_the_leads() -> None:
+    calm = trials()
+    chosen = protocol.best_rates(calm)
+    assert protocol.number_of_seeds(calm, chosen) == protocol.FEWEST_SEEDS
+    for method in ("seq_lora", "o_lora", "sd_lora", "frozen"):
+        for rate in calm[method]:
+            calm[method][rate][12] += 5
+    more = protocol.number_of_seeds(calm, chosen)
+    assert protocol.FEWEST_SEEDS < more <= protocol.MOST_SEEDS
+    calm["frozen"][protocol.ONLY_RATE][12] += 50
+    assert protocol.number_of_seeds(calm, chosen) == protocol.MOST_SEEDS
+
+
+def test_the_test_sweep_is_on_the_other_alphabet_and_other_seeds(tmp_path: Path) -> None:
+    path = tmp_path / "glyphs-test.yaml"
+    path.write_text(protocol.test_sweep(trials()), encoding="utf-8")
+    assert "is inflora" in path.read_text(encoding="utf-8")
+    sweep = read_sweep(str(path))
+    assert not set(sweep.seeds) & set(protocol.CHOOSING_SEEDS)
+    jobs = plan(sweep, tmp_path / "out")
+    assert len({job.folder for job in jobs}) == len(sweep.variants) * len(sweep.seeds)
+    for job in jobs:
+        data = job.experiment.data
+        assert (data.options["alphabet"], data.validation) == ("test", 0.0)
+        classes = data.init_cls + data.increment * ((data.tasks or 0) - 1)
+        assert classes == 40
+    methods = (sweep.groups or {})["methods"]
+    assert set(methods) == {*protocol.METHODS, "frozen"}
+
+
+def test_the_contrasts_are_paired_and_hold_together(tmp_path: Path) -> None:
+    lasts = {"loda": (50, 60, 70), "frozen": (40, 52, 58), "inflora": (48, 59, 71)}
+    for variant, values in lasts.items():
+        for seed, last in enumerate(values):
+            fake_run(
+                tmp_path / "test" / variant / f"seed{seed}",
+                rows=((90,), (last, last)),
+                seed=seed,
+                data=DataConfig("glyphs", {"alphabet": "test"}, image_size=32),
+                backbone=BackboneConfig("cifar_vit"),
+                method=MethodConfig(variant),
+            )
+    printed = protocol.contrasts(trials(), [tmp_path / "test"])
+    primary = printed.partition("\n\n#### ")[0]
+    # Differences 10, 8, 12: mean 10, s = 2, and t of two degrees of freedom at 98.75 % is 6.2053.
+    half = 6.2053 * 2 / 3**0.5
+    assert f"| frozen | +10.00 [{10 - half:+.2f}, {10 + half:+.2f}] | 3 |" in primary
+    assert "| inflora | +0.67 [" in primary
+    other = trials()
+    other["o_lora"][0.18] = {11: 90.0, 12: 90.0}
+    with pytest.raises(ValueError, match="o_lora"):
+        protocol.contrasts(other, [tmp_path / "test"])
+
+
+def test_the_command_prints_what_the_functions_give(tmp_path: Path) -> None:
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "docs" / "protocol.py"), *words]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+    printed = run("choose")
+    assert yaml.safe_load(printed.stdout) == yaml.safe_load(protocol.choosing_sweep())
+    refused = run("test", str(tmp_path))
+    assert refused.returncode == 2
+    assert "Traceback" not in refused.stderr

@@ -1,0 +1,154 @@
+"""The verifier of files: what it says, with which exit status, and what it needs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from strategies import to_library
+
+from loda_math import general_subspace, isolated_subspace, merge, recalibration
+from loda_math.verify import LayerSettings, verify_archive, verify_layer
+from loda_math.verify.__main__ import main
+
+SETTINGS = LayerSettings(
+    down_scale=0.5, general_weight=1.0, ridge=1e-2, form="full", gamma=1.5, isolated_weight=2.0
+)
+
+
+def solved(seed: int = 0) -> dict[str, np.ndarray]:
+    """Bases, Λ and a merge of one layer, all right."""
+    rng = np.random.default_rng(seed)
+    new, old, trained = (x.T @ x / 30 for x in rng.standard_normal((3, 30, 6)))
+    general = 0.5 * general_subspace(new, old, 3).T
+    isolated = 0.5 * isolated_subspace(new, old, 2).T
+    ups, before = [rng.standard_normal((4, r)) for r in (3, 2)], rng.standard_normal((4, 6))
+    c = recalibration(ups[0], general, trained, old, 1.5)
+    after = merge(merge(before, ups[0], general, c), 2 * ups[1], isolated)
+    return {
+        "moment_new": new,
+        "moment_old": old,
+        "moment_new_trained": trained,
+        "A_general": general,
+        "B_general": ups[0],
+        "A_isolated": isolated,
+        "B_isolated": ups[1],
+        "coefficients": c,
+        "weight_before": before,
+        "weight_after": after,
+    }
+
+
+def write(path: Path, *layers: dict[str, np.ndarray], **settings: Any) -> str:
+    said = vars(SETTINGS) | settings
+    named = {
+        f"task2/block{i}/{name}": x for i, layer in enumerate(layers) for name, x in layer.items()
+    }
+    np.savez(path, settings=json.dumps(said), **named)
+    return str(path)
+
+
+def test_right_layers_pass_with_status_0(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "a.npz", solved(0), solved(1))
+    assert main([path]) == 0
+    out, err = capsys.readouterr()
+    assert out.endswith("8 of 8 checks passed\n")
+    assert err == ""
+
+
+@pytest.mark.parametrize("name", ["A_general", "A_isolated", "coefficients", "weight_after"])
+def test_one_wrong_layer_fails_with_status_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    wrong = solved(1)
+    wrong[name] = wrong[name] + 0.3 * np.eye(*wrong[name].shape)
+    assert main([write(tmp_path / "a.npz", solved(0), wrong)]) == 1
+    out = capsys.readouterr().out
+    assert "OFF" in out
+    assert all("block1" in line for line in out.splitlines() if line.endswith("OFF"))
+    # The fault is a third of the scale; who tolerates that lets it pass.
+    assert main([write(tmp_path / "a.npz", solved(0), wrong), "--tolerance", "10"]) == 0
+
+
+def damaged(tmp_path: Path) -> dict[str, str]:
+    """Files that cannot be checked, by what is wrong with them."""
+    whole = Path(write(tmp_path / "whole.npz", solved())).read_bytes()
+    files = {"empty": b"", "text": b"hello\n", "cut": whole[: len(whole) // 2]}
+    middle = len(whole) // 2
+    files["scrambled"] = whole[:middle] + bytes(255 - x for x in whole[middle:])
+    for name, content in files.items():
+        (tmp_path / f"{name}.npz").write_bytes(content)
+    np.savez(tmp_path / "objects.npz", **{"1/a/moment_new": np.asarray([{}], dtype=object)})
+    np.savez(tmp_path / "nothing.npz", other=np.eye(2))
+    np.savez(tmp_path / "list.npz", settings="[]", **{"1/a/moment_new": np.eye(2)})
+    layer = solved()
+    del layer["A_general"]
+    write(tmp_path / "incomplete.npz", layer)
+    write(tmp_path / "shapes.npz", solved() | {"moment_old": np.eye(5)})
+    write(tmp_path / "unknown.npz", solved(), colour=1)
+    write(tmp_path / "text array.npz", solved() | {"moment_new": np.asarray("x")})
+    names = ("objects", "nothing", "list", "incomplete", "shapes", "unknown", "text array")
+    return {n: str(tmp_path / f"{n}.npz") for n in (*files, *names, "missing")}
+
+
+def test_a_bad_file_is_one_clear_line_and_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, path in damaged(tmp_path).items():
+        assert main([path]) == 2, name
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert len(err.splitlines()) == 1
+        assert f"{name}.npz" in err
+        with pytest.raises((ValueError, FileNotFoundError), match="npz"):
+            verify_archive(path)
+    assert main([write(tmp_path / "a.npz", solved()), "--tolerance", "0"]) == 2
+    assert "tolerance" in capsys.readouterr().err
+
+
+def test_nothing_but_numpy_and_the_mathematics_is_loaded(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.npz", solved())
+    code = (
+        "import runpy, sys\n"
+        "try: runpy.run_module('loda_math.verify', run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 0, end.code\n"
+        "print(*sorted({m.partition('.')[0] for m in sys.modules}))"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, path],
+        capture_output=True, text=True, cwd=root, check=True,
+    )  # fmt: skip
+    assert "4 of 4 checks passed" in done.stdout
+    assert not set(done.stdout.splitlines()[-1].split()) & {"torch", "jax", "training", "backends"}
+
+
+def test_a_layer_of_any_library(xp: ModuleType) -> None:
+    arrays = {name: to_library(xp, x, "float32") for name, x in solved().items()}
+    checks = verify_layer(arrays, SETTINGS)
+    assert [c.what for c in checks] == ["general", "isolated", "Λ full", "merge"]
+    assert all(c.passed for c in checks)
+    # Without Λ it is recovered from the weights.
+    del arrays["coefficients"]
+    assert [c.passed for c in verify_layer(arrays, SETTINGS)] == [True] * 4
+    arrays["weight_after"] = arrays["weight_before"]
+    assert [c.passed for c in verify_layer(arrays, SETTINGS)] == [True, True, False, False]
+
+
+def test_the_first_task_has_one_branch_and_no_recalibration(xp: ModuleType) -> None:
+    arrays = solved()
+    arrays["A_general"] = 0.5 * general_subspace(arrays["moment_new"], None, 3).T
+    arrays["weight_after"] = arrays["weight_before"] + arrays["B_general"] @ arrays["A_general"]
+    for name in ("coefficients", "B_isolated", "A_isolated"):
+        del arrays[name]
+    arrays["A_general_init"] = arrays["A_general"]
+    for old in (np.zeros((6, 6)), None):
+        given = {name: x for name, x in (arrays | {"moment_old": old}).items() if x is not None}
+        checks = verify_layer({n: to_library(xp, x, "float32") for n, x in given.items()}, SETTINGS)
+        assert [(c.what, c.passed) for c in checks] == [("general", True), ("merge", True)]
