@@ -282,25 +282,6 @@ def descending_eigvalsh(xp: Namespace, x: Array) -> Array:
     return -xp.sort(-xp.linalg.eigvalsh(x), axis=-1)
 
 
-def lower_cholesky(xp: Namespace, x: Array, name: str) -> Array:
-    """Lower Cholesky factor of an exactly symmetric matrix; a failure is reported by ``name``."""
-    msg = (
-        f"{name} is not positive semi-definite to working precision: it has eigenvalues below "
-        f"-ridge/D of its trace. Accumulate it with second_moment (float32 or wider tokens), "
-        f"or raise ridge."
-    )
-    try:
-        # Of torch's factors the upper one is laid out as LAPACK wants it next: without a copy.
-        factor = xp.linalg.cholesky(x, upper=True).mT if is_torch(x) else xp.linalg.cholesky(x)
-    except Exception as error:
-        raise ValueError(msg) from error
-    # NumPy and torch raise. JAX and CuPy leave NaN, MLX the pivot that is not positive.
-    silent = not (is_numpy(x) or is_torch(x))
-    if silent and is_concrete(x) and not bool(xp.all(diagonal(xp, factor) > 0)):
-        raise ValueError(msg)
-    return factor
-
-
 def fix_signs(xp: Namespace, basis: Array) -> Array:
     """Flip columns so that the entry of largest magnitude is positive."""
     top = xp.max(basis, axis=-2, keepdims=True)

@@ -152,7 +152,7 @@ def test_a_failed_factorisation_is_reported_by_jax_too(jnp: ModuleType) -> None:
     dtype = widest_dtype(jnp)
     new, old = arguments(jnp, "isolated_subspace", dtype)
     old = old - 0.1 * jnp.eye(SIZE, dtype=dtype, device=old.device)
-    with pytest.raises(ValueError, match="old is not positive semi-definite"):
+    with pytest.raises(ValueError, match="semi-definite"):
         solve(new, old)
     # Compiled code cannot raise; NaN is no zero column and cannot be taken for a result.
     assert jnp.isnan(jax.jit(solve)(new, old)).any()

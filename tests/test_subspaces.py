@@ -562,15 +562,19 @@ def test_reaches_the_root_of_the_characteristic_function(
 def test_the_ratio_only_rises_along_the_iterations(pencil: tuple) -> None:
     solution, s, r = solve_ratio(np, pencil)
     start = np.linalg.qr(scipy.linalg.eigh(s, r)[1][:, ::-1][:, : pencil[2]])[0]
-    least = np.linalg.eigvalsh(r)[: pencil[2]].sum()
     best, steps = largest_ratio(s, r, pencil[2]), []
-    for count in range(5):
-        kappa, value = _trace_ratio._newton(namespace(s=s), s, r, start, count)
-        steps.append(kappa.item())
-        assert kappa + max(value, 0) / least >= best * (1 - 1e-9)
-    assert np.all(np.diff(steps) >= 0)
     # Newton starts at the ratio of Theorem 2.2's basis.
-    assert steps[0] >= ratio(start, s, r) * (1 - 1e-12)
+    kappa, none = np.full((1, 1), ratio(start, s, r)), np.zeros((1, 1))
+    xp = namespace(s=s)
+    for count in range(1, 6):
+        bracket = _trace_ratio._Bracket(none, none + np.inf)
+        floor = _trace_ratio._Floor(none, none)
+        bracket = _trace_ratio._root(xp, s, r, pencil[2], floor, kappa, bracket, count)
+        steps.append(bracket.low.item())
+        assert np.isinf(bracket.high)
+        assert steps[-1] <= best * (1 + 1e-9)
+    assert steps[0] == kappa
+    assert np.all(np.diff(steps) >= 0)
     assert float(solution.multiplier) >= steps[-1] * (1 - 1e-12)
 
 
