@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[1]
         {"history_weight": -1.0}, {"history_weight": "sum"}, {"exclude": ("0", " ")},
         {"rank_pattern": {"0": 0}}, {"rank_pattern": {"0": 1.5}}, {"weight_pattern": {"0": -1.0}},
         {"weight_pattern": {"0": float("inf")}}, {"untie": 1}, {"master": "no"},
+        {"ridge_scale": "median"},
     ],
     ids=str,
 )  # fmt: skip

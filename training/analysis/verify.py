@@ -147,6 +147,7 @@ def _layer_settings(settings: LoDASettings, history_weight: float) -> LayerSetti
         isolated_weight=settings.weight("isolated"),
         isolated=settings.isolated,
         ridge=settings.ridge,
+        ridge_scale=settings.ridge_scale,
         energy_floor=settings.energy_floor,
         form=settings.form(first_task=False),
         joint=settings.joint,
