@@ -27,6 +27,9 @@ CARRIED = (
 )
 SOLVED = ("general_subspace", "null_subspace", "recalibration full", "verify_subspace")
 
+# ndonnx computes values without it, too.
+pytestmark = pytest.mark.filterwarnings("ignore:onnxruntime is not installed:UserWarning")
+
 Both = tuple[Callable[[Any], Any], Callable[[Any], Any]]
 
 
