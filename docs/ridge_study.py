@@ -352,7 +352,8 @@ def main() -> None:
     ):
         missing = [f for f in {"caltech101", needed} if not (SHARED / f).exists()]
         if missing:
-            sys.stdout.write(f"{name} skipped: {SHARED} has no {' and no '.join(sorted(missing))}\n\n")
+            absent = " and no ".join(sorted(missing))
+            sys.stdout.write(f"{name} skipped: {SHARED} has no {absent}\n\n")
             continue
         names, layers = read()
         shares(names, layers)
