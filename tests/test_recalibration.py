@@ -51,6 +51,8 @@ def orthonormal_rows(branch: tuple) -> tuple:
 
 # P and Q that are far from singular, and with energies of one size.
 regular = branches(("random", "spiked", "flat"), dead=False).map(orthonormal_rows)
+# A change of the basis mixes channels, and with them their rounding.
+plain = branches(("random", "spiked", "flat"), dead=False, outliers=False).map(orthonormal_rows)
 level = branches(("random", "flat"), dead=False).map(orthonormal_rows)
 
 
@@ -198,7 +200,7 @@ def test_eigenvalues_at_condition_1e12(xp: ModuleType, seed: int, size: int) -> 
         assert np.all(values.real <= 1 + 1e-9)
 
 
-@given(branch=regular, gamma=gammas, seed=seeds)
+@given(branch=plain, gamma=gammas, seed=seeds)
 def test_full_form_does_not_depend_on_the_basis(
     xp: ModuleType, branch: tuple, gamma: float, seed: int
 ) -> None:
