@@ -99,7 +99,7 @@ def outlier_channels(draw: st.DrawFn, size: int) -> tuple[Matrix, Matrix]:
 
 def scaled(moment: Matrix, channels: Matrix) -> Matrix:
     """The moment of the same tokens with every channel multiplied."""
-    return moment * np.outer(channels, channels)
+    return np.asarray(moment * np.outer(channels, channels))
 
 
 PRECISIONS = ("float16", "bfloat16", "float32", "float64")
@@ -112,8 +112,8 @@ def rounded(tokens: Matrix, precision: str) -> Matrix:
         # The upper half of a float32, rounded to the nearest.
         bits = tokens.astype(np.float32).view(np.uint32)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
-        return bits.view(np.float32).astype(np.float64)
-    return tokens.astype(precision).astype(np.float64)
+        return np.asarray(bits.view(np.float32), dtype=np.float64)
+    return np.asarray(tokens.astype(precision), dtype=np.float64)
 
 
 @st.composite

@@ -127,7 +127,7 @@ def test_forms_reach_the_least_squares_optimum(
         np.testing.assert_array_equal(ours, ours[0, 0] * np.eye(len(ours)))
 
 
-@given(branch=regular, gamma=gammas)
+@given(branch=plain, gamma=gammas)
 def test_full_form_is_the_closed_form(xp: ModuleType, branch: tuple, gamma: float) -> None:
     up, down, new, old = branch
     p, q = down @ old @ down.T, gamma * down @ new @ down.T
@@ -314,7 +314,11 @@ def test_box_is_the_bounded_least_squares_optimum(
 
 
 @few
-@given(branch=branches(("random", "spiked", "conditioned")), gamma=gammas, dtype=dtypes)
+@given(
+    branch=branches(("random", "spiked", "conditioned"), outliers=False),
+    gamma=gammas,
+    dtype=dtypes,
+)
 def test_box_is_the_diagonal_form_where_that_is_in_the_box(
     xp: ModuleType, branch: tuple, gamma: float, dtype: str
 ) -> None:

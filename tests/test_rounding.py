@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from types import ModuleType
 
-import mpmath
+import mpmath  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -43,7 +43,7 @@ def outlier_tokens(seed: int, amplitude: float, size: int = 32, count: int = 300
 
 
 def layer_norm(x: Matrix) -> Matrix:
-    return (x - x.mean(axis=1, keepdims=True)) / x.std(axis=1, keepdims=True)
+    return np.asarray((x - x.mean(axis=1, keepdims=True)) / x.std(axis=1, keepdims=True))
 
 
 # Real directions stay
@@ -235,7 +235,7 @@ def test_the_verdict_on_a_cluster_does_not_turn_with_its_basis(
         library = namespace(x=arrays[0])
         along = _rounding.noise_along(library, arrays[1], arrays[2])
         verdicts.append(to_numpy(_rounding.is_noise(library, arrays[0], along, arrays[3])))
-    np.testing.assert_array_equal(*verdicts)
+    np.testing.assert_array_equal(verdicts[0], verdicts[1])
     assert len(set(verdicts[0][first:last])) == 1
 
 
