@@ -264,7 +264,8 @@ def _lanczos(a: Any, count: int) -> tuple[Any, Any] | None:
         return None
     # Row-major lower is column-major upper. Reading one triangle halves the traffic.
     times_vector, times_matrix = get_blas_funcs(("symv", "symm"), (a,))
-    operator = LinearOperator(a.shape, lambda x: times_vector(1.0, a.T, x), dtype=a.dtype)
+    operator: Any = LinearOperator(a.shape, lambda x: times_vector(1.0, a.T, x), dtype=a.dtype)
+    operator.matvec = operator._matvec  # without its checks, which take as long as a small product
     # A fixed start without structure: a constant one is dead for centred features.
     start = np.sin(np.arange(1.0, size + 1) ** 2).astype(a.dtype)
     tolerance = size * float(np.finfo(a.dtype).eps)
