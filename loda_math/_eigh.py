@@ -290,13 +290,15 @@ def _lanczos(a: Any, count: int) -> tuple[Any, Any] | None:
 
 def _none_missed(a: Any, values: Any, vectors: Any, slack: float) -> bool:
     """Proof that no eigenvalue above the last one was missed: τI − A + VΘVᵀ is definite."""
+    from scipy.linalg.blas import get_blas_funcs
     from scipy.linalg.lapack import get_lapack_funcs
 
-    rest = (vectors * values) @ vectors.T
-    rest -= a
-    rest.ravel()[:: len(a) + 1] += values[-1] + slack
-    functions: Any = get_lapack_funcs(("potrf",), (rest,))
-    _, failed = functions[0](rest.T, lower=0, clean=0, overwrite_a=1)
+    times: Any = get_blas_funcs("gemm", (a,))
+    factor: Any = get_lapack_funcs("potrf", (a,))
+    # Column-major, of which the upper triangle is read, as ``a`` is row-major and lower.
+    rest = times(1.0, vectors * values, vectors, trans_b=1, beta=-1.0, c=a.T)
+    rest.ravel(order="K")[:: len(a) + 1] += values[-1] + slack
+    _, failed = factor(rest, lower=0, clean=0, overwrite_a=1)
     return bool(failed == 0)
 
 
