@@ -100,10 +100,12 @@ def larger(xp: Namespace, a: Any, b: Any) -> Any:
 def coarsest_eps(xp: Namespace, *arrays: Array | None, gram_eps: Any = 0.0) -> Any:
     """What the entries can be trusted to: the largest eps of the dtypes, and ``gram_eps``.
 
-    ``gram_eps`` is the eps of the arithmetic that made the entries, where it was coarser.
+    ``gram_eps`` is the eps of the arithmetic that made the entries, where it was coarser. No entry
+    can be trusted further than the widest dtype: what is stored in more digits loses them.
     """
-    eps = max(float(xp.finfo(a.dtype).eps) for a in arrays if a is not None)
-    return larger(xp, gram_eps, eps)
+    present = [a for a in arrays if a is not None]
+    dtypes = [widest(xp, present[0]), *(a.dtype for a in present)]
+    return larger(xp, gram_eps, max(float(xp.finfo(dtype).eps) for dtype in dtypes))
 
 
 def rounding_share(xp: Namespace, size: int, *arrays: Array | None, gram_eps: Any = 0.0) -> Any:
