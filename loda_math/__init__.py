@@ -1,8 +1,9 @@
 """The mathematics of LoDA on any array library that follows the Python array API standard.
 
 Functions take arrays of NumPy, PyTorch or any other conforming library, batched over leading
-dimensions, and return arrays of the same library, dtype and device. Nothing here prints, reads,
-writes or draws random numbers. The paper is arXiv:2603.00191.
+dimensions, and return arrays of the same library, dtype and device. They print, write and draw
+nothing; only the verifier of files reads one. Sections and theorems are those of the paper, LoDA
+(arXiv:2603.00191, ICML 2026).
 """
 
 from loda_math import verify
@@ -48,6 +49,8 @@ from loda_math.subspaces import (
     trace_ratio_solution,
     trace_ratio_subspace,
 )
+
+__version__ = "0.1.0"
 
 __all__ = [
     "FirstOrderUpdate",

@@ -84,6 +84,11 @@ def projection_energy(basis: Array, moment: MomentLike) -> Array:
     ValueError
         If the shapes do not match, or values are not finite or the moment is not symmetric.
 
+    See Also
+    --------
+    relative_energy : As a share of the trace.
+    energy_ratio : New task over old ones.
+
     Notes
     -----
     LoDA, arXiv:2603.00191, Section 3.
@@ -118,6 +123,11 @@ def relative_energy(basis: Array, moment: MomentLike) -> Array:
     ------
     TypeError, ValueError
         As in :func:`projection_energy`.
+
+    See Also
+    --------
+    projection_energy : In units of the moment.
+    energy_ratio : New task over old ones.
 
     Notes
     -----
@@ -158,6 +168,11 @@ def energy_ratio(basis: Array, new: MomentLike, old: MomentLike) -> Array:
     ------
     TypeError, ValueError
         As in :func:`projection_energy`.
+
+    See Also
+    --------
+    relative_energy : The shares that are divided.
+    heldout_ratio : The same where the basis was not chosen.
 
     Notes
     -----
@@ -210,6 +225,11 @@ def heldout_ratio(
     ------
     TypeError, ValueError
         As in :func:`energy_ratio`, and what ``choose`` raises.
+
+    See Also
+    --------
+    energy_ratio : The ratio on given moments.
+    isolated_subspace : A rule to judge.
 
     Notes
     -----
@@ -275,6 +295,11 @@ def first_order_update(
         If an argument is not a real floating-point array.
     ValueError
         If shapes do not match, values are not finite, or ``step`` is negative.
+
+    See Also
+    --------
+    projection_energy : The energy in the bounds.
+    update_effect : The exact effect of a merge.
 
     Notes
     -----

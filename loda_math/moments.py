@@ -55,6 +55,12 @@ class Moments(NamedTuple):
         :func:`combine` keeps the coarsest, and solvers take rounding below it for noise. Give it
         (from :func:`rounding_unit`) to moments made by hand.
 
+    See Also
+    --------
+    second_moment : Moments of a set of tokens.
+    combine : Moments of two sets.
+    History : What several tasks leave behind.
+
     Examples
     --------
     >>> import numpy as np
@@ -120,6 +126,12 @@ def second_moment(tokens: Array, /, *, check: bool = True) -> Moments:
         If the tokens have fewer than two axes, no features, or hold NaN, infinity or values
         whose squares would overflow.
 
+    See Also
+    --------
+    combine : Moments of two sets of tokens.
+    remember : Add the moments of a task to the history.
+    general_subspace : What moments are for.
+
     Examples
     --------
     >>> import numpy as np
@@ -167,6 +179,11 @@ def combine(a: Moments, b: Moments, /) -> Moments:
         If an argument is no ``Moments``, or the totals are of different libraries.
     ValueError
         If the totals differ in shape.
+
+    See Also
+    --------
+    second_moment : Moments of a set of tokens.
+    Moments : Their fields.
 
     Examples
     --------
@@ -217,6 +234,11 @@ class History(NamedTuple):
     unit : float, default 0
         Rounding unit of the arithmetic that formed the moments, the coarsest of all tasks, as in
         :class:`Moments`.
+
+    See Also
+    --------
+    remember : Add a task.
+    Moments : Of one task.
 
     Examples
     --------
@@ -279,6 +301,11 @@ def remember(
     ValueError
         If shapes differ, values are not finite or not symmetric, the weight is negative, or the
         decay is not from 0 to 1.
+
+    See Also
+    --------
+    History : Its fields.
+    second_moment : The moments of a task.
 
     Notes
     -----
@@ -350,6 +377,11 @@ def rounding_unit(*tokens: Array) -> float:
     ------
     TypeError
         If an array is not real floating point.
+
+    See Also
+    --------
+    general_subspace : Takes it as ``accumulation_eps``.
+    Moments : Carry it.
 
     Examples
     --------

@@ -141,6 +141,13 @@ def general_subspace(
         If moments are not square, differ in size, are not finite or not symmetric, or the rank
         is out of range.
 
+    See Also
+    --------
+    general_solution : The same with eigenvalues, effective rank and gap.
+    isolated_subspace : Directions that the old tasks use little.
+    rank_for : How many directions are enough.
+    verify.verify_subspace : Check a basis that came from elsewhere.
+
     Notes
     -----
     LoDA, arXiv:2603.00191, Section 3.2. Bases are constants: no derivative flows through any
@@ -214,6 +221,14 @@ def isolated_subspace(
         the objective unknown, or a floor is given for the quotient. Negative eigenvalues of
         ``new`` are not looked for.
 
+    See Also
+    --------
+    isolated_solution : The same with eigenvalues, effective rank and gap.
+    trace_ratio_solution : The ratio of traces with its certificate.
+    null_subspace : Least energy for the old tasks, whatever the new one needs.
+    heldout_ratio : What the directions keep on unseen images.
+    verify.verify_subspace : Check a basis that came from elsewhere.
+
     Notes
     -----
     LoDA, arXiv:2603.00191, Theorem 2.2. Layer-norm outputs share exactly dead directions; there
@@ -276,6 +291,11 @@ def trace_ratio_subspace(
     TypeError, ValueError
         As in :func:`isolated_subspace`.
 
+    See Also
+    --------
+    trace_ratio_solution : The same with a bound on what is left to gain.
+    isolated_subspace : The closed form of the theorem, and both objectives under one name.
+
     Notes
     -----
     LoDA, arXiv:2603.00191, Theorem 2.2; the iteration is Dinkelbach's. It carries less new-task
@@ -324,6 +344,11 @@ def null_subspace(old: MomentLike, rank: int) -> Array:
     TypeError, ValueError
         As in :func:`general_subspace`.
 
+    See Also
+    --------
+    null_solution : The same with eigenvalues and gap.
+    isolated_subspace : Weighs the energy of the new task against that of the old ones.
+
     Notes
     -----
     LoDA, arXiv:2603.00191, Section 3.1 (the case against null-space methods).
@@ -360,6 +385,11 @@ def general_solution(
     ------
     TypeError, ValueError
         As in :func:`general_subspace`.
+
+    See Also
+    --------
+    general_subspace : The basis alone.
+    isolated_solution : The isolated subspace.
 
     Notes
     -----
@@ -405,6 +435,11 @@ def isolated_solution(
     ------
     TypeError, ValueError
         As in :func:`isolated_subspace`.
+
+    See Also
+    --------
+    isolated_subspace : The basis alone.
+    trace_ratio_solution : The certificate of the ratio of traces.
 
     Notes
     -----
@@ -466,6 +501,11 @@ def trace_ratio_solution(
     TypeError, ValueError
         As in :func:`isolated_subspace`.
 
+    See Also
+    --------
+    trace_ratio_subspace : The basis alone.
+    isolated_solution : The generalised eigenvectors.
+
     Notes
     -----
     For any V with at least the energy of U(κ), optimality of U(κ) gives
@@ -515,6 +555,11 @@ def null_solution(old: MomentLike, rank: int) -> SubspaceSolution:
     ------
     TypeError, ValueError
         As in :func:`null_subspace`.
+
+    See Also
+    --------
+    null_subspace : The basis alone.
+    general_solution : The directions of most energy.
 
     Notes
     -----
@@ -583,6 +628,11 @@ def rank_for(
     ValueError
         If moments are not square, differ in size, are not finite or not symmetric, the share is
         outside [0, 1] or the measure unknown.
+
+    See Also
+    --------
+    general_solution : Eigenvalues of the energy.
+    isolated_solution : Generalised eigenvalues of the ratio.
 
     Notes
     -----

@@ -52,6 +52,10 @@ def verify_perturbation(
     ValueError
         If shapes differ or values are not finite.
 
+    See Also
+    --------
+    loda_math.lookahead : A shift of our own.
+
     Notes
     -----
     LoDA, arXiv:2603.00191, Section 3.3.

@@ -63,6 +63,10 @@ class LayerSettings:
     TypeError, ValueError
         If a setting is out of range, or none of its choices.
 
+    See Also
+    --------
+    verify_layer : Uses them.
+
     Examples
     --------
     >>> LayerSettings(form="full", gamma=1.5).general_weight

@@ -57,6 +57,11 @@ def implied_coefficients(change: Array, up: Array, down: Array) -> Array:
     ValueError
         If shapes do not match or values are not finite.
 
+    See Also
+    --------
+    verify_recalibration : Check what was recovered.
+    loda_math.merge : The merge.
+
     Examples
     --------
     >>> import numpy as np
@@ -101,6 +106,12 @@ def verify_merge(
     ------
     TypeError, ValueError
         As in :func:`implied_coefficients`.
+
+    See Also
+    --------
+    loda_math.merge : A merge of our own.
+    implied_coefficients : Recover Λ from the weights.
+    verify_layer : Everything of a layer at once.
 
     Examples
     --------

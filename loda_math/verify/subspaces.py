@@ -126,6 +126,11 @@ def verify_subspace(
         If shapes do not match, values are not finite, a moment is not symmetric or the objective
         unknown.
 
+    See Also
+    --------
+    loda_math.isolated_solution : A basis of our own.
+    verify_layer : Everything of a layer at once.
+
     Notes
     -----
     LoDA, arXiv:2603.00191, Section 3.2 and Theorem 2.2.
