@@ -7,6 +7,7 @@ nothing; only the verifier of files reads one. Sections and theorems are those o
 """
 
 from loda_math import verify
+from loda_math._subspaces import RidgeScale
 from loda_math.energy import (
     FirstOrderUpdate,
     HeldoutRatio,
@@ -60,6 +61,7 @@ __all__ = [
     "RankChoice",
     "RankMeasure",
     "RecalibrationForm",
+    "RidgeScale",
     "SubspaceSolution",
     "TraceRatioSolution",
     "UpdateEffect",

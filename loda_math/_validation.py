@@ -50,8 +50,12 @@ def check_real(xp: Namespace, **arrays: Array) -> None:
     """Refuse arrays that are not dense, not real floating point, or of eight bits or fewer."""
     check_dense(**arrays)
     for name, x in arrays.items():
+        try:
+            is_real = xp.isdtype(x.dtype, "real floating")
+        except TypeError:  # a dtype from outside the library, as bfloat16 is for NumPy
+            is_real = False
         # Eight bits hold no moment, and no library computes in them.
-        if not xp.isdtype(x.dtype, "real floating") or getattr(x.dtype, "itemsize", 2) < 2:
+        if not is_real or getattr(x.dtype, "itemsize", 2) < 2:
             msg = (
                 f"{name} must be real floating point of at least 16 bits, got dtype {x.dtype}; "
                 "cast it first"
@@ -299,5 +303,6 @@ def _asymmetry(xp: Namespace, x: Array) -> Array:
     gaps = []
     for rows, columns in mirror_tiles(x):
         difference = x[..., rows, columns] - x[..., columns, rows].mT
-        gaps += [xp.max(difference, axis=(-2, -1)), -xp.min(difference, axis=(-2, -1))]
+        largest, smallest = (f(difference, axis=(-2, -1)) for f in (xp.max, xp.min))
+        gaps.append(xp.maximum(largest, -smallest))
     return xp.max(xp.stack(gaps), axis=0)[..., None, None]

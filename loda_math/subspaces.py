@@ -9,10 +9,10 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from loda_math import _subspaces, _trace_ratio
 from loda_math._arrays import Array, Namespace, detached, is_array, result_dtype, safe_divide
+from loda_math._subspaces import RidgeScale, checked_ridge
 from loda_math._validation import (
     MomentLike,
     check_rank,
-    check_scalar,
     check_share,
     checked_moments,
 )
@@ -170,6 +170,7 @@ def isolated_subspace(
     rank: int | None = None,
     *,
     ridge: float = 1e-2,
+    ridge_scale: RidgeScale = "mean",
     objective: IsolatedObjective = "quotient",
     energy_floor: float = 0.0,
     accumulation_eps: float | None = None,
@@ -191,8 +192,16 @@ def isolated_subspace(
     rank : int
         Number of directions r, from 1 to D; spans are nested as in :func:`general_subspace`.
     ridge : float, default 1e-2
-        α, relative to the mean eigenvalue of the history. Never taken below 4·D·eps of the
-        arithmetic that formed the inputs, which keeps the factorisation safe.
+        α, relative to an energy of the history that ``ridge_scale`` names. The ridge is never
+        taken below 4·D·eps of the mean energy, eps of the arithmetic that formed the inputs,
+        which keeps the factorisation safe.
+    ridge_scale : {"mean", "channels", "eigenvalues"}
+        Energy of the history that α is relative to: the mean energy of a direction, or a typical
+        one, for which no channel (or no eigenvalue) counts more than eight times the result. The
+        mean drowns what the new task alone uses where the tasks share a channel a hundred times
+        larger than the others; the typical energy does not (see `docs/theory.md`). Of channels it
+        costs about one per cent of a solve and depends on the coordinates; of eigenvalues it is
+        free of them, and nearly doubles the time of a large solve.
     objective : {"quotient", "trace_ratio"}
         What is maximised: the trace of the quotient, as above, or the ratio of traces, as
         :func:`trace_ratio_subspace` does.
@@ -251,6 +260,7 @@ def isolated_subspace(
         old,
         rank,
         ridge=ridge,
+        ridge_scale=ridge_scale,
         objective=objective,
         energy_floor=energy_floor,
         accumulation_eps=accumulation_eps,
@@ -263,6 +273,7 @@ def trace_ratio_subspace(
     rank: int | None = None,
     *,
     ridge: float = 1e-2,
+    ridge_scale: RidgeScale = "mean",
     energy_floor: float = 0.0,
     accumulation_eps: float | None = None,
 ) -> Array:
@@ -277,7 +288,7 @@ def trace_ratio_subspace(
 
     Parameters
     ----------
-    new, old, rank, ridge, energy_floor, accumulation_eps
+    new, old, rank, ridge, ridge_scale, energy_floor, accumulation_eps
         As in :func:`isolated_subspace`.
 
     Returns
@@ -316,6 +327,7 @@ def trace_ratio_subspace(
         old,
         rank,
         ridge=ridge,
+        ridge_scale=ridge_scale,
         energy_floor=energy_floor,
         accumulation_eps=accumulation_eps,
     ).basis
@@ -413,6 +425,7 @@ def isolated_solution(
     rank: int | None = None,
     *,
     ridge: float = 1e-2,
+    ridge_scale: RidgeScale = "mean",
     objective: IsolatedObjective = "quotient",
     energy_floor: float = 0.0,
     accumulation_eps: float | None = None,
@@ -421,7 +434,7 @@ def isolated_solution(
 
     Parameters
     ----------
-    new, old, rank, ridge, objective, energy_floor, accumulation_eps
+    new, old, rank, ridge, ridge_scale, objective, energy_floor, accumulation_eps
         As in :func:`isolated_subspace`.
 
     Returns
@@ -456,7 +469,7 @@ def isolated_solution(
     if objective not in get_args(IsolatedObjective):
         msg = f"objective must be one of {get_args(IsolatedObjective)}, got {objective!r}"
         raise ValueError(msg)
-    ridge = check_scalar("ridge", ridge)
+    strength = checked_ridge(ridge, ridge_scale)
     energy_floor = check_share("energy_floor", energy_floor)
     xp, size, new, old, gram_eps = _checked(new, old, accumulation_eps, needs_new=True)
     rank = check_rank(rank, size)
@@ -467,9 +480,9 @@ def isolated_solution(
                 "objective='trace_ratio'"
             )
             raise ValueError(msg)
-        directions = _subspaces.isolated(xp, new, old, rank, ridge, gram_eps)
+        directions = _subspaces.isolated(xp, new, old, rank, strength, gram_eps)
         return _solution(xp, directions, rank, new, old)
-    best = _trace_ratio.trace_ratio(xp, new, old, rank, ridge, energy_floor, gram_eps)
+    best = _trace_ratio.trace_ratio(xp, new, old, rank, strength, energy_floor, gram_eps)
     solution = _solution(xp, best.directions, rank, new, old)
     return solution._replace(gap=xp.astype(best.gap[..., 0], result_dtype(xp, new, old)))
 
@@ -480,6 +493,7 @@ def trace_ratio_solution(
     rank: int | None = None,
     *,
     ridge: float = 1e-2,
+    ridge_scale: RidgeScale = "mean",
     energy_floor: float = 0.0,
     accumulation_eps: float | None = None,
 ) -> TraceRatioSolution:
@@ -487,7 +501,7 @@ def trace_ratio_solution(
 
     Parameters
     ----------
-    new, old, rank, ridge, energy_floor, accumulation_eps
+    new, old, rank, ridge, ridge_scale, energy_floor, accumulation_eps
         As in :func:`isolated_subspace`.
 
     Returns
@@ -519,11 +533,11 @@ def trace_ratio_solution(
     >>> bool(best.upper - best.ratio < 1e-12), round(float(best.energy), 3)
     (True, 0.167)
     """
-    ridge = check_scalar("ridge", ridge)
+    strength = checked_ridge(ridge, ridge_scale)
     energy_floor = check_share("energy_floor", energy_floor)
     xp, size, new, old, gram_eps = _checked(new, old, accumulation_eps, needs_new=True)
     rank = check_rank(rank, size)
-    best = _trace_ratio.trace_ratio(xp, new, old, rank, ridge, energy_floor, gram_eps)
+    best = _trace_ratio.trace_ratio(xp, new, old, rank, strength, energy_floor, gram_eps)
     dtype = result_dtype(xp, new, old)
     return TraceRatioSolution(
         basis=_subspaces.finished_basis(xp, best.directions, rank, new, old),
@@ -591,6 +605,7 @@ def rank_for(
     *,
     of: RankMeasure = "energy",
     ridge: float = 1e-2,
+    ridge_scale: RidgeScale = "mean",
     accumulation_eps: float | None = None,
 ) -> RankChoice:
     r"""Smallest rank that reaches a share of what all D directions would, layer by layer.
@@ -611,7 +626,7 @@ def rank_for(
         gives the numerical rank.
     of : {"energy", "ratio"}
         What the share is a share of.
-    ridge : float, default 1e-2
+    ridge, ridge_scale
         As in :func:`isolated_subspace`; for the ratio only.
     accumulation_eps : float, optional
         As in :func:`general_subspace` and :func:`isolated_subspace`.
@@ -648,12 +663,12 @@ def rank_for(
     if of not in get_args(RankMeasure):
         msg = f"of must be one of {get_args(RankMeasure)}, got {of!r}"
         raise ValueError(msg)
-    share, ridge = check_share("share", share), check_scalar("ridge", ridge)
+    share, strength = check_share("share", share), checked_ridge(ridge, ridge_scale)
     xp, size, new, old, gram_eps = _checked(new, old, accumulation_eps, needs_new=of == "ratio")
     if of == "energy":
         directions = _subspaces.general(xp, new, old, size, gram_eps)
     else:
-        directions = _subspaces.isolated(xp, new, old, size, ridge, gram_eps)
+        directions = _subspaces.isolated(xp, new, old, size, strength, gram_eps)
     values = xp.where(directions.inert, xp.zeros_like(directions.values), directions.values)
     # Shares of the largest first: sums of huge eigenvalues stay in range.
     sums = xp.cumulative_sum(safe_divide(xp, values, directions.largest + 0 * values), axis=-1)

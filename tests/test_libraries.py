@@ -1,5 +1,6 @@
 """What is special to one library: compilation, mapping, devices, precision, deferred arrays."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -48,7 +49,7 @@ def matrices(name: str, size: int = SIZE) -> dict[str, Matrix]:
     moment = lambda: from_spectrum(2.0 ** -np.arange(size), orthogonal(size, rng))  # noqa: E731
     shapes = {"up": (5, RANK), "down": (RANK, size), "coefficients": (RANK, RANK)}
     shapes |= {"tokens": (7, size), "grad_output": (7, 4)}
-    shapes |= dict.fromkeys(("before", "after", "change", "gradient"), (5, size))
+    shapes |= dict.fromkeys(("before", "after", "change", "gradient", "weight"), (5, size))
     make = {a: lambda shape=shape: rng.standard_normal(shape) for a, shape in shapes.items()}
     make |= dict.fromkeys(("new", "old", "moment"), moment)
     make["basis"] = lambda: orthogonal(size, rng)[:, :RANK]
@@ -212,6 +213,20 @@ def test_sharded_arrays_of_jax(library: str, name: str) -> None:
         ours = fields(name, [jax.device_put(m, place) for m in host])
         for found, expected in zip(ours, fields(name, host), strict=True):
             np.testing.assert_allclose(np.asarray(found), expected, atol=1e-9)
+
+
+# What some library lacks, or puts on its default device, goes through _arrays.py
+LACKING = re.compile(
+    r"xp\.linalg\.(trace|diagonal)\(|descending=|copy=False"
+    r"|xp\.(arange|asarray|empty|eye|full|linspace|ones|zeros)\((?!.*\*\*)"
+)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "loda_math").rglob("*.py")), ids=lambda p: p.stem)
+def test_one_door_to_what_libraries_lack(path: Path) -> None:
+    if path.stem != "_arrays":
+        lines = path.read_text("utf-8").splitlines()
+        assert not [x for x in lines if LACKING.search(x) and not x.lstrip().startswith(">>>")]
 
 
 # The base install: this package, array-api-compat and one array library

@@ -445,3 +445,80 @@ def test_autocast_does_not_reach_a_merge() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast.merge()
     assert torch.equal(layer.base.weight, cast.base.weight)
+
+
+# Frozen down-projections side by side
+
+
+def frozen_branches() -> tuple[LoRALinear, Tensor]:
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(6, 4).double())
+    for name in ("a", "b"):
+        layer.add_branch(name, torch.randn(2, 6), up=torch.randn(4, 2), scale=0.5)
+    return layer, torch.randn(3, 6, dtype=torch.float64)
+
+
+def plain_output(layer: LoRALinear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.frozen + layer.delta(), layer.bias)
+
+
+def test_downs_that_change_in_any_way_change_the_output() -> None:
+    def written(layer: LoRALinear) -> None:
+        with torch.no_grad():
+            layer.branch("b").down.mul_(3)
+
+    def written_behind_autograd(layer: LoRALinear) -> None:
+        layer.branch("a").down.data.add_(1)
+
+    def replaced(layer: LoRALinear) -> None:
+        layer.branch("a").down = nn.Parameter(torch.ones(2, 6).double(), requires_grad=False)
+
+    def given_other_memory(layer: LoRALinear) -> None:
+        layer.branch("b").down.data = torch.ones(2, 6).double()
+
+    def loaded(layer: LoRALinear) -> None:
+        layer.load_state_dict({k: 2 * v for k, v in layer.state_dict().items()})
+
+    def dropped(layer: LoRALinear) -> None:
+        layer.drop_branch("a")
+        layer.add_branch("c", torch.ones(2, 6), up=torch.ones(4, 2))
+
+    def trained(layer: LoRALinear) -> None:
+        layer.branch("a").down.requires_grad_()
+        layer(torch.ones(1, 6).double()).sum().backward()
+        assert layer.branch("a").down.grad is not None
+        layer.branch("a").down.requires_grad_(False)
+        written_behind_autograd(layer)
+
+    def narrowed(layer: LoRALinear) -> None:
+        layer.double().float().double()
+
+    for change in (
+        written, written_behind_autograd, replaced, given_other_memory, loaded, dropped, trained,
+        narrowed,
+    ):  # fmt: skip
+        layer, x = frozen_branches()
+        before = layer(x)
+        torch.testing.assert_close(before, plain_output(layer, x))
+        change(layer)
+        for _ in range(2):
+            torch.testing.assert_close(layer(x), plain_output(layer, x))
+        if change is not narrowed:
+            assert not torch.allclose(layer(x), before)
+
+
+def test_copies_and_functional_calls_have_downs_of_their_own() -> None:
+    layer, x = frozen_branches()
+    before = layer(x).detach()
+    twin = copy.deepcopy(layer)
+    with torch.no_grad():
+        twin.branch("a").down.zero_()
+    torch.testing.assert_close(layer(x), before)
+    torch.testing.assert_close(twin(x), plain_output(twin, x))
+    other = {name: 2 * value.detach() for name, value in layer.named_parameters()}
+    called = torch.func.functional_call(layer, other, (x,))
+    torch.testing.assert_close(called - other["base.bias"], F.linear(
+        x, 2 * layer.frozen + 4 * layer.delta(),
+    ))  # fmt: skip
+    torch.testing.assert_close(layer(x), before)
+    assert [layer.branch(name).down.shape for name in "ab"] == [(2, 6)] * 2

@@ -141,6 +141,7 @@ class LoRALinear(nn.Module):
         self.master = master
         self.rounding: MergeRounding | None = None
         self._unmerged: tuple[Tensor, Tensor | None] | None = None
+        self._downs: Tensor | None = None
 
     @property
     def in_features(self) -> int:
@@ -393,12 +394,37 @@ class LoRALinear(nn.Module):
         ups = [branch.full_up(self.out_features) for branch in branches]
         if len(branches) == 1:
             return downs[0], ups[0]  # joining one branch would copy it in every forward pass
-        return torch.cat(downs), torch.cat(ups, dim=1)
+        return self._side_by_side(downs), torch.cat(ups, dim=1)
+
+    def _side_by_side(self, downs: list[Tensor]) -> Tensor:
+        """Down-projections stacked vertically; frozen ones are parts of one tensor, made once."""
+        # Tensors that stand in for them (torch.func) have no memory of their own.
+        own = all(type(down) is nn.Parameter and not down.requires_grad for down in downs)
+        if not own or torch.compiler.is_compiling():
+            return torch.cat(downs)
+        stack = self._downs
+        if stack is None or not _is_made_of(stack, downs):
+            # New branches, or the model was copied or moved. A value that is written to a
+            # projection later is written to the stack.
+            stack = self._downs = torch.cat([down.detach() for down in downs])
+            for down, part in zip(downs, stack.split([len(down) for down in downs]), strict=True):
+                down.data = part
+        return stack
 
     def _require_unmerged(self, action: str) -> None:
         if self.merged:
             msg = f"cannot {action}: the branches are merged into the weight; unmerge first"
             raise ValueError(msg)
+
+
+def _is_made_of(stack: Tensor, parts: list[Tensor]) -> bool:
+    """Whether the parts are the rows of the stack, in order and in its memory."""
+    place = stack.data_ptr()
+    for part in parts:
+        if (part.data_ptr(), part.dtype, part.device) != (place, stack.dtype, stack.device):
+            return False
+        place += part.numel() * part.element_size()
+    return place == stack.data_ptr() + stack.numel() * stack.element_size()
 
 
 def warn_of_rounding(rounding: Mapping[str, MergeRounding]) -> None:

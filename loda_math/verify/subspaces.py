@@ -12,6 +12,7 @@ from loda_math._arrays import (
     diagonal,
     eye_like,
     is_array,
+    larger,
     reciprocal,
     result_dtype,
     rounding_share,
@@ -21,6 +22,7 @@ from loda_math._arrays import (
     widen,
 )
 from loda_math._rounding import carrying, channel_noise, noise_along
+from loda_math._subspaces import Ridge, RidgeScale, checked_ridge
 from loda_math._trace_ratio import trace_ratio
 from loda_math._validation import (
     MomentLike,
@@ -82,6 +84,7 @@ def verify_subspace(
     objective: Objective,
     *,
     ridge: float = 1e-2,
+    ridge_scale: RidgeScale = "mean",
     energy_floor: float = 0.0,
     accumulation_eps: float | None = None,
     tolerance: float = 1e-5,
@@ -105,7 +108,7 @@ def verify_subspace(
         Second moments that the basis was chosen from; ``None`` or zeros where there was no history.
     objective : {"general", "isolated", "trace_ratio", "null"}
         What the basis is meant to optimise.
-    ridge, energy_floor, accumulation_eps
+    ridge, ridge_scale, energy_floor, accumulation_eps
         As in :func:`isolated_subspace`. A ridge below the rounding of the moments is tried twice:
         as raised to that rounding, and as the least one that makes the float64 moments definite.
         The better result for the basis counts.
@@ -148,7 +151,7 @@ def verify_subspace(
     if objective not in get_args(Objective):
         msg = f"objective must be one of {get_args(Objective)}, got {objective!r}"
         raise ValueError(msg)
-    ridge = check_scalar("ridge", ridge)
+    strength = checked_ridge(ridge, ridge_scale)
     energy_floor = check_share("energy_floor", energy_floor)
     tolerance = check_scalar("tolerance", tolerance, positive=True)
     given = {"new": new} if old is None else {"new": new, "old": old}
@@ -159,9 +162,9 @@ def verify_subspace(
     check_rows("basis", basis, size)
     span = _span_of(xp, basis)
     if objective == "isolated":
-        quality = _isolated_at_better_ridge(xp, span, new, old, ridge, gram_eps)
+        quality = _isolated_at_better_ridge(xp, span, new, old, strength, gram_eps)
     elif objective == "trace_ratio":
-        quality = _trace_ratio(xp, span, new, old, ridge, energy_floor, gram_eps, tolerance)
+        quality = _trace_ratio(xp, span, new, old, strength, energy_floor, gram_eps, tolerance)
     elif objective == "general":
         quality = _general(xp, span, new, old, gram_eps)
     else:
@@ -356,26 +359,27 @@ def _null(xp: Namespace, span: _Span, old: Array, gram_eps: Any) -> _Quality:
 
 
 def _isolated_at_better_ridge(
-    xp: Namespace, span: _Span, new: Array, old: Array, ridge: float, gram_eps: Any
+    xp: Namespace, span: _Span, new: Array, old: Array, ridge: Ridge, gram_eps: Any
 ) -> _Quality:
     """Of the isolated subspace, at the ridge with the smaller gap: the given or the least one."""
     given = _isolated(xp, span, new, old, ridge, gram_eps)
     size = int(new.shape[-1])
-    unit = coarsest_eps(xp, new, old, gram_eps=gram_eps)
-    if not is_array(unit) and ridge >= 4 * size * unit:
-        return given
     n, o = widen(xp, new, old)
+    s_old, _ = _subspaces.normalised(xp, o)
+    alpha = _subspaces.relative_ridge(xp, s_old, ridge)
+    floor = 4 * size * coarsest_eps(xp, new, old, gram_eps=gram_eps)
+    if not is_array(alpha) and not is_array(floor) and alpha >= floor:
+        return given
     # Rounding can leave small eigenvalues of a history negative: the least ridge lifts them all.
-    lowest = xp.min(xp.linalg.eigvalsh(_subspaces.normalised(xp, o)[0]))
-    least = xp.clip(-4 * size * lowest, ridge, None)
-    wide = _isolated(xp, span, n, o, least, 0.0)
+    lowest = -4 * size * xp.min(xp.linalg.eigvalsh(s_old))
+    wide = _isolated(xp, span, n, o, Ridge(larger(xp, lowest, alpha)), 0.0)
     is_better = wide.gap < given.gap
     pairs = zip(wide[:-1], given[:-1], strict=True)
     return _Quality(*(xp.where(is_better, a, b) for a, b in pairs))
 
 
 def _isolated(
-    xp: Namespace, span: _Span, new: Array, old: Array, ridge: Any, gram_eps: Any
+    xp: Namespace, span: _Span, new: Array, old: Array, ridge: Ridge, gram_eps: Any
 ) -> _Quality:
     """Of the isolated subspace at one ridge."""
     s, r = _subspaces.regularised(xp, new, old, ridge, gram_eps)
@@ -421,7 +425,7 @@ def _trace_ratio(
     span: _Span,
     new: Array,
     old: Array,
-    ridge: float,
+    ridge: Ridge,
     energy_floor: float,
     gram_eps: Any,
     tolerance: float,

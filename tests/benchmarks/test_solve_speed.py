@@ -5,7 +5,7 @@ one a Cholesky factorisation, three explicit inverses and another full SVD. Both
 process on one thread, in turn, and what is compared is processor time, which a busy machine changes
 little; the ratios are of medians.
 
-SciPy's routes are single calls on matrices that are ready: symmetric, of trace one, the ridge added.
+SciPy's routes are single calls on matrices that are ready: symmetric, of trace one, with the ridge.
 Ours start from the moments, check them, and prove or repair what they return.
 """
 
