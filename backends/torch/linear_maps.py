@@ -383,7 +383,8 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     (first, last), (begin, end) = _span(a), _span(b)
     if last <= begin or end <= first:
         return False
-    if a.element_size() != b.element_size():
+    dense = a.is_contiguous() and b.is_contiguous()
+    if dense or a.element_size() != b.element_size():
         return True
     # Slices may interleave without meeting, as two halves of the columns do.
     return bool(torch.isin(_places(a), _places(b)).any())
