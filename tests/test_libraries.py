@@ -48,7 +48,7 @@ def matrices(name: str, size: int = SIZE) -> dict[str, Matrix]:
     moment = lambda: from_spectrum(2.0 ** -np.arange(size), orthogonal(size, rng))  # noqa: E731
     shapes = {"up": (5, RANK), "down": (RANK, size), "coefficients": (RANK, RANK)}
     shapes |= {"tokens": (7, size), "grad_output": (7, 4)}
-    shapes |= dict.fromkeys(("before", "after", "change", "gradient"), (5, size))
+    shapes |= dict.fromkeys(("before", "after", "change", "gradient", "weight"), (5, size))
     make = {a: lambda shape=shape: rng.standard_normal(shape) for a, shape in shapes.items()}
     make |= dict.fromkeys(("new", "old", "moment"), moment)
     make["basis"] = lambda: orthogonal(size, rng)[:, :RANK]

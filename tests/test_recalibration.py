@@ -723,7 +723,7 @@ def test_no_energy_gives_no_derivative(library: str, form: str) -> None:
             assert np.all(np.isfinite(g))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # torch warns of itself
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch warns of itself
 @pytest.mark.parametrize("library", ["torch", "jax"])
 def test_derivatives_of_second_order_and_forward(library: str) -> None:
     """Λ = γ / (1 + γ) where P = Q, and what a transformation of functions makes of it."""
