@@ -196,7 +196,9 @@ def may_be_differentiated(*arrays: Array) -> bool:
         if jax is not None and isinstance(x, jax.core.Tracer):
             return True
         if torch is not None and isinstance(x, torch.Tensor):
-            if x.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(x):
+            if x.requires_grad or torch.compiler.is_compiling():
+                return True
+            if torch._C._functorch.is_functorch_wrapped_tensor(x):
                 return True
             if torch.autograd.forward_ad._current_level >= 0:
                 return True

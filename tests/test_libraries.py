@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import libraries
 import numpy as np
 import pytest
-from calls import ALL
+from calls import ALL, CASES, MATRIX, call
 from libraries import widest_dtype
 from strategies import Matrix, dtype_name, from_spectrum, orthogonal, to_library, to_numpy
 
@@ -285,3 +286,20 @@ def test_moments_with_their_unit_go_through_compiled_code(jnp: ModuleType) -> No
     basis = compiled(new=moments, old=history, rank=2)
     expected = lm.general_subspace(moments, history, 2)
     np.testing.assert_allclose(to_numpy(basis), to_numpy(expected), atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "argument"), CASES)
+def test_tensors_that_are_not_dense_or_not_real(name: str, argument: str) -> None:
+    """One line that names the argument and the cure, before anything is computed."""
+    import torch
+
+    dense = torch.from_numpy(MATRIX[argument].copy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that these are new
+        unlike = [dense.to_sparse(), dense.to_sparse_csr(), torch.nested.nested_tensor([dense])]
+    for tensor in unlike:
+        with pytest.raises(TypeError, match=rf"^{argument} must be a dense array"):
+            call(torch, name, **{argument: tensor})
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.bool):
+        with pytest.raises(TypeError, match=rf"^{argument} must be real floating point"):
+            call(torch, name, **{argument: dense.to(dtype)})
