@@ -252,6 +252,23 @@ def trace(xp: Namespace, x: Array) -> Array:
     return xp.sum(diagonal(xp, x), axis=-1)
 
 
+def norm(xp: Namespace, x: Array, axis: int | tuple[int, ...] | None = None) -> Array:
+    """Euclidean norm over axes, kept with length one, or over all; squares stay in range."""
+    largest = xp.max(xp.abs(x), axis=axis, keepdims=axis is not None)
+    scaled = safe_divide(xp, x, largest)
+    return largest * xp.sqrt(xp.sum(scaled * scaled, axis=axis, keepdims=axis is not None))
+
+
+def storage_error(xp: Namespace, dtype: Any, *magnitudes: Array) -> Array:
+    """What rounding to a dtype may take from entries: eps of each magnitude, or the last digit.
+
+    Twice what one rounding takes, so that arithmetic before it has room.
+    """
+    info = xp.finfo(dtype)
+    total = sum(xp.abs(m) for m in magnitudes)
+    return float(info.eps) * (total + float(info.smallest_normal))
+
+
 def safe_divide(xp: Namespace, a: Array, b: Array) -> Array:
     """``a / b``, and 0 where ``b`` is zero (and ``a`` finite); no warning on the way."""
     # One pass over ``a``, which may be much larger than ``b``.

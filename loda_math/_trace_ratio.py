@@ -30,7 +30,7 @@ from loda_math._eigh import (
     trailing_eigh,
 )
 from loda_math._rounding import channel_noise, is_noise, noise_along
-from loda_math._subspaces import Directions, regularised
+from loda_math._subspaces import Directions, Ridge, regularised
 
 # Steps where nothing can be read on the way, as under jax.jit: from the generalised eigenvectors
 # six of Newton's reach κ* to rounding at the default ridge, twelve at a ridge of 1e-11; a floor
@@ -86,7 +86,7 @@ def trace_ratio(
     new: Array,
     old: Array | None,
     rank: int,
-    ridge: Any,
+    ridge: Ridge,
     energy_floor: Any,
     gram_eps: float = 0.0,
 ) -> TraceRatio:

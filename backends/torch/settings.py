@@ -36,6 +36,7 @@ _Value = TypeVar("_Value")
 
 Branches = Literal["both", "general", "isolated"]
 IsolatedRule = Literal["quotient", "trace_ratio", "null"]
+RidgeScale = Literal["mean", "channels", "eigenvalues"]
 HistoryPasses = Literal["merged", "trained", "both"]
 Recalibration = Literal["full", "diagonal", "box", "direction", "scalar", "none"]
 
@@ -79,7 +80,11 @@ class LoDASettings:
         Theorem 2.2), trace_ratio (the largest ratio of new-task to old-task energy) or null (the
         null space of the history).
     ridge : float
-        Regularisation α of the isolated directions, relative to the mean energy of a direction.
+        Regularisation α of the isolated directions, relative to an energy of the history.
+    ridge_scale : {"mean", "channels", "eigenvalues"}
+        Energy that ridge is relative to: mean (the mean energy of a direction), or a typical one,
+        which a few large ones do not move, of the channels or of the eigenvalues. For backbones
+        with a channel a hundred times larger than the others.
     energy_floor : float
         With isolated trace_ratio: share (0 to 1) of the new-task energy within reach of rank
         directions that the chosen ones must carry. At 0 only the ratio decides.
@@ -129,6 +134,7 @@ class LoDASettings:
     branches: Branches = "both"
     isolated: IsolatedRule = "quotient"
     ridge: float = 1e-2
+    ridge_scale: RidgeScale = "mean"
     energy_floor: float = 0.0
     recalibration: Recalibration = "full"
     joint: bool = False
@@ -184,6 +190,7 @@ class LoDASettings:
         for name, kind in (
             ("branches", Branches),
             ("isolated", IsolatedRule),
+            ("ridge_scale", RidgeScale),
             ("recalibration", Recalibration),
             ("history", HistoryPasses),
         ):

@@ -245,6 +245,7 @@ def _subspace_rule(
                 old,
                 rank,
                 ridge=settings.ridge,
+                ridge_scale=settings.ridge_scale,
                 objective=settings.isolated,
                 energy_floor=settings.energy_floor,
                 accumulation_eps=gram_eps,

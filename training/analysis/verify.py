@@ -117,6 +117,13 @@ def export_run(path: Path, file: Path) -> None:
     """
     import numpy as np
 
+    settings = read_settings(path)
+    if settings.weight_pattern:
+        msg = (
+            f"weight_pattern must be empty for an export, got {dict(settings.weight_pattern)} in "
+            f"{path}: the file has one weight for all layers; verify the run itself"
+        )
+        raise ValueError(msg)
     arrays: dict[str, Array] = {}
     for solution in read_run(path):
         layer = dict(solution.arrays)
@@ -124,7 +131,7 @@ def export_run(path: Path, file: Path) -> None:
             # The weight may differ from task to task, and the file has one set of settings.
             layer["moment_old_at_merge"] = solution.settings.history_weight * layer["moment_old"]
         arrays |= {f"{solution.task}/{solution.layer}/{key}": x for key, x in layer.items()}
-    text = json.dumps(asdict(_layer_settings(read_settings(path), 1.0)))
+    text = json.dumps(asdict(_layer_settings(settings, 1.0)))
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as opened:
@@ -140,6 +147,7 @@ def _layer_settings(settings: LoDASettings, history_weight: float) -> LayerSetti
         isolated_weight=settings.weight("isolated"),
         isolated=settings.isolated,
         ridge=settings.ridge,
+        ridge_scale=settings.ridge_scale,
         energy_floor=settings.energy_floor,
         form=settings.form(first_task=False),
         joint=settings.joint,

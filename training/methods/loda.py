@@ -123,6 +123,7 @@ class NullLoRA(LoDAMethod):
             gamma=LoDASettings.gamma,
             history_weight=LoDASettings.history_weight,
             ridge=LoDASettings.ridge,
+            ridge_scale=LoDASettings.ridge_scale,
             energy_floor=LoDASettings.energy_floor,
             **settings,
         )
