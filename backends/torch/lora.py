@@ -407,7 +407,8 @@ class LoRALinear(nn.Module):
             # New branches, or the model was copied or moved. A value that is written to a
             # projection later is written to the stack.
             stack = self._downs = torch.cat([down.detach() for down in downs])
-            for down, part in zip(downs, stack.split([len(down) for down in downs]), strict=True):
+            parts = torch.split(stack, [len(down) for down in downs])
+            for down, part in zip(downs, parts, strict=True):
                 down.data = part
         return stack
 
