@@ -27,12 +27,40 @@ def namespace(**arrays: Array) -> Namespace:
                 f"{type(x).__name__}{hint}"
             )
             raise TypeError(msg)
+        if (is_numpy(x) or compat.is_cupy_array(x)) and not hasattr(type(x), "mT"):
+            library = type(x).__module__.partition(".")[0]
+            msg = (
+                f"{name} must be an array of NumPy 2.0 or CuPy 14 at least, got one of {library} "
+                f"{sys.modules[library].__version__}; upgrade {library}"
+            )
+            raise TypeError(msg)
     libraries = {name: type(x).__module__.partition(".")[0] for name, x in arrays.items()}
     try:
-        return compat.array_namespace(*arrays.values())
+        xp = compat.array_namespace(*arrays.values())
     except TypeError as error:
         msg = f"all arguments must be arrays of one library, got {libraries}"
         raise TypeError(msg) from error
+    can_solve = is_deferred(next(iter(arrays.values()))) or hasattr(
+        getattr(xp, "linalg", None), "eigh"
+    )
+    return xp if can_solve else _WithoutLinearAlgebra(xp)
+
+
+class _WithoutLinearAlgebra:
+    """Namespace of a library that forms moments and energies, and says that it cannot solve."""
+
+    def __init__(self, xp: Namespace) -> None:
+        self._xp = xp
+
+    def __getattr__(self, name: str) -> Any:
+        part = None if name == "linalg" else getattr(self._xp, name, None)
+        if part is None:
+            msg = (
+                f"the library must have the linear algebra of the array API standard for this, "
+                f"got {self._xp.__name__} without {name}; pass the D×D moments as NumPy arrays"
+            )
+            raise TypeError(msg)
+        return part
 
 
 def is_array(x: Any) -> bool:
@@ -163,7 +191,9 @@ def may_be_differentiated(*arrays: Array) -> bool:
         if jax is not None and isinstance(x, jax.core.Tracer):
             return True
         if torch is not None and isinstance(x, torch.Tensor):
-            if x.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(x):
+            if x.requires_grad or torch.compiler.is_compiling():
+                return True
+            if torch._C._functorch.is_functorch_wrapped_tensor(x):
                 return True
             if torch.autograd.forward_ad._current_level >= 0:
                 return True
@@ -240,14 +270,14 @@ def peak(xp: Namespace, x: Array) -> Array:
 
 def diagonal(xp: Namespace, x: Array) -> Array:
     """Diagonals of the last two axes, (..., D), of libraries without linear algebra too."""
-    if hasattr(getattr(xp, "linalg", None), "diagonal"):
+    if not isinstance(xp, _WithoutLinearAlgebra) and hasattr(xp.linalg, "diagonal"):
         return xp.linalg.diagonal(x)
     return xp.sum(x * eye_like(xp, x, int(x.shape[-1])), axis=-1)
 
 
 def trace(xp: Namespace, x: Array) -> Array:
     """Traces of the last two axes, (...), of libraries without linear algebra too."""
-    if hasattr(getattr(xp, "linalg", None), "trace"):
+    if not isinstance(xp, _WithoutLinearAlgebra) and hasattr(xp.linalg, "trace"):
         return xp.linalg.trace(x)
     return xp.sum(diagonal(xp, x), axis=-1)
 

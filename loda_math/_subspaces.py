@@ -12,6 +12,7 @@ from loda_math._arrays import (
     Namespace,
     add_to_diagonal,
     coarsest_eps,
+    diagonal,
     fix_signs,
     is_array,
     larger,
@@ -95,7 +96,7 @@ def relative_ridge(xp: Namespace, s_old: Array, ridge: Ridge) -> Any:
     if ridge.scale == "mean":
         return alpha
     is_by_channel = ridge.scale == "channels"
-    energies = xp.linalg.diagonal(s_old) if is_by_channel else xp.linalg.eigvalsh(s_old)
+    energies = diagonal(xp, s_old) if is_by_channel else xp.linalg.eigvalsh(s_old)
     return alpha * typical_share(xp, energies)
 
 

@@ -306,5 +306,6 @@ def _asymmetry(xp: Namespace, x: Array) -> Array:
     for start in range(0, size, STRIPE):
         stripe = slice(start, min(start + STRIPE, size))
         difference = x[..., stripe, start:] - x[..., start:, stripe].mT
-        gaps += [xp.max(difference, axis=(-2, -1)), -xp.min(difference, axis=(-2, -1))]
+        largest, smallest = (f(difference, axis=(-2, -1)) for f in (xp.max, xp.min))
+        gaps.append(xp.maximum(largest, -smallest))
     return xp.max(xp.stack(gaps), axis=0)[..., None, None]

@@ -42,26 +42,13 @@ def test_integers(xp: ModuleType, name: str, argument: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "argument"), CASES)
-def test_arrays_that_are_not_dense_or_not_real(name: str, argument: str) -> None:
-    """One line that names the argument and the cure, before anything is computed."""
-    import torch
-
+def test_arrays_that_are_masked_or_not_real(name: str, argument: str) -> None:
     x = MATRIX[argument]
     with pytest.raises(TypeError, match=rf"^{argument} must be a dense array"):
         call(np, name, **{argument: np.ma.masked_less(x, 0.5)})
     with pytest.raises(TypeError, match=rf"^{argument} must be an array"):
         call(np, name, **{argument: x.view(np.matrix)})
-    dense = torch.from_numpy(x.copy())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that these are new
-        unlike = [dense.to_sparse(), dense.to_sparse_csr(), torch.nested.nested_tensor([dense])]
-    for kind in unlike:
-        with pytest.raises(TypeError, match=rf"^{argument} must be a dense array"):
-            call(torch, name, **{argument: kind})
-    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.bool):
-        with pytest.raises(TypeError, match=rf"^{argument} must be real floating point"):
-            call(torch, name, **{argument: dense.to(dtype)})
-    for kind in (np.asarray(x, dtype=object), x.astype(complex)):
+    for kind in (x.astype(object), x.astype(complex)):
         with pytest.raises(TypeError, match=rf"^{argument} must be real floating point"):
             call(np, name, **{argument: kind})
 
