@@ -16,7 +16,7 @@ WITH_JAX := $(ONE_THREAD) LODA_LIBRARIES=jax,jax-x32
 # One worker has all tests of a file, whose runs and processes they share.
 PYTEST = $(ONE_THREAD) $(BIN)/pytest -n auto --dist loadfile
 
-.PHONY: run test gate full gpu jax-all mlx minimum test-numpy mutants bench soak lint types clean
+.PHONY: run test gate full gpu jax-all mlx minimum test-numpy mutants bench attack soak lint types clean
 
 run: $(VENV)/.train
 	$(BIN)/loda train
@@ -64,6 +64,10 @@ mutants: $(VENV)/.dev
 # One thread and one worker: the ratios are printed as they are measured.
 bench: $(VENV)/.test
 	$(ONE_THREAD) $(BIN)/pytest tests/benchmarks -p no:xdist
+
+# Oracles of 60 digits and others: how many cases were tried, how many held. Some minutes.
+attack: $(VENV)/.test
+	$(ONE_THREAD) $(BIN)/python docs/numerics_attack.py
 
 # Fifty tasks, ended at random moments: ten minutes on an idle core.
 soak: $(VENV)/.test
