@@ -134,8 +134,9 @@ class LoDA:
     settings : LoDASettings, optional
         Rank, branches, recalibration and the layers to adapt.
     trainable : sequence of str
-        Patterns over names of the model's own parameters that stay trainable during a task (the
-        classifier, if it is part of the model).
+        Patterns over names of the model's own parameters that are trained during a task (the
+        classifier, if it is part of the model), also if they were frozen before. Target layers stay
+        frozen.
     forward : callable, optional
         ``forward(model, batch)`` for the passes that collect moments; by default the model is
         called on the batch, or on the first element of a tuple.
@@ -764,7 +765,8 @@ class LoDA:
             if not free:
                 names = ", ".join(name for name, _ in meant or named)
                 why = "only those of target layers" if meant else "no parameter; parameters here"
-                msg = f"trainable pattern {pattern!r} matches {why}: {names}"
+                cure = "exclude these layers from the target" if meant else "correct the pattern"
+                msg = f"trainable pattern {pattern!r} matches {why}: {names}; {cure}"
                 raise ValueError(msg)
             trained |= free
         requires_grad_before = {parameter: parameter.requires_grad for _, parameter in named}

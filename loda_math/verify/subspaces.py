@@ -456,7 +456,10 @@ def _trace_ratio(
         >= (energy_floor - tolerance - 4 * span.eps**2) * xp.sum(spectrum[..., :rank], axis=-1)
     )
     noise = channel_noise(xp, s, spectrum[..., :1], new, old, gram_eps=gram_eps)
-    solution = best_known.directions.basis[..., :rank]
+    # What is compared has the same directions: with those that are inert, or without.
+    whole = best_known.directions.basis[..., :rank]
+    active = _exact_basis(xp, best_known.directions, rank)
+    solution = xp.where(is_full[..., None, None], whole, active)
     exact = _ritz(xp, solution, s @ solution - kappa * (r @ solution))
     reached = _ritz(xp, span.basis, image)
     # The form is a difference: its parts are what a direction is measured by.
