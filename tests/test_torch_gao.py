@@ -795,6 +795,7 @@ def test_one_group_is_a_plain_step_and_a_number_a_random_split(groups: Any) -> N
         optimizer.step()
         half.restore()
     assert sorted(rows) == list(range(8))
+    assert half.last
     if isinstance(groups, Tensor):
         assert halves.steps == 1
         assert halves.alignment is None
@@ -923,3 +924,26 @@ def test_what_accelerate_accumulates_is_an_error_and_the_window_is_not() -> None
     q.step(sgd(q.parameters))
     torch.testing.assert_close(p.values(), q.values(), rtol=1e-9, atol=1e-12)
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_trainer_may_take_the_step_of_the_last_half() -> None:
+    p, q = Problem(), Problem()
+    optimizer = sgd(p.parameters)
+    halves = Halves(p.y, optimizer, p.perturbed, radius=0.3, permutation=p.permutation)
+    steps = iter(halves)
+    for half in steps:
+        for part in half.source:
+            p.loss(part.rows).backward()
+        half.look_ahead()
+        for part in half.target:
+            p.loss(part.rows).backward()
+        if half.last:
+            break
+        optimizer.step()
+        half.restore()
+    assert half.in_progress  # out of the loop, while somebody holds it
+    optimizer.step()
+    half.restore()
+    q.step(sgd(q.parameters))
+    assert equal(p.values(), q.values())
+    assert halves.steps == 2
