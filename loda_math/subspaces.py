@@ -283,8 +283,8 @@ def trace_ratio_subspace(
     orthonormal U, with :math:`R` as in :func:`isolated_subspace`. Theorem 2.2 maximises
     :math:`\operatorname{tr}((U^\top R U)^{-1} U^\top \bar S_{new} U)` instead; of the two, this is
     the ratio that the theorem states. The maximiser consists of the leading eigenvectors of
-    :math:`\bar S_{new} - \kappa R` at the κ where they sum to zero, found by a fixed number of
-    Newton steps.
+    :math:`\bar S_{new} - \kappa R` at the κ where they sum to zero, found by Newton's steps: three
+    or four eigenproblems where values can be read, a fixed number of sixteen in compiled code.
 
     Parameters
     ----------

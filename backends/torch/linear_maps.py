@@ -297,7 +297,7 @@ def adapted_parts(owner: nn.MultiheadAttention) -> dict[str | None, nn.Module]:
     """The layers that an attention reads its packed weight through, by part."""
     if not hasattr(type(owner), "reads_in_projection"):
         return {}
-    child = owner._modules["in_proj"]
+    child = owner.get_submodule("in_proj")
     return dict(child.items()) if isinstance(child, nn.ModuleDict) else {None: child}
 
 
