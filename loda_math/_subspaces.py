@@ -84,7 +84,6 @@ def regularised(
     size = int(new.shape[-1])
     s_new, s_old = (normalised(xp, s)[0] for s in widen(xp, new, old))
     least = 4 * size * coarsest_eps(xp, new, old, gram_eps=gram_eps)
-    alpha = relative_ridge(xp, s_old, ridge)
     # An array is not read: it may be on an accelerator, or stand for a value that comes later.
     alpha = larger(xp, relative_ridge(xp, s_old, ridge), least)
     alpha = alpha[..., None, None] if is_array(alpha) else alpha

@@ -118,7 +118,9 @@ def verify_subspace(
         the digits take that the basis is stored in is allowed beside it: 2·eps of the orthonormality
         and, of the gaps, 4·eps² of the energy of the channels that a direction lies on. Where R
         is nearly singular, mere rounding moves gap and residual of the isolated subspace by
-        2·eps·cond(R), which (up to a quarter) is added to both limits.
+        2·eps·cond(R), and those of the ratio of traces by r·D·eps of the norm of R over the energy
+        of the basis in it; that (up to a quarter) is added to both limits. Where a floor binds,
+        rounding of the entries moves energy and ratio to first order, which is allowed too.
 
     Returns
     -------
@@ -232,6 +234,10 @@ class _Span(NamedTuple):
     active: Array  # (..., r), which vectors of the basis are not zero
     defect: Array  # (...), largest entry of |UᵀU − I|
     eps: float  # rounding unit of the columns
+
+    def magnitude(self, xp: Namespace) -> Array:
+        """Bound on the entries of the columns that entries of the basis are sums of."""
+        return xp.abs(self.columns) @ xp.abs(self.turn)
 
     def blur(self, xp: Namespace, channels: Array, coefficients: Array) -> Array:
         """Energy that rounding of the columns may bring into combinations of the basis."""
@@ -442,7 +448,8 @@ def _trace_ratio(
     kappa = best_known.multiplier
     carried, held = span_energy(xp, span.basis, s), span_energy(xp, span.basis, r)
     value, best = safe_divide(xp, carried, held), best_known.ratio[..., 0, 0]
-    image = s @ span.basis - kappa * (r @ span.basis)
+    shadow = r @ span.basis
+    image = s @ span.basis - kappa * shadow
     residual = _relative(xp, image - span.basis @ (span.basis.mT @ image), s)
     gap = safe_divide(xp, best - value, best)
     # Directions left out as inert belong to the stationary point: the others are not one. Without
@@ -453,10 +460,16 @@ def _trace_ratio(
     # A basis of fewer directions has a larger ratio: only inert ones may be left out.
     active_needed = _subspaces.count_true(xp, ~best_known.directions.inert)
     spectrum = descending_eigvalsh(xp, s)
-    is_complete = (_subspaces.count_true(xp, span.active) >= active_needed) & (
-        carried
-        >= (energy_floor - tolerance - 4 * span.eps**2) * xp.sum(spectrum[..., :rank], axis=-1)
+    # Where a floor binds, rounding of the columns counts to first order: it lets energy of both
+    # kinds in, κ of the new one for one of the old one, and the ratio is not stationary.
+    turned = span.eps * xp.sum(
+        span.magnitude(xp) * xp.abs(shadow - span.basis @ (span.basis.mT @ shadow)), axis=(-2, -1)
     )
+    least = (energy_floor - tolerance - 4 * span.eps**2) * xp.sum(spectrum[..., :rank], axis=-1)
+    is_complete = (_subspaces.count_true(xp, span.active) >= active_needed) & (
+        carried >= least - kappa[..., 0, 0] * turned
+    )
+    first_order = xp.clip(value - kappa[..., 0, 0], 0.0, None) * turned
     noise = channel_noise(xp, s, spectrum[..., :1], new, old, gram_eps=gram_eps)
     # What is compared has the same directions: with those that are inert, or without.
     whole = best_known.directions.basis[..., :rank]
@@ -469,6 +482,8 @@ def _trace_ratio(
     scale = xp.sum(parts, axis=-2)
     r_norm = descending_eigvalsh(xp, r)[..., :1]
     blur = kappa[..., 0] * span.blur(xp, diagonal(xp, r), reached.coefficients)
+    # Of a nearly singular R the least energies are rounding themselves.
+    arithmetic = xp.clip(safe_divide(xp, rank * size * eps * r_norm[..., 0], held), 0.0, 0.25)
     allowed = (
         noise_along(xp, noise, exact.directions)
         + size * eps * kappa[..., 0] * r_norm
@@ -481,10 +496,13 @@ def _trace_ratio(
         gap,
         residual,
         shortfall=_shortfall(xp, exact, reached, allowed, scale),
-        slack=4 * span.eps**2 * rank + safe_divide(xp, xp.sum(blur, axis=-1), carried),
-        residual_slack=span.eps
+        slack=arithmetic
+        + 4 * span.eps**2 * rank
+        + safe_divide(xp, xp.sum(blur, axis=-1) + first_order, carried),
+        residual_slack=arithmetic
+        + span.eps
         * rank**0.5
-        * (1 + kappa * r_norm[..., None] / spectrum[..., :1, None])[..., 0, 0],
+        * (1 + safe_divide(xp, kappa[..., 0] * r_norm, spectrum[..., :1]))[..., 0],
         is_complete=is_complete,
     )
 
