@@ -22,10 +22,11 @@ from pandas import DataFrame
 from scipy.stats import t as student
 
 from training.config import read_yaml, resolve_config
-from training.report.runs import Run, find_runs, load
+from training.report.runs import find_runs, load
 from training.report.tables import differences, intervals
 
-READOUT = "alignment"  # primary; the others are evaluated on the same training
+READOUTS = ("alignment", "heads", "nearest_mean", "ridge")  # all on one training
+READOUT = READOUTS[0]  # the primary one, which decides
 RATES = (0.006, 0.02, 0.06, 0.18, 0.5, 1.0)
 # Steps that are added for every method where the best rate of one of them is at an edge.
 LOWER, HIGHER = (0.002, 0.0006), (2.0, 4.0)
@@ -63,7 +64,7 @@ HEAD = """# {title}
 """
 SHARED: Settings = {
     "head.readout": READOUT,
-    "head.also": ["heads", "nearest_mean", "ridge"],
+    "head.also": list(READOUTS[1:]),
     "keep": {"state": False, "figure": False},
 }
 
@@ -96,8 +97,8 @@ def choosing_sweep(rates: tuple[float, ...] = RATES) -> str:
     )
 
 
-def read_trials(sources: list[Path]) -> Trials:
-    """Last accuracies in per cent under the primary read-out, by method, rate and seed.
+def read_trials(sources: list[Path], readout: str = READOUT) -> Trials:
+    """Last accuracies in per cent under a read-out, by method, rate and seed.
 
     Without sources there are none.
 
@@ -113,12 +114,9 @@ def read_trials(sources: list[Path]) -> Trials:
             msg = f"{run.name} must be a run on the alphabet to choose on; leave it out"
             raise ValueError(msg)
         by_rate = trials.setdefault(run.experiment.method.name, {})
-        by_rate.setdefault(run.experiment.train.lr, {})[run.seed] = _last(run)
+        by_seed = by_rate.setdefault(run.experiment.train.lr, {})
+        by_seed[run.seed] = 100 * run.matrices[readout].last
     return trials
-
-
-def _last(run: Run) -> float:
-    return 100 * run.matrices[READOUT].last
 
 
 def best_rates(trials: Trials, seeds: tuple[int, ...] = CHOOSING_SEEDS) -> dict[str, float]:
@@ -320,13 +318,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("what", choices=["choose", "rates", "test", "contrasts"])
     parser.add_argument("records", nargs="*", type=Path, help="the trials: a bundle or folders")
     parser.add_argument("--tests", nargs="+", type=Path, default=[], help="of contrasts: the test")
+    parser.add_argument("--readout", default=READOUT, choices=READOUTS, help="of rates")
     given = parser.parse_args(arguments)
     if (given.what == "choose") == bool(given.records):
         parser.error("choose takes no records, the others need those of the trials")
     if (given.what == "contrasts") != bool(given.tests):
         parser.error("--tests names the runs of the test, for contrasts only")
+    if given.readout != READOUT and given.what != "rates":
+        parser.error(f"--readout is for rates only: {READOUT} decides everything else")
     try:
-        trials = read_trials(given.records)
+        trials = read_trials(given.records, given.readout)
         text = {
             "choose": choosing_sweep,
             "rates": lambda: rate_table(trials),
