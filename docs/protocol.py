@@ -319,7 +319,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("records", nargs="*", type=Path, help="the trials: a bundle or folders")
     parser.add_argument("--tests", nargs="+", type=Path, default=[], help="of contrasts: the test")
     parser.add_argument("--readout", default=READOUT, choices=READOUTS, help="of rates")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     if (given.what == "choose") == bool(given.records):
         parser.error("choose takes no records, the others need those of the trials")
     if (given.what == "contrasts") != bool(given.tests):
