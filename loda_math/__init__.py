@@ -1,11 +1,13 @@
 """The mathematics of LoDA on any array library that follows the Python array API standard.
 
 Functions take arrays of NumPy, PyTorch or any other conforming library, batched over leading
-dimensions, and return arrays of the same library, dtype and device. Nothing here prints, reads,
-writes or draws random numbers. The paper is arXiv:2603.00191.
+dimensions, and return arrays of the same library, dtype and device. They print, write and draw
+nothing; only the verifier of files reads one. Sections and theorems are those of the paper, LoDA
+(arXiv:2603.00191, ICML 2026).
 """
 
 from loda_math import verify
+from loda_math._subspaces import RidgeScale
 from loda_math.energy import (
     FirstOrderUpdate,
     HeldoutRatio,
@@ -49,6 +51,8 @@ from loda_math.subspaces import (
     trace_ratio_subspace,
 )
 
+__version__ = "0.1.0"
+
 __all__ = [
     "FirstOrderUpdate",
     "HeldoutRatio",
@@ -57,6 +61,7 @@ __all__ = [
     "RankChoice",
     "RankMeasure",
     "RecalibrationForm",
+    "RidgeScale",
     "SubspaceSolution",
     "TraceRatioSolution",
     "UpdateEffect",

@@ -252,6 +252,23 @@ def trace(xp: Namespace, x: Array) -> Array:
     return xp.sum(diagonal(xp, x), axis=-1)
 
 
+def norm(xp: Namespace, x: Array, axis: int | tuple[int, ...] | None = None) -> Array:
+    """Euclidean norm over axes, kept with length one, or over all; squares stay in range."""
+    largest = xp.max(xp.abs(x), axis=axis, keepdims=axis is not None)
+    scaled = safe_divide(xp, x, largest)
+    return largest * xp.sqrt(xp.sum(scaled * scaled, axis=axis, keepdims=axis is not None))
+
+
+def storage_error(xp: Namespace, dtype: Any, *magnitudes: Array) -> Array:
+    """What rounding to a dtype may take from entries: eps of each magnitude, or the last digit.
+
+    Twice what one rounding takes, so that arithmetic before it has room.
+    """
+    info = xp.finfo(dtype)
+    total = sum(xp.abs(m) for m in magnitudes)
+    return float(info.eps) * (total + float(info.smallest_normal))
+
+
 def safe_divide(xp: Namespace, a: Array, b: Array) -> Array:
     """``a / b``, and 0 where ``b`` is zero (and ``a`` finite); no warning on the way."""
     # One pass over ``a``, which may be much larger than ``b``.
@@ -280,25 +297,6 @@ def descending_eigh(xp: Namespace, x: Array) -> tuple[Array, Array]:
 def descending_eigvalsh(xp: Namespace, x: Array) -> Array:
     """Eigenvalues from largest to smallest of a symmetric matrix."""
     return -xp.sort(-xp.linalg.eigvalsh(x), axis=-1)
-
-
-def lower_cholesky(xp: Namespace, x: Array, name: str) -> Array:
-    """Lower Cholesky factor of an exactly symmetric matrix; a failure is reported by ``name``."""
-    msg = (
-        f"{name} is not positive semi-definite to working precision: it has eigenvalues below "
-        f"-ridge/D of its trace. Accumulate it with second_moment (float32 or wider tokens), "
-        f"or raise ridge."
-    )
-    try:
-        # Of torch's factors the upper one is laid out as LAPACK wants it next: without a copy.
-        factor = xp.linalg.cholesky(x, upper=True).mT if is_torch(x) else xp.linalg.cholesky(x)
-    except Exception as error:
-        raise ValueError(msg) from error
-    # NumPy and torch raise. JAX and CuPy leave NaN, MLX the pivot that is not positive.
-    silent = not (is_numpy(x) or is_torch(x))
-    if silent and is_concrete(x) and not bool(xp.all(diagonal(xp, factor) > 0)):
-        raise ValueError(msg)
-    return factor
 
 
 def fix_signs(xp: Namespace, basis: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Eigensolvers beneath the subspaces: part of a spectrum, pencils, triangular solves, Lanczos.
+"""Factorisations beneath the subspaces: part of a spectrum, pencils, Cholesky, triangular solves.
 
 The only file that may import SciPy, inside functions, for arrays that live in host memory. Every
 faster route gives what the standard one gives, up to the choice of a basis among equal eigenvalues;
@@ -17,18 +17,23 @@ from loda_math._arrays import (
     Array,
     Namespace,
     descending_eigh,
+    diagonal,
     is_concrete,
     is_jax,
     is_numpy,
+    is_torch,
     placed_like,
 )
 
 # Below this size the standard solver is as fast as any.
 PARTIAL_SIZE = 160
 # From this size on Lanczos is tried first: its cost grows with the square of the size.
-LANCZOS_SIZE = 640
-# Lanczos vectors per eigenpair, their least number, and restarts before giving up.
-LANCZOS_VECTORS, LANCZOS_LEAST, LANCZOS_RESTARTS = 3, 48, 12
+LANCZOS_SIZE = 256
+# Least number of Lanczos vectors, and restarts before giving up. Spectra that decay need three or
+# four; where more are needed, the dense solver is about as fast.
+LANCZOS_LEAST, LANCZOS_RESTARTS = 48, 6
+# Columns that LAPACK treats at a time, at most.
+BLOCK = 64
 # Steps of the power method that bounds an eigenvalue: its order of magnitude is what counts.
 POWER_STEPS = 8
 
@@ -38,9 +43,17 @@ def is_partial(x: Array, count: int) -> bool:
     return _on_host(x, count)
 
 
-def leading_eigh(xp: Namespace, x: Array, count: int) -> tuple[Array, Array]:
-    """The ``count`` largest eigenvalues of a symmetric matrix, falling, and eigenvectors."""
+def leading_eigh(
+    xp: Namespace, x: Array, count: int, *, lanczos: bool = True
+) -> tuple[Array, Array]:
+    """The ``count`` largest eigenvalues of a symmetric matrix, falling, and eigenvectors.
+
+    ``lanczos=False`` saves the attempt where the wanted eigenvalues lie close together, compared
+    to the largest magnitude.
+    """
     if _on_host(x, count):
+        if not lanczos:
+            return _solve_each(xp, lambda a: _dense_leading(a.T, count), x)
         return _solve_each(xp, lambda a: _leading(a, count), x)
     values, vectors = descending_eigh(xp, x)
     return values[..., :count], vectors[..., :count]
@@ -49,7 +62,7 @@ def leading_eigh(xp: Namespace, x: Array, count: int) -> tuple[Array, Array]:
 def trailing_eigh(xp: Namespace, x: Array, count: int) -> tuple[Array, Array, Array]:
     """The ``count`` smallest eigenvalues, rising, eigenvectors, and the largest eigenvalue."""
     if _on_host(x, count):
-        return _solve_each(xp, lambda a: (*_dense(a, 0, count), _leading(a, 1)[0]), x)
+        return _solve_each(xp, lambda a: _dense(a.T, 0, count), x)
     values, vectors = descending_eigh(xp, x)
     rising = xp.flip(values[..., -count:], axis=-1)
     return rising, xp.flip(vectors[..., -count:], axis=-1), values[..., :1]
@@ -65,6 +78,62 @@ def reduced_pencil(xp: Namespace, s: Array, factor: Array, count: int) -> tuple[
     half = lower_solve(xp, factor, s)
     values, vectors = descending_eigh(xp, lower_solve(xp, factor, half.mT))
     return values[..., :count], vectors[..., :count]
+
+
+def lower_cholesky(xp: Namespace, x: Array, name: str) -> Array:
+    """Lower Cholesky factor of an exactly symmetric matrix; a failure is reported by ``name``."""
+    try:
+        factor = _cholesky(xp, x)
+    except Exception as error:
+        # Each library has a class of its own for this; a lack of memory is another matter.
+        if "LinAlgError" not in type(error).__name__:
+            raise
+        raise ValueError(_indefinite(name, _failing(xp, x))) from error
+    # NumPy and torch raise. JAX and CuPy leave NaN, MLX the pivot that is not positive.
+    if not (is_numpy(x) or is_torch(x)) and is_concrete(x):
+        is_sound = xp.all(diagonal(xp, factor) > 0, axis=-1)
+        if not bool(xp.all(is_sound)):
+            first = int(xp.argmin(xp.reshape(xp.astype(is_sound, xp.int32), (-1,))))
+            raise ValueError(_indefinite(name, _index(x, first)))
+    return factor
+
+
+def _cholesky(xp: Namespace, x: Array) -> Array:
+    if _on_host(x, 0):
+        return _solve_each(xp, lambda a: (_potrf(a),), x)[0]
+    # Of torch's factors the upper one is laid out as LAPACK wants it next: without a copy.
+    return xp.linalg.cholesky(x, upper=True).mT if is_torch(x) else xp.linalg.cholesky(x)
+
+
+def _failing(xp: Namespace, x: Array) -> tuple[int, ...]:
+    """Index of the first matrix of a stack that has no Cholesky factor."""
+    flat = xp.reshape(x, (-1, *x.shape[-2:]))
+    for position in range(int(flat.shape[0])):
+        try:
+            _cholesky(xp, flat[position, ...])
+        except Exception as error:
+            if "LinAlgError" not in type(error).__name__:
+                raise
+            return _index(x, position)
+    return ()
+
+
+def _index(x: Array, position: int) -> tuple[int, ...]:
+    """Index into the leading dimensions for a position in their product."""
+    index: list[int] = []
+    for length in reversed(x.shape[:-2]):
+        position, place = divmod(position, int(length))
+        index.insert(0, place)
+    return tuple(index)
+
+
+def _indefinite(name: str, index: tuple[int, ...]) -> str:
+    where = f"{name}[{', '.join(map(str, index))}]" if index else name
+    return (
+        f"{where} is not positive semi-definite to working precision: it has eigenvalues below "
+        f"-ridge/D of its trace. Accumulate it with second_moment (float32 or wider tokens), "
+        f"or raise ridge."
+    )
 
 
 def lower_solve(xp: Namespace, factor: Array, rhs: Array, *, transpose: bool = False) -> Array:
@@ -127,6 +196,8 @@ def _solve_each(
     with _threads_of(arrays[0]):
         solved = [solve(*matrices) for matrices in zip(*flat, strict=True)]
     where = placed_like(arrays[0])
+    if not batch:
+        return tuple(xp.asarray(x, **where) for x in solved[0])
     parts = (xp.stack([xp.asarray(x, **where) for x in part]) for part in zip(*solved, strict=True))
     return tuple(xp.reshape(x, (*batch, *x.shape[1:])) for x in parts)
 
@@ -151,12 +222,28 @@ def _thread_control() -> Any:
     return ThreadpoolController()
 
 
+def _potrf(a: Any) -> Any:
+    """Lower Cholesky factor of one row-major NumPy matrix."""
+    import numpy as np
+    from scipy.linalg.lapack import get_lapack_funcs
+
+    # Row-major lower is column-major upper: no transposition on the way, none back.
+    functions: Any = get_lapack_funcs(("potrf",), (a,))
+    upper, failed = functions[0](a.T, lower=0)
+    if failed:
+        msg = f"leading minor {failed} is not positive"
+        raise np.linalg.LinAlgError(msg)
+    return upper.T
+
+
 def _leading(a: Any, count: int) -> tuple[Any, Any]:
     """Leading eigenpairs of one row-major NumPy matrix, of which the lower triangle is read."""
     proven = _lanczos(a, count) if len(a) >= LANCZOS_SIZE else None
-    if proven is not None:
-        return proven
-    values, vectors = _dense(a, len(a) - count, len(a))
+    return _dense_leading(a, count) if proven is None else proven
+
+
+def _dense_leading(a: Any, count: int) -> tuple[Any, Any]:
+    values, vectors, _ = _dense(a, len(a) - count, len(a))
     return values[::-1].copy(), vectors[:, ::-1].copy()
 
 
@@ -172,7 +259,7 @@ def _lanczos(a: Any, count: int) -> tuple[Any, Any] | None:
     from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
     size = len(a)
-    steps = max(LANCZOS_VECTORS * count, LANCZOS_LEAST)
+    steps = max(2 * count + 1, LANCZOS_LEAST)
     if 4 * steps > size:
         return None
     # Row-major lower is column-major upper. Reading one triangle halves the traffic.
@@ -222,15 +309,42 @@ def _leading_generalised(s: Any, factor: Any, count: int) -> tuple[Any, Any]:
     return _leading(reduced.T, count)
 
 
-def _dense(a: Any, start: int, stop: int) -> tuple[Any, Any]:
-    """Eigenpairs ``start`` to ``stop``, rising, by reduction to tridiagonal form."""
-    from scipy.linalg import LinAlgError, eigh
+def _dense(a: Any, start: int, stop: int) -> tuple[Any, Any, Any]:
+    """Eigenpairs ``start`` to ``stop``, rising, and the largest eigenvalue, by one reduction.
 
+    The lower triangle is read; a column-major matrix costs less.
+    """
+    import numpy as np
+    from scipy.linalg import LinAlgError, eigh, eigh_tridiagonal, eigvalsh_tridiagonal
+    from scipy.linalg.lapack import get_lapack_funcs
+
+    size = len(a)
+    functions: Any = get_lapack_funcs(("sytrd", "ormqr"), (a,))
+    reduced, diagonal, beside, scales, _ = functions[0](a, lower=1, lwork=BLOCK * size)
+    part = {"select": "i", "check_finite": False}
     try:
-        return eigh(a, subset_by_index=(start, stop - 1), check_finite=False)
-    except LinAlgError:  # inverse iteration may fail among equal eigenvalues; all of them never do
+        values, vectors = eigh_tridiagonal(
+            diagonal, beside, select_range=(start, stop - 1), lapack_driver="stebz", **part
+        )
+        if vectors.shape[1] != stop - start or not np.all(np.isfinite(vectors)):
+            raise LinAlgError
+        largest = values[-1:]
+        if stop < size:
+            largest = eigvalsh_tridiagonal(
+                diagonal, beside, select_range=(size - 1, size - 1), **part
+            )
+    except LinAlgError:  # the part may fail among equal eigenvalues; all of them never do
         values, vectors = eigh(a, driver="evd", check_finite=False)
-        return values[start:stop], vectors[:, start:stop]
+        return values[start:stop], vectors[:, start:stop], values[-1:]
+    # The reflectors lie below the diagonal and leave the first coordinate as it is. A shift by one
+    # element presents them as those of a QR decomposition, with a last row that must be zero.
+    reduced[0, 1:] = 0
+    reflectors = reduced.ravel(order="K")[1 : 1 - size].reshape(size, size - 1, order="F")
+    shifted = np.roll(vectors, -1, axis=0)
+    shifted, _, _ = functions[1](
+        "L", "N", reflectors, scales, shifted, lwork=BLOCK * (stop - start)
+    )
+    return values, np.roll(shifted, 1, axis=0), largest
 
 
 def _triangular(a: Any, b: Any, flag: str) -> Any:

@@ -5,7 +5,7 @@ the gap behind the last one is known.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from loda_math._arrays import (
     Array,
@@ -15,7 +15,6 @@ from loda_math._arrays import (
     fix_signs,
     is_array,
     larger,
-    lower_cholesky,
     peak,
     result_dtype,
     safe_divide,
@@ -26,11 +25,24 @@ from loda_math._eigh import (
     is_partial,
     largest_eigenvalue,
     leading_eigh,
+    lower_cholesky,
     lower_solve,
     reduced_pencil,
     trailing_eigh,
 )
 from loda_math._rounding import channel_noise, is_noise, noise_along
+from loda_math._validation import check_scalar
+
+RidgeScale = Literal["mean", "channels", "eigenvalues"]
+# How many times the typical energy a single energy may count for, at most.
+CAP = 8
+
+
+class Ridge(NamedTuple):
+    """What is added to the history: α times its mean energy, or times a typical one."""
+
+    alpha: Any
+    scale: RidgeScale = "mean"
 
 
 class Directions(NamedTuple):
@@ -55,17 +67,56 @@ def normalised(xp: Namespace, moment: Array) -> tuple[Array, Array]:
     return moment, total * largest
 
 
+def checked_ridge(ridge: Any, ridge_scale: RidgeScale) -> Ridge:
+    """The ridge, refused if it is negative or relative to nothing that is known."""
+    if ridge_scale not in get_args(RidgeScale):
+        msg = f"ridge_scale must be one of {get_args(RidgeScale)}, got {ridge_scale!r}"
+        raise ValueError(msg)
+    return Ridge(check_scalar("ridge", ridge), ridge_scale)
+
+
 def regularised(
-    xp: Namespace, new: Array, old: Array, ridge: Any, gram_eps: Any = 0.0
+    xp: Namespace, new: Array, old: Array, ridge: Ridge, gram_eps: Any = 0.0
 ) -> tuple[Array, Array]:
-    """Both moments of trace one, and the history with the ridge (α / D) I on it."""
+    """Both moments of trace one, and the history with the ridge on it, a multiple of I."""
     size = int(new.shape[-1])
     s_new, s_old = (normalised(xp, s)[0] for s in widen(xp, new, old))
     least = 4 * size * coarsest_eps(xp, new, old, gram_eps=gram_eps)
+    alpha = relative_ridge(xp, s_old, ridge)
     # An array is not read: it may be on an accelerator, or stand for a value that comes later.
-    alpha = larger(xp, xp.astype(ridge, s_old.dtype) if is_array(ridge) else ridge, least)
+    alpha = larger(xp, relative_ridge(xp, s_old, ridge), least)
     alpha = alpha[..., None, None] if is_array(alpha) else alpha
     return s_new, add_to_diagonal(xp, s_old, alpha / size)
+
+
+def relative_ridge(xp: Namespace, s_old: Array, ridge: Ridge) -> Any:
+    """The ridge over the mean energy of a history of trace one: a number or an array (...)."""
+    alpha = xp.astype(ridge.alpha, s_old.dtype) if is_array(ridge.alpha) else ridge.alpha
+    if ridge.scale == "mean":
+        return alpha
+    is_by_channel = ridge.scale == "channels"
+    energies = xp.linalg.diagonal(s_old) if is_by_channel else xp.linalg.eigvalsh(s_old)
+    return alpha * typical_share(xp, energies)
+
+
+def typical_share(xp: Namespace, energies: Array) -> Array:
+    """Typical over mean energy, from 0 to 1 (1 if all are zero): (..., D) to (...).
+
+    The typical energy c is the mean of min(e_i, K c) for K = CAP: no energy counts for more than K
+    times the result. It is the least of (e_1 + ... + e_{D-n}) / (D - K n) over n < D / K, with
+    rising e: the line for n is the mean if exactly the n largest are capped, and never below it.
+    """
+    size = int(energies.shape[-1])
+    rising = xp.sort(xp.clip(energies, 0.0, None), axis=-1)
+    # From the smallest on: what huge energies leave is not a difference of huge sums.
+    sums = xp.cumulative_sum(rising, axis=-1)
+    capped = size - xp.cumulative_sum(xp.ones_like(rising), axis=-1)  # D-1, ..., 1, 0
+    weights = 1 - CAP / size * capped
+    counts = weights > 0
+    shares = safe_divide(xp, sums / xp.where(counts, weights, 1 + 0 * weights), sums[..., -1:])
+    # A zero history has no typical energy: the ridge decides alone, at any size.
+    is_usable = counts & (sums[..., -1:] > 0)
+    return xp.min(xp.where(is_usable, shares, xp.ones_like(shares)), axis=-1)
 
 
 def general(
@@ -102,7 +153,7 @@ def leading(
 
 
 def isolated(
-    xp: Namespace, new: Array, old: Array | None, rank: int, ridge: Any, gram_eps: Any = 0.0
+    xp: Namespace, new: Array, old: Array | None, rank: int, ridge: Ridge, gram_eps: Any = 0.0
 ) -> Directions:
     """Leading generalised eigenvectors of (new, old + ridge), Theorem 2.2, made orthonormal."""
     if old is None:

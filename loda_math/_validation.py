@@ -31,11 +31,36 @@ COARSEST = 1e-2
 STRIPE = 256
 
 
-def check_real(xp: Namespace, **arrays: Array) -> None:
-    """Refuse arrays that are not real floating point."""
+def check_dense(**arrays: Array) -> None:
+    """Refuse arrays that do not hold a value at every place."""
     for name, x in arrays.items():
-        if not xp.isdtype(x.dtype, "real floating"):
-            msg = f"{name} must be real floating point, got dtype {x.dtype}; cast it first"
+        if is_numpy(x) and type(x).__name__ == "MaskedArray":
+            msg = (
+                f"{name} must be a dense array, got a masked one; fill what is masked with "
+                ".filled(...), or leave those rows out"
+            )
+            raise TypeError(msg)
+        if is_torch(x) and (x.is_nested or str(x.layout) != "torch.strided"):
+            layout = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+            cure = "pad it" if x.is_nested else "call .to_dense() on it"
+            msg = f"{name} must be a dense array, got layout {layout}; {cure}"
+            raise TypeError(msg)
+
+
+def check_real(xp: Namespace, **arrays: Array) -> None:
+    """Refuse arrays that are not dense, not real floating point, or of eight bits or fewer."""
+    check_dense(**arrays)
+    for name, x in arrays.items():
+        try:
+            is_real = xp.isdtype(x.dtype, "real floating")
+        except TypeError:  # a dtype from outside the library, as bfloat16 is for NumPy
+            is_real = False
+        # Eight bits hold no moment, and no library computes in them.
+        if not is_real or getattr(x.dtype, "itemsize", 2) < 2:
+            msg = (
+                f"{name} must be real floating point of at least 16 bits, got dtype {x.dtype}; "
+                "cast it first"
+            )
             raise TypeError(msg)
 
 

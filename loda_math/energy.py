@@ -1,11 +1,12 @@
 """Energy of a subspace, and its relation to one step of training (LoDA, Theorem 2.1)."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from loda_math._arrays import (
     Array,
     Namespace,
+    diagonal,
     namespace,
     result_dtype,
     safe_divide,
@@ -13,6 +14,7 @@ from loda_math._arrays import (
     trace,
     widen,
 )
+from loda_math._rounding import channel_noise, noise_along
 from loda_math._validation import (
     MomentLike,
     check_real,
@@ -82,6 +84,11 @@ def projection_energy(basis: Array, moment: MomentLike) -> Array:
     ValueError
         If the shapes do not match, or values are not finite or the moment is not symmetric.
 
+    See Also
+    --------
+    relative_energy : As a share of the trace.
+    energy_ratio : New task over old ones.
+
     Notes
     -----
     LoDA, arXiv:2603.00191, Section 3.
@@ -117,6 +124,11 @@ def relative_energy(basis: Array, moment: MomentLike) -> Array:
     TypeError, ValueError
         As in :func:`projection_energy`.
 
+    See Also
+    --------
+    projection_energy : In units of the moment.
+    energy_ratio : New task over old ones.
+
     Notes
     -----
     LoDA, arXiv:2603.00191, Section 3.
@@ -149,11 +161,18 @@ def energy_ratio(basis: Array, new: MomentLike, old: MomentLike) -> Array:
     -------
     array, shape (...)
         Infinite where the basis carries energy of the new task only, NaN where it carries none.
+        Energy that may be rounding of the moments or of the basis counts as none: give ``Moments``
+        or ``History``, which know the rounding unit of their Gram matrices.
 
     Raises
     ------
     TypeError, ValueError
         As in :func:`projection_energy`.
+
+    See Also
+    --------
+    relative_energy : The shares that are divided.
+    heldout_ratio : The same where the basis was not chosen.
 
     Notes
     -----
@@ -165,11 +184,13 @@ def energy_ratio(basis: Array, new: MomentLike, old: MomentLike) -> Array:
     >>> float(energy_ratio(np.eye(2)[:, :1], np.diag([3.0, 1.0]), np.diag([1.0, 3.0])))
     3.0
     """
-    xp, (new, old) = _checked(basis, new=new, old=old)
+    xp, size, (new, old), gram_eps = checked_moments({"new": new, "old": old}, basis=basis)
+    check_rows("basis", basis, size)
     u, n, o = widen(xp, basis, new, old)
     top, bottom = _relative(xp, u, n), _relative(xp, u, o)
-    nothing = xp.where(top > 0, xp.full_like(top, float("inf")), xp.full_like(top, float("nan")))
-    ratio = xp.where(bottom > 0, safe_divide(xp, top, bottom), nothing)
+    on_new, on_old = (_carries(xp, basis, u, *pair, gram_eps) for pair in ((n, new), (o, old)))
+    nothing = xp.where(on_new, xp.full_like(top, float("inf")), xp.full_like(top, float("nan")))
+    ratio = xp.where(on_old, safe_divide(xp, xp.where(on_new, top, 0 * top), bottom), nothing)
     return xp.astype(ratio, result_dtype(xp, basis, new, old))
 
 
@@ -204,6 +225,11 @@ def heldout_ratio(
     ------
     TypeError, ValueError
         As in :func:`energy_ratio`, and what ``choose`` raises.
+
+    See Also
+    --------
+    energy_ratio : The ratio on given moments.
+    isolated_subspace : A rule to judge.
 
     Notes
     -----
@@ -270,6 +296,11 @@ def first_order_update(
     ValueError
         If shapes do not match, values are not finite, or ``step`` is negative.
 
+    See Also
+    --------
+    projection_energy : The energy in the bounds.
+    update_effect : The exact effect of a merge.
+
     Notes
     -----
     LoDA, arXiv:2603.00191, Theorem 2.1.
@@ -311,6 +342,17 @@ def _checked(basis: Array, **moments: MomentLike) -> tuple[Namespace, tuple[Arra
     xp, size, arrays, _ = checked_moments(moments, basis=basis)
     check_rows("basis", basis, size)
     return xp, arrays
+
+
+def _carries(
+    xp: Namespace, basis: Array, wide: Array, moment: Array, given: Array, gram_eps: Any
+) -> Array:
+    """Whether the energy of a basis is more than rounding of the moment and of the basis."""
+    channels = xp.abs(diagonal(xp, moment))
+    largest = xp.max(channels, axis=-1, keepdims=True)
+    noise = channel_noise(xp, moment, largest, given, gram_eps=gram_eps)
+    noise = noise + 4 * float(xp.finfo(basis.dtype).eps) ** 2 * channels
+    return span_energy(xp, wide, moment) > xp.sum(noise_along(xp, noise, wide), axis=-1)
 
 
 def _relative(xp: Namespace, basis: Array, moment: Array) -> Array:

@@ -16,7 +16,7 @@ from loda_math._arrays import (
     safe_divide,
     total_inner,
 )
-from loda_math._validation import check_real, check_scalar
+from loda_math._validation import check_dense, check_real, check_scalar
 
 
 def class_split(labels: Array, permutation: Array) -> tuple[Array, Array]:
@@ -43,6 +43,10 @@ def class_split(labels: Array, permutation: Array) -> tuple[Array, Array]:
         If shapes are wrong, a label repeats in the permutation, or a label of the mini-batch is
         not in it.
 
+    See Also
+    --------
+    lookahead : What the halves are for.
+
     Notes
     -----
     LoDA, arXiv:2603.00191, Section 3.3.
@@ -55,6 +59,7 @@ def class_split(labels: Array, permutation: Array) -> tuple[Array, Array]:
     (array([ True, False,  True, False]), array([False,  True, False,  True]))
     """
     xp = namespace(labels=labels, permutation=permutation)
+    check_dense(labels=labels, permutation=permutation)
     for name, x in (("labels", labels), ("permutation", permutation)):
         if not xp.isdtype(x.dtype, "integral"):
             msg = f"{name} must be integers, got dtype {x.dtype}"
@@ -98,6 +103,12 @@ def lookahead(params: Sequence[Array], grads: Sequence[Array], radius: Any) -> l
         If a tensor is not real floating point.
     ValueError
         If the lists do not match or the radius is negative.
+
+    See Also
+    --------
+    undo_lookahead : Take the shift off after the step.
+    class_split : The halves that the gradients come from.
+    verify.verify_perturbation : Check a shift that came from elsewhere.
 
     Notes
     -----
@@ -151,6 +162,10 @@ def undo_lookahead(
     ValueError
         If the lists do not match.
 
+    See Also
+    --------
+    lookahead : The shift.
+
     Notes
     -----
     LoDA, arXiv:2603.00191, Section 3.3. Weight decay has seen the shifted parameters, as in the
@@ -191,6 +206,10 @@ def gradient_alignment(a: Sequence[Array], b: Sequence[Array], /) -> Array:
     TypeError, ValueError
         If the lists do not match or are not real floating point.
 
+    See Also
+    --------
+    project_conflict : Remove what disagrees.
+
     Examples
     --------
     >>> import numpy as np
@@ -223,6 +242,10 @@ def project_conflict(a: Sequence[Array], b: Sequence[Array], /) -> list[Array]:
     ------
     TypeError, ValueError
         If the lists do not match or are not real floating point.
+
+    See Also
+    --------
+    gradient_alignment : How far two gradients agree.
 
     Examples
     --------

@@ -6,7 +6,8 @@ them, so that a solver can tell directions from rounding noise.
 """
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, NoReturn
 
 from loda_math._arrays import (
     Array,
@@ -15,6 +16,8 @@ from loda_math._arrays import (
     full_precision,
     is_array,
     namespace,
+    peak,
+    placed_like,
     python_number,
     symmetrise,
     transposed,
@@ -55,6 +58,12 @@ class Moments(NamedTuple):
         :func:`combine` keeps the coarsest, and solvers take rounding below it for noise. Give it
         (from :func:`rounding_unit`) to moments made by hand.
 
+    See Also
+    --------
+    second_moment : Moments of a set of tokens.
+    combine : Moments of two sets.
+    History : What several tasks leave behind.
+
     Examples
     --------
     >>> import numpy as np
@@ -76,7 +85,7 @@ class Moments(NamedTuple):
         """Second moment ``S = XᵀX / N``, shape (..., D, D); zero if nothing was counted."""
         total = self.total if self.error is None else self.total + self.error
         # An empty sum is zero already, so any divisor but zero will do; no branch on the count.
-        return total / _by_matrix(self.count + (self.count == 0))
+        return total / _by_matrix(_known(total, self.count) + (self.count == 0))
 
     def zero(self) -> "Moments":
         """The neutral element of ``combine`` for moments of this shape."""
@@ -90,6 +99,47 @@ class Moments(NamedTuple):
     def __radd__(self, other: Any) -> "Moments":
         """Let ``sum`` add moments up: it starts from the number 0."""
         return self if isinstance(other, int) and other == 0 else combine(other, self)
+
+    def __mul__(self, other: Any) -> NoReturn:  # type: ignore[override]
+        """Refused; a tuple would otherwise be repeated."""
+        msg = (
+            "Moments cannot be multiplied: a factor leaves the mean as it is; weigh them in "
+            "remember(history, moments, weight=...), or multiply their mean"
+        )
+        raise TypeError(msg)
+
+    __rmul__ = __mul__  # type: ignore[assignment]
+
+    def to_arrays(self) -> dict[str, Array]:
+        """Fields as arrays by name, for ``np.savez`` or safetensors; ``error`` where there is one.
+
+        Raises
+        ------
+        ValueError
+            If the library has no integers large enough for the count.
+
+        Examples
+        --------
+        >>> import io
+        >>> import numpy as np
+        >>> file = io.BytesIO()
+        >>> np.savez(file, **second_moment(np.eye(2)).to_arrays())
+        >>> again = Moments.from_arrays(np.load(io.BytesIO(file.getvalue())))
+        >>> again.count, again.unit
+        (2, 2.220446049250313e-16)
+        """
+        return _to_arrays(self)
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Array]) -> "Moments":
+        """Moments from the arrays that :meth:`to_arrays` gave, of any library.
+
+        Raises
+        ------
+        ValueError
+            If arrays are missing, there are others, or the total is not square.
+        """
+        return cls(**_from_arrays(cls, arrays))
 
 
 def second_moment(tokens: Array, /, *, check: bool = True) -> Moments:
@@ -119,6 +169,12 @@ def second_moment(tokens: Array, /, *, check: bool = True) -> Moments:
     ValueError
         If the tokens have fewer than two axes, no features, or hold NaN, infinity or values
         whose squares would overflow.
+
+    See Also
+    --------
+    combine : Moments of two sets of tokens.
+    remember : Add the moments of a task to the history.
+    general_subspace : What moments are for.
 
     Examples
     --------
@@ -159,7 +215,9 @@ def combine(a: Moments, b: Moments, /) -> Moments:
     Returns
     -------
     Moments
-        Totals and counts added; the coarser of the two rounding units.
+        Totals and counts added; the coarser of the two rounding units. In compiled code a count is
+        an array: one of 32 bits, as of JAX without float64, stops at its largest value, and the
+        mean of so many tokens is NaN.
 
     Raises
     ------
@@ -167,6 +225,11 @@ def combine(a: Moments, b: Moments, /) -> Moments:
         If an argument is no ``Moments``, or the totals are of different libraries.
     ValueError
         If the totals differ in shape.
+
+    See Also
+    --------
+    second_moment : Moments of a set of tokens.
+    Moments : Their fields.
 
     Examples
     --------
@@ -189,21 +252,20 @@ def combine(a: Moments, b: Moments, /) -> Moments:
         raise ValueError(msg)
     total, unit = a.total + b.total, coarsest_unit(xp, a, b)
     if a.error is None and b.error is None:
-        return Moments(total, a.count + b.count, None, unit)
+        return Moments(total, _counted(xp, a, b), None, unit)
     # Two-sum (Knuth): the exact rounding error of the addition above, without a branch.
     shadow = total - a.total
     error = (a.total - (total - shadow)) + (b.total - shadow)
     for part in (a, b):
         if part.error is not None:
             error = error + part.error
-    return Moments(total, a.count + b.count, error, unit)
+    return Moments(total, _counted(xp, a, b), error, unit)
 
 
 class History(NamedTuple):
     r"""Weighted sum of the mean moments of past tasks, :math:`S_{old} = \sum_t w_t S_t`.
 
-    To store a history, store its fields; ``History(total, weight, squares, unit)`` is the same
-    history again.
+    :meth:`to_arrays` gives what to store, and :meth:`from_arrays` the same history again.
 
     Attributes
     ----------
@@ -217,6 +279,11 @@ class History(NamedTuple):
     unit : float, default 0
         Rounding unit of the arithmetic that formed the moments, the coarsest of all tasks, as in
         :class:`Moments`.
+
+    See Also
+    --------
+    remember : Add a task.
+    Moments : Of one task.
 
     Examples
     --------
@@ -241,6 +308,64 @@ class History(NamedTuple):
     def effective_tasks(self) -> Any:
         r"""Equally weighted tasks with the same spread of weights, :math:`(\sum w)^2/\sum w^2`."""
         return self.weight**2 / (self.squares + (self.squares == 0))
+
+    def __add__(self, other: "History") -> "History":  # type: ignore[override]
+        """History of the tasks of both; a tuple would otherwise be concatenated."""
+        if not isinstance(other, History):
+            msg = f"a History can only be added to a History, got {type(other).__name__}"
+            raise TypeError(msg)
+        xp = namespace(total=self.total, other=other.total)
+        if tuple(self.total.shape) != tuple(other.total.shape):
+            msg = (
+                f"histories must have totals of one shape to be added, got "
+                f"{tuple(self.total.shape)} and {tuple(other.total.shape)}"
+            )
+            raise ValueError(msg)
+        return History(
+            self.total + other.total,
+            self.weight + other.weight,
+            self.squares + other.squares,
+            coarsest_unit(xp, self, other),
+        )
+
+    def __radd__(self, other: Any) -> "History":
+        """Let ``sum`` add histories up: it starts from the number 0."""
+        return self if isinstance(other, int) and other == 0 else self + other
+
+    def __mul__(self, other: Any) -> NoReturn:  # type: ignore[override]
+        """Refused; a tuple would otherwise be repeated."""
+        msg = (
+            "a History cannot be multiplied; weigh tasks in remember(..., weight=...), let them "
+            "fade with decay=..., or multiply the total"
+        )
+        raise TypeError(msg)
+
+    __rmul__ = __mul__  # type: ignore[assignment]
+
+    def to_arrays(self) -> dict[str, Array]:
+        """Fields as arrays by name, for ``np.savez`` or safetensors.
+
+        Examples
+        --------
+        >>> import io
+        >>> import numpy as np
+        >>> file = io.BytesIO()
+        >>> np.savez(file, **remember(None, np.eye(2)).to_arrays())
+        >>> History.from_arrays(np.load(io.BytesIO(file.getvalue()))).effective_tasks
+        1.0
+        """
+        return _to_arrays(self)
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Array]) -> "History":
+        """The history from the arrays that :meth:`to_arrays` gave, of any library.
+
+        Raises
+        ------
+        ValueError
+            If arrays are missing, there are others, or the total is not square.
+        """
+        return cls(**_from_arrays(cls, arrays))
 
 
 def remember(
@@ -279,6 +404,11 @@ def remember(
     ValueError
         If shapes differ, values are not finite or not symmetric, the weight is negative, or the
         decay is not from 0 to 1.
+
+    See Also
+    --------
+    History : Its fields.
+    second_moment : The moments of a task.
 
     Notes
     -----
@@ -351,6 +481,11 @@ def rounding_unit(*tokens: Array) -> float:
     TypeError
         If an array is not real floating point.
 
+    See Also
+    --------
+    general_subspace : Takes it as ``accumulation_eps``.
+    Moments : Carry it.
+
     Examples
     --------
     >>> import numpy as np
@@ -369,10 +504,71 @@ def _guarded(xp: Namespace, tokens: Array) -> Array:
     """Largest magnitude among the tokens, infinite where a product of tokens may overflow."""
     if 0 in tokens.shape:
         return xp.zeros_like(tokens)
-    peak = xp.max(xp.abs(tokens))
+    largest = peak(xp, tokens)
     summed = min(int(tokens.shape[-2]), GRAM_TOKENS)
     limit = math.sqrt(float(xp.finfo(tokens.dtype).max) / summed)
-    return xp.where(peak <= limit, peak, xp.full_like(peak, math.inf))
+    return xp.where(largest <= limit, largest, xp.full_like(largest, math.inf))
+
+
+def _most(xp: Namespace, count: Any) -> int | None:
+    """Largest value of a count that is an array of short integers, where it stops."""
+    if not is_array(count) or not xp.isdtype(count.dtype, "signed integer"):
+        return None
+    info = xp.iinfo(count.dtype)
+    return int(info.max) if info.bits < 64 else None
+
+
+def _counted(xp: Namespace, a: Moments, b: Moments) -> Any:
+    """Sum of the counts. An overflow, which wraps around, becomes the largest value and stays."""
+    count = a.count + b.count
+    most = _most(xp, count)
+    return count if most is None else xp.where(count < 0, xp.full_like(count, most), count)
+
+
+def _known(total: Array, count: Any) -> Any:
+    """The count, and NaN where it overflowed."""
+    xp = namespace(total=total)
+    most = _most(xp, count)
+    if most is None:
+        return count
+    number = xp.astype(count, total.dtype)
+    return xp.where(count == most, xp.full_like(number, math.nan), number)
+
+
+def _to_arrays(fields: "Moments | History") -> dict[str, Array]:
+    xp = namespace(total=fields.total)
+    arrays = {}
+    for name, value in zip(fields._fields, fields, strict=True):
+        number = python_number(value)
+        if value is None or is_array(number):
+            arrays |= {} if value is None else {name: value}
+            continue
+        dtype = None if isinstance(number, int) else fields.total.dtype
+        try:
+            arrays[name] = xp.asarray(number, dtype=dtype, **placed_like(fields.total))
+        except OverflowError as error:
+            msg = f"{name} must fit into an integer of {xp.__name__}, got {number}; switch on x64"
+            raise ValueError(msg) from error
+    return arrays
+
+
+def _from_arrays(kind: Any, arrays: Mapping[str, Array]) -> dict[str, Any]:
+    known, required = set(kind._fields), set(kind._fields) - set(kind._field_defaults)
+    if not required <= set(arrays) <= known:
+        msg = (
+            f"arrays must hold {sorted(required)}, and may hold {sorted(known - required)}, got "
+            f"{sorted(arrays)}"
+        )
+        raise ValueError(msg)
+    # Not the mapping itself: an open .npz file reads an array at each look.
+    fields = {name: arrays[name] for name in arrays}
+    xp = namespace(total=fields["total"])
+    check_square(total=fields["total"])
+    for name, value in fields.items():
+        if is_array(value) and value.ndim == 0:
+            is_count = xp.isdtype(value.dtype, "integral")
+            fields[name] = int(value) if is_count else float(value)
+    return fields
 
 
 def _by_matrix(number: Any) -> Any:

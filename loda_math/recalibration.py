@@ -121,6 +121,13 @@ def recalibration(
         If shapes do not match, values are not finite, a moment is not symmetric, γ is negative
         or the form unknown.
 
+    See Also
+    --------
+    recalibration_loss : What is minimised.
+    joint_recalibration : All branches of a layer together.
+    merge : Fold the recalibrated branch in.
+    verify.verify_recalibration : Check coefficients that came from elsewhere.
+
     Notes
     -----
     LoDA, arXiv:2603.00191, Theorem 2.3.
@@ -209,6 +216,11 @@ def recalibration_loss(
     TypeError, ValueError
         As in :func:`recalibration`.
 
+    See Also
+    --------
+    recalibration : Its minimiser.
+    update_effect : Its two parts.
+
     Notes
     -----
     LoDA, arXiv:2603.00191, Section 3.4.
@@ -260,6 +272,11 @@ def stack_branches(
         If an array is not real floating point.
     ValueError
         If there are no branches, not as many ups as downs and weights, or shapes do not match.
+
+    See Also
+    --------
+    joint_recalibration : Recalibrate the stack.
+    merge : Fold it into the weight.
 
     Examples
     --------
@@ -331,6 +348,11 @@ def joint_recalibration(
     TypeError, ValueError
         As in :func:`stack_branches` and :func:`recalibration`.
 
+    See Also
+    --------
+    stack_branches : The stack.
+    recalibration : One branch.
+
     Notes
     -----
     LoDA, arXiv:2603.00191, Theorem 2.3, recalibrates only the general branch.
@@ -378,6 +400,12 @@ def update_effect(
     TypeError, ValueError
         As in :func:`recalibration_loss`.
 
+    See Also
+    --------
+    recalibration_loss : Both parts in one number.
+    merge : The update itself.
+    first_order_update : A step of training, to first order.
+
     Notes
     -----
     LoDA, arXiv:2603.00191, Section 3.4.
@@ -424,6 +452,13 @@ def merge(weight: Array, up: Array, down: Array, coefficients: Array | None = No
         If an argument is not a real floating-point array.
     ValueError
         If shapes do not match, or values are not finite, those of the result included.
+
+    See Also
+    --------
+    recalibration : The coefficients.
+    stack_branches : Several branches as one.
+    update_effect : What the merge will do, exactly.
+    verify.verify_merge : Check a merged weight.
 
     Notes
     -----

@@ -9,10 +9,10 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from loda_math import _subspaces, _trace_ratio
 from loda_math._arrays import Array, Namespace, detached, is_array, result_dtype, safe_divide
+from loda_math._subspaces import RidgeScale, checked_ridge
 from loda_math._validation import (
     MomentLike,
     check_rank,
-    check_scalar,
     check_share,
     checked_moments,
 )
@@ -141,6 +141,13 @@ def general_subspace(
         If moments are not square, differ in size, are not finite or not symmetric, or the rank
         is out of range.
 
+    See Also
+    --------
+    general_solution : The same with eigenvalues, effective rank and gap.
+    isolated_subspace : Directions that the old tasks use little.
+    rank_for : How many directions are enough.
+    verify.verify_subspace : Check a basis that came from elsewhere.
+
     Notes
     -----
     LoDA, arXiv:2603.00191, Section 3.2. Bases are constants: no derivative flows through any
@@ -163,6 +170,7 @@ def isolated_subspace(
     rank: int | None = None,
     *,
     ridge: float = 1e-2,
+    ridge_scale: RidgeScale = "mean",
     objective: IsolatedObjective = "quotient",
     energy_floor: float = 0.0,
     accumulation_eps: float | None = None,
@@ -184,8 +192,16 @@ def isolated_subspace(
     rank : int
         Number of directions r, from 1 to D; spans are nested as in :func:`general_subspace`.
     ridge : float, default 1e-2
-        α, relative to the mean eigenvalue of the history. Never taken below 4·D·eps of the
-        arithmetic that formed the inputs, which keeps the factorisation safe.
+        α, relative to an energy of the history that ``ridge_scale`` names. The ridge is never
+        taken below 4·D·eps of the mean energy, eps of the arithmetic that formed the inputs,
+        which keeps the factorisation safe.
+    ridge_scale : {"mean", "channels", "eigenvalues"}
+        Energy of the history that α is relative to: the mean energy of a direction, or a typical
+        one, for which no channel (or no eigenvalue) counts more than eight times the result. The
+        mean drowns what the new task alone uses where the tasks share a channel a hundred times
+        larger than the others; the typical energy does not (see `docs/theory.md`). Of channels it
+        costs nothing and depends on the coordinates; of eigenvalues it is free of them, and takes
+        up to half the time of the solve.
     objective : {"quotient", "trace_ratio"}
         What is maximised: the trace of the quotient, as above, or the ratio of traces, as
         :func:`trace_ratio_subspace` does.
@@ -214,6 +230,14 @@ def isolated_subspace(
         the objective unknown, or a floor is given for the quotient. Negative eigenvalues of
         ``new`` are not looked for.
 
+    See Also
+    --------
+    isolated_solution : The same with eigenvalues, effective rank and gap.
+    trace_ratio_solution : The ratio of traces with its certificate.
+    null_subspace : Least energy for the old tasks, whatever the new one needs.
+    heldout_ratio : What the directions keep on unseen images.
+    verify.verify_subspace : Check a basis that came from elsewhere.
+
     Notes
     -----
     LoDA, arXiv:2603.00191, Theorem 2.2. Layer-norm outputs share exactly dead directions; there
@@ -236,6 +260,7 @@ def isolated_subspace(
         old,
         rank,
         ridge=ridge,
+        ridge_scale=ridge_scale,
         objective=objective,
         energy_floor=energy_floor,
         accumulation_eps=accumulation_eps,
@@ -248,6 +273,7 @@ def trace_ratio_subspace(
     rank: int | None = None,
     *,
     ridge: float = 1e-2,
+    ridge_scale: RidgeScale = "mean",
     energy_floor: float = 0.0,
     accumulation_eps: float | None = None,
 ) -> Array:
@@ -262,7 +288,7 @@ def trace_ratio_subspace(
 
     Parameters
     ----------
-    new, old, rank, ridge, energy_floor, accumulation_eps
+    new, old, rank, ridge, ridge_scale, energy_floor, accumulation_eps
         As in :func:`isolated_subspace`.
 
     Returns
@@ -275,6 +301,11 @@ def trace_ratio_subspace(
     ------
     TypeError, ValueError
         As in :func:`isolated_subspace`.
+
+    See Also
+    --------
+    trace_ratio_solution : The same with a bound on what is left to gain.
+    isolated_subspace : The closed form of the theorem, and both objectives under one name.
 
     Notes
     -----
@@ -296,6 +327,7 @@ def trace_ratio_subspace(
         old,
         rank,
         ridge=ridge,
+        ridge_scale=ridge_scale,
         energy_floor=energy_floor,
         accumulation_eps=accumulation_eps,
     ).basis
@@ -323,6 +355,11 @@ def null_subspace(old: MomentLike, rank: int) -> Array:
     ------
     TypeError, ValueError
         As in :func:`general_subspace`.
+
+    See Also
+    --------
+    null_solution : The same with eigenvalues and gap.
+    isolated_subspace : Weighs the energy of the new task against that of the old ones.
 
     Notes
     -----
@@ -361,6 +398,11 @@ def general_solution(
     TypeError, ValueError
         As in :func:`general_subspace`.
 
+    See Also
+    --------
+    general_subspace : The basis alone.
+    isolated_solution : The isolated subspace.
+
     Notes
     -----
     LoDA, arXiv:2603.00191, Section 3.2.
@@ -383,6 +425,7 @@ def isolated_solution(
     rank: int | None = None,
     *,
     ridge: float = 1e-2,
+    ridge_scale: RidgeScale = "mean",
     objective: IsolatedObjective = "quotient",
     energy_floor: float = 0.0,
     accumulation_eps: float | None = None,
@@ -391,7 +434,7 @@ def isolated_solution(
 
     Parameters
     ----------
-    new, old, rank, ridge, objective, energy_floor, accumulation_eps
+    new, old, rank, ridge, ridge_scale, objective, energy_floor, accumulation_eps
         As in :func:`isolated_subspace`.
 
     Returns
@@ -405,6 +448,11 @@ def isolated_solution(
     ------
     TypeError, ValueError
         As in :func:`isolated_subspace`.
+
+    See Also
+    --------
+    isolated_subspace : The basis alone.
+    trace_ratio_solution : The certificate of the ratio of traces.
 
     Notes
     -----
@@ -421,7 +469,7 @@ def isolated_solution(
     if objective not in get_args(IsolatedObjective):
         msg = f"objective must be one of {get_args(IsolatedObjective)}, got {objective!r}"
         raise ValueError(msg)
-    ridge = check_scalar("ridge", ridge)
+    strength = checked_ridge(ridge, ridge_scale)
     energy_floor = check_share("energy_floor", energy_floor)
     xp, size, new, old, gram_eps = _checked(new, old, accumulation_eps, needs_new=True)
     rank = check_rank(rank, size)
@@ -432,9 +480,9 @@ def isolated_solution(
                 "objective='trace_ratio'"
             )
             raise ValueError(msg)
-        directions = _subspaces.isolated(xp, new, old, rank, ridge, gram_eps)
+        directions = _subspaces.isolated(xp, new, old, rank, strength, gram_eps)
         return _solution(xp, directions, rank, new, old)
-    best = _trace_ratio.trace_ratio(xp, new, old, rank, ridge, energy_floor, gram_eps)
+    best = _trace_ratio.trace_ratio(xp, new, old, rank, strength, energy_floor, gram_eps)
     solution = _solution(xp, best.directions, rank, new, old)
     return solution._replace(gap=xp.astype(best.gap[..., 0], result_dtype(xp, new, old)))
 
@@ -445,6 +493,7 @@ def trace_ratio_solution(
     rank: int | None = None,
     *,
     ridge: float = 1e-2,
+    ridge_scale: RidgeScale = "mean",
     energy_floor: float = 0.0,
     accumulation_eps: float | None = None,
 ) -> TraceRatioSolution:
@@ -452,7 +501,7 @@ def trace_ratio_solution(
 
     Parameters
     ----------
-    new, old, rank, ridge, energy_floor, accumulation_eps
+    new, old, rank, ridge, ridge_scale, energy_floor, accumulation_eps
         As in :func:`isolated_subspace`.
 
     Returns
@@ -465,6 +514,11 @@ def trace_ratio_solution(
     ------
     TypeError, ValueError
         As in :func:`isolated_subspace`.
+
+    See Also
+    --------
+    trace_ratio_subspace : The basis alone.
+    isolated_solution : The generalised eigenvectors.
 
     Notes
     -----
@@ -479,11 +533,11 @@ def trace_ratio_solution(
     >>> bool(best.upper - best.ratio < 1e-12), round(float(best.energy), 3)
     (True, 0.167)
     """
-    ridge = check_scalar("ridge", ridge)
+    strength = checked_ridge(ridge, ridge_scale)
     energy_floor = check_share("energy_floor", energy_floor)
     xp, size, new, old, gram_eps = _checked(new, old, accumulation_eps, needs_new=True)
     rank = check_rank(rank, size)
-    best = _trace_ratio.trace_ratio(xp, new, old, rank, ridge, energy_floor, gram_eps)
+    best = _trace_ratio.trace_ratio(xp, new, old, rank, strength, energy_floor, gram_eps)
     dtype = result_dtype(xp, new, old)
     return TraceRatioSolution(
         basis=_subspaces.finished_basis(xp, best.directions, rank, new, old),
@@ -516,6 +570,11 @@ def null_solution(old: MomentLike, rank: int) -> SubspaceSolution:
     TypeError, ValueError
         As in :func:`null_subspace`.
 
+    See Also
+    --------
+    null_subspace : The basis alone.
+    general_solution : The directions of most energy.
+
     Notes
     -----
     LoDA, arXiv:2603.00191, Section 3.1.
@@ -546,6 +605,7 @@ def rank_for(
     *,
     of: RankMeasure = "energy",
     ridge: float = 1e-2,
+    ridge_scale: RidgeScale = "mean",
     accumulation_eps: float | None = None,
 ) -> RankChoice:
     r"""Smallest rank that reaches a share of what all D directions would, layer by layer.
@@ -566,7 +626,7 @@ def rank_for(
         gives the numerical rank.
     of : {"energy", "ratio"}
         What the share is a share of.
-    ridge : float, default 1e-2
+    ridge, ridge_scale
         As in :func:`isolated_subspace`; for the ratio only.
     accumulation_eps : float, optional
         As in :func:`general_subspace` and :func:`isolated_subspace`.
@@ -584,6 +644,11 @@ def rank_for(
         If moments are not square, differ in size, are not finite or not symmetric, the share is
         outside [0, 1] or the measure unknown.
 
+    See Also
+    --------
+    general_solution : Eigenvalues of the energy.
+    isolated_solution : Generalised eigenvalues of the ratio.
+
     Notes
     -----
     LoDA, arXiv:2603.00191, uses one rank for all layers; the energies are those of Section 3.2.
@@ -598,12 +663,12 @@ def rank_for(
     if of not in get_args(RankMeasure):
         msg = f"of must be one of {get_args(RankMeasure)}, got {of!r}"
         raise ValueError(msg)
-    share, ridge = check_share("share", share), check_scalar("ridge", ridge)
+    share, strength = check_share("share", share), checked_ridge(ridge, ridge_scale)
     xp, size, new, old, gram_eps = _checked(new, old, accumulation_eps, needs_new=of == "ratio")
     if of == "energy":
         directions = _subspaces.general(xp, new, old, size, gram_eps)
     else:
-        directions = _subspaces.isolated(xp, new, old, size, ridge, gram_eps)
+        directions = _subspaces.isolated(xp, new, old, size, strength, gram_eps)
     values = xp.where(directions.inert, xp.zeros_like(directions.values), directions.values)
     # Shares of the largest first: sums of huge eigenvalues stay in range.
     sums = xp.cumulative_sum(safe_divide(xp, values, directions.largest + 0 * values), axis=-1)

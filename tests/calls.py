@@ -78,6 +78,10 @@ REPORTS: dict[str, Call] = {
     "isolated_solution floor": ranked(
         lm.isolated_solution, *TASKS, objective="trace_ratio", energy_floor=0.5
     ),
+    "isolated_subspace channels": ranked(lm.isolated_subspace, *TASKS, ridge_scale="channels"),
+    "isolated_subspace eigenvalues": ranked(
+        lm.isolated_subspace, *TASKS, ridge_scale="eigenvalues"
+    ),
     "isolated_subspace first": (lambda a: lm.isolated_subspace(a, None, 2), ("new",)),
     "rank_for ratio": rank_for("ratio"),
     **{f"verify_subspace {x}": verified(x) for x in ("general", "trace_ratio", "null")},

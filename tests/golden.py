@@ -59,6 +59,8 @@ ALIASES: tuple[tuple[str, str], ...] = (
     (r"^(checkpoint \d+)/run/(ridge|statistics)/", r"\1/readouts/gathered/\2/"),
     (r"^(checkpoint \d+)/run/", r"\1/"),
     (r"^(checkpoint \d+)/open/(torch|cuda/\d+)$", r"\1/open/generators/\2"),
+    # The upper bound was the only one.
+    (r"(first_order_update)\.bound$", r"\1.upper"),
     # A history was its sum alone.
     (r"^(arrays/task\d+\.history\..*)\.total$", r"\1"),
 )
@@ -78,6 +80,8 @@ ONE_SIDED: tuple[tuple[str, str, str, str], ...] = (
         "the alignment to convergence does not start from the last one",
     ),
     ("new", "^report/", r"^runs\.csv:", "the table of all numbers was not written"),
+    ("new", "^library/", r"\.first_order_update\.lower$", "the lower bound was not computed"),
+    ("new", "^library/", r"\.(second_moment|combine|remember)\.unit$", "moments had no unit"),
     ("new", "^replay/", r"\.history\..*\.(squares|weight)$", "a history was its sum alone"),
 )
 

@@ -14,7 +14,7 @@ from strategies import SPECTRA, Matrix, from_spectrum, orthogonal, to_library, t
 
 import loda_math as lm
 from loda_math import _eigh
-from loda_math._arrays import lower_cholesky, namespace
+from loda_math._arrays import namespace
 
 COUNT = 5
 # Part of a spectrum by the dense solver; and by Lanczos, which can run from 192 on for so many.
@@ -72,7 +72,7 @@ def test_reduced_pencil(host: ModuleType, new: str, old: str, size: int) -> None
     r = moment(old, 2, size) + 1e-2 / size * np.eye(size)
     arrays = to_library(host, s), to_library(host, r)
     xp = namespace(x=arrays[0])
-    factor = lower_cholesky(xp, arrays[1], "old")
+    factor = _eigh.lower_cholesky(xp, arrays[1], "old")
     values, reduced = _eigh.reduced_pencil(xp, arrays[0], factor, COUNT)
     directions = _eigh.lower_solve(xp, factor, reduced, transpose=True)
     eigenvalues, ours = to_numpy(values), to_numpy(directions)
@@ -180,18 +180,16 @@ def test_where_part_of_a_spectrum_fails_the_whole_is_solved(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     a = moment("random", 0)
-    solve = scipy.linalg.eigh
 
-    def failing(*args: Any, subset_by_index: tuple[int, int] | None = None, **kwargs: Any) -> Any:
-        if subset_by_index is not None:
-            raise np.linalg.LinAlgError
-        return solve(*args, **kwargs)
+    def failing(*_: Any, **__: Any) -> Any:
+        raise np.linalg.LinAlgError
 
     whole, vectors = np.linalg.eigh(a)
-    monkeypatch.setattr(scipy.linalg, "eigh", failing)
+    monkeypatch.setattr(scipy.linalg, "eigh_tridiagonal", failing)
     for start, stop in ((0, COUNT), (DENSE - COUNT, DENSE)):
-        eigenvalues, basis = _eigh._dense(a, start, stop)
+        eigenvalues, basis, largest = _eigh._dense(a, start, stop)
         np.testing.assert_allclose(eigenvalues, whole[start:stop], atol=1e-12)
+        assert largest == pytest.approx(whole[-1:])
         overlap = np.abs(np.sum(basis * vectors[:, start:stop], axis=0))
         np.testing.assert_allclose(overlap, 1, atol=1e-6)
 
@@ -238,3 +236,25 @@ def test_without_scipy_the_standard_decides(
     assert not _eigh._on_host(x, COUNT)
     slow = lm.general_subspace(x, x, COUNT)
     np.testing.assert_allclose(to_numpy(fast), to_numpy(slow), atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [4, DENSE])
+def test_an_indefinite_matrix_is_named_by_its_place_in_a_stack(xp: ModuleType, size: int) -> None:
+    stack = np.broadcast_to(np.eye(size), (2, 3, size, size)).copy()
+    stack[1, 2, 0, 0] = -1.0
+    x = to_library(xp, stack, "float32")
+    with pytest.raises(ValueError, match=r"old\[1, 2\]"):
+        _eigh.lower_cholesky(namespace(x=x), x, "old")
+    with pytest.raises(ValueError, match="old is"):
+        _eigh.lower_cholesky(namespace(x=x), x[1, 2, ...], "old")
+    factor = _eigh.lower_cholesky(namespace(x=x), x[0, ...], "old")
+    np.testing.assert_array_equal(to_numpy(factor), stack[0])
+
+
+def test_what_is_no_fault_of_the_matrix_is_raised_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(_: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(np.linalg, "cholesky", no_memory)
+    with pytest.raises(MemoryError):
+        _eigh.lower_cholesky(np, np.eye(3), "old")

@@ -1,7 +1,10 @@
 """Second moments: a monoid, and its precision. Histories: weighted sums of them."""
 
+import io
+import tracemalloc
 from fractions import Fraction
 from types import ModuleType
+from typing import Any
 
 import array_api_strict as strict
 import libraries
@@ -219,7 +222,107 @@ def test_libraries_do_not_mix() -> None:
         combine(second_moment(np.eye(2)), second_moment(strict.asarray(np.eye(2))))
 
 
+def test_masked_and_foreign_dtypes_are_refused_in_one_line() -> None:
+    masked = np.ma.masked_array(np.ones((3, 2)), mask=np.zeros((3, 2), dtype=bool))
+    with pytest.raises(TypeError, match="mask"):
+        second_moment(masked)
+    foreign = pytest.importorskip("ml_dtypes")
+    for dtype in (foreign.bfloat16, foreign.float8_e4m3fn):
+        with pytest.raises(TypeError, match="real floating"):
+            second_moment(np.ones((3, 2), dtype))
+
+
+def test_checking_tokens_makes_no_copy_of_them() -> None:
+    tokens = np.ones((4000, 500), np.float32)
+    tracemalloc.start()
+    try:
+        second_moment(tokens)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 0.9 * tokens.nbytes
+
+
+@pytest.mark.parametrize("made", [lambda x: second_moment(x), lambda x: remember(None, x.mT @ x)])
+def test_a_factor_is_refused_and_not_taken_for_a_repetition(xp: ModuleType, made: Any) -> None:
+    moments = made(to_library(xp, np.eye(3), "float32"))
+    for product in (lambda: 2 * moments, lambda: moments * 2):
+        with pytest.raises(TypeError, match="multiplied"):
+            product()
+
+
+@given(seed=seeds, dtype=dtypes)
+def test_what_is_stored_comes_back_the_same(xp: ModuleType, seed: int, dtype: str) -> None:
+    x = to_library(xp, tokens_of(seed, 7, 3), dtype)
+    moments = second_moment(x) + second_moment(x)
+    history = remember(remember(None, moments), moments, weight=3.0, decay=0.5)
+    for whole in (moments, history):
+        file = io.BytesIO()
+        np.savez(file, **{name: to_numpy(a) for name, a in whole.to_arrays().items()})
+        stored = np.load(io.BytesIO(file.getvalue()))
+        for again in (type(whole).from_arrays(stored), type(whole).from_arrays(whole.to_arrays())):
+            assert type(again) is type(whole)
+            for name, field in zip(whole._fields, whole, strict=True):
+                if field is not None:
+                    np.testing.assert_array_equal(to_numpy(getattr(again, name)), to_numpy(field))
+            assert again.unit == moments.unit
+    assert isinstance(Moments.from_arrays(moments.to_arrays()).count, int)
+
+
+def test_stored_arrays_that_do_not_fit_are_refused() -> None:
+    arrays = second_moment(np.eye(2)).to_arrays()
+    with pytest.raises(ValueError, match="weight"):
+        Moments.from_arrays(arrays | {"weight": np.ones(())})
+    with pytest.raises(ValueError, match="square"):
+        Moments.from_arrays(arrays | {"total": np.ones((2, 3))})
+    with pytest.raises(ValueError, match="count"):
+        Moments.from_arrays({"total": arrays["total"]})
+
+
+@pytest.mark.jax
+@pytest.mark.parametrize("x64", [False, True])
+def test_moments_are_carried_through_compiled_loops(x64: bool) -> None:
+    """With their unit; and with a count that is right, or stops and says so."""
+    jax = pytest.importorskip("jax")
+    with jax.enable_x64(x64):
+        x = jax.numpy.asarray(tokens_of(0, 24, 3).astype(np.float32).reshape(4, 6, 3))
+        add = jax.jit(lambda m, batch: (combine(m, second_moment(batch, check=False)), None))
+        moments, _ = jax.lax.scan(add, second_moment(x[0]).zero(), x)
+        assert int(moments.count) == 24
+        assert float(moments.unit) == 2.0**-23
+        whole = second_moment(x.reshape(24, 3))
+        np.testing.assert_allclose(np.asarray(moments.mean), np.asarray(whole.mean), atol=1e-6)
+        many = moments._replace(count=jax.numpy.asarray(2**31 - 10))
+        for _ in range(3):
+            many, _ = add(many, x[0])
+        if x64:
+            assert int(many.count) == 2**31 + 8
+        assert bool(np.isnan(np.asarray(many.mean)).all()) == (not x64)
+        stacked = jax.vmap(lambda t: second_moment(t, check=False))(x)
+        np.testing.assert_allclose(
+            np.asarray(stacked.mean[2]), np.asarray(second_moment(x[2]).mean), atol=1e-6
+        )
+        if not x64:
+            with pytest.raises(ValueError, match="count"):
+                whole._replace(count=2**40).to_arrays()
+
+
 # Histories
+
+
+def test_histories_of_different_tasks_add_up(xp: ModuleType) -> None:
+    tasks = [second_moment(to_library(xp, tokens_of(k, 5, 3), "float32")) for k in range(3)]
+    apart = [remember(None, tasks[0], weight=2.0), remember(remember(None, tasks[1]), tasks[2])]
+    whole = remember(remember(remember(None, tasks[0], weight=2.0), tasks[1]), tasks[2])
+    for added in (apart[0] + apart[1], sum(apart)):
+        assert isinstance(added, History)
+        np.testing.assert_allclose(to_numpy(added.total), to_numpy(whole.total), rtol=1e-6)
+        assert (added.weight, added.squares) == (whole.weight, whole.squares)
+        assert added.unit == whole.unit
+    with pytest.raises(TypeError, match="History"):
+        apart[0] + tasks[0]
+    with pytest.raises(ValueError, match="shape"):
+        apart[0] + remember(None, to_library(xp, np.eye(2), "float32"))
 
 
 @settings(max_examples=15)

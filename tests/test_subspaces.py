@@ -32,6 +32,7 @@ from strategies import (
 
 from loda_math import (
     _trace_ratio,
+    energy_ratio,
     general_solution,
     general_subspace,
     isolated_solution,
@@ -45,6 +46,7 @@ from loda_math import (
     trace_ratio_solution,
 )
 from loda_math._arrays import namespace
+from loda_math.verify import verify_subspace
 
 NAMES = ("general", "isolated", "null")
 ridges = st.sampled_from([0.0, 1e-10, 1e-6, 1e-2, 1.0])
@@ -562,15 +564,19 @@ def test_reaches_the_root_of_the_characteristic_function(
 def test_the_ratio_only_rises_along_the_iterations(pencil: tuple) -> None:
     solution, s, r = solve_ratio(np, pencil)
     start = np.linalg.qr(scipy.linalg.eigh(s, r)[1][:, ::-1][:, : pencil[2]])[0]
-    least = np.linalg.eigvalsh(r)[: pencil[2]].sum()
     best, steps = largest_ratio(s, r, pencil[2]), []
-    for count in range(5):
-        kappa, value = _trace_ratio._newton(namespace(s=s), s, r, start, count)
-        steps.append(kappa.item())
-        assert kappa + max(value, 0) / least >= best * (1 - 1e-9)
-    assert np.all(np.diff(steps) >= 0)
     # Newton starts at the ratio of Theorem 2.2's basis.
-    assert steps[0] >= ratio(start, s, r) * (1 - 1e-12)
+    kappa, none = np.full((1, 1), ratio(start, s, r)), np.zeros((1, 1))
+    xp = namespace(s=s)
+    for count in range(1, 6):
+        bracket = _trace_ratio._Bracket(none, none + np.inf)
+        floor = _trace_ratio._Floor(none, none)
+        bracket = _trace_ratio._root(xp, s, r, pencil[2], floor, kappa, bracket, count)
+        steps.append(bracket.low.item())
+        assert np.isinf(bracket.high)
+        assert steps[-1] <= best * (1 + 1e-9)
+    assert steps[0] == kappa
+    assert np.all(np.diff(steps) >= 0)
     assert float(solution.multiplier) >= steps[-1] * (1 - 1e-12)
 
 
@@ -784,3 +790,195 @@ def test_an_unknown_measure_is_refused(xp: ModuleType) -> None:
     m = to_library(xp, np.eye(2), "float32")
     with pytest.raises(ValueError, match="of must be"):
         rank_for(m, None, 0.5, of="variance")  # type: ignore[arg-type]
+
+
+# The scale of the ridge
+
+SCALES = ("channels", "eigenvalues")
+
+
+def typical(energies: Matrix) -> float:
+    """The mean of energies of which none counts for more than eight times that mean."""
+    excess = lambda c: np.minimum(energies, 8 * c).mean() - c  # noqa: E731
+    least = 1e-9 * energies.mean()
+    # Concave, and zero at 0: positive up to the root, if it rises at all.
+    if excess(least) <= 0:
+        return 0.0
+    return float(scipy.optimize.brentq(excess, least, 2 * energies.mean(), xtol=1e-300))
+
+
+@st.composite
+def with_outliers(draw: st.DrawFn) -> tuple[Matrix, Matrix]:
+    """Energies of a history of which some are large, and a rotation for them."""
+    size = draw(st.sampled_from([8, 9, 24]))
+    rng = np.random.default_rng(draw(seeds))
+    energies = rng.uniform(0.1, 1, size)
+    energies[: draw(st.integers(0, size // 3))] *= draw(st.sampled_from([1e1, 1e3, 1e6]))
+    return energies, orthogonal(size, rng)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@few
+@given(case=with_outliers(), ridge=st.sampled_from([1e-2, 1.0]))
+def test_the_ridge_is_relative_to_a_typical_energy(
+    xp: ModuleType, scale: Any, case: tuple, ridge: float
+) -> None:
+    energies, q = case
+    old = np.diag(energies) if scale == "channels" else from_spectrum(energies, q)
+    # A flat new task shows R: the generalised eigenvalues are its inverse ones.
+    new = to_library(xp, np.eye(len(old)))
+    solution = isolated_solution(new, to_library(xp, old), 1, ridge=ridge, ridge_scale=scale)
+    added = ridge * typical(energies)
+    floor = 4 * EPS["float64" if widest_dtype(xp) == "float64" else "float32"] * energies.sum()
+    expected = energies.sum() / len(old) / (energies.min() + np.asarray([added, floor]).max())
+    tolerance = 1e-6 if widest_dtype(xp) == "float64" else 0.3
+    if added > 10 * floor:
+        assert float(solution.values[0]) == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@few
+@given(
+    amplitude=st.sampled_from([1.0, 10.0, 1e2, 1e3, 1e4]),
+    count=st.integers(0, 5),
+    shared=st.booleans(),
+    seed=seeds,
+)
+def test_outliers_do_not_drown_what_the_new_task_alone_uses(
+    xp: ModuleType, scale: Any, amplitude: float, count: int, shared: bool, seed: int
+) -> None:
+    size, own = 48, 4
+    rng = np.random.default_rng(seed)
+    energies = np.ones(size)
+    energies[:count] = amplitude**2
+    old = energies.copy()
+    old[-own:] = 1e-3
+    new = energies if shared else np.ones(size)
+    q = np.eye(size) if scale == "channels" else orthogonal(size, rng)
+    moments = [to_library(xp, from_spectrum(m, q)) for m in (new, old)]
+    if widest_dtype(xp) != "float64" and amplitude > 100:
+        return  # float32 does not hold such moments
+    u = to_numpy(isolated_subspace(*moments, own, ridge_scale=scale))
+    assert angle(u, q[:, -own:]) < 0.05
+    report = verify_subspace(to_library(xp, u), *moments, "isolated", ridge_scale=scale)
+    assert bool(report.passed)
+
+
+def test_the_mean_energy_is_drowned_by_a_shared_outlier(xp: ModuleType) -> None:
+    old, new = np.ones(64), np.ones(64)
+    old[:4] = 1e-3
+    old[-1] = new[-1] = 1e4
+    moments = [to_library(xp, np.diag(m), "float32") for m in (new, old)]
+    mean, robust = (isolated_subspace(*moments, 4, ridge_scale=s) for s in ("mean", "channels"))
+    assert float(energy_ratio(mean, *moments)) < 1.1
+    assert float(energy_ratio(robust, *moments)) > 900
+    by_traces = trace_ratio_solution(*moments, 4, ridge_scale="channels").basis
+    assert float(energy_ratio(by_traces, *moments)) > 900
+    # Bases are verified, and ranks chosen, at the scale that they were asked for.
+    for scale, passes in (("mean", False), ("channels", True), ("eigenvalues", True)):
+        report = verify_subspace(robust, *moments, "isolated", ridge_scale=scale, tolerance=1e-3)
+        assert bool(report.passed) is passes
+        values = to_numpy(isolated_solution(*moments, 64, ridge_scale=scale).values)
+        curve = to_numpy(rank_for(*moments, 0.9, of="ratio", ridge_scale=scale).curve)
+        np.testing.assert_allclose(curve, np.cumsum(values) / values.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("solve", [isolated_solution, trace_ratio_solution])
+@few
+@given(new=moment(12), old=moment(12), rank=st.integers(1, 12))
+def test_limits_hold_at_any_scale_of_the_ridge(
+    xp: ModuleType, solve: Any, scale: Any, new: Matrix, old: Matrix, rank: int
+) -> None:
+    n, o = to_library(xp, new), to_library(xp, old)
+    # Without a history, and without a ridge, there is nothing to be relative to.
+    for history, ridge in ((0 * n, 1e-2), (o, 0.0)):
+        mean = solve(n, history, rank, ridge=ridge)
+        other = solve(n, history, rank, ridge=ridge, ridge_scale=scale)
+        np.testing.assert_array_equal(to_numpy(other.basis), to_numpy(mean.basis))
+    top = general_solution(n, None, rank)
+    if solve is isolated_solution:
+        quotient = solve(n, 0 * n, rank, ridge_scale=scale).basis
+        same = relative_energy(quotient, n) - relative_energy(top.basis, n)
+        assert abs(float(same)) < (1e-9 if widest_dtype(xp) == "float64" else 1e-4)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@few
+@given(pencil=pencils(24), exponents=st.tuples(*[st.integers(-100, 100)] * 2), dtype=dtypes)
+def test_any_scale_of_the_ridge_is_safe_and_free_of_units(
+    xp: ModuleType, scale: Any, pencil: tuple, exponents: tuple[int, int], dtype: str
+) -> None:
+    new, old, rank = pencil
+    units = (1.0, 1.0), (2.0 ** exponents[0], 2.0 ** exponents[1])
+    if dtype == "float32":
+        units = units[0], (2.0 ** (exponents[0] // 4), 2.0 ** (exponents[1] // 4))
+    here, there = (
+        to_numpy(
+            isolated_subspace(
+                to_library(xp, a * new, dtype), to_library(xp, b * old, dtype), rank,
+                ridge_scale=scale,
+            )
+        )
+        for a, b in units
+    )  # fmt: skip
+    np.testing.assert_array_equal(here, there)
+    active = np.any(here != 0, axis=0)
+    rounding = 4 if widest_dtype(xp) == "float64" else 40
+    np.testing.assert_allclose(
+        here.T @ here, np.diag(active * 1.0), atol=1e-11 + rounding * EPS[dtype]
+    )
+
+
+@few
+@given(case=with_outliers(), seed=seeds)
+def test_what_a_scale_of_the_ridge_depends_on(xp: ModuleType, case: tuple, seed: int) -> None:
+    if widest_dtype(xp) != "float64":
+        pytest.skip("in float32 outliers of 1e6 leave no digits")
+    energies, q = case
+    size = len(energies)
+    rng = np.random.default_rng(seed)
+    new = from_spectrum(rng.uniform(0.1, 1, size), orthogonal(size, rng))
+    old = from_spectrum(energies, q)
+    order = rng.permutation(size)
+    # Eigenvalues turn with the inputs; channels may change places.
+    for scale, turn in (("eigenvalues", orthogonal(size, rng)), ("channels", np.eye(size)[order])):
+        here, there = (
+            isolated_solution(
+                *(to_library(xp, t @ m @ t.T) for m in (new, old)), 1, ridge_scale=scale
+            )
+            for t in (np.eye(size), turn)
+        )
+        assert float(there.values[0]) == pytest.approx(float(here.values[0]), rel=1e-6)
+    # Where no channel has more than eight times the mean energy, the mean is the typical one.
+    if np.diag(old).max() < 7.9 * np.diag(old).mean():
+        bases = [
+            to_numpy(isolated_subspace(to_library(xp, new), to_library(xp, old), 1, ridge_scale=s))
+            for s in ("mean", "channels")
+        ]
+        np.testing.assert_array_equal(*bases)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_layer_of_a_stack_has_its_own_scale(xp: ModuleType, scale: Any) -> None:
+    rng = np.random.default_rng(0)
+    old = np.stack([np.diag(rng.uniform(0.5, 1, 20)) for _ in range(3)])
+    old[0, 0, 0], old[1, 3, 3] = 1e4, 1e2
+    new = np.stack([from_spectrum(rng.uniform(0.5, 1, 20), orthogonal(20, rng)) for _ in range(3)])
+    n, o = to_library(xp, new, "float32"), to_library(xp, old, "float32")
+    together = isolated_solution(n, o, 3, ridge=0.1, ridge_scale=scale)
+    for k in range(3):
+        alone = isolated_solution(n[k, ...], o[k, ...], 3, ridge=0.1, ridge_scale=scale)
+        np.testing.assert_allclose(to_numpy(together.values)[k], to_numpy(alone.values), rtol=1e-4)
+
+
+def test_an_unknown_scale_of_the_ridge_is_refused(xp: ModuleType) -> None:
+    m = to_library(xp, np.eye(2), "float32")
+    solvers: list[Any] = [isolated_subspace, isolated_solution, trace_ratio_solution]
+    for solve in solvers:
+        with pytest.raises(ValueError, match="ridge_scale"):
+            solve(m, m, 1, ridge_scale="median")
+    with pytest.raises(ValueError, match="ridge_scale"):
+        rank_for(m, m, 0.5, ridge_scale="median")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="ridge_scale"):
+        verify_subspace(m, m, m, "isolated", ridge_scale="median")  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """Several processes of one step, one pass, one model: threads stand in for them here.
 
-`test_processes` has real ones.
+Below them are real ones.
 """
 
 import copy
@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import ranks
 import torch
 import torch.nn.functional as F  # noqa: N812
 from tiny_models import MLP, mlp
@@ -20,6 +21,7 @@ from backends.torch import (
     LoDASettings,
     Reduce,
     collect_moments,
+    draw_permutation,
     gradient_aligned_step,
     plain_step,
 )
@@ -160,7 +162,10 @@ def test_tasks_are_those_of_one_process() -> None:
             generator = torch.Generator().manual_seed(task)
             loss = share_loss(model, x, y, mine, loda.trainable_parameters()[0])
             for _ in range(3):
-                loda.step(loss, y, optimizer, radius=0.3, generator=generator)
+                gradient_aligned_step(
+                    loss, y, optimizer, loda.lora_parameters(), radius=0.3,
+                    permutation=draw_permutation(y, generator), reduce=reduce,
+                )  # fmt: skip
             loda.end_task(list(x[mine.start : mine.stop].split(3)))
         return {**model.state_dict(), **loda.state_dict()}
 
@@ -170,3 +175,56 @@ def test_tasks_are_those_of_one_process() -> None:
     for shared in together(2, lambda rank, reduce: learn(models[rank], parts[rank], reduce)):
         for name, tensor in expected.items():
             torch.testing.assert_close(shared[name], tensor, rtol=1e-8, atol=1e-10)
+
+
+# Real processes: half a minute, most of it the start of two interpreters
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    results = ranks.together(tmp_path_factory.mktemp("ranks"))
+    for result in results:
+        assert "error" not in result, result["error"]
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.gate
+@pytest.mark.parametrize("take", ranks.TAKES)
+@pytest.mark.parametrize("wrap", ranks.WRAPS)
+def test_processes_train_the_model_of_one_process(
+    wrap: str, take: str, processes: list[dict[str, Any]]
+) -> None:
+    """With and without DistributedDataParallel, in one call and in phases."""
+    expected = ranks.learn("bare", take, range(ranks.ROWS), rank=0)
+    for result in processes:
+        shared = result[f"{wrap}, {take}"]
+        assert shared.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(shared[name], tensor, rtol=1e-8, atol=1e-10, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.gate
+def test_a_process_that_would_share_nothing_says_what_to_do(
+    processes: list[dict[str, Any]],
+) -> None:
+    for result in processes:
+        said = result["messages"]
+        assert "reduce" in said["aligned"]
+        assert "reduce" in said["plain"]
+        assert "share()" in said["forgotten"]
+        assert "depends on no branch" in said["cached"]
+        assert said["alone"] == "nothing"
+
+
+@pytest.mark.slow
+@pytest.mark.gate
+def test_moments_are_summed_over_processes_unless_they_are_not_to_be(
+    processes: list[dict[str, Any]],
+) -> None:
+    first, second = (result["moments"] for result in processes)
+    whole = collect_moments(mlp(), [ranks.images(0)], "0")["0"].mean
+    torch.testing.assert_close(first["shared"], whole)
+    assert torch.equal(first["shared"], second["shared"])
+    assert not torch.allclose(first["own"], second["own"])

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,16 @@ from strategies import seeds
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from backends.torch import AlignedStep, draw_permutation, gradient_aligned_step, plain_step
+from backends.torch import (
+    AlignedStep,
+    Half,
+    Halves,
+    Part,
+    draw_permutation,
+    gradient_aligned_step,
+    plain_step,
+)
+from loda_math import gradient_alignment, lookahead
 
 CLASSES = 4
 BROKEN = "it broke on purpose"
@@ -412,3 +422,502 @@ def test_wrong_arguments_are_refused() -> None:
             p.step(optimizer, permutation=torch.tensor(permutation))
     with pytest.raises(ValueError, match="perturb"):
         gradient_aligned_step(p.loss, p.y, optimizer, [], radius=0.1, permutation=p.permutation)
+
+
+# The look-ahead against its definition
+
+
+def gradients_of_every_kind() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    scales = (1.0, 1e-30, 1e30, 0.0)  # the square of the second underflows, of the third overflows
+    return [s * torch.randn(5, 3, generator=generator) for s in scales]
+
+
+def test_moves_and_alignment_are_those_of_the_mathematics() -> None:
+    gradients = gradients_of_every_kind()
+    tensors = [nn.Parameter(torch.randn(5, 3)) for _ in gradients]
+    expected = lookahead([p.detach() for p in tensors], gradients, 0.4)
+    optimizer = SGD(tensors, lr=0.0)
+    places: list[list[Tensor]] = []
+
+    def loss(rows: Tensor) -> Tensor:
+        places.append([p.detach().clone() for p in tensors])
+        sign = 1.0 if int(rows[0]) == 0 else -1.0
+        return sign * sum((p * g).sum() for p, g in zip(tensors, gradients, strict=True))
+
+    order = torch.tensor([0, 1])
+    step = gradient_aligned_step(loss, order, optimizer, tensors, radius=0.4, permutation=order)
+    torch.testing.assert_close(places[1], expected)
+    assert step.alignment is not None
+    assert float(step.alignment) == pytest.approx(-1.0)
+
+
+@given(seed=seeds)
+def test_alignment_is_the_cosine_of_the_two_gradients(seed: int) -> None:
+    p = Problem(seed)
+    values = []
+    for source, goal in (p.halves(), p.halves()[::-1]):
+        pair = [torch.autograd.grad(p.loss(rows), p.perturbed) for rows in (source, goal)]
+        values.append(float(gradient_alignment(*pair)))
+    step = p.step(SGD(p.parameters, lr=0.0), 0.0)  # neither moved nor stepped
+    assert step.alignment is not None
+    assert float(step.alignment) == pytest.approx(sum(values) / 2)
+
+
+def test_source_loss_is_the_mean_loss_at_the_parameters_before() -> None:
+    p = Problem()
+    rows = torch.arange(16)
+    step = p.step(SGD(p.parameters, lr=0.0), 0.7)
+    assert step.source_loss is not None
+    assert float(step.source_loss) == pytest.approx(float(p.loss(rows).detach()))
+    assert float(step.loss) != pytest.approx(float(step.source_loss))
+    plain = plain_step(p.loss, p.y, sgd(p.parameters))
+    assert plain.source_loss is None
+    assert plain.alignment is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tensors_in_half_precision_move_and_come_back(dtype: torch.dtype) -> None:
+    w = nn.Parameter(torch.randn(64).to(dtype))
+    other = nn.Parameter(torch.randn(3, dtype=torch.float64))  # types may be mixed
+    before, y, places = w.detach().clone(), torch.tensor([0, 1]), []
+
+    def loss(rows: Tensor) -> Tensor:
+        places.append(w.detach().float().clone())
+        return ((w.float() - rows[0]) ** 2).sum() + (other**2).sum()
+
+    tensors = [w, other]
+    gradient_aligned_step(loss, y, SGD(tensors, lr=0.0), tensors, radius=0.5, permutation=y)
+    assert float((places[1] - places[0]).norm()) == pytest.approx(0.5, rel=2e-2)
+    assert torch.equal(w.detach(), before)
+
+
+# Optimisers that miss the branches, losses that do not depend on them
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("held", ["none", "head", "some", "copies"])
+def test_optimiser_that_misses_moved_tensors_is_refused(held: str, whole: bool) -> None:
+    p = Problem()
+    before = p.values()
+    spare = nn.Parameter(torch.zeros(1))
+    trained = {
+        "none": [spare],
+        "head": [p.head],
+        "some": [p.up, p.head],
+        "copies": [nn.Parameter(x.detach().clone()) for x in p.parameters],
+    }[held]
+    take = p.step if whole else partial(take_in_phases, p)
+    with pytest.raises(ValueError, match="missing"):
+        take(sgd(trained))
+    assert equal(p.values(), before)
+
+
+@pytest.mark.parametrize("one_class", [False, True])
+@pytest.mark.parametrize("in_phases", [False, True])
+def test_loss_that_depends_on_no_moved_tensor_is_an_error(one_class: bool, in_phases: bool) -> None:
+    p = Problem()
+    features = (p.x @ p.down.T @ p.up.T).tanh().detach()  # stored
+    labels = torch.zeros_like(p.y) if one_class else p.y
+    permutation = labels.unique()
+    before = p.values()
+
+    def loss(rows: Tensor) -> Tensor:
+        return F.cross_entropy(features[rows] @ p.head.T, p.y[rows])
+
+    take = partial(take_in_phases, p) if in_phases else p.step
+    with pytest.raises(RuntimeError, match="depends on no"):
+        take(sgd(p.parameters), loss=loss, labels=labels, permutation=permutation)
+    assert equal(p.values(), before)
+
+
+def test_optimiser_that_takes_no_step_is_an_error() -> None:
+    class Waiting:
+        """As Accelerate wraps one while gradients are accumulated."""
+
+        def __init__(self, inner: Optimizer) -> None:
+            self.inner, self.param_groups = inner, inner.param_groups
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            self.inner.zero_grad(set_to_none)
+
+        def step(self) -> None:
+            pass
+
+    p = Problem()
+    before = p.values()
+    with pytest.raises(RuntimeError, match="accumulated"):
+        p.step(Waiting(sgd(p.parameters)))  # type: ignore[arg-type]
+    assert equal(p.values(), before)
+
+
+# Autocast
+
+
+class Cast:
+    """A product that autocast reaches, with float32 tensors."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.x, self.y = torch.randn(16, 8), torch.arange(16) % 4
+        self.up, self.down = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(3, 8))
+        self.tensors = [self.up, self.down]
+
+    def loss(self, rows: Tensor) -> Tensor:
+        logits = F.linear(F.linear(self.x[rows], self.down), self.up)
+        return F.cross_entropy(logits.float(), self.y[rows])
+
+    def run(self, take: Callable[..., None], outside: bool) -> list[Tensor]:
+        autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=outside)
+
+        def loss(rows: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return self.loss(rows)
+
+        optimizer = SGD(self.tensors, lr=0.5)
+        with autocast:
+            for _ in range(3):
+                if outside:
+                    with torch.no_grad():  # an evaluation fills the cache with casts without graph
+                        self.loss(torch.arange(16))
+                take(self, optimizer, self.loss if outside else loss)
+        return [p.detach().clone() for p in self.tensors]
+
+
+def cast_whole(p: Cast, optimizer: Optimizer, loss: Any) -> None:
+    order = torch.arange(4)
+    gradient_aligned_step(loss, p.y, optimizer, p.tensors, radius=0.5, permutation=order)
+
+
+def cast_plain(p: Cast, optimizer: Optimizer, loss: Any) -> None:
+    plain_step(loss, p.y, optimizer)
+
+
+def cast_in_phases(p: Cast, optimizer: Optimizer, loss: Any) -> None:
+    halves = Halves(p.y, optimizer, p.tensors, radius=0.5, permutation=torch.arange(4))
+    for half in halves:
+        for part in half.source:
+            loss(part.rows).backward()
+        half.look_ahead()
+        for part in half.target:
+            loss(part.rows).backward()
+        optimizer.step()
+        half.restore()
+
+
+@pytest.mark.parametrize("take", [cast_whole, cast_plain, cast_in_phases])
+def test_autocast_around_the_step_is_autocast_inside_the_loss(take: Any) -> None:
+    inside, around = Cast().run(take, outside=False), Cast().run(take, outside=True)
+    assert equal(inside, around)
+
+
+# The step in phases
+
+
+def take_in_phases(
+    p: Problem,
+    optimizer: Optimizer | list[Optimizer],
+    radius: float = 0.3,
+    *,
+    loss: Any = None,
+    labels: Any = None,
+    permutation: Tensor | None = None,
+    between: Callable[[Half], None] = lambda _: None,
+    sizes: tuple[int, ...] = (16,),
+) -> Halves:
+    """The step over a window of mini-batches; ``between`` is called before the optimisers step."""
+    loss = loss or p.loss
+    labels = p.y if labels is None else labels
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    window = [labels[a : a + n] for a, n in zip(starts, sizes, strict=True)]
+    optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
+    halves = Halves(
+        window,
+        optimizers,
+        p.perturbed,
+        radius=radius,
+        permutation=p.permutation if permutation is None else permutation,
+    )
+    for half in halves:
+        for part in half.source:
+            (part.weight * loss(part.rows + starts[part.batch])).backward()
+        half.look_ahead()
+        for part in half.target:
+            (part.weight * loss(part.rows + starts[part.batch])).backward()
+        between(half)
+        for one in optimizers:
+            one.step()
+        half.restore()
+    return halves
+
+
+@pytest.mark.parametrize("sizes", [(16,), (4, 4, 4, 4), (1, 9, 6), (15, 1)])
+@pytest.mark.parametrize("make", [sgd, adamw])
+@given(seed=seeds)
+def test_step_in_phases_is_the_step(make: Make, sizes: tuple[int, ...], seed: int) -> None:
+    p, q = Problem(seed), Problem(seed)
+    optimizer, other = make(p.parameters), make(q.parameters)
+    for _ in range(2):
+        step = p.step(optimizer)
+        halves = take_in_phases(q, other, sizes=sizes)
+        assert halves.steps == step.steps == 2
+        torch.testing.assert_close(halves.alignment, step.alignment, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(p.values(), q.values(), rtol=1e-9, atol=1e-12)
+    if len(sizes) == 1:
+        assert equal(p.values(), q.values())
+
+
+def test_gradients_from_before_and_those_on_the_source_do_not_reach_the_optimiser() -> None:
+    p, q = Problem(), Problem()
+    p.loss(torch.arange(16)).backward()
+    stray = nn.Parameter(torch.zeros(2))
+    stray.grad = torch.ones(2)
+    seen: list[Tensor] = []
+    take_in_phases(p, sgd([*p.parameters, stray]), between=lambda _: seen.append(p.head.grad))
+    take_in_phases(q, sgd(q.parameters))
+    assert equal(p.values(), q.values())
+    assert not torch.count_nonzero(stray)
+    # The head takes part in the target only.
+    r = Problem()
+    with_hands = by_hand(r, r.values(), PlainSGD(), 0.3)[0]
+    torch.testing.assert_close(p.values(), with_hands, rtol=1e-8, atol=1e-10)
+
+
+def test_gradients_may_be_clipped_and_several_optimisers_step() -> None:
+    p, q = Problem(), Problem()
+    separate = [SGD(p.perturbed, lr=0.05), SGD([p.head], lr=0.05)]
+    together = SGD(q.parameters, lr=0.05)
+    norms: list[float] = []
+
+    def clip(problem: Problem) -> Callable[[Half], None]:
+        def between(half: Half) -> None:
+            half.share()
+            norms.append(float(nn.utils.clip_grad_norm_(problem.parameters, 0.01)))
+
+        return between
+
+    halves = take_in_phases(p, separate, between=clip(p))
+    take_in_phases(q, together, between=clip(q))
+    assert halves.steps == 2
+    assert min(norms) > 0.01
+    assert equal(p.values(), q.values())
+    start = Problem().values()
+    for now, before in zip(p.values(), start, strict=True):
+        assert 0 < float((now - before).norm()) <= 0.0011
+
+
+@pytest.mark.parametrize("bad", ["source", "target"])
+def test_a_step_that_a_scaler_skips_leaves_no_trace(bad: str) -> None:
+    torch.manual_seed(0)
+    w, head = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(6))
+    before = [w.detach().clone(), head.detach().clone()]
+    optimizer = SGD([w, head], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    halves = Halves(
+        torch.tensor([0, 1]), optimizer, [w], radius=0.5, permutation=torch.tensor([0, 1])
+    )
+    scales = []
+    for half in halves:
+
+        def loss(overflows: bool) -> Tensor:
+            value = (w**2).sum() + (w * head).sum()
+            return value * math.inf if overflows else value
+
+        scaler.scale(loss(bad == "source")).backward()
+        half.look_ahead()
+        scaler.scale(loss(bad == "target")).backward()
+        half.share()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        half.restore()
+        assert not half.stepped
+        scales.append(scaler.get_scale())
+    assert halves.steps == 0
+    assert scales == [2.0**15, 2.0**14]
+    assert torch.equal(w, before[0])
+    assert torch.equal(head, before[1])
+
+
+def test_a_step_with_scaled_losses_is_the_step() -> None:
+    p, q = Problem(), Problem()
+    optimizer, scaler = sgd(p.parameters), torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    for half in Halves(p.y, optimizer, p.perturbed, radius=0.3, permutation=p.permutation):
+        for part in half.source:
+            scaler.scale(p.loss(part.rows)).backward()
+        half.look_ahead()
+        for part in half.target:
+            scaler.scale(p.loss(part.rows)).backward()
+        scaler.step(optimizer)
+        half.restore()
+        scaler.update()
+    q.step(sgd(q.parameters))
+    torch.testing.assert_close(p.values(), q.values())
+
+
+def test_an_optimiser_with_a_closure_steps_on_the_target() -> None:
+    p, q = Problem(), Problem()
+    optimizer = torch.optim.LBFGS(p.parameters, lr=0.1, max_iter=1)
+    seen: list[Tensor] = []
+    for half in Halves(p.y, optimizer, p.perturbed, radius=0.3, permutation=p.permutation):
+
+        def backward(parts: list[Part]) -> Tensor:
+            for part in parts:
+                optimizer.zero_grad()
+                value = p.loss(part.rows)
+                value.backward()
+            return value.detach()
+
+        backward(half.source)
+        half.look_ahead()
+        optimizer.step(partial(backward, half.target))
+        half.restore()
+        seen.append(p.values())
+    rows = torch.arange(16)
+    assert float(p.loss(rows).detach()) < float(q.loss(rows).detach())
+
+
+@pytest.mark.parametrize("groups", [8, torch.arange(8) * 0 + 5])
+def test_one_group_is_a_plain_step_and_a_number_a_random_split(groups: Any) -> None:
+    w = nn.Parameter(torch.zeros(8, dtype=torch.float64))
+    order = torch.tensor([5]) if isinstance(groups, Tensor) else torch.randperm(8)
+    optimizer = SGD([w], lr=0.1)
+    halves, rows = Halves(groups, optimizer, [w], radius=0.3, permutation=order), []
+    for half in halves:
+        for part in half.source:
+            ((w[part.rows] - 1) ** 2).mean().backward()
+        half.look_ahead()
+        for part in half.target:
+            rows += part.rows.tolist()
+            ((w[part.rows] - 1) ** 2).mean().backward()
+        optimizer.step()
+        half.restore()
+    assert sorted(rows) == list(range(8))
+    if isinstance(groups, Tensor):
+        assert halves.steps == 1
+        assert halves.alignment is None
+        torch.testing.assert_close(w.detach(), torch.full((8,), 0.025, dtype=torch.float64))
+    else:
+        assert halves.steps == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int64])
+def test_groups_may_be_any_integers(dtype: torch.dtype) -> None:
+    p, q = Problem(), Problem()
+    p.step(sgd(p.parameters))
+    if dtype == torch.int64:
+        names = torch.tensor([-7, 12345678, 0, 3])
+    else:
+        names = torch.tensor([70, 12, 0, 3])
+    take_in_phases(
+        q, sgd(q.parameters), labels=names[q.y].to(dtype), permutation=names[q.permutation]
+    )
+    assert equal(p.values(), q.values())
+
+
+@pytest.mark.parametrize(
+    ("groups", "failure"),
+    [
+        (torch.rand(4), TypeError),
+        ([], ValueError),
+        (0, ValueError),
+        ([3, torch.arange(2)], ValueError),
+    ],
+    ids=str,
+)
+def test_groups_that_are_none_are_refused(groups: Any, failure: type[Exception]) -> None:
+    w = nn.Parameter(torch.zeros(2))
+    with pytest.raises(failure):
+        Halves(groups, SGD([w], lr=0.1), [w], radius=0.1, permutation=torch.arange(4))
+
+
+@pytest.mark.parametrize("at", ["source", "target", "step"])
+def test_error_in_the_loop_puts_everything_back(at: str) -> None:
+    p = Problem()
+    before = p.values()
+
+    def loss(rows: Tensor) -> Tensor:
+        moved = not torch.equal(p.up, before[0])
+        if at == ("target" if moved else "source"):
+            raise RuntimeError(BROKEN)
+        return p.loss(rows)
+
+    def between(_: Half) -> None:
+        if at == "step":
+            raise RuntimeError(BROKEN)
+
+    with pytest.raises(RuntimeError, match=BROKEN):
+        take_in_phases(p, sgd(p.parameters), loss=loss, between=between)
+    assert equal(p.values(), before)
+    sgd(p.parameters).step()  # no longer watched
+
+
+def test_calls_out_of_order_are_errors() -> None:
+    p = Problem()
+    before = p.values()
+    optimizer = sgd(p.parameters)
+
+    def halves() -> Halves:
+        return Halves(p.y, optimizer, p.perturbed, radius=0.1, permutation=p.permutation)
+
+    def gradients(parts: list[Part]) -> None:
+        for part in parts:
+            p.loss(part.rows).backward()
+
+    def too_soon(call: str) -> None:
+        for half in halves():
+            gradients(half.source)
+            getattr(half, call)()
+
+    def step_too_soon() -> None:
+        for half in halves():
+            gradients(half.source)
+            optimizer.step()
+
+    def forgotten() -> None:
+        for half in halves():
+            gradients(half.source)
+            half.look_ahead()
+            gradients(half.target)
+            optimizer.step()
+
+    def twice() -> None:
+        for half in halves():
+            gradients(half.source)
+            half.look_ahead()
+            half.look_ahead()
+
+    for call in (
+        lambda: too_soon("share"), lambda: too_soon("restore"), step_too_soon, forgotten, twice,
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match="restore"):
+            call()
+    assert equal(p.values()[:2], before[:2])
+    used = take_in_phases(p, optimizer)
+    with pytest.raises(RuntimeError, match="once"):
+        next(iter(used))
+
+
+def test_what_accelerate_accumulates_is_an_error_and_the_window_is_not() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    p, q = Problem(), Problem()
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=4)
+    optimizer = accelerator.prepare(sgd(p.parameters))
+    before = p.values()
+    for call in (
+        lambda: p.step(optimizer, backward=accelerator.backward),
+        lambda: take_in_phases(p, optimizer),
+    ):
+        with (
+            accelerator.accumulate(nn.Linear(1, 1)),
+            pytest.raises(RuntimeError, match="ccumulat"),
+        ):
+            call()
+    assert equal(p.values(), before)
+    for state in (accelerate.state.AcceleratorState, accelerate.state.GradientState):
+        state._reset_state()
+    plain = accelerate.Accelerator(cpu=True)
+    take_in_phases(p, plain.prepare(sgd(p.parameters)), sizes=(4, 4, 4, 4))
+    q.step(sgd(q.parameters))
+    torch.testing.assert_close(p.values(), q.values(), rtol=1e-9, atol=1e-12)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,5 +1,8 @@
 """Finding, replacing and restoring layers in models of all kinds."""
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from tiny_models import vit
 from torch import Tensor, nn
 
-from backends.torch import LoRALinear, adapt, attach, find_layers, restore
+from backends.torch import PRESETS, LoRALinear, adapt, attach, find_layers, restore
 
 
 class Attention(nn.Module):
@@ -168,6 +171,64 @@ def test_bare_linear_layer_cannot_be_replaced_in_place() -> None:
     assert list(layers) == ["0"]
 
 
+NAMES = ["enc.0.q", "enc.0.k", "enc.1.q", "enc.1.k", "q", "head"]
+
+
+def named() -> nn.Module:
+    model = nn.Module()
+    for name in NAMES:
+        *path, last = name.split(".")
+        parent = model
+        for part in path:
+            if part not in dict(parent.named_children()):
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(last, nn.Linear(4, 4))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("target", "exclude", "names"),
+    [
+        ("k", (), ["enc.0.k", "enc.1.k"]),  # a suffix
+        ("q", (), ["q"]),  # a layer of that very name
+        ("0.q", (), ["enc.0.q"]),
+        (["k", "head"], (), ["enc.0.k", "enc.1.k", "head"]),
+        ("*", "q", [n for n in NAMES if n != "q"]),
+        ("all-linear", ["*.1.*", "head"], ["enc.0.q", "enc.0.k", "q"]),
+        ("enc.?.[qk]", "*.0.q", ["enc.0.k", "enc.1.q", "enc.1.k"]),
+    ],
+)
+def test_layers_are_named_by_suffix_pattern_and_exclusion(
+    target: Any, exclude: Any, names: list[str]
+) -> None:
+    assert sorted(find_layers(named(), target, exclude)) == sorted(names)
+
+
+def test_exclusions_that_match_nothing_or_everything_are_errors() -> None:
+    with pytest.raises(ValueError, match=r"enc\.9"):
+        find_layers(named(), "*", "enc.9.q")
+    with pytest.raises(ValueError, match="exclude"):
+        find_layers(named(), "k", "*.k")
+
+
+def test_any_name_of_a_shared_layer_may_be_given() -> None:
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
+    assert list(find_layers(model, "b.0")) == ["a"]
+    assert list(find_layers(model, "b.*")) == ["a"]
+
+
+def test_all_linear_leaves_out_what_a_model_calls_its_output() -> None:
+    assert "head" not in find_layers(vit(), "all-linear")
+    assert len(find_layers(vit(), "all-linear")) == 8
+    assert len(find_layers(vit(), "*")) == 9
+
+
+def test_presets_name_patterns() -> None:
+    assert find_layers(vit(), "timm").keys() == find_layers(vit(), PRESETS["timm"]).keys()
+
+
 @given(chosen=st.sets(st.integers(0, 5), min_size=1))
 def test_any_subset_of_layers_comes_back_as_it_was(chosen: set[int]) -> None:
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(6)))
@@ -176,3 +237,86 @@ def test_any_subset_of_layers_comes_back_as_it_was(chosen: set[int]) -> None:
     assert {i for i, original in enumerate(originals) if model[i] is not original} == chosen
     restore(model, layers)
     assert all(a is b for a, b in zip(model, originals, strict=True))
+
+
+# Hooks of the user
+
+
+def test_hooks_see_input_and_whole_output_in_the_shape_of_the_layer() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    x = torch.randn(3, 5, 4, requires_grad=True)
+    seen: dict[str, Any] = {}
+    kept: list[tuple[Tensor, Tensor]] = []  # an output as it was, and as it is held
+
+    def after(module: nn.Module, args: Any, output: Tensor) -> None:
+        seen.update(input=args[0], output=output)
+        kept.append((output.detach().clone(), output))
+
+    before = model[0].register_forward_pre_hook(lambda _, args: (args[0] * 2,))
+    model[0].register_forward_hook(after)
+    model[0].register_full_backward_hook(lambda _, __, grad: seen.update(gradient=grad[0]))
+    layers = adapt(model, "0")
+    fill(layers)
+    model(x).sum().backward()
+    effective = layers["0"].weight.detach()
+    torch.testing.assert_close(seen["input"], 2 * x)
+    expected = nn.functional.linear(2 * x, effective, model[0].bias)
+    torch.testing.assert_close(seen["output"], expected)
+    torch.testing.assert_close(seen["gradient"], model[1].weight.sum(0).expand(3, 5, 4))
+
+    before.remove()  # during the task, by the handle from before it
+    model(x)
+    torch.testing.assert_close(seen["input"], x)
+    late = model[0].register_forward_hook(lambda *_: seen.update(late=True))
+    restore(model, layers)
+    model(x)
+    assert seen.pop("late")
+    late.remove()
+    model(x)
+    assert "late" not in seen
+    assert all(torch.equal(was, held) for was, held in kept)
+    assert len(model[0]._forward_hooks) == 1
+
+
+def test_a_hook_that_changes_the_output_changes_it_adapted_too() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(3, 4)
+    model[0].register_forward_hook(lambda _, __, output: output + 1)
+    layers = adapt(model, "0")
+    fill(layers)
+    adapted = model(x)
+    layers["0"].merge()
+    torch.testing.assert_close(model(x), adapted)
+    restore(model, layers)
+    torch.testing.assert_close(model(x), adapted)
+
+
+def test_backward_hooks_go_on_in_a_copy_too() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), torch.randn(3, 4)
+    seen: list[nn.Module] = []
+    model[0].register_full_backward_hook(lambda module, *_: seen.append(module))
+    layers = adapt(model, "0")
+    fill(layers)
+    model(x.requires_grad_()).sum().backward()
+    assert len(seen) == 1
+    copy.deepcopy(model)(x).sum().backward()
+    assert len(seen) == 2
+
+
+class Keeps(nn.Linear):
+    """A layer that holds what it has returned."""
+
+    last: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = super().forward(x)
+        return self.last
+
+
+def test_what_a_layer_holds_is_not_written_to() -> None:
+    model, x = nn.Sequential(Keeps(4, 4)), torch.randn(2, 3, 4)
+    plain = model(x).detach().clone()
+    layers = adapt(model, "0")
+    fill(layers)
+    assert not torch.allclose(model(x), plain)
+    assert torch.equal(layers["0"].base.last, plain)

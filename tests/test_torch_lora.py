@@ -131,9 +131,11 @@ def test_new_branch_and_no_branch_change_no_bit_of_the_output() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_branches_take_the_dtype_of_the_layer(dtype: torch.dtype) -> None:
+def test_branches_are_float32_or_wider_beside_a_layer_of_any_dtype(dtype: torch.dtype) -> None:
     layer = two_branches(dtype)
-    assert {p.dtype for p in layer.parameters()} == {dtype}
+    wide = torch.promote_types(dtype, torch.float32)
+    assert {p.dtype for p in layer.branches.parameters()} == {wide}
+    assert {p.dtype for p in layer.base.parameters()} == {dtype}
     x = random(3, D, seed=1, dtype=dtype)
     assert layer(x).dtype == layer.weight.dtype == dtype
     # The update itself is summed in float32 or wider: halves would lose small branches.
@@ -242,7 +244,7 @@ def test_names_are_unique_and_known() -> None:
 
 def test_only_linear_layers_with_a_weight_of_their_own_can_be_adapted() -> None:
     with pytest.raises(TypeError, match="Conv2d"):
-        LoRALinear(nn.Conv2d(1, 1, 1))  # type: ignore[arg-type]
+        LoRALinear(nn.Conv2d(1, 1, 3))
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(D, O))
     with pytest.raises(TypeError, match="parametris"):
         LoRALinear(normed)
@@ -355,3 +357,168 @@ def test_copy_in_the_middle_of_a_merge_is_independent() -> None:
     assert layer.merged
     assert torch.equal(twin.base.weight, before)
     assert not torch.equal(layer.base.weight, before)
+
+
+# Half precision
+
+
+def half(norm: float = 4e-3, *, master: bool = False) -> LoRALinear:
+    """A bfloat16 layer with an update of this size relative to its weight."""
+    base = nn.Linear(64, 64).to(torch.bfloat16)
+    base.weight.data.copy_(random(64, 64, seed=1))
+    layer = LoRALinear(base, master=base.weight.detach().float() if master else None)
+    layer.add_branch("a", random(8, 64, seed=2), up=random(64, 8, seed=3))
+    with torch.no_grad():
+        layer.branch("a").up.mul_(norm * base.weight.float().norm() / layer.delta().norm())
+    return layer
+
+
+def test_small_steps_of_an_optimiser_are_not_lost_in_half_precision() -> None:
+    layer = LoRALinear(linear(dtype=torch.bfloat16))
+    layer.add_branch("a", random(R, D, seed=2), up=torch.ones(O, R))
+    optimizer = torch.optim.SGD(layer.branches.parameters(), lr=1e-5)
+    for _ in range(10):
+        optimizer.zero_grad()
+        layer(random(4, D, seed=1, dtype=torch.bfloat16)).float().sum().backward()
+        optimizer.step()
+    moved = layer.branch("a").up.detach() - 1
+    assert bool((moved != 0).all())
+    assert float(moved.abs().max()) < 2**-9  # bfloat16 has nothing that close to 1
+
+
+@pytest.mark.parametrize("norm", [4e-3, 3e-2])
+def test_rounding_of_a_merge_is_measured(norm: float) -> None:
+    layer = half(norm)
+    assert layer.rounding is None
+    before, delta = layer.base.weight.detach().double(), layer.delta().detach().double()
+    layer.merge()
+    realised = layer.base.weight.detach().double() - before
+    both = torch.stack([realised.flatten(), delta.flatten()])
+    cosine = both[0] @ both[1] / both[0].norm() / both[1].norm()
+    assert layer.rounding is not None
+    torch.testing.assert_close(layer.rounding.correlation.double(), cosine, rtol=1e-4, atol=0)
+    error = (realised - delta).norm() / delta.norm()
+    torch.testing.assert_close(layer.rounding.error.double(), error, rtol=1e-4, atol=0)
+    assert (float(cosine) > 0.99) == (norm > 1e-2)
+
+
+def test_rounding_of_updates_that_are_nothing_or_become_nothing() -> None:
+    for norm, expected in ((0.0, (0.0, 1.0)), (1e-6, (1.0, 0.0))):
+        layer = half(norm)
+        layer.merge()
+        assert layer.rounding is not None
+        assert tuple(map(float, layer.rounding)) == pytest.approx(expected, abs=1e-3)
+    plain = two_branches()
+    plain.merge()
+    assert plain.rounding is None
+
+
+def test_master_takes_up_what_many_merges_would_lose() -> None:
+    kept, lost = half(1e-3, master=True), half(1e-3)
+    start = kept.base.weight.detach().clone()
+    exact = start.double() + 8 * kept.delta().detach().double()
+    for _ in range(8):
+        for layer in (kept, lost):
+            layer.merge()
+            layer._unmerged = None  # as in a new adapted layer
+    assert kept.master is not None
+    assert kept.master.dtype == torch.float32
+    torch.testing.assert_close(kept.master.double(), exact, rtol=1e-6, atol=1e-6)
+    assert torch.equal(kept.base.weight, kept.master.bfloat16())
+    errors = [float((x.base.weight.double() - exact).norm()) for x in (kept, lost)]
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_unmerge_takes_the_master_back_too() -> None:
+    layer = half(master=True)
+    weight, master = layer.base.weight.detach().clone(), layer.master
+    layer.merge()
+    assert layer.master is not master
+    layer.unmerge()
+    assert torch.equal(layer.base.weight, weight)
+    assert layer.master is master
+
+
+def test_autocast_does_not_reach_a_merge() -> None:
+    layer, cast = two_branches(), two_branches()
+    layer.merge()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast.merge()
+    assert torch.equal(layer.base.weight, cast.base.weight)
+
+
+# Frozen down-projections side by side
+
+
+def frozen_branches() -> tuple[LoRALinear, Tensor]:
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(6, 4).double())
+    for name in ("a", "b"):
+        layer.add_branch(name, torch.randn(2, 6), up=torch.randn(4, 2), scale=0.5)
+    return layer, torch.randn(3, 6, dtype=torch.float64)
+
+
+def plain_output(layer: LoRALinear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.frozen + layer.delta(), layer.bias)
+
+
+def test_downs_that_change_in_any_way_change_the_output() -> None:
+    def written(layer: LoRALinear) -> None:
+        with torch.no_grad():
+            layer.branch("b").down.mul_(3)
+
+    def written_behind_autograd(layer: LoRALinear) -> None:
+        layer.branch("a").down.data.add_(1)
+
+    def replaced(layer: LoRALinear) -> None:
+        layer.branch("a").down = nn.Parameter(torch.ones(2, 6).double(), requires_grad=False)
+
+    def given_other_memory(layer: LoRALinear) -> None:
+        layer.branch("b").down.data = torch.ones(2, 6).double()
+
+    def loaded(layer: LoRALinear) -> None:
+        layer.load_state_dict({k: 2 * v for k, v in layer.state_dict().items()})
+
+    def dropped(layer: LoRALinear) -> None:
+        layer.drop_branch("a")
+        layer.add_branch("c", torch.ones(2, 6), up=torch.ones(4, 2))
+
+    def trained(layer: LoRALinear) -> None:
+        layer.branch("a").down.requires_grad_()
+        layer(torch.ones(1, 6).double()).sum().backward()
+        assert layer.branch("a").down.grad is not None
+        layer.branch("a").down.requires_grad_(False)
+        written_behind_autograd(layer)
+
+    def narrowed(layer: LoRALinear) -> None:
+        layer.double().float().double()
+
+    for change in (
+        written, written_behind_autograd, replaced, given_other_memory, loaded, dropped, trained,
+        narrowed,
+    ):  # fmt: skip
+        layer, x = frozen_branches()
+        before = layer(x)
+        torch.testing.assert_close(before, plain_output(layer, x))
+        change(layer)
+        for _ in range(2):
+            torch.testing.assert_close(layer(x), plain_output(layer, x))
+        if change is not narrowed:
+            assert not torch.allclose(layer(x), before)
+
+
+def test_copies_and_functional_calls_have_downs_of_their_own() -> None:
+    layer, x = frozen_branches()
+    before = layer(x).detach()
+    twin = copy.deepcopy(layer)
+    with torch.no_grad():
+        twin.branch("a").down.zero_()
+    torch.testing.assert_close(layer(x), before)
+    torch.testing.assert_close(twin(x), plain_output(twin, x))
+    other = {name: 2 * value.detach() for name, value in layer.named_parameters()}
+    called = torch.func.functional_call(layer, other, (x,))
+    torch.testing.assert_close(called - other["base.bias"], F.linear(
+        x, 2 * layer.frozen + 4 * layer.delta(),
+    ))  # fmt: skip
+    torch.testing.assert_close(layer(x), before)
+    assert [layer.branch(name).down.shape for name in "ab"] == [(2, 6)] * 2

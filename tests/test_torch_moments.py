@@ -1,15 +1,23 @@
 """The moment collector against recorded inputs, halves of the images against halves by hand."""
 
+from collections import OrderedDict, UserDict
 from collections.abc import Callable, Iterator
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from tiny_models import HostReads, inputs, mlp, never, vit
 from torch import Tensor, nn
+from torchvision.models import SwinTransformer
+from torchvision.models import VisionTransformer as TorchvisionViT
 
 from backends.torch import MomentCollector, adapt, collect_moments
 from backends.torch.moments import HalvingCollector, collect_halves
@@ -69,11 +77,24 @@ def test_batches_may_be_tensors_tuples_dictionaries_or_what_forward_takes() -> N
 
     model, x = Keywords(), torch.randn(4, 3)
     expected = (x.double().T @ x.double()).float()
-    for batch in (x, (x, torch.zeros(4)), [x], {"x": x, "scale": 1.0}):
+    keywords = {"x": x, "scale": 1.0}
+    mappings = (keywords, UserDict(keywords), OrderedDict(keywords), MappingProxyType(keywords))
+    for batch in (x, (x, torch.zeros(4)), [x], *mappings, (UserDict(keywords), torch.zeros(4))):
         total = collect_moments(model, [batch], "fc")["fc"].total
         torch.testing.assert_close(total.float(), expected)
     twice = collect_moments(model, [x], "fc", forward=lambda m, b: m(b, 2.0))
     torch.testing.assert_close(twice["fc"].total.float(), 4 * expected)
+    with pytest.raises(TypeError, match="forward="):
+        collect_moments(model, ["text"], "fc")
+
+
+def test_batches_of_transformers_are_mappings() -> None:
+    transformers = pytest.importorskip("transformers")
+    model, x = nn.Sequential(OrderedDict(fc=nn.Linear(3, 2))), torch.randn(4, 3)
+    expected = collect_moments(model, [x], "fc")["fc"].total
+    for kind in (transformers.BatchFeature, transformers.BatchEncoding):
+        batch = kind({"input": x})
+        assert torch.equal(collect_moments(model, [batch], "fc")["fc"].total, expected)
 
 
 def test_a_single_token_without_a_batch_axis_counts_as_one() -> None:
@@ -140,7 +161,7 @@ def test_hooks_and_flags_come_back_after_an_exception(failure: type[BaseExceptio
     assert hooks(model) == 0
     collector = MomentCollector(model)
     with collector:
-        assert hooks(model) == 2
+        assert hooks(model) > 0
     with pytest.raises(failure, match=BROKEN), collector:
         raise failure(BROKEN)
     assert hooks(model) == 0
@@ -332,3 +353,190 @@ def test_the_collector_needs_no_loop_of_ours() -> None:
     assert all(
         torch.equal(a, b) for n in halves for a, b in zip(halves[n], expected[n], strict=True)
     )
+
+
+# Models that read weights instead of calling layers
+
+
+def attention_inputs(model: nn.Module, kind: str, x: Tensor) -> dict[str, Tensor]:
+    """What the attentions of a model are called on, by their name."""
+    seen: dict[str, list[Tensor]] = {}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: seen.setdefault(name, []).append(
+                args[0] if args else kwargs["query"]
+            ),
+            with_kwargs=True,
+        )
+        for name, module in model.named_modules()
+        if type(module).__name__ == kind
+    ]
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts).flatten(0, -2) for name, parts in seen.items()}
+
+
+EYE: dict[str, Any] = {
+    "img_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2, "num_classes": 3,
+}  # fmt: skip
+WINDOWS: dict[str, Any] = {
+    "img_size": 32, "patch_size": 2, "embed_dim": 8, "depths": (2, 2), "num_heads": (2, 2),
+    "window_size": 4, "num_classes": 3,
+}  # fmt: skip
+READERS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
+    "BEiT": (lambda: Beit(**EYE, qkv_bias=True), "Attention", "qkv"),
+    "EVA-02": (lambda: Eva(**EYE, qkv_fused=True), "EvaAttention", "qkv"),
+    "Swin V2": (lambda: SwinTransformerV2(**WINDOWS), "WindowAttention", "qkv"),
+    "torchvision Swin": (
+        lambda: SwinTransformer([2, 2], 8, [2, 2], [2, 2], [4, 4], num_classes=3),
+        "ShiftedWindowAttention",
+        "qkv",
+    ),
+    "torchvision ViT": (
+        lambda: TorchvisionViT(16, 4, 2, 2, 12, 24, num_classes=3),
+        "MultiheadAttention",
+        "in_proj",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("state", ["plain", "adapted", "merged"])
+def test_moments_of_weights_that_are_read_are_those_of_what_they_are_applied_to(
+    kind: str, state: str
+) -> None:
+    build, attention, layer = READERS[kind]
+    torch.manual_seed(0)
+    model = build().double().eval()
+    size = 32 if "Swin" in kind else 16
+    x = torch.randn(6, 3, size, size, dtype=torch.float64)
+    target = f"*.{layer}"
+    if state != "plain":
+        for adapted in adapt(model, target).values():
+            adapted.add_branch("a", torch.randn(2, adapted.in_features))
+            torch.nn.init.normal_(adapted.branch("a").up, std=0.1)
+            if state == "merged":
+                adapted.merge()
+    expected = attention_inputs(model, attention, x)
+    moments, halves = collect_halves(model, x.split(4), target)
+    assert set(moments) == {f"{name}.{layer}" for name in expected}
+    for name, tokens in expected.items():
+        moment = moments[f"{name}.{layer}"]
+        assert moment.count == len(tokens)
+        torch.testing.assert_close(moment.total, tokens.mT @ tokens, rtol=1e-7, atol=1e-7)
+        # Every other image, in windows or whole.
+        by_image = tokens.reshape(len(x), -1, tokens.shape[-1])
+        assert_halves(halves[f"{name}.{layer}"], lambda i, by_image=by_image: by_image[i])
+
+
+def attended(attention: nn.MultiheadAttention, x: Tensor, memory: Tensor) -> Tensor:
+    """What goes into the output projection, step by step."""
+    size = attention.embed_dim
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    projected = [
+        F.linear(y, weight[i * size : (i + 1) * size], bias[i * size : (i + 1) * size])
+        for i, y in enumerate((x, memory, memory))
+    ]
+    q, k, v = (y.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for y in projected)
+    weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("cross", [True, False])
+def test_moments_of_an_attention_are_of_its_four_inputs(
+    cross: bool, need_weights: bool, batch_first: bool
+) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y, memory = (z if batch_first else z.transpose(0, 1) for z in (x, remembered(x)))
+            memory = memory if cross else y
+            out: Tensor = self.attention(y, memory, memory, need_weights=need_weights)[0]
+            return out
+
+    def remembered(x: Tensor) -> Tensor:
+        return x[:, :3].tanh()
+
+    torch.manual_seed(0)
+    model, x = Block().double(), torch.randn(6, 5, 8, dtype=torch.float64)
+    memory = remembered(x) if cross else x
+    out = attended(model.attention, x, memory).detach()
+    parts = dict(zip("qkv", (x, memory, memory), strict=True))
+    inputs = {f"attention.in_proj.{part}": y for part, y in parts.items()}
+    inputs["attention.out_proj"] = out
+    moments, halves = collect_halves(model, x.split(4), list(inputs))
+    for name, y in inputs.items():
+        tokens = y.flatten(0, -2)
+        torch.testing.assert_close(moments[name].total, tokens.mT @ tokens, rtol=1e-9, atol=1e-9)
+        assert_halves(halves[name], lambda i, y=y: y[i])
+    if cross:
+        with pytest.raises(ValueError, match=r"in_proj\.q"):
+            collect_moments(model, [x], "in_proj")
+    else:
+        torch.testing.assert_close(
+            collect_moments(model, [x], "in_proj")["attention.in_proj"].mean,
+            moments["attention.in_proj.q"].mean,
+        )
+
+
+def test_a_layer_that_is_called_and_read_counts_each_use_once() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = F.linear(input=self.layer(x), weight=self.layer.weight)
+            return y
+
+    model, x = Both().double(), torch.randn(5, 3, dtype=torch.float64)
+    rows = torch.cat([x, model.layer(x)]).detach()
+    for adapted in (False, True):
+        if adapted:
+            layer = adapt(model, "layer")["layer"]
+            layer.add_branch("a", torch.randn(1, 3))
+        moment = collect_moments(model, [x], "layer")["layer"]
+        assert moment.count == 10
+        torch.testing.assert_close(moment.total, rows.mT @ rows)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 5, 6), (4, 5, 6)])
+def test_points_of_a_convolution_are_its_tokens(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(4, 3, 1, stride=2)).double(), torch.randn(shape).double()
+    rows = x[..., ::2, ::2].movedim(-3, -1).reshape(-1, 4)
+    moment = collect_moments(model, [x], "0")["0"]
+    assert moment.count == len(rows)
+    torch.testing.assert_close(moment.total, rows.mT @ rows)
+
+
+def test_a_layer_that_fails_does_not_hide_later_reads() -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+    with MomentCollector(model, "0") as collector:
+        with pytest.raises(RuntimeError):
+            model(torch.ones(2, 4))
+        collector.moments.clear()
+        F.linear(torch.ones(2, 3), model[0].weight)
+    assert collector.moments["0"].count == 2
+
+
+def test_compiled_models_are_seen_after_a_pass_without_hooks() -> None:
+    """A compiled model does not look for hooks that are added later."""
+    x = torch.randn(6, 4)
+    for compile_it in (torch.compile, lambda model, **options: model.compile(**options) or model):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)).eval()
+        expected = collect_moments(model, [x], "2")["2"]
+        compiled = compile_it(model, backend="eager")
+        with torch.no_grad():
+            compiled(x)
+            seen = collect_moments(compiled, [x], "*2")
+            compiled(x)
+        assert torch.equal(next(iter(seen.values())).total, expected.total)

@@ -83,7 +83,8 @@ def test_predicted_effect_is_the_change_of_the_outputs(options: dict[str, Any]) 
         for name, effect in record.effects.items():
             merged = method.model.get_submodule(name).weight.detach() - before[f"{name}.weight"]
             whole = sum(
-                w * record.ups[name][b] @ record.downs[name][b] for b, w in record.weights.items()
+                w * record.ups[name][b] @ record.downs[name][b]
+                for b, w in record.weights[name].items()
             )
             new = (trained if record.trained else previous)[name]
             old = [[x[name] for x in seen_then] for seen_then in remembered]
@@ -157,7 +158,8 @@ def test_measuring_does_not_change_the_run(build: Any) -> None:
         for task in range(2):
             record = learn(method, task)
         assert bool(record.heldout) is heldout
-        finals.append((snapshot(method.model), method.state_dict(), record.moment_tensors()))
+        state = {key: x for key, x in method.state_dict().items() if key != "settings"}
+        finals.append((snapshot(method.model), state, record.moment_tensors()))
     assert all(same(a, b) for a, b in zip(*finals, strict=True))
 
 
@@ -177,7 +179,8 @@ def test_a_task_of_one_image_has_no_held_out_ratio() -> None:
     method = small(heldout=True)
     learn(method, 0)
     one = [inputs(1, method.model)[0][:1]]
-    method.begin_task(one)
+    with pytest.warns(UserWarning, match="tokens"):
+        method.begin_task(one)
     assert method.end_task(one).heldout == {}
 
 
@@ -197,7 +200,7 @@ def test_record_gives_flat_tensors_for_files() -> None:
     method = small(history="both")
     learn(method, 0)
     record = learn(method, 1)
-    kinds = {"coefficients", *(f"{k}/{b}" for k in ("down", "up") for b in record.weights)}
+    kinds = {"coefficients", *(f"{k}/{b}" for k in ("down", "up") for b in ("general", "isolated"))}
     assert set(record.branch_tensors()) == {f"{k}/{n}" for k in kinds for n in WIDTHS}
     passes = ("new", "trained", "merged")
     assert set(record.moment_tensors()) == {f"{p}/{n}" for p in passes for n in WIDTHS}

@@ -13,6 +13,7 @@ import backends.torch
 import backends.torch.readouts
 from backends.torch import LoDASettings
 from backends.torch.readouts import READOUTS
+from backends.torch.settings import matching
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,7 +29,10 @@ ROOT = Path(__file__).parents[1]
         {"energy_floor": 0.5}, {"energy_floor": 0.5, "isolated": "null"},
         {"joint": True, "recalibration": "none"}, {"joint": None}, {"heldout": 1},
         {"history_decay": -0.1}, {"history_decay": float("nan")}, {"history_decay": None},
-        {"history_weight": -1.0}, {"history_weight": "sum"},
+        {"history_weight": -1.0}, {"history_weight": "sum"}, {"exclude": ("0", " ")},
+        {"rank_pattern": {"0": 0}}, {"rank_pattern": {"0": 1.5}}, {"weight_pattern": {"0": -1.0}},
+        {"weight_pattern": {"0": float("inf")}}, {"untie": 1}, {"master": "no"},
+        {"ridge_scale": "median"},
     ],
     ids=str,
 )  # fmt: skip
@@ -55,6 +59,41 @@ def test_weights_are_halved_where_both_branches_are_configured(
     settings = LoDASettings(branches=branches)
     assert (settings.names(first_task=True), settings.names(first_task=False)) == (first, later)
     assert (settings.weight("general"), settings.weight("isolated")) == weights
+
+
+def test_settings_of_one_layer_have_its_rank_and_its_weights() -> None:
+    settings = LoDASettings(
+        rank_pattern={"b": 4, "*": 2}, weight_pattern={"a.?": 2.0}, branches="general"
+    )
+    own = settings.by_layer(["a.a", "a.b", "c"])
+    assert {name: x.rank for name, x in own.items()} == {"a.a": 2, "a.b": 4, "c": 2}
+    assert {name: x.weight("general") for name, x in own.items()} == {
+        "a.a": 1.0, "a.b": 1.0, "c": 0.5,
+    }  # fmt: skip
+    assert all(x.by_layer(["a.a"])["a.a"] == x for x in own.values())
+    with pytest.raises(ValueError, match="rank_pattern"):
+        settings.by_layer(["c"])
+
+
+def test_lists_of_a_file_are_the_same_settings_as_tuples() -> None:
+    lists = LoDASettings(target=["a", "b"], exclude=["c"])
+    assert lists == LoDASettings(target=("a", "b"), exclude=("c",))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("a.q", ["a.q"]),
+        ("q", ["a.q", "b.a.q"]),
+        ("a.?", ["a.q", "a.k"]),
+        ("*q", ["a.q", "b.a.q", "aq"]),
+        ("nothing", []),
+    ],
+)
+def test_a_pattern_means_a_name_or_a_suffix_or_what_its_wildcards_fit(
+    pattern: str, expected: list[str]
+) -> None:
+    assert matching(pattern, ["a.q", "a.k", "b.a.q", "aq"]) == expected
 
 
 def test_every_setting_is_explained_and_so_is_every_option_of_a_read_out() -> None:

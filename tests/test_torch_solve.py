@@ -35,6 +35,21 @@ def test_every_layer_gets_its_own_directions(sizes: tuple[int, ...]) -> None:
         assert set(ratios) == {"general", "isolated"}, name
 
 
+def test_the_ridge_is_relative_to_what_the_settings_say() -> None:
+    own = torch.ones(32, dtype=torch.float64)
+    own[:2] = 1e-3
+    shared = torch.ones(32, dtype=torch.float64)
+    shared[-1] = 1e6
+    new, old = {"layer": torch.diag(shared)}, {"layer": remember(None, torch.diag(shared * own))}
+    found = {}
+    for scale in ("mean", "channels", "eigenvalues"):
+        settings = LoDASettings(rank=2, ridge_scale=scale)  # type: ignore[arg-type]
+        basis = solve_bases(settings, new, old, 0.0)["layer"]["isolated"]
+        found[scale] = float((basis[:2] ** 2).sum())
+    assert found["mean"] < 1.5
+    assert found["channels"] == pytest.approx(2) == found["eigenvalues"]
+
+
 @pytest.mark.parametrize("first_task", [True, False])
 def test_random_directions_are_orthonormal_and_follow_the_generator(first_task: bool) -> None:
     layers, settings = {"a": nn.Linear(6, 3), "b": nn.Linear(9, 3)}, LoDASettings(rank=2)

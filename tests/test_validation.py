@@ -41,6 +41,31 @@ def test_integers(xp: ModuleType, name: str, argument: str) -> None:
         call(xp, name, **{argument: x})
 
 
+@pytest.mark.parametrize(("name", "argument"), CASES)
+def test_arrays_that_are_not_dense_or_not_real(name: str, argument: str) -> None:
+    """One line that names the argument and the cure, before anything is computed."""
+    import torch
+
+    x = MATRIX[argument]
+    with pytest.raises(TypeError, match=rf"^{argument} must be a dense array"):
+        call(np, name, **{argument: np.ma.masked_less(x, 0.5)})
+    with pytest.raises(TypeError, match=rf"^{argument} must be an array"):
+        call(np, name, **{argument: x.view(np.matrix)})
+    dense = torch.from_numpy(x.copy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that these are new
+        unlike = [dense.to_sparse(), dense.to_sparse_csr(), torch.nested.nested_tensor([dense])]
+    for kind in unlike:
+        with pytest.raises(TypeError, match=rf"^{argument} must be a dense array"):
+            call(torch, name, **{argument: kind})
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.bool):
+        with pytest.raises(TypeError, match=rf"^{argument} must be real floating point"):
+            call(torch, name, **{argument: dense.to(dtype)})
+    for kind in (np.asarray(x, dtype=object), x.astype(complex)):
+        with pytest.raises(TypeError, match=rf"^{argument} must be real floating point"):
+            call(np, name, **{argument: kind})
+
+
 @every_argument
 def test_what_is_no_array(xp: ModuleType, name: str, argument: str) -> None:
     allows_none = (name, argument) in OPTIONAL
@@ -353,7 +378,9 @@ UPDATES: dict[str, Any] = {
     "update_effect": lambda n, o, **k: lm.update_effect(
         k["coefficients"], k["up"], k["down"], n, o
     ),
-    "verify_subspace": lambda n, o, **k: lm.verify.verify_subspace(k["basis"], n, o, "isolated"),
+    "verify_subspace": lambda n, o, **k: lm.verify.verify_subspace(
+        k["basis"], n, o, "isolated", accumulation_eps=k.get("accumulation_eps")
+    ),
     "verify_recalibration": lambda n, o, **k: lm.verify.verify_recalibration(
         k["coefficients"], k["up"], k["down"], n, o, 1.5
     ),
@@ -395,7 +422,9 @@ def test_functions_of_moments_take_them_as_they_are(xp: ModuleType, name: str) -
     new, history = streamed(xp)
     matrices = branch(xp)
     result = UPDATES[name](new, history, **matrices)
-    assert_same(result, UPDATES[name](new.mean, history.total, **matrices))
+    # An array has no unit: it is said where a function can be told.
+    said = UPDATES[name](new.mean, history.total, **matrices, accumulation_eps=new.unit)
+    assert_same(result, said)
 
 
 def test_moments_of_float32_tokens_need_no_ridge(xp: ModuleType) -> None:

@@ -182,13 +182,16 @@ def test_reports_over_layers(xp: ModuleType) -> None:
 
 
 def test_the_effective_rank_counts_what_is_above_rounding(xp: ModuleType) -> None:
-    """Rounding is a share of the largest eigenvalue: here 4e-4 of it, by what made the moment."""
+    """A faint direction is noise beside channels that are larger, and sound in one of its own."""
     needs_float64(xp)
     eye = to_library(xp, np.eye(4))
-    for faint, rank in ((1e-3, 4), (1e-4, 3)):
-        new = to_library(xp, np.diag([1.0, 1.0, 1.0, faint]))
-        report = verify_subspace(eye, new, eye, "general", accumulation_eps=1e-4)
-        assert int(report.effective_rank) == rank
+    q = orthogonal(4, np.random.default_rng(0))
+    for faint, mixed in ((3e-2, 4), (1e-4, 3)):
+        values = np.array([1.0, 1.0, 1.0, faint])
+        for moment, rank in ((from_spectrum(values, q), mixed), (np.diag(values), 4)):
+            new = to_library(xp, moment)
+            report = verify_subspace(eye, new, eye, "general", accumulation_eps=1e-4)
+            assert int(report.effective_rank) == rank
 
 
 def test_a_floor_is_checked_under_the_floor(xp: ModuleType) -> None:

@@ -80,7 +80,9 @@ class State:
     def stored_bytes(self) -> dict[str, int]:
         """Bytes that are carried from task to task besides the weights of model and heads."""
         # Folded methods hold the weights without their branches too: those are the model's own.
-        own = {k: v for k, v in self.method.state_dict().items() if not k.startswith("weight/")}
+        # Settings are no data that a method carries along.
+        state = self.method.state_dict()
+        own = {k: v for k, v in state.items() if k != "settings" and not k.startswith("weight/")}
         method = sum(tensor.numel() * tensor.element_size() for tensor in own.values())
         return {"method": method, **self.readouts.stored_bytes()}
 

@@ -5,9 +5,12 @@ from typing import TYPE_CHECKING
 from backends._lazy import load_on_use
 
 if TYPE_CHECKING:
-    from backends.torch.distributed import Reduce, sum_over_processes
+    from backends.torch.distributed import Reduce, sum_over_processes, unshared
     from backends.torch.gao import (
         AlignedStep,
+        Half,
+        Halves,
+        Part,
         RowsLoss,
         draw_permutation,
         gradient_aligned_step,
@@ -20,24 +23,33 @@ if TYPE_CHECKING:
         find_layers,
         plain_state,
         restore,
+        untie,
     )
-    from backends.torch.loda import LoDA
-    from backends.torch.lora import LoRABranch, LoRALinear
+    from backends.torch.linear_maps import InProjection
+    from backends.torch.loda import LoDA, Task
+    from backends.torch.lora import LoRABranch, LoRALinear, MergeRounding, weight_matrix
     from backends.torch.moments import MomentCollector, collect_moments
     from backends.torch.record import TaskRecord
-    from backends.torch.settings import TIMM_QKV, LoDASettings
+    from backends.torch.settings import PRESETS, TIMM_QKV, LoDASettings
     from backends.torch.solve import random_bases
 
 __all__ = [
+    "PRESETS",
     "TIMM_QKV",
     "AlignedStep",
+    "Half",
+    "Halves",
+    "InProjection",
     "LoDA",
     "LoDASettings",
     "LoRABranch",
     "LoRALinear",
+    "MergeRounding",
     "MomentCollector",
+    "Part",
     "Reduce",
     "RowsLoss",
+    "Task",
     "TaskRecord",
     "adapt",
     "attach",
@@ -51,6 +63,9 @@ __all__ = [
     "random_bases",
     "restore",
     "sum_over_processes",
+    "unshared",
+    "untie",
+    "weight_matrix",
 ]
 
 # A command line that only shows the settings loads no torch.
@@ -59,6 +74,7 @@ __getattr__, __dir__ = load_on_use(
     __all__,
     (
         "settings",
+        "linear_maps",
         "lora",
         "layers",
         "distributed",

@@ -1,14 +1,43 @@
-"""Sums over the processes of a run: of gradients and of second moments."""
+"""What the processes that train one model share: sums of gradients and of second moments."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
 
+from backends.torch.lora import weight_matrix
 from loda_math import Moments, second_moment
 
 Reduce = Callable[[Sequence[Tensor]], None]
 """Replaces each tensor, in place, by its sum over all processes; called by all in one order."""
+
+
+def several_processes() -> bool:
+    """Whether the default group of ``torch.distributed`` has more than one process."""
+    return (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    )
+
+
+def unshared(tensors: Sequence[Tensor]) -> None:
+    """Leave tensors as they are: the ``reduce`` of a process that works for itself.
+
+    Parameters
+    ----------
+    tensors : sequence of Tensor
+        Not changed.
+    """
+
+
+def default_reduce(reduce: Reduce | None) -> Reduce | None:
+    """The given sum over processes; by default that of ``torch.distributed``, if it has several."""
+    return sum_over_processes if reduce is None and several_processes() else reduce
 
 
 @torch.no_grad()
@@ -32,16 +61,59 @@ def sum_over_processes(tensors: Sequence[Tensor]) -> None:
     tensor([1., 1.])
     >>> distributed.destroy_process_group()
     """
-    # One message for each type and device: many small ones would each cost a round trip.
-    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in tensors:
-        alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    for group in alike.values():
+    for group in _alike(tensors):
         flat = torch.cat([tensor.reshape(-1) for tensor in group])
         distributed.all_reduce(flat)
-        pieces = torch.split(flat, [tensor.numel() for tensor in group])
-        for tensor, piece in zip(group, pieces, strict=True):
-            tensor.copy_(piece.view_as(tensor))
+        _write(group, flat)
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all processes, by rank; that of this one if there are no others."""
+    if not several_processes():
+        return [value]
+    values: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+@torch.no_grad()
+def copy_from_first(tensors: Sequence[Tensor]) -> None:
+    """Overwrite tensors, in place, with those of the first process of the default group."""
+    for group in _alike(tensors):
+        flat = torch.cat([tensor.reshape(-1) for tensor in group])
+        distributed.broadcast(flat, 0)
+        _write(group, flat)
+
+
+@contextmanager
+def synchronisation_paused(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Keep ``DistributedDataParallel`` around these parameters from averaging their gradients.
+
+    Inside the block gradients are summed over the processes by the caller, who knows how much each
+    process holds. A process may then make any number of forward and backward passes, also none.
+    """
+    trained = {id(parameter) for parameter in parameters}
+    paused: dict[DistributedDataParallel, tuple[bool, bool]] = {}
+
+    def pause(module: nn.Module, _: Any) -> None:
+        if not isinstance(module, DistributedDataParallel):
+            return
+        if any(id(parameter) in trained for parameter in module.parameters()):
+            states = module.require_backward_grad_sync, module.require_forward_param_sync
+            paused.setdefault(module, states)
+            # The second switch is that of the buffers, which forward would broadcast: a process
+            # without a row would not take part.
+            module.require_backward_grad_sync = module.require_forward_param_sync = False
+
+    # A hook on all modules, since the wrapper is made by the caller and unknown here.
+    handle = register_module_forward_pre_hook(pause)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for module, (gradients, buffers) in paused.items():
+            module.require_backward_grad_sync = gradients
+            module.require_forward_param_sync = buffers
 
 
 def sum_moments(
@@ -65,9 +137,9 @@ def sum_moments(
     """
     parts: dict[str, Moments] = {}
     for name, layer in layers.items():
-        weight = next(layer.parameters())
-        nothing = weight.new_zeros(0, int(layer.in_features))  # type: ignore[arg-type]
-        part = moments[name] if name in moments else second_moment(nothing.detach(), check=False)
+        weight = weight_matrix(layer).detach()
+        nothing = weight.new_zeros(0, weight.shape[1])
+        part = moments[name] if name in moments else second_moment(nothing, check=False)
         # A process that saw nothing takes part with a zero, or the others would wait for ever.
         # Copies: the collector's own tensors may be in use elsewhere.
         error = None if part.error is None else part.error.clone()
@@ -82,3 +154,17 @@ def sum_moments(
         for (name, part), count in zip(parts.items(), counts.tolist(), strict=True)
         if count
     }
+
+
+def _alike(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Tensors by type and device: many small messages would each cost a round trip."""
+    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    return list(alike.values())
+
+
+def _write(tensors: Sequence[Tensor], flat: Tensor) -> None:
+    pieces = torch.split(flat, [tensor.numel() for tensor in tensors])
+    for tensor, piece in zip(tensors, pieces, strict=True):
+        tensor.copy_(piece.view_as(tensor))

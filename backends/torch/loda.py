@@ -1,21 +1,50 @@
 """LoDA for a PyTorch model: adapt it to one task after another without keeping old data."""
 
-import math
+import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
+from weakref import ReferenceType, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from backends.torch.distributed import Reduce
-from backends.torch.gao import AlignedStep, RowsLoss, draw_permutation, gradient_aligned_step
-from backends.torch.layers import adapt, check_rank, find_layers, restore
-from backends.torch.lora import LoRALinear
+from backends.torch.distributed import (
+    Reduce,
+    copy_from_first,
+    gather,
+    several_processes,
+    sum_over_processes,
+    unshared,
+)
+from backends.torch.gao import (
+    AlignedStep,
+    Groups,
+    Halves,
+    RowsLoss,
+    Window,
+    check_radius,
+    draw_permutation,
+    gradient_aligned_step,
+)
+from backends.torch.layers import (
+    adapt,
+    check_rank,
+    check_same_layers,
+    check_weights,
+    find_layers,
+    restore,
+    untie,
+)
+from backends.torch.lora import LoRABranch, LoRALinear, warn_of_rounding, weight_matrix
 from backends.torch.moments import Forward, collect_halves, collect_moments, default_forward
 from backends.torch.record import TaskRecord
+from backends.torch.running_statistics import RunningStatistics
 from backends.torch.settings import LoDASettings
 from backends.torch.solve import (
     HeldoutRatios,
@@ -24,7 +53,7 @@ from backends.torch.solve import (
     solve_heldout,
     solve_recalibration,
 )
-from loda_math import HeldoutRatio, History, UpdateEffect, remember, rounding_unit
+from loda_math import HeldoutRatio, History, Moments, UpdateEffect, remember, rounding_unit
 
 
 @dataclass
@@ -39,14 +68,52 @@ class _OpenTask:
         ``requires_grad`` of every parameter of the model before the task.
     new : dict of str to Tensor, shape (D, D)
         Second moment of the new task that the directions were chosen from, by layer.
+    statistics : RunningStatistics
+        Of the model's batch norms.
     heldout : dict of str to dict of str to HeldoutRatio
         By layer and branch; empty where it was not measured.
+    halves : weak reference to Halves, optional
+        The newest step in phases.
+    copied : set of int
+        Ids of the trained tensors that were copied from the first process.
+    closed : bool
+        Whether the task is over.
     """
 
     layers: dict[str, LoRALinear]
     requires_grad_before: dict[nn.Parameter, bool]
+    statistics: RunningStatistics
     new: dict[str, Tensor] = field(default_factory=dict)
     heldout: HeldoutRatios = field(default_factory=dict)
+    halves: "ReferenceType[Halves] | None" = None
+    copied: set[int] = field(default_factory=set)
+    closed: bool = False
+
+    def step_in_progress(self) -> Halves | None:
+        """The step in phases whose branches are moved at the moment."""
+        halves = None if self.halves is None else self.halves()
+        return halves if halves is not None and halves.in_progress else None
+
+    def close(self, model: nn.Module) -> None:
+        """Put the original layers back and restore every ``requires_grad`` flag."""
+        halves = self.step_in_progress()
+        if halves is not None:
+            halves.abandon()
+        restore(model, self.layers)
+        for parameter, required in self.requires_grad_before.items():
+            parameter.requires_grad_(required)
+        self.statistics.release()
+        self.closed = True
+        model.__dict__.pop(_MARK, None)
+        _ADAPTED.discard(model)
+        # Weights that were merged may have been cast before.
+        torch.clear_autocast_cache()
+
+
+# The open task of a model is an attribute of it, so that it is found where its LoDA is lost, and
+# copied with it. The set finds models of which another one is a part.
+_MARK = "_loda_task"
+_ADAPTED: WeakSet[nn.Module] = WeakSet()
 
 
 class LoDA:
@@ -58,7 +125,8 @@ class LoDA:
     Parameters
     ----------
     model : nn.Module
-        Any module with linear layers; adapted in place.
+        Any module with linear layers; adapted in place. Of ``DistributedDataParallel`` the module
+        inside is meant.
     settings : LoDASettings, optional
         Rank, branches, recalibration and the layers to adapt.
     trainable : sequence of str
@@ -68,9 +136,13 @@ class LoDA:
         ``forward(model, batch)`` for the passes that collect moments; by default the model is
         called on the batch, or on the first element of a tuple.
     reduce : callable, optional
-        Sums tensors over the processes that train the model together
-        (:func:`sum_over_processes`): each passes batches of its own to ``begin_task`` and
-        ``end_task``, and to ``step`` the arguments that :func:`gradient_aligned_step` asks for.
+        Sums the second moments over the processes that train the model together. By default, if
+        ``torch.distributed`` has several processes, moments, look-ahead and gradients are summed
+        over them, and weights and new branches are those of the first one; every process passes
+        batches of its own to ``begin_task``, ``end_task`` and ``step``. :func:`unshared` shares
+        nothing.
+    **options
+        Fields of :class:`LoDASettings`, such as ``rank=16``, in place of those of ``settings``.
 
     Attributes
     ----------
@@ -78,22 +150,23 @@ class LoDA:
         Weighted sum of the mean second moments of past tasks by layer; empty before the first.
     tasks : int
         Tasks completed.
+    masters : dict of str to Tensor, shape (out_features, in_features)
+        Weights in float32 by layer, with the setting ``master`` and layers in half precision. Where
+        a weight was changed between tasks, its master starts again from it.
 
     Examples
     --------
     >>> import torch
     >>> from torch import nn
-    >>> from backends.torch import LoDASettings
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
     >>> x, y = torch.randn(32, 8), torch.randint(4, (32,))
-    >>> loda = LoDA(model, LoDASettings(target="0", rank=2))
-    >>> for task in range(2):
-    ...     loda.begin_task([x])
-    ...     optimizer = torch.optim.SGD(loda.trainable_parameters(), lr=0.1)
-    ...     loss = lambda rows: nn.functional.cross_entropy(model(x[rows]), y[rows])
-    ...     step = loda.step(loss, y, optimizer, radius=0.1)
-    ...     record = loda.end_task([x])
+    >>> loda = LoDA(model, target="0", rank=2, radius=0.1, trainable=["2.*"])
+    >>> loss = lambda rows: nn.functional.cross_entropy(model(x[rows]), y[rows])
+    >>> for number in range(2):
+    ...     with loda.task([x]) as task:
+    ...         optimizer = torch.optim.SGD(task.parameters(lr=0.1, head_lr=0.01))
+    ...         step = task.step(loss, y, optimizer)
     >>> loda.tasks, model[0]
     (2, Linear(in_features=8, out_features=8, bias=True))
     """
@@ -106,22 +179,36 @@ class LoDA:
         trainable: Sequence[str] = (),
         forward: Forward = default_forward,
         reduce: Reduce | None = None,
+        **options: Any,
     ) -> None:
-        self.model = model
-        self.settings = settings or LoDASettings()
+        self.model: nn.Module = _inside(model)
+        self.settings = replace(settings or LoDASettings(), **options)
+        _require_free(self.model)
         self.trainable = tuple(trainable)
         self.forward = forward
         self.reduce = reduce
         self.history: dict[str, History] = {}
         self.tasks = 0
         self._open: _OpenTask | None = None
+        self.masters: dict[str, Tensor] = {}
         # Settings that do not fit the model should fail here, not after an hour of loading data.
-        check_rank(find_layers(model, self.settings.target), self.settings.rank)
+        layers = self.target_layers()
+        check_rank(layers, {n: own.rank for n, own in self.settings.by_layer(layers).items()})
+        check_weights(model, layers, untie=self.settings.untie)
 
     @property
     def layers(self) -> dict[str, LoRALinear]:
         """The adapted layers during a task; empty between tasks."""
-        return {} if self._open is None else self._open.layers
+        return self._require_open().layers if self.is_open else {}
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a task is open."""
+        return self._open is not None and not self._open.closed
+
+    def target_layers(self) -> dict[str, nn.Module]:
+        """The layers that the settings name, adapted or not."""
+        return find_layers(self.model, self.settings.target, self.settings.exclude)
 
     def lora_parameters(self) -> list[nn.Parameter]:
         """The tensors of the branches that are trained in the open task."""
@@ -132,6 +219,102 @@ class LoDA:
         """Everything of the model that is trained in the open task."""
         self._require_open()
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    def parameters(
+        self,
+        lr: float | None = None,
+        head_lr: float | None = None,
+        *,
+        head: Iterable[nn.Parameter] = (),
+    ) -> list[dict[str, Any]]:
+        """Groups for an optimiser: the branches of the open task, and the head.
+
+        Parameters
+        ----------
+        lr : float, optional
+            Learning rate; that of the optimiser by default.
+        head_lr : float, optional
+            Learning rate of the head, if it is another one.
+        head : iterable of Parameter
+            Trained tensors outside the model. The head is made of these and of what ``trainable``
+            names.
+
+        Returns
+        -------
+        list of dict
+            The branches first.
+
+        Raises
+        ------
+        RuntimeError
+            If no task is open.
+        ValueError
+            If there is a learning rate for a head, but no head.
+        """
+        branches = self.lora_parameters()
+        known = {id(parameter) for parameter in branches}
+        rest = [p for p in (*self.trainable_parameters(), *head) if id(p) not in known]
+        groups: list[dict[str, Any]] = [{"params": branches}]
+        if rest:
+            groups.append({"params": rest})
+        elif head_lr is not None:
+            msg = (
+                f"head_lr must be left out where there is no head, got {head_lr}; name the head "
+                f"with trainable, or pass head="
+            )
+            raise ValueError(msg)
+        rates = (lr, lr if head_lr is None else head_lr)
+        for group, rate in zip(groups, rates, strict=False):
+            if rate is not None:
+                group["lr"] = rate
+        return groups
+
+    def task(
+        self,
+        batches: Iterable[Any],
+        *,
+        bases: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> "Task":
+        """A task as a context: begun when it is entered, ended when it is left.
+
+        An error inside abandons the task: the model is then as it was before, but for what
+        ``trainable`` names.
+
+        Parameters
+        ----------
+        batches : iterable
+            The task's training inputs, walked at the beginning and at the end; not an iterator
+            that is used up after one pass.
+        bases : mapping, optional
+            As in :meth:`begin_task`.
+
+        Returns
+        -------
+        Task
+
+        Raises
+        ------
+        ValueError
+            If ``batches`` is an iterator; when it is entered and left, as :meth:`begin_task` and
+            :meth:`end_task`. If the end fails, the task is abandoned.
+
+        Examples
+        --------
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
+        >>> loda = LoDA(model, target="0", rank=2)
+        >>> with loda.task([torch.randn(32, 8)]) as task:
+        ...     optimizer = torch.optim.SGD(task.parameters(lr=0.1))
+        >>> list(task.record.downs["0"])
+        ['general']
+        """
+        if isinstance(batches, Iterator):
+            msg = (
+                f"a task walks its batches several times, but a {type(batches).__name__} is used "
+                f"up after one pass; pass a DataLoader or a list"
+            )
+            raise ValueError(msg)  # noqa: TRY004 - as end_task does
+        return Task(self, batches, bases)
 
     def begin_task(
         self,
@@ -152,41 +335,55 @@ class LoDA:
         Raises
         ------
         RuntimeError
-            If a task is open already.
+            If a task is open already, also one of another LoDA on this model.
         ValueError
-            If there is no batch, inputs are not finite, given bases do not fit, or a pattern of
-            ``trainable`` matches no parameter. The model is then as it was before the call.
+            If there is no batch, inputs are not finite, given bases do not fit, the target layers
+            are not those of the past tasks, or a pattern of ``trainable`` names no parameter that
+            can be trained. The model is then as it was before the call.
+
+        Warns
+        -----
+        UserWarning
+            If a layer saw fewer tokens than a branch has directions.
         """
         self._require_closed()
         settings, first_task = self.settings, self.tasks == 0
+        self._copy_model()
+        if self.history:
+            totals = {name: past.total for name, past in self.history.items()}
+            check_same_layers(self.target_layers(), totals)
         if bases is not None:
             self._check_bases(bases)
         task = self._open_task()
         try:
             # The model may have moved to another device since the last task.
             self.history = {
-                name: past._replace(total=past.total.to(task.layers[name].base.weight.device))
+                name: past._replace(total=past.total.to(task.layers[name].frozen.device))
                 for name, past in self.history.items()
             }
             # Directions with less energy than the rounding of the Gram matrices are noise. The
             # solvers of loda_math call this unit ``accumulation_eps``.
-            gram_eps = rounding_unit(*(layer.base.weight for layer in task.layers.values()))
+            gram_eps = rounding_unit(*(layer.frozen for layer in task.layers.values()))
             # Branches are not there yet, so this is a pass through the previous merged model.
             if settings.heldout and bases is None and not first_task:
                 moments, halves = collect_halves(
-                    self.model, batches, settings.target, forward=self.forward, reduce=self.reduce
+                    self.model, batches, list(task.layers), forward=self.forward, reduce=self.reduce
                 )
                 task.new = {name: m.mean for name, m in moments.items()}
                 task.heldout = solve_heldout(settings, halves, self.history, gram_eps)
             else:
-                task.new = self._moments(batches)
+                moments = self._collect(batches)
+                task.new = {name: m.mean for name, m in moments.items()}
             if bases is None:
+                self._warn_of_few_tokens({name: m.count for name, m in moments.items()})
                 # Before the first task there is no history: None instead of an empty dict.
                 bases = solve_bases(settings, task.new, self.history or None, gram_eps)
             for name in task.layers:
                 for branch in settings.names(first_task):
                     down = bases[name][branch].mT * settings.down_scale
                     self._add_branch(name, branch, down, train_down=first_task)
+            if self._shares():
+                copy_from_first([branch.down for branch in self._branches()])
         except BaseException:  # also for Ctrl-C during the pass
             self._close_task()
             raise
@@ -194,10 +391,10 @@ class LoDA:
     def step(
         self,
         loss: RowsLoss,
-        labels: Tensor,
+        labels: Groups,
         optimizer: Optimizer,
         *,
-        radius: float,
+        radius: float | None = None,
         permutation: Tensor | None = None,
         draw: float | None = None,
         generator: torch.Generator | None = None,
@@ -206,49 +403,141 @@ class LoDA:
     ) -> AlignedStep:
         """One mini-batch of gradient-aligned optimisation over the branches.
 
-        Draws a permutation of the classes and a fraction of the radius, then calls
-        :func:`gradient_aligned_step`.
+        Draws a permutation of the classes and a fraction of the radius, then takes the step of
+        :func:`gradient_aligned_step`. If several processes train the model, the halves are drawn
+        over the mini-batches of all of them.
 
         Parameters
         ----------
-        loss, labels, optimizer, backward, skip_nonfinite
+        loss : callable
+            ``loss(rows)``: mean loss over those rows of the mini-batch of this process. ``rows``
+            is an int64 tensor on the device of ``labels``, with at least one element.
+        labels : Tensor of shape (N,), or int
+            Classes of the mini-batch, or any other integers that group its rows; keep them on the
+            CPU to save a synchronisation. A number of rows stands for halves drawn at random.
+        optimizer, backward, skip_nonfinite
             As in :func:`gradient_aligned_step`.
-        radius : float
-            Largest radius ρ.
+        radius : float, optional
+            Largest radius ρ; that of the settings by default.
         permutation : Tensor, optional
             Classes in random order; drawn if not given.
         draw : float, optional
             u from 0 to 1, the fraction of the radius for this mini-batch; if not given, drawn
             uniformly from [0, 1).
         generator : torch.Generator, optional
-            CPU generator for the two draws, the permutation first.
+            CPU generator for the two draws, the permutation first. With several processes the
+            draws are those of the first.
 
         Returns
         -------
         AlignedStep
+
+        Raises
+        ------
+        RuntimeError
+            If no task is open, or as :func:`gradient_aligned_step`.
+        ValueError
+            As :func:`gradient_aligned_step`.
+
+        See Also
+        --------
+        halves : the same step in phases, for loops that accumulate, clip or scale gradients.
         """
-        if not math.isfinite(radius) or radius < 0:
-            msg = f"radius must be finite and at least 0, got {radius}"
-            raise ValueError(msg)
-        if draw is not None and not 0 <= draw <= 1:
-            msg = f"draw must be from 0 to 1, got {draw}"
-            raise ValueError(msg)
-        if permutation is None:
-            permutation = draw_permutation(labels, generator).to(labels.device)
-        # After the permutation: another order of the draws would change the results of a seed.
-        if draw is None:
-            draw = float(torch.rand((), generator=generator))
+        moved = self._prepare_step(optimizer)
+        classes = torch.arange(labels) if isinstance(labels, int) else labels
+        window = Window([labels], shared=True) if self._shares() else None
+        drawn = self._draw(
+            classes if window is None else window.labels, radius, permutation, draw, generator
+        )
+        own, reduce = loss, unshared
+        if window is not None:
+            own, reduce = _own_part(loss, window, classes, moved[0]), sum_over_processes
         return gradient_aligned_step(
-            loss,
-            labels,
+            own,
+            classes if window is None else window.labels,
             optimizer,
-            self.lora_parameters(),
-            radius=radius * draw,
-            permutation=permutation,
+            moved,
+            radius=drawn[0],
+            permutation=drawn[1],
             backward=backward,
             skip_nonfinite=skip_nonfinite,
-            reduce=self.reduce,
+            reduce=reduce,
         )
+
+    def halves(
+        self,
+        groups: Groups | Sequence[Groups],
+        optimizer: Optimizer | Sequence[Optimizer],
+        *,
+        radius: float | None = None,
+        permutation: Tensor | None = None,
+        draw: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Halves:
+        """The gradient-aligned step in phases: for accumulation, clipping and loss scaling.
+
+        Parameters
+        ----------
+        groups : Tensor of shape (N,), int, or a sequence of these
+            Labels of the mini-batch of this process, or any other integers that group its rows; a
+            number of rows for halves drawn at random. A sequence for the mini-batches of a window
+            whose gradients are accumulated. Halves are drawn over the window and all processes.
+        optimizer : Optimizer or sequence of Optimizer
+            All that step.
+        radius, permutation, draw, generator
+            As in :meth:`step`.
+
+        Returns
+        -------
+        Halves
+            To be iterated once.
+
+        Raises
+        ------
+        RuntimeError
+            If no task is open, or as :class:`Halves`.
+        ValueError, TypeError
+            As :class:`Halves`.
+
+        Examples
+        --------
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
+        >>> loda = LoDA(model, target="0", rank=2)
+        >>> batches = [(torch.randn(6, 8), torch.arange(6) % 4) for _ in range(3)]
+        >>> def backward(part):
+        ...     x, y = batches[part.batch]
+        ...     logits = model(x[part.rows])
+        ...     (part.weight * torch.nn.functional.cross_entropy(logits, y[part.rows])).backward()
+        >>> with loda.task([x for x, _ in batches]) as task:
+        ...     optimizer = torch.optim.SGD(task.parameters(lr=0.1))
+        ...     for half in task.halves([y for _, y in batches], optimizer):
+        ...         for part in half.source:
+        ...             backward(part)
+        ...         half.look_ahead()
+        ...         for part in half.target:
+        ...             backward(part)
+        ...         half.share()
+        ...         _ = torch.nn.utils.clip_grad_norm_(task.trainable_parameters(), 1.0)
+        ...         optimizer.step()
+        ...         half.restore()
+        """
+        optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+        moved = self._prepare_step(*optimizers)
+        batches = [groups] if isinstance(groups, (Tensor, int)) else list(groups)
+        window = Window(batches, shared=self._shares())
+        length, order = self._draw(window.labels, radius, permutation, draw, generator)
+        halves = Halves(
+            window,
+            optimizers,
+            moved,
+            radius=length,
+            permutation=order,
+            reduce=sum_over_processes if self._shares() else unshared,
+            others=[p for p in self.model.parameters() if p.requires_grad],
+        )
+        self._require_open().halves = ref(halves)
+        return halves
 
     @torch.no_grad()
     def end_task(self, batches: Iterable[Any]) -> TaskRecord:
@@ -274,6 +563,7 @@ class LoDA:
             open and the weights are as before the call.
         """
         task, settings, first_task = self._require_open(), self.settings, self.tasks == 0
+        self._require_restored()
         form = settings.form(first_task)  # of Λ; None if nothing is recalibrated
         # The pass through the trained model serves Λ, the history or both; the one through the
         # merged model serves the history only.
@@ -316,6 +606,7 @@ class LoDA:
                 coefficients=coefficients,
                 heldout=task.heldout,
                 effects=effects,
+                rounding={n: x.rounding for n, x in task.layers.items() if x.rounding is not None},
             )
             # Every pass that the settings name adds its moment to the history of a layer.
             history = {
@@ -327,29 +618,69 @@ class LoDA:
                 for name in moments[passes[0]]
             }
         except BaseException:  # the task stays open, as if end_task had not been called
-            for layer in task.layers.values():
+            for layer in reversed(task.layers.values()):
                 if layer.merged:
                     layer.unmerge()
             raise
+        self.masters = {n: x.master for n, x in task.layers.items() if x.master is not None}
         self._close_task()
         self.history = history
         self.tasks += 1
+        self._copy_model()
+        if not settings.master:
+            warn_of_rounding(record.rounding)
         return record
 
     def abandon_task(self) -> None:
         """Drop the branches of the open task and restore the layers as they were before it.
 
-        Parameters named by ``trainable`` keep what they learned.
+        Parameters named by ``trainable`` keep what they learned. Running statistics that were let
+        move are those from before the task again.
         """
-        self._close_task()
+        task = self._require_open()
+        task.close(self.model)
+        task.statistics.put_back()
+
+    @staticmethod
+    def detach(model: nn.Module) -> None:
+        """Abandon the open task of a model whose LoDA object is lost, as in a notebook.
+
+        Parameters
+        ----------
+        model : nn.Module
+            Is as it was before the task afterwards, but for what ``trainable`` named. Nothing
+            happens if no task is open on it.
+
+        Examples
+        --------
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> LoDA(model, target="0", rank=2).begin_task([torch.randn(32, 8)])
+        >>> LoDA.detach(model)
+        >>> model
+        Sequential(
+          (0): Linear(in_features=8, out_features=8, bias=True)
+        )
+        """
+        for owner in _adapted_models(_inside(model)):
+            task: _OpenTask = owner.__dict__[_MARK]
+            task.close(owner)
+            task.statistics.put_back()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Flat state: tasks completed, the history, and an open task with its branches.
+        """Flat state: settings, tasks completed, the history, and an open task with its branches.
 
         The model's own weights are not in it; save them as well.
         """
-        state = {"tasks": torch.tensor(self.tasks)}
+        self._require_restored()
+        # Bytes of JSON, so that all of the state is tensors.
+        written = json.dumps(self._described(), sort_keys=True).encode()
+        state = {
+            "settings": torch.tensor(list(written), dtype=torch.uint8),
+            "tasks": torch.tensor(self.tasks),
+        }
         state |= {f"history/{name}": past.total for name, past in self.history.items()}
+        state |= {f"master/{name}": weight for name, weight in self.masters.items()}
         for name, layer in self.layers.items():
             task = self._require_open()
             state[f"new/{name}"] = task.new[name]
@@ -360,29 +691,41 @@ class LoDA:
                 state[f"heldout/{branch}/{name}"] = torch.stack(list(ratio))
         return state
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor], *, strict: bool = True) -> None:
         """Load a state made by :meth:`state_dict` under the same settings.
 
         Parameters
         ----------
         state : mapping of str to Tensor
             Copied to the device of the model.
+        strict : bool, default True
+            Refuse a state that was made under other settings. Without it later tasks may have
+            other settings than the past ones, but for those that shape the history; an open task
+            may not.
 
         Raises
         ------
         RuntimeError
-            If a task is open.
+            If a task is open, also one of another LoDA on this model.
         ValueError
-            If the state belongs to other layers, or an open task to other settings.
+            If the state belongs to other layers or settings.
         """
         self._require_closed()
+        self._check_settings(state, strict=strict)
         self._check_state(state)
         tasks = int(state["tasks"])
+        self.masters = {
+            name: state[f"master/{name}"].to(weight_matrix(layer).device, copy=True)
+            for name, layer in self.target_layers().items()
+            if f"master/{name}" in state
+        }
         if any(key.startswith("new/") for key in state):
             task = self._open_task()
             # The moment in the state replaces the pass over the task's images.
             for name, layer in task.layers.items():
-                device = layer.base.weight.device
+                device = layer.frozen.device
+                # Whatever weights the model has now: its own are loaded later.
+                layer.master = self.masters.get(name)
                 task.new[name] = state[f"new/{name}"].to(device, copy=True)
                 for branch in self.settings.names(tasks == 0):
                     down, up = (state[f"{part}/{branch}/{name}"] for part in ("down", "up"))
@@ -391,84 +734,217 @@ class LoDA:
                     if ratio is not None:
                         values = HeldoutRatio(*ratio.to(device, copy=True))
                         task.heldout.setdefault(name, {})[branch] = values
-        # Only the totals are saved. The weights of a history depend only on the number of tasks,
-        # so a dummy history of as many zero moments provides them.
-        zeros, past = [torch.zeros(1, 1) for _ in self.settings.passes()], None
-        for _ in range(tasks):
-            past = remember(past, *zeros, decay=self.settings.history_decay)
         self.history = {}
-        for name, module in find_layers(self.model, self.settings.target).items():
+        for name, module in self.target_layers().items() if tasks else ():
+            total = state[f"history/{name}"].to(weight_matrix(module).device, copy=True)
+            # Only the totals are saved. The rest of a history depends only on the number of tasks
+            # and the dtype, so a dummy history of as many zero moments provides it.
+            zeros, past = [total.new_zeros(1, 1) for _ in self.settings.passes()], None
+            for _ in range(tasks):
+                past = remember(past, *zeros, decay=self.settings.history_decay)
             if past is not None:
-                total = state[f"history/{name}"].to(module.weight.device, copy=True)
                 self.history[name] = past._replace(total=total)
         self.tasks = tasks
 
     def _open_task(self) -> _OpenTask:
         """Put adapted layers in place and freeze every parameter that the task does not train."""
-        model, target = self.model, self.settings.target
+        model, settings = self.model, self.settings
+        found = self.target_layers()
+        if settings.untie:
+            untie(model, found)
         # Include every name of a shared parameter: a pattern may match any of them.
         named = list(model.named_parameters(remove_duplicate=False))
+        frozen = {parameter for layer in found.values() for parameter in layer.parameters()}
+        trained: set[nn.Parameter] = set()
         for pattern in self.trainable:
-            if not any(fnmatchcase(name, pattern) for name, _ in named):
-                names = ", ".join(name for name, _ in named)
-                msg = f"trainable pattern {pattern!r} matches no parameter; parameters: {names}"
+            meant = [(name, p) for name, p in named if fnmatchcase(name, pattern)]
+            # A target layer stays frozen even if a pattern matches it.
+            free = {p for _, p in meant if p not in frozen and p.is_floating_point()}
+            if not free:
+                names = ", ".join(name for name, _ in meant or named)
+                why = "only those of target layers" if meant else "no parameter; parameters here"
+                msg = f"trainable pattern {pattern!r} matches {why}: {names}"
                 raise ValueError(msg)
+            trained |= free
         requires_grad_before = {parameter: parameter.requires_grad for _, parameter in named}
-        layers = adapt(model, target)
-        # A target layer stays frozen even if a pattern matches it.
-        frozen = {p for layer in layers.values() for p in layer.base.parameters()}
-        trained = {
-            parameter
-            for name, parameter in named
-            if any(fnmatchcase(name, pattern) for pattern in self.trainable)
-        } - frozen
-        for parameter, required in requires_grad_before.items():
-            parameter.requires_grad_(required and parameter in trained)
-        self._open = _OpenTask(layers, requires_grad_before)
+        layers = adapt(model, list(found), masters=self._masters(found))
+        for parameter in requires_grad_before:
+            # Also what was frozen before: a parameter that is named is trained.
+            parameter.requires_grad_(parameter in trained)
+        statistics = RunningStatistics(model, freeze=settings.freeze_statistics)
+        self._open = _OpenTask(layers, requires_grad_before, statistics)
+        model.__dict__[_MARK] = self._open
+        _ADAPTED.add(model)
         return self._open
+
+    def _masters(self, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+        """Weights in float32 of layers in half precision, if the settings ask for them."""
+        masters: dict[str, Tensor] = {}
+        for name, layer in layers.items() if self.settings.master else ():
+            weight = weight_matrix(layer).detach()
+            if weight.element_size() >= torch.float32.itemsize:
+                continue
+            master = self.masters.get(name)
+            # A weight that was changed between tasks has left its master behind.
+            if master is None or not torch.equal(master.to(weight), weight):
+                master = weight.float()
+            masters[name] = master.to(weight.device)
+        return masters
 
     def _add_branch(
         self, name: str, branch: str, down: Tensor, up: Tensor | None = None, *, train_down: bool
     ) -> None:
-        scale = self.settings.weight(branch)
+        scale = self.settings.by_layer(self.layers)[name].weight(branch)
         self.layers[name].add_branch(branch, down, up=up, scale=scale, train_down=train_down)
 
     def _moments(self, batches: Iterable[Any]) -> dict[str, Tensor]:
         """Mean second moments of the inputs of the layers, as the model is now."""
-        moments = collect_moments(
-            self.model, batches, self.settings.target, forward=self.forward, reduce=self.reduce
+        return {name: m.mean for name, m in self._collect(batches).items()}
+
+    def _collect(self, batches: Iterable[Any]) -> dict[str, Moments]:
+        return collect_moments(
+            self.model, batches, list(self.layers), forward=self.forward, reduce=self.reduce
         )
-        return {name: m.mean for name, m in moments.items()}
+
+    def _warn_of_few_tokens(self, counts: Mapping[str, int | Tensor]) -> None:
+        """Warn of layers with fewer tokens than directions: some of these mean nothing."""
+        ranks = {name: own.rank for name, own in self.settings.by_layer(self.layers).items()}
+        few = {name: int(count) for name, count in counts.items() if int(count) < ranks[name]}
+        if few:
+            worst = min(few, key=few.__getitem__)
+            msg = (
+                f"rank should be at most the number of tokens, got rank {ranks[worst]} and "
+                f"{few[worst]} tokens in layer {worst!r} (too few in {len(few)} of {len(counts)} "
+                f"layers): the other directions carry nothing; give more data or lower the rank"
+            )
+            warnings.warn(msg, stacklevel=3)
+
+    def _branches(self) -> list[LoRABranch]:
+        return [layer.branch(name) for layer in self.layers.values() for name in layer.branches]
 
     def _close_task(self) -> None:
         """Put the original layers back and restore every ``requires_grad`` flag."""
-        task = self._require_open()
-        restore(self.model, task.layers)
-        for parameter, required in task.requires_grad_before.items():
-            parameter.requires_grad_(required)
+        self._require_open().close(self.model)
         self._open = None
 
+    def _shares(self) -> bool:
+        """Whether the processes of ``torch.distributed`` train the model together."""
+        return self.reduce in (None, sum_over_processes) and several_processes()
+
+    def _copy_model(self) -> None:
+        """Give all processes the model of the first: the solves may have rounded differently."""
+        if self._shares():
+            masters = self.masters.values()
+            copy_from_first([*self.model.parameters(), *self.model.buffers(), *masters])
+
+    def _prepare_step(self, *optimizers: Optimizer) -> list[Tensor]:
+        """The tensors to be moved; before the first step, heads are those of the first process."""
+        task = self._require_open()
+        if self.reduce not in (None, sum_over_processes, unshared):
+            msg = (
+                "step and halves share labels and gradients over torch.distributed, which a reduce "
+                "of your own does not; call gradient_aligned_step(reduce=...) with the labels of "
+                "the whole mini-batch"
+            )
+            raise RuntimeError(msg)
+        halves = task.step_in_progress()
+        if halves is not None:  # left by an error that the caller has caught
+            halves.abandon()
+        if self._shares():
+            groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+            trained = [p for group in groups for p in group["params"]]
+            copy_from_first([p for p in trained if id(p) not in task.copied])
+            task.copied.update(map(id, trained))
+        return list(self.lora_parameters())
+
+    def _draw(
+        self,
+        labels: Tensor,
+        radius: float | None,
+        permutation: Tensor | None,
+        draw: float | None,
+        generator: torch.Generator | None,
+    ) -> tuple[float, Tensor]:
+        """Length of the look-ahead, and the order of the classes."""
+        radius = self.settings.radius if radius is None else radius
+        check_radius(radius)
+        if draw is not None and not 0 <= draw <= 1:
+            msg = f"draw must be from 0 to 1, got {draw}"
+            raise ValueError(msg)
+        if permutation is None:
+            permutation = draw_permutation(labels, generator)
+        # After the permutation: another order of the draws would change the results of a seed.
+        if draw is None:
+            draw = float(torch.rand((), generator=generator))
+        if self._shares():
+            draw, permutation = gather((draw, permutation.cpu()))[0]
+        return radius * draw, permutation
+
     def _require_open(self) -> _OpenTask:
-        if self._open is None:
+        if self._open is None or self._open.closed:
             msg = "no task is open: call begin_task first"
             raise RuntimeError(msg)
         return self._open
 
     def _require_closed(self) -> None:
-        if self._open is not None:
+        if self.is_open:
             msg = "a task is open already: call end_task (or abandon_task) first"
             raise RuntimeError(msg)
+        _require_free(self.model)
+
+    def _require_restored(self) -> None:
+        """Refuse to go on while the branches are moved."""
+        if self.is_open and self._require_open().step_in_progress() is not None:
+            msg = "a step in phases is in progress: call half.restore() first"
+            raise RuntimeError(msg)
+
+    def _described(self) -> dict[str, Any]:
+        """Settings as plain data, as they are saved."""
+        plain = json.dumps({**asdict(self.settings), "trainable": self.trainable})
+        described: dict[str, Any] = json.loads(plain)
+        return described
+
+    def _check_settings(self, state: Mapping[str, Tensor], *, strict: bool) -> None:
+        """Refuse a state that was made under other settings."""
+        if "settings" not in state:
+            return  # refused with the other missing entries
+        try:
+            saved = json.loads(bytes(state["settings"].tolist()))
+            known = {name: saved[name] for name in saved}
+        except (ValueError, TypeError, LookupError) as error:
+            msg = f"the settings of the state cannot be read: {error}"
+            raise ValueError(msg) from error
+        here = self._described()
+        other = {
+            name: (known.get(name), here.get(name))
+            for name in sorted({*known, *here})
+            if known.get(name) != here.get(name)
+        }
+        other.pop("radius", None)  # may differ from step to step
+        is_open = any(key.startswith("new/") for key in state)
+        if not strict and not is_open:
+            other = {name: pair for name, pair in other.items() if name.startswith("history")}
+            other.pop("history_weight", None)
+        if other:
+            cure = "" if is_open or not strict else "; strict=False goes on under the new ones"
+            msg = (
+                f"the state was made under other settings (saved, here): {other}; make the LoDA "
+                f"with those{cure}"
+            )
+            raise ValueError(msg)
 
     def _check_bases(self, bases: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Refuse given bases that do not fit the branches of the coming task."""
-        layers = find_layers(self.model, self.settings.target)
+        layers = self.target_layers()
+        own = self.settings.by_layer(layers)
         if set(bases) != set(layers):
             msg = f"bases must name the layers {sorted(layers)}, got {sorted(bases)}"
             raise ValueError(msg)
         branches = self.settings.names(self.tasks == 0)
         for name, given in bases.items():
             shapes = {branch: tuple(basis.shape) for branch, basis in given.items()}
-            expected = dict.fromkeys(branches, (layers[name].in_features, self.settings.rank))
+            width = weight_matrix(layers[name]).shape[1]
+            expected = dict.fromkeys(branches, (width, own[name].rank))
             if shapes != expected:
                 msg = f"bases of layer {name!r} must have shapes {expected}, got {shapes}"
                 raise ValueError(msg)
@@ -481,23 +957,30 @@ class LoDA:
         # A missing task count is refused below, with the other missing entries.
         tasks = int(state["tasks"]) if "tasks" in state else -1
         is_open = any(key.startswith("new/") for key in state)
-        expected: dict[str, tuple[int, ...]] = {"tasks": ()}
-        for name, layer in find_layers(self.model, self.settings.target).items():
-            size = layer.in_features
+        written = tuple(state["settings"].shape) if "settings" in state else (1,)
+        expected: dict[str, tuple[int, ...]] = {"tasks": (), "settings": written}
+        layers = self.target_layers()
+        own = self.settings.by_layer(layers)
+        for name, layer in layers.items():
+            outputs, size = weight_matrix(layer).shape
+            if f"master/{name}" in state:  # only of layers in half precision
+                expected[f"master/{name}"] = (outputs, size)
             if tasks > 0:
                 expected[f"history/{name}"] = (size, size)
             if not is_open:
                 continue
             expected[f"new/{name}"] = (size, size)
             for branch in self.settings.names(tasks == 0):
-                expected[f"down/{branch}/{name}"] = (self.settings.rank, size)
-                expected[f"up/{branch}/{name}"] = (layer.out_features, self.settings.rank)
+                expected[f"down/{branch}/{name}"] = (own[name].rank, size)
+                expected[f"up/{branch}/{name}"] = (outputs, own[name].rank)
                 ratio = f"heldout/{branch}/{name}"
                 if ratio in state:  # only if the open task measured it
                     expected[ratio] = (len(HeldoutRatio._fields),)
         for key, value in state.items():
             # torch supports hardly any arithmetic on 8-bit floats.
-            if key != "tasks" and not (value.is_floating_point() and value.element_size() > 1):
+            if key not in ("tasks", "settings") and not (
+                value.is_floating_point() and value.element_size() > 1
+            ):
                 msg = f"{key} of the state must be floats of 16 bits or more, got {value.dtype}"
                 raise ValueError(msg)
         shapes = {key: tuple(value.shape) for key, value in state.items()}
@@ -509,3 +992,98 @@ class LoDA:
                 f"{tasks if 'tasks' in state else 'unknown'}"
             )
             raise ValueError(msg)
+
+
+class Task:
+    """A task as a context, made by :meth:`LoDA.task`.
+
+    Its methods are those of the `LoDA` that it belongs to.
+
+    Attributes
+    ----------
+    loda : LoDA
+        That it belongs to.
+    record : TaskRecord
+        What the task did; there once the context was left without an error.
+    """
+
+    record: TaskRecord
+
+    def __init__(
+        self,
+        loda: LoDA,
+        batches: Iterable[Any],
+        bases: Mapping[str, Mapping[str, Tensor]] | None,
+    ) -> None:
+        self.loda = loda
+        self._batches, self._bases = batches, bases
+        self._open: _OpenTask | None = None
+        self.step, self.halves, self.parameters = loda.step, loda.halves, loda.parameters
+        self.lora_parameters = loda.lora_parameters
+        self.trainable_parameters = loda.trainable_parameters
+
+    def __enter__(self) -> Self:
+        self.loda.begin_task(self._batches, bases=self._bases)
+        self._open = self.loda._require_open()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._open is None or self._open.closed:  # ended or abandoned by the caller
+            return
+        if kind is not None:
+            self.loda.abandon_task()
+            return
+        try:
+            self.record = self.loda.end_task(self._batches)
+        except BaseException:
+            self.loda.abandon_task()
+            raise
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """The module that DistributedDataParallel wraps, whose names are the model's own."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _adapted_models(model: nn.Module) -> list[nn.Module]:
+    """Models with an open task that have parameters of this one."""
+    inside = [module for module in model.modules() if _MARK in module.__dict__]
+    own = {id(parameter) for parameter in model.parameters()}
+    around = [
+        other
+        for other in _ADAPTED
+        if other not in inside and any(id(p) in own for p in other.parameters())
+    ]
+    return inside + around
+
+
+def _require_free(model: nn.Module) -> None:
+    """Refuse a model that carries branches already."""
+    if _adapted_models(model):
+        msg = (
+            "another LoDA has an open task on this model: end or abandon that task, or call "
+            "LoDA.detach(model) if the object is lost"
+        )
+        raise RuntimeError(msg)
+    adapted = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+    if adapted:
+        msg = f"layers {adapted} are adapted already; restore the model first"
+        raise ValueError(msg)
+
+
+def _own_part(loss: RowsLoss, window: Window, labels: Tensor, trained: Tensor) -> RowsLoss:
+    """Part of this process in the mean loss over rows of all processes."""
+    first, last = window.first, window.first + labels.shape[0]
+
+    def part(rows: Tensor) -> Tensor:
+        own = rows[(rows >= first) & (rows < last)] - first
+        if own.numel() == 0:  # a zero with a graph, so that backward() works here too
+            return 0 * trained.sum()
+        return loss(own.to(labels.device, non_blocking=True)) * (own.numel() / rows.numel())
+
+    return part

@@ -1,13 +1,47 @@
 """A frozen linear layer with named low-rank branches, computed as one fused low-rank path."""
 
+import warnings
 from collections.abc import Mapping
+from typing import Final, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, nn
 
+from backends.torch import linear_maps
+from backends.torch.linear_maps import matrix
+
+_HOOKS: Final = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+"""Where a module keeps the hooks on its calls."""
+
 Coefficients = Mapping[str, Tensor] | Tensor
 """Λ by branch, shape (r, r) each, or one Λ of all branches side by side, shape (R, R)."""
+
+
+class MergeRounding(NamedTuple):
+    r"""How much of an update a weight in half precision took up at a merge.
+
+    With Δ the update and R the difference of the weights before and after the merge.
+
+    Attributes
+    ----------
+    error : Tensor, 0-d
+        :math:`\|R - \Delta\|_F / \|\Delta\|_F`.
+    correlation : Tensor, 0-d
+        :math:`\langle R, \Delta\rangle / (\|R\|_F \|\Delta\|_F)`, 1 without rounding; 0 if the
+        whole update was rounded away.
+    """
+
+    error: Tensor
+    correlation: Tensor
 
 
 class LoRABranch(nn.Module):
@@ -52,15 +86,28 @@ class LoRABranch(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    r"""A frozen ``nn.Linear`` plus low-rank branches.
+    r"""A frozen linear layer plus low-rank branches.
 
     :math:`y = W x + b + \sum_k w_k B_k A_k x`, with the branches side by side in one pair of thin
     matrix products (LoDA, arXiv:2603.00191, Section 3; two branches there).
 
+    Branches are float32 (or wider) whatever the dtype of the layer, or small steps of an optimiser
+    would be rounded away; outputs have the dtype of the layer's own. Hooks on the layer are called
+    as before, with its input and with its output, branches included.
+
     Parameters
     ----------
-    base : nn.Linear
-        The layer to adapt; held by reference and frozen.
+    base : nn.Module
+        The layer to adapt, held by reference and frozen: an ``nn.Linear``, transformers'
+        ``Conv1D``, a convolution with a kernel of one point, or an :class:`InProjection`.
+    master : Tensor, shape (out_features, in_features), optional
+        The weight in float32, of which that of a layer in half precision is the rounded value.
+        A merge adds to it, so that rounding errors do not add up over the tasks.
+
+    Attributes
+    ----------
+    rounding : MergeRounding or None
+        Of the last merge; ``None`` before one, and for weights in float32 or wider.
 
     Examples
     --------
@@ -72,42 +119,72 @@ class LoRALinear(nn.Module):
     >>> layer.drop_branch("general")
     """
 
-    def __init__(self, base: nn.Linear) -> None:
+    def __init__(self, base: nn.Module, *, master: Tensor | None = None) -> None:
         super().__init__()
-        if not isinstance(base, nn.Linear):
-            msg = f"only nn.Linear layers can carry branches, got {type(base).__name__}"
+        if not linear_maps.is_linear_map(base):
+            msg = (
+                f"a layer with branches must be an nn.Linear, a Conv1D of transformers or a "
+                f"convolution with a kernel of one point, got {type(base).__name__}"
+            )
             raise TypeError(msg)
-        if not isinstance(base.weight, nn.Parameter):
-            # Merging would write into a tensor that is computed anew at every call.
-            msg = "the layer's weight is computed (parametrised); remove the parametrisation first"
+        reason = linear_maps.why_not_adaptable(base)
+        if reason is not None:
+            msg = f"the layer cannot carry branches: {reason}"
             raise TypeError(msg)
         # By reference: optimisers, hooks and shared modules of the model stay valid.
         self.base = base
         self.base.requires_grad_(False)
+        # One set of hooks for both, so that they are called on the input and on the whole output,
+        # and those that are added or removed during a task are so for the layer itself.
+        self.__dict__.update({hooks: base.__dict__[hooks] for hooks in _HOOKS})
         self.branches = nn.ModuleDict()
-        self._unmerged: Tensor | None = None
+        self.master = master
+        self.rounding: MergeRounding | None = None
+        self._unmerged: tuple[Tensor, Tensor | None] | None = None
+        self._downs: Tensor | None = None
 
     @property
     def in_features(self) -> int:
         """Number D of input features."""
-        return self.base.in_features
+        return self.frozen.shape[1]
 
     @property
     def out_features(self) -> int:
         """Number O of output features."""
-        return self.base.out_features
+        return self.frozen.shape[0]
+
+    @property
+    def frozen(self) -> Tensor:
+        """Frozen weight as a matrix (out_features, in_features); a view of the layer's own."""
+        return matrix(self.base)
 
     @property
     def weight(self) -> Tensor:
         """Effective weight, branches included, for callers that read weights themselves."""
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
         if self.merged or not self.branches:
-            return self.base.weight
-        return (self.base.weight + self.delta()).to(self.base.weight.dtype)
+            return weight
+        delta = linear_maps.like_weight(self.base, self.delta())
+        return linear_maps.mark((weight + delta).to(weight.dtype), {None: self})
 
     @property
     def bias(self) -> Tensor | None:
         """Bias of the frozen layer."""
-        return self.base.bias
+        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
+        return bias
+
+    # Which kind of backward hooks the shared ones are is a flag beside them.
+    @property
+    def _is_full_backward_hook(self) -> bool | None:
+        base = self.__dict__.get("_modules", {}).get("base")
+        return None if base is None else base._is_full_backward_hook
+
+    @_is_full_backward_hook.setter
+    def _is_full_backward_hook(self, full: bool | None) -> None:
+        base = self.__dict__.get("_modules", {}).get("base")
+        # nn.Module sets None before there is a base, and in a copy after there is one.
+        if base is not None and full is not None:
+            base._is_full_backward_hook = full
 
     @property
     def merged(self) -> bool:
@@ -142,7 +219,7 @@ class LoRALinear(nn.Module):
         name : str
             A name not in use.
         down : Tensor, shape (r, in_features)
-            Down-projection, copied to the layer's dtype and device.
+            Down-projection, copied to the layer's device, in float32 or the layer's wider dtype.
         up : Tensor, shape (len(rows) or out_features, r), optional
             Up-projection, copied; zeros by default.
         scale : float or Tensor, 0-d, default 1
@@ -178,9 +255,9 @@ class LoRALinear(nn.Module):
             msg = f"up must have shape {shape}, got {tuple(up.shape)}"
             raise ValueError(msg)
         # Copies, so that training never writes into the caller's bases.
-        like = self.base.weight
-        down = down.detach().to(like, copy=True).contiguous()
-        up = like.new_zeros(shape) if up is None else up.detach().to(like, copy=True)
+        device, dtype = self.frozen.device, _at_least_float32(self.frozen.dtype)
+        down = down.detach().to(device, dtype, copy=True).contiguous()
+        up = down.new_zeros(shape) if up is None else up.detach().to(device, dtype, copy=True)
         branch = LoRABranch(down, up, scale=scale, rows=rows, train_down=train_down)
         self.branches[name] = branch
         return branch
@@ -192,19 +269,23 @@ class LoRALinear(nn.Module):
         del self.branches[name]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Output of the layer for inputs of shape (..., in_features)."""
+        """Output of the layer for inputs of shape (..., in_features), or of its own for others."""
+        # Not base(x): the hooks are called by this module.
         if self.merged or not self.branches:
-            plain: Tensor = self.base(x)
+            plain: Tensor = self.base.forward(x)
             return plain
         down, up = self._factors()
+        if type(self.base) not in _PLAIN or "forward" in self.base.__dict__:
+            # A layer with a forward of its own may hold what it returns.
+            whole: Tensor = self.base.forward(x)
+            thin = F.linear(linear_maps.tokens(self.base, x), down.to(x.dtype)).to(whole.dtype)
+            return whole + linear_maps.from_tokens(self.base, F.linear(thin, up.to(whole.dtype)))
         rows = x.reshape(-1, x.shape[-1])
-        y: Tensor = self.base(rows)
-        thin, up = F.linear(rows, down).to(y.dtype), up.mT.to(y.dtype)
+        y = F.linear(rows, self.frozen, self.bias)
+        thin, up = F.linear(rows, down.to(rows.dtype)).to(y.dtype), up.mT.to(y.dtype)
         # Added while it is formed, and in place: another array of the size of the output would
-        # cost more than the thin products do. Backward hooks make a view, which forbids it, and a
-        # compiler finds out for itself.
-        in_place = not (torch.compiler.is_compiling() or y._is_view())
-        y = y.addmm_(thin, up) if in_place else torch.addmm(y, thin, up)
+        # cost more than the thin products do. A compiler finds that out for itself.
+        y = torch.addmm(y, thin, up) if torch.compiler.is_compiling() else y.addmm_(thin, up)
         return y.view(*x.shape[:-1], self.out_features)
 
     def delta(self, coefficients: Coefficients | None = None) -> Tensor:
@@ -227,8 +308,13 @@ class LoRALinear(nn.Module):
         ValueError
             If Λ is not r×r, or R×R.
         """
-        weight = self.base.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        # Under autocast the products would be as inexact as those of a forward pass.
+        with torch.autocast(self.frozen.device.type, enabled=False):
+            return self._delta(coefficients)
+
+    def _delta(self, coefficients: Coefficients | None) -> Tensor:
+        weight = self.frozen
+        dtype = _at_least_float32(weight.dtype)
         if isinstance(coefficients, Tensor):
             down, up = (factor.to(dtype) for factor in self._factors())
             if tuple(coefficients.shape) != (len(down), len(down)):
@@ -271,14 +357,19 @@ class LoRALinear(nn.Module):
             If the merged weight would not be finite; nothing is written then.
         """
         self._require_unmerged("merge")
-        weight = self.base.weight
-        merged = (weight + self.delta(coefficients)).to(weight.dtype)
+        weight, master = self.frozen, self.master
+        delta = self.delta(coefficients)
+        whole = (weight if master is None else master.to(weight.device)) + delta
+        merged = whole.to(weight.dtype)
         if not bool(torch.isfinite(merged).all()):
             msg = "the merged weight holds NaN or infinite values; the layer was left as it was"
             raise FloatingPointError(msg)
+        self.rounding = _rounding(weight, merged, delta)
         # Subtracting the update again would not give back the same bits.
-        self._unmerged = weight.detach().clone()
+        self._unmerged = weight.detach().clone(), master
+        self.master = None if master is None else whole
         weight.copy_(merged)
+        torch.clear_autocast_cache()  # it may hold a cast of the weight from before
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -286,7 +377,9 @@ class LoRALinear(nn.Module):
         if self._unmerged is None:
             msg = "the layer is not merged"
             raise ValueError(msg)
-        self.base.weight.copy_(self._unmerged)
+        weight, self.master = self._unmerged
+        self.frozen.copy_(weight)
+        torch.clear_autocast_cache()
         self._unmerged = None
 
     def extra_repr(self) -> str:
@@ -301,9 +394,89 @@ class LoRALinear(nn.Module):
         ups = [branch.full_up(self.out_features) for branch in branches]
         if len(branches) == 1:
             return downs[0], ups[0]  # joining one branch would copy it in every forward pass
-        return torch.cat(downs), torch.cat(ups, dim=1)
+        return self._side_by_side(downs), torch.cat(ups, dim=1)
+
+    def _side_by_side(self, downs: list[Tensor]) -> Tensor:
+        """Down-projections stacked vertically; frozen ones are parts of one tensor, made once."""
+        # Tensors that stand in for them (torch.func) have no memory of their own.
+        own = all(type(down) is nn.Parameter and not down.requires_grad for down in downs)
+        if not own or torch.compiler.is_compiling():
+            return torch.cat(downs)
+        stack = self._downs
+        if stack is None or not _is_made_of(stack, downs):
+            # New branches, or the model was copied or moved. A value that is written to a
+            # projection later is written to the stack.
+            stack = self._downs = torch.cat([down.detach() for down in downs])
+            for down, part in zip(downs, stack.split([len(down) for down in downs]), strict=True):
+                down.data = part
+        return stack
 
     def _require_unmerged(self, action: str) -> None:
         if self.merged:
             msg = f"cannot {action}: the branches are merged into the weight; unmerge first"
             raise ValueError(msg)
+
+
+def _is_made_of(stack: Tensor, parts: list[Tensor]) -> bool:
+    """Whether the parts are the rows of the stack, in order and in its memory."""
+    place = stack.data_ptr()
+    for part in parts:
+        if (part.data_ptr(), part.dtype, part.device) != (place, stack.dtype, stack.device):
+            return False
+        place += part.numel() * part.element_size()
+    return place == stack.data_ptr() + stack.numel() * stack.element_size()
+
+
+def warn_of_rounding(rounding: Mapping[str, MergeRounding]) -> None:
+    """Warn of layers whose weights took up less than nearly all of an update at a merge.
+
+    Parameters
+    ----------
+    rounding : mapping of str to MergeRounding
+        By layer.
+    """
+    correlations = {name: float(x.correlation) for name, x in rounding.items()}
+    poor = {name: c for name, c in correlations.items() if c < _ENOUGH}
+    if poor:
+        worst = min(poor, key=poor.__getitem__)
+        msg = (
+            f"rounding at the merge loses a part of the update: in {len(poor)} of {len(rounding)} "
+            f"layers what is left has a correlation with it of less than {_ENOUGH} (worst: "
+            f"{poor[worst]:.3f} in {worst!r}); set master to keep the weights in float32 as well"
+        )
+        warnings.warn(msg, stacklevel=3)
+
+
+def weight_matrix(layer: nn.Module) -> Tensor:
+    """Frozen weight (out_features, in_features) of a layer, adapted or not; a view of its own."""
+    return layer.frozen if isinstance(layer, LoRALinear) else matrix(layer)
+
+
+def input_tokens(layer: nn.Module, x: Tensor) -> Tensor:
+    """Input of a layer, adapted or not, with the features last."""
+    return linear_maps.tokens(layer.base if isinstance(layer, LoRALinear) else layer, x)
+
+
+_ENOUGH: Final = 0.99
+"""Correlation of a merged with the wanted update from which rounding is not worth a warning."""
+
+_PLAIN: Final = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+"""Layers whose forward is known to be one new tensor from ``F.linear``."""
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _rounding(before: Tensor, after: Tensor, delta: Tensor) -> MergeRounding | None:
+    """What of an update is left in a weight; nothing is measured in float32 and wider."""
+    if _at_least_float32(before.dtype) == before.dtype:
+        return None
+    realised = after.to(delta.dtype) - before.to(delta.dtype)
+    norm, lengths = delta.norm(), delta.norm() * realised.norm()
+    error, product = (realised - delta).norm(), (realised * delta).sum()
+    # An update of zero is taken up exactly.
+    return MergeRounding(
+        torch.where(norm > 0, error / norm, 0.0),
+        torch.where(lengths > 0, product / lengths, (norm == 0).to(delta.dtype)),
+    )

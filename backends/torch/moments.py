@@ -1,22 +1,28 @@
 """Second moments of the inputs of linear layers, and of two halves of the images, in one pass."""
 
-from collections.abc import Callable, Iterable
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.overrides import TorchFunctionMode
 
-from backends.torch.distributed import Reduce, sum_moments
+from backends.torch.distributed import Reduce, default_reduce, sum_moments
 from backends.torch.layers import find_layers
+from backends.torch.linear_maps import PARTS, InProjection
+from backends.torch.lora import LoRALinear, input_tokens, weight_matrix
 from backends.torch.settings import TIMM_QKV, Target
 from loda_math import Moments, combine, second_moment
 
 Forward = Callable[[nn.Module, Any], Any]
 """Runs a model on one element of an iterable of batches."""
 
-Halves = dict[str, tuple[Tensor, Tensor]]
+MomentHalves = dict[str, tuple[Tensor, Tensor]]
 """Second moments (D, D) of two halves of the images, by layer."""
 
 
@@ -26,6 +32,10 @@ class MomentCollector:
     Sums stay on the device of the inputs: one Gram matrix per batch in float32 (or wider), added in
     float64 where the device has it and with compensation elsewhere. Nothing is read back during
     the run, autocast does not reach the Gram matrix, and the hooks are always removed.
+
+    Layers may be called as modules, or a model may read their weights and multiply by them itself
+    (``F.linear``, ``F.multi_head_attention_forward``). Meanwhile compiled models run uncompiled,
+    and the fused attention of ``nn.MultiheadAttention`` is not used.
 
     Parameters
     ----------
@@ -52,28 +62,35 @@ class MomentCollector:
     def __init__(self, model: nn.Module, target: Target = TIMM_QKV) -> None:
         self.layers = find_layers(model, target)
         self.moments: dict[str, Moments] = {}
-        self._handles: list[RemovableHandle] = []
+        self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        for name, layer in self.layers.items():
-            hook = partial(self._on_forward, name)
-            self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        reads = _WeightReads(self.layers, self._on_read)
+        with ExitStack() as stack:
+            for name, layer in self.layers.items():
+                before, after = partial(reads.enter_call, name), partial(reads.leave_call, name)
+                handle = layer.register_forward_pre_hook(before, with_kwargs=True)
+                stack.callback(handle.remove)
+                # Also called if the layer raises.
+                handle = layer.register_forward_hook(after, always_call=True)
+                stack.callback(handle.remove)
+            # A compiled model does not notice hooks that are newer than it is. Where nothing was
+            # compiled, asking for it would import the compiler, which takes seconds.
+            if "torch._dynamo" in sys.modules:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(reads)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._stack.close()
 
     def share(self, reduce: Reduce) -> None:
         """Replace the sums by those over all processes."""
         self.moments = sum_moments(self.moments, self.layers, reduce)
 
-    def _on_forward(
-        self, name: str, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
-    ) -> None:
-        # Some models pass the input of a layer by keyword.
-        self._add(name, args[0] if args else next(iter(kwargs.values())))
+    def _on_read(self, name: str, x: Tensor) -> None:
+        self._add(name, input_tokens(self.layers[name], x))
 
     def _add(self, name: str, tokens: Tensor) -> None:
         _accumulate(self.moments, name, tokens)
@@ -104,15 +121,16 @@ class HalvingCollector(MomentCollector):
 
     def __enter__(self) -> Self:
         super().__enter__()
-        self._handles.append(self._model.register_forward_pre_hook(self._count, with_kwargs=True))
+        handle = self._model.register_forward_pre_hook(self._count, with_kwargs=True)
+        self._stack.callback(handle.remove)
         return self
 
-    def halves(self) -> Halves:
+    def halves(self) -> MomentHalves:
         """Mean second moments of both halves, of the layers that have two.
 
         Left out are layers that saw only one image, or whose input does not separate the images.
         """
-        halves: Halves = {}
+        halves: MomentHalves = {}
         for name, whole in self.moments.items():
             half = self.half.get(name)
             rest = whole.count - half.count if half is not None else 0
@@ -130,7 +148,7 @@ class HalvingCollector(MomentCollector):
         """
         super().share(reduce)
         # A layer that mixes the images in one process has no halves in any.
-        device = next(iter(self.layers.values())).weight.device
+        device = weight_matrix(next(iter(self.layers.values()))).device
         mixing = torch.tensor([name in self._mixing for name in self.layers], device=device).int()
         reduce([mixing])
         pairs = zip(self.layers, mixing.tolist(), strict=True)
@@ -154,6 +172,117 @@ class HalvingCollector(MomentCollector):
         _accumulate(self.half, name, by_image[self._images_before % 2 :: 2])
 
 
+class _WeightReads(TorchFunctionMode):
+    """Sees calls of layers, and products with the weights of those that are not called.
+
+    Parameters
+    ----------
+    layers : dict of str to nn.Module
+        Layers by name, adapted or not.
+    on_read : callable
+        ``on_read(name, x)`` for every input that the weight of a layer is applied to, with the
+        images along the first axis.
+    """
+
+    def __init__(
+        self, layers: dict[str, nn.Module], on_read: Callable[[str, Tensor], None]
+    ) -> None:
+        super().__init__()
+        self._on_read = on_read
+        self._calls: list[str] = []  # layers whose call is running
+        self._names = {id(layer): name for name, layer in layers.items()}
+        # By the tensor that is read: a plain layer's own, an attention's for its projection.
+        self._owners: dict[int, dict[str | None, str]] = {}
+        for name, layer in layers.items():
+            base = layer.base if isinstance(layer, LoRALinear) else layer
+            if isinstance(base, InProjection):
+                self._owners.setdefault(id(base.packed), {})[base.part] = name
+            else:
+                self._owners[id(base.weight)] = {None: name}
+
+    def enter_call(
+        self, name: str, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+    ) -> None:
+        """A layer is called as a module; products inside the call are the call's own."""
+        self._calls.append(name)
+        # Some models pass the input of a layer by keyword.
+        self._on_read(name, args[0] if args else next(iter(kwargs.values())))
+
+    def leave_call(self, name: str, *_: object) -> None:
+        """The call is over, or has failed."""
+        self._calls.remove(name)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        kwargs = kwargs or {}
+        if func is F.linear:
+            x, weight = _arguments(_LINEAR, args, kwargs, "input", "weight")
+            for name in self._readers(weight).values():
+                if name not in self._calls:
+                    self._on_read(name, x)
+        elif func is F.multi_head_attention_forward:
+            return self._attention(args, kwargs)
+        return func(*args, **kwargs)
+
+    def _attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An attention with its input and output projections in the open."""
+        call = _ATTENTION.bind(*args, **kwargs)
+        given = call.arguments
+        query, key, value = given["query"], given["key"], given["value"]
+        inputs = dict(zip(PARTS, (query, key, value), strict=True))
+        for part, name in self._readers(given["in_proj_weight"]).items():
+            if part is None and not (query is key is value):
+                msg = (
+                    f"the inputs of layer {name!r} must be one tensor, got a query, a key and a "
+                    f"value that differ; name its parts {name}.q, {name}.k and {name}.v instead"
+                )
+                raise ValueError(msg)
+            self._on_read(name, _images_first(inputs[part or "q"]))
+        for part, x in inputs.items():
+            for name in self._readers(given.get(f"{part}_proj_weight")).values():
+                self._on_read(name, _images_first(x))
+        out = given["out_proj_weight"]
+        names = self._readers(out)
+        if not names:
+            return F.multi_head_attention_forward(*call.args, **call.kwargs)
+        # The product with the identity is exact, and shows what goes into the real one.
+        given["out_proj_weight"] = torch.eye(len(out), dtype=out.dtype, device=out.device)
+        given["out_proj_bias"], bias = None, given["out_proj_bias"]
+        attended, weights = F.multi_head_attention_forward(*call.args, **call.kwargs)
+        for name in names.values():
+            self._on_read(name, _images_first(attended))
+        return F.linear(attended, out, bias), weights
+
+    def _readers(self, weight: Tensor | None) -> dict[str | None, str]:
+        """Names of the layers that a weight belongs to, by part of a packed projection."""
+        if weight is None:
+            return {}
+        layers: dict[str | None, nn.Module] = getattr(weight, "linear_maps", {})
+        if layers:  # computed with branches
+            named = {part: self._names.get(id(layer)) for part, layer in layers.items()}
+            return {part: name for part, name in named.items() if name is not None}
+        return self._owners.get(id(weight), {})
+
+
+_LINEAR = ("input", "weight", "bias")
+_ATTENTION = inspect.signature(F.multi_head_attention_forward)
+
+
+def _arguments(
+    order: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any], *names: str
+) -> list[Any]:
+    """Arguments of a call by name; built-in functions have no signature to bind to."""
+    given = dict(zip(order, args, strict=False)) | kwargs
+    return [given[name] for name in names]
+
+
+def _images_first(x: Tensor) -> Tensor:
+    """Tokens of an attention, which are (tokens, images, D) there."""
+    return x.transpose(0, 1) if x.ndim == 3 else x
+
+
 def _accumulate(moments: dict[str, Moments], name: str, tokens: Tensor) -> None:
     """Add tokens of shape (..., D) to the moments of a layer; nothing is read back."""
     rows = tokens.detach().reshape(-1, tokens.shape[-1])
@@ -164,15 +293,22 @@ def _accumulate(moments: dict[str, Moments], name: str, tokens: Tensor) -> None:
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:
-    """Run a model on a tensor, on the first element of a tuple, or on a dict of keywords.
+    """Run a model on a tensor, on the first element of a tuple, or on a mapping of keywords.
 
-    Tensors are moved to the device of the model's first parameter.
+    Tensors are moved to the device of the model's first parameter. Batches of transformers
+    (``BatchEncoding``, ``BatchFeature``) are mappings.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if isinstance(batch, (tuple, list)):
         batch = batch[0]
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+    if not isinstance(batch, Tensor):
+        msg = (
+            f"a batch must be a tensor, a tuple that begins with one, or a mapping of keywords, "
+            f"got {type(batch).__name__}; pass forward=, a function of the model and a batch"
+        )
+        raise TypeError(msg)
     return model(batch.to(device, non_blocking=True))
 
 
@@ -197,8 +333,9 @@ def collect_moments(
     forward : callable, optional
         ``forward(model, batch)``.
     reduce : callable, optional
-        Sums tensors over the processes that share the batches (:func:`sum_over_processes`). Each
-        process has its own batches; one without any takes part as well.
+        Sums tensors over the processes that share the batches; by default over those of
+        ``torch.distributed``, if it has several (:func:`sum_over_processes`; :func:`unshared` sums
+        nothing). Each process has its own batches; one without any takes part as well.
 
     Returns
     -------
@@ -221,7 +358,7 @@ def collect_halves(
     *,
     forward: Forward = default_forward,
     reduce: Reduce | None = None,
-) -> tuple[dict[str, Moments], Halves]:
+) -> tuple[dict[str, Moments], MomentHalves]:
     """Second moments over all batches, as by :func:`collect_moments`, and those of two halves.
 
     Parameters
@@ -263,13 +400,15 @@ def _walk(
     finally:
         for module, mode in modes.items():
             module.training = mode
+    reduce = default_reduce(reduce)
     if reduce is not None:
         collector.share(reduce)
     unseen = [name for name in collector.layers if name not in collector.moments]
     if unseen:
         msg = (
             f"no tokens went through {unseen}: either there was no batch (an iterator that is "
-            f"used up?), or the model does not call these layers as modules"
+            f"used up?), or the model neither calls these layers nor multiplies by their weight "
+            f"with F.linear"
         )
         raise ValueError(msg)
     # One read for all layers.

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from backends.torch.lora import LoRALinear
+from backends.torch.lora import LoRALinear, MergeRounding
 from backends.torch.solve import HeldoutRatios
 from loda_math import UpdateEffect
 
@@ -27,8 +27,8 @@ class TaskRecord(NamedTuple):
     coefficients : dict of str to Tensor, shape (r, r)
         Λ of the general branch, or (R, R) of all branches jointly; empty where nothing was
         recalibrated.
-    weights : dict of str to float
-        Weight of each branch.
+    weights : dict of str to dict of str to float
+        Weight of a branch by layer and branch.
     heldout : dict of str to dict of str to HeldoutRatio
         By layer and branch, energy ratio of the directions on images that they were not chosen
         on; empty if it was not measured.
@@ -36,6 +36,8 @@ class TaskRecord(NamedTuple):
         What the merge does to the outputs of a layer, known before it: mean squares over the
         tokens of the new task (through the trained model, or the previous one where no setting
         asked for that pass) and of past tasks (their mean). Empty on the first task.
+    rounding : dict of str to MergeRounding
+        How much of the update a weight in half precision took up; only of such layers.
     """
 
     new: dict[str, Tensor]
@@ -44,9 +46,10 @@ class TaskRecord(NamedTuple):
     downs: dict[str, dict[str, Tensor]]
     ups: dict[str, dict[str, Tensor]]
     coefficients: dict[str, Tensor]
-    weights: dict[str, float]
+    weights: dict[str, dict[str, float]]
     heldout: HeldoutRatios
     effects: dict[str, UpdateEffect]
+    rounding: dict[str, MergeRounding]
 
     @classmethod
     def of(cls, layers: Mapping[str, LoRALinear], **computed: Mapping[str, Any]) -> Self:
@@ -66,7 +69,7 @@ class TaskRecord(NamedTuple):
         copied: dict[str, Any] = {
             "downs": {n: {b: x.down.detach().clone() for b, x in bs} for n, bs in named.items()},
             "ups": {n: {b: x.up.detach().clone() for b, x in bs} for n, bs in named.items()},
-            "weights": {b: float(x.scale) for bs in named.values() for b, x in bs},
+            "weights": {n: {b: float(x.scale) for b, x in bs} for n, bs in named.items()},
         }
         return cls(**{field: {} for field in cls._fields} | copied | computed)
 
@@ -84,13 +87,18 @@ class TaskRecord(NamedTuple):
         return {f"{p}/{n}": m for p, moments in passes.items() for n, m in moments.items()}
 
     def diagnostics(self) -> dict[str, dict[str, Any]]:
-        """Effects and held-out ratios by layer as plain numbers, ready for JSON.
+        """Effects, rounding and held-out ratios by layer as plain numbers, ready for JSON.
 
         A ratio that is infinite, as on a direction without energy on old tasks, is ``None``.
         """
         entries: dict[tuple[str, ...], Tensor] = {}
-        for name, effect in self.effects.items():
-            entries |= {(name, "effect", field): x for field, x in effect._asdict().items()}
+        measured: tuple[tuple[str, Mapping[str, UpdateEffect | MergeRounding]], ...] = (
+            ("effect", self.effects),
+            ("rounding", self.rounding),
+        )
+        for kind, by_layer in measured:
+            for name, values_of in by_layer.items():
+                entries |= {(name, kind, field): x for field, x in values_of._asdict().items()}
         for name, ratios in self.heldout.items():
             for branch, ratio in ratios.items():
                 place = (name, "heldout", branch)

@@ -1,11 +1,11 @@
 """The solves of a task for all layers; layers of one size share a batched call where it pays."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from backends.torch.lora import LoRALinear
+from backends.torch.lora import LoRALinear, weight_matrix
 from backends.torch.settings import LoDASettings
 from loda_math import (
     HeldoutRatio,
@@ -55,9 +55,10 @@ def solve_bases(
     dict of str to dict of str to Tensor, shape (D, r)
     """
     bases: Bases = {name: {} for name in new}
+    own = settings.by_layer(new)
     for branch in settings.names(first_task=history is None):
-        choose = _subspace_rule(settings, branch, gram_eps)
-        for group in _solved_together(new):
+        for group in _solved_together(new, own):
+            choose = _subspace_rule(own[group[0]], branch, gram_eps)
             old = None if history is None else _stack(history[name].total for name in group)
             solved = choose(_stack(new[name] for name in group), old)
             for name, basis in zip(group, solved, strict=True):
@@ -67,7 +68,7 @@ def solve_bases(
 
 def random_bases(
     settings: LoDASettings,
-    layers: Mapping[str, nn.Linear | LoRALinear],
+    layers: Mapping[str, nn.Module],
     *,
     first_task: bool,
     generator: torch.Generator,
@@ -100,13 +101,15 @@ def random_bases(
     >>> {branch: tuple(basis.shape) for branch, basis in bases["a"].items()}
     {'general': (6, 2), 'isolated': (6, 2)}
     """
+    own = settings.by_layer(layers)
 
-    def draw(width: int) -> Tensor:
-        basis: Tensor = torch.linalg.qr(torch.randn(width, settings.rank, generator=generator)).Q
+    def draw(name: str, layer: nn.Module) -> Tensor:
+        width = weight_matrix(layer).shape[1]
+        basis: Tensor = torch.linalg.qr(torch.randn(width, own[name].rank, generator=generator)).Q
         return basis
 
     branches = settings.names(first_task=first_task)
-    return {n: {branch: draw(x.in_features) for branch in branches} for n, x in layers.items()}
+    return {n: {branch: draw(n, layer) for branch in branches} for n, layer in layers.items()}
 
 
 def solve_heldout(
@@ -130,9 +133,11 @@ def solve_heldout(
         Of scalars.
     """
     ratios: HeldoutRatios = {name: {} for name in halves}
+    own = settings.by_layer(history)  # some layers may have no halves
+    firsts = {name: first for name, (first, _) in halves.items()}
     for branch in settings.names(first_task=False):
-        choose = _subspace_rule(settings, branch, gram_eps)
-        for group in _solved_together({name: first for name, (first, _) in halves.items()}):
+        for group in _solved_together(firsts, own):
+            choose = _subspace_rule(own[group[0]], branch, gram_eps)
             first, second = (_stack(halves[name][half] for name in group) for half in (0, 1))
             old = _stack(history[name].total for name in group)
             batched = heldout_ratio(choose, first, second, old)
@@ -170,7 +175,7 @@ def solve_recalibration(
         the moments.
     """
     coefficients: dict[str, Tensor] = {}
-    for group in _by_shape({name: layer.base.weight for name, layer in layers.items()}):
+    for group in _alike(layers):
         ups, downs, weights = _branches([layers[name] for name in group], new[group[0]].dtype)
         # The histories of all layers hold the same tasks, so one weight serves the whole group.
         h = settings.history_weight
@@ -206,7 +211,7 @@ def solve_effects(
         Of scalars: mean squares over tokens, those on old inputs also over past tasks.
     """
     effects: dict[str, UpdateEffect] = {}
-    for group in _by_shape({name: layer.base.weight for name, layer in layers.items()}):
+    for group in _alike(layers):
         dtype = new[group[0]].dtype
         up, down = stack_branches(*_branches([layers[name] for name in group], dtype))
         directions = up.shape[-1]
@@ -240,6 +245,7 @@ def _subspace_rule(
                 old,
                 rank,
                 ridge=settings.ridge,
+                ridge_scale=settings.ridge_scale,
                 objective=settings.isolated,
                 energy_floor=settings.energy_floor,
                 accumulation_eps=gram_eps,
@@ -249,24 +255,39 @@ def _subspace_rule(
     return choose
 
 
-def _solved_together(moments: Mapping[str, Tensor]) -> list[list[str]]:
+def _solved_together(
+    moments: Mapping[str, Tensor], settings: Mapping[str, LoDASettings]
+) -> list[list[str]]:
     """Groups of layers that are solved in one call; on a CPU, large layers one at a time.
 
     A stack of them would overflow its caches: twelve of width 768 take a quarter longer at once.
     """
     calls: list[list[str]] = []
-    for group in _by_shape(moments):
+    for group in _groups({name: (m.shape, settings[name].rank) for name, m in moments.items()}):
         first = moments[group[0]]
         one_by_one = first.device.type == "cpu" and len(first) >= _ONE_BY_ONE_FROM
         calls += [[name] for name in group] if one_by_one else [group]
     return calls
 
 
-def _by_shape(tensors: Mapping[str, Tensor]) -> list[list[str]]:
-    """Layer names grouped by the shape of their tensor, in order of first appearance."""
-    groups: dict[torch.Size, list[str]] = {}
-    for name, tensor in tensors.items():
-        groups.setdefault(tensor.shape, []).append(name)
+def _alike(layers: Mapping[str, LoRALinear]) -> list[list[str]]:
+    """Groups of layers of one size whose branches have the same ranks and weights."""
+    return _groups(
+        {
+            name: (
+                layer.frozen.shape,
+                *((len(b.down), float(b.scale)) for b in map(layer.branch, layer.branches)),
+            )
+            for name, layer in layers.items()
+        }
+    )
+
+
+def _groups(keys: Mapping[str, Hashable]) -> list[list[str]]:
+    """Names with equal keys together, in order of first appearance."""
+    groups: dict[Hashable, list[str]] = {}
+    for name, key in keys.items():
+        groups.setdefault(key, []).append(name)
     return list(groups.values())
 
 

@@ -152,6 +152,10 @@ def verification_table(checks: Sequence[Check]) -> str:
     -------
     str
 
+    See Also
+    --------
+    verify_archive : The checks of a file.
+
     Examples
     --------
     >>> print(verification_table([Check("merge", True, None, 1e-8, None, task="1", layer="a.b")]))

@@ -2,7 +2,15 @@
 
 from typing import NamedTuple
 
-from loda_math._arrays import Array, namespace, result_dtype, safe_divide, widen
+from loda_math._arrays import (
+    Array,
+    namespace,
+    norm,
+    result_dtype,
+    safe_divide,
+    storage_error,
+    widen,
+)
 from loda_math._validation import check_real, check_scalar, check_values
 
 
@@ -18,7 +26,8 @@ class PerturbationReport(NamedTuple):
     alignment : array, shape ()
         Cosine between the shift and the descent direction; 1 when right.
     passed : array of bool, shape ()
-        Whether the error is within the tolerance and the rounding of the parameter's own dtype.
+        Whether every entry is shifted as it should be, within the tolerance and the rounding of the
+        parameter's own dtype.
     """
 
     error: Array
@@ -39,7 +48,7 @@ def verify_perturbation(
     radius : float
         ρ, with the draw of the mini-batch in it. A zero gradient shifts nothing.
     tolerance : float, default 1e-5
-        Of the error.
+        Of the shift of each entry, relative to the exact one.
 
     Returns
     -------
@@ -51,6 +60,10 @@ def verify_perturbation(
         If an argument is not a real floating-point array.
     ValueError
         If shapes differ or values are not finite.
+
+    See Also
+    --------
+    loda_math.lookahead : A shift of our own.
 
     Notes
     -----
@@ -74,18 +87,17 @@ def verify_perturbation(
         raise ValueError(msg)
     check_values(xp, arrays)
     x, y, g = widen(xp, before, after, gradient)
-    size = xp.sqrt(xp.sum(g * g))
-    unit = safe_divide(xp, g, size + 0 * g)
-    shift = x - y
-    length = xp.sqrt(xp.sum(shift * shift))
-    missed = shift - radius * unit
-    distance = xp.sqrt(xp.sum(missed * missed))
-    rounding = 2 * float(xp.finfo(after.dtype).eps) * xp.sqrt(xp.sum(x * x))
+    unit = safe_divide(xp, g, norm(xp, g))
+    shift, exact = x - y, radius * unit
+    missed = shift - exact
+    distance, length = norm(xp, missed), norm(xp, shift)
+    # The shifted parameter is known to the digits that it is stored in.
+    allowed = tolerance * xp.abs(exact) + storage_error(xp, after.dtype, y, exact)
     scale = radius + 0 * length
     dtype = result_dtype(xp, before, after, gradient)
     return PerturbationReport(
         error=xp.astype(safe_divide(xp, distance, scale), dtype),
         length=xp.astype(safe_divide(xp, length, scale), dtype),
-        alignment=xp.astype(safe_divide(xp, xp.sum(shift * unit), length), dtype),
-        passed=distance <= tolerance * radius + rounding,
+        alignment=xp.astype(xp.sum(safe_divide(xp, shift, length) * unit), dtype),
+        passed=xp.all(xp.abs(missed) <= allowed),
     )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 from loda_math._arrays import Array, Namespace, namespace, safe_divide, widen
+from loda_math._subspaces import RidgeScale
 from loda_math._validation import check_eps, check_scalar, check_share
 from loda_math.recalibration import (
     RecalibrationForm,
@@ -47,7 +48,7 @@ class LayerSettings:
         Weights of the branches as they are merged: halved already if there are both.
     isolated : {"quotient", "trace_ratio", "null"}
         What the directions of the isolated branch optimise.
-    ridge, energy_floor : float
+    ridge, ridge_scale, energy_floor
         As in :func:`loda_math.isolated_subspace`.
     form : {"full", "diagonal", "box", "direction", "scalar"} or None
         Form of Λ from the second task on; ``None`` if branches are merged as trained.
@@ -63,6 +64,10 @@ class LayerSettings:
     TypeError, ValueError
         If a setting is out of range, or none of its choices.
 
+    See Also
+    --------
+    verify_layer : Uses them.
+
     Examples
     --------
     >>> LayerSettings(form="full", gamma=1.5).general_weight
@@ -74,6 +79,7 @@ class LayerSettings:
     isolated_weight: float = 0.5
     isolated: IsolatedRule = "quotient"
     ridge: float = 0.0
+    ridge_scale: RidgeScale = "mean"
     energy_floor: float = 0.0
     form: RecalibrationForm | None = "direction"
     joint: bool = False
@@ -90,6 +96,7 @@ class LayerSettings:
         forms = (*get_args(RecalibrationForm), None)
         for name, known in (
             ("isolated", get_args(IsolatedRule)),
+            ("ridge_scale", get_args(RidgeScale)),
             ("form", forms),
             ("joint", (True, False)),
         ):
@@ -272,6 +279,7 @@ class _Layer(NamedTuple):
             self.arrays.get("moment_old"),
             objective,
             ridge=settings.ridge,
+            ridge_scale=settings.ridge_scale,
             energy_floor=settings.energy_floor,
             accumulation_eps=settings.accumulation_eps,
             tolerance=self.tolerance,

@@ -5,14 +5,18 @@ from typing import NamedTuple
 from loda_math._arrays import (
     Array,
     Namespace,
+    coarsest_eps,
     descending_eigh,
+    norm,
     reciprocal,
     result_dtype,
     rounding_share,
     safe_divide,
+    storage_error,
     widen,
 )
 from loda_math._validation import check_scalar, checked_weights
+from loda_math.moments import SINGLE_EPS
 
 
 class MergeReport(NamedTuple):
@@ -25,7 +29,8 @@ class MergeReport(NamedTuple):
     update : array, shape (...)
         Norm of the update over that of the weight before.
     passed : array of bool, shape (...)
-        Whether the error is within the tolerance and the rounding of the weight's own dtype.
+        Whether the error is within the tolerance and the rounding of the weight's own dtype: in the
+        whole, in every entry and in every direction of the branch.
     """
 
     error: Array
@@ -56,6 +61,11 @@ def implied_coefficients(change: Array, up: Array, down: Array) -> Array:
         If an argument is not a real floating-point array.
     ValueError
         If shapes do not match or values are not finite.
+
+    See Also
+    --------
+    verify_recalibration : Check what was recovered.
+    loda_math.merge : The merge.
 
     Examples
     --------
@@ -102,6 +112,12 @@ def verify_merge(
     TypeError, ValueError
         As in :func:`implied_coefficients`.
 
+    See Also
+    --------
+    loda_math.merge : A merge of our own.
+    implied_coefficients : Recover Λ from the weights.
+    verify_layer : Everything of a layer at once.
+
     Examples
     --------
     >>> import numpy as np
@@ -115,16 +131,29 @@ def verify_merge(
     if coefficients is not None:
         b = b @ widen(xp, coefficients)[0]
     update = b @ a
-    unexplained, length, size = (
-        xp.sqrt(xp.sum(x * x, axis=(-2, -1))) for x in (v - w - update, update, w)
+    missed = v - w - update
+    # Each entry is known to the digits that it is stored in, and to those of the product.
+    rows, columns = norm(xp, b, -1), norm(xp, a, -2)
+    product = min(coarsest_eps(xp, after, up, down), SINGLE_EPS) * rows * columns
+    rounding = storage_error(xp, after.dtype, v, update) + 2 * product
+    unexplained, length, size, lost = (
+        norm(xp, x, (-2, -1))[..., 0, 0] for x in (missed, update, w, rounding)
     )
-    rounding = 2 * float(xp.finfo(after.dtype).eps) * size
+    # What is missing of each column of BΛ, so that a large branch does not hide a small one.
+    dual = a.mT @ _pseudo_inverse(xp, a @ a.mT)
+    of_columns = norm(xp, missed @ dual, -2)
+    allowed = tolerance * norm(xp, b, -2) + 4 * norm(xp, norm(xp, rounding, -2).mT * dual, -2)
+    passed = (
+        (unexplained <= tolerance * length + lost)
+        & xp.all(xp.abs(missed) <= tolerance * rows * columns + rounding, axis=(-2, -1))
+        & xp.all(of_columns <= allowed, axis=(-2, -1))
+    )
     dtype = result_dtype(xp, before, after, up, down)
     return MergeReport(
         *xp.broadcast_arrays(
             xp.astype(safe_divide(xp, unexplained, length), dtype),
             xp.astype(safe_divide(xp, length, size + 0 * length), dtype),
-            unexplained <= tolerance * length + rounding,
+            passed,
         )
     )
 

@@ -75,6 +75,11 @@ def verify_recalibration(
     TypeError, ValueError
         As in :func:`recalibration_loss`.
 
+    See Also
+    --------
+    loda_math.recalibration : Coefficients of our own.
+    verify_layer : Everything of a layer at once.
+
     Notes
     -----
     LoDA, arXiv:2603.00191, Theorem 2.3. For the full form

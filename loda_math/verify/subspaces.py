@@ -11,6 +11,9 @@ from loda_math._arrays import (
     descending_eigvalsh,
     diagonal,
     eye_like,
+    is_array,
+    larger,
+    reciprocal,
     result_dtype,
     rounding_share,
     safe_divide,
@@ -18,6 +21,8 @@ from loda_math._arrays import (
     trace,
     widen,
 )
+from loda_math._rounding import carrying, channel_noise, noise_along
+from loda_math._subspaces import Ridge, RidgeScale, checked_ridge
 from loda_math._trace_ratio import trace_ratio
 from loda_math._validation import (
     MomentLike,
@@ -44,6 +49,10 @@ class SubspaceReport(NamedTuple):
         Share of the optimum that the span misses; for the null space, the surplus energy as a
         share of the trace. At least 0 for the ratio of traces of a basis with zero columns, whose
         objective may exceed the optimum for r directions.
+    direction_gap : array, shape (...)
+        The same of the worst direction: the largest share of its own optimum that one of them
+        misses, beyond what rounding of the moments and of the basis may take. For the null space
+        the surplus energy as a share of that of the channels which the direction has weight on.
     objective, optimum : array, shape (...)
         Value of the objective at the span of the basis, and its best value for r directions.
     energy_new, energy_old : array, shape (...)
@@ -51,14 +60,15 @@ class SubspaceReport(NamedTuple):
     effective_rank : array of int, shape (...)
         Directions of the span with new-task energy above rounding.
     passed : array of bool, shape (...)
-        Whether the first three are within the tolerance and the basis is complete. For the ratio
-        of traces it must meet the energy floor, and only directions without energy may be zero
-        columns; for the null space no column may be zero.
+        Whether the first four are within the tolerance and the basis is complete. Only directions
+        without energy beyond rounding may be zero columns; for the null space no column may be.
+        For the ratio of traces the basis must meet the energy floor.
     """
 
     orthonormality: Array
     stationarity: Array
     optimality_gap: Array
+    direction_gap: Array
     objective: Array
     optimum: Array
     energy_new: Array
@@ -74,6 +84,7 @@ def verify_subspace(
     objective: Objective,
     *,
     ridge: float = 1e-2,
+    ridge_scale: RidgeScale = "mean",
     energy_floor: float = 0.0,
     accumulation_eps: float | None = None,
     tolerance: float = 1e-5,
@@ -97,7 +108,7 @@ def verify_subspace(
         Second moments that the basis was chosen from; ``None`` or zeros where there was no history.
     objective : {"general", "isolated", "trace_ratio", "null"}
         What the basis is meant to optimise.
-    ridge, energy_floor, accumulation_eps
+    ridge, ridge_scale, energy_floor, accumulation_eps
         As in :func:`isolated_subspace`. A ridge below the rounding of the moments is tried twice:
         as raised to that rounding, and as the least one that makes the float64 moments definite.
         The better result for the basis counts.
@@ -118,6 +129,11 @@ def verify_subspace(
         If shapes do not match, values are not finite, a moment is not symmetric or the objective
         unknown.
 
+    See Also
+    --------
+    loda_math.isolated_solution : A basis of our own.
+    verify_layer : Everything of a layer at once.
+
     Notes
     -----
     LoDA, arXiv:2603.00191, Section 3.2 and Theorem 2.2.
@@ -135,7 +151,7 @@ def verify_subspace(
     if objective not in get_args(Objective):
         msg = f"objective must be one of {get_args(Objective)}, got {objective!r}"
         raise ValueError(msg)
-    ridge = check_scalar("ridge", ridge)
+    strength = checked_ridge(ridge, ridge_scale)
     energy_floor = check_share("energy_floor", energy_floor)
     tolerance = check_scalar("tolerance", tolerance, positive=True)
     given = {"new": new} if old is None else {"new": new, "old": old}
@@ -144,38 +160,41 @@ def verify_subspace(
     )
     new, old = moments if len(moments) > 1 else (*moments, xp.zeros_like(*moments))
     check_rows("basis", basis, size)
-    (u,) = widen(xp, basis)
-    span, active, orthonormality = _orthonormalised(xp, u)
+    span = _span_of(xp, basis)
     if objective == "isolated":
-        quality = _isolated_at_better_ridge(xp, span, active, new, old, ridge, gram_eps)
+        quality = _isolated_at_better_ridge(xp, span, new, old, strength, gram_eps)
     elif objective == "trace_ratio":
-        quality = _trace_ratio(xp, span, active, new, old, ridge, energy_floor, gram_eps, tolerance)
+        quality = _trace_ratio(xp, span, new, old, strength, energy_floor, gram_eps, tolerance)
+    elif objective == "general":
+        quality = _general(xp, span, new, old, gram_eps)
     else:
-        quality = _energy(xp, span, active, new, old, minimise=objective == "null")
+        quality = _null(xp, span, old, gram_eps)
     passed = (
-        (orthonormality <= tolerance)
+        # Two columns of stored entries are orthogonal to the eps of the entries.
+        (span.defect <= tolerance + 2 * span.eps)
         & quality.is_complete
         & (quality.gap <= tolerance + quality.slack)
-        & (quality.residual <= tolerance**0.5 + quality.slack)
+        & (quality.shortfall <= tolerance)
+        & (quality.residual <= tolerance**0.5 + quality.residual_slack)
     )
     s_new, s_old = (_subspaces.normalised(xp, m)[0] for m in widen(xp, new, old))
-    carried, _ = descending_eigh(xp, span.mT @ (s_new @ span))
-    noise = rounding_share(xp, size, new, old, gram_eps=gram_eps)
-    noise = noise * xp.max(xp.linalg.eigvalsh(s_new), axis=-1)[..., None]
+    largest = descending_eigvalsh(xp, s_new)[..., :1]
+    noise = channel_noise(xp, s_new, largest, new, old, gram_eps=gram_eps)
     dtype = result_dtype(xp, basis, new, old)
     fields = (
-        orthonormality,
+        span.defect,
         quality.residual,
         quality.gap,
+        quality.shortfall,
         quality.value,
         quality.optimum,
-        span_energy(xp, span, s_new),
-        span_energy(xp, span, s_old),
+        span_energy(xp, span.basis, s_new),
+        span_energy(xp, span.basis, s_old),
     )
     return SubspaceReport(
         *xp.broadcast_arrays(
             *(xp.astype(field, dtype) for field in fields),
-            _subspaces.count_true(xp, carried > noise),
+            carrying(xp, span.basis, s_new, noise),
             passed,
         )
     )
@@ -188,12 +207,36 @@ class _Quality(NamedTuple):
     optimum: Array
     gap: Array
     residual: Array
-    slack: Any = 0.0  # what rounding may add to gap and residual
+    shortfall: Array  # of the direction that misses the largest share of what it could reach
+    slack: Any = 0.0  # what rounding may add to the gap
+    residual_slack: Any = 0.0
     is_complete: Any = True  # the basis has every direction, and the energy, that it must have
 
 
-def _orthonormalised(xp: Namespace, u: Array) -> tuple[Array, Array, Array]:
-    """An orthonormal basis of the span, its columns that are not zero, and the defect of ``u``."""
+class _Span(NamedTuple):
+    """The span of a basis, and how its basis of orthonormal vectors is made of the given columns.
+
+    Columns that are stored in few digits are right to eps of their entries; so is a span, and what
+    that costs it is of second order: eps² times the energies of the channels that its columns have
+    weight on.
+    """
+
+    basis: Array  # (..., D, r), orthonormal, or zero
+    turn: Array  # (..., r, r): basis = columns @ turn
+    columns: Array  # as they were given, in the widest dtype
+    active: Array  # (..., r), which vectors of the basis are not zero
+    defect: Array  # (...), largest entry of |UᵀU − I|
+    eps: float  # rounding unit of the columns
+
+    def blur(self, xp: Namespace, channels: Array, coefficients: Array) -> Array:
+        """Energy that rounding of the columns may bring into combinations of the basis."""
+        energies = noise_along(xp, channels, self.columns)[..., None]
+        mixture = self.turn @ coefficients
+        return 4 * self.eps**2 * xp.sum(mixture * mixture * energies, axis=-2)
+
+
+def _span_of(xp: Namespace, basis: Array) -> _Span:
+    (u,) = widen(xp, basis)
     gram = u.mT @ u
     rank, eps = int(u.shape[-1]), float(xp.finfo(u.dtype).eps)
     # Zero columns stand for inert directions; a column that is merely short is a defect.
@@ -201,111 +244,241 @@ def _orthonormalised(xp: Namespace, u: Array) -> tuple[Array, Array, Array]:
     defect = xp.max(xp.abs(gram - ones[..., None, :] * eye_like(xp, u, rank)), axis=(-2, -1))
     values, vectors = descending_eigh(xp, gram)
     active = (values > rounding_share(xp, rank, u) * values[..., :1]) & (values > eps)
-    root = xp.sqrt(xp.where(active, values, xp.ones_like(values)))
-    turned = (u @ vectors) / root[..., None, :]
-    return xp.where(active[..., None, :], turned, xp.zeros_like(turned)), active, defect
+    turn = (
+        vectors
+        * reciprocal(xp, xp.sqrt(xp.where(active, values, 0 * values)), active)[..., None, :]
+    )
+    return _Span(u @ turn, turn, u, active, defect, float(xp.finfo(basis.dtype).eps))
 
 
-def _energy(
-    xp: Namespace, span: Array, active: Array, new: Array, old: Array, *, minimise: bool
-) -> _Quality:
-    """Of the general subspace, or minimised, of the null space."""
+class _Ritz(NamedTuple):
+    """Stationary values of a quadratic form on a span, falling, and where they are taken."""
+
+    values: Array  # (..., r)
+    coefficients: Array  # (..., r, r)
+    directions: Array  # (..., D, r) = basis @ coefficients
+
+
+def _ritz(xp: Namespace, basis: Array, image: Array, metric: Array | None = None) -> _Ritz:
+    """Of UᵀMU, given the image MU; relative to UᵀRU, given the image RU."""
+    inner = basis.mT @ image
+    if metric is None:
+        values, coefficients = descending_eigh(xp, inner)
+        return _Ritz(values, coefficients, basis @ coefficients)
+    weights, vectors = descending_eigh(xp, basis.mT @ metric)
+    size, eps = int(basis.shape[-2]), float(xp.finfo(basis.dtype).eps)
+    root = xp.sqrt(xp.where(weights > 0, weights, 0 * weights))
+    # Below rounding a weight is not known, and a vector without length has none.
+    whiten = (
+        vectors * reciprocal(xp, root, weights > size * eps**2 * weights[..., :1])[..., None, :]
+    )
+    values, turned = descending_eigh(xp, whiten.mT @ inner @ whiten)
+    coefficients = whiten @ turned
+    return _Ritz(values, coefficients, basis @ coefficients)
+
+
+def _exact_basis(xp: Namespace, directions: _subspaces.Directions, rank: int) -> Array:
+    """The exact solution, with zero columns where there is only noise."""
+    basis = directions.basis[..., :rank]
+    return xp.where(directions.inert[..., None, :rank], xp.zeros_like(basis), basis)
+
+
+def _shortfall(
+    xp: Namespace,
+    exact: _Ritz,
+    reached: _Ritz,
+    allowed: Array,
+    scale: Array,
+    *,
+    at_least_zero: bool = False,
+) -> Array:
+    """Largest share of its own scale by which a direction misses what it could reach.
+
+    Both lists fall, so that the i-th of one stands against the i-th of the other, and no large
+    direction can hide that a small one is wrong.
+    """
+    # A direction of noise alone is worth nothing, as one that is not there.
+    values = reached.values
+    if at_least_zero:
+        values = xp.where(values > 0, values, 0 * values)
+    missing = exact.values - values - allowed
+    missing = xp.where((missing > 0) & (scale > 0), missing, 0 * missing)
+    return xp.max(safe_divide(xp, missing, xp.abs(scale)), axis=-1)
+
+
+def _general(xp: Namespace, span: _Span, new: Array, old: Array, gram_eps: Any) -> _Quality:
+    """Of the general subspace."""
+    rank, eps = int(span.basis.shape[-1]), span.eps
     n, o = widen(xp, new, old)
-    s, _ = _subspaces.normalised(xp, o if minimise else 0.5 * n + 0.5 * o)
-    image = s @ span
-    value = xp.sum(span * image, axis=(-2, -1))
-    values, rank = descending_eigvalsh(xp, s), int(span.shape[-1])
-    best = xp.sum(values[..., -rank:] if minimise else values[..., :rank], axis=-1)
+    s, _ = _subspaces.normalised(xp, 0.5 * n + 0.5 * o)
+    spectrum = descending_eigvalsh(xp, s)
+    noise = channel_noise(xp, s, spectrum[..., :1], new, old, gram_eps=gram_eps)
+    image = s @ span.basis
+    value, best = xp.sum(span.basis * image, axis=(-2, -1)), xp.sum(spectrum[..., :rank], axis=-1)
+    solution = _exact_basis(xp, _subspaces.general(xp, new, old, rank, gram_eps), rank)
+    # What a direction carries beyond noise is what counts of it.
+    exact, reached = (_ritz(xp, u, s @ u - noise[..., None] * u) for u in (solution, span.basis))
+    allowed = noise_along(xp, noise, exact.directions) + 4 * eps**2 * xp.abs(exact.values)
     return _Quality(
         value,
         best,
-        gap=value - best if minimise else safe_divide(xp, best - value, best),
-        residual=_relative(xp, image - span @ (span.mT @ image), s),
+        gap=safe_divide(xp, best - value, best),
+        residual=_relative(xp, image - span.basis @ (span.basis.mT @ image), s),
+        shortfall=_shortfall(xp, exact, reached, allowed, exact.values, at_least_zero=True),
+        slack=4 * eps**2 * rank,
+        residual_slack=eps * rank**0.5,
+    )
+
+
+def _null(xp: Namespace, span: _Span, old: Array, gram_eps: Any) -> _Quality:
+    """Of the null space of the history."""
+    rank = int(span.basis.shape[-1])
+    s, _ = _subspaces.normalised(xp, *widen(xp, old))
+    spectrum = descending_eigvalsh(xp, s)
+    channels = diagonal(xp, s)
+    noise = channel_noise(xp, s, spectrum[..., :1], old, gram_eps=gram_eps)
+    image = s @ span.basis
+    value, best = xp.sum(span.basis * image, axis=(-2, -1)), xp.sum(spectrum[..., -rank:], axis=-1)
+    solution = _subspaces.null(xp, old, rank).basis[..., :rank]
+    exact, reached = (_ritz(xp, u, -(s @ u)) for u in (solution, span.basis))
+    blur = span.blur(xp, channels, reached.coefficients)
+    allowed = noise_along(xp, noise, exact.directions) + blur
+    # A direction without energy is as good as its channels let one tell.
+    scale = noise_along(xp, channels, exact.directions)
+    return _Quality(
+        value,
+        best,
+        gap=value - best,
+        residual=_relative(xp, image - span.basis @ (span.basis.mT @ image), s),
+        shortfall=_shortfall(xp, exact, reached, allowed, scale),
+        slack=xp.sum(blur, axis=-1),
+        residual_slack=span.eps * rank**0.5,
         # Fewer directions hold less energy, and are not what was asked for.
-        is_complete=xp.all(active, axis=-1) if minimise else True,
+        is_complete=xp.all(span.active, axis=-1),
     )
 
 
 def _isolated_at_better_ridge(
-    xp: Namespace,
-    span: Array,
-    active: Array,
-    new: Array,
-    old: Array,
-    ridge: float,
-    gram_eps: float,
+    xp: Namespace, span: _Span, new: Array, old: Array, ridge: Ridge, gram_eps: Any
 ) -> _Quality:
     """Of the isolated subspace, at the ridge with the smaller gap: the given or the least one."""
-    given = _isolated(xp, span, active, new, old, ridge, gram_eps)
+    given = _isolated(xp, span, new, old, ridge, gram_eps)
     size = int(new.shape[-1])
-    if ridge >= 4 * size * coarsest_eps(xp, new, old, gram_eps=gram_eps):
-        return given
     n, o = widen(xp, new, old)
+    s_old, _ = _subspaces.normalised(xp, o)
+    alpha = _subspaces.relative_ridge(xp, s_old, ridge)
+    floor = 4 * size * coarsest_eps(xp, new, old, gram_eps=gram_eps)
+    if not is_array(alpha) and not is_array(floor) and alpha >= floor:
+        return given
     # Rounding can leave small eigenvalues of a history negative: the least ridge lifts them all.
-    lowest = xp.min(xp.linalg.eigvalsh(_subspaces.normalised(xp, o)[0]))
-    least = xp.clip(-4 * size * lowest, ridge, None)
-    wide = _isolated(xp, span, active, n, o, least, 0.0)
+    lowest = -4 * size * xp.min(xp.linalg.eigvalsh(s_old))
+    wide = _isolated(xp, span, n, o, Ridge(larger(xp, lowest, alpha)), 0.0)
     is_better = wide.gap < given.gap
     pairs = zip(wide[:-1], given[:-1], strict=True)
     return _Quality(*(xp.where(is_better, a, b) for a, b in pairs))
 
 
 def _isolated(
-    xp: Namespace, span: Array, active: Array, new: Array, old: Array, ridge: Any, gram_eps: float
+    xp: Namespace, span: _Span, new: Array, old: Array, ridge: Ridge, gram_eps: Any
 ) -> _Quality:
     """Of the isolated subspace at one ridge."""
     s, r = _subspaces.regularised(xp, new, old, ridge, gram_eps)
-    rank = int(span.shape[-1])
+    size, rank, eps = int(s.shape[-1]), int(span.basis.shape[-1]), float(xp.finfo(s.dtype).eps)
     # A one on the diagonal for zero columns leaves their part of the pencil at zero.
-    ones = xp.astype(~active, span.dtype)[..., None] * eye_like(xp, span, rank)
-    image = s @ span
-    inner = xp.linalg.solve(span.mT @ (r @ span) + ones, span.mT @ image)
-    exact = _subspaces.isolated(xp, new, old, rank, ridge, gram_eps)
-    values = xp.where(exact.inert, xp.zeros_like(exact.values), exact.values)
+    ones = xp.astype(~span.active, s.dtype)[..., None] * eye_like(xp, s, rank)
+    image, metric = s @ span.basis, r @ span.basis
+    inner = xp.linalg.solve(span.basis.mT @ metric + ones, span.basis.mT @ image)
+    directions = _subspaces.isolated(xp, new, old, rank, ridge, gram_eps)
+    values = xp.where(directions.inert, xp.zeros_like(directions.values), directions.values)
     value, best = trace(xp, inner), xp.sum(values[..., :rank], axis=-1)
-    spectrum = xp.linalg.eigvalsh(r)
-    condition = xp.max(spectrum, axis=-1) / xp.min(spectrum, axis=-1)
+    spectrum = descending_eigvalsh(xp, r)
+    condition = spectrum[..., 0] / spectrum[..., -1]
+    arithmetic = xp.clip(2 * eps * condition, 0.0, 0.25)
+    largest = descending_eigvalsh(xp, s)[..., :1]
+    noise = channel_noise(xp, s, largest, new, old, gram_eps=gram_eps)
+    exact, reached = (
+        _ritz(xp, u, s @ u - noise[..., None] * u, r @ u)
+        for u in (_exact_basis(xp, directions, rank), span.basis)
+    )
+    # A direction w with wᵀRw = 1 is known to the rounding of R along it, and of the pencil.
+    length = xp.sum(exact.directions * exact.directions, axis=-2)
+    blur = span.blur(xp, diagonal(xp, r), reached.coefficients)
+    doubt = xp.clip(blur + size * eps * spectrum[..., :1] * length, 0.0, 0.5)
+    rounding = size * eps * directions.largest
+    allowed = noise_along(xp, noise, exact.directions) + rounding + doubt * xp.abs(exact.values)
+    residual_slack = (
+        span.eps * rank**0.5 * (1 + safe_divide(xp, values * spectrum[..., :1], largest))
+    )
     return _Quality(
         value,
         best,
         gap=safe_divide(xp, best - value, best),
-        residual=_relative(xp, image - r @ (span @ inner), s),
-        slack=xp.clip(2 * float(xp.finfo(r.dtype).eps) * condition, 0.0, 0.25),
+        residual=_relative(xp, image - r @ (span.basis @ inner), s),
+        shortfall=_shortfall(xp, exact, reached, allowed, exact.values, at_least_zero=True),
+        slack=arithmetic + xp.max(xp.clip(blur, 0.0, 0.5), axis=-1),
+        residual_slack=arithmetic + xp.max(residual_slack, axis=-1),
     )
 
 
 def _trace_ratio(
     xp: Namespace,
-    span: Array,
-    active: Array,
+    span: _Span,
     new: Array,
     old: Array,
-    ridge: float,
+    ridge: Ridge,
     energy_floor: float,
-    gram_eps: float,
+    gram_eps: Any,
     tolerance: float,
 ) -> _Quality:
     """Of the ratio of traces under a floor."""
     s, r = _subspaces.regularised(xp, new, old, ridge, gram_eps)
-    rank = int(span.shape[-1])
-    exact = trace_ratio(xp, new, old, rank, ridge, energy_floor, gram_eps)
-    carried, held = span_energy(xp, span, s), span_energy(xp, span, r)
-    value, best = safe_divide(xp, carried, held), exact.ratio[..., 0, 0]
-    image = s @ span - exact.multiplier * (r @ span)
-    residual = _relative(xp, image - span @ (span.mT @ image), s)
+    size, rank, eps = int(s.shape[-1]), int(span.basis.shape[-1]), float(xp.finfo(s.dtype).eps)
+    best_known = trace_ratio(xp, new, old, rank, ridge, energy_floor, gram_eps)
+    kappa = best_known.multiplier
+    carried, held = span_energy(xp, span.basis, s), span_energy(xp, span.basis, r)
+    value, best = safe_divide(xp, carried, held), best_known.ratio[..., 0, 0]
+    image = s @ span.basis - kappa * (r @ span.basis)
+    residual = _relative(xp, image - span.basis @ (span.basis.mT @ image), s)
     gap = safe_divide(xp, best - value, best)
     # Directions left out as inert belong to the stationary point: the others are not one. Without
     # its inert directions a span may also have more than r directions can have.
-    is_full = xp.all(active, axis=-1)
+    is_full = xp.all(span.active, axis=-1)
     residual = xp.where(is_full, residual, xp.zeros_like(residual))
     gap = xp.where(is_full, gap, xp.maximum(gap, 0 * gap))
     # A basis of fewer directions has a larger ratio: only inert ones may be left out.
-    active_needed = _subspaces.count_true(xp, ~exact.directions.inert)
-    spectrum = descending_eigvalsh(xp, s)[..., :rank]
-    is_complete = (_subspaces.count_true(xp, active) >= active_needed) & (
-        carried >= (energy_floor - tolerance) * xp.sum(spectrum, axis=-1)
+    active_needed = _subspaces.count_true(xp, ~best_known.directions.inert)
+    spectrum = descending_eigvalsh(xp, s)
+    is_complete = (_subspaces.count_true(xp, span.active) >= active_needed) & (
+        carried
+        >= (energy_floor - tolerance - 4 * span.eps**2) * xp.sum(spectrum[..., :rank], axis=-1)
     )
-    return _Quality(value, best, gap, residual, is_complete=is_complete)
+    noise = channel_noise(xp, s, spectrum[..., :1], new, old, gram_eps=gram_eps)
+    solution = best_known.directions.basis[..., :rank]
+    exact = _ritz(xp, solution, s @ solution - kappa * (r @ solution))
+    reached = _ritz(xp, span.basis, image)
+    # The form is a difference: its parts are what a direction is measured by.
+    parts = exact.directions * (s @ exact.directions + kappa * (r @ exact.directions))
+    scale = xp.sum(parts, axis=-2)
+    r_norm = descending_eigvalsh(xp, r)[..., :1]
+    blur = kappa[..., 0] * span.blur(xp, diagonal(xp, r), reached.coefficients)
+    allowed = (
+        noise_along(xp, noise, exact.directions)
+        + size * eps * kappa[..., 0] * r_norm
+        + blur
+        + 4 * span.eps**2 * xp.abs(exact.values)
+    )
+    return _Quality(
+        value,
+        best,
+        gap,
+        residual,
+        shortfall=_shortfall(xp, exact, reached, allowed, scale),
+        slack=4 * span.eps**2 * rank + safe_divide(xp, xp.sum(blur, axis=-1), carried),
+        residual_slack=span.eps
+        * rank**0.5
+        * (1 + kappa * r_norm[..., None] / spectrum[..., :1, None])[..., 0, 0],
+        is_complete=is_complete,
+    )
 
 
 def _relative(xp: Namespace, residual: Array, s: Array) -> Array:

@@ -159,7 +159,8 @@ def task_updates(
         with readable(task_file(path, task, "branches")):
             if not now:
                 now = {name: final[name].detach().to("cpu", torch.float64) for name in layers}
-            parts = {name: _layer_update(settings, layer) for name, layer in layers.items()}
+            own = settings.by_layer(layers)
+            parts = {name: _layer_update(own[name], layer) for name, layer in layers.items()}
             general, recalibrated, whole = (
                 {name: part[kind] for name, part in parts.items() if kind in part}
                 for kind in ("general", "recalibrated", "whole")

@@ -57,6 +57,7 @@ def layer_ranks(path: Path, shares: Sequence[float]) -> pd.DataFrame:
                             share,
                             of=of,
                             ridge=settings.ridge,
+                            ridge_scale=settings.ridge_scale,
                             accumulation_eps=rounding_unit(),
                         )
                         row[f"{of} {share:g}"] = int(choice.rank)

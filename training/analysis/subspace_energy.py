@@ -60,7 +60,7 @@ def subspace_energies(path: Path, *, allow: Sequence[str] = ()) -> list[dict[str
     settings = read_settings(path, allow=allow)
     tasks = []
     for task in saved_tasks(path, settings, branches=True):
-        layers = {}
+        layers, own = {}, settings.by_layer(task.layers)
         # The order of the layers in the figures; on the first task there is no history.
         for name, history in sorted(
             task.history.items(), key=lambda item: natural_sort_key(item[0])
@@ -68,7 +68,7 @@ def subspace_energies(path: Path, *, allow: Sequence[str] = ()) -> list[dict[str
             layer = task.layers[name]
             with readable(task_file(path, task.number, "branches"), name):
                 new, old = layer["moment_new"].astype(np.float64), history.mean
-                bases = {"null": null_subspace(old, settings.rank)}
+                bases = {"null": null_subspace(old, own[name].rank)}
                 for branch in ("general", "isolated"):
                     if f"A_{branch}" in layer:
                         down = layer[f"A_{branch}"].astype(np.float64)

@@ -87,6 +87,7 @@ def read_run(path: Path) -> Iterator[Solution]:
     """
     settings = read_settings(path)
     for task in saved_tasks(path, settings, branches=True):
+        own = settings.by_layer(task.layers)
         for name, layer in task.layers.items():
             arrays = {key: array for key, array in layer.items() if key in LAYER_ARRAYS}
             history, weight = task.history.get(name), settings.history_weight
@@ -94,7 +95,7 @@ def read_run(path: Path) -> Iterator[Solution]:
                 arrays["moment_old"] = history.total
             if weight == "mean":
                 weight = 1.0 if history is None else 1 / history.weight
-            yield Solution(str(task.number), name, arrays, _layer_settings(settings, weight))
+            yield Solution(str(task.number), name, arrays, _layer_settings(own[name], weight))
 
 
 def export_run(path: Path, file: Path) -> None:
@@ -116,6 +117,13 @@ def export_run(path: Path, file: Path) -> None:
     """
     import numpy as np
 
+    settings = read_settings(path)
+    if settings.weight_pattern:
+        msg = (
+            f"weight_pattern must be empty for an export, got {dict(settings.weight_pattern)} in "
+            f"{path}: the file has one weight for all layers; verify the run itself"
+        )
+        raise ValueError(msg)
     arrays: dict[str, Array] = {}
     for solution in read_run(path):
         layer = dict(solution.arrays)
@@ -123,7 +131,7 @@ def export_run(path: Path, file: Path) -> None:
             # The weight may differ from task to task, and the file has one set of settings.
             layer["moment_old_at_merge"] = solution.settings.history_weight * layer["moment_old"]
         arrays |= {f"{solution.task}/{solution.layer}/{key}": x for key, x in layer.items()}
-    text = json.dumps(asdict(_layer_settings(read_settings(path), 1.0)))
+    text = json.dumps(asdict(_layer_settings(settings, 1.0)))
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as opened:
@@ -139,6 +147,7 @@ def _layer_settings(settings: LoDASettings, history_weight: float) -> LayerSetti
         isolated_weight=settings.weight("isolated"),
         isolated=settings.isolated,
         ridge=settings.ridge,
+        ridge_scale=settings.ridge_scale,
         energy_floor=settings.energy_floor,
         form=settings.form(first_task=False),
         joint=settings.joint,

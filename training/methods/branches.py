@@ -67,12 +67,12 @@ class BranchMethod(Method, ABC):
         ValueError
             If the pattern matches no layer, or a layer is too small or not a fused qkv.
         """
-        from backends.torch import check_rank, find_layers
+        from backends.torch import check_rank, find_layers, weight_matrix
 
         layers = find_layers(model, self.target)
         check_rank(layers, self.rank)
         for layer in layers.values():
-            output_rows(layer.out_features, self.parts)
+            output_rows(weight_matrix(layer).shape[0], self.parts)
         super().start(model, context)
 
     @abstractmethod
@@ -200,9 +200,7 @@ class FoldedBranches(BranchMethod):
 
         super().start(model, context)
         self.layers = adapt(model, self.target)
-        self.weights = {
-            name: layer.base.weight.detach().clone() for name, layer in self.layers.items()
-        }
+        self.weights = {name: layer.frozen.detach().clone() for name, layer in self.layers.items()}
         restore(model, self.layers)
 
     def begin_task(self, batches: Iterable[Any]) -> None:
@@ -239,7 +237,7 @@ class FoldedBranches(BranchMethod):
                 if layer.merged:
                     layer.unmerge()
                 self.weights[name].copy_(state[f"weight/{name}"])
-                layer.base.weight.copy_(self.weights[name])
+                layer.frozen.copy_(self.weights[name])
                 for branch in list(layer.branches):
                     layer.drop_branch(branch)
             self.load_branches(state)

@@ -49,7 +49,10 @@ class LoDAMethod(Method):
         heldout: bool = True,
         **settings: Any,
     ) -> None:
-        self.settings = LoDASettings(rank=rank, heldout=heldout, **settings)
+        # The training loop keeps batch norms in evaluation mode whatever the method.
+        self.settings = LoDASettings(
+            rank=rank, heldout=heldout, radius=radius, freeze_statistics=True, **settings
+        )
         self.radius = aligned_radius(gao, radius)
         self.directions = directions
 
@@ -120,6 +123,7 @@ class NullLoRA(LoDAMethod):
             gamma=LoDASettings.gamma,
             history_weight=LoDASettings.history_weight,
             ridge=LoDASettings.ridge,
+            ridge_scale=LoDASettings.ridge_scale,
             energy_floor=LoDASettings.energy_floor,
             **settings,
         )

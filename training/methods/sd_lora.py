@@ -105,7 +105,7 @@ class SDLoRA(FoldedBranches):
         """Load a state; the model must already hold the weights that belong to it."""
         import torch
 
-        trained = {name: layer.base.weight.detach().clone() for name, layer in self.layers.items()}
+        trained = {name: layer.frozen.detach().clone() for name, layer in self.layers.items()}
         self.magnitudes = [_magnitude(self.layers) for _ in range(int(state["tasks"]))]
         super().load_state_dict(state)
         for layer in self.layers.values():
@@ -113,7 +113,7 @@ class SDLoRA(FoldedBranches):
         with torch.no_grad():
             if not self.is_open:  # only the trained weights hold the lengths of the last task
                 for name, layer in self.layers.items():
-                    layer.base.weight.copy_(trained[name])
+                    layer.frozen.copy_(trained[name])
                 return
             for magnitude, value in zip(self.magnitudes, state["magnitudes"], strict=True):
                 magnitude.copy_(value)
@@ -131,5 +131,5 @@ def _magnitude(layers: "Mapping[str, LoRALinear]") -> "nn.Parameter":
     """A trainable number with the dtype and on the device of the layers."""
     from torch import nn
 
-    weight = next(iter(layers.values())).base.weight
+    weight = next(iter(layers.values())).frozen
     return nn.Parameter(weight.new_zeros(()))
