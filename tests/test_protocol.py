@@ -56,6 +56,17 @@ def test_the_sweep_of_room_is_a_part_of_the_trials() -> None:
         assert job.experiment == whole[job.name]
 
 
+def test_the_page_shows_the_recorded_room() -> None:
+    page = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
+    for readout in ("alignment", "ridge"):
+        recorded = protocol.read_trials([ROOT / "docs" / "records" / "glyphs-room.jsonl"], readout)
+        assert protocol.rate_table(recorded) in page
+    # A stream has room where joint training ends five points above the frozen backbone.
+    recorded = protocol.read_trials([ROOT / "docs" / "records" / "glyphs-room.jsonl"])
+    best = max(last for seeds in recorded["joint"].values() for last in seeds.values())
+    assert best >= recorded["frozen"][protocol.ONLY_RATE][11] + 5
+
+
 def test_the_best_rate_is_taken_and_of_equals_the_lower() -> None:
     assert protocol.best_rates(trials()) == dict.fromkeys(protocol.METHODS, 0.18)
     equal = trials()
