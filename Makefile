@@ -7,11 +7,16 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 # JAX compiles for every shape: what says most about it in little time. `make full` has the rest.
 JAX_TESTS := $(addprefix tests/test_,libraries.py theory_page.py frameworks_page.py)
+MLX_TESTS := $(addprefix tests/test_,libraries.py other_libraries.py frameworks_page.py)
+# What a version that is too old breaks first: layers, steps, settings, data, files, reports.
+TRAIN_TESTS := $(addprefix tests/test_,torch_math.py torch_layers.py torch_lora.py torch_gao.py \
+	torch_moments.py torch_loda.py config.py cli.py train.py checkpoint.py transforms.py \
+	backbones_build.py readouts.py report_tables.py report_runs.py)
 WITH_JAX := $(ONE_THREAD) LODA_LIBRARIES=jax,jax-x32
 # One worker has all tests of a file, whose runs and processes they share.
 PYTEST = $(ONE_THREAD) $(BIN)/pytest -n auto --dist loadfile
 
-.PHONY: run test gate full gpu jax-all test-numpy mutants bench soak lint types clean
+.PHONY: run test gate full gpu jax-all mlx minimum test-numpy mutants bench attack soak lint types clean
 
 run: $(VENV)/.train
 	$(BIN)/loda train
@@ -26,7 +31,7 @@ gate: $(VENV)/.test
 	$(WITH_JAX) $(BIN)/pytest -n auto -m "jax and not slow" $(JAX_TESTS)
 
 # What neither of them runs, by hand before a release: over an hour on two cores.
-full: gpu jax-all soak
+full: gpu jax-all mlx minimum soak
 	$(PYTEST) -m "slow and not gate and not gpu and not jax"
 
 # One process: tests of memory and of waiting mind each other. Skipped where there is no GPU.
@@ -36,6 +41,16 @@ gpu: $(VENV)/.test
 # File by file, for what JAX has compiled stays in memory. 5: a file without such tests.
 jax-all: $(VENV)/.test
 	for file in tests/test_*.py; do $(WITH_JAX) $(BIN)/pytest -q -m jax $$file || test $$? = 5 || exit 1; done
+
+# The mathematics on MLX, and on what cannot solve, in an environment of their own.
+mlx: .venv-mlx/.done
+	$(ONE_THREAD) LODA_LIBRARIES=mlx .venv-mlx/bin/pytest @tests/numpy_only.txt $(MLX_TESTS)
+
+# The lowest versions that pyproject.toml allows, exactly those, in an environment of their own.
+minimum: .venv-minimum/.done
+	$(ONE_THREAD) LODA_LIBRARIES=numpy,torch,array_api_strict \
+		.venv-minimum/bin/pytest @tests/numpy_only.txt
+	$(ONE_THREAD) .venv-minimum/bin/pytest -m "not slow and not gpu and not jax" $(TRAIN_TESTS)
 
 # The mathematics on NumPy alone, without torch: seconds.
 test-numpy: $(VENV)/.test
@@ -49,6 +64,10 @@ mutants: $(VENV)/.dev
 # One thread and one worker: the ratios are printed as they are measured.
 bench: $(VENV)/.test
 	$(ONE_THREAD) $(BIN)/pytest tests/benchmarks -p no:xdist
+
+# Oracles of 60 digits and others: how many cases were tried, how many held. Some minutes.
+attack: $(VENV)/.test
+	$(ONE_THREAD) $(BIN)/python docs/numerics_attack.py
 
 # Fifty tasks, ended at random moments: ten minutes on an idle core.
 soak: $(VENV)/.test
@@ -68,5 +87,18 @@ $(VENV)/.%: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	touch $@
 
+.venv-mlx/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-mlx
+	.venv-mlx/bin/python -m pip install --quiet --constraint constraints.txt \
+		--editable '.[mlx,other-libraries,maths-tests]'
+	touch $@
+
+.venv-minimum/.done: pyproject.toml tests/minimum.py
+	$(PYTHON) -m venv .venv-minimum
+	.venv-minimum/bin/python tests/minimum.py train maths-tests > .venv-minimum/pins.txt
+	.venv-minimum/bin/python -m pip install --quiet --constraint .venv-minimum/pins.txt \
+		--editable '.[train,maths-tests]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist mutants
+	rm -rf $(VENV) .venv-mlx .venv-minimum build dist mutants

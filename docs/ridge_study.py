@@ -350,9 +350,10 @@ def main() -> None:
         ("DINOv2 ViT-S/14", transformer, "vit_small_patch14_dinov2.saliency.safetensors"),
         ("cifar_vit", small_transformer, "caltech101"),
     ):
-        missing = [f for f in ("caltech101", needed) if not (SHARED / f).exists()]
+        missing = [f for f in {"caltech101", needed} if not (SHARED / f).exists()]
         if missing:
-            sys.stdout.write(f"{name} skipped: {SHARED} has no {' and no '.join(missing)}\n\n")
+            absent = " and no ".join(sorted(missing))
+            sys.stdout.write(f"{name} skipped: {SHARED} has no {absent}\n\n")
             continue
         names, layers = read()
         shares(names, layers)

@@ -16,6 +16,9 @@ Array = Any
 
 Namespace = Any
 
+# Rows and columns of a large matrix in host memory that meet their mirror image at a time.
+TILE = 128
+
 
 def namespace(**arrays: Array) -> Namespace:
     """Array namespace shared by the given arguments; error messages use the keyword names."""
@@ -27,12 +30,40 @@ def namespace(**arrays: Array) -> Namespace:
                 f"{type(x).__name__}{hint}"
             )
             raise TypeError(msg)
+        if (is_numpy(x) or compat.is_cupy_array(x)) and not hasattr(type(x), "mT"):
+            library = type(x).__module__.partition(".")[0]
+            msg = (
+                f"{name} must be an array of NumPy 2.0 or CuPy 14 at least, got one of {library} "
+                f"{sys.modules[library].__version__}; upgrade {library}"
+            )
+            raise TypeError(msg)
     libraries = {name: type(x).__module__.partition(".")[0] for name, x in arrays.items()}
     try:
-        return compat.array_namespace(*arrays.values())
+        xp = compat.array_namespace(*arrays.values())
     except TypeError as error:
         msg = f"all arguments must be arrays of one library, got {libraries}"
         raise TypeError(msg) from error
+    can_solve = is_deferred(next(iter(arrays.values()))) or hasattr(
+        getattr(xp, "linalg", None), "eigh"
+    )
+    return xp if can_solve else _WithoutLinearAlgebra(xp)
+
+
+class _WithoutLinearAlgebra:
+    """Namespace of a library that forms moments and energies, and says that it cannot solve."""
+
+    def __init__(self, xp: Namespace) -> None:
+        self._xp = xp
+
+    def __getattr__(self, name: str) -> Any:
+        part = None if name == "linalg" else getattr(self._xp, name, None)
+        if part is None:
+            msg = (
+                f"the library must have the linear algebra of the array API standard for this, "
+                f"got {self._xp.__name__} without {name}; pass the D×D moments as NumPy arrays"
+            )
+            raise TypeError(msg)
+        return part
 
 
 def is_array(x: Any) -> bool:
@@ -97,10 +128,12 @@ def larger(xp: Namespace, a: Any, b: Any) -> Any:
 def coarsest_eps(xp: Namespace, *arrays: Array | None, gram_eps: Any = 0.0) -> Any:
     """What the entries can be trusted to: the largest eps of the dtypes, and ``gram_eps``.
 
-    ``gram_eps`` is the eps of the arithmetic that made the entries, where it was coarser.
+    ``gram_eps`` is the eps of the arithmetic that made the entries, where it was coarser. No entry
+    can be trusted further than the widest dtype: what is stored in more digits loses them.
     """
-    eps = max(float(xp.finfo(a.dtype).eps) for a in arrays if a is not None)
-    return larger(xp, gram_eps, eps)
+    present = [a for a in arrays if a is not None]
+    dtypes = [widest(xp, present[0]), *(a.dtype for a in present)]
+    return larger(xp, gram_eps, max(float(xp.finfo(dtype).eps) for dtype in dtypes))
 
 
 def rounding_share(xp: Namespace, size: int, *arrays: Array | None, gram_eps: Any = 0.0) -> Any:
@@ -163,7 +196,9 @@ def may_be_differentiated(*arrays: Array) -> bool:
         if jax is not None and isinstance(x, jax.core.Tracer):
             return True
         if torch is not None and isinstance(x, torch.Tensor):
-            if x.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(x):
+            if x.requires_grad or torch.compiler.is_compiling():
+                return True
+            if torch._C._functorch.is_functorch_wrapped_tensor(x):
                 return True
             if torch.autograd.forward_ad._current_level >= 0:
                 return True
@@ -226,6 +261,29 @@ def transposed(x: Array) -> Array:
     return x.swapaxes(-1, -2) if is_deferred(x) else x.mT
 
 
+def mirror_tiles(x: Array) -> list[tuple[slice, slice]]:
+    """Rows and columns of tiles that cover one triangle; one tile for all but host memory.
+
+    A large transpose is slow to read as a whole there, since its columns share cache lines.
+    """
+    size = int(x.shape[-1])
+    on_host = is_numpy(x) or (is_torch(x) and x.device.type == "cpu")
+    step = TILE if on_host and is_concrete(x) else size
+    slices = [slice(start, min(start + step, size)) for start in range(0, size, step)]
+    return [(a, b) for place, a in enumerate(slices) for b in slices[place:]]
+
+
+def plus_transpose(x: Array) -> Array:
+    """``x + xᵀ``; ``x`` must be fresh, it may be changed."""
+    tiles = mirror_tiles(x)
+    if len(tiles) == 1 or not (is_numpy(x) or not x.requires_grad):
+        return x + x.mT
+    for rows, columns in tiles:
+        both = x[..., rows, columns] + x[..., columns, rows].mT
+        x[..., rows, columns], x[..., columns, rows] = both, both.mT
+    return x
+
+
 def symmetrise(x: Array) -> Array:
     """Symmetric part: libraries read different triangles of a nearly symmetric matrix."""
     return 0.5 * (x + transposed(x))
@@ -240,14 +298,14 @@ def peak(xp: Namespace, x: Array) -> Array:
 
 def diagonal(xp: Namespace, x: Array) -> Array:
     """Diagonals of the last two axes, (..., D), of libraries without linear algebra too."""
-    if hasattr(getattr(xp, "linalg", None), "diagonal"):
+    if not isinstance(xp, _WithoutLinearAlgebra) and hasattr(xp.linalg, "diagonal"):
         return xp.linalg.diagonal(x)
     return xp.sum(x * eye_like(xp, x, int(x.shape[-1])), axis=-1)
 
 
 def trace(xp: Namespace, x: Array) -> Array:
     """Traces of the last two axes, (...), of libraries without linear algebra too."""
-    if hasattr(getattr(xp, "linalg", None), "trace"):
+    if not isinstance(xp, _WithoutLinearAlgebra) and hasattr(xp.linalg, "trace"):
         return xp.linalg.trace(x)
     return xp.sum(diagonal(xp, x), axis=-1)
 

@@ -200,8 +200,8 @@ def isolated_subspace(
         one, for which no channel (or no eigenvalue) counts more than eight times the result. The
         mean drowns what the new task alone uses where the tasks share a channel a hundred times
         larger than the others; the typical energy does not (see `docs/theory.md`). Of channels it
-        costs nothing and depends on the coordinates; of eigenvalues it is free of them, and takes
-        up to half the time of the solve.
+        costs about one per cent of a solve and depends on the coordinates; of eigenvalues it is
+        free of them, and nearly doubles the time of a large solve.
     objective : {"quotient", "trace_ratio"}
         What is maximised: the trace of the quotient, as above, or the ratio of traces, as
         :func:`trace_ratio_subspace` does.

@@ -246,7 +246,7 @@ def normal(*shape: int) -> Callable[[np.random.Generator], Matrix]:
 
 MAKE = {
     **dict.fromkeys(("new", "old", "moment"), gram),
-    **dict.fromkeys(("before", "after", "change", "gradient"), normal(3, D)),
+    **dict.fromkeys(("before", "after", "change", "gradient", "weight"), normal(3, D)),
     "basis": lambda rng: orthogonal(D, rng)[:, :RANK],
     "up": normal(3, RANK),
     "down": normal(RANK, D),

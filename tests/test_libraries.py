@@ -1,7 +1,9 @@
 """What is special to one library: compilation, mapping, devices, precision, deferred arrays."""
 
+import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import libraries
 import numpy as np
 import pytest
-from calls import ALL
+from calls import ALL, CASES, MATRIX, call
 from libraries import widest_dtype
 from strategies import Matrix, dtype_name, from_spectrum, orthogonal, to_library, to_numpy
 
@@ -48,7 +50,7 @@ def matrices(name: str, size: int = SIZE) -> dict[str, Matrix]:
     moment = lambda: from_spectrum(2.0 ** -np.arange(size), orthogonal(size, rng))  # noqa: E731
     shapes = {"up": (5, RANK), "down": (RANK, size), "coefficients": (RANK, RANK)}
     shapes |= {"tokens": (7, size), "grad_output": (7, 4)}
-    shapes |= dict.fromkeys(("before", "after", "change", "gradient"), (5, size))
+    shapes |= dict.fromkeys(("before", "after", "change", "gradient", "weight"), (5, size))
     make = {a: lambda shape=shape: rng.standard_normal(shape) for a, shape in shapes.items()}
     make |= dict.fromkeys(("new", "old", "moment"), moment)
     make["basis"] = lambda: orthogonal(size, rng)[:, :RANK]
@@ -214,6 +216,20 @@ def test_sharded_arrays_of_jax(library: str, name: str) -> None:
             np.testing.assert_allclose(np.asarray(found), expected, atol=1e-9)
 
 
+# What some library lacks, or puts on its default device, goes through _arrays.py
+LACKING = re.compile(
+    r"xp\.linalg\.(trace|diagonal)\(|descending=|copy=False"
+    r"|xp\.(arange|asarray|empty|eye|full|linspace|ones|zeros)\((?!.*\*\*)"
+)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "loda_math").rglob("*.py")), ids=lambda p: p.stem)
+def test_one_door_to_what_libraries_lack(path: Path) -> None:
+    if path.stem != "_arrays":
+        lines = path.read_text("utf-8").splitlines()
+        assert not [x for x in lines if LACKING.search(x) and not x.lstrip().startswith(">>>")]
+
+
 # The base install: this package, array-api-compat and one array library
 
 
@@ -270,3 +286,20 @@ def test_moments_with_their_unit_go_through_compiled_code(jnp: ModuleType) -> No
     basis = compiled(new=moments, old=history, rank=2)
     expected = lm.general_subspace(moments, history, 2)
     np.testing.assert_allclose(to_numpy(basis), to_numpy(expected), atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "argument"), CASES)
+def test_tensors_that_are_not_dense_or_not_real(name: str, argument: str) -> None:
+    """One line that names the argument and the cure, before anything is computed."""
+    import torch
+
+    dense = torch.from_numpy(MATRIX[argument].copy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that these are new
+        unlike = [dense.to_sparse(), dense.to_sparse_csr(), torch.nested.nested_tensor([dense])]
+    for tensor in unlike:
+        with pytest.raises(TypeError, match=rf"^{argument} must be a dense array"):
+            call(torch, name, **{argument: tensor})
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.bool):
+        with pytest.raises(TypeError, match=rf"^{argument} must be real floating point"):
+            call(torch, name, **{argument: dense.to(dtype)})

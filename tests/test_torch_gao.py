@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -568,7 +569,8 @@ class Cast:
         return F.cross_entropy(logits.float(), self.y[rows])
 
     def run(self, take: Callable[..., None], outside: bool) -> list[Tensor]:
-        autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=outside)
+        # Not autocast(enabled=False): inside it the cache would outlive the losses as well.
+        autocast = torch.autocast("cpu", dtype=torch.bfloat16) if outside else nullcontext()
 
         def loss(rows: Tensor) -> Tensor:
             with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -285,6 +285,7 @@ def test_a_hook_that_changes_the_output_changes_it_adapted_too() -> None:
     layers = adapt(model, "0")
     fill(layers)
     adapted = model(x)
+    assert torch.equal(model[0](input=x), adapted)
     layers["0"].merge()
     torch.testing.assert_close(model(x), adapted)
     restore(model, layers)

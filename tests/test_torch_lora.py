@@ -522,3 +522,23 @@ def test_copies_and_functional_calls_have_downs_of_their_own() -> None:
     ))  # fmt: skip
     torch.testing.assert_close(layer(x), before)
     assert [layer.branch(name).down.shape for name in "ab"] == [(2, 6)] * 2
+
+
+def test_a_merge_inside_autocast_is_seen_by_the_next_product() -> None:
+    base, x = linear(), random(3, D)
+
+    def outputs() -> list[Tensor]:
+        seen = []
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            seen.append(base(x).detach())  # the cast of the weight is kept for the next product
+            layer = LoRALinear(base)
+            layer.add_branch("general", random(R, D, seed=2), up=random(O, R, seed=3))
+            for change in (layer.merge, layer.unmerge):
+                change()
+                base.requires_grad_()
+                seen.append(base(x).detach())
+        return seen
+
+    before, merged, after = outputs()
+    assert not torch.equal(before, merged)
+    assert torch.equal(before, after)

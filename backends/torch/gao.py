@@ -559,8 +559,8 @@ class Window:
     ----------
     labels : Tensor, shape (N,)
         Group of every row, process by process, on the CPU.
-    first : int
-        Place of the first row of this process.
+    first, rows : int
+        Place of the first row of this process, and number of its rows.
     counts : list of int
         Rows of both halves, once they are split.
     """
@@ -577,6 +577,7 @@ class Window:
         rank = torch.distributed.get_rank() if shared else 0
         flat = [groups for rank_batches in everyone for groups in rank_batches]
         self._sizes = [_count(groups) for groups in own]
+        self.rows = sum(self._sizes)
         self.first = sum(_count(groups) for before in everyone[:rank] for groups in before)
         numbers = [groups for groups in flat if isinstance(groups, int)]
         tensors = [groups for groups in flat if isinstance(groups, Tensor)]

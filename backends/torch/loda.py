@@ -89,6 +89,10 @@ class _OpenTask:
     copied: set[int] = field(default_factory=set)
     closed: bool = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a file of the model has no part in a step, and weak references cannot be saved.
+        return {**self.__dict__, "halves": None}
+
     def step_in_progress(self) -> Halves | None:
         """The step in phases whose branches are moved at the moment."""
         halves = None if self.halves is None else self.halves()
@@ -444,24 +448,20 @@ class LoDA:
         halves : the same step in phases, for loops that accumulate, clip or scale gradients.
         """
         moved = self._prepare_step(optimizer)
-        classes = torch.arange(labels) if isinstance(labels, int) else labels
-        window = Window([labels], shared=True) if self._shares() else None
-        drawn = self._draw(
-            classes if window is None else window.labels, radius, permutation, draw, generator
-        )
-        own, reduce = loss, unshared
-        if window is not None:
-            own, reduce = _own_part(loss, window, classes, moved[0]), sum_over_processes
+        shares = self._shares()
+        window = Window([labels], shared=shares)  # on the CPU; this reads the device once
+        length, order = self._draw(window.labels, radius, permutation, draw, generator)
+        device = labels.device if isinstance(labels, Tensor) else torch.device("cpu")
         return gradient_aligned_step(
-            own,
-            classes if window is None else window.labels,
+            _own_part(loss, window, device, moved[0]),
+            window.labels,
             optimizer,
             moved,
-            radius=drawn[0],
-            permutation=drawn[1],
+            radius=length,
+            permutation=order,
             backward=backward,
             skip_nonfinite=skip_nonfinite,
-            reduce=reduce,
+            reduce=sum_over_processes if shares else unshared,
         )
 
     def halves(
@@ -1076,14 +1076,16 @@ def _require_free(model: nn.Module) -> None:
         raise ValueError(msg)
 
 
-def _own_part(loss: RowsLoss, window: Window, labels: Tensor, trained: Tensor) -> RowsLoss:
+def _own_part(loss: RowsLoss, window: Window, device: torch.device, trained: Tensor) -> RowsLoss:
     """Part of this process in the mean loss over rows of all processes."""
-    first, last = window.first, window.first + labels.shape[0]
+    first, last = window.first, window.first + window.rows
 
     def part(rows: Tensor) -> Tensor:
+        if window.rows == window.labels.numel():  # no other process
+            return loss(rows.to(device, non_blocking=True))
         own = rows[(rows >= first) & (rows < last)] - first
         if own.numel() == 0:  # a zero with a graph, so that backward() works here too
             return 0 * trained.sum()
-        return loss(own.to(labels.device, non_blocking=True)) * (own.numel() / rows.numel())
+        return loss(own.to(device, non_blocking=True)) * (own.numel() / rows.numel())
 
     return part

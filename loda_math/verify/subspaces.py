@@ -9,6 +9,7 @@ from loda_math._arrays import (
     coarsest_eps,
     descending_eigh,
     descending_eigvalsh,
+    detached,
     diagonal,
     eye_like,
     is_array,
@@ -158,7 +159,9 @@ def verify_subspace(
     xp, size, moments, gram_eps = checked_moments(
         given, accumulation_eps=accumulation_eps, basis=basis
     )
-    new, old = moments if len(moments) > 1 else (*moments, xp.zeros_like(*moments))
+    # A report is no function to differentiate: it solves eigenproblems.
+    basis, new, *others = map(detached, (basis, *moments))
+    old = others[0] if others else xp.zeros_like(new)
     check_rows("basis", basis, size)
     span = _span_of(xp, basis)
     if objective == "isolated":
