@@ -71,7 +71,7 @@ SHARED: Settings = {
 
 def seconds(method: str) -> float:
     """Processor seconds of a run on the glyphs, as measured on one thread."""
-    return {"loda": 170.0, "frozen": 60.0, "first_task": 85.0}.get(method, 100.0)
+    return {"loda": 165.0, "frozen": 70.0}.get(method, 90.0)
 
 
 def hours(runs: list[tuple[str, float]]) -> str:
