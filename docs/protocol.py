@@ -97,10 +97,13 @@ def choosing_sweep(rates: tuple[float, ...] = RATES) -> str:
     )
 
 
-def read_trials(sources: list[Path], readout: str = READOUT) -> Trials:
+def read_trials(
+    sources: list[Path], readout: str = READOUT, diverged: Sequence[str] = ()
+) -> Trials:
     """Last accuracies in per cent under a read-out, by method, rate and seed.
 
-    Without sources there are none.
+    Without sources there are none. A trial that diverged leaves no record: ``diverged`` names it as
+    its folder, joint-1.0/seed11, and it counts as 0.
 
     Raises
     ------
@@ -116,6 +119,10 @@ def read_trials(sources: list[Path], readout: str = READOUT) -> Trials:
         by_rate = trials.setdefault(run.experiment.method.name, {})
         by_seed = by_rate.setdefault(run.experiment.train.lr, {})
         by_seed[run.seed] = 100 * run.matrices[readout].last
+    for name in diverged:
+        method, _, rest = name.rpartition("-")
+        rate, _, seed = rest.partition("/seed")
+        trials.setdefault(method, {}).setdefault(float(rate), {})[int(seed)] = 0.0
     return trials
 
 
@@ -242,6 +249,9 @@ def contrasts(trials: Trials, tests: list[Path]) -> str:
     if not primary:
         msg = f"tests must hold runs of loda, frozen and {other}; run more of glyphs-test"
         raise ValueError(msg)
+    if bool(primary[0].isna().any(axis=None)):
+        msg = f"every seed must have runs of loda, frozen and {other}; run more of glyphs-test"
+        raise ValueError(msg)
     named = {"Primary contrasts": primary[0], **tables}
     return "\n\n".join(_contrast_table(title, table) for title, table in named.items())
 
@@ -304,6 +314,7 @@ def rate_table(trials: Trials) -> str:
         means = {rate: fmean(seeds.values()) for rate, seeds in trials[method].items()}
         best = max(means, key=lambda rate: (means[rate], -rate))
         cells = ["–" if rate not in means else f"{means[rate]:.2f}" for rate in rates]
+        cells = ["diverged" if cell == "0.00" else cell for cell in cells]
         cells[rates.index(best)] = f"**{cells[rates.index(best)]}**"
         lines.append(f"| {method} | {' | '.join(cells)} |")
     if ONLY_HEADS in trials:
@@ -318,6 +329,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("what", choices=["choose", "rates", "test", "contrasts"])
     parser.add_argument("records", nargs="*", type=Path, help="the trials: a bundle or folders")
     parser.add_argument("--tests", nargs="+", type=Path, default=[], help="of contrasts: the test")
+    parser.add_argument("--diverged", nargs="+", default=[], metavar="TRIAL", help="counts as 0")
     parser.add_argument("--readout", default=READOUT, choices=READOUTS, help="of rates")
     given = parser.parse_intermixed_args(arguments)
     if (given.what == "choose") == bool(given.records):
@@ -327,7 +339,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.readout != READOUT and given.what != "rates":
         parser.error(f"--readout is for rates only: {READOUT} decides everything else")
     try:
-        trials = read_trials(given.records, given.readout)
+        trials = read_trials(given.records, given.readout, given.diverged)
         text = {
             "choose": choosing_sweep,
             "rates": lambda: rate_table(trials),
