@@ -54,6 +54,7 @@ integrations: .venv-integrations/.done
 minimum: .venv-minimum/.done
 	$(ONE_THREAD) LODA_LIBRARIES=numpy,torch,array_api_strict \
 		.venv-minimum/bin/pytest @tests/numpy_only.txt
+	$(WITH_JAX) .venv-minimum/bin/pytest -m jax tests/test_libraries.py
 	$(ONE_THREAD) .venv-minimum/bin/pytest -m "not slow and not gpu and not jax" $(TRAIN_TESTS)
 
 # The mathematics on NumPy alone, without torch: seconds.
@@ -105,9 +106,9 @@ $(VENV)/.%: pyproject.toml constraints.txt
 
 .venv-minimum/.done: pyproject.toml tests/minimum.py
 	$(PYTHON) -m venv .venv-minimum
-	.venv-minimum/bin/python tests/minimum.py train maths-tests > .venv-minimum/pins.txt
+	.venv-minimum/bin/python tests/minimum.py train jax maths-tests > .venv-minimum/pins.txt
 	.venv-minimum/bin/python -m pip install --quiet --constraint .venv-minimum/pins.txt \
-		--editable '.[train,maths-tests]'
+		--editable '.[train,jax,maths-tests]'
 	touch $@
 
 clean:
