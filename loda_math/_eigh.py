@@ -324,7 +324,7 @@ def _dense(a: Any, start: int, stop: int) -> tuple[Any, Any, Any]:
     size = len(a)
     functions: Any = get_lapack_funcs(("sytrd", "ormqr"), (a,))
     reduced, diagonal, beside, scales, _ = functions[0](a, lower=1, lwork=BLOCK * size)
-    part = {"select": "i", "check_finite": False}
+    part: Any = {"select": "i", "check_finite": False}
     try:
         values, vectors = eigh_tridiagonal(
             diagonal, beside, select_range=(start, stop - 1), lapack_driver="stebz", **part

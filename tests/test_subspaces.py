@@ -92,7 +92,7 @@ def columns(u: Any) -> int:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@given(pencil=pencils(), dtype=dtypes, ridge=ridges, data=st.data())
+@given(pencil=pencils(outliers=False), dtype=dtypes, ridge=ridges, data=st.data())
 def test_orthonormal_whatever_the_conditioning(
     xp: ModuleType, name: str, pencil: tuple, dtype: str, ridge: float, data: st.DataObject
 ) -> None:
@@ -150,7 +150,7 @@ def test_scale_of_a_moment_does_not_matter(
         np.testing.assert_array_equal(scaled, base)
 
 
-@given(pencil=pencils(kinds=("random", "clustered", "spiked")), dtype=dtypes)
+@given(pencil=pencils(kinds=("random", "clustered", "spiked"), outliers=False), dtype=dtypes)
 def test_any_scale_keeps_the_objective(xp: ModuleType, pencil: tuple, dtype: str) -> None:
     base, new, old = solve(xp, "isolated", pencil, dtype)
     scaled, _, _ = solve(xp, "isolated", (pencil[0] * 3e30, pencil[1] * 7e-28, pencil[2]), dtype)

@@ -96,7 +96,8 @@ def in_projections(owner: nn.MultiheadAttention) -> dict[str, InProjection]:
 
     Empty for an attention that has three weights instead (``kdim`` or ``vdim`` were given).
     """
-    if owner._parameters.get("in_proj_weight") is None:
+    # A subclass may have a child of that name.
+    if owner._parameters.get("in_proj_weight") is None or "in_proj" in owner._modules:
         return {}
     parts = {f"in_proj.{part}": InProjection(owner, part) for part in PARTS}
     return {"in_proj": InProjection(owner), **parts}
@@ -132,17 +133,9 @@ def is_pointwise(module: nn.Module) -> bool:
     )
 
 
-def matrix(module: nn.Module, weight: Tensor | None = None) -> Tensor:
-    """The weight of a linear map as a matrix (out_features, in_features); a view of it.
-
-    Parameters
-    ----------
-    module : nn.Module
-        A linear map (:func:`is_linear_map`).
-    weight : Tensor, optional
-        Another weight of the same shape as its own.
-    """
-    weight = _weight(module) if weight is None else weight
+def matrix(module: nn.Module) -> Tensor:
+    """The weight of a linear map as a matrix (out_features, in_features); a view of it."""
+    weight = _weight(module)
     if isinstance(module, nn.Linear):  # first, for every forward pass asks
         return weight
     if is_transposed(module):
@@ -280,8 +273,8 @@ def read_in_projection(
 
 def own_in_projection(owner: nn.MultiheadAttention) -> None:
     """Let an attention read its packed weight directly again."""
-    owner._modules.pop("in_proj", None)
     if hasattr(type(owner), "reads_in_projection"):
+        del owner._modules["in_proj"]
         owner.__class__ = type(owner).__mro__[1]
 
 
@@ -302,9 +295,9 @@ def mark(weight: Tensor, layers: Mapping[str | None, nn.Module]) -> Tensor:
 
 def adapted_parts(owner: nn.MultiheadAttention) -> dict[str | None, nn.Module]:
     """The layers that an attention reads its packed weight through, by part."""
-    child = owner._modules.get("in_proj")
-    if child is None:
+    if not hasattr(type(owner), "reads_in_projection"):
         return {}
+    child = owner.get_submodule("in_proj")
     return dict(child.items()) if isinstance(child, nn.ModuleDict) else {None: child}
 
 
@@ -352,7 +345,7 @@ def _is_affine(module: nn.Module) -> bool:
     finally:
         module.training = training
     # Far from rounding, also that of arithmetic in 8 bits.
-    return bool((output - wanted).norm() <= 0.1 * wanted.norm())
+    return not bool((output - wanted).norm() > 0.1 * wanted.norm())
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -134,8 +134,9 @@ class LoDA:
     settings : LoDASettings, optional
         Rank, branches, recalibration and the layers to adapt.
     trainable : sequence of str
-        Patterns over names of the model's own parameters that stay trainable during a task (the
-        classifier, if it is part of the model).
+        Patterns over names of the model's own parameters that are trained during a task (the
+        classifier, if it is part of the model), also if they were frozen before. Target layers stay
+        frozen.
     forward : callable, optional
         ``forward(model, batch)`` for the passes that collect moments; by default the model is
         called on the batch, or on the first element of a tuple.
@@ -256,8 +257,8 @@ class LoDA:
             If there is a learning rate for a head, but no head.
         """
         branches = self.lora_parameters()
-        known = {id(parameter) for parameter in branches}
-        rest = [p for p in (*self.trainable_parameters(), *head) if id(p) not in known]
+        trained = {id(p): p for p in (*branches, *self.trainable_parameters(), *head)}
+        rest = list(trained.values())[len(branches) :]
         groups: list[dict[str, Any]] = [{"params": branches}]
         if rest:
             groups.append({"params": rest})
@@ -300,7 +301,8 @@ class LoDA:
         ------
         ValueError
             If ``batches`` is an iterator; when it is entered and left, as :meth:`begin_task` and
-            :meth:`end_task`. If the end fails, the task is abandoned.
+            :meth:`end_task`. If the end fails, nothing that was learned is lost: the task stays
+            open, and ``end_task`` can be called again.
 
         Examples
         --------
@@ -763,7 +765,8 @@ class LoDA:
             if not free:
                 names = ", ".join(name for name, _ in meant or named)
                 why = "only those of target layers" if meant else "no parameter; parameters here"
-                msg = f"trainable pattern {pattern!r} matches {why}: {names}"
+                cure = "exclude these layers from the target" if meant else "correct the pattern"
+                msg = f"trainable pattern {pattern!r} matches {why}: {names}; {cure}"
                 raise ValueError(msg)
             trained |= free
         requires_grad_before = {parameter: parameter.requires_grad for _, parameter in named}
@@ -1038,11 +1041,7 @@ class Task:
         if kind is not None:
             self.loda.abandon_task()
             return
-        try:
-            self.record = self.loda.end_task(self._batches)
-        except BaseException:
-            self.loda.abandon_task()
-            raise
+        self.record = self.loda.end_task(self._batches)
 
 
 def _inside(model: nn.Module) -> nn.Module:
