@@ -247,7 +247,7 @@ def recalibration_loss(
     weight = check_weight(xp, "history_weight", history_weight)
     if is_array(weight):
         weight = xp.astype(weight, b.dtype)
-    loss = weight * _output_energy(xp, interference, p) + gamma * _output_energy(xp, lost, q)
+    loss = weight * output_energy(xp, interference, p) + gamma * output_energy(xp, lost, q)
     return xp.astype(loss, dtype)
 
 
@@ -439,7 +439,7 @@ def update_effect(
     (c,) = widen(xp, coefficients)
     update = b @ c
     parts = ((update, p), (b, p), (update - b, q), (b, q))
-    energies = (xp.astype(_output_energy(xp, factor, gram), dtype) for factor, gram in parts)
+    energies = (xp.astype(output_energy(xp, factor, gram), dtype) for factor, gram in parts)
     return UpdateEffect(*xp.broadcast_arrays(*energies))
 
 
@@ -652,7 +652,7 @@ def _semidefinite_solve(xp: Namespace, matrix: Array, rhs: Array, noise: Array) 
     return with_derivative(exact, smooth, matrix, rhs)
 
 
-def _output_energy(xp: Namespace, factor: Array, gram: Array) -> Array:
+def output_energy(xp: Namespace, factor: Array, gram: Array) -> Array:
     """Mean squared output ``tr(F S Fᵀ)`` of a linear map F on inputs of second moment S."""
     return xp.sum(factor * (factor @ gram), axis=(-2, -1))
 

@@ -33,6 +33,7 @@ from loda_math import (
     recalibration,
     recalibration_loss,
     second_moment,
+    trace_ratio_solution,
     trace_ratio_subspace,
 )
 from loda_math.verify import (
@@ -326,6 +327,31 @@ def test_inert_directions_leave_no_negative_gap(xp: ModuleType) -> None:
     assert float(report.optimality_gap) == 0
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_task_without_energy_passes(xp: ModuleType, objective: str) -> None:
+    new, old = (to_library(xp, np.diag(d), "float32") for d in ([0.0, 0, 0], [3.0, 1, 2]))
+    report = verify_subspace(solution(objective, new, old, 2), new, old, objective)
+    assert bool(report.passed)
+
+
+@few
+@given(seed=seeds, rank=st.integers(1, 6), floor=st.sampled_from([0.0, 0.9]))
+def test_a_ratio_of_traces_at_the_rounding_of_a_singular_history_passes(
+    xp: ModuleType, seed: int, rank: int, floor: float
+) -> None:
+    """Without a ridge the least old energy is rounding; directions outside of it are found."""
+    needs_float64(xp)
+    rng = np.random.default_rng(seed)
+    tokens = rng.standard_normal((2, 50, 8))
+    few_channels = tokens[1][:, :2] @ rng.standard_normal((2, 8))
+    new, old = (to_library(xp, gram(x)) for x in (tokens[0], few_channels))
+    how = {"ridge": 0.0, "energy_floor": floor}
+    own = trace_ratio_subspace(new, old, rank, **how)
+    assert bool(verify_subspace(own, new, old, "trace_ratio", **how).passed)
+    others = to_library(xp, orthogonal(8, rng)[:, :rank])
+    assert not bool(verify_subspace(others, new, old, "trace_ratio", **how).passed)
+
+
 # Every direction, at its own scale and in the digits that it is stored in
 
 
@@ -348,6 +374,27 @@ def test_our_bases_pass_in_any_precision(objective: str, amplitude: float) -> No
         for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             report = verify_subspace(basis.to(dtype), *means, objective, accumulation_eps=new.unit)
             assert bool(report.passed), (rank, dtype)
+
+
+@pytest.mark.parametrize("floor", [0.5, 0.9, 0.99, 1.0])
+def test_a_floor_is_met_to_the_digits_of_the_basis(floor: float) -> None:
+    """Rounding the columns may take energy to first order; choosing a lower floor takes more."""
+    torch = pytest.importorskip("torch")
+    for seed in range(8):
+        new, other = outlier_moments(seed, 100.0 if seed % 2 else 1.0, size=6)
+        # Channels of little new energy have most of the old one: every floor binds.
+        rising = np.linspace(0.02, 2, 6)
+        old = other.mean * rising[:, None] * rising
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for tau, passed in ((floor, True), (floor - 0.2, False)):
+                best = trace_ratio_solution(new, old, 2, energy_floor=tau)
+                if passed or best.energy < floor - 0.1:
+                    arrays = [torch.from_numpy(x) for x in (best.basis, new.mean, old)]
+                    arrays[0] = arrays[0].to(dtype)
+                    report = verify_subspace(
+                        *arrays, "trace_ratio", energy_floor=floor, accumulation_eps=new.unit
+                    )
+                    assert bool(report.passed) == passed, (seed, dtype)
 
 
 @pytest.mark.parametrize("amplitude", [1.0, 30.0, 1e3, 1e4])
@@ -391,6 +438,25 @@ def test_one_right_direction_and_seven_worst_ones_do_not_pass() -> None:
 
 
 # Coefficients
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("amplitude", [1.0, 1e3])
+def test_coefficients_are_right_to_their_digits_beside_a_large_channel(
+    form: str, amplitude: float
+) -> None:
+    torch = pytest.importorskip("torch")
+    new, old = outlier_moments(0, amplitude)
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        up, down = rng.standard_normal((6, 4)), orthogonal(12, rng)[:4]
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            branch = [torch.from_numpy(x).to(dtype).double().numpy() for x in (up, down)]
+            exact = torch.from_numpy(recalibration(*branch, new, old, 1.3, form)).to(dtype)
+            for factor, passed in ((1.0, True), (1.1, False)):
+                arrays = [torch.from_numpy(x) for x in (*branch, new.mean, old.mean)]
+                report = verify_recalibration(factor * exact, *arrays, 1.3, form)
+                assert bool(report.passed) == passed, (seed, dtype)
 
 
 @pytest.mark.parametrize("form", FORMS)

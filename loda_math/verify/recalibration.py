@@ -19,6 +19,7 @@ from loda_math.recalibration import (
     above_noise,
     check_weight,
     checked_update,
+    output_energy,
     projected,
     projected_noise,
     recalibration,
@@ -127,20 +128,23 @@ def verify_recalibration(
         recalibration_loss(c, b, a, n, o, gamma, history_weight=weight)
         for c in (given, best, 0 * given, 0 * given + eye)
     )
-    # J without the constant: Λ − Λ* on old inputs, and on new ones. The digits that Λ is stored in
-    # may be as much off, and are judged by what they do as well.
     change, stored = given - exact, storage_error(xp, coefficients.dtype, given)
+    _, p, q = projected(xp, up, down, *arrays)
+    # J without the constant: Λ − Λ* on old inputs, and on new ones. The digits that Λ is stored in
+    # may be as much off, of any sign, and are judged by the most that they may do.
     distance, blur = (
-        weight * update_effect(c, b, *wide[1:]).old_change
-        + gamma * update_effect(c + eye, *wide).new_loss
-        for c in (change, stored)
+        weight * output_energy(xp, factor, on_old) + gamma * output_energy(xp, factor, on_new)
+        for factor, on_old, on_new in (
+            (b @ change, p, q),
+            (xp.abs(b) @ stored, xp.abs(p), xp.abs(q)),
+        )
     )
     whole = drop + keep
     deviation = xp.sqrt(safe_divide(xp, distance, whole + 0 * distance))
     allowed = tolerance**0.5 + xp.sqrt(safe_divide(xp, blur, whole + 0 * blur))
     gap = safe_divide(xp, loss - optimum, drop + 0 * loss)
     noise = (projected_noise(xp, down, m, gram_eps) for m in reversed(arrays))
-    _, k, noise = scaled_system(xp, *projected(xp, up, down, *arrays)[1:], gamma, weight, *noise)
+    _, k, noise = scaled_system(xp, p, q, gamma, weight, *noise)
     worst = _worst_direction(xp, b, k, noise, exact, change, stored)
     effect = update_effect(given, *wide)
     fields = (deviation, gap, loss, optimum, effect.old_change, effect.new_loss)
