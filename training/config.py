@@ -848,14 +848,18 @@ def _options(components: _Components) -> frozenset[str]:
 
 _PROGRAM = "loda train"
 _USAGE = (
-    "loda train [--config CONFIG] [--SETTING VALUE ...] [--overwrite] | "
+    "loda train [--config CONFIG] [--SETTING VALUE ...] [--overwrite [unfinished]] | "
     "--resume RUN [--allow CLASS ...]"
 )
 # Arguments of the command that are no settings.
 _RUN_OPTIONS: dict[str, dict[str, Any]] = {
     "--overwrite": {
-        "action": "store_true",
-        "help": "Replace the run in a folder that is not empty",
+        "nargs": "?",
+        "const": True,
+        "default": False,
+        "choices": ["unfinished"],
+        "help": "Replace the run in a folder that is not empty; with the word unfinished, only a "
+        "run without results",
     },
     "--resume": {
         "type": Path,

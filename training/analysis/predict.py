@@ -16,7 +16,16 @@ from training.config import Experiment, read_experiment
 from training.data import Stream, build_stream, open_image, test_transform
 from training.distributed import make_accelerator
 from training.metrics import count_correct
-from training.run_dir import CLASSES, CONFIG, MODEL, READOUTS_FILE, nested, read_json, readable
+from training.run_dir import (
+    CLASSES,
+    CONFIG,
+    MODEL,
+    READOUTS_FILE,
+    nested,
+    read_json,
+    readable,
+    require_intact,
+)
 from training.seeds import seeded
 from training.train import evaluation_batches, extract_features
 
@@ -195,6 +204,7 @@ def load(
     if missing:
         msg = f"{folder} holds no finished run: {', '.join(missing)} missing"
         raise FileNotFoundError(msg)
+    require_intact(folder, CLASSES, MODEL, READOUTS_FILE)
     experiment = read_experiment(folder / CONFIG, allow)
     classes, _ = read_classes(folder)
     with seeded(0):  # the random initial weights are overwritten at once
