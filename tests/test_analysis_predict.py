@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_contents import contents, set_in_config
+from run_contents import contents, resealed, set_in_config
 from safetensors.torch import load_file, save_file
 from small_runs import COLOURS, READOUTS, finished, tree
 
@@ -287,7 +287,21 @@ def test_damaged_runs_are_refused_and_the_file_is_named(copy: Path, damage: str)
     apply, said = DAMAGES[damage]
     apply(copy)
     with pytest.raises(ValueError, match=said):
-        evaluate_run(copy)
+        evaluate_run(resealed(copy))
+
+
+@pytest.mark.parametrize("name", [MODEL, READOUT_FILE, "classes.json"])
+def test_files_that_the_run_did_not_write_are_refused(copy: Path, name: str) -> None:
+    whole = (copy / name).read_bytes()
+    half = len(whole) // 2
+    (copy / name).write_bytes(whole[:half] + bytes(len(whole) - half))
+    for read in (evaluate_run, training.load):
+        with pytest.raises(ValueError, match=rf"{name} is not the file"):
+            read(copy)
+    (copy / name).write_bytes(whole)
+    (copy / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="manifest"):
+        training.load(copy)
 
 
 def test_tensors_of_other_readouts_are_left_alone(copy: Path) -> None:

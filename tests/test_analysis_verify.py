@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from run_contents import resealed
 from small_runs import finished
 from torch import nn
 
@@ -49,7 +50,7 @@ def write_run(folder: Path, **options: Any) -> Path:
         task_file(folder, task, "moments").parent.mkdir(parents=True)
         write_tensors(task_file(folder, task, "moments"), record.moment_tensors())
         write_tensors(task_file(folder, task, "branches"), record.branch_tensors())
-    return folder
+    return resealed(folder)
 
 
 @pytest.mark.parametrize("history", ["merged", "trained", "both"])

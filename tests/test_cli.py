@@ -214,6 +214,18 @@ def test_errors_of_runs_and_images_are_one_line(
     assert "which is a file" in refused(*again, f"--out={tmp_path / 'file'}")
 
 
+def test_named_files_are_replaced_only_where_that_is_asked_for(
+    run: Path, tmp_path: Path, refused: Callable[..., str], shown: Callable[..., str]
+) -> None:
+    for command, option, name in (("report", "--figure", "a.png"), ("verify", "--export", "a.npz")):
+        file = tmp_path / name
+        file.write_text("mine")
+        assert "--overwrite" in refused(command, run, option, file)
+        assert file.read_text() == "mine"
+        shown(command, run, option, file, "--overwrite")
+        assert file.read_bytes() != b"mine"
+
+
 def test_a_run_is_overwritten_where_that_is_asked_for(
     copy: Path, root: Path, shown: Callable[..., str]
 ) -> None:
