@@ -16,7 +16,7 @@ WITH_JAX := $(ONE_THREAD) LODA_LIBRARIES=jax,jax-x32
 # One worker has all tests of a file, whose runs and processes they share.
 PYTEST = $(ONE_THREAD) $(BIN)/pytest -n auto --dist loadfile
 
-.PHONY: run test gate full gpu jax-all mlx minimum test-numpy mutants bench attack soak lint types clean
+.PHONY: run test gate full gpu jax-all mlx integrations minimum test-numpy mutants bench attack soak lint types clean
 
 run: $(VENV)/.train
 	$(BIN)/loda train
@@ -31,7 +31,7 @@ gate: $(VENV)/.test
 	$(WITH_JAX) $(BIN)/pytest -n auto -m "jax and not slow" $(JAX_TESTS)
 
 # What neither of them runs, by hand before a release: over an hour on two cores.
-full: gpu jax-all mlx minimum soak
+full: gpu jax-all mlx integrations minimum soak
 	$(PYTEST) -m "slow and not gate and not gpu and not jax"
 
 # One process: tests of memory and of waiting mind each other. Skipped where there is no GPU.
@@ -46,10 +46,15 @@ jax-all: $(VENV)/.test
 mlx: .venv-mlx/.done
 	$(ONE_THREAD) LODA_LIBRARIES=mlx .venv-mlx/bin/pytest @tests/numpy_only.txt $(MLX_TESTS)
 
+# Every recipe of docs/loops.md, in an environment of their own: Avalanche brings much with it.
+integrations: .venv-integrations/.done
+	$(ONE_THREAD) .venv-integrations/bin/pytest $(addprefix tests/test_,loops_page.py torch_peft.py)
+
 # The lowest versions that pyproject.toml allows, exactly those, in an environment of their own.
 minimum: .venv-minimum/.done
 	$(ONE_THREAD) LODA_LIBRARIES=numpy,torch,array_api_strict \
 		.venv-minimum/bin/pytest @tests/numpy_only.txt
+	$(WITH_JAX) .venv-minimum/bin/pytest -m jax tests/test_libraries.py
 	$(ONE_THREAD) .venv-minimum/bin/pytest -m "not slow and not gpu and not jax" $(TRAIN_TESTS)
 
 # The mathematics on NumPy alone, without torch: seconds.
@@ -93,12 +98,18 @@ $(VENV)/.%: pyproject.toml constraints.txt
 		--editable '.[mlx,other-libraries,maths-tests]'
 	touch $@
 
+.venv-integrations/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-integrations
+	.venv-integrations/bin/python -m pip install --quiet --constraint constraints.txt \
+		--editable '.[integrations,maths-tests]'
+	touch $@
+
 .venv-minimum/.done: pyproject.toml tests/minimum.py
 	$(PYTHON) -m venv .venv-minimum
-	.venv-minimum/bin/python tests/minimum.py train maths-tests > .venv-minimum/pins.txt
+	.venv-minimum/bin/python tests/minimum.py train jax maths-tests > .venv-minimum/pins.txt
 	.venv-minimum/bin/python -m pip install --quiet --constraint .venv-minimum/pins.txt \
-		--editable '.[train,maths-tests]'
+		--editable '.[train,jax,maths-tests]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-mlx .venv-minimum build dist mutants
+	rm -rf $(VENV) .venv-mlx .venv-integrations .venv-minimum build dist mutants

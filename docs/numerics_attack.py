@@ -11,9 +11,6 @@ from importlib.util import find_spec
 from itertools import combinations, product
 from typing import Any
 
-# Two devices for JAX, before it is imported.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
-
 import array_api_strict
 import mpmath
 import numpy as np
@@ -303,7 +300,8 @@ def sharded() -> Iterator[Case]:
 
 def count(cases: int) -> int:
     """The number of cases, scaled by the argument of the command."""
-    return math.ceil(cases * float(sys.argv[1] if len(sys.argv) > 1 else 1))
+    is_scaled = __name__ == "__main__" and len(sys.argv) > 1
+    return math.ceil(cases * float(sys.argv[1] if is_scaled else 1))
 
 
 ATTACKS: list[tuple[str, str, float, Callable[[], Iterator[Case]]]] = [
@@ -328,6 +326,8 @@ def write(line: str) -> None:
 
 def main() -> int:
     """Print a row for each attack; returns how many cases failed."""
+    # Two devices for JAX, which is imported later.
+    os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
     write("| what | oracle | allowed | tried | held | largest miss | in |")
     write("| --- | --- | --- | --- | --- | --- | --- |")
     failed = 0

@@ -638,9 +638,9 @@ def _semidefinite_solve(xp: Namespace, matrix: Array, rhs: Array, noise: Array) 
     # Unit diagonal first: unknowns may differ in size by orders of magnitude.
     scale = xp.sqrt(xp.clip(diagonal(xp, fixed), 0.0, None))
     shrink = safe_divide(xp, xp.ones_like(scale), scale)
-    shrunk = shrink[..., :, None] * shrink[..., None, :]
-    values, vectors = descending_eigh(xp, fixed * shrunk)
-    active = above_noise(xp, values, vectors, noise * shrunk)
+    rows, columns = shrink[..., :, None], shrink[..., None, :]
+    values, vectors = descending_eigh(xp, fixed * rows * columns)
+    active = above_noise(xp, values, vectors, noise * rows * columns)
     inverse = reciprocal(xp, values, active)
     part = vectors.mT @ (detached(rhs) * shrink)[..., None]
     exact = (vectors @ (inverse[..., None] * part))[..., 0] * shrink

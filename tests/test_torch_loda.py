@@ -1075,7 +1075,7 @@ def test_a_task_as_a_context_is_begun_and_ended() -> None:
 
 
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("when", ["inside", "in a half", "at the end"])
+@pytest.mark.parametrize("when", ["inside", "in a half"])
 def test_an_error_abandons_the_task(failure: type[BaseException], when: str) -> None:
     loda = small()
     learn(loda, 0)
@@ -1083,8 +1083,7 @@ def test_an_error_abandons_the_task(failure: type[BaseException], when: str) -> 
 
     def train() -> None:
         data = batches(1, loda.model)
-        given = breaking(data, failure("stop"), on_walk=2) if when == "at the end" else data
-        with loda.task(given) as task:
+        with loda.task(data) as task:
             fit(loda, 1)
             if when == "inside":
                 raise failure("stop")
@@ -1101,6 +1100,21 @@ def test_an_error_abandons_the_task(failure: type[BaseException], when: str) -> 
     assert loda.tasks == 1
     assert not loda.is_open
     learn(loda, 1)
+
+
+@pytest.mark.parametrize("failure", [OSError, KeyboardInterrupt])
+def test_an_end_that_fails_keeps_what_was_learned(failure: type[BaseException]) -> None:
+    loda, twin = small(), small()
+
+    def train() -> None:
+        with loda.task(breaking(batches(0, loda.model), failure("stop"), on_walk=2)):
+            fit(loda, 0)
+
+    with pytest.raises(failure, match="stop"):
+        train()
+    end(loda, 0)
+    learn(twin, 0)
+    assert same(snapshot(loda.model), snapshot(twin.model))
 
 
 def test_a_task_may_be_ended_or_abandoned_inside_its_context() -> None:
@@ -1141,6 +1155,8 @@ def test_groups_for_an_optimiser_hold_every_trained_tensor_once() -> None:
             own + [id(p) for p in outside.parameters()],
         ]
         assert [group.get("lr") for group in groups] == rates
+    twice = loda.parameters(head=loda.model[5].parameters())
+    assert [id(p) for p in twice[1]["params"]] == own
     bare = small()
     begin(bare, 0)
     assert len(bare.parameters(lr=0.1)) == 1

@@ -257,8 +257,8 @@ class LoDA:
             If there is a learning rate for a head, but no head.
         """
         branches = self.lora_parameters()
-        known = {id(parameter) for parameter in branches}
-        rest = [p for p in (*self.trainable_parameters(), *head) if id(p) not in known]
+        trained = {id(p): p for p in (*branches, *self.trainable_parameters(), *head)}
+        rest = list(trained.values())[len(branches) :]
         groups: list[dict[str, Any]] = [{"params": branches}]
         if rest:
             groups.append({"params": rest})
@@ -301,7 +301,8 @@ class LoDA:
         ------
         ValueError
             If ``batches`` is an iterator; when it is entered and left, as :meth:`begin_task` and
-            :meth:`end_task`. If the end fails, the task is abandoned.
+            :meth:`end_task`. If the end fails, nothing that was learned is lost: the task stays
+            open, and ``end_task`` can be called again.
 
         Examples
         --------
@@ -1040,11 +1041,7 @@ class Task:
         if kind is not None:
             self.loda.abandon_task()
             return
-        try:
-            self.record = self.loda.end_task(self._batches)
-        except BaseException:
-            self.loda.abandon_task()
-            raise
+        self.record = self.loda.end_task(self._batches)
 
 
 def _inside(model: nn.Module) -> nn.Module:

@@ -114,7 +114,9 @@ def verify_subspace(
         as raised to that rounding, and as the least one that makes the float64 moments definite.
         The better result for the basis counts.
     tolerance : float, default 1e-5
-        Limit of the gap and of the orthonormality; the residual may reach its square root. Where R
+        Limit of the gaps and of the orthonormality; the residual may reach its square root. What
+        the digits of the stored basis take is allowed beside it: 2·eps of the orthonormality and,
+        of the gaps, 4·eps² of the energy of the channels that a direction lies on. Where R
         is nearly singular, mere rounding moves gap and residual of the isolated subspace by
         2·eps·cond(R), which (up to a quarter) is added to both limits.
 
