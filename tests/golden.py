@@ -74,7 +74,7 @@ LOG = re.compile(r"^(checkpoint \d+|state)/metrics$")
 ONE_SIDED: tuple[tuple[str, str, str, str], ...] = (
     ("new", "", r"^state/", "what a later task would start from; it was not written"),
     ("new", "^report/", r"^runs\.csv:", "a table of all runs was not written"),
-    ("new", "", r"^classes\.json:fingerprint$", "a fingerprint of the data was not written"),
+    ("new", "", r"^classes\.json:(fingerprint|test)", "a fingerprint of the data was not written"),
     (
         *("old", "converged$", r"^checkpoint \d+/readouts/fitted/alignment/"),
         "the alignment to convergence does not start from the last one",

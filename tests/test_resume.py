@@ -21,9 +21,10 @@ from typing import Any
 import pytest
 import torch
 from forked import holds, loda, members, saves_itself, status, wait_until
+from image_folders import repaint
 from interrupted import at_step, cut_off, differences, go_on, stopped
-from run_contents import contents
-from small_runs import KEPT, READOUTS, changed, finished, flags, plain, tiny, tree
+from run_contents import contents, resealed
+from small_runs import KEPT, READOUTS, changed, finished, flags, plain, squares, tiny, tree
 
 from training import cli
 from training.checkpoint import newest_checkpoint, read_checkpoint, write_checkpoint
@@ -154,7 +155,23 @@ def test_other_data_are_refused(tmp_path: Path, root: Path, what: str) -> None:
     path = stopped(tiny(root, tmp_path / "cut"), 8)
     classes = read_json(path / "classes.json")
     write_json(path / "classes.json", {**classes, what: classes[what][::-1]})
+    with pytest.raises(ValueError, match="not the file that the run wrote"):
+        resume(path, quiet=True)
+    resealed(path)
     with pytest.raises(ValueError, match="data have changed"):
+        resume(path, quiet=True)
+
+
+def test_images_with_other_pixels_are_refused(tmp_path: Path) -> None:
+    root = squares(tmp_path / "squares")
+    repaint(root / "train" / "red" / "0.png", 1)
+    path = stopped(tiny(root, tmp_path / "cut"), 8)
+    repaint(root / "train" / "red" / "0.png", 2)
+    with pytest.raises(ValueError, match="data have changed"):
+        resume(path, quiet=True)
+    record = read_json(path / "environment.json")
+    write_json(path / "environment.json", {**record, "backbone": None})
+    with pytest.raises(ValueError, match="environment"):
         resume(path, quiet=True)
 
 

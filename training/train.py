@@ -321,6 +321,7 @@ def _classes_record(stream: Stream) -> dict[str, Any]:
         "tasks": [list(task) for task in stream.tasks],
         "images": [int(torch.isin(labels, torch.tensor(task)).sum()) for task in stream.tasks],
         "fingerprint": stream.fingerprint(),
+        "test": stream.test_record(),
     }
 
 

@@ -1,5 +1,6 @@
 """A finished run as a classifier: predict your own images, evaluate it again on its data."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -294,6 +295,11 @@ def set_up(
     ------
     ValueError
         If the data set no longer has the classes of the run.
+
+    Warns
+    -----
+    RuntimeWarning
+        If the test images are not those of the run.
     """
     if experiment.threads is not None:
         torch.set_num_threads(experiment.threads)
@@ -304,5 +310,13 @@ def set_up(
     if (stream.class_names, stream.order) != read_classes(folder):
         msg = f"the classes of the data set have changed since {folder} was trained; check --root"
         raise ValueError(msg)
+    recorded, present = read_json(folder / CLASSES).get("test"), stream.test_record()
+    if recorded is not None and recorded != present:
+        sides = [f"{x['images']} ({x['fingerprint'][:8]})" for x in (recorded, present)]
+        msg = (
+            f"the test images are not those of {folder}: number (hash) recorded {sides[0]}, found "
+            f"{sides[1]}"
+        )
+        warnings.warn(msg, RuntimeWarning, stacklevel=2)
     # Nothing is logged, so the run's tracker need not be installed.
     return stream, make_accelerator(experiment.device, experiment.precision)
