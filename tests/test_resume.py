@@ -29,6 +29,7 @@ from small_runs import KEPT, READOUTS, changed, finished, flags, plain, squares,
 from training import cli
 from training.checkpoint import newest_checkpoint, read_checkpoint, write_checkpoint
 from training.config import Experiment, MethodConfig, begun_experiment
+from training.distributed import Processes
 from training.methods import METHODS
 from training.run_dir import checkpoint_files, is_finished, read_json, write_json
 from training.train import prepare, resume, run_to_end, train
@@ -160,6 +161,29 @@ def test_other_data_are_refused(tmp_path: Path, root: Path, what: str) -> None:
     resealed(path)
     with pytest.raises(ValueError, match="data have changed"):
         resume(path, quiet=True)
+
+
+@pytest.mark.parametrize("call", range(1, 9))
+def test_a_signal_that_arrives_while_the_processes_agree_is_not_lost(
+    tmp_path: Path, root: Path, call: int
+) -> None:
+    """It arrives in the call that asks whether anybody has one, too late to be counted."""
+
+    class Asked(Processes):
+        calls = 0
+
+        def maximum(self, number: int) -> int:
+            Asked.calls += 1
+            if Asked.calls == call:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return number
+
+    run = prepare(tiny(root, tmp_path / "run"))
+    run.processes = Asked()
+    with pytest.raises(SystemExit, match="143"):
+        run_to_end(run, quiet=True)
+    assert call < Asked.calls <= call + 3  # at the next step, which asks twice
+    assert checkpoint_files(tmp_path / "run")
 
 
 def test_images_with_other_pixels_are_refused(tmp_path: Path) -> None:
