@@ -226,8 +226,8 @@ class LoDASettings:
         >>> {name: own.rank for name, own in settings.by_layer(["a.0.qkv", "a.1.qkv"]).items()}
         {'a.0.qkv': 8, 'a.1.qkv': 4}
         """
-        ranks = _values(layers, "rank_pattern", self.rank_pattern, self.rank)
-        factors = _values(layers, "weight_pattern", self.weight_pattern, 1.0)
+        ranks = by_pattern(layers, "rank_pattern", self.rank_pattern, self.rank)
+        factors = by_pattern(layers, "weight_pattern", self.weight_pattern, 1.0)
         own: dict[tuple[int, float], Self] = {
             (rank, factor): replace(
                 self,
@@ -300,7 +300,7 @@ def matching(pattern: str, names: Collection[str]) -> list[str]:
     return [name for name in names if name.endswith(f".{pattern}")]
 
 
-def _values(
+def by_pattern(
     layers: Collection[str], setting: str, patterns: Mapping[str, _Value], default: _Value
 ) -> dict[str, _Value]:
     """A value by layer: that of the first pattern that fits it, or the default."""
