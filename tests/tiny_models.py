@@ -39,7 +39,7 @@ def small(build: Callable[[], nn.Module] = mlp, **settings: Any) -> LoDA:
     """LoDA over a new model, three directions a branch unless the settings say otherwise."""
     model = build()
     options = MLP if isinstance(model, nn.Sequential) else {"rank": 3}
-    return LoDA(model, LoDASettings(**{**options, **settings}))
+    return LoDA(model, LoDASettings(**{**options, **settings}), record_moments=True)
 
 
 def inputs(task: int, model: nn.Module) -> tuple[Tensor, Tensor]:
