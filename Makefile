@@ -16,7 +16,7 @@ WITH_JAX := $(ONE_THREAD) LODA_LIBRARIES=jax,jax-x32
 # One worker has all tests of a file, whose runs and processes they share.
 PYTEST = $(ONE_THREAD) $(BIN)/pytest -n auto --dist loadfile
 
-.PHONY: run test gate full gpu jax-all mlx minimum test-numpy mutants bench soak lint types clean
+.PHONY: run test gate full gpu jax-all mlx minimum test-numpy mutants bench attack soak lint types clean
 
 run: $(VENV)/.train
 	$(BIN)/loda train
@@ -50,6 +50,7 @@ mlx: .venv-mlx/.done
 minimum: .venv-minimum/.done
 	$(ONE_THREAD) LODA_LIBRARIES=numpy,torch,array_api_strict \
 		.venv-minimum/bin/pytest @tests/numpy_only.txt
+	$(WITH_JAX) .venv-minimum/bin/pytest -m jax tests/test_libraries.py
 	$(ONE_THREAD) .venv-minimum/bin/pytest -m "not slow and not gpu and not jax" $(TRAIN_TESTS)
 
 # The mathematics on NumPy alone, without torch: seconds.
@@ -64,6 +65,10 @@ mutants: $(VENV)/.dev
 # One thread and one worker: the ratios are printed as they are measured.
 bench: $(VENV)/.test
 	$(ONE_THREAD) $(BIN)/pytest tests/benchmarks -p no:xdist
+
+# Oracles of 60 digits and others: how many cases were tried, how many held. Some minutes.
+attack: $(VENV)/.test
+	$(ONE_THREAD) $(BIN)/python docs/numerics_attack.py
 
 # Fifty tasks, ended at random moments: ten minutes on an idle core.
 soak: $(VENV)/.test
@@ -91,9 +96,9 @@ $(VENV)/.%: pyproject.toml constraints.txt
 
 .venv-minimum/.done: pyproject.toml tests/minimum.py
 	$(PYTHON) -m venv .venv-minimum
-	.venv-minimum/bin/python tests/minimum.py train maths-tests > .venv-minimum/pins.txt
+	.venv-minimum/bin/python tests/minimum.py train jax maths-tests > .venv-minimum/pins.txt
 	.venv-minimum/bin/python -m pip install --quiet --constraint .venv-minimum/pins.txt \
-		--editable '.[train,maths-tests]'
+		--editable '.[train,jax,maths-tests]'
 	touch $@
 
 clean:

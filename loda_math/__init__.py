@@ -36,6 +36,7 @@ from loda_math.recalibration import (
     update_effect,
 )
 from loda_math.subspaces import (
+    IsolatedObjective,
     RankChoice,
     RankMeasure,
     SubspaceSolution,
@@ -57,6 +58,7 @@ __all__ = [
     "FirstOrderUpdate",
     "HeldoutRatio",
     "History",
+    "IsolatedObjective",
     "Moments",
     "RankChoice",
     "RankMeasure",

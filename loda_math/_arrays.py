@@ -16,6 +16,9 @@ Array = Any
 
 Namespace = Any
 
+# Rows and columns of a large matrix in host memory that meet their mirror image at a time.
+TILE = 128
+
 
 def namespace(**arrays: Array) -> Namespace:
     """Array namespace shared by the given arguments; error messages use the keyword names."""
@@ -125,10 +128,12 @@ def larger(xp: Namespace, a: Any, b: Any) -> Any:
 def coarsest_eps(xp: Namespace, *arrays: Array | None, gram_eps: Any = 0.0) -> Any:
     """What the entries can be trusted to: the largest eps of the dtypes, and ``gram_eps``.
 
-    ``gram_eps`` is the eps of the arithmetic that made the entries, where it was coarser.
+    ``gram_eps`` is the eps of the arithmetic that made the entries, where it was coarser. No entry
+    can be trusted further than the widest dtype: what is stored in more digits loses them.
     """
-    eps = max(float(xp.finfo(a.dtype).eps) for a in arrays if a is not None)
-    return larger(xp, gram_eps, eps)
+    present = [a for a in arrays if a is not None]
+    dtypes = [widest(xp, present[0]), *(a.dtype for a in present)]
+    return larger(xp, gram_eps, max(float(xp.finfo(dtype).eps) for dtype in dtypes))
 
 
 def rounding_share(xp: Namespace, size: int, *arrays: Array | None, gram_eps: Any = 0.0) -> Any:
@@ -254,6 +259,29 @@ def add_to_diagonal(xp: Namespace, x: Array, amount: Any) -> Array:
 def transposed(x: Array) -> Array:
     """Matrix transpose, for dask arrays too."""
     return x.swapaxes(-1, -2) if is_deferred(x) else x.mT
+
+
+def mirror_tiles(x: Array) -> list[tuple[slice, slice]]:
+    """Rows and columns of tiles that cover one triangle; one tile for all but host memory.
+
+    A large transpose is slow to read as a whole there, since its columns share cache lines.
+    """
+    size = int(x.shape[-1])
+    on_host = is_numpy(x) or (is_torch(x) and x.device.type == "cpu")
+    step = TILE if on_host and is_concrete(x) else size
+    slices = [slice(start, min(start + step, size)) for start in range(0, size, step)]
+    return [(a, b) for place, a in enumerate(slices) for b in slices[place:]]
+
+
+def plus_transpose(x: Array) -> Array:
+    """``x + xᵀ``; ``x`` must be fresh, it may be changed."""
+    tiles = mirror_tiles(x)
+    if len(tiles) == 1 or not (is_numpy(x) or not x.requires_grad):
+        return x + x.mT
+    for rows, columns in tiles:
+        both = x[..., rows, columns] + x[..., columns, rows].mT
+        x[..., rows, columns], x[..., columns, rows] = both, both.mT
+    return x
 
 
 def symmetrise(x: Array) -> Array:

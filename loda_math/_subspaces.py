@@ -17,6 +17,7 @@ from loda_math._arrays import (
     is_array,
     larger,
     peak,
+    plus_transpose,
     result_dtype,
     safe_divide,
     trace,
@@ -63,7 +64,7 @@ def normalised(xp: Namespace, moment: Array) -> tuple[Array, Array]:
     # The trace of a true moment is positive; a negative one must not flip its sign.
     total = xp.abs(trace(xp, moment)[..., None, None])
     # The symmetric part in one scaling: large moments are bound by memory, not by arithmetic.
-    moment = moment + moment.mT
+    moment = plus_transpose(moment)
     moment *= safe_divide(xp, xp.full_like(total, 0.5), total)
     return moment, total * largest
 
@@ -183,11 +184,11 @@ def generalised(xp: Namespace, s_new: Array, r: Array, count: int, noise: Array)
         # For wᵀRw = 1 the ratio is wᵀSw: noise in S_new counts as much as the ridge magnifies it.
         directions = lower_solve(xp, factor, vectors, transpose=True)
         inert = is_noise(xp, values, noise_along(xp, noise, directions) + rounding, rounding)
-        return Directions(vectors, values, inert, largest), least + rounding
+        return Directions(directions, values, inert, largest), least + rounding
 
     first = _first_above_noise(xp, solve, count, s_new)
     # Householder QR keeps the span of the leading columns even for an ill-conditioned factor.
-    basis, _ = xp.linalg.qr(lower_solve(xp, factor, first.basis, transpose=True))
+    basis, _ = xp.linalg.qr(first.basis)
     return first._replace(basis=basis)
 
 

@@ -299,9 +299,10 @@ def _is_shut(xp: Namespace, bracket: _Bracket) -> Array:
 def _bound(xp: Namespace, floor: _Floor, kappa: Array, point: _Point) -> Array:
     """Bound on the ratio of every V that meets the floor, by the optimality of U(κ) for its κ.
 
-    E(V) − κE_R(V) ≤ f(κ) gives E(V) / E_R(V) ≤ κE(V) / (E(V) − f(κ)), which falls with E(V).
+    E(V) − κE_R(V) ≤ f(κ) gives E(V) / E_R(V) ≤ κE(V) / (E(V) − f(κ)), which falls with E(V) where
+    f(κ) is positive; it is negative by rounding alone, beyond κ*.
     """
     least = floor.energy - floor.slack
-    rest = least - point.new + kappa * point.old
+    rest = least - xp.clip(point.new - kappa * point.old, 0.0, None)
     bound = kappa * safe_divide(xp, least, rest)
     return xp.where((rest > 0) & (least > 0), bound, xp.full_like(bound, math.inf))

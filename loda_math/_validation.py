@@ -15,6 +15,7 @@ from loda_math._arrays import (
     is_numpy,
     is_torch,
     larger,
+    mirror_tiles,
     namespace,
     peak,
     python_number,
@@ -27,8 +28,6 @@ MomentLike = Any
 SYMMETRY_TOLERANCE = 1e-4
 # Above the rounding unit of every floating-point type that tokens come in.
 COARSEST = 1e-2
-# Rows compared at a time with their mirror image.
-STRIPE = 256
 
 
 def check_dense(**arrays: Array) -> None:
@@ -301,11 +300,9 @@ def _fault(xp: Namespace, x: Array, symmetric: bool) -> Array:
 
 def _asymmetry(xp: Namespace, x: Array) -> Array:
     """Largest entry of |x - xᵀ| in each matrix, kept as two axes of length one."""
-    gaps, size = [], int(x.shape[-1])
-    # By stripes, each against its mirror image: a large transpose is slow to read as a whole.
-    for start in range(0, size, STRIPE):
-        stripe = slice(start, min(start + STRIPE, size))
-        difference = x[..., stripe, start:] - x[..., start:, stripe].mT
+    gaps = []
+    for rows, columns in mirror_tiles(x):
+        difference = x[..., rows, columns] - x[..., columns, rows].mT
         largest, smallest = (f(difference, axis=(-2, -1)) for f in (xp.max, xp.min))
         gaps.append(xp.maximum(largest, -smallest))
     return xp.max(xp.stack(gaps), axis=0)[..., None, None]

@@ -100,7 +100,7 @@ class Moments(NamedTuple):
         """Let ``sum`` add moments up: it starts from the number 0."""
         return self if isinstance(other, int) and other == 0 else combine(other, self)
 
-    def __mul__(self, other: Any) -> NoReturn:  # type: ignore[override]
+    def __mul__(self, other: Any) -> NoReturn:
         """Refused; a tuple would otherwise be repeated."""
         msg = (
             "Moments cannot be multiplied: a factor leaves the mean as it is; weigh them in "
@@ -108,7 +108,9 @@ class Moments(NamedTuple):
         )
         raise TypeError(msg)
 
-    __rmul__ = __mul__  # type: ignore[assignment]
+    def __rmul__(self, other: Any) -> NoReturn:
+        """Refused, from the left too."""
+        self.__mul__(other)
 
     def to_arrays(self) -> dict[str, Array]:
         """Fields as arrays by name, for ``np.savez`` or safetensors; ``error`` where there is one.
@@ -332,7 +334,7 @@ class History(NamedTuple):
         """Let ``sum`` add histories up: it starts from the number 0."""
         return self if isinstance(other, int) and other == 0 else self + other
 
-    def __mul__(self, other: Any) -> NoReturn:  # type: ignore[override]
+    def __mul__(self, other: Any) -> NoReturn:
         """Refused; a tuple would otherwise be repeated."""
         msg = (
             "a History cannot be multiplied; weigh tasks in remember(..., weight=...), let them "
@@ -340,7 +342,9 @@ class History(NamedTuple):
         )
         raise TypeError(msg)
 
-    __rmul__ = __mul__  # type: ignore[assignment]
+    def __rmul__(self, other: Any) -> NoReturn:
+        """Refused, from the left too."""
+        self.__mul__(other)
 
     def to_arrays(self) -> dict[str, Array]:
         """Fields as arrays by name, for ``np.savez`` or safetensors.
@@ -537,7 +541,7 @@ def _known(total: Array, count: Any) -> Any:
 
 def _to_arrays(fields: "Moments | History") -> dict[str, Array]:
     xp = namespace(total=fields.total)
-    arrays = {}
+    arrays: dict[str, Array] = {}
     for name, value in zip(fields._fields, fields, strict=True):
         number = python_number(value)
         if value is None or is_array(number):

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 from loda_math._arrays import (
@@ -18,13 +17,12 @@ from loda_math._arrays import (
     peak,
     reciprocal,
     result_dtype,
-    rounding_share,
     safe_divide,
     symmetrise,
-    trace,
     widen,
     with_derivative,
 )
+from loda_math._rounding import channel_noise, is_noise
 from loda_math._validation import (
     CheckedMoments,
     MomentLike,
@@ -73,6 +71,7 @@ def recalibration(
     form: RecalibrationForm = "full",
     *,
     history_weight: Any = 1.0,
+    accumulation_eps: float | None = None,
 ) -> Array:
     r"""Coefficients Λ that trade interference with old tasks against loss of new knowledge.
 
@@ -106,6 +105,9 @@ def recalibration(
     history_weight : float or array, shape (...), default 1
         h, at least 0: multiplies P. ``1 / tasks`` turns a history that is a sum over tasks into
         their mean; an array weighs every layer by itself. The same as γ / h.
+    accumulation_eps : float, optional
+        As in :func:`general_subspace`: directions of the branch whose energy on both tasks may be
+        rounding of the moments get 0.
 
     Returns
     -------
@@ -149,21 +151,21 @@ def recalibration(
         msg = f"form must be one of {get_args(RecalibrationForm)}, got {form!r}"
         raise ValueError(msg)
     gamma = check_scalar("gamma", gamma)
-    (xp, _, (new, old), gram_eps), dtype = checked_update(up, down, new, old)
+    (xp, _, (new, old), gram_eps), dtype = checked_update(
+        up, down, new, old, accumulation_eps=accumulation_eps
+    )
     weight = check_weight(xp, "history_weight", history_weight)
-    b, p, q = _projected(xp, up, down, new, old)
-    gamma_q, k = _scaled_system(xp, p, q, gamma, weight)
+    b, p, q = projected(xp, up, down, new, old)
+    noise = (projected_noise(xp, down, m, gram_eps) for m in (old, new))
+    gamma_q, k, noise = scaled_system(xp, p, q, gamma, weight, *noise)
     # Λ has the batch of all arguments, of ``up`` too where its form does not depend on it.
     batch = xp.zeros_like(b[..., :1, :1])
     gamma_q, k = gamma_q + batch, k + batch
-    # Energies below this share of the largest are rounding of the moments; B and A are taken as
-    # exact, even in half precision.
     rank = int(down.shape[-2])
-    noise = rounding_share(xp, rank, new, old, gram_eps=gram_eps)
     if form == "full":
         return xp.astype(_full(xp, k, gamma_q, noise), dtype)
     energy = diagonal(xp, k)
-    active = energy > noise * xp.max(energy, axis=-1, keepdims=True)
+    active = energy > diagonal(xp, noise)
     if form == "direction":
         weights = _share(xp, diagonal(xp, gamma_q), energy, active)
     else:
@@ -173,11 +175,15 @@ def recalibration(
             mask = xp.astype(active, k.dtype)
             rhs = xp.sum(gram * gamma_q, axis=-1) * mask
             matrix = gram * k * mask[..., :, None] * mask[..., None, :]
-            solve = _box if form == "box" else partial(_semidefinite_solve, noise=noise)
-            weights = solve(xp, matrix, rhs)
+            if form == "box":
+                weights = _box(xp, matrix, rhs)
+            else:
+                weights = _semidefinite_solve(xp, matrix, rhs, detached(gram) * noise)
         else:
-            part, whole = (xp.sum(gram * m, axis=(-2, -1))[..., None] for m in (gamma_q, k))
-            weights = _share(xp, part, whole, whole > noise * trace(xp, gram)[..., None])
+            part, whole, least = (
+                xp.sum(gram * m, axis=(-2, -1))[..., None] for m in (gamma_q, k, noise)
+            )
+            weights = _share(xp, part, whole, whole > least)
             weights = weights + xp.zeros_like(energy)
     return xp.astype(weights[..., None, :] * eye_like(xp, k, rank), dtype)
 
@@ -234,7 +240,7 @@ def recalibration_loss(
     """
     gamma = check_scalar("gamma", gamma)
     (xp, _, (new, old), _), dtype = checked_update(up, down, new, old, coefficients=coefficients)
-    b, p, q = _projected(xp, up, down, new, old)
+    b, p, q = projected(xp, up, down, new, old)
     (c,) = widen(xp, coefficients)
     interference = b @ c
     lost = interference - b
@@ -321,6 +327,7 @@ def joint_recalibration(
     form: RecalibrationForm = "full",
     *,
     history_weight: Any = 1.0,
+    accumulation_eps: float | None = None,
 ) -> Array:
     r"""Coefficients for all branches of a layer together: the isolated one interferes too.
 
@@ -334,7 +341,7 @@ def joint_recalibration(
     ----------
     ups, downs, weights
         As in :func:`stack_branches`.
-    new, old, gamma, form, history_weight
+    new, old, gamma, form, history_weight, accumulation_eps
         As in :func:`recalibration`.
 
     Returns
@@ -366,7 +373,16 @@ def joint_recalibration(
            [0.  , 1.  ]])
     """
     up, down = stack_branches(ups, downs, weights)
-    return recalibration(up, down, new, old, gamma, form, history_weight=history_weight)
+    return recalibration(
+        up,
+        down,
+        new,
+        old,
+        gamma,
+        form,
+        history_weight=history_weight,
+        accumulation_eps=accumulation_eps,
+    )
 
 
 def update_effect(
@@ -419,7 +435,7 @@ def update_effect(
     [1.5, 6.0, 0.5, 2.0]
     """
     (xp, _, (new, old), _), dtype = checked_update(up, down, new, old, coefficients=coefficients)
-    b, p, q = _projected(xp, up, down, new, old)
+    b, p, q = projected(xp, up, down, new, old)
     (c,) = widen(xp, coefficients)
     update = b @ c
     parts = ((update, p), (b, p), (update - b, q), (b, q))
@@ -485,10 +501,22 @@ def merge(weight: Array, up: Array, down: Array, coefficients: Array | None = No
 
 
 def checked_update(
-    up: Array, down: Array, new: MomentLike, old: MomentLike, **coefficients: Array
+    up: Array,
+    down: Array,
+    new: MomentLike,
+    old: MomentLike,
+    *,
+    accumulation_eps: Any = None,
+    **coefficients: Array,
 ) -> tuple[CheckedMoments, Any]:
     """Moments, and dtype of the result, for a branch and coefficients that fit together."""
-    moments = checked_moments({"new": new, "old": old}, up=up, down=down, **coefficients)
+    moments = checked_moments(
+        {"new": new, "old": old},
+        accumulation_eps=accumulation_eps,
+        up=up,
+        down=down,
+        **coefficients,
+    )
     xp, size, arrays, _ = moments
     check_columns("down", down, size)
     rank = down.shape[-2]
@@ -514,7 +542,7 @@ def check_weight(xp: Namespace, name: str, weight: Any) -> Any:
     return weight
 
 
-def _projected(
+def projected(
     xp: Namespace, up: Array, down: Array, new: Array, old: Array
 ) -> tuple[Array, Array, Array]:
     """B, P and Q in the widest dtype: everything after is r×r."""
@@ -522,16 +550,31 @@ def _projected(
     return b, symmetrise(a @ o @ a.mT), symmetrise(a @ n @ a.mT)
 
 
-def _scaled_system(
-    xp: Namespace, p: Array, q: Array, gamma: Any, weight: Any
-) -> tuple[Array, Array]:
-    """γQ and hP + γQ up to a common factor, which leaves Λ as it is and keeps both in range."""
+def projected_noise(xp: Namespace, down: Array, moment: Array, gram_eps: Any) -> Array:
+    """What rounding of a moment S may be in A S Aᵀ: A N Aᵀ. B and A are taken as exact."""
+    a, s = (detached(x) for x in widen(xp, down, moment))
+    channels = diagonal(xp, s)
+    noise = channel_noise(xp, s, 0 * channels[..., :1], moment, gram_eps=gram_eps)
+    return (a * noise[..., None, :]) @ a.mT
+
+
+def scaled_system(
+    xp: Namespace, p: Array, q: Array, gamma: Any, weight: Any, *noise: Array
+) -> tuple[Array, Array, Array]:
+    """γQ, hP + γQ and its noise up to a common factor, which leaves Λ as it is and in range."""
     if is_array(weight):
         weight = xp.astype(weight, p.dtype)[..., None, None]
-    gamma_q = q * (gamma / (1 + gamma) / (1 + weight))
-    k = p * (weight / (1 + weight) / (1 + gamma)) + gamma_q
+    on_new, on_old = gamma / (1 + gamma) / (1 + weight), weight / (1 + weight) / (1 + gamma)
+    gamma_q = q * on_new
+    k = p * on_old + gamma_q
     largest = detached(peak(xp, k))
-    return safe_divide(xp, gamma_q, largest + 0 * gamma_q), safe_divide(xp, k, largest)
+    of_old, of_new = noise
+    blurred = detached(of_old * on_old + of_new * on_new)
+    return (
+        safe_divide(xp, gamma_q, largest + 0 * gamma_q),
+        safe_divide(xp, k, largest),
+        safe_divide(xp, blurred, largest + 0 * blurred),
+    )
 
 
 def _share(xp: Namespace, part: Array, whole: Array, active: Array) -> Array:
@@ -542,14 +585,21 @@ def _share(xp: Namespace, part: Array, whole: Array, active: Array) -> Array:
     return with_derivative(xp.clip(ratio, 0.0, 1.0), lambda: ratio, ratio)
 
 
-def _full(xp: Namespace, k: Array, gamma_q: Array, noise: float) -> Array:
+def above_noise(xp: Namespace, values: Array, vectors: Array, noise: Array) -> Array:
+    """Which eigenvalues are more than the noise along their eigenvectors, and their arithmetic."""
+    rounding = int(values.shape[-1]) * float(xp.finfo(values.dtype).eps) * values[..., :1]
+    along = xp.sum(vectors * (noise @ vectors), axis=-2)
+    return ~is_noise(xp, values, along + rounding, rounding)
+
+
+def _full(xp: Namespace, k: Array, gamma_q: Array, noise: Array) -> Array:
     """γQ(P + γQ)⁺ by simultaneous diagonalisation, eigenvalues clipped to [0, 1].
 
     With K = V diag(k) Vᵀ, the matrix T = k^(-1/2) Vᵀ γQ V k^(-1/2) is symmetric with the
     eigenvalues of Λ, and Λ = V k^(1/2) T k^(-1/2) Vᵀ. No inverse of K is formed.
     """
     values, vectors = descending_eigh(xp, detached(k))
-    active = values > noise * values[..., :1]
+    active = above_noise(xp, values, vectors, noise)
     root = xp.sqrt(xp.where(active, values, xp.ones_like(values)))
     shrink = xp.where(active, 1 / root, xp.zeros_like(root))[..., None, :]
     stretch = xp.where(active, root, xp.zeros_like(root))[..., None, :]
@@ -582,14 +632,15 @@ def _whitened_solve(
     return whitening @ xp.linalg.solve(gram, whitening.mT @ rhs)
 
 
-def _semidefinite_solve(xp: Namespace, matrix: Array, rhs: Array, noise: float) -> Array:
-    """Solve a consistent positive semi-definite system; directions in its kernel get 0."""
+def _semidefinite_solve(xp: Namespace, matrix: Array, rhs: Array, noise: Array) -> Array:
+    """Solve a consistent positive semi-definite system; directions of noise alone get 0."""
     fixed = detached(matrix)
     # Unit diagonal first: unknowns may differ in size by orders of magnitude.
     scale = xp.sqrt(xp.clip(diagonal(xp, fixed), 0.0, None))
     shrink = safe_divide(xp, xp.ones_like(scale), scale)
-    values, vectors = descending_eigh(xp, fixed * shrink[..., :, None] * shrink[..., None, :])
-    active = values > noise * values[..., :1]
+    rows, columns = shrink[..., :, None], shrink[..., None, :]
+    values, vectors = descending_eigh(xp, fixed * rows * columns)
+    active = above_noise(xp, values, vectors, noise * rows * columns)
     inverse = reciprocal(xp, values, active)
     part = vectors.mT @ (detached(rhs) * shrink)[..., None]
     exact = (vectors @ (inverse[..., None] * part))[..., 0] * shrink
@@ -650,6 +701,6 @@ def _box(xp: Namespace, matrix: Array, rhs: Array) -> Array:
         matrix, rhs = given
         rest = (rhs - (matrix @ bound[..., None])[..., 0]) * free
         part = matrix * free[..., :, None] * free[..., None, :]
-        return bound + _semidefinite_solve(xp, part, rest, 8 * size * eps)
+        return bound + _semidefinite_solve(xp, part, rest, 8 * size * eps * detached(part) * eye)
 
     return with_derivative(exact, smooth, *given)

@@ -124,7 +124,8 @@ def general_subspace(
         Rounding unit of the arithmetic that formed the moments, where it was coarser than their
         dtype: 1.2e-7 for float64 sums of float32 Gram matrices, as :func:`second_moment` makes of
         float32 tokens (:func:`rounding_unit` knows it). `Moments` and `History` carry theirs, and
-        need none. Directions below it are rounding noise and come out as zero columns.
+        need none. Directions with no more energy than rounding of their channels may leave are
+        noise: others take their place, or zero columns where there are no others.
 
     Returns
     -------
@@ -216,9 +217,8 @@ def isolated_subspace(
     -------
     array, shape (..., D, r)
         Orthonormal columns by falling generalised eigenvalue, the entry of largest magnitude of
-        each positive; zero columns where the new task has no energy left (at the level of
-        rounding: float64, D·eps of its largest eigenvalue). Invariant to the scale of either
-        moment.
+        each positive; zero columns where the new task has no energy beyond the rounding of the
+        channels that a direction lies on. Invariant to the scale of either moment.
 
     Raises
     ------
@@ -283,8 +283,8 @@ def trace_ratio_subspace(
     orthonormal U, with :math:`R` as in :func:`isolated_subspace`. Theorem 2.2 maximises
     :math:`\operatorname{tr}((U^\top R U)^{-1} U^\top \bar S_{new} U)` instead; of the two, this is
     the ratio that the theorem states. The maximiser consists of the leading eigenvectors of
-    :math:`\bar S_{new} - \kappa R` at the κ where they sum to zero, found by a fixed number of
-    Newton steps.
+    :math:`\bar S_{new} - \kappa R` at the κ where they sum to zero, found by Newton's steps: three
+    or four eigenproblems where values can be read, a fixed number of sixteen in compiled code.
 
     Parameters
     ----------

@@ -20,6 +20,7 @@ from backends.torch import (
     plain_step,
     unshared,
 )
+from backends.torch.distributed import copy_from_first
 
 ROWS = 20
 PARTS = [range(6), range(6, ROWS)]
@@ -138,6 +139,17 @@ def moments(rank: int) -> dict[str, Tensor]:
     return {"shared": shared["0"].mean, "own": own["0"].mean}
 
 
+def copies(rank: int) -> list[Tensor]:
+    """Tensors of many types and layouts after those of the first process were copied."""
+    torch.manual_seed(rank)
+    plain = (100 * torch.randn(3, 4)).abs()
+    types = (torch.float64, torch.bfloat16, torch.int16, torch.int64, torch.bool, torch.uint8)
+    tensors = [plain.to(dtype) for dtype in types]
+    tensors += [plain.T.clone().T, plain[0, 0].clone(), plain[:0]]
+    copy_from_first(tensors)
+    return tensors
+
+
 def work(rank: int, folder: Path) -> None:
     """Everything that two processes do, written to a file."""
     torch.set_num_threads(1)
@@ -150,6 +162,7 @@ def work(rank: int, folder: Path) -> None:
             for take in TAKES:
                 results[f"{wrap}, {take}"] = learn(wrap, take, PARTS[rank], rank)
         results["messages"], results["moments"] = messages(rank), moments(rank)
+        results["copies"] = copies(rank)
     except BaseException:
         results["error"] = traceback.format_exc()
         raise

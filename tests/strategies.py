@@ -81,6 +81,41 @@ def with_dead_direction(moment: Matrix, direction: Matrix) -> Matrix:
     return 0.5 * (m + m.T)
 
 
+AMPLITUDES = (1.0, 30.0, 1e3, 1e4)
+"""Of outlier channels, as real transformers have them, relative to the others."""
+
+
+@st.composite
+def outlier_channels(draw: st.DrawFn, size: int) -> tuple[Matrix, Matrix]:
+    """Scales of the channels of two tasks: one or several large ones, shared or not."""
+    amplitude = draw(st.sampled_from(AMPLITUDES))
+    few = st.lists(st.integers(0, size - 1), min_size=1, max_size=3, unique=True)
+    new, old = np.ones(size), np.ones(size)
+    large = draw(few)
+    new[large] = amplitude
+    old[large if draw(st.booleans()) else draw(few)] = amplitude
+    return new, old
+
+
+def scaled(moment: Matrix, channels: Matrix) -> Matrix:
+    """The moment of the same tokens with every channel multiplied."""
+    return np.asarray(moment * np.outer(channels, channels))
+
+
+PRECISIONS = ("float16", "bfloat16", "float32", "float64")
+"""Dtypes that tokens come in."""
+
+
+def rounded(tokens: Matrix, precision: str) -> Matrix:
+    """Tokens with the digits of a dtype, as float64: other libraries read them as they are."""
+    if precision == "bfloat16":
+        # The upper half of a float32, rounded to the nearest.
+        bits = tokens.astype(np.float32).view(np.uint32)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+        return np.asarray(bits.view(np.float32), dtype=np.float64)
+    return np.asarray(tokens.astype(precision), dtype=np.float64)
+
+
 @st.composite
 def moment(draw: st.DrawFn, size: int, kinds: tuple[str, ...] = tuple(SPECTRA)) -> Matrix:
     """One second moment with one of the spectra, in random coordinates."""
@@ -96,10 +131,17 @@ def pencils(
     kinds: tuple[str, ...] = tuple(SPECTRA),
     *,
     dead: bool = True,
+    outliers: bool = True,
 ) -> tuple[Matrix, Matrix, int]:
-    """A pair (new, old) of moments of one size, sometimes with a shared dead direction; a rank."""
+    """A pair (new, old) of moments of one size, sometimes with a shared dead direction; a rank.
+
+    Sometimes with channels that are much larger than the others.
+    """
     size = draw(st.integers(1, max_size))
     new, old = draw(moment(size, kinds)), draw(moment(size, kinds))
+    if outliers:
+        channels = draw(outlier_channels(size))
+        new, old = scaled(new, channels[0]), scaled(old, channels[1])
     if dead and size > 2 and draw(st.booleans()):
         direction = np.random.default_rng(draw(seeds)).standard_normal(size)
         new, old = with_dead_direction(new, direction), with_dead_direction(old, direction)
@@ -108,10 +150,14 @@ def pencils(
 
 @st.composite
 def branches(
-    draw: st.DrawFn, kinds: tuple[str, ...] = tuple(SPECTRA), *, dead: bool = True
+    draw: st.DrawFn,
+    kinds: tuple[str, ...] = tuple(SPECTRA),
+    *,
+    dead: bool = True,
+    outliers: bool = True,
 ) -> tuple[Matrix, Matrix, Matrix, Matrix]:
     """Up-projection, down-projection and two moments: the arguments of recalibration."""
-    new, old, rank = draw(pencils(6, kinds, dead=dead))
+    new, old, rank = draw(pencils(6, kinds, dead=dead, outliers=outliers))
     rng = np.random.default_rng(draw(seeds))
     up = rng.standard_normal((draw(st.integers(1, 7)), rank))
     down = rng.standard_normal((rank, len(new)))

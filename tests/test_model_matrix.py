@@ -3,6 +3,7 @@
 import importlib.util
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -37,6 +38,16 @@ def test_weights_that_are_read_packed_or_transposed_are_adapted(name: str) -> No
     row = load().seen(name)
     assert row.layers > 0
     assert row[3:] == (True, True, True)
+
+
+def test_the_code_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    exec(page().partition("```python\n")[2].partition("```")[0], names)
+    layers = names["loda"].target_layers()
+    assert len(layers) == 22
+    ranks = {n: own.rank for n, own in names["loda"].settings.by_layer(layers).items()}
+    assert {ranks["blocks.1.mlp.fc1"], ranks["blocks.1.attn.qkv"]} == {8, 16}
+    assert len(capsys.readouterr().out.split()) == 24
 
 
 def test_the_page_names_every_preset() -> None:

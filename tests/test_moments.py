@@ -258,7 +258,8 @@ def test_what_is_stored_comes_back_the_same(xp: ModuleType, seed: int, dtype: st
     history = remember(remember(None, moments), moments, weight=3.0, decay=0.5)
     for whole in (moments, history):
         file = io.BytesIO()
-        np.savez(file, **{name: to_numpy(a) for name, a in whole.to_arrays().items()})
+        arrays: dict[str, Any] = {n: to_numpy(a) for n, a in whole.to_arrays().items()}
+        np.savez(file, **arrays)
         stored = np.load(io.BytesIO(file.getvalue()))
         for again in (type(whole).from_arrays(stored), type(whole).from_arrays(whole.to_arrays())):
             assert type(again) is type(whole)

@@ -20,8 +20,8 @@ from training.metrics import Meter
 from training.train import make_optimizer
 
 
-def step_on(device: str) -> Callable[[], None]:
-    """An aligned step as the training loop takes it, with labels on the CPU."""
+def step_on(device: str, *, in_phases: bool = False) -> Callable[[], None]:
+    """An aligned step as the training loop takes it, or in phases, with labels on the CPU."""
     model = vit()
     model.reset_classifier(0)
     loda = LoDA(model, LoDASettings(rank=3))
@@ -44,18 +44,34 @@ def step_on(device: str) -> Callable[[], None]:
         meter.count(cosines, wanted)
         return cosface(cosines, wanted, scale=20.0, margin=0.1)
 
+    def phases() -> None:
+        halves = loda.halves(labels, optimizer, generator=generator)
+        for half in halves:
+            for part in half.source:
+                (part.weight * loss(part.rows)).backward()
+            half.look_ahead()
+            for part in half.target:
+                (part.weight * loss(part.rows)).backward()
+            half.share()
+            optimizer.step()
+            half.restore()
+        assert halves.steps == 2
+
     def step() -> None:
         found = loda.step(loss, labels, optimizer, radius=0.3, generator=generator)
         meter.add(found.loss, len(labels))
         assert found.steps == 2
 
-    return step
+    return phases if in_phases else step
 
 
-def test_a_step_reads_no_value_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("in_phases", [False, True])
+def test_a_step_reads_no_value_of_the_device(
+    in_phases: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Autocast, which heads and loss switch off for themselves, does not know the meta device.
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
-    step = step_on("meta")
+    step = step_on("meta", in_phases=in_phases)
     for _ in range(2):  # the second finds the momentum of the first
         step()
 
@@ -68,8 +84,9 @@ def test_the_meta_device_would_tell() -> None:
 
 
 @pytest.mark.gpu
-def test_a_step_never_waits_for_a_gpu() -> None:
-    step = step_on("cuda")
+@pytest.mark.parametrize("in_phases", [False, True])
+def test_a_step_never_waits_for_a_gpu(in_phases: bool) -> None:
+    step = step_on("cuda", in_phases=in_phases)
     step()  # what only a first call does may wait
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")

@@ -45,6 +45,8 @@ def orthonormal_rows(branch: tuple) -> tuple:
 
 # P and Q that are far from singular, and with energies of one size.
 regular = branches(("random", "spiked", "flat"), dead=False).map(orthonormal_rows)
+# A change of the basis mixes channels, and with them their rounding.
+plain = branches(("random", "spiked", "flat"), dead=False, outliers=False).map(orthonormal_rows)
 level = branches(("random", "flat"), dead=False).map(orthonormal_rows)
 
 
@@ -119,7 +121,7 @@ def test_forms_reach_the_least_squares_optimum(
         np.testing.assert_array_equal(ours, ours[0, 0] * np.eye(len(ours)))
 
 
-@given(branch=regular, gamma=gammas)
+@given(branch=plain, gamma=gammas)
 def test_full_form_is_the_closed_form(xp: ModuleType, branch: tuple, gamma: float) -> None:
     up, down, new, old = branch
     p, q = down @ old @ down.T, gamma * down @ new @ down.T
@@ -192,7 +194,7 @@ def test_eigenvalues_at_condition_1e12(xp: ModuleType, seed: int, size: int) -> 
         assert np.all(values.real <= 1 + 1e-9)
 
 
-@given(branch=regular, gamma=gammas, seed=seeds)
+@given(branch=plain, gamma=gammas, seed=seeds)
 def test_full_form_does_not_depend_on_the_basis(
     xp: ModuleType, branch: tuple, gamma: float, seed: int
 ) -> None:
@@ -306,7 +308,11 @@ def test_box_is_the_bounded_least_squares_optimum(
 
 
 @few
-@given(branch=branches(("random", "spiked", "conditioned")), gamma=gammas, dtype=dtypes)
+@given(
+    branch=branches(("random", "spiked", "conditioned"), outliers=False),
+    gamma=gammas,
+    dtype=dtypes,
+)
 def test_box_is_the_diagonal_form_where_that_is_in_the_box(
     xp: ModuleType, branch: tuple, gamma: float, dtype: str
 ) -> None:

@@ -228,3 +228,13 @@ def test_moments_are_summed_over_processes_unless_they_are_not_to_be(
     torch.testing.assert_close(first["shared"], whole)
     assert torch.equal(first["shared"], second["shared"])
     assert not torch.allclose(first["own"], second["own"])
+
+
+@pytest.mark.slow
+@pytest.mark.gate
+def test_tensors_of_any_type_are_copied_from_the_first_process(
+    processes: list[dict[str, Any]],
+) -> None:
+    first, second = (result["copies"] for result in processes)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert [x.stride() for x in first] == [x.stride() for x in second]

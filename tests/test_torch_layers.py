@@ -225,6 +225,32 @@ def test_all_linear_leaves_out_what_a_model_calls_its_output() -> None:
     assert len(find_layers(vit(), "*")) == 9
 
 
+class Outputs(nn.Module):
+    """A model that names its output layers as timm and transformers do."""
+
+    def __init__(self, layers: Any) -> None:
+        super().__init__()
+        self.body, self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+        self.get_classifier = lambda: layers(self)
+        self.get_output_embeddings = lambda: None
+
+
+@pytest.mark.parametrize(
+    ("layers", "left"),
+    [
+        (lambda model: (model.one, model.two), {"body"}),
+        (lambda model: model.two, {"body", "one"}),
+        (lambda model: nn.Identity(), {"body", "one", "two"}),
+        (lambda model: None, {"body", "one", "two"}),
+    ],
+)
+def test_output_layers_may_be_one_or_two_or_none(layers: Any, left: set[str]) -> None:
+    model = Outputs(layers)
+    assert set(find_layers(model, "all-linear")) == left
+    adapt(model, "all-linear")
+    assert set(find_layers(model, "all-linear")) == left
+
+
 def test_presets_name_patterns() -> None:
     assert find_layers(vit(), "timm").keys() == find_layers(vit(), PRESETS["timm"]).keys()
 
@@ -285,6 +311,7 @@ def test_a_hook_that_changes_the_output_changes_it_adapted_too() -> None:
     layers = adapt(model, "0")
     fill(layers)
     adapted = model(x)
+    assert torch.equal(model[0](input=x), adapted)
     layers["0"].merge()
     torch.testing.assert_close(model(x), adapted)
     restore(model, layers)

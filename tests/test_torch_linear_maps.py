@@ -1,6 +1,7 @@
 """Linear maps of all kinds: which modules are, who holds their weights, adapted and restored."""
 
 import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from backends.torch import (
     adapt,
     attach,
     find_layers,
+    plain_state,
     restore,
     untie,
 )
@@ -194,11 +196,20 @@ def with_weight(weight: Tensor) -> nn.Module:
     return model
 
 
+class Cosine(nn.Linear):
+    """The cosines of its inputs with its rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
+
+
 UNFIT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "int8": (lambda: with_weight(torch.zeros(4, 4, dtype=torch.int8)), "quanti"),
     "4 bits": (lambda: with_weight(torch.zeros(8, 1, dtype=torch.uint8)), "quanti"),
     "float8": (lambda: with_weight(torch.zeros(4, 4).to(torch.float8_e4m3fn)), "quanti"),
     "subclass": (lambda: with_weight(torch.zeros(4, 4).as_subclass(Wrapped)), "Wrapped"),
+    "no values": (lambda: with_weight(torch.zeros(4, 4, device="meta")), "load"),
+    "not linear": (lambda: nn.Sequential(*pair()[:2], Cosine(4, 4)), "Cosine"),
     "lazy": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.LazyLinear(4)), "batch"),
     "parametrised": (
         lambda: nn.Sequential(*pair()[:2], nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))),
@@ -329,6 +340,18 @@ def test_whole_projection_and_parts_cannot_both_be_named() -> None:
 def test_attention_with_three_weights_offers_its_output_alone() -> None:
     model = Block(kdim=8, vdim=6)
     assert list(find_layers(model, "*")) == ["attention.out_proj"]
+
+
+def test_an_adapted_attention_goes_through_a_file() -> None:
+    model, x = Block(), random(4, 5, 8)
+    branched(adapt(model, "in_proj"))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert torch.equal(loaded(x), model(x))
+    plain = plain_state(model)
+    assert list(plain) == list(Block().state_dict())
 
 
 def test_projection_has_the_parameters_of_its_attention() -> None:

@@ -463,6 +463,19 @@ def test_the_fields_of_a_report_have_one_shape(xp: ModuleType, name: str) -> Non
             assert {tuple(field.shape) for field in result} == {(3,)}
 
 
+def test_the_fields_of_a_report_on_weights_or_tokens_have_one_shape(xp: ModuleType) -> None:
+    one = {a: to_library(xp, MERGED[a], "float32") for a in MERGED}
+    many = {a: to_library(xp, np.stack([MERGED[a]] * 3), "float32") for a in MERGED}
+    merged = [
+        lm.verify.verify_merge(many["before"], one["after"], one["up"], one["down"]),
+        lm.verify.verify_merge(one["before"], one["after"], many["up"], one["down"]),
+        lm.first_order_update(many["tokens"], one["down"], one["grad_output"], 0.1)[1:],
+        lm.first_order_update(one["tokens"], one["down"], many["grad_output"], 0.1)[1:],
+    ]
+    for report in merged:
+        assert {tuple(field.shape) for field in report} == {(3,)}
+
+
 def test_a_history_alone_has_a_general_subspace(xp: ModuleType) -> None:
     _, history = streamed(xp)
     assert_same(lm.general_solution(old=history, rank=2), lm.general_solution(history, None, 2))

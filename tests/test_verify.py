@@ -25,11 +25,14 @@ from strategies import (
 )
 
 from loda_math import (
+    Moments,
     general_subspace,
     isolated_subspace,
+    lookahead,
     null_subspace,
     recalibration,
     recalibration_loss,
+    second_moment,
     trace_ratio_subspace,
 )
 from loda_math.verify import (
@@ -323,6 +326,70 @@ def test_inert_directions_leave_no_negative_gap(xp: ModuleType) -> None:
     assert float(report.optimality_gap) == 0
 
 
+# Every direction, at its own scale and in the digits that it is stored in
+
+
+def outlier_moments(seed: int, amplitude: float, size: int = 12) -> list[Moments]:
+    """A new and an old task of float32 tokens, with a large channel that they share."""
+    rng = np.random.default_rng(seed)
+    scales = np.geomspace(1, 0.1, size)
+    scales[0] = amplitude
+    return [second_moment((x * scales).astype(np.float32)) for x in rng.normal(size=(2, 900, size))]
+
+
+@pytest.mark.parametrize("amplitude", [1.0, 30.0, 1e3, 1e4])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_our_bases_pass_in_any_precision(objective: str, amplitude: float) -> None:
+    torch = pytest.importorskip("torch")
+    new, old = outlier_moments(0, amplitude)
+    means = [torch.from_numpy(m.mean) for m in (new, old)]
+    for rank in (1, 4, 12):
+        basis = torch.from_numpy(solution(objective, new, old, rank))
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            report = verify_subspace(basis.to(dtype), *means, objective, accumulation_eps=new.unit)
+            assert bool(report.passed), (rank, dtype)
+
+
+@pytest.mark.parametrize("amplitude", [1.0, 30.0, 1e3, 1e4])
+@pytest.mark.parametrize("objective", ["general", "isolated", "null"])
+@pytest.mark.parametrize("place", [0, 2, 3])
+def test_a_wrong_direction_is_found_however_small(
+    objective: str, amplitude: float, place: int
+) -> None:
+    """Its energy may be a millionth of what the large channel has."""
+    new, old = outlier_moments(1, amplitude)
+    basis = solution(objective, new, old, 4)
+    # The worst direction in place of a right one.
+    worst = null_subspace(new, 1) if objective != "null" else general_subspace(old, None, 2)[:, 1:]
+    rest = np.delete(basis, place, axis=1)
+    worst = worst - rest @ (rest.T @ worst)
+    spoilt = np.concatenate([rest, worst / np.linalg.norm(worst)], axis=1)
+    report = verify_subspace(spoilt, new, old, objective)
+    assert not bool(report.passed)
+    assert float(report.direction_gap) > 1e-2
+    # A little of it is found as well, beyond the tolerance.
+    tilted = basis.copy()
+    tilted[:, place] += 0.03 * spoilt[:, -1]
+    tilted, _ = np.linalg.qr(tilted)
+    assert not bool(verify_subspace(tilted, new, old, objective, tolerance=1e-7).passed)
+
+
+def test_one_right_direction_and_seven_worst_ones_do_not_pass() -> None:
+    rng = np.random.default_rng(0)
+    scales = np.geomspace(1, 0.1, 32)
+    scales[0] = 1000
+    new = second_moment((rng.standard_normal((5000, 32)) * scales).astype(np.float32))
+    right = general_subspace(new, None, 8)
+    assert np.all(np.any(right != 0, axis=0))
+    assert bool(verify_subspace(right, new, None, "general").passed)
+    worst = np.concatenate([right[:, :1], null_subspace(new, 7)], axis=1)
+    few = right * (np.arange(8) < 1)
+    for basis in (worst, few):
+        report = verify_subspace(basis, new, None, "general")
+        assert float(report.optimality_gap) < 1e-5  # which is why the sum alone says nothing
+        assert not bool(report.passed)
+
+
 # Coefficients
 
 
@@ -384,7 +451,91 @@ def test_the_wrong_order_of_the_factors_is_found(xp: ModuleType) -> None:
         assert bool(report.passed) == passed
 
 
+@pytest.mark.parametrize("form", FORMS)
+@few
+@given(seed=seeds, amplitude=st.sampled_from([1.0, 30.0, 1e3, 1e4]))
+def test_coefficients_are_judged_for_every_direction(
+    form: str, seed: int, amplitude: float
+) -> None:
+    new, old = outlier_moments(seed, amplitude, 6)
+    rng = np.random.default_rng(seed)
+    down = general_subspace(new, old, 4).T
+    # Outputs of its own for every direction, from large to small.
+    up = np.linalg.qr(rng.standard_normal((5, 4)))[0] * np.geomspace(1, 1e-2, 4)
+    exact = recalibration(up, down, new, old, 3.0, form)
+    for dtype in (np.float64, np.float32, np.float16):
+        assert bool(verify_recalibration(exact.astype(dtype), up, down, new, old, 3.0, form).passed)
+    for direction in range(4):
+        wrong = exact.copy()
+        wrong[direction, direction] += 0.05
+        assert not bool(verify_recalibration(wrong, up, down, new, old, 3.0, form).passed)
+
+
 # Weights and parameters
+
+
+def towards(x: Any, place: tuple[int, ...], steps: int) -> Any:
+    """The tensor with one entry moved by some units in the last place."""
+    torch = pytest.importorskip("torch")
+    moved = x.clone()
+    for _ in range(steps):
+        moved[place] = torch.nextafter(moved[place], torch.tensor(9e4, dtype=x.dtype))
+    return moved
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("size", [0.0, 1e-3, 1.0])
+def test_merges_are_right_to_the_digits_of_the_weight(precision: str, size: float) -> None:
+    torch = pytest.importorskip("torch")
+    dtype = getattr(torch, precision)
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    up, down, weight = draw(24, 4), draw(4, 16), size * draw(24, 16)
+    up[:, 2] *= 1e-2  # a branch beside larger ones
+    up, down, weight = (x.to(dtype) for x in (up, down, weight))
+    exact = (weight.double() + up.double() @ down.double()).to(dtype)
+    for right in (exact, weight + (up.float() @ down.float()).to(dtype)):
+        assert bool(verify_merge(weight, right, up, down).passed)
+    # More than the digits allow, and more than the tolerance where there are more digits.
+    few_digits = precision in ("float16", "bfloat16")
+    wrong = towards(exact, (3, 5), 4) if few_digits else exact + 1e-3 * (torch.arange(16) == 5)
+    assert not bool(verify_merge(weight, wrong, up, down).passed)
+    part = up.double() * torch.tensor([1.0, 1.0, 0.0, 1.0])
+    missing = (weight.double() + part @ down.double()).to(dtype)
+    visible = float(up[:, 2].double().norm()) > 0.3 * torch.finfo(dtype).eps * 24**0.5
+    if visible and not (few_digits and size == 1.0):
+        assert not bool(verify_merge(weight, missing, up, down).passed)
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("start", [0.0, 1.0])
+@pytest.mark.parametrize("scale", [1e-20, 1e-3, 1.0, 1e2, 1e20])
+def test_shifts_are_right_to_the_digits_of_the_parameter(
+    precision: str, start: float, scale: float
+) -> None:
+    torch = pytest.importorskip("torch")
+    dtype = getattr(torch, precision)
+    if precision == "float16" and not 1e-4 < scale < 1e4:
+        pytest.skip("beyond the range of halves")
+    generator = torch.Generator().manual_seed(0)
+    theta, gradient = (torch.randn(5, 4, generator=generator) for _ in range(2))
+    theta, gradient = (start * theta).to(dtype), (scale * gradient.double()).to(dtype)
+    (moved,) = lookahead([theta], [gradient], 0.3)
+    assert bool(verify_perturbation(theta, moved, gradient, 0.3).passed)
+    steps = 4 if precision in ("float16", "bfloat16") else 0
+    wrong = towards(moved, (1, 1), steps) if steps else moved + 1e-4 * (torch.arange(4) == 1)
+    assert not bool(verify_perturbation(theta, wrong, gradient, 0.3).passed)
+    assert not bool(verify_perturbation(theta, 2 * theta - moved, gradient, 0.3).passed)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_gradients_out_of_the_range_of_squares(xp: ModuleType, scale: float) -> None:
+    """Their squares are zero or infinite in single precision."""
+    gradient = to_library(xp, scale * np.array([3.0, 4.0]), "float32")
+    theta = to_library(xp, np.zeros(2), "float32")
+    moved = to_library(xp, [-0.3, -0.4], "float32")
+    assert bool(verify_perturbation(theta, moved, gradient, 0.5).passed)
+    assert not bool(verify_perturbation(theta, 1.01 * moved, gradient, 0.5).passed)
 
 
 @few

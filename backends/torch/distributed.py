@@ -79,10 +79,12 @@ def gather(value: Any) -> list[Any]:
 @torch.no_grad()
 def copy_from_first(tensors: Sequence[Tensor]) -> None:
     """Overwrite tensors, in place, with those of the first process of the default group."""
-    for group in _alike(tensors):
-        flat = torch.cat([tensor.reshape(-1) for tensor in group])
-        distributed.broadcast(flat, 0)
-        _write(group, flat)
+    # One by one: side by side, the weights of a model would take its memory once more.
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1).contiguous()
+        distributed.broadcast(flat.view(torch.uint8), 0)  # not every type can be sent
+        tensor.copy_(flat.view_as(tensor))
+    torch.clear_autocast_cache()
 
 
 @contextmanager

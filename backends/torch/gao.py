@@ -241,6 +241,8 @@ class Half:
         holds none of them.
     target : list of Part
         Rows whose gradient the optimiser steps with.
+    last : bool
+        Whether it is the last half of its mini-batch, whose step a trainer may take by itself.
     stepped : bool
         Whether an optimiser has stepped with it.
     alignment : Tensor, 0-d, or None
@@ -258,8 +260,9 @@ class Half:
         radius: float | None,
         reduce: Reduce | None,
         others: Sequence[Tensor],
+        last: bool,
     ) -> None:
-        self.source, self.target = source, target
+        self.source, self.target, self.last = source, target, last
         self.stepped = False
         self.alignment: Tensor | None = None
         self._perturbed = list(perturbed)
@@ -343,7 +346,7 @@ class Half:
             self._entered.callback(register(hook).remove)
 
     def abandon(self) -> None:
-        """Put everything back bit for bit, as if the half had not begun; nothing if it is done."""
+        """Put everything back bit for bit, as if the half had not begun."""
         if self._shift is not None:
             self._shift.undo()
         self._close()
@@ -493,6 +496,7 @@ class Halves:
         alone = not all(window.counts)  # one group: there is nothing to align with
         if alone:
             parts = (window.whole(),) * 2
+        pairs = [parts] if alone else [parts, parts[::-1]]
         self._halves = [
             Half(
                 source,
@@ -502,8 +506,9 @@ class Halves:
                 radius=None if alone else radius,
                 reduce=reduce,
                 others=list(others),
+                last=number == len(pairs),
             )
-            for source, target in ((parts,) if alone else (parts, parts[::-1]))
+            for number, (source, target) in enumerate(pairs, start=1)
         ]
         self._begun = False
 
@@ -520,7 +525,8 @@ class Halves:
                     msg = "half.restore() must be called after optimizer.step()"
                     raise RuntimeError(msg)
             finally:
-                half.abandon()
+                if half.in_progress:
+                    half.abandon()
 
     @property
     def steps(self) -> int:
@@ -559,8 +565,8 @@ class Window:
     ----------
     labels : Tensor, shape (N,)
         Group of every row, process by process, on the CPU.
-    first : int
-        Place of the first row of this process.
+    first, rows : int
+        Place of the first row of this process, and number of its rows.
     counts : list of int
         Rows of both halves, once they are split.
     """
@@ -577,6 +583,7 @@ class Window:
         rank = torch.distributed.get_rank() if shared else 0
         flat = [groups for rank_batches in everyone for groups in rank_batches]
         self._sizes = [_count(groups) for groups in own]
+        self.rows = sum(self._sizes)
         self.first = sum(_count(groups) for before in everyone[:rank] for groups in before)
         numbers = [groups for groups in flat if isinstance(groups, int)]
         tensors = [groups for groups in flat if isinstance(groups, Tensor)]
@@ -714,7 +721,7 @@ def _unit_directions(gradients: list[Tensor]) -> list[Tensor]:
     """Each gradient divided by its own length; a zero stays zero."""
     tiny = torch.finfo(gradients[0].dtype).tiny
     # Dividing by the largest entry first: the square of a small gradient underflows.
-    peaks = torch._foreach_norm(gradients, math.inf)
+    peaks = torch._foreach_max(torch._foreach_abs(gradients))  # faster than the norm of infinity
     torch._foreach_clamp_min_(peaks, tiny)
     directions = torch._foreach_div(gradients, peaks)
     lengths = torch._foreach_norm(directions)

@@ -13,6 +13,10 @@ PARTS: Final = ("q", "k", "v")
 """Parts of the packed input projection of an ``nn.MultiheadAttention``, by its rows."""
 
 
+PLAIN: Final = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+"""Layers whose forward is known to be one new tensor from ``F.linear``."""
+
+
 class InProjection(nn.Module):
     """The packed input projection of an ``nn.MultiheadAttention``, or its queries, keys or values.
 
@@ -92,7 +96,8 @@ def in_projections(owner: nn.MultiheadAttention) -> dict[str, InProjection]:
 
     Empty for an attention that has three weights instead (``kdim`` or ``vdim`` were given).
     """
-    if owner._parameters.get("in_proj_weight") is None:
+    # A subclass may have a child of that name.
+    if owner._parameters.get("in_proj_weight") is None or "in_proj" in owner._modules:
         return {}
     parts = {f"in_proj.{part}": InProjection(owner, part) for part in PARTS}
     return {"in_proj": InProjection(owner), **parts}
@@ -128,17 +133,11 @@ def is_pointwise(module: nn.Module) -> bool:
     )
 
 
-def matrix(module: nn.Module, weight: Tensor | None = None) -> Tensor:
-    """The weight of a linear map as a matrix (out_features, in_features); a view of it.
-
-    Parameters
-    ----------
-    module : nn.Module
-        A linear map (:func:`is_linear_map`).
-    weight : Tensor, optional
-        Another weight of the same shape as its own.
-    """
-    weight = _weight(module) if weight is None else weight
+def matrix(module: nn.Module) -> Tensor:
+    """The weight of a linear map as a matrix (out_features, in_features); a view of it."""
+    weight = _weight(module)
+    if isinstance(module, nn.Linear):  # first, for every forward pass asks
+        return weight
     if is_transposed(module):
         return weight.mT
     # Not flatten(), which would copy a weight in another memory format.
@@ -191,6 +190,13 @@ def why_not_adaptable(module: nn.Module) -> str | None:
         return (
             f"its weight is a {type(weight.data).__name__} ({kind}), not a plain tensor; load the "
             f"model without quantisation or sharding, or exclude this layer"
+        )
+    if weight.is_meta:
+        return "its weight has no values (meta device); load the weights first, without offloading"
+    if not _is_affine(module):
+        return (
+            f"its output ({kind}) is not x Wᵀ + b, and a merge would not have the effect of the "
+            f"branches; exclude this layer"
         )
     return None
 
@@ -267,8 +273,8 @@ def read_in_projection(
 
 def own_in_projection(owner: nn.MultiheadAttention) -> None:
     """Let an attention read its packed weight directly again."""
-    owner._modules.pop("in_proj", None)
     if hasattr(type(owner), "reads_in_projection"):
+        del owner._modules["in_proj"]
         owner.__class__ = type(owner).__mro__[1]
 
 
@@ -289,9 +295,9 @@ def mark(weight: Tensor, layers: Mapping[str | None, nn.Module]) -> Tensor:
 
 def adapted_parts(owner: nn.MultiheadAttention) -> dict[str | None, nn.Module]:
     """The layers that an attention reads its packed weight through, by part."""
-    child = owner._modules.get("in_proj")
-    if child is None:
+    if not hasattr(type(owner), "reads_in_projection"):
         return {}
+    child = owner.get_submodule("in_proj")
     return dict(child.items()) if isinstance(child, nn.ModuleDict) else {None: child}
 
 
@@ -308,8 +314,38 @@ def _reading(kind: type[nn.MultiheadAttention]) -> type[nn.MultiheadAttention]:
         return mark(torch.cat([piece.weight for piece in pieces]), layers)
 
     # A property of the class comes before the parameter of that name, which stays where it is.
-    body = {"in_proj_weight": property(in_proj_weight), "reads_in_projection": True}
-    return type(kind.__name__, (kind,), {**body, "__module__": kind.__module__})
+    body = {
+        "in_proj_weight": property(in_proj_weight),
+        "reads_in_projection": True,
+        # The class has no name of its own under which a pickled model could find it.
+        "__reduce_ex__": lambda self, _: (_empty, (kind,), self.__dict__),
+        "__module__": kind.__module__,
+    }
+    return type(kind.__name__, (kind,), body)
+
+
+def _empty(kind: type[nn.MultiheadAttention]) -> nn.MultiheadAttention:
+    """An attention that reads its weight through layers, yet without a state."""
+    reading: Any = _reading(kind)  # type: ignore[arg-type]
+    made: nn.MultiheadAttention = reading.__new__(reading)
+    return made
+
+
+def _is_affine(module: nn.Module) -> bool:
+    """Whether a layer with a forward of its own is what its weight and bias say, on one input."""
+    if not isinstance(module, nn.Linear) or type(module) in PLAIN:
+        return True
+    weight, training = module.weight, module.training
+    # Not random, or the random numbers of the caller would be others afterwards.
+    x = torch.linspace(-1, 1, module.in_features, dtype=weight.dtype, device=weight.device)[None]
+    try:
+        module.training = False
+        with torch.no_grad():
+            wanted, output = F.linear(x, weight, module.bias), module.forward(x)
+    finally:
+        module.training = training
+    # Far from rounding, also that of arithmetic in 8 bits.
+    return not bool((output - wanted).norm() > 0.1 * wanted.norm())
 
 
 def _weight(module: nn.Module) -> Tensor:
@@ -340,7 +376,8 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     (first, last), (begin, end) = _span(a), _span(b)
     if last <= begin or end <= first:
         return False
-    if a.element_size() != b.element_size():
+    dense = a.is_contiguous() and b.is_contiguous()
+    if dense or a.element_size() != b.element_size():
         return True
     # Slices may interleave without meeting, as two halves of the columns do.
     return bool(torch.isin(_places(a), _places(b)).any())

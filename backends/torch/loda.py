@@ -96,6 +96,10 @@ class _OpenTask:
     copied: set[int] = field(default_factory=set)
     closed: bool = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a file of the model has no part in a step, and weak references cannot be saved.
+        return {**self.__dict__, "halves": None}
+
     def step_in_progress(self) -> Halves | None:
         """The step in phases whose branches are moved at the moment."""
         halves = None if self.halves is None else self.halves()
@@ -137,8 +141,9 @@ class LoDA:
     settings : LoDASettings, optional
         Rank, branches, recalibration and the layers to adapt.
     trainable : sequence of str
-        Patterns over names of the model's own parameters that stay trainable during a task (the
-        classifier, if it is part of the model).
+        Patterns over names of the model's own parameters that are trained during a task (the
+        classifier, if it is part of the model), also if they were frozen before. Target layers stay
+        frozen.
     forward : callable, optional
         ``forward(model, batch)`` for the passes that collect moments; by default the model is
         called on the batch, or on the first element of a tuple.
@@ -276,8 +281,8 @@ class LoDA:
             If there is a learning rate for a head, but no head.
         """
         branches = self.lora_parameters()
-        known = {id(parameter) for parameter in branches}
-        rest = [p for p in (*self.trainable_parameters(), *head) if id(p) not in known]
+        trained = {id(p): p for p in (*branches, *self.trainable_parameters(), *head)}
+        rest = list(trained.values())[len(branches) :]
         groups: list[dict[str, Any]] = [{"params": branches}]
         if rest:
             groups.append({"params": rest})
@@ -320,7 +325,8 @@ class LoDA:
         ------
         ValueError
             If ``batches`` is an iterator; when it is entered and left, as :meth:`begin_task` and
-            :meth:`end_task`. If the end fails, the task is abandoned.
+            :meth:`end_task`. If the end fails, nothing that was learned is lost: the task stays
+            open, and ``end_task`` can be called again.
 
         Examples
         --------
@@ -477,24 +483,20 @@ class LoDA:
         halves : the same step in phases, for loops that accumulate, clip or scale gradients.
         """
         moved = self._prepare_step(optimizer)
-        classes = torch.arange(labels) if isinstance(labels, int) else labels
-        window = Window([labels], shared=True) if self._shares() else None
-        drawn = self._draw(
-            classes if window is None else window.labels, radius, permutation, draw, generator
-        )
-        own, reduce = loss, unshared
-        if window is not None:
-            own, reduce = _own_part(loss, window, classes, moved[0]), sum_over_processes
+        shares = self._shares()
+        window = Window([labels], shared=shares)  # on the CPU; this reads the device once
+        length, order = self._draw(window.labels, radius, permutation, draw, generator)
+        device = labels.device if isinstance(labels, Tensor) else torch.device("cpu")
         return gradient_aligned_step(
-            own,
-            classes if window is None else window.labels,
+            _own_part(loss, window, device, moved[0]),
+            window.labels,
             optimizer,
             moved,
-            radius=drawn[0],
-            permutation=drawn[1],
+            radius=length,
+            permutation=order,
             backward=backward,
             skip_nonfinite=skip_nonfinite,
-            reduce=reduce,
+            reduce=sum_over_processes if shares else unshared,
         )
 
     def halves(
@@ -799,7 +801,8 @@ class LoDA:
             if not free:
                 names = ", ".join(name for name, _ in meant or named)
                 why = "only those of target layers" if meant else "no parameter; parameters here"
-                msg = f"trainable pattern {pattern!r} matches {why}: {names}"
+                cure = "exclude these layers from the target" if meant else "correct the pattern"
+                msg = f"trainable pattern {pattern!r} matches {why}: {names}; {cure}"
                 raise ValueError(msg)
             trained |= free
         requires_grad_before = {parameter: parameter.requires_grad for _, parameter in named}
@@ -1109,11 +1112,7 @@ class Task:
         if kind is not None:
             self.loda.abandon_task()
             return
-        try:
-            self.record = self.loda.end_task(self._batches)
-        except BaseException:
-            self.loda.abandon_task()
-            raise
+        self.record = self.loda.end_task(self._batches)
 
 
 def _holds_open_task(state: Mapping[str, Tensor]) -> bool:
@@ -1151,14 +1150,16 @@ def _require_free(model: nn.Module) -> None:
         raise ValueError(msg)
 
 
-def _own_part(loss: RowsLoss, window: Window, labels: Tensor, trained: Tensor) -> RowsLoss:
+def _own_part(loss: RowsLoss, window: Window, device: torch.device, trained: Tensor) -> RowsLoss:
     """Part of this process in the mean loss over rows of all processes."""
-    first, last = window.first, window.first + labels.shape[0]
+    first, last = window.first, window.first + window.rows
 
     def part(rows: Tensor) -> Tensor:
+        if window.rows == window.labels.numel():  # no other process
+            return loss(rows.to(device, non_blocking=True))
         own = rows[(rows >= first) & (rows < last)] - first
         if own.numel() == 0:  # a zero with a graph, so that backward() works here too
             return 0 * trained.sum()
-        return loss(own.to(labels.device, non_blocking=True)) * (own.numel() / rows.numel())
+        return loss(own.to(device, non_blocking=True)) * (own.numel() / rows.numel())
 
     return part

@@ -268,14 +268,15 @@ class LoRALinear(nn.Module):
         self.branch(name)
         del self.branches[name]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Output of the layer for inputs of shape (..., in_features), or of its own for others."""
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - a keyword of nn.Linear
+        """Output of the layer for inputs of shape (..., in_features), or as its own for others."""
+        x = input
         # Not base(x): the hooks are called by this module.
         if self.merged or not self.branches:
             plain: Tensor = self.base.forward(x)
             return plain
         down, up = self._factors()
-        if type(self.base) not in _PLAIN or "forward" in self.base.__dict__:
+        if type(self.base) not in linear_maps.PLAIN or "forward" in self.base.__dict__:
             # A layer with a forward of its own may hold what it returns.
             whole: Tensor = self.base.forward(x)
             thin = F.linear(linear_maps.tokens(self.base, x), down.to(x.dtype)).to(whole.dtype)
@@ -407,7 +408,8 @@ class LoRALinear(nn.Module):
             # New branches, or the model was copied or moved. A value that is written to a
             # projection later is written to the stack.
             stack = self._downs = torch.cat([down.detach() for down in downs])
-            for down, part in zip(downs, stack.split([len(down) for down in downs]), strict=True):
+            parts = torch.split(stack, [len(down) for down in downs])
+            for down, part in zip(downs, parts, strict=True):
                 down.data = part
         return stack
 
@@ -459,9 +461,6 @@ def input_tokens(layer: nn.Module, x: Tensor) -> Tensor:
 
 _ENOUGH: Final = 0.99
 """Correlation of a merged with the wanted update from which rounding is not worth a warning."""
-
-_PLAIN: Final = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
-"""Layers whose forward is known to be one new tensor from ``F.linear``."""
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -114,7 +114,9 @@ def verify_subspace(
         as raised to that rounding, and as the least one that makes the float64 moments definite.
         The better result for the basis counts.
     tolerance : float, default 1e-5
-        Limit of the gap and of the orthonormality; the residual may reach its square root. Where R
+        Limit of the gaps and of the orthonormality; the residual may reach its square root. What
+        the digits take that the basis is stored in is allowed beside it: 2·eps of the orthonormality
+        and, of the gaps, 4·eps² of the energy of the channels that a direction lies on. Where R
         is nearly singular, mere rounding moves gap and residual of the isolated subspace by
         2·eps·cond(R), which (up to a quarter) is added to both limits.
 
@@ -456,7 +458,10 @@ def _trace_ratio(
         >= (energy_floor - tolerance - 4 * span.eps**2) * xp.sum(spectrum[..., :rank], axis=-1)
     )
     noise = channel_noise(xp, s, spectrum[..., :1], new, old, gram_eps=gram_eps)
-    solution = best_known.directions.basis[..., :rank]
+    # What is compared has the same directions: with those that are inert, or without.
+    whole = best_known.directions.basis[..., :rank]
+    active = _exact_basis(xp, best_known.directions, rank)
+    solution = xp.where(is_full[..., None, None], whole, active)
     exact = _ritz(xp, solution, s @ solution - kappa * (r @ solution))
     reached = _ritz(xp, span.basis, image)
     # The form is a difference: its parts are what a direction is measured by.

@@ -1,9 +1,12 @@
-"""How much faster the solvers are than the route that research code takes: ``make bench``.
+"""The solvers against the route that research code takes, and against SciPy: ``make bench``.
 
 The naive route, per layer and in float32: a full SVD for the general subspace; for the isolated
 one a Cholesky factorisation, three explicit inverses and another full SVD. Both routes run in one
 process on one thread, in turn, and what is compared is processor time, which a busy machine changes
 little; the ratios are of medians.
+
+SciPy's routes are single calls on matrices that are ready: symmetric, of trace one, with the ridge.
+Ours start from the moments, check them, and prove or repair what they return.
 """
 
 import statistics
@@ -13,8 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.linalg
+import scipy.sparse.linalg
 from threadpoolctl import threadpool_limits
-from turns import seconds
+from turns import in_turn, seconds
 
 import loda_math as lm
 
@@ -26,6 +31,16 @@ TARGETS = [
     (768, 7, {"numpy": 3.0, "torch": 3.0}),
     (3072, 3, {"numpy": 8.0, "torch": 6.0}),
 ]
+
+
+# Sizes, rounds, and how many times as long as SciPy's partial solver ours may take: what is reached
+# on an idle machine, and a margin.
+PARTIAL = [(384, 9), (768, 7), (1024, 5), (1536, 3), (3072, 2)]
+ROUTES = {
+    "isolated": ("eigh", 1.35),
+    "general": ("eigh", 1.35),
+    "null": ("eigh", 1.45),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -130,3 +145,39 @@ def test_linear_in_the_number_of_layers(benchmark: Any, capsys: pytest.CaptureFi
         shown = ", ".join(f"{k} layers {1e3 * v:.1f} ms" for k, v in per_layer.items())
         print(f"\nper layer at D=384: {shown}")
     assert per_layer[12] <= 1.5 * per_layer[1]
+
+
+@pytest.mark.parametrize(("size", "rounds"), PARTIAL)
+def test_against_scipy(
+    benchmark: Any, capsys: pytest.CaptureFixture[str], size: int, rounds: int
+) -> None:
+    new, old = moments(size)
+    s, o = new / np.trace(new), old / np.trace(old)
+    r, both = o + RIDGE / size * np.eye(size), new + old
+    top, bottom = (size - RANK, size - 1), (0, RANK - 1)
+    solve, krylov = scipy.linalg.eigh, scipy.sparse.linalg.eigsh
+    routes = {
+        "isolated": lambda: lm.isolated_subspace(new, old, RANK, ridge=RIDGE),
+        "isolated eigh": lambda: solve(s, r, subset_by_index=top),
+        "general": lambda: lm.general_subspace(new, old, RANK),
+        "general eigh": lambda: solve(both, subset_by_index=top),
+        "general eigsh": lambda: krylov(both, RANK, which="LA"),
+        "null": lambda: lm.null_subspace(old, RANK),
+        "null eigh": lambda: solve(o, subset_by_index=bottom),
+        "trace ratio": lambda: lm.trace_ratio_solution(new, old, RANK, ridge=RIDGE),
+    }
+    for floor in (0.5, 0.9):
+        routes[f"trace ratio {floor}"] = lambda floor=floor: lm.trace_ratio_solution(
+            new, old, RANK, ridge=RIDGE, energy_floor=floor
+        )
+    times = {name: statistics.median(t) for name, t in in_turn(routes, rounds=rounds).items()}
+    benchmark.pedantic(routes["isolated"], rounds=1)
+    with capsys.disabled():
+        print(f"\nD={size:5}  " + "  ".join(f"{k} {1e3 * t:.1f} ms" for k, t in times.items()))
+        for name, other in [*((k, "eigh") for k in ROUTES), ("general", "eigsh")]:
+            print(f"  {name:9} / {other:5} {times[name] / times[f'{name} {other}']:5.2f}")
+        for name in [k for k in times if k.startswith("trace")]:
+            print(f"  {name:15} / isolated {times[name] / times['isolated']:5.2f}")
+    for name, (other, most) in ROUTES.items():
+        assert times[name] <= most * times[f"{name} {other}"]
+    assert all(t <= 9 * times["isolated"] for k, t in times.items() if k.startswith("trace"))

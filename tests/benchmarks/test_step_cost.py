@@ -13,9 +13,10 @@ import timm
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from turns import in_turn, ratio
 
-from backends.torch import LoDA, LoDASettings, collect_moments
+from backends.torch import LoDA, LoDASettings, collect_moments, plain_step
 from backends.torch.moments import collect_halves
 
 BATCH, CLASSES, RANK, ROUNDS = 8, 4, 16, 5
@@ -83,6 +84,46 @@ def test_a_gradient_aligned_step_costs_two_plain_ones(
     show(capsys, times)
     found = ratio(times, "aligned step", "forward and backward")
     report(capsys, "one aligned mini-batch to one forward and backward", found, 2.15)
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that run inside it."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_aligned_step_runs_the_operators_of_its_four_passes(
+    benchmark: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each half goes through the model for its source and for its target: four passes."""
+    loda = second_task()
+    optimizer = torch.optim.SGD(loda.trainable_parameters(), lr=1e-4, momentum=0.9)
+
+    def loss(rows: Tensor) -> Tensor:
+        return F.cross_entropy(loda.model(IMAGES[rows]), LABELS[rows])
+
+    def plain() -> None:
+        plain_step(loss, LABELS, optimizer)
+
+    def aligned() -> None:
+        loda.step(loss, LABELS, optimizer, radius=0.1, draw=0.5)
+
+    counts = []
+    for route in (plain, aligned):
+        route()  # the first finds no momentum
+        with Operators() as operators:
+            route()
+        counts.append(operators.count)
+    benchmark.pedantic(aligned, rounds=1)
+    with capsys.disabled():
+        print(f"\n  operators of a plain mini-batch {counts[0]}, of an aligned one {counts[1]}")
+    report(capsys, "operators of an aligned mini-batch to a plain one", counts[1] / counts[0], 4.1)
 
 
 @pytest.mark.parametrize("gradients", [False, True], ids=["no_grad", "training"])
