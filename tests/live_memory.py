@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
@@ -32,9 +31,10 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._count(leaf)
+        # Not by torch's pytree, whose cycles of references would keep the tensors alive.
+        for output in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(output, Tensor):
+                self._count(output)
         return result
 
     def _count(self, tensor: Tensor) -> None:

@@ -105,7 +105,7 @@ def peaks(*, record_moments: bool, moment_dtype: Literal["float64", "float32"]) 
     layers, width = 12, 256
     torch.manual_seed(0)
     blocks = [module for _ in range(layers) for module in (nn.Linear(width, width), nn.Tanh())]
-    model, batches = nn.Sequential(*blocks), [torch.randn(8, width) for _ in range(2)]
+    model, batches = nn.Sequential(*blocks), [torch.randn(160, width) for _ in range(2)]
     loda = LoDA(model, target="*", rank=4, moment_dtype=moment_dtype, record_moments=record_moments)
     apart = [*model.parameters(), *batches]
     for _ in range(3):
@@ -119,7 +119,7 @@ def peaks(*, record_moments: bool, moment_dtype: Literal["float64", "float32"]) 
 
 def test_the_memory_of_a_task_is_at_most_three_histories() -> None:
     begun, ended = peaks(record_moments=False, moment_dtype="float64")
-    assert 2 <= begun <= 2.6  # the history, and the sums of the new task
+    assert 2 <= begun <= 2.7  # the history, and the sums of the new task
     assert 2.5 <= ended <= 3  # the same, and the weights that a failure would put back
     single = peaks(record_moments=False, moment_dtype="float32")
     assert single[0] < begun - 0.4

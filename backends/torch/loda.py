@@ -771,11 +771,11 @@ class LoDA:
                         values = HeldoutRatio(*ratio.to(device, copy=True))
                         task.heldout.setdefault(name, {})[branch] = values
         self.history = {}
-        for name, layer in self.target_layers().items() if tasks else ():
-            total = self._placed(layer, state[f"history/{name}"].clone())
+        for name, module in self.target_layers().items() if tasks else ():
+            total = self._placed(module, state[f"history/{name}"].clone())
             # Only the totals are saved. The rest of a history depends only on the number of tasks
             # and the dtypes, so a dummy history of as many zero moments provides it.
-            unit = rounding_unit(weight_matrix(layer))
+            unit = rounding_unit(weight_matrix(module))
             zeros = [Moments(total.new_zeros(1, 1), 1, None, unit) for _ in self.settings.passes()]
             past = None
             for _ in range(tasks):

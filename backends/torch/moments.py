@@ -351,7 +351,7 @@ class _GramSums:
                 self._sums[name] = combine(known, second_moment(rows, check=False))
                 return
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-            for piece in rows.split(GRAM_TOKENS):
+            for piece in torch.split(rows, GRAM_TOKENS):
                 self._add_piece(known.total, piece)
             unit = max(known.unit, torch.finfo(rows.dtype).eps)
             self._sums[name] = known._replace(count=known.count + len(rows), unit=unit)

@@ -1,7 +1,7 @@
 """What second moments cost at width 3072, and the memory of a task: ``make bench``.
 
-Times are processor time on one thread, of routes that take turns. Memory is counted in bytes of live
-tensors, so that it does not depend on the machine.
+Times are processor time on one thread, of routes that take turns. Memory is counted in bytes of
+live tensors, so that it does not depend on the machine.
 """
 
 import statistics
@@ -57,7 +57,7 @@ def test_memory_of_a_task(capsys: pytest.CaptureFixture[str], outputs: int) -> N
     blocks = []
     for _ in range(layers):
         blocks += [nn.Linear(width, outputs * width), nn.Unflatten(-1, (outputs, width)), Last()]
-    model, batches = nn.Sequential(*blocks), [torch.randn(8, width) for _ in range(2)]
+    model, batches = nn.Sequential(*blocks), [torch.randn(512, width) for _ in range(2)]
     history = layers * width**2 * 8
     with capsys.disabled():
         print(f"\n  peak memory in histories of float64, {outputs * width} outputs: begin, end")
@@ -72,8 +72,8 @@ def test_memory_of_a_task(capsys: pytest.CaptureFixture[str], outputs: int) -> N
         with capsys.disabled():
             print(f"  {options or 'default'!s:32} {begun / history:.2f}, {live.peak / history:.2f}")
         if not options:
-            # Beside the history and the moments there are the weights that a failure would put back.
-            assert live.peak / history <= 2.5 + outputs / 2
+            # Beside history and moments there are the weights that a failure would put back.
+            assert live.peak / history <= 2.6 + outputs / 2
 
 
 class Last(nn.Module):
