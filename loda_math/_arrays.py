@@ -23,7 +23,7 @@ TILE = 128
 def namespace(**arrays: Array) -> Namespace:
     """Array namespace shared by the given arguments; error messages use the keyword names."""
     for name, x in arrays.items():
-        # Older versions of array-api-compat let NumPy's matrix class pass, whose * is not entrywise.
+        # Old versions of array-api-compat let NumPy's matrix pass, whose * is not entrywise.
         is_matrix = is_numpy(x) and isinstance(x, sys.modules["numpy"].matrix)
         if is_matrix or not compat.is_array_api_obj(x):
             hint = "; pass its .mean" if hasattr(x, "total") else ""
