@@ -871,7 +871,7 @@ def replay(path: Path) -> dict[str, Any]:
         {k: torch.from_numpy(v) for k, v in start.items() if not k.startswith("head.")}
     )
     settings = LoDASettings(rank=c["rank"], recalibration="direction", gamma=3.0, history="both")
-    loda = LoDA(model, settings)
+    loda = LoDA(model, settings, record_moments=True)
     images, classes = (torch.from_numpy(trace[f"train_{name}"]) for name in "xy")
     layers = [f"blocks.{i}.attn.qkv" for i in range(2)]
     found: dict[str, Any] = {}

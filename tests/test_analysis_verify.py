@@ -35,7 +35,7 @@ def write_run(folder: Path, **options: Any) -> Path:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 5))
     options = {"target": "[02]", "rank": 3, "history": "both"} | options
-    loda = LoDA(model, LoDASettings(**options))
+    loda = LoDA(model, LoDASettings(**options), record_moments=True)
     folder.mkdir(parents=True, exist_ok=True)
     configure(folder, **options)
     for task in range(1, 4):
