@@ -913,7 +913,7 @@ class LoDA:
     def _prepare_step(self, *optimizers: Optimizer) -> list[Tensor]:
         """The tensors to be moved; before the first step, heads are those of the first process."""
         task = self._require_open()
-        moved = self.lora_parameters()
+        moved: list[Tensor] = list(self.lora_parameters())
         if not moved:
             msg = (
                 "some branch must be trained, but requires_grad of all of them is False; freeze "
