@@ -127,6 +127,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _say(f"loda {command}: {' '.join(line.strip() for line in str(error).splitlines())}")
         return _USAGE_ERROR
+    except (MemoryError, RuntimeError) as error:
+        if os.environ.get("LODA_DEBUG") or not _lacks_memory(error):
+            raise
+        _say(
+            f"loda {command}: out of memory: lower train.batch_size, train.eval_batch_size or "
+            "data.workers, or set data.cache false; a run that has a checkpoint goes on with "
+            "loda train --resume RUN"
+        )
+        return _USAGE_ERROR
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    """Whether Python, or torch on a CPU or GPU, has run out of memory."""
+    # By name: torch need not be imported here. On a CPU it raises a plain RuntimeError.
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or "allocate memory" in str(error)
 
 
 def _parser() -> argparse.ArgumentParser:
