@@ -217,6 +217,27 @@ def test_errors_of_runs_and_images_are_one_line(
     assert "which is a file" in refused(*again, f"--out={tmp_path / 'file'}")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_an_output_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "training.cli", "sweep", "digits", "--dry-run", "--out", "x"]
+    # As usual, the output is flushed only at the end.
+    usual = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    with Path("/dev/full").open("wb") as full:
+        ended = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, env=usual, check=False
+        )
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1
+    assert ended.stderr.startswith("loda sweep: ")
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run(
+        command, stdout=writing, stderr=subprocess.PIPE, text=True, env=usual, check=False
+    )
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
 HUNGRY = """
 import torch
 from training.methods import Method
