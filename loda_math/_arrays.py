@@ -273,15 +273,25 @@ def mirror_tiles(x: Array) -> list[tuple[slice, slice]]:
     return [(a, b) for place, a in enumerate(slices) for b in slices[place:]]
 
 
-def plus_transpose(x: Array) -> Array:
-    """``x + xᵀ``; ``x`` must be fresh, it may be changed."""
-    tiles = mirror_tiles(x)
-    if len(tiles) == 1 or not (is_numpy(x) or not x.requires_grad):
-        return x + x.mT
+def symmetric_part(xp: Namespace, largest: Array, total: Array, *moments: Array) -> Array:
+    """Symmetric part of the mean of the moments, over ``largest`` and then over ``total``.
+
+    Large moments are bound by memory, not by arithmetic: host memory is read and written once.
+    """
+    half, scale = 0.5 / len(moments), safe_divide(xp, xp.ones_like(total), total)
+
+    def both(rows: slice, columns: slice) -> Array:
+        parts = [m[..., rows, columns] * half + m[..., columns, rows].mT * half for m in moments]
+        return safe_divide(xp, sum(parts[1:], start=parts[0]), largest) * scale
+
+    tiles = mirror_tiles(moments[0])
+    if len(tiles) == 1 or any(is_torch(m) and m.requires_grad for m in moments):
+        return both(slice(None), slice(None))
+    result = xp.empty_like(moments[0])
     for rows, columns in tiles:
-        both = x[..., rows, columns] + x[..., columns, rows].mT
-        x[..., rows, columns], x[..., columns, rows] = both, both.mT
-    return x
+        tile = both(rows, columns)
+        result[..., rows, columns], result[..., columns, rows] = tile, tile.mT
+    return result
 
 
 def symmetrise(x: Array) -> Array:
