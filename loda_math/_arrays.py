@@ -17,7 +17,7 @@ Array = Any
 Namespace = Any
 
 # Rows and columns of a large matrix in host memory that meet their mirror image at a time.
-TILE = 128
+TILE = 96
 
 
 def namespace(**arrays: Array) -> Namespace:
@@ -278,11 +278,19 @@ def symmetric_part(xp: Namespace, largest: Array, total: Array, *moments: Array)
 
     Large moments are bound by memory, not by arithmetic: host memory is read and written once.
     """
-    half, scale = 0.5 / len(moments), safe_divide(xp, xp.ones_like(total), total)
+    half = 0.5 / len(moments)
+    divisor = xp.where(largest == 0, xp.full_like(largest, math.inf), largest)
+    scale = safe_divide(xp, xp.ones_like(total), total)
 
     def both(rows: slice, columns: slice) -> Array:
-        parts = [m[..., rows, columns] * half + m[..., columns, rows].mT * half for m in moments]
-        return safe_divide(xp, sum(parts[1:], start=parts[0]), largest) * scale
+        tile = moments[0][..., rows, columns] * half
+        tile += moments[0][..., columns, rows].mT * half
+        for m in moments[1:]:
+            tile += m[..., rows, columns] * half
+            tile += m[..., columns, rows].mT * half
+        tile /= divisor
+        tile *= scale
+        return tile
 
     tiles = mirror_tiles(moments[0])
     if len(tiles) == 1 or any(is_torch(m) and m.requires_grad for m in moments):

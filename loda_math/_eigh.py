@@ -258,7 +258,7 @@ def _lanczos(a: Any, count: int) -> tuple[Any, Any] | None:
     from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
     size = len(a)
-    steps = max(2 * count + 1, LANCZOS_LEAST)
+    steps = max(count + 2 * count // 3 + 1, LANCZOS_LEAST)
     if 4 * steps > size:
         return None
     # Row-major lower is column-major upper. Reading one triangle halves the traffic.
@@ -296,14 +296,19 @@ def _takes_generator() -> bool:
 
 
 def _none_missed(a: Any, values: Any, vectors: Any, slack: float) -> bool:
-    """Proof that no eigenvalue above the last one was missed: τI − A + VΘVᵀ is definite."""
+    """Proof that no eigenvalue above the last one was missed: τI − A + γVVᵀ is definite.
+
+    γ lifts the eigenvalues that were found to the largest magnitude at least.
+    """
+    import numpy as np
     from scipy.linalg.blas import get_blas_funcs
     from scipy.linalg.lapack import get_lapack_funcs
 
-    times: Any = get_blas_funcs("gemm", (a,))
+    update: Any = get_blas_funcs("syrk", (a,))
     factor: Any = get_lapack_funcs("potrf", (a,))
     # Column-major, of which the upper triangle is read, as ``a`` is row-major and lower.
-    rest = times(1.0, vectors * values, vectors, trans_b=1, beta=-1.0, c=a.T)
+    lift = values[0] - values[-1] + np.abs(values).max()
+    rest = update(lift, vectors, beta=-1.0, c=a.T, lower=0)
     rest.ravel(order="K")[:: len(a) + 1] += values[-1] + slack
     _, failed = factor(rest, lower=0, clean=0, overwrite_a=1)
     return bool(failed == 0)
