@@ -16,7 +16,7 @@ WITH_JAX := $(ONE_THREAD) LODA_LIBRARIES=jax,jax-x32
 # One worker has all tests of a file, whose runs and processes they share.
 PYTEST = $(ONE_THREAD) $(BIN)/pytest -n auto --dist loadfile
 
-.PHONY: run test gate full gpu jax-all mlx minimum test-numpy mutants bench attack soak lint types clean
+.PHONY: run test gate full gpu jax-all mlx integrations minimum test-numpy mutants bench attack soak lint types clean
 
 run: $(VENV)/.train
 	$(BIN)/loda train
@@ -31,7 +31,7 @@ gate: $(VENV)/.test
 	$(WITH_JAX) $(BIN)/pytest -n auto -m "jax and not slow" $(JAX_TESTS)
 
 # What neither of them runs, by hand before a release: over an hour on two cores.
-full: gpu jax-all mlx minimum soak
+full: gpu jax-all mlx integrations minimum soak
 	$(PYTEST) -m "slow and not gate and not gpu and not jax"
 
 # One process: tests of memory and of waiting mind each other. Skipped where there is no GPU.
@@ -45,6 +45,10 @@ jax-all: $(VENV)/.test
 # The mathematics on MLX, and on what cannot solve, in an environment of their own.
 mlx: .venv-mlx/.done
 	$(ONE_THREAD) LODA_LIBRARIES=mlx .venv-mlx/bin/pytest @tests/numpy_only.txt $(MLX_TESTS)
+
+# Every recipe of docs/loops.md, in an environment of their own: Avalanche brings much with it.
+integrations: .venv-integrations/.done
+	$(ONE_THREAD) .venv-integrations/bin/pytest $(addprefix tests/test_,loops_page.py torch_peft.py)
 
 # The lowest versions that pyproject.toml allows, exactly those, in an environment of their own.
 minimum: .venv-minimum/.done
@@ -94,6 +98,12 @@ $(VENV)/.%: pyproject.toml constraints.txt
 		--editable '.[mlx,other-libraries,maths-tests]'
 	touch $@
 
+.venv-integrations/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-integrations
+	.venv-integrations/bin/python -m pip install --quiet --constraint constraints.txt \
+		--editable '.[integrations,maths-tests]'
+	touch $@
+
 .venv-minimum/.done: pyproject.toml tests/minimum.py
 	$(PYTHON) -m venv .venv-minimum
 	.venv-minimum/bin/python tests/minimum.py train jax maths-tests > .venv-minimum/pins.txt
@@ -102,4 +112,4 @@ $(VENV)/.%: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-mlx .venv-minimum build dist mutants
+	rm -rf $(VENV) .venv-mlx .venv-integrations .venv-minimum build dist mutants

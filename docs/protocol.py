@@ -22,10 +22,11 @@ from pandas import DataFrame
 from scipy.stats import t as student
 
 from training.config import read_yaml, resolve_config
-from training.report.runs import Run, find_runs, load
+from training.report.runs import find_runs, load
 from training.report.tables import differences, intervals
 
-READOUT = "alignment"  # primary; the others are evaluated on the same training
+READOUTS = ("alignment", "heads", "nearest_mean", "ridge")  # all on one training
+READOUT = READOUTS[0]  # the primary one, which decides
 RATES = (0.006, 0.02, 0.06, 0.18, 0.5, 1.0)
 # Steps that are added for every method where the best rate of one of them is at an edge.
 LOWER, HIGHER = (0.002, 0.0006), (2.0, 4.0)
@@ -63,14 +64,14 @@ HEAD = """# {title}
 """
 SHARED: Settings = {
     "head.readout": READOUT,
-    "head.also": ["heads", "nearest_mean", "ridge"],
+    "head.also": list(READOUTS[1:]),
     "keep": {"state": False, "figure": False},
 }
 
 
 def seconds(method: str) -> float:
     """Processor seconds of a run on the glyphs, as measured on one thread."""
-    return {"loda": 170.0, "frozen": 60.0, "first_task": 85.0}.get(method, 100.0)
+    return {"loda": 165.0, "frozen": 70.0}.get(method, 90.0)
 
 
 def hours(runs: list[tuple[str, float]]) -> str:
@@ -96,10 +97,13 @@ def choosing_sweep(rates: tuple[float, ...] = RATES) -> str:
     )
 
 
-def read_trials(sources: list[Path]) -> Trials:
-    """Last accuracies in per cent under the primary read-out, by method, rate and seed.
+def read_trials(
+    sources: list[Path], readout: str = READOUT, diverged: Sequence[str] = ()
+) -> Trials:
+    """Last accuracies in per cent under a read-out, by method, rate and seed.
 
-    Without sources there are none.
+    Without sources there are none. A trial that diverged leaves no record: ``diverged`` names it as
+    its folder, joint-1.0/seed11, and it counts as 0.
 
     Raises
     ------
@@ -113,12 +117,13 @@ def read_trials(sources: list[Path]) -> Trials:
             msg = f"{run.name} must be a run on the alphabet to choose on; leave it out"
             raise ValueError(msg)
         by_rate = trials.setdefault(run.experiment.method.name, {})
-        by_rate.setdefault(run.experiment.train.lr, {})[run.seed] = _last(run)
+        by_seed = by_rate.setdefault(run.experiment.train.lr, {})
+        by_seed[run.seed] = 100 * run.matrices[readout].last
+    for name in diverged:
+        method, _, rest = name.rpartition("-")
+        rate, _, seed = rest.partition("/seed")
+        trials.setdefault(method, {}).setdefault(float(rate), {})[int(seed)] = 0.0
     return trials
-
-
-def _last(run: Run) -> float:
-    return 100 * run.matrices[READOUT].last
 
 
 def best_rates(trials: Trials, seeds: tuple[int, ...] = CHOOSING_SEEDS) -> dict[str, float]:
@@ -244,6 +249,9 @@ def contrasts(trials: Trials, tests: list[Path]) -> str:
     if not primary:
         msg = f"tests must hold runs of loda, frozen and {other}; run more of glyphs-test"
         raise ValueError(msg)
+    if bool(primary[0].isna().any(axis=None)):
+        msg = f"every seed must have runs of loda, frozen and {other}; run more of glyphs-test"
+        raise ValueError(msg)
     named = {"Primary contrasts": primary[0], **tables}
     return "\n\n".join(_contrast_table(title, table) for title, table in named.items())
 
@@ -306,6 +314,7 @@ def rate_table(trials: Trials) -> str:
         means = {rate: fmean(seeds.values()) for rate, seeds in trials[method].items()}
         best = max(means, key=lambda rate: (means[rate], -rate))
         cells = ["–" if rate not in means else f"{means[rate]:.2f}" for rate in rates]
+        cells = ["diverged" if cell == "0.00" else cell for cell in cells]
         cells[rates.index(best)] = f"**{cells[rates.index(best)]}**"
         lines.append(f"| {method} | {' | '.join(cells)} |")
     if ONLY_HEADS in trials:
@@ -320,13 +329,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("what", choices=["choose", "rates", "test", "contrasts"])
     parser.add_argument("records", nargs="*", type=Path, help="the trials: a bundle or folders")
     parser.add_argument("--tests", nargs="+", type=Path, default=[], help="of contrasts: the test")
-    given = parser.parse_args(arguments)
+    parser.add_argument("--diverged", nargs="+", default=[], metavar="TRIAL", help="counts as 0")
+    parser.add_argument("--readout", default=READOUT, choices=READOUTS, help="of rates")
+    given = parser.parse_intermixed_args(arguments)
     if (given.what == "choose") == bool(given.records):
         parser.error("choose takes no records, the others need those of the trials")
     if (given.what == "contrasts") != bool(given.tests):
         parser.error("--tests names the runs of the test, for contrasts only")
+    if given.readout != READOUT and given.what != "rates":
+        parser.error(f"--readout is for rates only: {READOUT} decides everything else")
     try:
-        trials = read_trials(given.records)
+        trials = read_trials(given.records, given.readout, given.diverged)
         text = {
             "choose": choosing_sweep,
             "rates": lambda: rate_table(trials),

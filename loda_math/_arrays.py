@@ -30,7 +30,9 @@ def namespace(**arrays: Array) -> Namespace:
                 f"{type(x).__name__}{hint}"
             )
             raise TypeError(msg)
-        if (is_numpy(x) or compat.is_cupy_array(x)) and not hasattr(type(x), "mT"):
+        # NumPy's scalars have no .mT in any version.
+        is_old = (is_numpy(x) or compat.is_cupy_array(x)) and not hasattr(type(x), "mT")
+        if is_old and x.ndim > 0:
             library = type(x).__module__.partition(".")[0]
             msg = (
                 f"{name} must be an array of NumPy 2.0 or CuPy 14 at least, got one of {library} "

@@ -56,6 +56,19 @@ def test_the_sweep_of_room_is_a_part_of_the_trials() -> None:
         assert job.experiment == whole[job.name]
 
 
+def test_the_page_shows_the_recorded_room() -> None:
+    page = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
+    for readout in ("alignment", "ridge"):
+        recorded = protocol.read_trials(
+            [ROOT / "docs" / "records" / "glyphs-room.jsonl"], readout, ["joint-1.0/seed11"]
+        )
+        assert protocol.rate_table(recorded) in page
+    # A stream has room where joint training ends five points above the frozen backbone.
+    recorded = protocol.read_trials([ROOT / "docs" / "records" / "glyphs-room.jsonl"])
+    best = max(last for seeds in recorded["joint"].values() for last in seeds.values())
+    assert best >= recorded["frozen"][protocol.ONLY_RATE][11] + 5
+
+
 def test_the_best_rate_is_taken_and_of_equals_the_lower() -> None:
     assert protocol.best_rates(trials()) == dict.fromkeys(protocol.METHODS, 0.18)
     equal = trials()
@@ -81,6 +94,14 @@ def test_unequal_trials_are_refused() -> None:
     more["seq_lora"][2.0] = {11: 1.0, 12: 1.0}
     with pytest.raises(ValueError, match="seq_lora"):
         protocol.best_rates(more)
+
+
+def test_a_trial_that_diverged_counts_as_nothing() -> None:
+    assert protocol.read_trials([], diverged=["joint-1.0/seed11"]) == {"joint": {1.0: {11: 0.0}}}
+    some = trials()
+    some["joint"][1.0] = dict.fromkeys(protocol.CHOOSING_SEEDS, 0.0)
+    assert protocol.best_rates(some)["joint"] == 0.18
+    assert "| diverged |" in protocol.rate_table(some)
 
 
 def test_the_number_of_seeds_grows_with_the_spread_of_the_leads() -> None:

@@ -1,4 +1,4 @@
-"""The recipe of the default backbone: glyphs, the rejection of digits, training, the weights."""
+"""The recipe of the backbone glyphs: characters, the rejection of digits, training, the weights."""
 
 import json
 from pathlib import Path

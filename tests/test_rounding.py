@@ -117,7 +117,7 @@ def test_the_dead_direction_of_layer_norm_is_noise(xp: ModuleType, seed: int) ->
         lm.isolated_solution(new, old, 32),
     ):
         assert int(solution.effective_rank) == 31
-        assert np.abs(dead @ to_numpy(solution.basis)).max() < 1e-3
+        assert np.abs(dead @ to_numpy(solution.basis)).max() < 1e-2
     assert int(lm.isolated_solution(new, old, 32, ridge=0.0).effective_rank) == 31
     # The energy ratio of nothing to nothing is not a number, whatever rounding makes of it.
     line = to_library(xp, dead[:, None])

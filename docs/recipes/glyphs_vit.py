@@ -1,4 +1,4 @@
-"""Pretrain the small vision transformer of the default experiment on random glyphs.
+"""Pretrain the small vision transformer of the digits experiment on random glyphs.
 
 ``python docs/recipes/glyphs_vit.py --out FILE`` draws glyph classes, trains a timm
 VisionTransformer to tell them apart and writes its weights: 15 minutes on one core. No digit takes

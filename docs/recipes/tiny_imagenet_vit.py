@@ -3,7 +3,7 @@
 ``python docs/recipes/tiny_imagenet_vit.py --data FOLDER --out FILE`` trains the model of
 :mod:`training.backbones.conv_vit` with eight blocks and writes its weights. FOLDER holds
 ``train/CLASS/*.jpg`` and ``test/CLASS/*.jpg``, 32 x 32 pixels. One thread of a processor does it in
-about 80 minutes. The same settings give the same weights on the same machine.
+about 25 minutes. The same settings give the same weights on the same machine.
 
 The weights are not packaged: the images have terms of their own, and the recipe makes the weights.
 """

@@ -115,8 +115,8 @@ def verify_subspace(
         The better result for the basis counts.
     tolerance : float, default 1e-5
         Limit of the gaps and of the orthonormality; the residual may reach its square root. What
-        the digits take that the basis is stored in is allowed beside it: 2·eps of the orthonormality
-        and, of the gaps, 4·eps² of the energy of the channels that a direction lies on. Where R
+        the digits of the stored basis take is allowed beside it: 2·eps of the orthonormality and,
+        of the gaps, 4·eps² of the energy of the channels that a direction lies on. Where R
         is nearly singular, mere rounding moves gap and residual of the isolated subspace by
         2·eps·cond(R), which (up to a quarter) is added to both limits.
 

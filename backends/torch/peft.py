@@ -1,0 +1,321 @@
+"""Adapters of Hugging Face PEFT: a task's update written as one, and LoRA started from our bases.
+
+PEFT itself is not needed to write adapters, and not imported here.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backends.torch.layers import find_layers
+from backends.torch.linear_maps import InProjection, is_pointwise, is_transposed
+from backends.torch.lora import LoRALinear
+from backends.torch.record import TaskRecord
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def save_adapter(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    record: TaskRecord,
+    *,
+    modules_to_save: Sequence[str] = (),
+    base_model: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    r"""Write the update of a task as an adapter that PEFT loads.
+
+    The branches of a layer become one LoRA: their down-projections A stacked, and their
+    up-projections with weights and recalibration, :math:`[w_G B_G \Lambda, w_I B_I]`. The adapter
+    belongs to the model as it was **before** the task. Adapters of all tasks belong to the model
+    from before the first one if PEFT adds them up (``add_weighted_adapter`` with weights of 1 and
+    ``combination_type="cat"``).
+
+    Parameters
+    ----------
+    folder : path
+        Folder for the two files of the adapter, ``adapter_config.json`` and
+        ``adapter_model.safetensors``; made if it is not there. It appears when both are complete.
+    model : nn.Module
+        The model that the task was learned with. Only the kinds of its layers are looked at, and
+        what ``modules_to_save`` names.
+    record : TaskRecord
+        What :meth:`LoDA.end_task` returned; ``TaskRecord.of(loda.layers)`` for an open task, whose
+        update is not recalibrated yet.
+    modules_to_save : sequence of str
+        Modules of the model that are written whole, as they are now, such as its classifier. PEFT
+        cannot add up adapters that hold the same module.
+    base_model : str, optional
+        Name or path of the pretrained model, for ``AutoPeftModel`` and the hub.
+    overwrite : bool, default False
+        Whether an adapter that is in the folder is replaced.
+
+    Raises
+    ------
+    FileExistsError
+        If the folder holds an adapter and ``overwrite`` is not set, or if it holds other files.
+    ValueError
+        If a module is not there or cannot be named to PEFT, or the record has no layers of the
+        model.
+    TypeError
+        If PEFT has no adapter for a kind of layer.
+    OSError
+        If the files cannot be written; the folder is then as it was before.
+
+    See Also
+    --------
+    lora_options : the settings that are written.
+    initialise_lora : start PEFT's LoRA from the directions of a task.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from backends.torch import LoDA
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    >>> loda = LoDA(model, target="0", rank=2)
+    >>> with loda.task([torch.randn(32, 8)]) as task:
+    ...     optimizer = torch.optim.SGD(task.parameters(lr=0.1))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_adapter(Path(folder) / "task1", model, task.record)
+    ...     sorted(path.name for path in (Path(folder) / "task1").iterdir())
+    ['adapter_config.json', 'adapter_model.safetensors']
+    """
+    from safetensors.torch import save_file
+
+    layers = _adapted_layers(model, record)
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        down, up = _factors(record, name)
+        if is_pointwise(layer):
+            points = (1,) * (_weight(layer).ndim - 2)
+            down, up = (x.reshape(*x.shape, *points) for x in (down, up))
+        tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    for name in modules_to_save:
+        module = _module_to_save(model, name, layers)
+        tensors |= {f"{name}.{key}": x for key, x in module.state_dict().items()}
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "modules_to_save": list(modules_to_save) or None,
+        **lora_options(model, record),
+    }
+    # Copies, for a safetensors file cannot hold tensors that share memory.
+    stored = {
+        f"base_model.model.{name}": x.detach().to("cpu", copy=True).contiguous()
+        for name, x in tensors.items()
+    }
+    place = Path(folder)
+    _require_place(place, overwrite=overwrite)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(mkdtemp(prefix=f".{place.name}-", dir=place.parent))
+    try:
+        adapter = temporary / "adapter"
+        adapter.mkdir()
+        save_file(stored, adapter / WEIGHTS, metadata={"format": "pt"})
+        (adapter / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for path in adapter.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if place.exists():
+            place.rename(temporary / "before")
+        adapter.rename(place)
+    except BaseException:
+        if (temporary / "before").exists() and not place.exists():
+            (temporary / "before").rename(place)
+        raise
+    finally:
+        shutil.rmtree(temporary)
+
+
+def lora_options(model: nn.Module, record: TaskRecord) -> dict[str, Any]:
+    """Arguments of PEFT's ``LoraConfig`` for the layers and ranks of a task.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model, adapted or not.
+    record : TaskRecord
+        Of the task.
+
+    Returns
+    -------
+    dict of str to Any
+        Plain data. The rank of a layer is that of all its branches together, and the scale is 1.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As :func:`save_adapter`.
+
+    Examples
+    --------
+    >>> from backends.torch import LoDA, TaskRecord
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    >>> loda = LoDA(model, target="0", rank=2)
+    >>> loda.begin_task([torch.randn(32, 8)])
+    >>> options = lora_options(model, TaskRecord.of(loda.layers))
+    >>> options["r"], options["lora_alpha"], options["target_modules"]
+    (2, 2, '0')
+    """
+    layers = _adapted_layers(model, record)
+    ranks = {name: sum(map(len, record.downs[name].values())) for name in layers}
+    rank = max(ranks.values())
+    # PEFT takes names for regular expressions, and what they match at the end of a name as well.
+    others = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
+    return {
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "lora_dropout": 0.0,
+        "target_modules": "|".join(map(re.escape, layers)),
+        "fan_in_fan_out": any(is_transposed(layer) for layer in layers.values()),
+        "bias": "none",
+    }
+
+
+@torch.no_grad()
+def initialise_lora(
+    model: nn.Module,
+    record: TaskRecord,
+    *,
+    adapter_name: str = "default",
+    train_down: bool = False,
+) -> None:
+    r"""Start PEFT's LoRA from the directions that a task has chosen, instead of random ones.
+
+    As PEFT's own EVA does with the principal directions of the inputs. The down-projection of a
+    layer becomes those of its branches stacked, times the weights of the branches; the
+    up-projection becomes zero. Steps on the up-projection then change the layer as steps on those
+    of the branches do.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model with LoRA by PEFT (``get_peft_model(model, LoraConfig(**lora_options(...)))``).
+    record : TaskRecord
+        ``TaskRecord.of(loda.layers)`` of an open task, or the record of one that has ended.
+    adapter_name : str
+        Name of PEFT's adapter.
+    train_down : bool, default False
+        Whether the down-projections are trained too.
+
+    Raises
+    ------
+    ValueError
+        If PEFT's adapter is not on the same layers, or has other ranks; nothing has been changed
+        then.
+    """
+    loras = {
+        name: module
+        for name, module in _base_model(model).named_modules()
+        if adapter_name in getattr(module, "lora_A", ())
+    }
+    if set(loras) != set(record.downs):
+        msg = (
+            f"adapter {adapter_name!r} must be on the layers {sorted(record.downs)}, got "
+            f"{sorted(loras)}; make it with LoraConfig(**lora_options(model, record))"
+        )
+        raise ValueError(msg)
+    starts: list[tuple[Any, Tensor]] = []
+    for name, module in loras.items():
+        lora: Any = module
+        branches = record.downs[name].items()
+        rows = [record.weights[name][branch] * down for branch, down in branches]
+        down, own = torch.cat(rows), lora.lora_A[adapter_name].weight
+        if down.numel() != own.numel():
+            msg = (
+                f"r must be {len(down)} in layer {name!r}, the directions of all branches, got "
+                f"{len(own)}; make the adapter with LoraConfig(**lora_options(model, record))"
+            )
+            raise ValueError(msg)
+        starts.append((lora, down / lora.scaling[adapter_name]))
+    for lora, down in starts:
+        own = lora.lora_A[adapter_name].weight
+        own.copy_(down.reshape(own.shape))
+        own.requires_grad_(train_down)
+        lora.lora_B[adapter_name].weight.zero_()
+
+
+def _adapted_layers(model: nn.Module, record: TaskRecord) -> dict[str, nn.Module]:
+    """The layers of a record, without their branches."""
+    if not record.downs:
+        msg = "the record must have branches, got none; keep the record of a task that was trained"
+        raise ValueError(msg)
+    found = find_layers(_base_model(model), list(record.downs))
+    layers = {n: x.base if isinstance(x, LoRALinear) else x for n, x in found.items()}
+    for name, layer in layers.items():
+        # PEFT would take the output projection of an attention, and then not use it.
+        if isinstance(layer, (InProjection, nn.modules.linear.NonDynamicallyQuantizableLinear)):
+            msg = (
+                f"layers of an adapter must be modules of their own, got {name!r}, whose weight an "
+                f"nn.MultiheadAttention reads; save the merged model instead, or exclude the layer"
+            )
+            raise TypeError(msg)
+    return layers
+
+
+def _factors(record: TaskRecord, name: str) -> tuple[Tensor, Tensor]:
+    """Down-projections (R, D) of a layer, and up-projections (O, R) with weights and Λ."""
+    downs, ups = record.downs[name], record.ups[name]
+    scaled = {branch: record.weights[name][branch] * up for branch, up in ups.items()}
+    factor = record.coefficients.get(name)
+    down, up = torch.cat(list(downs.values())), torch.cat(list(scaled.values()), dim=1)
+    if factor is None:
+        return down, up
+    if len(factor) != len(down):  # Λ of the general branch alone
+        scaled["general"] = scaled["general"] @ factor.to(up)
+        return down, torch.cat(list(scaled.values()), dim=1)
+    return down, up @ factor.to(up)
+
+
+def _module_to_save(model: nn.Module, name: str, layers: Mapping[str, nn.Module]) -> nn.Module:
+    """A module that PEFT replaces by its stored copy."""
+    names = [path for path, _ in _base_model(model).named_modules(remove_duplicate=False)]
+    meant = [path for path in names if path.endswith(name)]  # PEFT's rule
+    if meant != [name]:
+        msg = (
+            f"modules_to_save must name one module each, for PEFT takes all that end with it, got "
+            f"{name!r}, which means {meant or 'none'}"
+        )
+        raise ValueError(msg)
+    inside = [layer for layer in layers if f"{layer}.".startswith(f"{name}.")]
+    if inside:
+        msg = f"modules_to_save must have no adapted layers in them, got {name!r} with {inside}"
+        raise ValueError(msg)
+    return _base_model(model).get_submodule(name)
+
+
+def _base_model(model: nn.Module) -> nn.Module:
+    """The model inside a PeftModel."""
+    inside = getattr(model, "get_base_model", None)
+    base: nn.Module = inside() if callable(inside) else model
+    return base
+
+
+def _require_place(place: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that holds what must not be replaced."""
+    names = {path.name for path in place.iterdir()} if place.exists() else set()
+    if names & {CONFIG, WEIGHTS} and not overwrite:
+        msg = f"{place} holds an adapter already; set overwrite, or choose another folder"
+        raise FileExistsError(msg)
+    others = sorted(names - {CONFIG, WEIGHTS})
+    if others:
+        msg = f"{place} must hold nothing but an adapter, got {others[:6]}; choose another folder"
+        raise FileExistsError(msg)
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)  # noqa: S101 - for mypy
+    return weight
