@@ -23,7 +23,9 @@ TILE = 96
 def namespace(**arrays: Array) -> Namespace:
     """Array namespace shared by the given arguments; error messages use the keyword names."""
     for name, x in arrays.items():
-        if not compat.is_array_api_obj(x):
+        # Old versions of array-api-compat let NumPy's matrix pass, whose * is not entrywise.
+        is_matrix = is_numpy(x) and isinstance(x, sys.modules["numpy"].matrix)
+        if is_matrix or not compat.is_array_api_obj(x):
             hint = "; pass its .mean" if hasattr(x, "total") else ""
             msg = (
                 f"{name} must be an array of a library that follows the array API standard, got "

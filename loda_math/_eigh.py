@@ -276,6 +276,9 @@ def _lanczos(a: Any, count: int) -> tuple[Any, Any] | None:
         values, vectors = eigsh(operator, count, which="LA", **options)
     except ArpackError:
         return None
+    finally:
+        # The operator would hold itself, and the matrix with it until the garbage is collected.
+        del operator.matvec
     values, vectors = values[::-1].copy(), vectors[:, ::-1].copy()
     residual = times_matrix(1.0, a.T, vectors) - vectors * values
     slack = tolerance * float(np.abs(values).max())

@@ -74,7 +74,7 @@ LOG = re.compile(r"^(checkpoint \d+|state)/metrics$")
 ONE_SIDED: tuple[tuple[str, str, str, str], ...] = (
     ("new", "", r"^state/", "what a later task would start from; it was not written"),
     ("new", "^report/", r"^runs\.csv:", "a table of all runs was not written"),
-    ("new", "", r"^classes\.json:fingerprint$", "a fingerprint of the data was not written"),
+    ("new", "", r"^classes\.json:(fingerprint|test)", "a fingerprint of the data was not written"),
     (
         *("old", "converged$", r"^checkpoint \d+/readouts/fitted/alignment/"),
         "the alignment to convergence does not start from the last one",
@@ -871,7 +871,7 @@ def replay(path: Path) -> dict[str, Any]:
         {k: torch.from_numpy(v) for k, v in start.items() if not k.startswith("head.")}
     )
     settings = LoDASettings(rank=c["rank"], recalibration="direction", gamma=3.0, history="both")
-    loda = LoDA(model, settings)
+    loda = LoDA(model, settings, record_moments=True)
     images, classes = (torch.from_numpy(trace[f"train_{name}"]) for name in "xy")
     layers = [f"blocks.{i}.attn.qkv" for i in range(2)]
     found: dict[str, Any] = {}

@@ -1,5 +1,6 @@
 """What lies in a run folder, for the tests of run folders."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,14 @@ def below(folder: Path) -> set[str]:
 def contents(folder: Path) -> dict[str, bytes]:
     """Bytes of every file in a folder, by path."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def resealed(run: Path) -> Path:
+    """The run, as if it had written its files as they are now: with a manifest of all of them."""
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents(run).items()}
+    hashes.pop("manifest.json", None)
+    (run / "manifest.json").write_text(json.dumps({"files": hashes}), "utf-8")
+    return run
 
 
 def events(run: Path) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ def test_what_a_run_lacks_is_said(copy: Path) -> None:
     shutil.rmtree(copy / "tasks")
     with pytest.raises(FileNotFoundError, match=r"--keep\.branches true --keep\.moments true; los"):
         analyse(copy)
-    RunFolder(copy)  # a new run in the folder
+    RunFolder(copy, overwrite=True)  # a new run in the folder
     assert not path.exists()
 
 

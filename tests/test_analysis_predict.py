@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_contents import contents, set_in_config
+from image_folders import repaint
+from run_contents import contents, resealed, set_in_config
 from safetensors.torch import load_file, save_file
 from small_runs import COLOURS, READOUTS, finished, tree
 
@@ -287,9 +288,36 @@ def test_damaged_runs_are_refused_and_the_file_is_named(copy: Path, damage: str)
     apply, said = DAMAGES[damage]
     apply(copy)
     with pytest.raises(ValueError, match=said):
-        evaluate_run(copy)
+        evaluate_run(resealed(copy))
+
+
+@pytest.mark.parametrize("name", [MODEL, READOUT_FILE, "classes.json"])
+def test_files_that_the_run_did_not_write_are_refused(copy: Path, name: str) -> None:
+    whole = (copy / name).read_bytes()
+    half = len(whole) // 2
+    (copy / name).write_bytes(whole[:half] + bytes(len(whole) - half))
+    for read in (evaluate_run, training.load):
+        with pytest.raises(ValueError, match=rf"{name} is not the file"):
+            read(copy)
+    (copy / name).write_bytes(whole)
+    (copy / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="manifest"):
+        training.load(copy)
 
 
 def test_tensors_of_other_readouts_are_left_alone(copy: Path) -> None:
     change(READOUT_FILE, lambda t: t.update({"magic/weight": torch.zeros(6, 16)}))(copy)
-    assert set(load(copy).readouts) == set(READOUTS)
+    assert set(load(resealed(copy)).readouts) == set(READOUTS)
+
+
+def test_test_images_that_changed_are_told(copy: Path, tmp_path: Path) -> None:
+    root = tmp_path / "squares"
+    shutil.copytree(read_experiment(copy / "config.yaml").data.options["root"], root)
+    evaluate_run(copy, root=str(root))  # no warning: only the place is another one
+    image = root / "test" / "red" / "0.png"
+    repaint(image, 1)
+    with pytest.warns(RuntimeWarning, match=r"recorded 18 \(.*found 18 \("):
+        evaluate_run(copy, root=str(root))
+    image.unlink()
+    with pytest.warns(RuntimeWarning, match="found 17"):
+        evaluate_run(copy, root=str(root))

@@ -1,5 +1,7 @@
 """What is read of the tasks of a run: settings, moments, history, branches; and what is refused."""
 
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -7,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_contents import set_in_config
+from run_contents import resealed, set_in_config
 from safetensors.torch import load_file, save_file
 from small_runs import finished
 
@@ -36,7 +38,7 @@ def test_the_history_is_that_of_the_tasks_before(copy: Path, passes: str, decay:
         moments = load_file(task_file(copy, task, "moments"))
         moments |= {f"trained/{layer}": 2 * moments[f"new/{layer}"] for layer in LAYERS}
         save_file(moments, task_file(copy, task, "moments"))
-    settings = read_settings(copy)
+    settings = read_settings(resealed(copy))
     tasks = list(saved_tasks(copy, settings, branches=True))
     assert [task.number for task in tasks] == [1, 2, 3]
     assert tasks[0].history == {}
@@ -103,10 +105,30 @@ def test_damaged_files_are_named(copy: Path, damage: str) -> None:
     tensors = load_file(path)
     edit(tensors)
     save_file(tensors, path)
+    resealed(copy)
     # Rank selection looks at the moments before training, which no history holds.
     read = layer_ranks if damage == "whole numbers" else verify
     with pytest.raises(ValueError, match=f"{path.parent.name}.{name}"):
         read(copy, *([[0.9]] if read is layer_ranks else []))
+
+
+def test_every_task_of_a_finished_run_is_expected(copy: Path) -> None:
+    shutil.rmtree(copy / "tasks" / "003")
+    for read in READERS:
+        with pytest.raises(FileNotFoundError):
+            read(copy)
+
+
+def test_files_that_the_run_did_not_write_are_refused(copy: Path) -> None:
+    second, third = (task_file(copy, number, "branches") for number in (2, 3))
+    whole = third.read_bytes()
+    zeroed = whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2)
+    for content in (second.read_bytes(), zeroed):
+        third.write_bytes(content)
+        with pytest.raises(ValueError, match=re.escape(str(third))):
+            verify(copy)
+    third.write_bytes(whole)
+    assert all(check.passed for check in verify(copy))
 
 
 def test_half_a_file_is_named(copy: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from run_contents import resealed
 from small_runs import finished
 from torch import nn
 
@@ -34,7 +35,7 @@ def write_run(folder: Path, **options: Any) -> Path:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 5))
     options = {"target": "[02]", "rank": 3, "history": "both"} | options
-    loda = LoDA(model, LoDASettings(**options))
+    loda = LoDA(model, LoDASettings(**options), record_moments=True)
     folder.mkdir(parents=True, exist_ok=True)
     configure(folder, **options)
     for task in range(1, 4):
@@ -49,7 +50,7 @@ def write_run(folder: Path, **options: Any) -> Path:
         task_file(folder, task, "moments").parent.mkdir(parents=True)
         write_tensors(task_file(folder, task, "moments"), record.moment_tensors())
         write_tensors(task_file(folder, task, "branches"), record.branch_tensors())
-    return folder
+    return resealed(folder)
 
 
 @pytest.mark.parametrize("history", ["merged", "trained", "both"])

@@ -1,12 +1,15 @@
 """Models with separate query, key and value layers: Hugging Face's ViTModel, and timm's."""
 
+import io
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from fake_runs import changed_json
 from small_runs import tiny, tree
 from transformers import ViTConfig, ViTModel
 from transformers.utils import logging
@@ -85,6 +88,23 @@ def test_a_run_on_a_hugging_face_model_from_training_to_prediction(
     assert len(recorded["tensors_sha256"]) == 64
     summary = read_json(run / "summary.json")
     assert summary["readouts"]["nearest_mean"]["last"] > 1 / 6  # six classes
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+@pytest.mark.parametrize("model_type", ["vit", "of_its_own"])
+def test_code_beside_a_model_never_runs(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, pretrained: bool
+) -> None:
+    ran = saved / "ran"
+    for name, base in (("C", "ViTConfig as B"), ("M", "ViTModel as B")):
+        code = f"open({str(ran)!r}, 'w')\nfrom transformers import {base}\nclass {name}(B): pass\n"
+        (saved / f"own_{name}.py").write_text(code)
+    auto_map = {"AutoConfig": "own_C.C", "AutoModel": "own_M.M"}
+    changed_json(saved / "config.json", auto_map=auto_map, model_type=model_type)
+    monkeypatch.setattr("sys.stdin", io.StringIO("yes\n" * 9))  # to whatever the library asks
+    with suppress(ValueError):
+        build_backbone(BackboneConfig(f"hf:{saved}", {"pretrained": pretrained}))
+    assert not ran.exists()
 
 
 def test_separate_layers_of_timm_are_named_by_a_pattern_too() -> None:

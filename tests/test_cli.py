@@ -1,5 +1,6 @@
 """The command `loda`: what it prints, what it returns, and that errors are one line."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from commands import says
+from run_contents import contents
 from small_runs import flags, tiny
 
 from training import cli
@@ -212,6 +215,61 @@ def test_errors_of_runs_and_images_are_one_line(
     assert "--overwrite" in refused(*again)
     (tmp_path / "file").write_text("")
     assert "which is a file" in refused(*again, f"--out={tmp_path / 'file'}")
+
+
+OUTWARD = ("x/../../../../victim", "/victim", "..")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OUTWARD)
+def test_no_command_writes_outside_of_what_it_is_told(
+    copy: Path, tmp_path: Path, root: Path, shown: Callable[..., str], name: str
+) -> None:
+    """Names in a run or in a file of settings are anybody's; none leads out of a folder."""
+    stranger = tmp_path / "a" / "b" / "c" / "run"
+    shutil.copytree(copy, stranger)
+    bundle = stranger.with_name("b.jsonl")
+    shown("analyse", stranger, "--parts", "subspaces")
+    for file in ("summary.json", "analysis.json"):
+        text = (stranger / file).read_text("utf-8")
+        for word in ("nearest_mean", "blocks.0.attn.qkv", "isolated"):
+            text = text.replace(json.dumps(word), json.dumps(name))
+        (stranger / file).write_text(text, "utf-8")
+    victims = [folder / "victim.png" for folder in stranger.parents[:4]]
+    for victim in victims:
+        victim.write_text("mine")
+    before = contents(tmp_path)
+    out = stranger / "out"
+    commands = [
+        ["report", stranger, "--out", out],
+        ["report", f"{name}={stranger}", "--out", out, "--overwrite"],
+        ["bundle", f"{name}={stranger}", "--out", bundle],
+        ["report", bundle, "--out", out, "--overwrite"],
+        ["eval", stranger],
+        ["predict", stranger, root / "test" / "red" / "0.png"],
+        ["verify", stranger, "--export", out / "a.npz"],
+        ["ranks", stranger],
+        ["data", "check", root],
+    ]
+    for command in commands:
+        says([str(word) for word in command])  # it may refuse
+        after = contents(tmp_path)
+        expected = {name for name in after if out in (tmp_path / name).parents}
+        expected.add(str(bundle.relative_to(tmp_path)))
+        assert {k: v for k, v in after.items() if k not in expected} == before, command
+    assert (out / "report.html").is_file()
+
+
+def test_named_files_are_replaced_only_where_that_is_asked_for(
+    run: Path, tmp_path: Path, refused: Callable[..., str], shown: Callable[..., str]
+) -> None:
+    for command, option, name in (("report", "--figure", "a.png"), ("verify", "--export", "a.npz")):
+        file = tmp_path / name
+        file.write_text("mine")
+        assert "--overwrite" in refused(command, run, option, file)
+        assert file.read_text() == "mine"
+        shown(command, run, option, file, "--overwrite")
+        assert file.read_bytes() != b"mine"
 
 
 def test_a_run_is_overwritten_where_that_is_asked_for(

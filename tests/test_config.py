@@ -678,3 +678,20 @@ def test_switches_that_keep_nothing_are_named() -> None:
         said = keeps_nothing(Experiment(method=MethodConfig(name), keep=keep))
         assert len(said) == len(named)
         assert all(word in line for word, line in zip(named, said, strict=True))
+
+
+@pytest.mark.parametrize(
+    "content", ["root:x:0:secret", "just a secret", "- secret\n b: [", "\0secret"]
+)
+def test_a_base_is_no_path_and_its_text_is_never_told(tmp_path: Path, content: str) -> None:
+    outside = write(tmp_path / "outside", content)
+    folder = tmp_path / "inside"
+    for name in (outside, outside.removesuffix(".yaml"), "../outside/some", "../outside/some.yaml"):
+        with pytest.raises(ValueError, match="base must be") as refused:
+            read_experiment(write(folder, f"base: {name}\n", "mine"))
+        assert "secret" not in str(refused.value)
+    write(folder, content, "beside")
+    with pytest.raises(ValueError, match="beside") as refused:
+        read_experiment(write(folder, "base: beside\n", "mine"))
+    assert "secret" not in str(refused.value)
+    assert "\n" not in str(refused.value)

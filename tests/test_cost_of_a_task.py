@@ -4,13 +4,14 @@ Operators are counted rather than timed, so a busy machine changes nothing; ``ma
 """
 
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from live_memory import LiveBytes
 from timm.models.vision_transformer import VisionTransformer
 from tiny_models import batches, inputs, vit
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from backends.torch import LoDA, LoDASettings
@@ -93,3 +94,34 @@ def test_gradients_stop_at_the_first_adapted_layer() -> None:
     made = {(a[0], b[1]) for a, b in products}
     assert (3 * width, 2 * rank) in made or (2 * rank, 3 * width) in made
     assert not made & (frozen | {shape[::-1] for shape in frozen})
+
+
+def peaks(*, record_moments: bool, moment_dtype: Literal["float64", "float32"]) -> list[float]:
+    """Most memory at the beginning and at the end of a third task, in histories of float64.
+
+    Counted are the history, the moments and all that is computed on the way, the saved weights of
+    the layers too, but not the model itself.
+    """
+    layers, width = 12, 256
+    torch.manual_seed(0)
+    blocks = [module for _ in range(layers) for module in (nn.Linear(width, width), nn.Tanh())]
+    model, batches = nn.Sequential(*blocks), [torch.randn(160, width) for _ in range(2)]
+    loda = LoDA(model, target="*", rank=4, moment_dtype=moment_dtype, record_moments=record_moments)
+    apart = [*model.parameters(), *batches]
+    for _ in range(3):
+        history = [past.total for past in loda.history.values()]
+        with LiveBytes(history, apart) as live:
+            loda.begin_task(batches)
+            begun, live.peak = live.peak, live.now
+            loda.end_task(batches)
+    return [peak / (layers * width**2 * 8) for peak in (begun, live.peak)]
+
+
+def test_the_memory_of_a_task_is_at_most_three_histories() -> None:
+    begun, ended = peaks(record_moments=False, moment_dtype="float64")
+    assert 2 <= begun <= 2.7  # the history, and the sums of the new task
+    assert 2.5 <= ended <= 3  # the same, and the weights that a failure would put back
+    single = peaks(record_moments=False, moment_dtype="float32")
+    assert single[0] < begun - 0.4
+    assert single[1] < ended - 0.4
+    assert peaks(record_moments=True, moment_dtype="float64")[1] > 5

@@ -55,8 +55,10 @@ def here(folder: Path, recipe: str) -> dict[str, Tensor]:
     """Run a recipe in this process, and give the weights of its model."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        names = runpy.run_path(str(folder / recipe))
-    sys.modules.pop("stream", None)
+        try:
+            names = runpy.run_path(str(folder / recipe))
+        finally:
+            sys.modules.pop("stream", None)
     assert names["loda"].tasks == 2
     weights: dict[str, Tensor] = names["model"].cpu().state_dict()
     return weights

@@ -52,7 +52,7 @@ class Replay:
         settings = LoDASettings(
             rank=self.c["rank"], recalibration="direction", gamma=3.0, history="both"
         )
-        self.loda = LoDA(self.model, settings)
+        self.loda = LoDA(self.model, settings, record_moments=True)
         self.x, self.y = (torch.from_numpy(trace[f"train_{name}"]) for name in "xy")
         self.heads: list[CosineHead] = []
         self.errors: dict[str, float] = {}

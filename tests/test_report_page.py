@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from browser import measured
 from fake_runs import FROZEN, analysis, changed_json, fake_run
+from run_contents import contents
 
 from training.config import BackboneConfig, HeadConfig, MethodConfig
 from training.report import Report, write_report
@@ -59,7 +60,7 @@ def test_every_figure_is_there_in_both_formats(written: Path) -> None:
     }  # fmt: skip
     assert {p.stem for p in first.glob("*.png")} == {p.stem for p in first.glob("*.svg")}
     assert {p.name for p in written.iterdir()} == {
-        "tables.md", "tables.tex", "runs.csv", "figures", "report.html",
+        "tables.md", "tables.tex", "runs.csv", "figures", "report.html", "manifest.json",
     }  # fmt: skip
 
 
@@ -139,18 +140,29 @@ def test_tables_in_latex_are_whole(written: Path) -> None:
         assert table.isascii()
 
 
-def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
+def test_only_what_a_report_wrote_is_replaced(tmp_path: Path) -> None:
     report = Report.over([fake_run(tmp_path / "run", ((99, 99),))])
     out = tmp_path / "out"
-    stale, mine = out / "figures" / "old.png", out / "mine.txt"
-    stale.parent.mkdir(parents=True)
-    stale.touch()
-    mine.touch()
+    write_report(report, out)
     with pytest.raises(FileExistsError, match="not empty"):
         write_report(report, out)
-    assert [p.name for p in out.iterdir() if p.is_file()] == ["mine.txt"]
+    stale, mine, plot = (out / name for name in ("figures/old.png", "mine.txt", "figures/plot.png"))
+    for path in (stale, mine, plot):
+        path.write_text("mine")
+    written = json.loads((out / "manifest.json").read_text("utf-8"))["files"]
+    outside = tmp_path / "outside.png"
+    outside.touch()
+    listed = ["figures/old.png", "mine.txt", "../outside.png", str(outside), *written]
+    changed_json(out / "manifest.json", files=listed)
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match=r"figures/plot\.png"):
+        write_report(report, out, overwrite=True)
+    assert contents(tmp_path) == before
+    plot.unlink()
     write_report(report, out, overwrite=True)
-    assert mine.exists()
-    assert not stale.exists()
+    assert (mine.exists(), outside.exists(), stale.exists()) == (True, True, False)
     with pytest.raises(NotADirectoryError, match="is a file"):
         write_report(report, mine)
+    (out / "manifest.json").unlink()
+    with pytest.raises(FileExistsError, match=r"report\.html"):
+        write_report(report, out, overwrite=True)

@@ -21,13 +21,15 @@ from typing import Any
 import pytest
 import torch
 from forked import holds, loda, members, saves_itself, status, wait_until
+from image_folders import repaint
 from interrupted import at_step, cut_off, differences, go_on, stopped
-from run_contents import contents
-from small_runs import KEPT, READOUTS, changed, finished, flags, plain, tiny, tree
+from run_contents import contents, resealed
+from small_runs import KEPT, READOUTS, changed, finished, flags, plain, squares, tiny, tree
 
 from training import cli
 from training.checkpoint import newest_checkpoint, read_checkpoint, write_checkpoint
 from training.config import Experiment, MethodConfig, begun_experiment
+from training.distributed import Processes
 from training.methods import METHODS
 from training.run_dir import checkpoint_files, is_finished, read_json, write_json
 from training.train import prepare, resume, run_to_end, train
@@ -154,7 +156,46 @@ def test_other_data_are_refused(tmp_path: Path, root: Path, what: str) -> None:
     path = stopped(tiny(root, tmp_path / "cut"), 8)
     classes = read_json(path / "classes.json")
     write_json(path / "classes.json", {**classes, what: classes[what][::-1]})
+    with pytest.raises(ValueError, match="not the file that the run wrote"):
+        resume(path, quiet=True)
+    resealed(path)
     with pytest.raises(ValueError, match="data have changed"):
+        resume(path, quiet=True)
+
+
+@pytest.mark.parametrize("call", range(1, 9))
+def test_a_signal_that_arrives_while_the_processes_agree_is_not_lost(
+    tmp_path: Path, root: Path, call: int
+) -> None:
+    """It arrives in the call that asks whether anybody has one, too late to be counted."""
+
+    class Asked(Processes):
+        calls = 0
+
+        def maximum(self, number: int) -> int:
+            Asked.calls += 1
+            if Asked.calls == call:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return number
+
+    run = prepare(tiny(root, tmp_path / "run"))
+    run.processes = Asked()
+    with pytest.raises(SystemExit, match="143"):
+        run_to_end(run, quiet=True)
+    assert call < Asked.calls <= call + 3  # at the next step, which asks twice
+    assert checkpoint_files(tmp_path / "run")
+
+
+def test_images_with_other_pixels_are_refused(tmp_path: Path) -> None:
+    root = squares(tmp_path / "squares")
+    repaint(root / "train" / "red" / "0.png", 1)
+    path = stopped(tiny(root, tmp_path / "cut"), 8)
+    repaint(root / "train" / "red" / "0.png", 2)
+    with pytest.raises(ValueError, match="data have changed"):
+        resume(path, quiet=True)
+    record = read_json(path / "environment.json")
+    write_json(path / "environment.json", {**record, "backbone": None})
+    with pytest.raises(ValueError, match="environment"):
         resume(path, quiet=True)
 
 

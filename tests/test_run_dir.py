@@ -22,6 +22,7 @@ from run_contents import FILES, below, contents, events
 from safetensors.torch import load_file
 from small_runs import KEPT, READOUTS, VIT, finished, plain, small_vit, squares, tiny
 
+from training.cli import main
 from training.config import Experiment, dump_experiment, read_experiment
 from training.metrics import AccuracyMatrix
 from training.run_dir import (
@@ -30,6 +31,7 @@ from training.run_dir import (
     RunFolder,
     choose_folder,
     held_by,
+    is_finished,
     read_json,
     read_tensors,
     readable,
@@ -425,11 +427,74 @@ def test_overwriting_leaves_nothing_of_the_old_run(copy: Path, root: Path) -> No
     assert {name for name, content in after.items() if content == before[name]} == set()
 
 
+def test_only_files_that_a_run_writes_are_replaced(copy: Path) -> None:
+    foreign = [
+        copy / "tasks" / "001" / "mine.safetensors",
+        copy / "tasks" / "mine" / "heads.safetensors",
+        copy / "checkpoints" / "1000.safetensors",
+        copy / "checkpoints" / "1000" / "000001.safetensors",
+    ]
+    for path in foreign:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (copy / "tasks" / "empty").mkdir()
+    RunFolder(copy, overwrite=True).close()
+    assert all(path.is_file() for path in foreign)
+    assert (copy / "tasks" / "empty").is_dir()
+    assert not (copy / "summary.json").exists()
+
+
+def test_a_folder_of_others_is_never_replaced(tmp_path: Path, root: Path) -> None:
+    for name in ("config.yaml", "model.safetensors", "accuracy.png", ".hidden"):
+        (tmp_path / name).write_text("mine")
+    before = contents(tmp_path)
+    for attempt in (True, "unfinished"):
+        with pytest.raises(FileExistsError, match=r"accuracy\.png, config\.yaml, model\.safe"):
+            train(tiny(root, tmp_path), overwrite=attempt, quiet=True)
+    assert contents(tmp_path) == before
+
+
+def test_a_run_that_was_finished_meanwhile_stays(copy: Path, root: Path) -> None:
+    """The folder was free, or its run unfinished, when it was chosen; it is locked later."""
+    before = contents(copy)
+    for attempt in (False, "unfinished"):
+        with pytest.raises(FileExistsError):
+            RunFolder(copy, overwrite=attempt)
+        with pytest.raises(FileExistsError):
+            train(tiny(root, copy), overwrite=attempt, quiet=True)
+    assert contents(copy) == before
+    RunFolder(copy, resume=True).close()  # the lock was released
+    (copy / "summary.json").write_text("")  # as a power cut may leave it
+    assert not is_finished(copy)
+    RunFolder(copy, overwrite="unfinished").close()
+    assert not (copy / "model.safetensors").exists()
+
+
+def test_a_run_that_is_half_removed_is_not_finished(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    (copy / "model.safetensors").mkdir()  # so that removing it fails, like a kill at that moment
+    with pytest.raises(OSError, match="model"):
+        RunFolder(copy, overwrite=True)
+    assert not is_finished(copy)
+
+
+def test_every_changed_file_is_told(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(copy), "--files"]) == 0
+    kept = copy / "tasks" / "002" / "heads.safetensors"
+    kept.write_bytes(kept.read_bytes()[:-1] + b"x")
+    (copy / "environment.json").unlink()
+    (copy / "analysis.json").write_text("{}")  # not in the manifest
+    assert main(["verify", str(copy), "--files"]) == 1
+    changed = ["analysis.json", "environment.json", "tasks/002/heads.safetensors"]
+    said = capsys.readouterr().err.splitlines()
+    assert [line.rpartition(": ")[2] for line in said] == [str(copy / name) for name in changed]
+
+
 def test_overwriting_removes_results_before_training_begins(copy: Path) -> None:
     experiment = read_experiment(copy / "config.yaml")
     experiment.out = str(copy)
     prepare(experiment, overwrite=True).folder.close()
-    assert below(copy) == {"config.yaml", "classes.json", "environment.json"}
+    assert below(copy) == {"config.yaml", "classes.json", "environment.json", "manifest.json"}
 
 
 def test_bad_settings_leave_the_old_run_whole_even_with_overwrite(copy: Path, root: Path) -> None:

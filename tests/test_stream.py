@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from image_folders import CALTECH, CLASSES, colour, folder, grow
+from image_folders import CALTECH, CLASSES, colour, folder, grow, repaint
 
 from training.data import DataConfig, build_stream, loader
 from training.data import test_transform as evaluation_transform
@@ -141,6 +141,7 @@ def test_caltech_as_the_reference_used_it(shared: Path) -> None:
 
 def test_the_fingerprint_is_that_of_the_data_wherever_they_lie(tree: Path) -> None:
     config = folder(tree, validation=0.2)
+    repaint(tree / "train" / "ant" / "0.png", 1)
     before = build_stream(config, 0).fingerprint()
     assert build_stream(config, 0).fingerprint() == before
     moved = tree.rename(tree.with_name("moved"))
@@ -149,7 +150,7 @@ def test_the_fingerprint_is_that_of_the_data_wherever_they_lie(tree: Path) -> No
     others.add(build_stream(folder(moved, validation=0.2), 1).fingerprint())
     others.add(build_stream(folder(moved, validation=0.2, tasks=1), 0).fingerprint())
     path = moved / "train" / "ant" / "0.png"
-    path.write_bytes(path.read_bytes() + b"0")  # of another size
+    repaint(path, 2)
     others.add(build_stream(folder(moved, validation=0.2), 0).fingerprint())
     path.rename(path.with_name("a.png"))
     others.add(build_stream(folder(moved, validation=0.2), 0).fingerprint())
@@ -184,7 +185,6 @@ def test_images_may_come_one_by_one(kind: str, cache: bool) -> None:
     )
     for a, b in ((one.train, other.train), (one.test, other.test)):
         assert all(torch.equal(x, y) for (x, _), (y, _) in zip(a, b, strict=True))
-    assert one.fingerprint() == other.fingerprint()  # which says nothing of pixels
 
 
 @pytest.mark.parametrize(

@@ -204,14 +204,14 @@ class Fake(Children):
 
     def train(self, source: str, log: Path) -> int:
         if not source.endswith(".yaml"):  # the folder of a resumed run
-            Path(source, "summary.json").touch()
+            Path(source, "summary.json").write_text("{}")
             return 0
         experiment = read_experiment(source)
         if experiment.method.options.get("target") == "nowhere":
             log.write_bytes(b"first\nno layer \xff matches  \n\n   \n")
             return 2
         begun(experiment)
-        Path(str(experiment.out), "summary.json").touch()
+        Path(str(experiment.out), "summary.json").write_text("{}")
         return 0
 
 
@@ -266,8 +266,18 @@ def test_an_unfinished_run_without_a_checkpoint_starts_again(tmp_path: Path) -> 
     assert not can_resume(job)
     assert run_job(job, tmp_path, children=children).status == "finished"
     assert finished(job)
-    config = str(tmp_path / "logs" / "loda-seed0.yaml")
-    assert children.commands == [["--config", config, "--overwrite"]]
+    config = tmp_path / "logs" / f"loda-seed0.{os.getpid()}.yaml"  # nobody else's, and removed
+    assert children.commands == [["--config", str(config), "--overwrite", "unfinished"]]
+    assert not config.exists()
+
+
+def test_a_run_that_another_sweep_finished_meanwhile_is_done(tmp_path: Path) -> None:
+    class Late(Fake):
+        def train(self, source: str, log: Path) -> int:
+            super().train(source, log)  # by the other sweep
+            return 2  # ours was refused
+
+    assert run_job(planned(tmp_path), tmp_path, children=Late()).status == "done before"
 
 
 @pytest.mark.parametrize("own", [None, "noted_images.Noting"])
@@ -330,7 +340,7 @@ def test_a_finished_run_that_cannot_be_read_stops_no_other(tmp_path: Path) -> No
     folder = tmp_path / "broken" / "seed0"
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("method: {", "utf-8")
-    (folder / "summary.json").touch()
+    (folder / "summary.json").write_text("{}")
     jobs = plan(sweep, tmp_path)
     assert [job_state(job) for job in jobs] == ["unreadable", "to do"]
     said: list[str] = []

@@ -25,6 +25,7 @@ from tiny_models import (
     means,
     mlp,
     never,
+    padded_bert,
     same,
     small,
     snapshot,
@@ -1477,3 +1478,130 @@ def test_autocast_around_a_task_is_autocast_inside_its_losses() -> None:
         return call
 
     assert same(trained(outside=False), trained(outside=True))
+
+
+# Second moments: which tokens, how they are stored, how long
+
+
+def test_padding_does_not_move_the_directions() -> None:
+    """One sequence at a time needs no padding, and gives the same tasks."""
+    found: dict[str, dict[str, list[Tensor]]] = {}
+    for kind in ("masked", "alone", "padded"):
+        model, padded, sequences = padded_bert()
+        alone = [{"input_ids": x} for x in sequences]
+        given: list[Any] = alone if kind == "alone" else padded
+        mask = "attention_mask" if kind == "masked" else None
+        loda = LoDA(model, target="*.attention.self.query", rank=3, heldout=True, mask=mask)
+        bases: dict[str, list[Tensor]] = {}
+        for _ in range(2):
+            with loda.task(given):
+                for name, layer in loda.layers.items():
+                    downs = [layer.branch(b).down.detach() for b in layer.branches]
+                    bases.setdefault(name, []).extend(3**0.5 * down for down in downs)
+        found[kind] = bases
+        found[f"{kind} history"] = {n: [past.total.float()] for n, past in loda.history.items()}
+    for name, wanted in found["alone"].items():
+        assert len(wanted) == 3
+
+        def cosine(kind: str, name: str = name, wanted: list[Tensor] = wanted) -> float:
+            pairs = zip(found[kind][name], wanted, strict=True)
+            return min(float(torch.linalg.svdvals(a @ b.mT).min()) for a, b in pairs)
+
+        assert cosine("masked") > 1 - 1e-4 > 0.99 > cosine("padded")
+        history = found["masked history"][name], found["alone history"][name]
+        torch.testing.assert_close(*history, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "needed"),
+    [
+        ({}, False),
+        ({"recalibration": "none"}, True),
+        ({"history": "both", "heldout": True}, False),
+        ({"recalibration": "none", "history": "trained"}, False),
+    ],
+    ids=str,
+)
+def test_a_task_is_the_same_whether_its_moments_are_recorded(
+    options: dict[str, Any], needed: bool
+) -> None:
+    finals = []
+    for record_moments in (False, True):
+        loda = LoDA(mlp(), LoDASettings(**MLP, **options), record_moments=record_moments)
+        learn(loda, 0)
+        begin(loda, 1)
+        fit(loda, 1)
+        state = loda.state_dict()
+        assert any(key.startswith("new/") for key in state) == (needed or record_moments)
+        saved = through_a_file({"loda": state, "model": loda.model.state_dict()})
+        twin = LoDA(mlp(seed=3), LoDASettings(**MLP, **options), record_moments=record_moments)
+        twin.load_state_dict(saved["loda"])
+        twin.model.load_state_dict(saved["model"])
+        records = [end(method, 1) for method in (loda, twin)]
+        assert same(loda.state_dict(), twin.state_dict())
+        for record in records:
+            assert bool(record.new) == bool(record.moment_tensors()) == record_moments
+            finals.append((snapshot(loda.model), totals(loda), record.branch_tensors()))
+            assert record.diagnostics() == records[0].diagnostics()
+    assert all(same(a, b) for final in finals for a, b in zip(final, finals[0], strict=True))
+
+
+def test_moments_that_are_to_be_recorded_must_be_in_the_state() -> None:
+    loda = LoDA(mlp(), LoDASettings(**MLP))
+    begin(loda, 0)
+    other = LoDA(mlp(), LoDASettings(**MLP), record_moments=True)
+    with pytest.raises(ValueError, match="new/"):
+        other.load_state_dict(loda.state_dict())
+
+
+def test_an_end_that_fails_can_be_repeated_without_recorded_moments() -> None:
+    finals = []
+    for fails in (False, True):
+        loda = LoDA(mlp(), LoDASettings(**MLP))
+        learn(loda, 0)
+        begin(loda, 1)
+        fit(loda, 1)
+        if fails:
+            with pytest.raises(KeyboardInterrupt):
+                loda.end_task(breaking(batches(1, loda.model), KeyboardInterrupt(), on_walk=2))
+        end(loda, 1)
+        finals.append((snapshot(loda.model), totals(loda)))
+    assert all(same(a, b) for a, b in zip(*finals, strict=True))
+
+
+def test_moments_in_single_precision_on_a_device_of_choice() -> None:
+    """They are rounded once a task, and all that is computed of them stays close."""
+    methods = [
+        LoDA(vit(), rank=3, moment_dtype=kind, moment_device="cpu", record_moments=True)
+        for kind in ("float64", "float32")
+    ]
+    records = [[learn_and_look(loda, task)[1] for task in range(3)] for loda in methods]
+    for name, past in methods[1].history.items():
+        assert past.total.dtype == torch.float32
+        assert past.total.device.type == "cpu"
+        assert past.unit == torch.finfo(torch.float32).eps
+        wanted = methods[0].history[name]
+        assert wanted.total.dtype == torch.float64
+        torch.testing.assert_close(past.total.double(), wanted.total, rtol=1e-3, atol=1e-4)
+        for a, b in zip(*records, strict=True):
+            assert b.new[name].dtype == torch.float32
+            torch.testing.assert_close(b.new[name].double(), a.new[name], rtol=1e-3, atol=1e-4)
+    weights = [{n: p.detach() for n, p in loda.model.named_parameters()} for loda in methods]
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
+    begin(methods[1], 3)
+    twin = LoDA(vit(), rank=3, moment_dtype="float32", record_moments=True)
+    twin.load_state_dict(through_a_file(methods[1].state_dict()))
+    assert same(twin.state_dict(), methods[1].state_dict())
+    assert all(twin.history[n][1:] == methods[1].history[n][1:] for n in twin.history)
+    assert all(twin.history[n].total.dtype == torch.float32 for n in twin.history)
+    with pytest.raises(ValueError, match="moment_dtype"):
+        LoDA(vit(), rank=3).load_state_dict(methods[1].state_dict())
+
+
+def test_the_unit_of_the_moments_comes_with_the_history() -> None:
+    loda = LoDA(vit(), rank=3)
+    learn(loda, 0)
+    twin = LoDA(vit(), rank=3)
+    twin.load_state_dict(loda.state_dict())
+    single = torch.finfo(torch.float32).eps
+    assert [past.unit for past in (*loda.history.values(), *twin.history.values())] == [single] * 4

@@ -14,13 +14,15 @@ from strategies import seeds
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.swin_transformer_v2 import SwinTransformerV2
-from tiny_models import HostReads, inputs, mlp, never, vit
+from tiny_models import HostReads, inputs, mlp, never, padded_bert, vit
 from torch import Tensor, nn
 from torchvision.models import SwinTransformer
 from torchvision.models import VisionTransformer as TorchvisionViT
 
 from backends.torch import MomentCollector, adapt, collect_moments
 from backends.torch.moments import HalvingCollector, collect_halves
+from loda_math import second_moment
+from loda_math.moments import GRAM_TOKENS
 
 BROKEN = "it broke on purpose"
 QKV = ("blocks.0.attn.qkv", "blocks.1.attn.qkv")
@@ -540,3 +542,183 @@ def test_compiled_models_are_seen_after_a_pass_without_hooks() -> None:
             seen = collect_moments(compiled, [x], "*2")
             compiled(x)
         assert torch.equal(next(iter(seen.values())).total, expected.total)
+
+
+# Tokens that are left out
+
+
+BERT = ("*.attention.self.query", "*.output.dense", "pooler.dense")
+
+
+def test_masked_moments_are_those_of_the_real_tokens() -> None:
+    model, batches, sequences = padded_bert()
+    masked = collect_moments(model, batches, BERT, mask="attention_mask")
+    padded = collect_moments(model, batches, BERT)
+    tokens = sum(x.shape[1] for x in sequences)
+    assert len(masked) == 7
+    for name, found in masked.items():
+        rows = [recorded_inputs(model, (name,), x)[name] for x in sequences]
+        truth = sum((x.mT @ x for x in rows), torch.zeros(()))
+        # One token a sequence enters the pooler.
+        assert found.count == (len(sequences) if name == "pooler.dense" else tokens)
+        assert float((found.total - truth).norm() / truth.norm()) < 1e-5
+        if name != "pooler.dense":
+            wrong = padded[name].mean - found.mean
+            assert float(wrong.norm() / found.mean.norm()) > 0.05  # padding would show
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["mapping", "pair"])
+def test_masks_by_key_by_function_and_by_layer_agree(wrapped: bool) -> None:
+    model, batches, _ = padded_bert()
+    target = "*.attention.self.query"
+    given: list[Any] = [(batch, torch.zeros(4)) for batch in batches] if wrapped else batches
+    by_key = collect_moments(model, given, target, mask="attention_mask")
+    keywords: Callable[[Any], Any] = lambda batch: batch[0] if wrapped else batch  # noqa: E731
+    padding: Callable[[Any], Tensor] = lambda b: keywords(b)["attention_mask"] == 1  # noqa: E731
+    first = "encoder.layer.0.*"
+    by_layer = collect_moments(model, given, target, mask={first: "attention_mask"})
+    by_function = collect_moments(model, given, target, mask=padding)
+    everything = collect_moments(model, given, target)
+    names = list(by_key)
+    assert all(torch.equal(by_key[n].total, by_function[n].total) for n in names)
+    assert torch.equal(by_layer[names[0]].total, by_key[names[0]].total)
+    assert torch.equal(by_layer[names[1]].total, everything[names[1]].total)
+
+
+def test_halves_leave_the_same_tokens_out() -> None:
+    model, batches, sequences = padded_bert()
+    names = ("encoder.layer.1.attention.self.query", "pooler.dense")
+    moments, halves = collect_halves(model, batches, names, mask="attention_mask")
+    plain = collect_moments(model, batches, names, mask="attention_mask")
+    for name in names:
+        assert torch.equal(moments[name].total, plain[name].total)
+        for half, start in zip(halves[name], (0, 1), strict=True):
+            rows = [recorded_inputs(model, (name,), x)[name] for x in sequences[start::2]]
+            tokens = torch.cat(rows)
+            truth = tokens.mT @ tokens / len(tokens)
+            assert float((half - truth).norm() / truth.norm()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("before", "mask", "rows"),
+    [
+        (lambda x: x, (4, 6), lambda x, m: x[m]),
+        (lambda x: x.reshape(24, 3), (4, 6), lambda x, m: x[m]),
+        (lambda x: x.reshape(4, 2, 3, 3), (4, 6), lambda x, m: x[m]),
+        (lambda x: x, (4, 2, 3), lambda x, m: x[m.reshape(4, 6)]),
+        (lambda x: x, (4,), lambda x, m: x[m]),
+        (lambda x: torch.stack([x, 2 * x], 2), (4, 6), lambda x, m: torch.stack([x, 2 * x], 2)[m]),
+        (lambda x: x[:, 0], (4, 6), lambda x, m: x[m.any(1), 0]),
+    ],
+    ids=["plain", "flat", "grid", "grid mask", "whole sequences", "heads", "class token"],
+)
+def test_a_mask_fits_inputs_of_several_shapes(
+    before: Callable[[Tensor], Tensor], mask: tuple[int, ...], rows: Any
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, 3, dtype=torch.float64)
+    counts = torch.rand(mask) < 0.5
+    counts[1] = False  # a sequence that is all padding
+    counts[2] = True
+    model = Layer(before).double()
+    found = collect_moments(model, [x], "layer", mask=lambda _: counts)["layer"]
+    tokens = rows(x, counts).reshape(-1, 3)
+    assert found.count == len(tokens) > 0
+    torch.testing.assert_close(found.total, tokens.mT @ tokens)
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        lambda x: x[:, :5],
+        lambda x: x.transpose(0, 1),
+        lambda x: x.reshape(8, 3, 3),
+        lambda x: torch.cat([x, x[:, :1]], 1),
+        lambda x: x[0, 0],
+        lambda x: x[:3, 0],
+    ],
+    ids=["a part", "tokens first", "windows", "class token added", "one token", "sequences gone"],
+)
+def test_inputs_that_do_not_fit_a_mask_are_refused_by_the_name_of_the_layer(before: Any) -> None:
+    model, x = Layer(before), torch.randn(4, 6, 3)
+    with pytest.raises(ValueError, match="'layer'") as error:
+        collect_moments(model, [x], "layer", mask=lambda _: torch.ones(4, 6).bool())
+    assert "\n" not in str(error.value)
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "word"),
+    [
+        ("padding", ValueError, "attention_mask"),
+        (lambda b: b["attention_mask"].float(), TypeError, "float32"),
+        (lambda b: b["attention_mask"].tolist(), TypeError, "list"),
+        (lambda b: b["attention_mask"].sum(), ValueError, "single"),
+        (lambda b: b["attention_mask"] * 0, ValueError, "other way"),
+        ({"decoder.*": "attention_mask"}, ValueError, "decoder"),
+    ],
+    ids=["unknown key", "float", "list", "number", "nothing counts", "no such layer"],
+)
+def test_masks_that_cannot_be_meant_are_refused(mask: Any, error: Any, word: str) -> None:
+    model, batches, _ = padded_bert()
+    with pytest.raises(error, match=word):
+        collect_moments(model, batches, "*.attention.self.query", mask=mask)
+
+
+def test_what_is_left_out_may_be_anything() -> None:
+    x, real = torch.randn(2, 3, 4), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    x[real == 0] = float("nan")
+    model = nn.Sequential(nn.Linear(4, 2))
+    found = collect_moments(model, [(x, real)], "0", mask=lambda batch: batch[1])["0"]
+    assert found.count == 3
+    assert bool(found.total.isfinite().all())
+
+
+def test_a_mask_is_read_once_a_batch_and_not_once_a_layer() -> None:
+    model, batches, _ = padded_bert()
+    with HostReads() as reads:
+        collect_moments(model, batches, "*.output.dense", mask="attention_mask")
+    assert reads.seen.count("nonzero") == len(batches)
+
+
+# Sums in place
+
+
+def test_moments_that_were_read_do_not_change_later() -> None:
+    model, x = nn.Sequential(nn.Linear(5, 2)), torch.randn(2, 7, 5)
+    with MomentCollector(model, "0") as collector:
+        model(x[0])
+        first = collector.moments["0"]
+        before = first.total.clone()
+        model(x[1])
+        both = collector.moments["0"]
+    assert (first.count, both.count) == (7, 14)
+    assert torch.equal(first.total, before)
+    assert torch.equal(both.total, both.total.mT)
+    rows = x.reshape(-1, 5).double()
+    torch.testing.assert_close(both.total, rows.mT @ rows, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_moments_of_inference_mode_are_the_same(dtype: torch.dtype) -> None:
+    model, x = nn.Sequential(nn.Linear(5, 2)).to(dtype), torch.randn(9, 5).to(dtype)
+
+    @torch.inference_mode()
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        out: Tensor = model(batch)
+        return out
+
+    plain = collect_moments(model, [x, x], "0")["0"]
+    found = collect_moments(model, [x, x], "0", forward=forward)["0"]
+    assert torch.equal(found.total, plain.total)
+    assert not found.total.is_inference()
+    assert found.unit == plain.unit == torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+
+
+def test_long_inputs_are_summed_in_pieces() -> None:
+    x = 1 + torch.rand(100_000, 3)
+    found = collect_moments(nn.Sequential(nn.Linear(3, 1)), [x], "0")["0"].total.diag()
+    parts = sum(second_moment(p, check=False).total.diag() for p in x.split(GRAM_TOKENS))
+    whole = (x.mT @ x).diag().double()
+    torch.testing.assert_close(found, parts, rtol=1e-8, atol=0)
+    assert not torch.allclose(found, whole, rtol=1e-8, atol=0)

@@ -249,17 +249,67 @@ def test_what_cannot_be_written_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == (["a"] if overwrite else [])
 
 
-def attention() -> nn.Module:
-    return nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
+class Attending(nn.Module):
+    """Attention that holds its weights itself, as torchvision's transformers and CLIP have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Linear(6, 12)
+        self.blocks = nn.ModuleList(nn.MultiheadAttention(12, 2, batch_first=True) for _ in "ab")
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x.reshape(len(x), 3, -1)[..., :6])
+        for block in self.blocks:
+            x = x + block(x, x, x, need_weights=False)[0]
+        return self.head(x.mean(dim=1))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "*.in_proj",
+        ["*.in_proj.q", "*.in_proj.v"],
+        ["embed", "blocks.0.in_proj.k", "blocks.1.in_proj"],
+    ],
+    ids=str,
+)
+def test_attention_with_weights_of_its_own(target: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="PEFT is not installed; the extra peft has it")
+    model = Attending()
+    loda = LoDA(model, target=target, rank=2)
+    start, x = copy.deepcopy(model), inputs(0, vit())[0]
+    y = torch.arange(24) % 4
+    for task in range(2):
+        before = copy.deepcopy(model)
+        with loda.task([x]) as opened:
+            optimizer = torch.optim.SGD(opened.parameters(lr=0.5))
+            for _ in range(3):
+                opened.step(lambda rows: F.cross_entropy(model(x[rows]), y[rows]), y, optimizer)
+        save_adapter(tmp_path / f"task{task}", model, opened.record)
+        assert difference(loaded(before, tmp_path / f"task{task}"), model, x) < EQUAL
+        assert difference(before, model, x) > 100 * EQUAL
+    theirs = loaded(start, tmp_path / "task0", adapter_name="task0")
+    theirs.load_adapter(tmp_path / "task1", adapter_name="task1")
+    theirs.add_weighted_adapter(["task0", "task1"], [1.0, 1.0], "all", combination_type="cat")
+    theirs.set_adapter("all")
+    assert difference(theirs, model, x) < EQUAL
+    begun = peft.get_peft_model(start, peft.LoraConfig(**lora_options(model, opened.record)))
+    initialise_lora(begun, opened.record)
+    downs = [m.lora_A["default"].weight for m in begun.modules() if hasattr(m, "lora_A")]
+    rows = sum(int(down.any(dim=1).sum()) for down in downs)
+    assert rows == sum(len(d) for by in opened.record.downs.values() for d in by.values())
+    assert difference(begun, start, x) < EQUAL
 
 
 @pytest.mark.parametrize("target", ["*.in_proj", "*.in_proj.q", "*.out_proj"])
-def test_what_peft_would_not_use_is_refused(target: str, tmp_path: Path) -> None:
-    model = attention()
+def test_what_peft_would_not_use_or_use_twice_is_refused(target: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
     loda = LoDA(model, target=target, rank=2)
     with loda.task([torch.randn(4, 5, 8)]) as task:
         torch.optim.SGD(task.parameters(lr=0.1))
-    with pytest.raises(TypeError, match=r"MultiheadAttention"):
+    with pytest.raises(TypeError, match="twice" if "out_proj" in target else "past PEFT"):
         save_adapter(tmp_path / "a", model, task.record)
     assert not list(tmp_path.iterdir())
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from backends.torch import LoDASettings, random_bases
-from backends.torch.solve import solve_bases, solve_heldout
+from backends.torch.solve import _calls, solve_bases, solve_heldout
 from loda_math import general_subspace, isolated_subspace, remember
 
 
@@ -48,6 +48,33 @@ def test_the_ridge_is_relative_to_what_the_settings_say() -> None:
         found[scale] = float((basis[:2] ** 2).sum())
     assert found["mean"] < 1.5
     assert found["channels"] == pytest.approx(2) == found["eigenvalues"]
+
+
+def test_layers_are_solved_where_they_are_and_large_ones_apart() -> None:
+    cpu, other = torch.device("cpu"), torch.device("meta")
+    places = {"a": (cpu, 8, 2), "b": (other, 8, 2), "c": (cpu, 8, 2), "d": (cpu, 8, 3)}
+    assert _calls(places) == [(["a", "c"], cpu), (["b"], other), (["d"], cpu)]
+    for device, width, sizes in (
+        (cpu, 768, [1] * 12),
+        (other, 768, [7, 5]),
+        (other, 3072, [1] * 12),
+    ):
+        calls = _calls({str(n): (device, width, 2) for n in range(12)})
+        assert [len(group) for group, _ in calls] == sizes
+        assert {place for _, place in calls} == {device}
+
+
+def test_moments_in_single_precision_give_the_same_directions() -> None:
+    new = {"layer": moment(40, 0)}
+    old = {"layer": remember(None, moment(40, 1))}
+    new32 = {"layer": new["layer"].float()}
+    old32 = {"layer": old["layer"]._replace(total=old["layer"].total.float())}
+    settings, eps = LoDASettings(rank=3), torch.finfo(torch.float32).eps
+    wanted = solve_bases(settings, new, old, eps)["layer"]
+    found = solve_bases(settings, new32, old32, eps, {"layer": torch.device("cpu")})["layer"]
+    for branch in ("general", "isolated"):
+        cosines = torch.linalg.svdvals(wanted[branch].mT @ found[branch].double())
+        assert float(cosines.min()) > 1 - 1e-6
 
 
 @pytest.mark.parametrize("first_task", [True, False])

@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from interrupted import CutOff, at_step, end, stopped
 from mangled import DEEP, ODD, damaged, mangled, places
 from PIL import Image
-from run_contents import set_in_config
+from run_contents import resealed, set_in_config
 from safetensors.torch import load, save
 from small_runs import finished, small_vit, tiny, tree
 
@@ -446,9 +446,12 @@ def test_run_folders(analysed: Path, data: st.DataObject) -> None:
     before = path.read_bytes()
     try:
         path.write_bytes(data.draw(spoilt(path)))
+        if data.draw(st.booleans()):  # else the manifest tells
+            resealed(analysed)
         status, said = says(COMMANDS[command](analysed))
     finally:
         path.write_bytes(before)
+        resealed(analysed)
     assert_clear(command, status, said)
 
 
@@ -597,6 +600,7 @@ def test_links_out_of_a_run_folder_are_refused(
     (run / name).parent.mkdir(parents=True, exist_ok=True)
     (run / name).symlink_to(outside, target_is_directory=True)
     (run / "config.yaml").write_text("seed: 1")
+    resealed(run)
     with pytest.raises(OSError, match="symbolic link"):
         train(tiny(tree(tmp_path_factory), run), overwrite=True, quiet=True)
     assert list(read_tensors(outside / "001" / "dear.safetensors")) == ["a"]
@@ -609,7 +613,7 @@ def test_files_that_are_links_are_replaced_not_followed(
     dear, run = tmp_path / "dear", tmp_path / "run"
     dear.write_text("dear")
     run.mkdir()
-    for name in ("config.yaml", "metrics.jsonl", "summary.json", "model.safetensors"):
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "manifest.json"):
         (run / name).symlink_to(dear)
     experiment = tiny(tree(tmp_path_factory), run)
     train(experiment, overwrite=True, quiet=True)
@@ -624,6 +628,7 @@ def test_what_a_killed_process_had_half_written_is_removed_and_nothing_else(copy
     half = [
         copy / ".model.safetensors.12.tmp",
         copy / "tasks" / "001" / ".heads.safetensors.12.tmp",
+        *(folder / ".tmpAb12Cd" for folder in (copy, copy / "tasks" / "001")),  # of safetensors
     ]
     mine = copy / ".mine.tmp"
     for path in (*half, mine):

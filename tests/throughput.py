@@ -43,7 +43,10 @@ class Setting:
         options = {"img_size": self.image_size, **dict(self.options)}
         model = timm.create_model(self.model, num_classes=self.classes, **options)
         loda = LoDA(
-            model.to(self.device), LoDASettings(rank=self.rank, heldout=False), trainable=["head.*"]
+            model.to(self.device),
+            LoDASettings(rank=self.rank, heldout=False),
+            trainable=["head.*"],
+            record_moments=True,
         )
         for _ in range(2):
             loda.begin_task([self.images()])

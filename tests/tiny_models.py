@@ -35,11 +35,32 @@ def vit(**options: Any) -> VisionTransformer:
     return VisionTransformer(**{**small, "num_classes": 4, **options})
 
 
+def padded_bert() -> tuple[nn.Module, list[dict[str, Tensor]], list[Tensor]]:
+    """A small BERT, batches of which 76 % is padding, and the real sequences one by one."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=25,
+    )  # fmt: skip
+    model = transformers.BertModel(config).eval()
+    lengths = [[3, 9, 4, 8], [2, 25, 1, 6], [4, 5, 3, 2]]
+    batches, sequences = [], []
+    for sizes in lengths:
+        tokens = torch.randint(1, 50, (len(sizes), 25))
+        real = torch.arange(25) < torch.tensor(sizes)[:, None]
+        batches.append({"input_ids": tokens * real, "attention_mask": real.long()})
+        sequences += [row[None, :size] for row, size in zip(tokens, sizes, strict=True)]
+    share = sum(map(sum, lengths)) / sum(25 * len(sizes) for sizes in lengths)
+    assert share == pytest.approx(0.24)
+    return model, batches, sequences
+
+
 def small(build: Callable[[], nn.Module] = mlp, **settings: Any) -> LoDA:
     """LoDA over a new model, three directions a branch unless the settings say otherwise."""
     model = build()
     options = MLP if isinstance(model, nn.Sequential) else {"rank": 3}
-    return LoDA(model, LoDASettings(**{**options, **settings}))
+    return LoDA(model, LoDASettings(**{**options, **settings}), record_moments=True)
 
 
 def inputs(task: int, model: nn.Module) -> tuple[Tensor, Tensor]:

@@ -310,14 +310,17 @@ def _predict(arguments: argparse.Namespace) -> None:
     "compare finished runs in tables and figures, on one page",
     _RUNS,
     _arg("--out", type=Path, help="write everything to this folder"),
-    _arg("--overwrite", action="store_true", help="replace the report in --out"),
+    _arg("--overwrite", action="store_true", help="replace the report in --out, and --figure"),
     _arg("--figure", type=Path, help="draw accuracy over tasks to this PNG or SVG"),
     _arg("--lead-of", metavar="NAME", help="show the lead of this method (default: loda)"),
     _arg("--baseline", metavar="NAME", help="draw accuracies relative to this method"),
 )
 def _report(arguments: argparse.Namespace) -> None:
     from training.report import Report, comparison_figure, write_report
+    from training.run_dir import require_new
 
+    if arguments.figure is not None:
+        require_new(arguments.figure, overwrite=arguments.overwrite)
     report = Report.over(arguments.runs, lead_of=arguments.lead_of, baseline=arguments.baseline)
     if arguments.out is None:
         print(report.markdown(), end="")
@@ -420,11 +423,22 @@ def _data_check(arguments: argparse.Namespace) -> int:
         metavar="FILE.npz",
         help="also write what was checked, for python -m loda_math.verify",
     ),
+    _arg("--overwrite", action="store_true", help="replace the file of --export"),
+    _arg("--files", action="store_true", help="only compare every file of the run with its hash"),
 )
 def _verify(arguments: argparse.Namespace) -> int:
     from loda_math.verify import verification_table
     from training.analysis.verify import export_run, verify
+    from training.run_dir import changed_files, require_new
 
+    if arguments.files:
+        changed = changed_files(arguments.path)
+        _say(*(f"loda verify: missing or changed: {arguments.path / name}" for name in changed))
+        if not changed:
+            print(f"every file of {arguments.path} is as it was written")
+        return 1 if changed else 0
+    if arguments.export is not None:
+        require_new(arguments.export, overwrite=arguments.overwrite)
     checks = verify(arguments.path, tolerance=arguments.tolerance)
     if arguments.export is not None:
         export_run(arguments.path, arguments.export)

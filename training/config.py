@@ -585,16 +585,25 @@ def _file_sources(path: Path, above: tuple[Path, ...] = ()) -> list[_Source]:
         raise ValueError(msg)
     values = read_yaml(path)
     if not isinstance(values, dict):
-        msg = f"{path} must hold sections with settings, got {values!r:.40}"
+        # What it holds is not repeated: a configuration of others may name any file as its base.
+        msg = f"{path} must hold sections with settings, got a {type(values).__name__}"
         raise ValueError(msg)  # noqa: TRY004 - wrong content of a file, not a wrong call
     bases: list[_Source] = []
     if "base" in values:
         name = values.pop("base")
-        if not isinstance(name, str):
-            msg = f"{path}: base must be the name of a configuration, got {name}"
+        # Never a path out of the folder: a configuration may come from anybody.
+        beside = path.parent / f"{str(name).removesuffix('.yaml')}.yaml"
+        leaves = Path(str(name)).is_absolute() or ".." in Path(str(name)).parts
+        if not leaves and beside.is_file():
+            base = beside
+        elif name in packaged_configs():
+            base = _CONFIGS / f"{name}.yaml"
+        else:
+            msg = (
+                f"{path}: base must be the name of a YAML file in its folder or of a packaged "
+                f"configuration, got {name!r:.80}; packaged are {', '.join(packaged_configs())}"
+            )
             raise ValueError(msg)
-        beside = path.parent / f"{name.removesuffix('.yaml')}.yaml"
-        base = beside if beside.is_file() else resolve_config(name)
         bases = _file_sources(base, (*above, path.resolve()))
     try:
         return [*bases, _FileSettings(_flat(values), path)]
@@ -848,14 +857,18 @@ def _options(components: _Components) -> frozenset[str]:
 
 _PROGRAM = "loda train"
 _USAGE = (
-    "loda train [--config CONFIG] [--SETTING VALUE ...] [--overwrite] | "
+    "loda train [--config CONFIG] [--SETTING VALUE ...] [--overwrite [unfinished]] | "
     "--resume RUN [--allow CLASS ...]"
 )
 # Arguments of the command that are no settings.
 _RUN_OPTIONS: dict[str, dict[str, Any]] = {
     "--overwrite": {
-        "action": "store_true",
-        "help": "Replace the run in a folder that is not empty",
+        "nargs": "?",
+        "const": True,
+        "default": False,
+        "choices": ["unfinished"],
+        "help": "Replace the run in a folder that is not empty; with the word unfinished, only a "
+        "run without results",
     },
     "--resume": {
         "type": Path,
@@ -1112,7 +1125,10 @@ def read_yaml(path: Path) -> Any:
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
-        msg = f"{path} is not YAML: {error}"
+        # Without the lines that PyYAML would quote: it may be any file that a base names.
+        mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
+        place = f"{path}, line {mark.line + 1}," if mark else f"{path}"
+        msg = f"{place} is not YAML: {problem or getattr(error, 'reason', 'it cannot be read')}"
         raise ValueError(msg) from error
     except ValueError as error:
         msg = f"{path}: {error}"

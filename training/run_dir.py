@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import time
 import weakref
 import zipfile
@@ -16,7 +17,7 @@ from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError
 
@@ -34,8 +35,17 @@ MODEL, READOUTS_FILE, STATE = "model.safetensors", "readouts.safetensors", "stat
 TASKS, CHECKPOINTS = "tasks", "checkpoints"
 MANIFEST, ANALYSIS, LOCK = "manifest.json", "analysis.json", ".lock"
 
-_RESULTS = (METRICS, SUMMARY, FIGURE, MODEL, READOUTS_FILE, STATE, MANIFEST, ANALYSIS)
-_FILES = (CONFIG, CLASSES, ENVIRONMENT, *_RESULTS)
+KEPT = ("branches", "moments", "heads", "statistics")
+"""What a run may keep of a task, each in a file of its folder."""
+
+# The summary is removed first: without it a run that is half removed does not count as finished.
+_RESULTS = (SUMMARY, METRICS, FIGURE, MODEL, READOUTS_FILE, STATE, ANALYSIS)
+_FILES = (CONFIG, CLASSES, ENVIRONMENT, MANIFEST, *_RESULTS)
+_KEPT_FILE = re.compile(rf"{TASKS}/[0-9]{{3,}}/({'|'.join(KEPT)})\.safetensors")
+_OWN_TEMPORARY = ".tmp" + 6 * "[0-9A-Za-z]"  # while safetensors writes a file
+
+Overwrite = bool | Literal["unfinished"]
+"""Whether the run in a folder may be replaced: any, none, or only one without results."""
 _PACKAGES = (
     "loda",
     "torch",
@@ -413,7 +423,7 @@ if fcntl is not None:
 # --- the folder of a run --------------------------------------------------------------------------
 
 
-def choose_folder(out: str | None, name: str, *, overwrite: bool = False) -> Path:
+def choose_folder(out: str | None, name: str, *, overwrite: Overwrite = False) -> Path:
     """Folder of the run: as given, or a new one under ``runs``.
 
     Parameters
@@ -422,13 +432,13 @@ def choose_folder(out: str | None, name: str, *, overwrite: bool = False) -> Pat
         The folder, if one is given.
     name : str
         Beginning of the name of a new folder; the time follows.
-    overwrite : bool
-        Whether the folder may have content.
+    overwrite : bool or "unfinished"
+        Whether the folder may hold a run.
 
     Raises
     ------
     FileExistsError
-        If the folder has content and ``overwrite`` is off.
+        As from :func:`require_free`.
     NotADirectoryError
         If the path is a file.
     """
@@ -438,8 +448,34 @@ def choose_folder(out: str | None, name: str, *, overwrite: bool = False) -> Pat
     if folder.exists() and not folder.is_dir():
         msg = f"out must be a folder, got {folder}, which is a file"
         raise NotADirectoryError(msg)
-    filled = folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
-    if filled and not overwrite:
+    require_free(folder, overwrite=overwrite)
+    return folder
+
+
+def require_free(folder: Path, *, overwrite: Overwrite = False) -> None:
+    """Refuse a folder whose content must stay; one that does not exist yet is free.
+
+    Raises
+    ------
+    FileExistsError
+        If it holds a run that ``overwrite`` does not cover, or has content but no manifest of a
+        run.
+    """
+    ours = {folder / LOCK, *_half_written(folder)}
+    names = sorted(p.name for p in folder.glob("*") if p not in ours)
+    if not names:
+        return
+    if overwrite and MANIFEST not in names:
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        msg = (
+            f"{folder} holds no run (there is no {MANIFEST}), so nothing in it is replaced: move "
+            f"{shown} away, or choose another --out"
+        )
+        raise FileExistsError(msg)
+    if overwrite == "unfinished" and is_finished(folder):
+        msg = f"{folder} holds a finished run by now, which is not replaced: choose another --out"
+        raise FileExistsError(msg)
+    if not overwrite:
         unfinished = (folder / CONFIG).is_file() and not is_finished(folder)
         note = " (it holds an unfinished run)" if unfinished else ""
         resume = f", resume it with --resume {folder}" if unfinished else ""
@@ -448,12 +484,25 @@ def choose_folder(out: str | None, name: str, *, overwrite: bool = False) -> Pat
             f"replace the run in it"
         )
         raise FileExistsError(msg)
-    return folder
+
+
+def require_new(path: Path, *, overwrite: bool = False) -> None:
+    """Refuse to replace a file that a command is told to write, unless that is asked for.
+
+    Raises
+    ------
+    FileExistsError
+        If there is one, and ``overwrite`` is off.
+    """
+    if path.exists() and not overwrite:
+        msg = f"{path} already exists: add --overwrite to replace it"
+        raise FileExistsError(msg)
 
 
 def is_finished(path: Path) -> bool:
-    """Whether a folder holds a run with its results."""
-    return (path / CONFIG).is_file() and (path / SUMMARY).is_file()
+    """Whether a folder holds a run with its results; an empty summary holds none."""
+    summary = path / SUMMARY
+    return (path / CONFIG).is_file() and summary.is_file() and summary.stat().st_size > 0
 
 
 def tidy(path: Path) -> None:
@@ -465,7 +514,8 @@ def tidy(path: Path) -> None:
 
 def checkpoint_files(run: Path) -> list[Path]:
     """The checkpoints of a run, the oldest first."""
-    numbered = (p for p in (run / CHECKPOINTS).glob("*.safetensors") if p.stem.isdecimal())
+    six_digits = (run / CHECKPOINTS).glob("[0-9]" * 6 + "*.safetensors")
+    numbered = (path for path in six_digits if path.stem.isdecimal())
     return sorted(numbered, key=lambda path: int(path.stem))
 
 
@@ -500,23 +550,33 @@ class RunFolder:
     Parameters
     ----------
     path : Path
-        Created if it is missing. Files of an earlier run under the same names are removed first.
+        Created if it is missing. The files of an earlier run are removed first.
     fresh : bool
         Always create a new folder, numbered if the name is taken: runs started in the same second
         get different ones.
     resume : bool
         Resume the run in the folder: nothing is removed.
+    overwrite : bool or "unfinished"
+        Whether the folder may hold a run. This is judged again here, where no other process can
+        change the folder any more.
     writes : bool
         False in all processes of a run but the first: they only know where the folder is.
 
     Raises
     ------
     OSError
-        If the folder cannot be written to, or another process is writing to it.
+        If the folder cannot be written to, holds what may not be replaced, or another process is
+        writing to it.
     """
 
     def __init__(
-        self, path: Path, *, fresh: bool = False, resume: bool = False, writes: bool = True
+        self,
+        path: Path,
+        *,
+        fresh: bool = False,
+        resume: bool = False,
+        overwrite: Overwrite = False,
+        writes: bool = True,
     ) -> None:
         self.path, self.writes = path, writes
         if not writes:
@@ -532,9 +592,16 @@ class RunFolder:
         except OSError as error:
             msg = f"cannot write to the run folder {path}: {error.strerror or error}"
             raise OSError(msg) from error
-        _remove_half_written(self.path)
-        if not resume:
-            _remove_results(self.path)
+        try:
+            if not resume:
+                require_free(self.path, overwrite=overwrite)
+            for temporary in _half_written(self.path):
+                temporary.unlink()
+            if not resume:
+                _remove_results(self.path)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Let other processes write to the folder."""
@@ -546,12 +613,19 @@ class RunFolder:
     ) -> None:
         """Write the files that are known before training; the configuration is given as YAML."""
         if self.writes:
-            write_text(self.path / CONFIG, config)
-            write_json(self.path / CLASSES, classes)
-            write_json(self.path / ENVIRONMENT, environment)
+            files = {
+                CONFIG: config.encode(),
+                CLASSES: _as_json(classes),
+                ENVIRONMENT: _as_json(environment),
+            }
+            # First: a folder without a manifest is never taken for that of a run.
+            _write_manifest(self.path, {name: _sha256(content) for name, content in files.items()})
+            for name, content in files.items():
+                write_bytes(self.path / name, content)
 
     def check_classes(self, classes: Mapping[str, Any]) -> None:
         """Refuse to resume with other classes or images than the run began with."""
+        require_intact(self.path, CLASSES, ENVIRONMENT)
         if read_json(self.path / CLASSES) != classes:
             msg = (
                 f"the classes, tasks or images do not match {self.path / CLASSES}: the data have "
@@ -585,6 +659,7 @@ class RunFolder:
                 make_folder(folder.parent)
                 make_folder(folder)
                 write_tensors(folder / f"{name}.safetensors", tensors)
+                update_manifest(self.path, f"{TASKS}/{folder.name}/{name}.safetensors")
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the manifest and the summary, which makes the run a finished one."""
@@ -594,19 +669,78 @@ class RunFolder:
         # The summary is written last, so its hash for the manifest is taken from its content.
         content = _as_json(summary)
         hashes = _hashes(self.path, _written(self.path))
-        hashes[SUMMARY] = hashlib.sha256(content).hexdigest()
-        write_json(self.path / MANIFEST, {"files": dict(sorted(hashes.items()))})
+        _write_manifest(self.path, {**hashes, SUMMARY: _sha256(content)})
         write_bytes(self.path / SUMMARY, content)
         remove_checkpoints(self.path)
 
 
 def update_manifest(run: Path, *names: str) -> None:
-    """Record files that were written to a finished run, such as ``analysis.json``."""
+    """Record files that were written to a run after its manifest, such as ``analysis.json``."""
+    _write_manifest(run, {**_manifest(run), **_hashes(run, [run / name for name in names])})
+
+
+def changed_files(run: Path) -> list[str]:
+    """Files of a run that are missing or not as they were written, by its manifest.
+
+    Raises
+    ------
+    ValueError
+        If there is no manifest, or it cannot be read.
+    """
+    hashes = {name: value for name, value in _manifest(run).items() if _is_own_name(name)}
+    unlisted = {path.relative_to(run).as_posix() for path in _written(run)} - hashes.keys()
+    return sorted(unlisted | {name for name in hashes if not _is_intact(run / name, hashes[name])})
+
+
+def require_intact(run: Path, *names: str) -> None:
+    """Refuse files of a run that are not as they were written.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a file is missing.
+    ValueError
+        If the hash of one differs from that in the manifest, or is not in it; the message names
+        the file.
+    """
+    recorded = _manifest(run)
+    for name in names:
+        path = run / name
+        if not path.is_file():
+            msg = f"no file {path}"
+            raise FileNotFoundError(msg)
+        if not _is_intact(path, recorded.get(name)):
+            msg = (
+                f"{path} is not the file that the run wrote, by its hash in {MANIFEST}: put the "
+                "original back, or train again"
+            )
+            raise ValueError(msg)
+
+
+def _manifest(run: Path) -> dict[str, str]:
     path = run / MANIFEST
-    if path.is_file():
-        with readable(path):
-            hashes = {**read_json(path)["files"], **_hashes(run, [run / name for name in names])}
-        write_json(path, {"files": dict(sorted(hashes.items()))})
+    if not path.is_file():
+        msg = f"{run} has no {MANIFEST}, so its files cannot be checked: restore it, or train again"
+        raise ValueError(msg)
+    with readable(path):
+        return dict(read_json(path)["files"])
+
+
+def _write_manifest(run: Path, hashes: Mapping[str, str]) -> None:
+    write_json(run / MANIFEST, {"files": dict(sorted(hashes.items()))})
+
+
+def _is_intact(path: Path, recorded: str | None) -> bool:
+    return path.is_file() and file_sha256(path) == recorded
+
+
+def _is_own_name(name: str) -> bool:
+    """Whether a path below a run is that of a file that a run writes: manifests may be edited."""
+    return name in _FILES or _KEPT_FILE.fullmatch(name) is not None
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _hashes(run: Path, paths: list[Path]) -> dict[str, str]:
@@ -616,7 +750,12 @@ def _hashes(run: Path, paths: list[Path]) -> dict[str, str]:
 def _written(run: Path) -> list[Path]:
     """Files of a run that this package wrote."""
     files = [run / name for name in _FILES if name not in (MANIFEST, SUMMARY)]
-    return [*(p for p in files if p.is_file()), *(run / TASKS).glob("*/*.safetensors")]
+    return [*(p for p in files if p.is_file()), *_kept_files(run)]
+
+
+def _kept_files(run: Path) -> list[Path]:
+    kept = (run / TASKS).glob("*/*.safetensors")
+    return [path for path in kept if _is_own_name(path.relative_to(run).as_posix())]
 
 
 def _refuse_links(path: Path) -> None:
@@ -645,21 +784,26 @@ def _new_folder(path: Path) -> Path:
 def _remove_results(path: Path) -> None:
     for name in _RESULTS:
         (path / name).unlink(missing_ok=True)
-    for stale in (path / TASKS).glob("*/*.safetensors"):
+    kept = _kept_files(path)
+    for stale in kept:
         stale.unlink()
-    for folder in [*(path / TASKS).glob("*"), path / TASKS]:
+    for folder in [*{stale.parent for stale in kept}, path / TASKS]:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
     remove_checkpoints(path)
 
 
-def _remove_half_written(path: Path) -> None:
-    """Remove files that a killed process left half-written."""
+def _half_written(path: Path) -> Iterator[Path]:
+    """Files that a killed process left half-written."""
     names = [f".{name}.*.tmp" for name in _FILES]
     tensors = ".*.safetensors.*.tmp"
-    for pattern in (*names, f"{TASKS}/*/{tensors}", f"{CHECKPOINTS}/{tensors}"):
-        for temporary in path.glob(pattern):
-            temporary.unlink()
+    for place, patterns in (
+        ("", (*names, _OWN_TEMPORARY)),
+        (f"{TASKS}/*/", (tensors, _OWN_TEMPORARY)),
+        (f"{CHECKPOINTS}/", (tensors, _OWN_TEMPORARY)),
+    ):
+        for pattern in patterns:
+            yield from path.glob(f"{place}{pattern}")
 
 
 def _version(package: str) -> str | None:

@@ -538,16 +538,20 @@ def _train(job: Job, log: Path, threads: int | None, children: Children) -> Outc
         # The sweep itself names these classes, so they are trusted; the recorded file alone is not.
         arguments += [f"--allow={name}" for name in foreign_classes(job.experiment)]
     else:
-        config = log.with_suffix(".yaml")
+        # Of this process: another sweep in the folder may have other settings.
+        config = log.with_suffix(f".{os.getpid()}.yaml")
         write_text(config, dump_experiment(job.experiment))
         # The folder belongs to the sweep: an unfinished run that cannot be resumed is overwritten.
-        arguments = ["--config", str(config), "--overwrite"]
+        # It may be finished by another sweep while the process starts.
+        arguments = ["--config", str(config), "--overwrite", "unfinished"]
     environment = dict(os.environ)
     if threads is not None:
         environment.setdefault("OMP_NUM_THREADS", str(threads))
     # -P: never import a folder called `training` from the working directory.
     command = [sys.executable, "-P", "-m", "training.cli", "train", *arguments]
     status = children.run(command, log, environment, append=resumed)
+    if not resumed:
+        config.unlink(missing_ok=True)
     if status == 0:
         return Outcome(job, "finished", log)
     if children.stopped is not None:
@@ -555,6 +559,8 @@ def _train(job: Job, log: Path, threads: int | None, children: Children) -> Outc
     owner = held_by(job.folder)
     if owner is not None:  # another process took the run while ours was starting
         return Outcome(job, "running elsewhere", log, f"process {owner}")
+    if finished(job):  # it also ended before ours looked at the folder
+        return Outcome(job, "done before", log)
     return Outcome(job, "failed", log, _last_line(log))
 
 

@@ -70,6 +70,7 @@ from training.run_dir import (
     MODEL,
     READOUTS_FILE,
     STATE,
+    Overwrite,
     RunFolder,
     choose_folder,
     environment,
@@ -87,15 +88,15 @@ _COMPILERS = ("c++", "g++", "clang++", "cl")
 _SMALLER_STEPS = "Lower train.lr, or method.radius if the method has one"
 
 
-def train(experiment: Experiment, *, overwrite: bool = False, quiet: bool = False) -> Path:
+def train(experiment: Experiment, *, overwrite: Overwrite = False, quiet: bool = False) -> Path:
     """Run an experiment; returns the folder with its results.
 
     Parameters
     ----------
     experiment : Experiment
         All settings.
-    overwrite : bool
-        Replace the run in a folder that is not empty.
+    overwrite : bool or "unfinished"
+        Replace the run in a folder that is not empty: any, or only one without results.
     quiet : bool
         Show no progress bars and no table.
 
@@ -180,7 +181,7 @@ class Run:
 
 
 def prepare(
-    experiment: Experiment, resume_from: Path | None = None, *, overwrite: bool = False
+    experiment: Experiment, resume_from: Path | None = None, *, overwrite: Overwrite = False
 ) -> Run:
     """Set a run up, in the order in which mistakes are cheapest to find.
 
@@ -190,8 +191,8 @@ def prepare(
         All settings.
     resume_from : Path, optional
         Folder of a run with these settings, to be resumed from its newest checkpoint.
-    overwrite : bool
-        Replace the run in a folder that is not empty.
+    overwrite : bool or "unfinished"
+        Replace the run in a folder that is not empty: any, or only one without results.
 
     Raises
     ------
@@ -269,8 +270,8 @@ def prepare(
     opened: list[RunFolder] = []
 
     def open_folder() -> str:
-        fresh = resume_from is None and experiment.out is None
-        opened.append(RunFolder(path, fresh=fresh, resume=resume_from is not None))
+        fresh, again = resume_from is None and experiment.out is None, resume_from is not None
+        opened.append(RunFolder(path, fresh=fresh, resume=again, overwrite=overwrite))
         return str(opened[0].path)
 
     path = Path(processes.from_first(open_folder))
@@ -320,6 +321,7 @@ def _classes_record(stream: Stream) -> dict[str, Any]:
         "tasks": [list(task) for task in stream.tasks],
         "images": [int(torch.isin(labels, torch.tensor(task)).sum()) for task in stream.tasks],
         "fingerprint": stream.fingerprint(),
+        "test": stream.test_record(),
     }
 
 

@@ -42,7 +42,13 @@ from backends.torch.layers import (
     untie,
 )
 from backends.torch.lora import LoRABranch, LoRALinear, warn_of_rounding, weight_matrix
-from backends.torch.moments import Forward, collect_halves, collect_moments, default_forward
+from backends.torch.moments import (
+    Forward,
+    Masks,
+    collect_halves,
+    collect_moments,
+    default_forward,
+)
 from backends.torch.record import TaskRecord
 from backends.torch.running_statistics import RunningStatistics
 from backends.torch.settings import LoDASettings
@@ -67,7 +73,8 @@ class _OpenTask:
     requires_grad_before : dict of Parameter to bool
         ``requires_grad`` of every parameter of the model before the task.
     new : dict of str to Tensor, shape (D, D)
-        Second moment of the new task that the directions were chosen from, by layer.
+        Second moment of the new task that the directions were chosen from, by layer; empty where
+        nothing needs it any more.
     statistics : RunningStatistics
         Of the model's batch norms.
     heldout : dict of str to dict of str to HeldoutRatio
@@ -140,6 +147,17 @@ class LoDA:
     forward : callable, optional
         ``forward(model, batch)`` for the passes that collect moments; by default the model is
         called on the batch, or on the first element of a tuple.
+    mask : str, callable or mapping, optional
+        Tokens that count in the second moments, such as ``"attention_mask"`` where others are
+        padding, as in :func:`collect_moments`.
+    moment_device : device, optional
+        Where second moments and the history are between the passes and solves, such as ``"cpu"``
+        to save memory of the device; by default where the layer is. Sums are formed and solves run
+        on the device of the layer.
+    record_moments : bool
+        Keep the second moments of a task in its record, for analysis. They are then in memory as
+        long as the record, and at the end of a task there are up to five matrices (D, D) a layer
+        at once; without them at most three.
     reduce : callable, optional
         Sums the second moments over the processes that train the model together. By default, if
         ``torch.distributed`` has several processes, moments, look-ahead and gradients are summed
@@ -183,6 +201,9 @@ class LoDA:
         *,
         trainable: Sequence[str] = (),
         forward: Forward = default_forward,
+        mask: Masks | None = None,
+        moment_device: torch.device | str | None = None,
+        record_moments: bool = False,
         reduce: Reduce | None = None,
         **options: Any,
     ) -> None:
@@ -191,6 +212,9 @@ class LoDA:
         _require_free(self.model)
         self.trainable = tuple(trainable)
         self.forward = forward
+        self.mask = mask
+        self.moment_device = None if moment_device is None else torch.device(moment_device)
+        self.record_moments = record_moments
         self.reduce = reduce
         self.history: dict[str, History] = {}
         self.tasks = 0
@@ -364,26 +388,35 @@ class LoDA:
         try:
             # The model may have moved to another device since the last task.
             self.history = {
-                name: past._replace(total=past.total.to(task.layers[name].frozen.device))
+                name: past._replace(total=self._placed(task.layers[name], past.total))
                 for name, past in self.history.items()
             }
+            devices = {name: layer.frozen.device for name, layer in task.layers.items()}
             # Directions with less energy than the rounding of the Gram matrices are noise. The
             # solvers of loda_math call this unit ``accumulation_eps``.
             gram_eps = rounding_unit(*(layer.frozen for layer in task.layers.values()))
             # Branches are not there yet, so this is a pass through the previous merged model.
             if settings.heldout and bases is None and not first_task:
                 moments, halves = collect_halves(
-                    self.model, batches, list(task.layers), forward=self.forward, reduce=self.reduce
+                    self.model,
+                    batches,
+                    list(task.layers),
+                    forward=self.forward,
+                    mask=self.mask,
+                    reduce=self.reduce,
                 )
-                task.new = {name: m.mean for name, m in moments.items()}
-                task.heldout = solve_heldout(settings, halves, self.history, gram_eps)
+                task.heldout = solve_heldout(settings, halves, self.history, gram_eps, devices)
+                del halves
             else:
                 moments = self._collect(batches)
-                task.new = {name: m.mean for name, m in moments.items()}
+            counts = {name: m.count for name, m in moments.items()}
+            task.new = self._means(moments)
             if bases is None:
-                self._warn_of_few_tokens({name: m.count for name, m in moments.items()})
+                self._warn_of_few_tokens(counts)
                 # Before the first task there is no history: None instead of an empty dict.
-                bases = solve_bases(settings, task.new, self.history or None, gram_eps)
+                bases = solve_bases(settings, task.new, self.history or None, gram_eps, devices)
+            if not self._needs_new(self.tasks):
+                task.new = {}
             for name in task.layers:
                 for branch in settings.names(first_task):
                     down = bases[name][branch].mT * settings.down_scale
@@ -570,7 +603,7 @@ class LoDA:
         # The pass through the trained model serves Λ, the history or both; the one through the
         # merged model serves the history only.
         passes = settings.passes()
-        needs_trained = form is not None or "trained" in passes
+        needs_trained = self._needs_trained(self.tasks)
         # Checked before the first pass, which may take an hour.
         if needs_trained and "merged" in passes and isinstance(batches, Iterator):
             msg = (
@@ -590,6 +623,10 @@ class LoDA:
             if form is not None:
                 coefficients = solve_recalibration(settings, form, task.layers, new, self.history)
             effects = solve_effects(task.layers, coefficients, new, self.history)
+            del new
+        # These matrices are most of the memory of a task, so they go as soon as they are used.
+        if "trained" not in passes and not self.record_moments:
+            moments["trained"] = {}
         try:
             for name, layer in task.layers.items():
                 if name not in coefficients:  # nothing is recalibrated: Λ = I
@@ -600,11 +637,10 @@ class LoDA:
                     layer.merge({"general": coefficients[name]})
             if "merged" in passes:
                 moments["merged"] = self._moments(batches)
+            recorded = {"new": task.new, **moments} if self.record_moments else {}
             record = TaskRecord.of(
                 task.layers,
-                new=task.new,
-                trained=moments["trained"],
-                merged=moments["merged"],
+                **{kind: dict(of_layers) for kind, of_layers in recorded.items()},
                 coefficients=coefficients,
                 heldout=task.heldout,
                 effects=effects,
@@ -612,12 +648,8 @@ class LoDA:
             )
             # Every pass that the settings name adds its moment to the history of a layer.
             history = {
-                name: remember(
-                    self.history.get(name),
-                    *(moments[kind][name] for kind in passes),
-                    decay=settings.history_decay,
-                )
-                for name in moments[passes[0]]
+                name: self._remember(name, *(moments[kind].pop(name) for kind in passes))
+                for name in task.layers
             }
         except BaseException:  # the task stays open, as if end_task had not been called
             for layer in reversed(task.layers.values()):
@@ -685,7 +717,8 @@ class LoDA:
         state |= {f"master/{name}": weight for name, weight in self.masters.items()}
         for name, layer in self.layers.items():
             task = self._require_open()
-            state[f"new/{name}"] = task.new[name]
+            if name in task.new:
+                state[f"new/{name}"] = task.new[name]
             for branch in layer.branches:
                 state[f"down/{branch}/{name}"] = layer.branch(branch).down.detach()
                 state[f"up/{branch}/{name}"] = layer.branch(branch).up.detach()
@@ -721,14 +754,15 @@ class LoDA:
             for name, layer in self.target_layers().items()
             if f"master/{name}" in state
         }
-        if any(key.startswith("new/") for key in state):
+        if _holds_open_task(state):
             task = self._open_task()
             # The moment in the state replaces the pass over the task's images.
             for name, layer in task.layers.items():
                 device = layer.frozen.device
                 # Whatever weights the model has now: its own are loaded later.
                 layer.master = self.masters.get(name)
-                task.new[name] = state[f"new/{name}"].to(device, copy=True)
+                if self._needs_new(tasks):
+                    task.new[name] = self._placed(layer, state[f"new/{name}"].clone())
                 for branch in self.settings.names(tasks == 0):
                     down, up = (state[f"{part}/{branch}/{name}"] for part in ("down", "up"))
                     self._add_branch(name, branch, down, up, train_down=tasks == 0)
@@ -738,10 +772,12 @@ class LoDA:
                         task.heldout.setdefault(name, {})[branch] = values
         self.history = {}
         for name, module in self.target_layers().items() if tasks else ():
-            total = state[f"history/{name}"].to(weight_matrix(module).device, copy=True)
+            total = self._placed(module, state[f"history/{name}"].clone())
             # Only the totals are saved. The rest of a history depends only on the number of tasks
-            # and the dtype, so a dummy history of as many zero moments provides it.
-            zeros, past = [total.new_zeros(1, 1) for _ in self.settings.passes()], None
+            # and the dtypes, so a dummy history of as many zero moments provides it.
+            unit = rounding_unit(weight_matrix(module))
+            zeros = [Moments(total.new_zeros(1, 1), 1, None, unit) for _ in self.settings.passes()]
+            past = None
             for _ in range(tasks):
                 past = remember(past, *zeros, decay=self.settings.history_decay)
             if past is not None:
@@ -802,12 +838,46 @@ class LoDA:
 
     def _moments(self, batches: Iterable[Any]) -> dict[str, Tensor]:
         """Mean second moments of the inputs of the layers, as the model is now."""
-        return {name: m.mean for name, m in self._collect(batches).items()}
+        return self._means(self._collect(batches))
 
     def _collect(self, batches: Iterable[Any]) -> dict[str, Moments]:
         return collect_moments(
-            self.model, batches, list(self.layers), forward=self.forward, reduce=self.reduce
+            self.model,
+            batches,
+            list(self.layers),
+            forward=self.forward,
+            mask=self.mask,
+            reduce=self.reduce,
         )
+
+    def _means(self, moments: dict[str, Moments]) -> dict[str, Tensor]:
+        """Means as they are stored; the moments are used up, one layer after another."""
+        layers = self.layers
+        return {name: self._placed(layers[name], moments.pop(name).mean) for name in list(moments)}
+
+    def _placed(self, layer: nn.Module, moment: Tensor) -> Tensor:
+        """A second moment of a layer on the device and in the type that it is stored in."""
+        device = self.moment_device or weight_matrix(layer).device
+        # Not for float64, which some devices do not have.
+        single = self.settings.moment_dtype == "float32"
+        return moment.to(device, torch.float32 if single else moment.dtype)
+
+    def _remember(self, name: str, *means: Tensor) -> History:
+        """The history of a layer with the moments of one more task."""
+        unit = rounding_unit(self.layers[name].frozen)
+        moments = [Moments(mean, 1, None, unit) for mean in means]
+        decay = self.settings.history_decay
+        history = remember(self.history.get(name), *moments, decay=decay)
+        return history._replace(total=self._placed(self.layers[name], history.total))
+
+    def _needs_trained(self, tasks: int) -> bool:
+        """Whether a task ends with a pass through the trained model."""
+        settings = self.settings
+        return settings.form(tasks == 0) is not None or "trained" in settings.passes()
+
+    def _needs_new(self, tasks: int) -> bool:
+        """Whether the end of a task needs the moments that its directions were chosen from."""
+        return self.record_moments or (tasks > 0 and not self._needs_trained(tasks))
 
     def _warn_of_few_tokens(self, counts: Mapping[str, int | Tensor]) -> None:
         """Warn of layers with fewer tokens than directions: some of these mean nothing."""
@@ -924,7 +994,7 @@ class LoDA:
             if known.get(name) != here.get(name)
         }
         other.pop("radius", None)  # may differ from step to step
-        is_open = any(key.startswith("new/") for key in state)
+        is_open = _holds_open_task(state)
         if not strict and not is_open:
             other = {name: pair for name, pair in other.items() if name.startswith("history")}
             other.pop("history_weight", None)
@@ -959,7 +1029,7 @@ class LoDA:
         """Refuse a state whose entries or shapes are not those of these layers and settings."""
         # A missing task count is refused below, with the other missing entries.
         tasks = int(state["tasks"]) if "tasks" in state else -1
-        is_open = any(key.startswith("new/") for key in state)
+        is_open = _holds_open_task(state)
         written = tuple(state["settings"].shape) if "settings" in state else (1,)
         expected: dict[str, tuple[int, ...]] = {"tasks": (), "settings": written}
         layers = self.target_layers()
@@ -972,7 +1042,8 @@ class LoDA:
                 expected[f"history/{name}"] = (size, size)
             if not is_open:
                 continue
-            expected[f"new/{name}"] = (size, size)
+            if self._needs_new(tasks) or f"new/{name}" in state:
+                expected[f"new/{name}"] = (size, size)
             for branch in self.settings.names(tasks == 0):
                 expected[f"down/{branch}/{name}"] = (own[name].rank, size)
                 expected[f"up/{branch}/{name}"] = (outputs, own[name].rank)
@@ -1042,6 +1113,10 @@ class Task:
             self.loda.abandon_task()
             return
         self.record = self.loda.end_task(self._batches)
+
+
+def _holds_open_task(state: Mapping[str, Tensor]) -> bool:
+    return any(key.startswith("down/") for key in state)
 
 
 def _inside(model: nn.Module) -> nn.Module:

@@ -1,6 +1,7 @@
 """Second moments of the inputs of linear layers, and of two halves of the images, in one pass."""
 
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -16,11 +17,24 @@ from backends.torch.distributed import Reduce, default_reduce, sum_moments
 from backends.torch.layers import find_layers
 from backends.torch.linear_maps import PARTS, InProjection
 from backends.torch.lora import LoRALinear, input_tokens, weight_matrix
-from backends.torch.settings import TIMM_QKV, Target
+from backends.torch.settings import TIMM_QKV, Target, by_pattern
 from loda_math import Moments, combine, second_moment
+from loda_math.moments import GRAM_TOKENS
 
 Forward = Callable[[nn.Module, Any], Any]
 """Runs a model on one element of an iterable of batches."""
+
+Mask = str | Callable[[Any], Tensor]
+"""Which tokens of a batch count: a key of the batch, or a function of it.
+
+The mask has the shape (B, T) for inputs (B, T, D), and is true, or a whole number other than zero,
+where a token counts. Other inputs of B sequences: with T tokens on several axes, or all B·T of them
+on one, they are in the order of the mask; with further axes behind (B, T), all of a token counts;
+of inputs (B, D), one for each sequence, those count whose sequence has a token that does.
+"""
+
+Masks = Mask | Mapping[str, Mask]
+"""One mask, or masks by name or pattern of layers; in layers that none fits all tokens count."""
 
 MomentHalves = dict[str, tuple[Tensor, Tensor]]
 """Second moments (D, D) of two halves of the images, by layer."""
@@ -30,8 +44,8 @@ class MomentCollector:
     """Context manager that sums the second moments of the inputs of the target layers.
 
     Sums stay on the device of the inputs: one Gram matrix per batch in float32 (or wider), added in
-    float64 where the device has it and with compensation elsewhere. Nothing is read back during
-    the run, autocast does not reach the Gram matrix, and the hooks are always removed.
+    float64 in place where the device has it and with compensation elsewhere. Nothing is read back
+    during the run, autocast does not reach the Gram matrix, and the hooks are always removed.
 
     Layers may be called as modules, or a model may read their weights and multiply by them itself
     (``F.linear``, ``F.multi_head_attention_forward``). Meanwhile compiled models run uncompiled,
@@ -61,8 +75,14 @@ class MomentCollector:
 
     def __init__(self, model: nn.Module, target: Target = TIMM_QKV) -> None:
         self.layers = find_layers(model, target)
-        self.moments: dict[str, Moments] = {}
+        self._sums = _GramSums()
+        self._masks: _LayerMasks | None = None
         self._stack = ExitStack()
+
+    @property
+    def moments(self) -> dict[str, Moments]:
+        """Moments by layer name; what goes through later leaves them as they are."""
+        return self._sums.moments()
 
     def __enter__(self) -> Self:
         reads = _WeightReads(self.layers, self._on_read)
@@ -87,13 +107,15 @@ class MomentCollector:
 
     def share(self, reduce: Reduce) -> None:
         """Replace the sums by those over all processes."""
-        self.moments = sum_moments(self.moments, self.layers, reduce)
+        self._sums = _GramSums(sum_moments(self.moments, self.layers, reduce))
 
     def _on_read(self, name: str, x: Tensor) -> None:
-        self._add(name, input_tokens(self.layers[name], x))
+        tokens = input_tokens(self.layers[name], x).detach()
+        mask = None if self._masks is None else self._masks.of(name, tokens)
+        self._add(name, tokens, mask)
 
-    def _add(self, name: str, tokens: Tensor) -> None:
-        _accumulate(self.moments, name, tokens)
+    def _add(self, name: str, tokens: Tensor, mask: "_BatchMask | None") -> None:
+        self._sums.add(name, _counted(tokens, mask))
 
 
 class HalvingCollector(MomentCollector):
@@ -114,7 +136,7 @@ class HalvingCollector(MomentCollector):
 
     def __init__(self, model: nn.Module, target: Target = TIMM_QKV) -> None:
         super().__init__(model, target)
-        self.half: dict[str, Moments] = {}
+        self._half_sums = _GramSums()
         self._model = model
         self._mixing: set[str] = set()  # layers whose inputs mix the images
         self._images_in_batch = self._images_before = 0
@@ -131,8 +153,9 @@ class HalvingCollector(MomentCollector):
         Left out are layers that saw only one image, or whose input does not separate the images.
         """
         halves: MomentHalves = {}
+        first = self._half_sums.moments()
         for name, whole in self.moments.items():
-            half = self.half.get(name)
+            half = first.get(name)
             rest = whole.count - half.count if half is not None else 0
             if half is None or name in self._mixing or half.count == 0 or rest == 0:
                 continue
@@ -153,15 +176,15 @@ class HalvingCollector(MomentCollector):
         reduce([mixing])
         pairs = zip(self.layers, mixing.tolist(), strict=True)
         self._mixing = {name for name, count in pairs if count}
-        self.half = sum_moments(self.half, self.layers, reduce)
+        self._half_sums = _GramSums(sum_moments(self._half_sums.moments(), self.layers, reduce))
 
     def _count(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._images_before += self._images_in_batch
         given = [*args, *kwargs.values()]
         self._images_in_batch = next((len(x) for x in given if isinstance(x, Tensor) and x.ndim), 0)
 
-    def _add(self, name: str, tokens: Tensor) -> None:
-        super()._add(name, tokens)
+    def _add(self, name: str, tokens: Tensor, mask: "_BatchMask | None") -> None:
+        super()._add(name, tokens, mask)
         rows = tokens if tokens.ndim > 1 else tokens[None]
         # A caller may run only a part of the model; the batch is then read off the layer's input.
         images = self._images_in_batch or len(rows)
@@ -169,7 +192,12 @@ class HalvingCollector(MomentCollector):
             self._mixing.add(name)
             return
         by_image = rows.reshape(images, -1, rows.shape[-1])
-        _accumulate(self.half, name, by_image[self._images_before % 2 :: 2])
+        half = slice(self._images_before % 2, None, 2)
+        if mask is not None:
+            places = mask.places(tokens, images, half)
+            self._half_sums.add(name, tokens.reshape(-1, rows.shape[-1]).index_select(0, places))
+        else:
+            self._half_sums.add(name, by_image[half])
 
 
 class _WeightReads(TorchFunctionMode):
@@ -283,13 +311,180 @@ def _images_first(x: Tensor) -> Tensor:
     return x.transpose(0, 1) if x.ndim == 3 else x
 
 
-def _accumulate(moments: dict[str, Moments], name: str, tokens: Tensor) -> None:
-    """Add tokens of shape (..., D) to the moments of a layer; nothing is read back."""
-    rows = tokens.detach().reshape(-1, tokens.shape[-1])
-    # A Gram matrix in half precision is indefinite, so autocast must not reach it.
-    with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-        part = second_moment(rows, check=False)
-        moments[name] = combine(moments[name], part) if name in moments else part
+class _GramSums:
+    """Sums of Gram matrices by layer, added in place and made symmetric when they are read.
+
+    Parameters
+    ----------
+    moments : dict of str to Moments, optional
+        What the sums begin with.
+    """
+
+    def __init__(self, moments: dict[str, Moments] | None = None) -> None:
+        self._read = moments or {}  # callers may hold these tensors: they are never written to
+        self._sums: dict[str, Moments] = {}
+        self._grams: dict[tuple[torch.device, int], Tensor] = {}
+
+    def moments(self) -> dict[str, Moments]:
+        """The sums so far."""
+        for name in list(self._sums):
+            part = self._sums.pop(name)
+            if part.error is None:
+                # A product of a matrix and its transpose is symmetric only up to rounding.
+                part = part._replace(total=(part.total + part.total.mT).mul_(0.5))
+            self._read[name] = combine(self._read[name], part) if name in self._read else part
+        self._grams.clear()
+        return self._read
+
+    def add(self, name: str, tokens: Tensor) -> None:
+        """Add tokens of shape (..., D); nothing is read back."""
+        rows = tokens.detach().reshape(-1, tokens.shape[-1])
+        # A Gram matrix in half precision is indefinite, so autocast must not reach it. Tensors of
+        # inference mode could not be written to outside of it.
+        with (
+            torch.inference_mode(mode=False),
+            torch.no_grad(),
+            torch.autocast(tokens.device.type, enabled=False),
+        ):
+            known = self._sums.get(name) or self._empty(rows)
+            if known.error is not None:
+                self._sums[name] = combine(known, second_moment(rows, check=False))
+                return
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            for piece in torch.split(rows, GRAM_TOKENS):
+                self._add_piece(known.total, piece)
+            unit = max(known.unit, torch.finfo(rows.dtype).eps)
+            self._sums[name] = known._replace(count=known.count + len(rows), unit=unit)
+
+    def _add_piece(self, total: Tensor, rows: Tensor) -> None:
+        if rows.dtype == total.dtype:
+            total.addmm_(rows.mT, rows)
+            return
+        # One matrix for all layers of a width: memory that is used again is also faster.
+        place = rows.device, rows.shape[1]
+        if place not in self._grams:
+            self._grams[place] = rows.new_empty(rows.shape[1], rows.shape[1])
+        total.add_(torch.mm(rows.mT, rows, out=self._grams[place]))
+
+    def _empty(self, rows: Tensor) -> Moments:
+        """Moments of no tokens, in the types that loda_math sums these in."""
+        start = second_moment(rows[:0, :1], check=False)
+        total = start.total.new_zeros(rows.shape[1], rows.shape[1])
+        return Moments(total, 0, None if start.error is None else total)
+
+
+class _BatchMask:
+    """Which tokens of one batch count.
+
+    Parameters
+    ----------
+    mask : Tensor
+        What a mask of :data:`Mask` gave for the batch.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.shape = tuple(mask.shape)
+        self._counts = mask != 0
+        self._places: dict[tuple[Any, ...], Tensor] = {}
+
+    def fits(self, tokens: Tensor) -> bool:
+        """Whether it says of every token whether it counts."""
+        return self._spread(tuple(tokens.shape[:-1])) is not None
+
+    def places(self, tokens: Tensor, images: int = 1, part: slice = slice(None)) -> Tensor:
+        """Positions of the tokens that count, in those of some images if there are several.
+
+        Read once a batch and not once a layer: an accelerator waits each time.
+        """
+        shape = tuple(tokens.shape[:-1])
+        key = (shape, tokens.device, images, part.start, part.step)
+        if key not in self._places:
+            counts = self._spread(shape)
+            assert counts is not None  # noqa: S101 - the caller has asked
+            by_image = counts.reshape(images, -1)
+            wanted = torch.zeros_like(by_image)
+            wanted[part] = by_image[part]
+            self._places[key] = wanted.flatten().nonzero()[:, 0].to(tokens.device)
+        return self._places[key]
+
+    def _spread(self, shape: tuple[int, ...]) -> Tensor | None:
+        """The mask over tokens of a shape, if it fits them."""
+        mask, own = self._counts, self.shape
+        if shape[: len(own)] == own:
+            return mask.reshape(*own, *[1] * (len(shape) - len(own))).expand(shape)
+        if math.prod(shape) == math.prod(own) and (len(shape) == 1 or shape[:1] == own[:1]):
+            return mask.reshape(shape)
+        if len(shape) == 1 and shape == own[:1]:
+            return mask.flatten(1).any(dim=1)
+        return None
+
+
+class _LayerMasks:
+    """Masks of the layers for one batch after another.
+
+    Parameters
+    ----------
+    masks : Masks
+        As the caller gave them.
+    layers : dict of str to nn.Module
+        All target layers by name.
+    """
+
+    def __init__(self, masks: Masks, layers: dict[str, nn.Module]) -> None:
+        given = masks if isinstance(masks, Mapping) else {"*": masks}
+        self._by_layer = by_pattern(layers, "mask", given, None)
+        self._batch: dict[Mask, _BatchMask] = {}
+
+    def read(self, batch: Any) -> None:
+        """Take the masks of the next batch."""
+        wanted = {mask for mask in self._by_layer.values() if mask is not None}
+        self._batch = {mask: _BatchMask(_masked(batch, mask)) for mask in wanted}
+
+    def of(self, name: str, tokens: Tensor) -> _BatchMask | None:
+        """The mask of a layer, which must fit its tokens; ``None`` if all of them count."""
+        given = self._by_layer[name]
+        if given is None:
+            return None
+        mask = self._batch[given]
+        if not mask.fits(tokens):
+            msg = (
+                f"the mask of layer {name!r} must have a shape that fits its inputs, got "
+                f"{mask.shape} for inputs {tuple(tokens.shape)}; pass masks by layer, such as "
+                f"mask={{'encoder.*': 'attention_mask'}}, or leave the layer out of the target"
+            )
+            raise ValueError(msg)
+        return mask
+
+
+def _masked(batch: Any, mask: Mask) -> Tensor:
+    """What a mask says of a batch."""
+    if isinstance(mask, str):
+        keywords = batch[0] if isinstance(batch, (tuple, list)) else batch
+        if not isinstance(keywords, Mapping) or mask not in keywords:
+            keys = list(keywords) if isinstance(keywords, Mapping) else type(keywords).__name__
+            msg = f"mask must be a key of every batch, or a function of it, got {mask!r}: {keys}"
+            raise ValueError(msg)
+        counts = keywords[mask]
+    else:
+        counts = mask(batch)
+    if not isinstance(counts, Tensor) or counts.is_floating_point() or counts.is_complex():
+        kind = counts.dtype if isinstance(counts, Tensor) else type(counts).__name__
+        msg = (
+            f"a mask must be a tensor of booleans or whole numbers, true where a token counts, got "
+            f"{kind}; compare it, such as mask=lambda batch: batch['mask'] == 0"
+        )
+        raise TypeError(msg)
+    if counts.ndim == 0:
+        msg = "a mask must have the shape (B, T), or (B,), got a single number"
+        raise ValueError(msg)
+    return counts
+
+
+def _counted(tokens: Tensor, mask: _BatchMask | None) -> Tensor:
+    """The tokens that count."""
+    if mask is None:
+        return tokens
+    return tokens.reshape(-1, tokens.shape[-1]).index_select(0, mask.places(tokens))
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:
@@ -318,6 +513,7 @@ def collect_moments(
     target: Target = TIMM_QKV,
     *,
     forward: Forward = default_forward,
+    mask: Masks | None = None,
     reduce: Reduce | None = None,
 ) -> dict[str, Moments]:
     """Second moments of the target layers over all batches, in evaluation mode.
@@ -332,6 +528,13 @@ def collect_moments(
         Patterns over module names.
     forward : callable, optional
         ``forward(model, batch)``.
+    mask : str, callable or mapping, optional
+        Tokens that count, such as ``"attention_mask"``, where others are padding: a key of a batch
+        that is a mapping (or begins with one), or a function of the batch. It gives booleans or
+        whole numbers of shape (B, T), zero where a token is left out, or (B,), which leaves out
+        whole sequences. A layer with inputs (B, D), one for each sequence, counts the sequences
+        that have a token. Masks that differ between layers go by name or pattern, such as
+        ``{"text_model.*": "attention_mask"}``; in layers that none fits all tokens count.
     reduce : callable, optional
         Sums tensors over the processes that share the batches; by default over those of
         ``torch.distributed``, if it has several (:func:`sum_over_processes`; :func:`unshared` sums
@@ -344,10 +547,21 @@ def collect_moments(
     Raises
     ------
     ValueError
-        If there was no batch, a layer saw no tokens, or its inputs were not finite.
+        If there was no batch, a layer saw no tokens, its inputs were not finite, or do not have the
+        shape of the mask.
+    TypeError
+        If a mask is no tensor of booleans or whole numbers.
+
+    Examples
+    --------
+    >>> import torch
+    >>> x, real = torch.randn(2, 5, 3), torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    >>> collect_moments(model, [(x, real)], "0", mask=lambda batch: batch[1])["0"].count
+    4
     """
     collector = MomentCollector(model, target)
-    _walk(collector, model, batches, forward, reduce)
+    _walk(collector, model, batches, forward, mask, reduce)
     return collector.moments
 
 
@@ -357,13 +571,14 @@ def collect_halves(
     target: Target = TIMM_QKV,
     *,
     forward: Forward = default_forward,
+    mask: Masks | None = None,
     reduce: Reduce | None = None,
 ) -> tuple[dict[str, Moments], MomentHalves]:
     """Second moments over all batches, as by :func:`collect_moments`, and those of two halves.
 
     Parameters
     ----------
-    model, batches, target, forward, reduce
+    model, batches, target, forward, mask, reduce
         As in :func:`collect_moments`.
 
     Returns
@@ -374,11 +589,11 @@ def collect_halves(
 
     Raises
     ------
-    ValueError
+    ValueError, TypeError
         As in :func:`collect_moments`.
     """
     collector = HalvingCollector(model, target)
-    _walk(collector, model, batches, forward, reduce)
+    _walk(collector, model, batches, forward, mask, reduce)
     return collector.moments, collector.halves()
 
 
@@ -387,15 +602,20 @@ def _walk(
     model: nn.Module,
     batches: Iterable[Any],
     forward: Forward,
+    mask: Masks | None,
     reduce: Reduce | None,
 ) -> None:
     """Run all batches through a collector and check the result, as in :func:`collect_moments`."""
+    masks = None if mask is None else _LayerMasks(mask, collector.layers)
+    collector._masks = masks
     # Each submodule by itself: train(mode) on the model would give all of them one mode.
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad(), collector:
             for batch in batches:
+                if masks is not None:
+                    masks.read(batch)
                 forward(model, batch)
     finally:
         for module, mode in modes.items():
@@ -403,17 +623,22 @@ def _walk(
     reduce = default_reduce(reduce)
     if reduce is not None:
         collector.share(reduce)
-    unseen = [name for name in collector.layers if name not in collector.moments]
+    moments = collector.moments
+    unseen = [n for n in collector.layers if n not in moments or moments[n].count == 0]
     if unseen:
         msg = (
             f"no tokens went through {unseen}: either there was no batch (an iterator that is "
             f"used up?), or the model neither calls these layers nor multiplies by their weight "
             f"with F.linear"
         )
+        if masks is not None:
+            msg = f"{msg}, or the mask counts no token (is it the other way round?)"
         raise ValueError(msg)
-    # One read for all layers.
-    finite = torch.stack([m.total.isfinite().all() for m in collector.moments.values()]).tolist()
-    broken = [name for name, good in zip(collector.moments, finite, strict=True) if not good]
+    # One read for all layers of a device.
+    finite = [m.total.isfinite().all() for m in moments.values()]
+    home = finite[0].device
+    values = torch.stack([good.to(home) for good in finite]).tolist()
+    broken = [name for name, good in zip(moments, values, strict=True) if not good]
     if broken:
         msg = (
             f"inputs of {broken} hold NaN or infinite values; look for the first layer of the "

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -16,11 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from backends.torch.layers import find_layers
-from backends.torch.linear_maps import InProjection, is_pointwise, is_transposed
+from backends.torch.linear_maps import PARTS, InProjection, is_pointwise, is_transposed
 from backends.torch.lora import LoRALinear
 from backends.torch.record import TaskRecord
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+# Where PEFT keeps the output projection of an attention that it has adapted.
+_OUTPUT = ".base_layer.out_proj"
 
 
 def save_adapter(
@@ -91,16 +94,11 @@ def save_adapter(
     """
     from safetensors.torch import save_file
 
-    layers = _adapted_layers(model, record)
     tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        down, up = _factors(record, name)
-        if is_pointwise(layer):
-            points = (1,) * (_weight(layer).ndim - 2)
-            down, up = (x.reshape(*x.shape, *points) for x in (down, up))
+    for name, (down, up) in _loras(model, record).items():
         tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
     for name in modules_to_save:
-        module = _module_to_save(model, name, layers)
+        module = _module_to_save(model, name, record)
         tensors |= {f"{name}.{key}": x for key, x in module.state_dict().items()}
     config = {
         "peft_type": "LORA",
@@ -168,7 +166,9 @@ def lora_options(model: nn.Module, record: TaskRecord) -> dict[str, Any]:
     (2, 2, '0')
     """
     layers = _adapted_layers(model, record)
-    ranks = {name: sum(map(len, record.downs[name].values())) for name in layers}
+    # The output projection of an attention comes with the attention itself.
+    loras = _loras(model, record).items()
+    ranks = {name: len(down) for name, (down, _) in loras if not name.endswith(_OUTPUT)}
     rank = max(ranks.values())
     # PEFT takes names for regular expressions, and what they match at the end of a name as well.
     others = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
@@ -178,7 +178,7 @@ def lora_options(model: nn.Module, record: TaskRecord) -> dict[str, Any]:
         "rank_pattern": others,
         "alpha_pattern": others,
         "lora_dropout": 0.0,
-        "target_modules": "|".join(map(re.escape, layers)),
+        "target_modules": "|".join(map(re.escape, ranks)),
         "fan_in_fan_out": any(is_transposed(layer) for layer in layers.values()),
         "bias": "none",
     }
@@ -216,53 +216,104 @@ def initialise_lora(
         If PEFT's adapter is not on the same layers, or has other ranks; nothing has been changed
         then.
     """
-    loras = {
+    loras: dict[str, Any] = {
         name: module
         for name, module in _base_model(model).named_modules()
         if adapter_name in getattr(module, "lora_A", ())
     }
-    if set(loras) != set(record.downs):
+    cure = "make the adapter with LoraConfig(**lora_options(model, record))"
+    layers = {place: _layers_at(place, record) for place in loras}
+    bare = [place for place in loras if not layers[place] and not place.endswith(_OUTPUT)]
+    if bare or {name for names in layers.values() for name in names} != set(record.downs):
         msg = (
             f"adapter {adapter_name!r} must be on the layers {sorted(record.downs)}, got "
-            f"{sorted(loras)}; make it with LoraConfig(**lora_options(model, record))"
+            f"{sorted(loras)}; {cure}"
         )
         raise ValueError(msg)
-    starts: list[tuple[Any, Tensor]] = []
-    for name, module in loras.items():
-        lora: Any = module
-        branches = record.downs[name].items()
-        rows = [record.weights[name][branch] * down for branch, down in branches]
-        down, own = torch.cat(rows), lora.lora_A[adapter_name].weight
-        if down.numel() != own.numel():
+    starts: list[tuple[Any, list[Tensor]]] = []
+    for place, lora in loras.items():
+        downs = [
+            record.weights[name][branch] * down / lora.scaling[adapter_name]
+            for name in layers[place]
+            for branch, down in record.downs[name].items()
+        ]
+        directions, rank = sum(map(len, downs)), len(lora.lora_A[adapter_name].weight)
+        if downs and rank != directions:
             msg = (
-                f"r must be {len(down)} in layer {name!r}, the directions of all branches, got "
-                f"{len(own)}; make the adapter with LoraConfig(**lora_options(model, record))"
+                f"r must be {directions} in layer {place!r}, the directions of all branches, got "
+                f"{rank}; {cure}"
             )
             raise ValueError(msg)
-        starts.append((lora, down / lora.scaling[adapter_name]))
-    for lora, down in starts:
+        starts.append((lora, downs))
+    for lora, downs in starts:
         own = lora.lora_A[adapter_name].weight
-        own.copy_(down.reshape(own.shape))
+        own.zero_()
+        if downs:
+            rows = torch.cat(downs)
+            own[: len(rows)].copy_(rows.reshape(-1, *own.shape[1:]))
         own.requires_grad_(train_down)
         lora.lora_B[adapter_name].weight.zero_()
 
 
 def _adapted_layers(model: nn.Module, record: TaskRecord) -> dict[str, nn.Module]:
-    """The layers of a record, without their branches."""
+    """The layers of a record, without their branches, as the model has them."""
     if not record.downs:
         msg = "the record must have branches, got none; keep the record of a task that was trained"
         raise ValueError(msg)
-    found = find_layers(_base_model(model), list(record.downs))
+    found = find_layers(model, list(record.downs))
     layers = {n: x.base if isinstance(x, LoRALinear) else x for n, x in found.items()}
     for name, layer in layers.items():
-        # PEFT would take the output projection of an attention, and then not use it.
-        if isinstance(layer, (InProjection, nn.modules.linear.NonDynamicallyQuantizableLinear)):
+        if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
             msg = (
-                f"layers of an adapter must be modules of their own, got {name!r}, whose weight an "
-                f"nn.MultiheadAttention reads; save the merged model instead, or exclude the layer"
+                f"layer {name!r} cannot be in an adapter: PEFT adds the update of an attention's "
+                f"output projection twice; save the merged model instead, or exclude the layer"
             )
             raise TypeError(msg)
+        if isinstance(layer, InProjection):
+            around = model.get_submodule(_attention(name).rpartition(".")[0])
+            if isinstance(around, nn.TransformerEncoderLayer):
+                msg = (
+                    f"layer {name!r} cannot be in an adapter: an nn.TransformerEncoderLayer reads "
+                    f"the weight past PEFT; save the merged model instead, or exclude the layer"
+                )
+                raise TypeError(msg)
     return layers
+
+
+def _attention(name: str) -> str:
+    """The attention that holds the weight of a packed input projection, by their names."""
+    return name.rpartition(".in_proj")[0]
+
+
+def _loras(model: nn.Module, record: TaskRecord) -> dict[str, tuple[Tensor, Tensor]]:
+    """Down- and up-projection of every layer of PEFT, by its name within PEFT's model."""
+    loras: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, layer in _adapted_layers(model, record).items():
+        down, up = _factors(record, name)
+        if is_pointwise(layer):
+            assert isinstance(layer.weight, Tensor)  # noqa: S101 - for mypy
+            points = (1,) * (layer.weight.ndim - 2)
+            down, up = (x.reshape(*x.shape, *points) for x in (down, up))
+        if not isinstance(layer, InProjection):
+            loras[name] = down, up
+            continue
+        if layer.part is not None:
+            up = torch.cat([up if part == layer.part else torch.zeros_like(up) for part in PARTS])
+        place = _attention(name)
+        if place in loras:  # another part of the same projection
+            down, up = torch.cat([loras[place][0], down]), torch.cat([loras[place][1], up], dim=1)
+        loras[place] = down, up
+        # PEFT adapts both projections of an attention. This leaves the other as it is.
+        loras[f"{place}{_OUTPUT}"] = torch.zeros_like(down), torch.zeros_like(up[: down.shape[1]])
+    return loras
+
+
+def _layers_at(place: str, record: TaskRecord) -> list[str]:
+    """The layers of a record whose directions a layer of PEFT has."""
+    if place in record.downs:
+        return [place]
+    packed = re.compile(rf"{re.escape(place)}\.in_proj(\.[{''.join(PARTS)}])?")
+    return [name for name in record.downs if packed.fullmatch(name)]
 
 
 def _factors(record: TaskRecord, name: str) -> tuple[Tensor, Tensor]:
@@ -279,9 +330,9 @@ def _factors(record: TaskRecord, name: str) -> tuple[Tensor, Tensor]:
     return down, up @ factor.to(up)
 
 
-def _module_to_save(model: nn.Module, name: str, layers: Mapping[str, nn.Module]) -> nn.Module:
+def _module_to_save(model: nn.Module, name: str, record: TaskRecord) -> nn.Module:
     """A module that PEFT replaces by its stored copy."""
-    names = [path for path, _ in _base_model(model).named_modules(remove_duplicate=False)]
+    names = [path for path, _ in model.named_modules(remove_duplicate=False)]
     meant = [path for path in names if path.endswith(name)]  # PEFT's rule
     if meant != [name]:
         msg = (
@@ -289,11 +340,11 @@ def _module_to_save(model: nn.Module, name: str, layers: Mapping[str, nn.Module]
             f"{name!r}, which means {meant or 'none'}"
         )
         raise ValueError(msg)
-    inside = [layer for layer in layers if f"{layer}.".startswith(f"{name}.")]
+    inside = [layer for layer in record.downs if f"{layer}.".startswith(f"{name}.")]
     if inside:
         msg = f"modules_to_save must have no adapted layers in them, got {name!r} with {inside}"
         raise ValueError(msg)
-    return _base_model(model).get_submodule(name)
+    return model.get_submodule(name)
 
 
 def _base_model(model: nn.Module) -> nn.Module:
@@ -313,9 +364,3 @@ def _require_place(place: Path, *, overwrite: bool) -> None:
     if others:
         msg = f"{place} must hold nothing but an adapter, got {others[:6]}; choose another folder"
         raise FileExistsError(msg)
-
-
-def _weight(layer: nn.Module) -> Tensor:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)  # noqa: S101 - for mypy
-    return weight

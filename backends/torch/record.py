@@ -18,7 +18,8 @@ class TaskRecord(NamedTuple):
     Attributes
     ----------
     new : dict of str to Tensor, shape (D, D)
-        Moment before training, from which the subspaces were chosen.
+        Moment before training, from which the subspaces were chosen. All moments are empty without
+        ``LoDA(record_moments=True)``.
     trained, merged : dict of str to Tensor, shape (D, D)
         Moments through the trained and through the merged model; empty if no setting asked
         for the pass.
@@ -105,7 +106,9 @@ class TaskRecord(NamedTuple):
                 entries |= {(*place, field): x for field, x in ratio._asdict().items()}
         layers: dict[str, dict[str, Any]] = {}
         # One read for all layers.
-        values = torch.stack(list(entries.values())).tolist() if entries else []
+        home = next((x.device for x in entries.values()), None)
+        numbers = [x.to(home) for x in entries.values()]  # layers may be on several devices
+        values = torch.stack(numbers).tolist() if numbers else []
         for path, value in zip(entries, values, strict=True):
             inner: dict[str, Any] = layers
             for part in path[:-1]:

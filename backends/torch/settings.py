@@ -38,6 +38,7 @@ Branches = Literal["both", "general", "isolated"]
 IsolatedRule = Literal["quotient", "trace_ratio", "null"]
 RidgeScale = Literal["mean", "channels", "eigenvalues"]
 HistoryPasses = Literal["merged", "trained", "both"]
+MomentDtype = Literal["float64", "float32"]
 Recalibration = Literal["full", "diagonal", "box", "direction", "scalar", "none"]
 
 
@@ -105,6 +106,10 @@ class LoDASettings:
     history_decay : float
         Factor β (0 to 1) of the history before a finished task is added. 1 weighs all tasks
         equally; below 1 the history stays bounded and remembers about (1 + β) / (1 - β) tasks.
+    moment_dtype : {"float64", "float32"}
+        Type in which the second moments of tasks and the history are stored. Sums are formed in
+        float64 whatever it is; float32 halves the memory, and rounds no more than the Gram
+        matrices of a float32 model do.
     heldout : bool
         Measure, from the second task on, the energy ratio of the directions on held-out images:
         chosen on one half of the images, measured on the other. Does not change the directions.
@@ -142,6 +147,7 @@ class LoDASettings:
     history_weight: float | Literal["mean"] = 1.0
     history: HistoryPasses = "merged"
     history_decay: float = 1.0
+    moment_dtype: MomentDtype = "float64"
     heldout: bool = False
     radius: float = 0.3
     freeze_statistics: bool = True
@@ -193,6 +199,7 @@ class LoDASettings:
             ("ridge_scale", RidgeScale),
             ("recalibration", Recalibration),
             ("history", HistoryPasses),
+            ("moment_dtype", MomentDtype),
         ):
             if getattr(self, name) not in get_args(kind):
                 msg = f"{name} must be one of {get_args(kind)}, got {getattr(self, name)!r}"
@@ -226,8 +233,8 @@ class LoDASettings:
         >>> {name: own.rank for name, own in settings.by_layer(["a.0.qkv", "a.1.qkv"]).items()}
         {'a.0.qkv': 8, 'a.1.qkv': 4}
         """
-        ranks = _values(layers, "rank_pattern", self.rank_pattern, self.rank)
-        factors = _values(layers, "weight_pattern", self.weight_pattern, 1.0)
+        ranks = by_pattern(layers, "rank_pattern", self.rank_pattern, self.rank)
+        factors = by_pattern(layers, "weight_pattern", self.weight_pattern, 1.0)
         own: dict[tuple[int, float], Self] = {
             (rank, factor): replace(
                 self,
@@ -300,7 +307,7 @@ def matching(pattern: str, names: Collection[str]) -> list[str]:
     return [name for name in names if name.endswith(f".{pattern}")]
 
 
-def _values(
+def by_pattern(
     layers: Collection[str], setting: str, patterns: Mapping[str, _Value], default: _Value
 ) -> dict[str, _Value]:
     """A value by layer: that of the first pattern that fits it, or the default."""

@@ -1,6 +1,7 @@
 """The solves of a task for all layers; layers of one size share a batched call where it pays."""
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from loda_math import (
 )
 
 _ONE_BY_ONE_FROM = 256  # on a CPU, layers at least this wide are solved one at a time
+_STACKED = 2**22  # elements of the moments in one call on an accelerator, if they are of several
 
 Bases = dict[str, dict[str, Tensor]]
 """Orthonormal basis (D, r) by layer and branch."""
@@ -36,6 +38,7 @@ def solve_bases(
     new: Mapping[str, Tensor],
     history: Mapping[str, History] | None,
     gram_eps: float,
+    devices: Mapping[str, torch.device] | None = None,
 ) -> Bases:
     """Bases of the branches of every layer, from second moments.
 
@@ -49,6 +52,8 @@ def solve_bases(
         By layer; ``None`` on the first task.
     gram_eps : float
         Rounding unit of the Gram matrices that were summed into the moments.
+    devices : mapping of str to torch.device, optional
+        Where to solve, by layer; by default where the moment of the task is.
 
     Returns
     -------
@@ -57,10 +62,10 @@ def solve_bases(
     bases: Bases = {name: {} for name in new}
     own = settings.by_layer(new)
     for branch in settings.names(first_task=history is None):
-        for group in _solved_together(new, own):
+        for group, device in _subspace_calls(new, own, devices):
             choose = _subspace_rule(own[group[0]], branch, gram_eps)
-            old = None if history is None else _stack(history[name].total for name in group)
-            solved = choose(_stack(new[name] for name in group), old)
+            old = None if history is None else _stack((history[n].total for n in group), device)
+            solved = choose(_stack((new[name] for name in group), device), old)
             for name, basis in zip(group, solved, strict=True):
                 bases[name][branch] = basis
     return bases
@@ -117,12 +122,13 @@ def solve_heldout(
     halves: Mapping[str, tuple[Tensor, Tensor]],
     history: Mapping[str, History],
     gram_eps: float,
+    devices: Mapping[str, torch.device] | None = None,
 ) -> HeldoutRatios:
     """Energy ratios of every branch on images that its directions were not chosen on.
 
     Parameters
     ----------
-    settings, history, gram_eps
+    settings, history, gram_eps, devices
         As in :func:`solve_bases`.
     halves : mapping of str to two Tensors, shape (D, D)
         Moments of two halves of the task's images by layer.
@@ -136,10 +142,11 @@ def solve_heldout(
     own = settings.by_layer(history)  # some layers may have no halves
     firsts = {name: first for name, (first, _) in halves.items()}
     for branch in settings.names(first_task=False):
-        for group in _solved_together(firsts, own):
+        for group, device in _subspace_calls(firsts, own, devices):
             choose = _subspace_rule(own[group[0]], branch, gram_eps)
-            first, second = (_stack(halves[name][half] for name in group) for half in (0, 1))
-            old = _stack(history[name].total for name in group)
+            pair = (_stack((halves[name][half] for name in group), device) for half in (0, 1))
+            first, second = pair
+            old = _stack((history[name].total for name in group), device)
             batched = heldout_ratio(choose, first, second, old)
             for name, *values in zip(group, *batched, strict=True):
                 ratios[name][branch] = HeldoutRatio(*values)
@@ -175,13 +182,13 @@ def solve_recalibration(
         the moments.
     """
     coefficients: dict[str, Tensor] = {}
-    for group in _alike(layers):
+    for group, device in _alike(layers):
         ups, downs, weights = _branches([layers[name] for name in group], new[group[0]].dtype)
         # The histories of all layers hold the same tasks, so one weight serves the whole group.
         h = settings.history_weight
         weight = 1 / history[group[0]].weight if h == "mean" else h
-        old = _stack(history[name].total for name in group)
-        moments = (_stack(new[name] for name in group), old, settings.gamma)
+        old = _stack((history[name].total for name in group), device)
+        moments = (_stack((new[name] for name in group), device), old, settings.gamma)
         if settings.joint:
             solved = joint_recalibration(ups, downs, weights, *moments, form, history_weight=weight)
         else:
@@ -211,7 +218,7 @@ def solve_effects(
         Of scalars: mean squares over tokens, those on old inputs also over past tasks.
     """
     effects: dict[str, UpdateEffect] = {}
-    for group in _alike(layers):
+    for group, device in _alike(layers):
         dtype = new[group[0]].dtype
         up, down = stack_branches(*_branches([layers[name] for name in group], dtype))
         directions = up.shape[-1]
@@ -221,8 +228,9 @@ def solve_effects(
                 # The general branch comes first; the others keep the identity.
                 size = coefficients[name].shape[-1]
                 factor[place, :size, :size] = coefficients[name]
-        old = _stack(history[name].mean for name in group)
-        batched = update_effect(factor, up, down, _stack(new[name] for name in group), old)
+        old = _stack((history[name].mean for name in group), device)
+        here = _stack((new[name] for name in group), device)
+        batched = update_effect(factor, up, down, here, old)
         for name, *values in zip(group, *batched, strict=True):
             effects[name] = UpdateEffect(*values)
     return effects
@@ -255,32 +263,46 @@ def _subspace_rule(
     return choose
 
 
-def _solved_together(
-    moments: Mapping[str, Tensor], settings: Mapping[str, LoDASettings]
-) -> list[list[str]]:
-    """Groups of layers that are solved in one call; on a CPU, large layers one at a time.
-
-    A stack of them would overflow its caches: twelve of width 768 take a quarter longer at once.
-    """
-    calls: list[list[str]] = []
-    for group in _groups({name: (m.shape, settings[name].rank) for name, m in moments.items()}):
-        first = moments[group[0]]
-        one_by_one = first.device.type == "cpu" and len(first) >= _ONE_BY_ONE_FROM
-        calls += [[name] for name in group] if one_by_one else [group]
-    return calls
+def _subspace_calls(
+    moments: Mapping[str, Tensor],
+    settings: Mapping[str, LoDASettings],
+    devices: Mapping[str, torch.device] | None,
+) -> list[tuple[list[str], torch.device]]:
+    """Layers whose subspaces are found in one call, and where."""
+    places = {name: devices[name] if devices else m.device for name, m in moments.items()}
+    return _calls({n: (places[n], len(m), settings[n].rank) for n, m in moments.items()})
 
 
-def _alike(layers: Mapping[str, LoRALinear]) -> list[list[str]]:
-    """Groups of layers of one size whose branches have the same ranks and weights."""
-    return _groups(
+def _alike(layers: Mapping[str, LoRALinear]) -> list[tuple[list[str], torch.device]]:
+    """Layers of one size whose branches have the same ranks and weights, and where they are."""
+    return _calls(
         {
             name: (
-                layer.frozen.shape,
+                layer.frozen.device,
+                layer.in_features,
+                layer.out_features,
                 *((len(b.down), float(b.scale)) for b in map(layer.branch, layer.branches)),
             )
             for name, layer in layers.items()
         }
     )
+
+
+def _calls(keys: Mapping[str, tuple[Any, ...]]) -> list[tuple[list[str], torch.device]]:
+    """Layers that are solved in one call: those with equal keys, of device, width and the rest.
+
+    On a CPU, large layers are solved one at a time. A stack of them would overflow its caches:
+    twelve of width 768 take a quarter longer at once. On an accelerator the size of a stack is
+    bounded, or its copies of the moments would be much of the memory that the solves need.
+    """
+    calls: list[tuple[list[str], torch.device]] = []
+    for group in _groups(keys):
+        device, width = keys[group[0]][:2]
+        size = max(1, _STACKED // width**2)
+        if device.type == "cpu":
+            size = 1 if width >= _ONE_BY_ONE_FROM else len(group)
+        calls += [(group[i : i + size], device) for i in range(0, len(group), size)]
+    return calls
 
 
 def _groups(keys: Mapping[str, Hashable]) -> list[list[str]]:
@@ -291,8 +313,10 @@ def _groups(keys: Mapping[str, Hashable]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _stack(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.stack(list(tensors))
+def _stack(tensors: Iterable[Tensor], device: torch.device | None = None) -> Tensor:
+    moved = [tensor.to(device) for tensor in tensors]
+    # One by itself is not copied: of a large layer that would be much memory.
+    return moved[0][None] if len(moved) == 1 else torch.stack(moved)
 
 
 def _branches(

@@ -1,5 +1,6 @@
 """A finished run as a classifier: predict your own images, evaluate it again on its data."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,16 @@ from training.config import Experiment, read_experiment
 from training.data import Stream, build_stream, open_image, test_transform
 from training.distributed import make_accelerator
 from training.metrics import count_correct
-from training.run_dir import CLASSES, CONFIG, MODEL, READOUTS_FILE, nested, read_json, readable
+from training.run_dir import (
+    CLASSES,
+    CONFIG,
+    MODEL,
+    READOUTS_FILE,
+    nested,
+    read_json,
+    readable,
+    require_intact,
+)
 from training.seeds import seeded
 from training.train import evaluation_batches, extract_features
 
@@ -195,6 +205,7 @@ def load(
     if missing:
         msg = f"{folder} holds no finished run: {', '.join(missing)} missing"
         raise FileNotFoundError(msg)
+    require_intact(folder, CLASSES, MODEL, READOUTS_FILE)
     experiment = read_experiment(folder / CONFIG, allow)
     classes, _ = read_classes(folder)
     with seeded(0):  # the random initial weights are overwritten at once
@@ -284,6 +295,11 @@ def set_up(
     ------
     ValueError
         If the data set no longer has the classes of the run.
+
+    Warns
+    -----
+    RuntimeWarning
+        If the test images are not those of the run.
     """
     if experiment.threads is not None:
         torch.set_num_threads(experiment.threads)
@@ -294,5 +310,13 @@ def set_up(
     if (stream.class_names, stream.order) != read_classes(folder):
         msg = f"the classes of the data set have changed since {folder} was trained; check --root"
         raise ValueError(msg)
+    recorded, present = read_json(folder / CLASSES).get("test"), stream.test_record()
+    if recorded is not None and recorded != present:
+        sides = [f"{x['images']} ({x['fingerprint'][:8]})" for x in (recorded, present)]
+        msg = (
+            f"the test images are not those of {folder}: number (hash) recorded {sides[0]}, found "
+            f"{sides[1]}"
+        )
+        warnings.warn(msg, RuntimeWarning, stacklevel=2)
     # Nothing is logged, so the run's tracker need not be installed.
     return stream, make_accelerator(experiment.device, experiment.precision)

@@ -13,11 +13,15 @@ from loda_math import History, remember
 from training.config import begun_experiment
 from training.methods.loda import LoDAMethod
 from training.run_dir import (
+    CLASSES,
     TASKS,
+    is_finished,
     nested,
     not_finite,
+    read_json,
     read_tensors,
     readable,
+    require_intact,
     task_folder,
 )
 
@@ -106,7 +110,13 @@ def saved_tasks(
         If a file is damaged; the message names it.
     """
     names = ("moments", "branches") if branches else ("moments",)
-    tasks = range(1, 1 + sum(folder.is_dir() for folder in (path / TASKS).glob("*")))
+    if is_finished(path):
+        require_intact(path, CLASSES)
+        with readable(path / CLASSES):
+            count = len(read_json(path / CLASSES)["tasks"])
+    else:
+        count = sum(folder.is_dir() for folder in (path / TASKS).glob("*"))
+    tasks = range(1, 1 + count)
     if not tasks or not all(task_file(path, n, name).is_file() for n in tasks for name in names):
         switches = " ".join(f"--keep.{name} true" for name in names)
         msg = f"{path} did not keep {' and '.join(names)} of all its tasks: train with {switches}"
@@ -137,10 +147,11 @@ def read_task(path: Path, number: int, *names: str) -> dict[str, Layer]:
     FileNotFoundError
         If one of the files is missing.
     ValueError
-        If one of them is damaged; the message names it.
+        If one of them is damaged, or not as the run wrote it; the message names it.
     """
     layers: dict[str, dict[str, Array]] = {}
     for file in (task_file(path, number, name) for name in names):
+        require_intact(path, file.relative_to(path).as_posix())
         tensors = read_finite(file)
         with readable(file):
             for prefix, name in _NAMES.items():

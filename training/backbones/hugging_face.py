@@ -57,14 +57,17 @@ def build_hugging_face(name: str, *, pretrained: bool) -> Backbone:
     given = name.partition(":")[2]  # without hf:
     place = str(Path(given).expanduser()) if Path(given).expanduser().is_dir() else given
     try:
-        settings: Any = AutoConfig.from_pretrained(place)
+        # trust_remote_code is said in every call: without it the library asks on standard input.
+        settings: Any = AutoConfig.from_pretrained(place, trust_remote_code=False)
         missing: list[str] = []
         if pretrained:
-            model, report = AutoModel.from_pretrained(place, output_loading_info=True)
+            model, report = AutoModel.from_pretrained(
+                place, output_loading_info=True, trust_remote_code=False
+            )
             missing = [name for name in report["missing_keys"] if not name.startswith("pooler.")]
         else:
             unloaded: Any = AutoModel
-            model = unloaded.from_config(settings)
+            model = unloaded.from_config(settings, trust_remote_code=False)
     except OSError as error:
         msg = (
             f"backbone.name {name}: there is no such folder with a config.json and weights, and it "

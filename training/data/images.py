@@ -1,7 +1,9 @@
 """Images by position, in memory or decoded from files, and sets of them with their labels."""
 
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torchvision.transforms.v2.functional import resize as resize_tensor
 from training.data.config import DataConfig
 from training.data.image_files import decode, opened, upright
 from training.data.transforms import Transform
+from training.distributed import usable_cpus
 
 CACHE_BYTES = 1_000_000_000
 """Decoded images are kept in memory below this size, unless ``data.cache`` decides."""
@@ -42,8 +45,10 @@ class ArrayImages:
         Gives the side of the first resize and whether to keep the resized images.
     """
 
-    def __init__(self, pixels: Tensor, config: DataConfig) -> None:
-        self.pixels, self.config = pixels, config
+    def __init__(
+        self, pixels: Tensor, config: DataConfig, digests: Sequence[str] | None = None
+    ) -> None:
+        self.pixels, self.config, self._digests = pixels, config, digests
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -54,9 +59,15 @@ class ArrayImages:
     def select(self, indices: Sequence[int]) -> "ArrayImages":
         """Only these images, in this order; resized now if they are small enough to be kept."""
         pixels = self.pixels[torch.as_tensor(indices, dtype=torch.int64)]
+        # Before they are resized, which depends on data.cache.
+        digests = [_digest(image.contiguous().numpy().tobytes()) for image in pixels]
         if _keeps(self.config, len(pixels), pixels.shape[1] * pixels.element_size()):
             pixels = _resize_square(pixels, self.config.resize)
-        return ArrayImages(pixels, self.config)
+        return ArrayImages(pixels, self.config, digests)
+
+    def digests(self, indices: Sequence[int]) -> list[str]:
+        """Hashes of the images at some positions, as they came; empty before a selection."""
+        return [self._digests[index] for index in indices] if self._digests else []
 
     def files(self) -> list[Path]:
         """An empty list: these images are not separate files."""
@@ -118,6 +129,13 @@ class LazyImages:
                 filled.share_memory_()
             chosen._cache = images, filled
         return chosen
+
+    def digests(self, indices: Sequence[int]) -> list[str]:
+        """Hashes of the files at some positions; an empty list if the images are not files."""
+        files = self.files()
+        chosen = [files[index] for index in indices] if files else []
+        with ThreadPoolExecutor(usable_cpus()) as pool:  # hashing holds no lock
+            return list(pool.map(lambda path: _digest(path.read_bytes()), chosen))
 
     def files(self) -> list[Path]:
         """The file of each image if the source is a list of files, otherwise an empty list."""
@@ -246,6 +264,10 @@ def _as_tensor(image: Image.Image, config: DataConfig) -> Tensor:
             image = image.resize((side, side), Image.Resampling.BICUBIC)
     pixels = np.array(image)
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
+
+
+def _digest(content: bytes) -> str:
+    return blake2b(content, digest_size=16).hexdigest()
 
 
 def _resize_square(pixels: Tensor, side: int | None) -> Tensor:

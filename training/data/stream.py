@@ -42,11 +42,17 @@ class Stream:
     test: ImageSet
     order: list[int]
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, *, test_only: bool = False) -> str:
         """Hash of the content of the stream, independent of its folder.
 
-        It covers the classes, the tasks and the labels. If images are files, it covers their names
-        (with that of their folder) and sizes.
+        It covers the classes, the tasks, the labels and the images: files by their names (with
+        that of their folder) and bytes, arrays by their pixels. Images that a data set gives one
+        by one are not covered. All files are read.
+
+        Parameters
+        ----------
+        test_only : bool
+            Leave out the training images.
 
         Examples
         --------
@@ -55,12 +61,15 @@ class Stream:
         (64, False)
         """
         content: list[Any] = [self.class_names, self.order, self.tasks]
-        for part in (self.train, self.test):
-            files = part.images.files()
-            chosen = [files[index] for index in part.indices.tolist()] if files else []
-            named = [("/".join(path.parts[-2:]), path.stat().st_size) for path in chosen]
-            content.append([part.labels.tolist(), named])
+        for part in (self.test,) if test_only else (self.train, self.test):
+            positions, files = part.indices.tolist(), part.images.files()
+            names = ["/".join(files[index].parts[-2:]) for index in positions] if files else []
+            content.append([part.labels.tolist(), names, part.images.digests(positions)])
         return sha256(json.dumps(content).encode()).hexdigest()
+
+    def test_record(self) -> dict[str, Any]:
+        """Number and hash of the test images, as ``classes.json`` records them."""
+        return {"images": len(self.test), "fingerprint": self.fingerprint(test_only=True)}
 
 
 def build_stream(config: DataConfig, seed: int) -> Stream:

@@ -60,7 +60,7 @@ class LoDAMethod(Method):
         """Attach LoDA to a model."""
         from backends.torch import LoDA
 
-        self.loda = LoDA(model, self.settings, reduce=context.reduce)
+        self.loda = LoDA(model, self.settings, record_moments=True, reduce=context.reduce)
         super().start(model, context)
 
     def begin_task(self, batches: Iterable[Any]) -> None:

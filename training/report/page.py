@@ -5,7 +5,7 @@ The page stands alone: it needs no script, no network and no other file.
 
 import re
 from base64 import b64encode
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from training.report.figures import Drawing, drawings, side_drawings
 from training.report.runs import Inventory, Section, by_section, find_runs, measures, slug
 from training.report.tables import Table, latex, markdown, report_tables, side_by_side
-from training.run_dir import write_text
+from training.run_dir import MANIFEST, read_json, readable, write_json, write_text
 
 MARKDOWN, LATEX, CSV, PAGE = "tables.md", "tables.tex", "runs.csv", "report.html"
 FIGURES = "figures"
@@ -113,12 +113,13 @@ def write_report(report: Report, out: Path, *, overwrite: bool = False) -> Path:
     out : Path
         A new or empty folder.
     overwrite : bool
-        Replace the report that is in the folder; other files stay.
+        Replace the report that is in the folder, by its manifest; other files stay.
 
     Raises
     ------
     FileExistsError
-        If the folder has content and ``overwrite`` is off.
+        If the folder has content and ``overwrite`` is off, or has files under the names of a
+        report that its manifest does not list.
     NotADirectoryError
         If the path is a file.
     OSError
@@ -131,13 +132,21 @@ def write_report(report: Report, out: Path, *, overwrite: bool = False) -> Path:
     if links:
         msg = f"{links[0]} is a symbolic link, which is never written through: choose another --out"
         raise OSError(msg)
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            msg = f"{out} is not empty: add --overwrite to replace the report in it"
-            raise FileExistsError(msg)
-        stale = [path for path in (out / FIGURES).rglob("*") if path.suffix in _ENDINGS]
-        for path in (*(out / name for name in (MARKDOWN, LATEX, CSV, PAGE)), *stale):
-            path.unlink(missing_ok=True)
+    filled = out.is_dir() and any(out.iterdir())
+    if filled and not overwrite:
+        msg = f"{out} is not empty: add --overwrite to replace the report in it"
+        raise FileExistsError(msg)
+    earlier = _earlier(out) if filled else set()
+    foreign = {path for path in _reports_files(out) if path not in earlier}
+    if foreign:
+        shown = ", ".join(sorted(path.relative_to(out).as_posix() for path in foreign)[:8])
+        msg = (
+            f"{out} has files that no report there wrote, by its {MANIFEST}: move {shown} away, "
+            "or choose another --out"
+        )
+        raise FileExistsError(msg)
+    for path in earlier:
+        path.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / MARKDOWN, report.markdown())
     write_text(out / LATEX, report.latex())
@@ -154,7 +163,31 @@ def write_report(report: Report, out: Path, *, overwrite: bool = False) -> Path:
         tables = report_tables(section, report.lead_of)
         parts.append((section.slug, section.title, tables, _figures(drawn, folder)))
     write_text(out / PAGE, _page(report, parts))
+    names = sorted(path.relative_to(out).as_posix() for path in _reports_files(out))
+    write_json(out / MANIFEST, {"files": names})
     return out / PAGE
+
+
+def _reports_files(out: Path) -> Iterator[Path]:
+    """The files in a folder that have names of a report's files."""
+    for name in (MARKDOWN, LATEX, CSV, PAGE):
+        if (out / name).is_file() or (out / name).is_symlink():
+            yield out / name
+    for pattern in ("*", "*/*"):
+        for path in (out / FIGURES).glob(pattern):
+            if path.suffix in _ENDINGS:
+                yield path
+
+
+def _earlier(out: Path) -> set[Path]:
+    """The files of the report that was written to a folder, as far as they are there."""
+    path = out / MANIFEST
+    if not path.is_file():
+        return set()
+    with readable(path):
+        names = set(read_json(path)["files"])
+    # Only those among the names that a report can have: the file may come from anybody.
+    return {path for path in _reports_files(out) if path.relative_to(out).as_posix() in names}
 
 
 def _figures(drawn: Iterable[Drawing], folder: Path) -> list[dict[str, Any]]:

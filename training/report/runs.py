@@ -36,8 +36,10 @@ from training.run_dir import (
     ENVIRONMENT,
     METRICS,
     SUMMARY,
+    is_finished,
     read_json,
     readable,
+    require_new,
     write_text,
 )
 from training.sweep import read_groups
@@ -356,7 +358,7 @@ def find_runs(sources: Sequence[str | Path]) -> Inventory:
         if not folders:
             others.append(place)
         for path, own_name in folders.items():
-            if not (path / SUMMARY).is_file():
+            if not is_finished(path):
                 unfinished[path] = None
                 continue
             try:
@@ -438,13 +440,10 @@ def write_bundle(runs: Sequence[Run], path: Path, *, overwrite: bool = False) ->
     FileExistsError
         If the file exists and ``overwrite`` is off, or it is not a bundle.
     """
-    if path.exists():
-        if not overwrite:
-            msg = f"{path} already exists: add --overwrite to replace it"
-            raise FileExistsError(msg)
-        if not is_bundle(path):
-            msg = f"{path} exists and is not a bundle, so it is not replaced: choose another --out"
-            raise FileExistsError(msg)
+    require_new(path, overwrite=overwrite)
+    if path.exists() and not is_bundle(path):
+        msg = f"{path} exists and is not a bundle, so it is not replaced: choose another --out"
+        raise FileExistsError(msg)
     lines: list[dict[str, Any]] = [{"format": _BUNDLE, "version": _VERSION}]
     for run, place in zip(runs, _places_in_bundle(run.path for run in runs), strict=True):
         config = _portable(experiment_values(run.experiment)) | {"out": None}
