@@ -57,7 +57,8 @@ class Directions(NamedTuple):
 
 def normalised(xp: Namespace, *moments: Array) -> tuple[Array, Array]:
     """Mean of the moments, of trace one (a zero one stays zero), and its trace, (..., 1, 1)."""
-    energies = sum(diagonal(xp, m) / len(moments) for m in moments)[..., None, :]
+    energies: Array = sum(diagonal(xp, m) / len(moments) for m in moments)
+    energies = energies[..., None, :]
     # The largest entry of a moment is on its diagonal. A first division by it keeps the trace of
     # huge or tiny moments in range.
     largest = xp.max(xp.abs(energies), axis=-1, keepdims=True)
