@@ -823,7 +823,7 @@ def test_groups_may_be_any_integers(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("groups", "failure"),
     [
-        (torch.rand(4), TypeError),
+        (torch.full((4,), 0.5), TypeError),
         ([], ValueError),
         (0, ValueError),
         ([3, torch.arange(2)], ValueError),
