@@ -17,7 +17,7 @@ Array = Any
 Namespace = Any
 
 # Rows and columns of a large matrix in host memory that meet their mirror image at a time.
-TILE = 128
+TILE = 96
 
 
 def namespace(**arrays: Array) -> Namespace:
@@ -277,15 +277,33 @@ def mirror_tiles(x: Array) -> list[tuple[slice, slice]]:
     return [(a, b) for place, a in enumerate(slices) for b in slices[place:]]
 
 
-def plus_transpose(x: Array) -> Array:
-    """``x + xᵀ``; ``x`` must be fresh, it may be changed."""
-    tiles = mirror_tiles(x)
-    if len(tiles) == 1 or not (is_numpy(x) or not x.requires_grad):
-        return x + x.mT
+def symmetric_part(xp: Namespace, largest: Array, total: Array, *moments: Array) -> Array:
+    """Symmetric part of the mean of the moments, over ``largest`` and then over ``total``.
+
+    Large moments are bound by memory, not by arithmetic: host memory is read and written once.
+    """
+    half = 0.5 / len(moments)
+    divisor = xp.where(largest == 0, xp.full_like(largest, math.inf), largest)
+    scale = safe_divide(xp, xp.ones_like(total), total)
+
+    def both(rows: slice, columns: slice) -> Array:
+        tile = moments[0][..., rows, columns] * half
+        tile += moments[0][..., columns, rows].mT * half
+        for m in moments[1:]:
+            tile += m[..., rows, columns] * half
+            tile += m[..., columns, rows].mT * half
+        tile /= divisor
+        tile *= scale
+        return tile
+
+    tiles = mirror_tiles(moments[0])
+    if len(tiles) == 1 or any(is_torch(m) and m.requires_grad for m in moments):
+        return both(slice(None), slice(None))
+    result = xp.empty_like(moments[0])
     for rows, columns in tiles:
-        both = x[..., rows, columns] + x[..., columns, rows].mT
-        x[..., rows, columns], x[..., columns, rows] = both, both.mT
-    return x
+        tile = both(rows, columns)
+        result[..., rows, columns], result[..., columns, rows] = tile, tile.mT
+    return result
 
 
 def symmetrise(x: Array) -> Array:

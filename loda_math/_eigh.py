@@ -154,13 +154,12 @@ def lower_solve(xp: Namespace, factor: Array, rhs: Array, *, transpose: bool = F
 def largest_eigenvalue(xp: Namespace, s: Array) -> Array:
     """Lower bound on the largest eigenvalue of a moment, seldom short by more than a tenth.
 
-    Power steps from its longest column. It is never above the eigenvalue, so that a threshold
-    relative to it marks nothing but noise.
+    Power steps from the column of the largest channel. It is never above the eigenvalue, so that a
+    threshold relative to it marks nothing but noise.
     """
-    squares = xp.sum(s * s, axis=-2)
-    start = xp.argmax(squares, axis=-1)[..., None, None]
+    start = xp.argmax(diagonal(xp, s), axis=-1)[..., None, None]
     x = xp.take_along_axis(s, start, axis=-1)
-    bound = xp.sqrt(xp.max(squares, axis=-1))[..., None]
+    bound = xp.sqrt(xp.sum(x * x, axis=-2))
     for _ in range(POWER_STEPS):
         length = xp.sqrt(xp.sum(x * x, axis=-2, keepdims=True))
         x = s @ (x / xp.where(length > 0, length, xp.ones_like(length)))
@@ -259,7 +258,7 @@ def _lanczos(a: Any, count: int) -> tuple[Any, Any] | None:
     from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
     size = len(a)
-    steps = max(2 * count + 1, LANCZOS_LEAST)
+    steps = max(count + 2 * count // 3 + 1, LANCZOS_LEAST)
     if 4 * steps > size:
         return None
     # Row-major lower is column-major upper. Reading one triangle halves the traffic.
@@ -270,7 +269,7 @@ def _lanczos(a: Any, count: int) -> tuple[Any, Any] | None:
     start = np.sin(np.arange(1.0, size + 1) ** 2).astype(a.dtype)
     tolerance = size * float(np.finfo(a.dtype).eps)
     options = {"v0": start, "ncv": steps, "maxiter": LANCZOS_RESTARTS, "tol": tolerance}
-    if "rng" in signature(eigsh).parameters:
+    if _takes_generator():
         # ARPACK draws new directions when the matrix runs out of them: seeded, for equal results.
         options["rng"] = np.random.default_rng(0)
     try:
@@ -291,15 +290,28 @@ def _lanczos(a: Any, count: int) -> tuple[Any, Any] | None:
     return (values, vectors) if is_proven else None
 
 
+@cache
+def _takes_generator() -> bool:
+    """Looked up once: it takes as long as a dozen products with a small matrix."""
+    from scipy.sparse.linalg import eigsh
+
+    return "rng" in signature(eigsh).parameters
+
+
 def _none_missed(a: Any, values: Any, vectors: Any, slack: float) -> bool:
-    """Proof that no eigenvalue above the last one was missed: τI − A + VΘVᵀ is definite."""
+    """Proof that no eigenvalue above the last one was missed: τI − A + γVVᵀ is definite.
+
+    γ lifts the eigenvalues that were found to the largest magnitude at least.
+    """
+    import numpy as np
     from scipy.linalg.blas import get_blas_funcs
     from scipy.linalg.lapack import get_lapack_funcs
 
-    times: Any = get_blas_funcs("gemm", (a,))
+    update: Any = get_blas_funcs("syrk", (a,))
     factor: Any = get_lapack_funcs("potrf", (a,))
     # Column-major, of which the upper triangle is read, as ``a`` is row-major and lower.
-    rest = times(1.0, vectors * values, vectors, trans_b=1, beta=-1.0, c=a.T)
+    lift = values[0] - values[-1] + np.abs(values).max()
+    rest = update(lift, vectors, beta=-1.0, c=a.T, lower=0)
     rest.ravel(order="K")[:: len(a) + 1] += values[-1] + slack
     _, failed = factor(rest, lower=0, clean=0, overwrite_a=1)
     return bool(failed == 0)
@@ -321,33 +333,37 @@ def _dense(a: Any, start: int, stop: int) -> tuple[Any, Any, Any]:
     The lower triangle is read; a column-major matrix costs less.
     """
     import numpy as np
-    from scipy.linalg import LinAlgError, eigh, eigh_tridiagonal, eigvalsh_tridiagonal
+    from scipy.linalg import eigh
     from scipy.linalg.lapack import get_lapack_funcs
 
     size = len(a)
-    functions: Any = get_lapack_funcs(("sytrd", "ormqr"), (a,))
+    functions: Any = get_lapack_funcs(("sytrd", "stebz", "stein", "ormqr"), (a,))
     reduced, diagonal, beside, scales, _ = functions[0](a, lower=1, lwork=BLOCK * size)
-    part: Any = {"select": "i", "check_finite": False}
-    try:
-        values, vectors = eigh_tridiagonal(
-            diagonal, beside, select_range=(start, stop - 1), lapack_driver="stebz", **part
+
+    def bisect(first: int, last: int) -> tuple[Any, Any, Any, bool]:
+        # By index, to full precision, and block by block, as the next step wants them.
+        found, values, blocks, splits, failed = functions[1](
+            diagonal, beside, 2, 0.0, 1.0, first, last, 0.0, "B"
         )
-        if vectors.shape[1] != stop - start or not np.all(np.isfinite(vectors)):
-            raise LinAlgError
-        largest = values[-1:]
-        if stop < size:
-            largest = eigvalsh_tridiagonal(
-                diagonal, beside, select_range=(size - 1, size - 1), **part
-            )
-    except LinAlgError:  # the part may fail among equal eigenvalues; all of them never do
+        complete = failed == 0 and found == last - first + 1
+        return values[:found], blocks, splits, complete
+
+    values, blocks, splits, is_sound = bisect(start + 1, stop)
+    if is_sound:
+        vectors, failed = functions[2](diagonal, beside, values, blocks, splits)
+        is_sound = failed == 0 and bool(np.all(np.isfinite(vectors)))
+    if not is_sound:  # the part may fail among equal eigenvalues; all of them never do
         values, vectors = eigh(a, driver="evd", check_finite=False)
         return values[start:stop], vectors[:, start:stop], values[-1:]
+    order = np.argsort(values)
+    values, vectors = values[order], vectors[:, order]
+    largest = values[-1:] if stop == size else bisect(size, size)[0]
     # The reflectors lie below the diagonal and leave the first coordinate as it is. A shift by one
     # element presents them as those of a QR decomposition, with a last row that must be zero.
     reduced[0, 1:] = 0
     reflectors = reduced.ravel(order="K")[1 : 1 - size].reshape(size, size - 1, order="F")
     shifted = np.roll(vectors, -1, axis=0)
-    shifted, _, _ = functions[1](
+    shifted, _, _ = functions[3](
         "L", "N", reflectors, scales, shifted, lwork=BLOCK * (stop - start)
     )
     return values, np.roll(shifted, 1, axis=0), largest

@@ -16,10 +16,9 @@ from loda_math._arrays import (
     fix_signs,
     is_array,
     larger,
-    peak,
-    plus_transpose,
     result_dtype,
     safe_divide,
+    symmetric_part,
     trace,
     widen,
 )
@@ -56,17 +55,16 @@ class Directions(NamedTuple):
     largest: Array  # (..., 1), the largest eigenvalue of the problem
 
 
-def normalised(xp: Namespace, moment: Array) -> tuple[Array, Array]:
-    """Moment of trace one (a zero moment stays zero), and the trace, shape (..., 1, 1)."""
-    # A first division by the largest entry keeps the trace of huge or tiny moments in range.
-    largest = peak(xp, moment)
-    moment = safe_divide(xp, moment, largest)
+def normalised(xp: Namespace, *moments: Array) -> tuple[Array, Array]:
+    """Mean of the moments, of trace one (a zero one stays zero), and its trace, (..., 1, 1)."""
+    energies: Array = sum(diagonal(xp, m) / len(moments) for m in moments)
+    energies = energies[..., None, :]
+    # The largest entry of a moment is on its diagonal. A first division by it keeps the trace of
+    # huge or tiny moments in range.
+    largest = xp.max(xp.abs(energies), axis=-1, keepdims=True)
     # The trace of a true moment is positive; a negative one must not flip its sign.
-    total = xp.abs(trace(xp, moment)[..., None, None])
-    # The symmetric part in one scaling: large moments are bound by memory, not by arithmetic.
-    moment = plus_transpose(moment)
-    moment *= safe_divide(xp, xp.full_like(total, 0.5), total)
-    return moment, total * largest
+    total = xp.abs(xp.sum(safe_divide(xp, energies, largest), axis=-1, keepdims=True))
+    return symmetric_part(xp, largest, total, *moments), total * largest
 
 
 def checked_ridge(ridge: Any, ridge_scale: RidgeScale) -> Ridge:
@@ -124,15 +122,11 @@ def general(
     xp: Namespace, new: Array, old: Array | None, rank: int, gram_eps: Any = 0.0
 ) -> Directions:
     """Leading eigenvectors of the sum of the moments, eigenvalues in the units of the moments."""
-    (s,) = widen(xp, new)
-    units = 1.0
-    if old is not None:
-        # Halving both keeps the sum of two large moments from overflowing.
-        s, units = 0.5 * s, 2.0
-        s += 0.5 * widen(xp, old)[0]
-    s, total = normalised(xp, s)
+    moments = widen(xp, new) if old is None else widen(xp, new, old)
+    # The mean of two large moments is in range where their sum is not.
+    s, total = normalised(xp, *moments)
     directions = leading(xp, s, rank, new, old, gram_eps=gram_eps)
-    scale = units * total[..., 0]
+    scale = len(moments) * total[..., 0]
     return directions._replace(values=directions.values * scale, largest=directions.largest * scale)
 
 

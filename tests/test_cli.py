@@ -217,6 +217,57 @@ def test_errors_of_runs_and_images_are_one_line(
     assert "which is a file" in refused(*again, f"--out={tmp_path / 'file'}")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_an_output_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "training.cli", "sweep", "digits", "--dry-run", "--out", "x"]
+    # As usual, the output is flushed only at the end.
+    usual = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    with Path("/dev/full").open("wb") as full:
+        ended = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, env=usual, check=False
+        )
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1
+    assert ended.stderr.startswith("loda sweep: ")
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run(
+        command, stdout=writing, stderr=subprocess.PIPE, text=True, env=usual, check=False
+    )
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
+HUNGRY = """
+import torch
+from training.methods import Method
+
+class Hungry(Method):
+    def start(self, model, context):
+        {}
+"""
+
+
+@pytest.mark.parametrize(
+    "code", ["torch.empty(2**55)", "bytearray(2**60)", "raise torch.OutOfMemoryError('none left')"]
+)
+def test_a_lack_of_memory_is_one_line_with_a_cure(
+    tmp_path: Path,
+    root: Path,
+    refused: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    code: str,
+) -> None:
+    (tmp_path / "hungry_by_tests.py").write_text(HUNGRY.format(code), "utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "hungry_by_tests", raising=False)
+    settings = [x for x in flags(tiny(root, tmp_path / "run")) if not x.startswith("--method")]
+    said = refused("train", *settings, "--method=hungry_by_tests.Hungry")
+    assert "out of memory" in said
+    assert "train.batch_size" in said
+    assert "\n" not in said
+
+
 OUTWARD = ("x/../../../../victim", "/victim", "..")
 
 

@@ -823,10 +823,18 @@ def test_groups_may_be_any_integers(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("groups", "failure"),
     [
-        (torch.rand(4), TypeError),
+        (torch.full((4,), 0.5), TypeError),
         ([], ValueError),
         (0, ValueError),
         ([3, torch.arange(2)], ValueError),
+        ([0, 1, 0, 1], ValueError),  # labels of one mini-batch, not four numbers of rows
+        (torch.arange(4)[:, None], ValueError),
+        (torch.tensor(4), ValueError),
+        (torch.arange(4).numpy(), TypeError),
+        ([[0, 1], [0, 1]], TypeError),
+        (None, TypeError),
+        (True, TypeError),
+        (-4, ValueError),
     ],
     ids=str,
 )

@@ -6,6 +6,7 @@ import io
 import pickle
 import weakref
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -1247,6 +1248,20 @@ def test_optimiser_of_the_last_task_is_refused() -> None:
     with pytest.raises(ValueError, match="after the task has begun"):
         fit(loda, 1, kept)
     fit(loda, 1)
+
+
+@pytest.mark.parametrize("phases", [False, True], ids=["one call", "phases"])
+@pytest.mark.parametrize("trains", [False, True])
+def test_freezing_or_training_the_whole_model_inside_a_task_is_refused(
+    trains: bool, phases: bool
+) -> None:
+    loda = small()
+    begin(loda, 0)
+    optimizer = torch.optim.SGD(loda.parameters(lr=0.1))
+    loda.model.requires_grad_(trains)
+    step = loda.halves if phases else partial(loda.step, never)
+    with pytest.raises(RuntimeError, match="requires_grad"):
+        step(4, optimizer)
 
 
 class Checkpointed(nn.Module):

@@ -504,3 +504,30 @@ def test_a_floor_belongs_to_the_ratio_of_traces(xp: ModuleType) -> None:
             lm.isolated_subspace(m, m, 1, energy_floor=floor)
     with pytest.raises(ValueError, match="objective"):
         lm.isolated_subspace(m, m, 1, objective="ratio")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [2, 40, 200])
+def test_one_wrong_entry_of_a_moment_is_seen(xp: ModuleType, size: int) -> None:
+    rng = np.random.default_rng(size)
+    tokens = rng.standard_normal((2 * size, size)) * np.geomspace(1, 1e-3, size)
+    moment = tokens.T @ tokens / len(tokens)
+    moment = 0.5 * (moment + moment.T)
+    largest = float(moment.max())
+    lm.null_subspace(to_library(xp, moment), 1)
+    for _ in range(8):
+        i, j = rng.choice(size, 2, replace=False)
+        for entry, rule in [
+            (moment[i, j] + 2.1e-4 * largest, "symmetric"),
+            (moment[i, j] - 2.1e-4 * largest, "symmetric"),
+            (np.nan, "infinite"),
+            (np.inf, "infinite"),
+            (-np.inf, "infinite"),
+        ]:
+            wrong = moment.copy()
+            wrong[i, j] = entry
+            with pytest.raises(ValueError, match=rule):
+                lm.null_subspace(to_library(xp, wrong), 1)
+        # Rounding of single precision is no fault.
+        rounded = moment.copy()
+        rounded[i, j] += 1e-6 * largest
+        lm.null_subspace(to_library(xp, rounded), 1)

@@ -114,19 +114,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.settings = rest
         if "run" in arguments:
             _require_run(arguments.run)  # before torch is imported
-        return arguments.act(arguments) or 0
+        status = arguments.act(arguments) or 0
+        sys.stdout.flush()  # here an error of the output can still be told
     except KeyboardInterrupt as stop:
         _say(f"loda {command}: interrupted{f'; {stop}' if str(stop) else ''}")
         return _INTERRUPTED
     except BrokenPipeError:  # the reader of the output (head, say) has closed the pipe
-        # Flushing what is still buffered must not fail.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return _BROKEN_PIPE
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         if os.environ.get("LODA_DEBUG"):
             raise
         _say(f"loda {command}: {' '.join(line.strip() for line in str(error).splitlines())}")
+        try:
+            sys.stdout.flush()
+        except OSError:  # the output itself cannot be written, on a full disk say
+            _drop_output()
         return _USAGE_ERROR
+    except (MemoryError, RuntimeError) as error:
+        if os.environ.get("LODA_DEBUG") or not _lacks_memory(error):
+            raise
+        _say(
+            f"loda {command}: out of memory: lower train.batch_size, train.eval_batch_size or "
+            "data.workers, or set data.cache false; a run that has a checkpoint goes on with "
+            "loda train --resume RUN"
+        )
+        return _USAGE_ERROR
+    return status
+
+
+def _drop_output() -> None:
+    """Let what is still buffered go nowhere, so that flushing it at the end cannot fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    """Whether Python, or torch on a CPU or GPU, has run out of memory."""
+    # By name: torch need not be imported here. On a CPU it raises a plain RuntimeError.
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or "allocate memory" in str(error)
 
 
 def _parser() -> argparse.ArgumentParser:

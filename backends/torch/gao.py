@@ -490,8 +490,7 @@ class Halves:
         _require_trained(optimizers, perturbed)
         reduce = _require_reduce(reduce)
         if not isinstance(window, Window):
-            batches = [window] if isinstance(window, (Tensor, int)) else list(window)
-            window = Window(batches, shared=reduce is not None)
+            window = Window(as_window(window), shared=reduce is not None)
         parts = window.split(permutation)
         alone = not all(window.counts)  # one group: there is nothing to align with
         if alone:
@@ -572,6 +571,15 @@ class Window:
     """
 
     def __init__(self, batches: Sequence[Groups], *, shared: bool) -> None:
+        for groups in batches:
+            _check_groups(groups)
+        if len(batches) > 1 and 0 in [groups for groups in batches if isinstance(groups, int)]:
+            msg = (
+                f"a list must hold one entry for each mini-batch, a tensor of groups or a number "
+                f"of rows of at least 1, got {list(batches)[:8]}; the labels of one mini-batch "
+                f"must be a tensor"
+            )
+            raise ValueError(msg)
         self._devices = [
             groups.device if isinstance(groups, Tensor) else torch.device("cpu")
             for groups in batches
@@ -616,6 +624,11 @@ class Window:
                 rows = rows.to(device, non_blocking=True)
                 parts.append(Part(batch, rows, rows.numel() / total))
         return parts
+
+
+def as_window(groups: "Groups | Sequence[Groups]") -> list[Groups]:
+    """Groups of one mini-batch, or of several in a list or tuple, as a list."""
+    return list(groups) if isinstance(groups, (list, tuple)) else [groups]  # type: ignore[list-item]
 
 
 def draw_permutation(labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -939,6 +952,23 @@ def _gradients_finite(optimizer: Optimizer, moved: Sequence[Tensor]) -> bool:
     gradients = [p.grad for p in _parameters([optimizer])]
     flags = [g.isfinite().all() for g in (*gradients, *moved) if g is not None]
     return not flags or bool(torch.stack(flags).all())
+
+
+def _check_groups(groups: object) -> None:
+    """Refuse what is neither the groups of a mini-batch nor a number of its rows."""
+    if isinstance(groups, Tensor):
+        if groups.ndim != 1:
+            msg = f"labels must have one axis, got shape {tuple(groups.shape)}"
+            raise ValueError(msg)
+    elif isinstance(groups, bool) or not isinstance(groups, int):
+        msg = (
+            f"labels of a mini-batch must be a tensor of integers, or a number of rows, got a "
+            f"{type(groups).__name__}; turn them into one with torch.as_tensor"
+        )
+        raise TypeError(msg)
+    elif groups < 0:
+        msg = f"a number of rows must be at least 0, got {groups}"
+        raise ValueError(msg)
 
 
 def _count(groups: Groups) -> int:

@@ -28,6 +28,7 @@ from backends.torch.gao import (
     Halves,
     RowsLoss,
     Window,
+    as_window,
     check_radius,
     draw_permutation,
     gradient_aligned_step,
@@ -559,8 +560,7 @@ class LoDA:
         """
         optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
         moved = self._prepare_step(*optimizers)
-        batches = [groups] if isinstance(groups, (Tensor, int)) else list(groups)
-        window = Window(batches, shared=self._shares())
+        window = Window(as_window(groups), shared=self._shares())
         length, order = self._draw(window.labels, radius, permutation, draw, generator)
         halves = Halves(
             window,
@@ -913,6 +913,22 @@ class LoDA:
     def _prepare_step(self, *optimizers: Optimizer) -> list[Tensor]:
         """The tensors to be moved; before the first step, heads are those of the first process."""
         task = self._require_open()
+        moved: list[Tensor] = list(self.lora_parameters())
+        if not moved:
+            msg = (
+                "some branch must be trained, but requires_grad of all of them is False; freeze "
+                "the model before a task begins, not inside it (begin_task freezes what is not "
+                "trained)"
+            )
+            raise RuntimeError(msg)
+        loose = [name for name, layer in task.layers.items() if layer.frozen.requires_grad]
+        if loose:
+            msg = (
+                f"weights of target layers must stay frozen during a task, but requires_grad of "
+                f"{', '.join(loose)} is True; name with trainable what is trained beside the "
+                f"branches"
+            )
+            raise RuntimeError(msg)
         if self.reduce not in (None, sum_over_processes, unshared):
             msg = (
                 "step and halves share labels and gradients over torch.distributed, which a reduce "
@@ -928,7 +944,7 @@ class LoDA:
             trained = [p for group in groups for p in group["params"]]
             copy_from_first([p for p in trained if id(p) not in task.copied])
             task.copied.update(map(id, trained))
-        return list(self.lora_parameters())
+        return moved
 
     def _draw(
         self,

@@ -321,7 +321,7 @@ def _general(xp: Namespace, span: _Span, new: Array, old: Array, gram_eps: Any) 
     """Of the general subspace."""
     rank, eps = int(span.basis.shape[-1]), span.eps
     n, o = widen(xp, new, old)
-    s, _ = _subspaces.normalised(xp, 0.5 * n + 0.5 * o)
+    s, _ = _subspaces.normalised(xp, n, o)
     spectrum = descending_eigvalsh(xp, s)
     noise = channel_noise(xp, s, spectrum[..., :1], new, old, gram_eps=gram_eps)
     image = s @ span.basis

@@ -111,19 +111,25 @@ def test_an_aligned_step_runs_the_operators_of_its_four_passes(
     def plain() -> None:
         plain_step(loss, LABELS, optimizer)
 
+    def plain_halves() -> None:
+        for half in (LABELS < CLASSES // 2, LABELS >= CLASSES // 2):
+            own = half.nonzero().flatten()
+            plain_step(lambda rows, own=own: loss(own[rows]), LABELS[own], optimizer)
+
     def aligned() -> None:
         loda.step(loss, LABELS, optimizer, radius=0.1, draw=0.5)
 
     counts = []
-    for route in (plain, aligned):
+    for route in (plain, plain_halves, aligned):
         route()  # the first finds no momentum
         with Operators() as operators:
             route()
         counts.append(operators.count)
     benchmark.pedantic(aligned, rounds=1)
     with capsys.disabled():
-        print(f"\n  operators of a plain mini-batch {counts[0]}, of an aligned one {counts[1]}")
-    report(capsys, "operators of an aligned mini-batch to a plain one", counts[1] / counts[0], 4.1)
+        print("\n  operators of a plain step, of two on the halves, of an aligned one:", *counts)
+    report(capsys, "operators of an aligned mini-batch to a plain one", counts[2] / counts[0], 4.1)
+    report(capsys, "and to plain steps on both halves", counts[2] / counts[1], 2.05)
 
 
 @pytest.mark.parametrize("gradients", [False, True], ids=["no_grad", "training"])
