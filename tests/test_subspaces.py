@@ -1035,3 +1035,10 @@ def test_an_unknown_scale_of_the_ridge_is_refused(xp: ModuleType) -> None:
         rank_for(m, m, 0.5, ridge_scale="median")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="ridge_scale"):
         verify_subspace(m, m, m, "isolated", ridge_scale="median")  # type: ignore[arg-type]
+
+
+def test_the_ratio_of_traces_without_a_history_is_that_of_a_zero_one(xp: ModuleType) -> None:
+    new = to_library(xp, np.diag([1.0, 4.0, 2.0]))
+    basis, same = (trace_ratio_solution(new, old, 2).basis for old in (None, 0 * new))
+    np.testing.assert_allclose(np.abs(to_numpy(basis)), np.eye(3)[:, [1, 2]], atol=1e-6)
+    np.testing.assert_array_equal(to_numpy(basis), to_numpy(same))
