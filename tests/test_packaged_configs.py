@@ -351,7 +351,8 @@ def test_what_is_not_a_methods_own_stays_that_of_the_data_set(name: str) -> None
         assert OWN[name] == (rank, t.optimizer, t.schedule, t.lr, t.batch_size, t.epochs)
 
 
-@pytest.mark.parametrize("method", sorted({*METHODS.paths} - {"loda"}))
+# first_task is LoDA as long as it trains a branch.
+@pytest.mark.parametrize("method", sorted({*METHODS.paths} - {"loda", "first_task"}))
 def test_no_method_gets_the_look_ahead_of_loda_from_the_settings_of_a_paper(method: str) -> None:
     experiment = experiment_of(["--config=paper/cub", "--data.root=x", f"--method={method}"])
     assert steps_a_batch(experiment.method) == 1
