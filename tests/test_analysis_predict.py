@@ -143,7 +143,8 @@ def test_evaluation_reproduces_the_recorded_counts(
 ) -> None:
     run = finished(tmp_path_factory, method)
     expected = recorded(run)
-    for name in ("config.yaml", "classes.json", MODEL, READOUT_FILE):  # nothing else is needed
+    needed = ("config.yaml", "classes.json", "manifest.json", MODEL, READOUT_FILE)
+    for name in needed:
         shutil.copy(run / name, tmp_path)
     before = contents(tmp_path)
     results = evaluate_run(tmp_path)

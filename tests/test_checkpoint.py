@@ -85,14 +85,14 @@ def test_a_failure_says_how_to_resume(two: Path, monkeypatch: pytest.MonkeyPatch
         checkpoints.write({}, {}, b"")
 
 
-def test_ten_is_newer_than_nine(tmp_path: Path) -> None:
+def test_a_seventh_digit_is_newer_than_six(tmp_path: Path) -> None:
     for number in range(2):
         write_checkpoint(tmp_path, {}, {"number": number}, b"", keep=2)
-    (tmp_path / "checkpoints" / FIRST).rename(tmp_path / "checkpoints" / "9.safetensors")
+    (tmp_path / "checkpoints" / FIRST).rename(tmp_path / "checkpoints" / "999999.safetensors")
     for number in range(2, 4):
         write_checkpoint(tmp_path, {}, {"number": number}, b"", keep=2)
         assert newest_checkpoint(tmp_path).record == {"number": number}
-    assert names(tmp_path) == ["000010.safetensors", "000011.safetensors"]
+    assert names(tmp_path) == ["1000000.safetensors", "1000001.safetensors"]
 
 
 def test_another_schema_is_not_read(two: Path) -> None:

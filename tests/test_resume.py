@@ -242,7 +242,7 @@ def test_checkpoints_of_another_run_are_passed_over(
     steps = {"checkpoint": {"steps": 2}}
     path = stopped(tiny(root, tmp_path / "cut", **steps), 10)
     foreign = stopped(tiny(root, tmp_path / "other", **steps, **other), 10)
-    shutil.copy(checkpoint_files(foreign)[-1], path / "checkpoints" / "77.safetensors")
+    shutil.copy(checkpoint_files(foreign)[-1], path / "checkpoints" / "000077.safetensors")
     with pytest.warns(RuntimeWarning, match="other settings"):
         resume(path, quiet=True)
     assert differences(path, whole) == []

@@ -619,9 +619,15 @@ class RunFolder:
                 ENVIRONMENT: _as_json(environment),
             }
             # First: a folder without a manifest is never taken for that of a run.
-            _write_manifest(self.path, {name: _sha256(content) for name, content in files.items()})
-            for name, content in files.items():
-                write_bytes(self.path / name, content)
+            try:
+                _write_manifest(self.path, {name: _sha256(text) for name, text in files.items()})
+                for name, content in files.items():
+                    write_bytes(self.path / name, content)
+            except OSError:
+                # A run that never began must not stand in the way of the next one.
+                for name in (*files, MANIFEST):
+                    (self.path / name).unlink(missing_ok=True)
+                raise
 
     def check_classes(self, classes: Mapping[str, Any]) -> None:
         """Refuse to resume with other classes or images than the run began with."""

@@ -91,6 +91,7 @@ def handwrite(glyphs: Glyphs, rng: np.random.Generator) -> NDArray[np.uint8]:
 
     Examples
     --------
+    >>> from training.data.glyphs import pack
     >>> bar = pack([[np.array([[0.5, 0.0], [0.5, 0.5], [0.5, 1.0]])]])
     >>> handwrite(bar, np.random.default_rng(0)).shape
     (1, 8, 8)
