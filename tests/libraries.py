@@ -89,7 +89,7 @@ def opened(name: str) -> Iterator[ModuleType]:
 
 
 def _jax(jax: ModuleType, *, float64: bool) -> tuple[Any, Any]:
-    """The last device (on a host: one of four), and the context that sets the precision."""
+    """The last device (on a host: one of two), and the context that sets the precision."""
     with suppress(AttributeError, RuntimeError):  # an older JAX, or its backend runs already
         jax.config.update("jax_num_cpu_devices", 2)
     home = jax if hasattr(jax, "enable_x64") else jax.experimental
