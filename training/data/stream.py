@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from itertools import accumulate
 from typing import Any
@@ -61,15 +62,26 @@ class Stream:
         (64, False)
         """
         content: list[Any] = [self.class_names, self.order, self.tasks]
-        for part in (self.test,) if test_only else (self.train, self.test):
-            positions, files = part.indices.tolist(), part.images.files()
-            names = ["/".join(files[index].parts[-2:]) for index in positions] if files else []
-            content.append([part.labels.tolist(), names, part.images.digests(positions)])
+        if not test_only:
+            content.append(_content(self.train))
+        content.append(self._test_content)
         return sha256(json.dumps(content).encode()).hexdigest()
+
+    @cached_property
+    def _test_content(self) -> list[Any]:
+        # Part of both fingerprints of a run: its files are read once.
+        return _content(self.test)
 
     def test_record(self) -> dict[str, Any]:
         """Number and hash of the test images, as ``classes.json`` records them."""
         return {"images": len(self.test), "fingerprint": self.fingerprint(test_only=True)}
+
+
+def _content(part: ImageSet) -> list[Any]:
+    """Labels, names and hashes of images."""
+    positions, files = part.indices.tolist(), part.images.files()
+    names = ["/".join(files[index].parts[-2:]) for index in positions] if files else []
+    return [part.labels.tolist(), names, part.images.digests(positions)]
 
 
 def build_stream(config: DataConfig, seed: int) -> Stream:
