@@ -64,7 +64,7 @@ test-numpy: $(VENV)/.test
 # An interrupted run goes on where it stopped; `make clean` starts anew. JOBS=8 for eight at a time.
 mutants: $(VENV)/.dev
 	$(ONE_THREAD) LODA_LIBRARIES=numpy HYPOTHESIS_PROFILE=mutants $(BIN)/mutmut run --max-children $(or $(JOBS),1)
-	$(BIN)/python docs/mutation_table.py
+	$(BIN)/python docs/developers/mutation_table.py
 
 # One thread and one worker: the ratios are printed as they are measured.
 bench: $(VENV)/.test
@@ -72,7 +72,7 @@ bench: $(VENV)/.test
 
 # Oracles of 60 digits and others: how many cases were tried, how many held. Some minutes.
 attack: $(VENV)/.test
-	$(ONE_THREAD) $(BIN)/python docs/numerics_attack.py
+	$(ONE_THREAD) $(BIN)/python docs/developers/numerics_attack.py
 
 # Fifty tasks, ended at random moments: ten minutes on an idle core.
 soak: $(VENV)/.test
