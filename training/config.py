@@ -564,13 +564,15 @@ def _default_sources(sources: Sequence[_Source]) -> list[_Source]:
     """The default experiment, for a command line without a configuration.
 
     Its settings, such as the learning rate, suit its own data and backbone. Whoever names others
-    starts from the defaults of the settings.
+    starts from the defaults of the settings; a folder of photos has a configuration of its own.
     """
     *configs, given = sources
     if configs or not isinstance(given, list):
         return []
-    default = _FileSettings(_flat(read_yaml(path := resolve_config(DEFAULT))), path)
     named = {**dict(*_folder_source(sources)), **_chosen_on(given)}
+    if named.get("data.name") == "folder":
+        return _file_sources(resolve_config(PHOTOS))
+    default = _FileSettings(_flat(read_yaml(path := resolve_config(DEFAULT))), path)
     chosen = ("data.name", "backbone.name")
     return [default] if all(named.get(key, default[key]) == default[key] for key in chosen) else []
 
@@ -1132,6 +1134,9 @@ def packaged_configs() -> list[str]:
 
 DEFAULT = "glyphs"
 """The packaged configuration of the default experiment."""
+
+PHOTOS = "photos"
+"""The packaged configuration that a folder of photos starts from."""
 
 
 def resolve_config(name: str) -> Path:

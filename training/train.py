@@ -29,7 +29,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from backends.torch import RowsLoss, TaskRecord
 from backends.torch.readouts import CosineHeads, Readouts, class_mean_start
-from training.backbones import Backbone, build_backbone, check_fits
+from training.backbones import Backbone, build_backbone, check_fits, preprocessing_of
 from training.checkpoint import Checkpoint, Checkpoints, StopSignals, write_state
 from training.config import (
     NEUTRAL,
@@ -200,6 +200,9 @@ def prepare(
         If anything is wrong; nothing has been written then.
     """
     experiment = effective(experiment)
+    # What is left to the backbone: the size of the images, their mean and deviation.
+    wanted = preprocessing_of(experiment.backbone)
+    experiment = replace(experiment, data=experiment.data.resolved(wanted))
     seed = experiment.seed
     method = experiment.method.build()
     processes = launched_processes()
@@ -322,6 +325,7 @@ def _classes_record(stream: Stream) -> dict[str, Any]:
         "images": [int(torch.isin(labels, torch.tensor(task)).sum()) for task in stream.tasks],
         "fingerprint": stream.fingerprint(),
         "test": stream.test_record(),
+        "left_out": stream.left_out,
     }
 
 

@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,12 @@ from numpy.typing import NDArray
 
 from training.data.config import DataConfig
 from training.data.datasets import Split, some
-from training.data.images import Images, ImageSet, images_of
+from training.data.image_files import UnreadableImageError
+from training.data.images import ArrayImages, Images, ImageSet, LazyImages, images_of
 
 _VALIDATION_SEED = 0
+_TASKS = 5  # unless the settings say how many
+_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,11 @@ class Stream:
         Evaluation images of all tasks: the test split, or held-out training images.
     order
         Original class number of each label.
+    left_out
+        Image files that could not be read and are left out, as CLASS/NAME.
+    notes
+        What a user should know of the data: what is left out and why, what is held out, how the
+        tasks were chosen.
     """
 
     class_names: list[str]
@@ -42,6 +51,8 @@ class Stream:
     train: ImageSet
     test: ImageSet
     order: list[int]
+    left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def fingerprint(self, *, test_only: bool = False) -> str:
         """Hash of the content of the stream, independent of its folder.
@@ -85,7 +96,10 @@ def _content(part: ImageSet) -> list[Any]:
 
 
 def build_stream(config: DataConfig, seed: int) -> Stream:
-    """Open a data set and cut it into tasks; the header of every image is read now.
+    """Open a data set and cut it into tasks.
+
+    Files of a folder of photos are read and decoded once, and left out if that fails. Of other
+    image files, the headers are read.
 
     The classes are put in the order ``RandomState(seed).permutation(C)`` (with ``order_seed`` if
     it is set; as they are numbered without ``shuffle``), a class's new label is its position
@@ -124,13 +138,102 @@ def build_stream(config: DataConfig, seed: int) -> Stream:
     )
     order = permutation[: tasks[-1][-1] + 1].tolist()
     images, labels = _relabelled(train, order, config)
-    if config.validation == 0:
+    unread = _unread(images, labels, data, [names[number] for number in order], config)
+    share = config.held_out
+    if share == 0:
         test = _matched(_checked(data.load("test"), config, "evaluation"), names, config)
-        parts = _image_set(images, labels), _image_set(*_relabelled(test, order, config))
+        evaluated, targets = _relabelled(test, order, config)
+        unread += _unread(evaluated, targets, data, [names[x] for x in order], config)
+        parts = (
+            _image_set(images, labels, labels >= 0),
+            _image_set(evaluated, targets, targets >= 0),
+        )
     else:
-        held_out = _held_out(labels, order, config.validation, names)
-        parts = _image_set(images, labels, ~held_out), _image_set(images, labels, held_out)
-    return Stream([names[number] for number in order], tasks, *parts, order)
+        held_out = _held_out(labels, order, share, names)
+        parts = (
+            _image_set(images, labels, ~held_out & (labels >= 0)),
+            _image_set(images, labels, held_out),
+        )
+    notes = [*getattr(data, "notes", [])]
+    if unread:
+        shown = "; ".join(error.problem for _, error in unread[:_SHOWN])
+        rest = f"; and {len(unread) - _SHOWN} more" if len(unread) > _SHOWN else ""
+        plural = "s" if len(unread) > 1 else ""
+        notes.append(f"left out, {len(unread)} damaged image{plural}: {shown}{rest}")
+    if share and not getattr(data, "has_test", lambda: True)():
+        notes.append(
+            f"no test split: {share:.0%} of the images of every class, {len(parts[1])} of "
+            f"{len(parts[0]) + len(parts[1])}, are held out to be evaluated on; no seed changes "
+            "which"
+        )
+    notes += _copies(*parts)
+    if (config.init_cls, config.increment, config.task_sizes) == (None, None, None):
+        notes.append(
+            f"{len(order)} classes are learned in {_in_words([len(task) for task in tasks])}; "
+            "data.tasks, data.increment or data.task_sizes sets this"
+        )
+    return Stream(
+        [names[number] for number in order],
+        tasks,
+        *parts,
+        order,
+        [f"{path.parent.name}/{path.name}" for path, _ in unread],
+        notes,
+    )
+
+
+def _unread(
+    images: Images, labels: NDArray[np.int64], data: Any, names: Sequence[str], config: DataConfig
+) -> list[tuple[Path, UnreadableImageError]]:
+    """Image files that are left out: their labels become -1.
+
+    Raises
+    ------
+    UnreadableImageError
+        If a file of a data set that leaves none out is not an image by its header.
+    ValueError
+        If no image of a class is left.
+    """
+    if isinstance(images, ArrayImages):
+        return []
+    if not getattr(data, "leaves_out", False):
+        images.check_headers()
+        return []
+    errors, files = images.read(), images.files()
+    counts = np.bincount(labels, minlength=len(names))
+    labels[[*errors]] = -1
+    left = np.bincount(labels[labels >= 0], minlength=len(names))
+    if (empty := np.flatnonzero((left == 0) & (counts > 0))).size:
+        reasons = "; ".join(error.problem for error in [*errors.values()][:_SHOWN])
+        lost = some([names[number] for number in empty])
+        msg = f"{_place(config)} has no readable image of {lost}: {reasons}"
+        raise ValueError(msg)
+    return [(files[index], error) for index, error in errors.items()]
+
+
+def _copies(train: ImageSet, test: ImageSet) -> list[str]:
+    """A note if files of both splits have the same bytes, where these were read."""
+    if not all(isinstance(x.images, LazyImages) and x.images.is_read for x in (train, test)):
+        return []
+    learned = set(train.images.digests(train.indices.tolist()))
+    twins = [x in learned for x in test.images.digests(test.indices.tolist())]
+    if not any(twins):
+        return []
+    first = test.images.files()[int(test.indices[twins.index(True)])]
+    return [
+        f"{sum(twins)} of the evaluation images are copies of training images, such as {first}: "
+        "accuracies are too high"
+    ]
+
+
+def _in_words(sizes: Sequence[int]) -> str:
+    """Sizes of tasks: 5 tasks of 2, 3 tasks of 3, 2 and 2."""
+    if len(sizes) == 1:
+        return f"one task of {sizes[0]}"
+    if len({*sizes}) == 1:
+        return f"{len(sizes)} tasks of {sizes[0]}"
+    first = ", ".join(map(str, sizes[:-1]))
+    return f"{len(sizes)} tasks of {first} and {sizes[-1]}"
 
 
 def cut_tasks(config: DataConfig, available: int) -> list[tuple[int, ...]]:
@@ -145,23 +248,43 @@ def cut_tasks(config: DataConfig, available: int) -> list[tuple[int, ...]]:
     if count > available:
         msg = f"data.classes is {count}, but the data set has {available} classes."
         raise ValueError(msg)
+    first, further = (
+        given if given is not None else other
+        for given, other in (
+            (config.init_cls, config.increment),
+            (config.increment, config.init_cls),
+        )
+    )
     if config.task_sizes is not None:
         rule = f"data.task_sizes {config.task_sizes}"
         ends = list(accumulate(config.task_sizes))
         if ends[-1] > count:
             msg = f"{rule} are {ends[-1]} classes, but the stream has only {count}."
             raise ValueError(msg)
-    else:
-        rule = f"data.init_cls {config.init_cls}, data.increment {config.increment}"
-        if config.init_cls > count:
-            msg = f"data.init_cls is {config.init_cls}, but the stream has only {count} classes."
+    elif first is not None and further is not None:
+        rule = f"data.init_cls {first}, data.increment {further}"
+        if first > count:
+            msg = f"data.init_cls is {first}, but the stream has only {count} classes."
             raise ValueError(msg)
-        ends = [*range(config.init_cls, count, config.increment), count]
+        ends = [*range(first, count, further), count]
+    else:
+        rule = "at least one class each"
+        ends = [*accumulate(_equal_tasks(count, config.tasks))]
     tasks = [tuple(range(a, b)) for a, b in zip([0, *ends], ends, strict=False)]
     if config.tasks is not None and config.tasks > len(tasks):
         msg = f"data.tasks is {config.tasks}, but {count} classes give {len(tasks)} tasks ({rule})."
         raise ValueError(msg)
     return tasks[: config.tasks]
+
+
+def _equal_tasks(count: int, tasks: int | None) -> list[int]:
+    """Sizes of equal tasks, the first ones larger by one class if there is a remainder.
+
+    If their number is not given, it is five, or as many as give every task two classes.
+    """
+    number = max(1, min(_TASKS, count // 2)) if tasks is None else min(tasks, count)
+    size, more = divmod(count, number)
+    return [size + 1] * more + [size] * (number - more)
 
 
 def _checked(split: Any, config: DataConfig, use: str) -> Split:
@@ -237,22 +360,22 @@ def _held_out(
 ) -> NDArray[np.bool_]:
     # Each class draws by its original number: another class order holds out the same images.
     mask = np.zeros(len(labels), dtype=np.bool_)
+    counts = np.bincount(labels[labels >= 0], minlength=len(order))
+    if (counts < 2).any():
+        few = [names[number] for number, count in zip(order, counts, strict=True) if count < 2]
+        msg = (
+            f"a class needs two images, one to train on and one to evaluate on; {some(few)} "
+            f"{'has' if len(few) == 1 else 'have'} one: add images or take the class out"
+        )
+        raise ValueError(msg)
     for label, number in enumerate(order):
         members = np.flatnonzero(labels == label)
-        if len(members) < 2:
-            msg = (
-                f"class {names[number]} has {len(members)} training image: data.validation needs "
-                "two of each class, one to train on and one to evaluate on."
-            )
-            raise ValueError(msg)
         count = min(max(round(share * len(members)), 1), len(members) - 1)
         rng = np.random.default_rng((_VALIDATION_SEED, number))
         mask[rng.permutation(members)[:count]] = True
     return mask
 
 
-def _image_set(
-    images: Images, labels: NDArray[np.int64], chosen: NDArray[np.bool_] | None = None
-) -> ImageSet:
-    indices = np.arange(len(labels)) if chosen is None else np.flatnonzero(chosen)
+def _image_set(images: Images, labels: NDArray[np.int64], chosen: NDArray[np.bool_]) -> ImageSet:
+    indices = np.flatnonzero(chosen)
     return ImageSet(images, torch.from_numpy(indices), torch.from_numpy(labels[indices]))
