@@ -1,4 +1,4 @@
-"""Probabilities from the scores of a read-out: the temperature, and how well they are calibrated."""
+"""Probabilities from the scores of a read-out: their temperature and their calibration error."""
 
 from typing import Any
 

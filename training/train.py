@@ -429,12 +429,12 @@ def learn_task(run: Run, task: int, progress: Progress) -> None:
     clock = position.spent("readouts", clock)
 
     tested = evaluate(run, task)
-    if fitted is not None and task + 1 == len(run.stream.tasks):
-        run.calibration = calibrate(state.readouts, fitted, tested)
     position.spent("evaluate", clock)
     seconds = position.rounded_seconds()
     state.complete(seconds)  # only in memory: nothing is written before the next line
     _require_finite(run, task)
+    if fitted is not None and task + 1 == len(run.stream.tasks):
+        run.calibration = calibrate(state.readouts, fitted, tested)
     record_task(run, task, learned, seconds)
     accuracy = state.accuracy[state.readouts.primary].curve[-1]
     progress.end_task(task + 1, accuracy, sum(seconds.values()))
