@@ -7,7 +7,7 @@ at ``auto`` follows the backbone: `DataConfig.resolved` puts its values in.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
@@ -77,6 +77,14 @@ class DataConfig(Component):
         Put the classes in a random order; otherwise keep the order of their numbers.
     order_seed
         Seed of the class order; the seed of the run if not given.
+    class_order
+        Names of the classes in the order of learning, instead of a drawn one; classes that it does
+        not name are not used.
+    extensions
+        Folders of images that loda extend added to the stream, the first one first. The classes and
+        tasks of all of them are named in class_order and task_sizes.
+    extension_tasks
+        Number of tasks that each of these folders added; 0 for new images of known classes only.
     validation
         Fraction of each class's training images, 0 to 0.9, to evaluate on instead of the test
         split, which is then never opened; 0 evaluates on the test split. auto is 0, or 0.2 for a
@@ -133,6 +141,9 @@ class DataConfig(Component):
     tasks: int | None = None
     shuffle: bool = True
     order_seed: int | None = None
+    class_order: list[str] | None = None
+    extensions: list[str] = field(default_factory=list)
+    extension_tasks: list[int] = field(default_factory=list)
     validation: float | Auto = "auto"
     image_size: int | Auto = "auto"
     channels: Literal[1, 3] | Auto = "auto"
@@ -170,6 +181,10 @@ class DataConfig(Component):
         sizes = self.task_sizes
         allowed = sizes is None or (bool(sizes) and min(sizes) >= 1)
         check(allowed, "data.task_sizes", sizes, "a list of sizes of at least 1")
+        order = self.class_order
+        once = order is None or (bool(order) and len(set(order)) == len(order))
+        check(once, "data.class_order", order, "a list of names, each of them once")
+        self._check_extensions()
         if self.is_known:  # of a class that is not imported, not even the image size is known
             if self.image_size != "auto":  # otherwise only the backbone tells what fits
                 self._check_sizes(self._image_settings(None))
@@ -250,8 +265,7 @@ class DataConfig(Component):
         """
         if self.validation != "auto":
             return self.validation
-        has_test = getattr(self.build(), "has_test", None)
-        return 0.0 if has_test is None or has_test() else HELD_OUT
+        return 0.0 if has_test(self.build()) else HELD_OUT
 
     def unlike(self, backbone: "Preprocessing | None") -> list[str]:
         """Settings that are set otherwise than the backbone was pretrained with, one line each.
@@ -325,10 +339,25 @@ class DataConfig(Component):
         options = dict(self.options)
         if isinstance(options.get("root"), str):
             options["root"] = str(Path(options["root"]).expanduser().absolute())
+        extensions = [str(Path(root).expanduser().absolute()) for root in self.extensions]
         kind, _, place = str(options.get("dataset") or "").partition("/")
         if kind.lower() == "hfds" and place and Path(place).is_dir():
             options["dataset"] = f"{kind}/{Path(place).absolute()}"
-        return replace(self, options=options)
+        return replace(self, options=options, extensions=extensions)
+
+    def _check_extensions(self) -> None:
+        added, order, sizes = self.extension_tasks, self.class_order or [], self.task_sizes or []
+        fits = len(added) == len(self.extensions) and all(number >= 0 for number in added)
+        rule = f"a number of tasks, 0 or more, for each of the {len(self.extensions)} extensions"
+        check(fits, "data.extension_tasks", added, rule)
+        if not self.extensions:
+            return
+        check(sum(added) < len(sizes), "data.extension_tasks", added, "fewer tasks than task_sizes")
+        check(sum(sizes) == len(order), "data.class_order", order, "as many names as in the tasks")
+        for key in ("classes", "tasks"):
+            value = getattr(self, key)
+            rule = "null in a stream with extensions, which has all classes of class_order"
+            check(value is None, f"data.{key}", value, rule)
 
     def _check_sizes(self, images: ImageSettings) -> None:
         # Mismatched sizes would surface only when the first batch is stacked, or never.
@@ -361,6 +390,12 @@ class DataConfig(Component):
         for fits, msg in rules:
             if not fits:
                 raise ValueError(msg)
+
+
+def has_test(data: Any) -> bool:
+    """Whether a data set has a test split; only a folder of photos may lack one."""
+    own = getattr(data, "has_test", None)
+    return own is None or bool(own())
 
 
 def _or(value: T | Auto, default: T) -> T:

@@ -1,7 +1,11 @@
-"""The stream of tasks: classes in a seeded random order, cut into a first task and increments."""
+"""The stream of tasks: classes in a seeded random order, cut into a first task and increments.
+
+A stream may have extensions: folders that brought further classes, or images of known ones, after
+its first tasks were learned.
+"""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
@@ -13,14 +17,33 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from training.data.config import DataConfig
-from training.data.datasets import Split, some
+from training.data.config import HELD_OUT, DataConfig, has_test
+from training.data.datasets import DATA_SETS, Split, some
 from training.data.image_files import UnreadableImageError
-from training.data.images import ArrayImages, Images, ImageSet, LazyImages, images_of
+from training.data.images import ImageSet, LazyImages, images_of, joined
 
 _VALIDATION_SEED = 0
 _TASKS = 5  # unless the settings say how many
 _SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What a folder added to a stream.
+
+    Parameters
+    ----------
+    first_task
+        Number of tasks before it.
+    known
+        Its training images of classes that these tasks had already.
+    evaluated
+        Number of evaluation images of the stream up to and including its own.
+    """
+
+    first_task: int
+    known: ImageSet
+    evaluated: int
 
 
 @dataclass(frozen=True)
@@ -38,9 +61,17 @@ class Stream:
     test
         Evaluation images of all tasks: the test split, or held-out training images.
     order
-        Original class number of each label.
+        Original class number of each label; with extensions, which have no common numbers, the
+        label itself.
+    base
+        Number of evaluation images of the data set itself, which come before those of the
+        extensions; all of them without extensions.
+    extensions
+        The extensions, the first one first.
+    missing
+        Why images of the data set or of an extension could not be read, where that is allowed.
     left_out
-        Image files that could not be read and are left out, as CLASS/NAME.
+        Image files that could not be decoded and are left out, as CLASS/NAME.
     notes
         What a user should know of the data: what is left out and why, what is held out, how the
         tasks were chosen.
@@ -51,8 +82,22 @@ class Stream:
     train: ImageSet
     test: ImageSet
     order: list[int]
+    base: int | None = None
+    extensions: tuple[Extension, ...] = ()
+    missing: tuple[str, ...] = ()
     left_out: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def evaluated(self, tasks: int, extensions: int) -> ImageSet:
+        """Evaluation images of the first tasks, of the data set and of the first extensions.
+
+        An extension may have images of classes that were known before it: they do not count in
+        what was measured earlier.
+        """
+        base = len(self.test) if self.base is None else self.base
+        counts = [base, *(extension.evaluated for extension in self.extensions)]
+        seen = [label for task in self.tasks[:tasks] for label in task]
+        return self.test.first(counts[extensions]).subset(seen)
 
     def fingerprint(self, *, test_only: bool = False) -> str:
         """Hash of the content of the stream, independent of its folder.
@@ -74,7 +119,8 @@ class Stream:
         """
         content: list[Any] = [self.class_names, self.order, self.tasks]
         if not test_only:
-            content.append(_content(self.train))
+            parts = [self.train, *(extension.known for extension in self.extensions)]
+            content += [_content(part) for part in parts]
         content.append(self._test_content)
         return sha256(json.dumps(content).encode()).hexdigest()
 
@@ -95,7 +141,7 @@ def _content(part: ImageSet) -> list[Any]:
     return [part.labels.tolist(), names, part.images.digests(positions)]
 
 
-def build_stream(config: DataConfig, seed: int) -> Stream:
+def build_stream(config: DataConfig, seed: int, *, partial: bool = False) -> Stream:
     """Open a data set and cut it into tasks.
 
     Files of a folder of photos are read and decoded once, and left out if that fails. Of other
@@ -103,7 +149,16 @@ def build_stream(config: DataConfig, seed: int) -> Stream:
 
     The classes are put in the order ``RandomState(seed).permutation(C)`` (with ``order_seed`` if
     it is set; as they are numbered without ``shuffle``), a class's new label is its position
-    there, and the tasks are consecutive labels (LoDA, arXiv:2603.00191, section 5).
+    there, and the tasks are consecutive labels (LoDA, arXiv:2603.00191, section 5). ``class_order``
+    declares another order.
+
+    Parameters
+    ----------
+    config, seed
+        The section ``data``, and the seed of the run.
+    partial
+        Leave out the images of the data set or of extensions that are no longer there, and name
+        them in `Stream.missing`; only in a stream with extensions.
 
     Raises
     ------
@@ -121,54 +176,19 @@ def build_stream(config: DataConfig, seed: int) -> Stream:
     >>> stream.class_names[:4]
     ['2', '8', '4', '9']
     """
-    data = config.build()  # one instance for both splits: the second may depend on the first
-    train = _checked(data.load("train"), config, "training")
+    if config.extensions:
+        return _extended(config, partial=partial)
+    data = config.build()
+    train = _checked(data.load("train"), _place(config), "training")
     names = list(train.classes)
-    without = sorted(set(range(len(names))) - set(np.asarray(train.targets).tolist()))
-    if without:
-        msg = f"{_place(config)} has no training image of {some([names[n] for n in without])}"
-        raise ValueError(msg)
-    tasks = cut_tasks(config, len(names))
-    chosen = seed if config.order_seed is None else config.order_seed
-    # The generator of the published code: another one would give other tasks.
-    permutation = (
-        np.random.RandomState(chosen).permutation(len(names))
-        if config.shuffle
-        else np.arange(len(names))
-    )
-    order = permutation[: tasks[-1][-1] + 1].tolist()
-    images, labels = _relabelled(train, order, config)
-    unread = _unread(images, labels, data, [names[number] for number in order], config)
-    share = config.held_out
-    if share == 0:
-        test = _matched(_checked(data.load("test"), config, "evaluation"), names, config)
-        evaluated, targets = _relabelled(test, order, config)
-        unread += _unread(evaluated, targets, data, [names[x] for x in order], config)
-        parts = (
-            _image_set(images, labels, labels >= 0),
-            _image_set(evaluated, targets, targets >= 0),
-        )
-    else:
-        held_out = _held_out(labels, order, share, names)
-        parts = (
-            _image_set(images, labels, ~held_out & (labels >= 0)),
-            _image_set(images, labels, held_out),
-        )
-    notes = [*getattr(data, "notes", [])]
-    if unread:
-        shown = "; ".join(error.problem for _, error in unread[:_SHOWN])
-        rest = f"; and {len(unread) - _SHOWN} more" if len(unread) > _SHOWN else ""
-        plural = "s" if len(unread) > 1 else ""
-        notes.append(f"left out, {len(unread)} damaged image{plural}: {shown}{rest}")
-    if share and not getattr(data, "has_test", lambda: True)():
-        notes.append(
-            f"no test split: {share:.0%} of the images of every class, {len(parts[1])} of "
-            f"{len(parts[0]) + len(parts[1])}, are held out to be evaluated on; no seed changes "
-            "which"
-        )
-    notes += _copies(*parts)
+    order = _class_order(config, seed, names)
+    tasks = cut_tasks(config, len(order))
+    order = order[: tasks[-1][-1] + 1]
+    labels = {names[number]: label for label, number in enumerate(order)}
+    report = _Report()
+    parts = _parts(data, train, labels, config, _place(config), config.held_out, report)
     if (config.init_cls, config.increment, config.task_sizes) == (None, None, None):
-        notes.append(
+        report.notes.append(
             f"{len(order)} classes are learned in {_in_words([len(task) for task in tasks])}; "
             "data.tasks, data.increment or data.task_sizes sets this"
         )
@@ -177,15 +197,154 @@ def build_stream(config: DataConfig, seed: int) -> Stream:
         tasks,
         *parts,
         order,
-        [f"{path.parent.name}/{path.name}" for path, _ in unread],
-        notes,
+        left_out=report.left_out,
+        notes=report.notes,
     )
 
 
-def _unread(
-    images: Images, labels: NDArray[np.int64], data: Any, names: Sequence[str], config: DataConfig
-) -> list[tuple[Path, UnreadableImageError]]:
-    """Image files that are left out: their labels become -1.
+def _class_order(config: DataConfig, seed: int, names: Sequence[str]) -> list[int]:
+    """Numbers of the classes in the order of learning: all of them, or those declared."""
+    if config.class_order is not None:
+        numbers = {name: number for number, name in enumerate(names)}
+        unknown = [name for name in config.class_order if name not in numbers]
+        if unknown:
+            msg = (
+                f"data.class_order must name classes of {_place(config)}, got {some(unknown)}; its "
+                f"classes are {some(list(names))}"
+            )
+            raise ValueError(msg)
+        return [numbers[name] for name in config.class_order]
+    if not config.shuffle:
+        return list(range(len(names)))
+    chosen = seed if config.order_seed is None else config.order_seed
+    # The generator of the published code: another one would give other tasks.
+    order: list[int] = np.random.RandomState(chosen).permutation(len(names)).tolist()
+    return order
+
+
+def _extended(config: DataConfig, *, partial: bool) -> Stream:
+    """The stream of a data set and of the folders that extend it, in one declared class order."""
+    names = list(config.class_order or [])
+    tasks = cut_tasks(config, len(names))
+    # Tasks before the first extension, up to the end of each, and up to the end of all.
+    ends = list(
+        accumulate(config.extension_tasks, initial=len(tasks) - sum(config.extension_tasks))
+    )
+    train: list[ImageSet] = []
+    test: list[ImageSet] = []
+    extensions: list[Extension] = []
+    missing: list[str] = []
+    report = _Report()
+    for number, end in enumerate(ends):
+        learned = sum(len(task) for task in tasks[: ends[number - 1]]) if number else 0
+        # Classes of later tasks may lie in the folder by now; they count where they were learned.
+        labels = {name: label for label, name in enumerate(names[: tasks[end - 1][-1] + 1])}
+        try:
+            own = _source_parts(config, number, labels, report)
+        except FileNotFoundError as error:
+            if not partial:
+                raise
+            missing.append(str(error))
+            own = None
+        if own is not None:
+            known = own[0].labels < learned
+            train.append(own[0].chosen(~known))
+            test.append(own[1])
+        if number:
+            nothing = ImageSet(images_of([], config), torch.zeros(0).long(), torch.zeros(0).long())
+            update = nothing if own is None else own[0].chosen(known)
+            extensions.append(Extension(ends[number - 1], update, sum(map(len, test))))
+        else:
+            base = sum(map(len, test))
+    if not train:
+        msg = "; ".join(missing)
+        raise FileNotFoundError(msg)
+    return Stream(
+        names,
+        tasks,
+        joined(train),
+        joined(test),
+        list(range(len(names))),
+        base,
+        tuple(extensions),
+        tuple(missing),
+        report.left_out,
+        report.notes,
+    )
+
+
+def _source_parts(
+    config: DataConfig, number: int, labels: Mapping[str, int], report: "_Report"
+) -> tuple[ImageSet, ImageSet]:
+    """Training and evaluation images of the data set (0) or of an extension, counted from 1."""
+    share = config.held_out
+    if number == 0:
+        data, place = config.build(), _place(config)
+    else:
+        root = config.extensions[number - 1]
+        data, place = DATA_SETS.build("folder", {"root": root}), f"the extension {root}"
+        if not has_test(data):  # whether or not the data set itself has one
+            share = share or HELD_OUT
+    train = _checked(data.load("train"), place, "training")
+    return _parts(data, train, labels, config, place, share, report)
+
+
+@dataclass
+class _Report:
+    """What building a stream has to tell; see `Stream`."""
+
+    left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def _parts(
+    data: Any,
+    train: Split,
+    labels: Mapping[str, int],
+    config: DataConfig,
+    place: str,
+    share: float,
+    report: _Report,
+) -> tuple[ImageSet, ImageSet]:
+    """Training and evaluation images of the classes that have a label.
+
+    ``data`` is the instance that gave the training split: the second may depend on the first.
+    """
+    names = list(train.classes)
+    without = sorted(set(range(len(names))) - set(np.asarray(train.targets).tolist()))
+    if without:
+        msg = f"{place} has no training image of {some([names[n] for n in without])}"
+        raise ValueError(msg)
+    images, unread = _readable(_labelled(train, labels, config), data, place)
+    if share == 0:
+        test = _matched(_checked(data.load("test"), place, "evaluation"), names, place)
+        evaluated, also = _readable(_labelled(test, labels, config), data, place)
+        parts, unread = (images, evaluated), [*unread, *also]
+    else:
+        numbers = {labels[name]: number for number, name in enumerate(names) if name in labels}
+        held_out = torch.from_numpy(_held_out(images.labels.numpy(), numbers, share, names))
+        parts = images.chosen(~held_out), images.chosen(held_out)
+    report.notes += getattr(data, "notes", [])
+    if unread:
+        report.left_out += [f"{path.parent.name}/{path.name}" for path, _ in unread]
+        report.notes.append(
+            f"left out, {len(unread)} damaged image{'s' * (len(unread) > 1)}: {_first(unread)}"
+        )
+    if share and not has_test(data):
+        count, total = len(parts[1]), len(parts[0]) + len(parts[1])
+        report.notes.append(
+            f"no test split: {share:.0%} of the images of every class, {count} of {total}, are "
+            "held out to be evaluated on; no seed changes which"
+        )
+    report.notes += _copies(*parts)
+    return parts
+
+
+_Unread = list[tuple[Path, UnreadableImageError]]
+
+
+def _readable(part: ImageSet, data: Any, place: str) -> tuple[ImageSet, _Unread]:
+    """The images without those that cannot be decoded, and these, if they may be left out.
 
     Raises
     ------
@@ -194,46 +353,74 @@ def _unread(
     ValueError
         If no image of a class is left.
     """
-    if isinstance(images, ArrayImages):
-        return []
+    images = part.images
+    if not isinstance(images, LazyImages):
+        return part, []
     if not getattr(data, "leaves_out", False):
         images.check_headers()
-        return []
-    errors, files = images.read(), images.files()
-    counts = np.bincount(labels, minlength=len(names))
-    labels[[*errors]] = -1
-    left = np.bincount(labels[labels >= 0], minlength=len(names))
-    if (empty := np.flatnonzero((left == 0) & (counts > 0))).size:
-        reasons = "; ".join(error.problem for error in [*errors.values()][:_SHOWN])
-        lost = some([names[number] for number in empty])
-        msg = f"{_place(config)} has no readable image of {lost}: {reasons}"
+        return part, []
+    files = images.files()
+    unread = [(files[index], error) for index, error in sorted(images.read().items())]
+    if not unread:
+        return part, []
+    damaged = {path for path, _ in unread}
+    rest = part.chosen(torch.tensor([path not in damaged for path in files]))
+    lost = sorted({*part.labels.tolist()} - {*rest.labels.tolist()})
+    if lost:
+        folders = {int(label): path.parent for label, path in zip(part.labels, files, strict=True)}
+        classes = some([str(folders[label]) for label in lost])
+        msg = f"{place} has no readable image in {classes}: {_first(unread)}"
         raise ValueError(msg)
-    return [(files[index], error) for index, error in errors.items()]
+    return rest, unread
+
+
+def _first(unread: _Unread) -> str:
+    """What is wrong with the first images, and how many more there are."""
+    lines = [error.problem for _, error in unread[:_SHOWN]]
+    rest = len(unread) - _SHOWN
+    return "; ".join([*lines, *([f"and {rest} more"] if rest > 0 else [])])
 
 
 def _copies(train: ImageSet, test: ImageSet) -> list[str]:
     """A note if files of both splits have the same bytes, where these were read."""
-    if not all(isinstance(x.images, LazyImages) and x.images.is_read for x in (train, test)):
+    (learned, _), (evaluated, files) = (
+        (part.images.digests(part.indices.tolist()), part.images.files())
+        if isinstance(part.images, LazyImages) and part.images.is_read
+        else ([], [])
+        for part in (train, test)
+    )
+    known = {*learned}
+    twins = [number for number, digest in enumerate(evaluated) if digest in known]
+    if not twins:
         return []
-    learned = set(train.images.digests(train.indices.tolist()))
-    twins = [x in learned for x in test.images.digests(test.indices.tolist())]
-    if not any(twins):
-        return []
-    first = test.images.files()[int(test.indices[twins.index(True)])]
+    first = files[int(test.indices[twins[0]])]
+    are = "is a copy" if len(twins) == 1 else "are copies"
     return [
-        f"{sum(twins)} of the evaluation images are copies of training images, such as {first}: "
+        f"{len(twins)} of the evaluation images {are} of training images, such as {first}: "
         "accuracies are too high"
     ]
 
 
 def _in_words(sizes: Sequence[int]) -> str:
-    """Sizes of tasks: 5 tasks of 2, 3 tasks of 3, 2 and 2."""
+    """Sizes of tasks: 5 tasks of 2; 3 tasks of 3, 2 and 2."""
     if len(sizes) == 1:
         return f"one task of {sizes[0]}"
     if len({*sizes}) == 1:
         return f"{len(sizes)} tasks of {sizes[0]}"
-    first = ", ".join(map(str, sizes[:-1]))
-    return f"{len(sizes)} tasks of {first} and {sizes[-1]}"
+    return f"{len(sizes)} tasks of {', '.join(map(str, sizes[:-1]))} and {sizes[-1]}"
+
+
+def _labelled(split: Split, labels: Mapping[str, int], config: DataConfig) -> ImageSet:
+    """The images of the classes that have a label, in the order of the split."""
+    # -1 for classes of no task.
+    label_of = np.array([labels.get(name, -1) for name in split.classes], dtype=np.int64)
+    every = label_of[np.asarray(split.targets)]
+    positions = np.flatnonzero(every >= 0)
+    return ImageSet(
+        images_of(split.images, config).select(positions.tolist()),
+        torch.arange(len(positions)),
+        torch.from_numpy(every[positions]),
+    )
 
 
 def cut_tasks(config: DataConfig, available: int) -> list[tuple[int, ...]]:
@@ -287,11 +474,11 @@ def _equal_tasks(count: int, tasks: int | None) -> list[int]:
     return [size + 1] * more + [size] * (number - more)
 
 
-def _checked(split: Any, config: DataConfig, use: str) -> Split:
+def _checked(split: Any, place: str, use: str) -> Split:
     """The split that a data set returned, checked: a third-party class may be wrong."""
     if not isinstance(split, Sequence) or len(split) != 3:
         msg = (
-            f"load of {_place(config)} must return images, the class number of each, and the names "
+            f"load of {place} must return images, the class number of each, and the names "
             f"of the classes, got {split!r:.40}; end it with: return images, targets, classes"
         )
         raise ValueError(msg)
@@ -299,27 +486,27 @@ def _checked(split: Any, config: DataConfig, use: str) -> Split:
     shape = getattr(images, "shape", None)
     if shape is not None and len(shape) != 4:
         msg = (
-            f"images of {_place(config)} must have the shape (N, C, H, W), got {tuple(shape)}; "
+            f"images of {place} must have the shape (N, C, H, W), got {tuple(shape)}; "
             "grey images need a channel too: images[:, None]"
         )
         raise ValueError(msg)
     numbers = np.asarray(targets)
     if numbers.ndim != 1 or numbers.dtype.kind not in "iu" or len(numbers) != len(images):
         msg = (
-            f"{_place(config)} must give one class number for each of its {len(images)} {use} "
+            f"{place} must give one class number for each of its {len(images)} {use} "
             f"images, got {numbers.dtype} of shape {numbers.shape}"
         )
         raise ValueError(msg)
     if not len(numbers) or numbers.min() < 0 or numbers.max() >= len(classes):
-        msg = f"{_place(config)}: {use} images must have class numbers from 0 to {len(classes) - 1}"
+        msg = f"{place}: {use} images must have class numbers from 0 to {len(classes) - 1}"
         raise ValueError(msg)
     if len(set(classes)) < len(classes):
-        msg = f"{_place(config)} must name its classes differently, got {some(list(classes))}"
+        msg = f"{place} must name its classes differently, got {some(list(classes))}"
         raise ValueError(msg)
     return Split(images, numbers.astype(np.int64), classes)
 
 
-def _matched(test: Split, names: Sequence[str], config: DataConfig) -> Split:
+def _matched(test: Split, names: Sequence[str], place: str) -> Split:
     """The test split under the class numbers of the training split.
 
     Raises
@@ -331,7 +518,7 @@ def _matched(test: Split, names: Sequence[str], config: DataConfig) -> Split:
     lacking = {"test": own - theirs, "train": theirs - own}
     parts = [f"{split} lacks {some(lost)}" for split, lost in lacking.items() if lost]
     if parts:
-        msg = f"{_place(config)}: both splits must hold the same classes, but {' and '.join(parts)}"
+        msg = f"{place}: both splits must hold the same classes, but {' and '.join(parts)}"
         raise ValueError(msg)
     # The splits may number the same classes differently, as DomainNet's lists can.
     numbers = {name: number for number, name in enumerate(names)}
@@ -345,37 +532,23 @@ def _place(config: DataConfig) -> str:
     return f"data {config.name}" + (f" ({place})" if place else "")
 
 
-def _relabelled(
-    split: Split, order: list[int], config: DataConfig
-) -> tuple[Images, NDArray[np.int64]]:
-    label_of = np.full(len(split.classes), -1, dtype=np.int64)  # -1 for classes of no task
-    label_of[order] = np.arange(len(order))
-    labels = label_of[np.asarray(split.targets)]
-    positions = np.flatnonzero(labels >= 0)
-    return images_of(split.images, config).select(positions.tolist()), labels[positions]
-
-
 def _held_out(
-    labels: NDArray[np.int64], order: Sequence[int], share: float, names: Sequence[str]
+    labels: NDArray[np.int64], numbers: Mapping[int, int], share: float, names: Sequence[str]
 ) -> NDArray[np.bool_]:
+    """Mask of the images that are held out; ``numbers`` are the classes' own, by label."""
     # Each class draws by its original number: another class order holds out the same images.
     mask = np.zeros(len(labels), dtype=np.bool_)
-    counts = np.bincount(labels[labels >= 0], minlength=len(order))
-    if (counts < 2).any():
-        few = [names[number] for number, count in zip(order, counts, strict=True) if count < 2]
+    few = [names[number] for label, number in numbers.items() if (labels == label).sum() < 2]
+    if few:
         msg = (
-            f"a class needs two images, one to train on and one to evaluate on; {some(few)} "
-            f"{'has' if len(few) == 1 else 'have'} one: add images or take the class out"
+            "a class needs two images, one to train on and one to evaluate on; "
+            f"{some(few)} {'has' if len(few) == 1 else 'have'} one: add images, or take the "
+            f"class{'es' * (len(few) > 1)} out"
         )
         raise ValueError(msg)
-    for label, number in enumerate(order):
+    for label, number in numbers.items():
         members = np.flatnonzero(labels == label)
         count = min(max(round(share * len(members)), 1), len(members) - 1)
         rng = np.random.default_rng((_VALIDATION_SEED, number))
         mask[rng.permutation(members)[:count]] = True
     return mask
-
-
-def _image_set(images: Images, labels: NDArray[np.int64], chosen: NDArray[np.bool_]) -> ImageSet:
-    indices = np.flatnonzero(chosen)
-    return ImageSet(images, torch.from_numpy(indices), torch.from_numpy(labels[indices]))
