@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
     from rich.table import Table
 
+    from training.updates import Update
+
 _REFRESH = 0.25  # seconds between two reads of the device
 
 
@@ -86,7 +88,9 @@ class Progress:
             self._shown = now
         self._bars.advance(self._bar, steps)
 
-    def end_task(self, task: int, accuracy: float, seconds: float) -> None:
+    def end_task(
+        self, task: int, accuracy: float, seconds: float, update: "Update | None" = None
+    ) -> None:
         """Close the bar and print the line of the task."""
         if self._bar is not None:
             self._bars.remove_task(self._bar)
@@ -96,6 +100,8 @@ class Progress:
             f"{100 * accuracy:.2f} % ({seconds:.1f} s)",
             soft_wrap=True,
         )
+        if update is not None:
+            self.console.print(f"  {describe_update(update)}", soft_wrap=True)
 
     def finish(self, matrix: AccuracyMatrix, run: Path, figure: Path | None = None) -> None:
         """Print the accuracy matrix and the paths of the results."""
@@ -107,6 +113,19 @@ class Progress:
         self.console.print(f"results: {run}", soft_wrap=True)
         if figure is not None:
             self.console.print(f"figure:  {figure}", soft_wrap=True)
+
+
+def describe_update(update: "Update") -> str:
+    """What a task's update did, in words, with a warning if it did nothing."""
+    return (
+        f"update: weights moved by {_per_cent(update.relative)}, which changed the prediction of "
+        f"{_per_cent(update.changed)} of {update.images} training images"
+    )
+
+
+def _per_cent(share: float) -> str:
+    """A share as a percentage of two significant digits."""
+    return f"{100 * share:.2g} %"
 
 
 # --- tables ---------------------------------------------------------------------------------------

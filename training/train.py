@@ -83,6 +83,7 @@ from training.run_dir import (
 )
 from training.seeds import derive, seeded
 from training.state import OpenTask, State
+from training.updates import Before, Update, sample, weights_of
 
 _COMPILERS = ("c++", "g++", "clang++", "cl")
 _SMALLER_STEPS = "Lower train.lr, or method.radius if the method has one"
@@ -403,11 +404,15 @@ def learn_task(run: Run, task: int, progress: Progress) -> None:
 
     position = state.open
     if position is None:
+        weights = weights_of(state.model)
         state.method.begin_task(method_batches)  # LoDA: second moments, then the two subspaces
         state.passes = method_batches.order.epoch
         _copy_weights_from_first(run)
-        add_head(run, task)
+        features = add_head(run, task)
         position = state.open = open_task(run, task)
+        if trained := state.method.parameters():
+            compared = compared_features(run, task, features)
+            position.before = Before.opened(weights, state.model, trained, compared)
         position.spent("begin", clock)
 
     # Drop-out draws from torch's global generators: seeded here for the task. If the task was
@@ -421,21 +426,30 @@ def learn_task(run: Run, task: int, progress: Progress) -> None:
     _copy_weights_from_first(run)
     clock = position.spent("end", clock)
 
-    fit_readouts(run, task)
+    features = fit_readouts(run, task)
     clock = position.spent("readouts", clock)
 
     evaluate(run, task)
+    update = None
+    if position.before is not None:
+        compared = compared_features(run, task, features)
+        classifier = state.readouts.classifiers[state.readouts.primary]
+        update = position.before.compare(state.model, compared, classifier)
     position.spent("evaluate", clock)
     seconds = position.rounded_seconds()
     state.complete(seconds)  # only in memory: nothing is written before the next line
     _require_finite(run, task)
-    record_task(run, task, learned, seconds)
+    record_task(run, task, learned, update, seconds)
     accuracy = state.accuracy[state.readouts.primary].curve[-1]
-    progress.end_task(task + 1, accuracy, sum(seconds.values()))
+    progress.end_task(task + 1, accuracy, sum(seconds.values()), update)
 
 
 def record_task(
-    run: Run, task: int, learned: TaskRecord | None, seconds: Mapping[str, float]
+    run: Run,
+    task: int,
+    learned: TaskRecord | None,
+    update: Update | None,
+    seconds: Mapping[str, float],
 ) -> None:
     """Write the tensors kept of a task, and its line in the log."""
     state, keep = run.state, run.experiment.keep
@@ -454,6 +468,7 @@ def record_task(
         counts={name: [m.correct[-1], m.total[-1]] for name, m in state.accuracy.items()},
         seconds=seconds,
         memory=peak_memory(run.accelerator.device),
+        **({} if update is None else {"update": update._asdict()}),
         **({"layers": learned.diagnostics()} if learned and learned.effects else {}),
     )
     tracked = {f"accuracy/{name}": value for name, value in accuracy.items()}
@@ -462,10 +477,13 @@ def record_task(
     run.accelerator.log(tracked, step=(task + 1) * max(run.experiment.train.epochs, 1))
 
 
-def add_head(run: Run, task: int) -> None:
-    """Add a head for the task, initialised as configured and identical in all processes."""
+def add_head(run: Run, task: int) -> Tensor | None:
+    """Add a head for the task, initialised as configured and identical in all processes.
+
+    Returns the features of the task's training images if they were needed for that.
+    """
     classes = run.stream.tasks[task]
-    start = None
+    features = start = None
     if run.experiment.head.start == "class_mean":
         features, labels = _features(run, run.stream.train.subset(classes))
         means = [features[(labels == label).to(features.device)].mean(dim=0) for label in classes]
@@ -474,6 +492,7 @@ def add_head(run: Run, task: int) -> None:
     head = run.state.heads.add(len(classes), start=start, generator=generator)
     head.to(run.accelerator.device)
     run.processes.copy_from_first([head.weight])
+    return features
 
 
 def _training_images(run: Run, task: int) -> ImageSet:
@@ -696,13 +715,31 @@ def _raise_diverged(task: int, position: OpenTask) -> NoReturn:
 # --- evaluate -------------------------------------------------------------------------------------
 
 
-def fit_readouts(run: Run, task: int) -> None:
-    """Fit the read-outs to all classes; features of old classes are never computed again."""
+def fit_readouts(run: Run, task: int) -> Tensor | None:
+    """Fit the read-outs to all classes; features of old classes are never computed again.
+
+    Returns the features of the task's training images if they were needed for that.
+    """
     state, classes = run.state, run.stream.tasks[task]
+    features = None
     if state.readouts.statistics:
         features, labels = _features(run, run.stream.train.subset(classes))
         state.readouts.add_task(features, labels, len(classes))
     state.readouts.fit(state.heads.weight(), derive(run.experiment.seed, task, "alignment"))
+    return features
+
+
+def compared_features(run: Run, task: int, features: Tensor | None) -> Tensor:
+    """Features of the training images by which a task's update is judged, see `Update`.
+
+    They are taken from those of all training images of the task where these are known.
+    """
+    images = run.stream.train.subset(run.stream.tasks[task])
+    chosen = sample(len(images))
+    if features is not None:
+        return features[chosen]
+    part = replace(images, indices=images.indices[chosen], labels=images.labels[chosen])
+    return _features(run, part)[0]
 
 
 def evaluate(run: Run, task: int) -> None:
