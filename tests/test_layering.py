@@ -29,7 +29,7 @@ FLOORS = (
     {"logging", "plots"},
     {"backbones", "data", "methods", "state"},
     {"config"},
-    {"checkpoint"},
+    {"checkpoint", "overview"},
     {"train", "sweep"},
     {"analysis", "report"},
     {"cli"},

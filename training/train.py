@@ -29,6 +29,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from backends.torch import RowsLoss, TaskRecord
 from backends.torch.readouts import CosineHeads, Readouts, class_mean_start
+from training import overview
 from training.backbones import Backbone, build_backbone, check_fits
 from training.calibration import calibrate
 from training.checkpoint import Checkpoint, Checkpoints, StopSignals, write_state
@@ -364,11 +365,13 @@ def require_compiler(device: torch.device) -> None:
 def run_to_end(run: Run, *, quiet: bool = False) -> Path:
     """Learn all tasks that are left and write the results; returns the run folder."""
     experiment, state, tasks = run.experiment, run.state, len(run.stream.tasks)
+    images = [len(run.stream.train.subset(task)) for task in run.stream.tasks]
     # Without checkpoints a run cannot be saved, so signals act at once.
     catching = run.stop if experiment.checkpoint.keep else nullcontext()
     quiet = quiet or not run.processes.writes
     try:
-        with catching, Progress(tasks, quiet=quiet) as progress:
+        with catching, Progress(images, quiet=quiet) as progress:
+            progress.say(*_beginning(run))
             if state.tasks == 0 and state.open is None:  # so that the first task can be resumed
                 save_between_tasks(run)
             for task in range(state.tasks, tasks):
@@ -385,7 +388,20 @@ def run_to_end(run: Run, *, quiet: bool = False) -> Path:
         run.folder.close()
     figure = run.folder.path / FIGURE if experiment.keep.figure else None
     progress.finish(state.accuracy[state.readouts.primary], run.folder.path, figure)
+    progress.say(*overview.end(experiment, run.folder.path, run.folder.read_log()))
     return run.folder.path
+
+
+def _beginning(run: Run) -> list[str]:
+    return overview.beginning(
+        run.experiment,
+        run.stream,
+        run.backbone,
+        device=run.accelerator.device,
+        processes=run.processes.count,
+        folder=run.folder.path,
+        done=run.state.tasks,
+    )
 
 
 def learn_task(run: Run, task: int, progress: Progress) -> None:
@@ -417,6 +433,7 @@ def learn_task(run: Run, task: int, progress: Progress) -> None:
         if trained := state.method.parameters():
             compared = compared_features(run, task, features)
             position.before = Before.opened(weights, state.model, trained, compared)
+        progress.say_once(_trained_line(run))
         position.spent("begin", clock)
 
     # Drop-out draws from torch's global generators: seeded here for the task. If the task was
@@ -448,6 +465,15 @@ def learn_task(run: Run, task: int, progress: Progress) -> None:
     record_task(run, task, learned, update, seconds)
     accuracy = state.accuracy[state.readouts.primary].curve[-1]
     progress.end_task(task + 1, accuracy, sum(seconds.values()), update)
+
+
+def _trained_line(run: Run) -> str:
+    adapted, head = (
+        sum(p.numel() for p in parameters)
+        for parameters in (run.state.method.parameters(), run.state.heads.current.parameters())
+    )
+    total = sum(p.numel() for p in run.state.model.parameters()) - adapted
+    return overview.trained_line(run.experiment.method.name, adapted, head, total)
 
 
 def record_task(
@@ -595,8 +621,7 @@ def train_epochs(run: Run, task: int, position: OpenTask, progress: Progress) ->
         device=run.accelerator.device,
     )
     steps_done = position.epoch * len(batches) + position.batch
-    progress.begin_task(task + 1, config.epochs * len(batches))
-    progress.advance(position.meter, steps_done)
+    progress.begin_task(task + 1, config.epochs * len(batches), steps_done)
     position.restore_generators()
     if run.processes.rank:
         # Drop-out masks must differ between processes, and after a resume from those already drawn:
@@ -919,6 +944,7 @@ def write_results(run: Run) -> None:
             "calibration": run.calibration,
             "stored_bytes": state.stored_bytes(),
             "trainable_parameters": state.trainable,
+            "updates": list(overview.updates(run.folder.read_log()).values()),
             "seconds": state.seconds,
         }
     )
