@@ -1,9 +1,8 @@
 """LoDA for a PyTorch model: adapt it to one task after another without keeping old data."""
 
-import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import Any, Self
@@ -59,6 +58,14 @@ from backends.torch.solve import (
     solve_effects,
     solve_heldout,
     solve_recalibration,
+)
+from backends.torch.state import (
+    check_entries,
+    check_settings,
+    holds_open_task,
+    read_history,
+    write_open_task,
+    write_settings,
 )
 from loda_math import HeldoutRatio, History, Moments, UpdateEffect, remember, rounding_unit
 
@@ -707,23 +714,15 @@ class LoDA:
         The model's own weights are not in it; save them as well.
         """
         self._require_restored()
-        # Bytes of JSON, so that all of the state is tensors.
-        written = json.dumps(self._described(), sort_keys=True).encode()
         state = {
-            "settings": torch.tensor(list(written), dtype=torch.uint8),
+            "settings": write_settings(self.settings, self.trainable),
             "tasks": torch.tensor(self.tasks),
         }
         state |= {f"history/{name}": past.total for name, past in self.history.items()}
         state |= {f"master/{name}": weight for name, weight in self.masters.items()}
-        for name, layer in self.layers.items():
+        if self.is_open:
             task = self._require_open()
-            if name in task.new:
-                state[f"new/{name}"] = task.new[name]
-            for branch in layer.branches:
-                state[f"down/{branch}/{name}"] = layer.branch(branch).down.detach()
-                state[f"up/{branch}/{name}"] = layer.branch(branch).up.detach()
-            for branch, ratio in task.heldout.get(name, {}).items():
-                state[f"heldout/{branch}/{name}"] = torch.stack(list(ratio))
+            state |= write_open_task(task.layers, task.new, task.heldout)
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor], *, strict: bool = True) -> None:
@@ -746,15 +745,15 @@ class LoDA:
             If the state belongs to other layers or settings.
         """
         self._require_closed()
-        self._check_settings(state, strict=strict)
-        self._check_state(state)
-        tasks = int(state["tasks"])
+        check_settings(state, self.settings, self.trainable, strict=strict)
+        tasks, layers = int(state.get("tasks", -1)), self.target_layers()
+        check_entries(state, self.settings, layers, needs_new=self._needs_new(tasks))
         self.masters = {
             name: state[f"master/{name}"].to(weight_matrix(layer).device, copy=True)
-            for name, layer in self.target_layers().items()
+            for name, layer in layers.items()
             if f"master/{name}" in state
         }
-        if _holds_open_task(state):
+        if holds_open_task(state):
             task = self._open_task()
             # The moment in the state replaces the pass over the task's images.
             for name, layer in task.layers.items():
@@ -771,17 +770,9 @@ class LoDA:
                         values = HeldoutRatio(*ratio.to(device, copy=True))
                         task.heldout.setdefault(name, {})[branch] = values
         self.history = {}
-        for name, module in self.target_layers().items() if tasks else ():
-            total = self._placed(module, state[f"history/{name}"].clone())
-            # Only the totals are saved. The rest of a history depends only on the number of tasks
-            # and the dtypes, so a dummy history of as many zero moments provides it.
-            unit = rounding_unit(weight_matrix(module))
-            zeros = [Moments(total.new_zeros(1, 1), 1, None, unit) for _ in self.settings.passes()]
-            past = None
-            for _ in range(tasks):
-                past = remember(past, *zeros, decay=self.settings.history_decay)
-            if past is not None:
-                self.history[name] = past._replace(total=total)
+        for name, layer in self.target_layers().items() if tasks else ():
+            total = self._placed(layer, state[f"history/{name}"].clone())
+            self.history[name] = read_history(total, tasks, layer, self.settings)
         self.tasks = tasks
 
     def _open_task(self) -> _OpenTask:
@@ -987,41 +978,6 @@ class LoDA:
             msg = "a step in phases is in progress: call half.restore() first"
             raise RuntimeError(msg)
 
-    def _described(self) -> dict[str, Any]:
-        """Settings as plain data, as they are saved."""
-        plain = json.dumps({**asdict(self.settings), "trainable": self.trainable})
-        described: dict[str, Any] = json.loads(plain)
-        return described
-
-    def _check_settings(self, state: Mapping[str, Tensor], *, strict: bool) -> None:
-        """Refuse a state that was made under other settings."""
-        if "settings" not in state:
-            return  # refused with the other missing entries
-        try:
-            saved = json.loads(bytes(state["settings"].tolist()))
-            known = {name: saved[name] for name in saved}
-        except (ValueError, TypeError, LookupError) as error:
-            msg = f"the settings of the state cannot be read: {error}"
-            raise ValueError(msg) from error
-        here = self._described()
-        other = {
-            name: (known.get(name), here.get(name))
-            for name in sorted({*known, *here})
-            if known.get(name) != here.get(name)
-        }
-        other.pop("radius", None)  # may differ from step to step
-        is_open = _holds_open_task(state)
-        if not strict and not is_open:
-            other = {name: pair for name, pair in other.items() if name.startswith("history")}
-            other.pop("history_weight", None)
-        if other:
-            cure = "" if is_open or not strict else "; strict=False goes on under the new ones"
-            msg = (
-                f"the state was made under other settings (saved, here): {other}; make the LoDA "
-                f"with those{cure}"
-            )
-            raise ValueError(msg)
-
     def _check_bases(self, bases: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Refuse given bases that do not fit the branches of the coming task."""
         layers = self.target_layers()
@@ -1040,48 +996,6 @@ class LoDA:
             if not all(bool(basis.isfinite().all()) for basis in given.values()):
                 msg = f"bases of layer {name!r} must be finite, got NaN or infinite values"
                 raise ValueError(msg)
-
-    def _check_state(self, state: Mapping[str, Tensor]) -> None:
-        """Refuse a state whose entries or shapes are not those of these layers and settings."""
-        # A missing task count is refused below, with the other missing entries.
-        tasks = int(state["tasks"]) if "tasks" in state else -1
-        is_open = _holds_open_task(state)
-        written = tuple(state["settings"].shape) if "settings" in state else (1,)
-        expected: dict[str, tuple[int, ...]] = {"tasks": (), "settings": written}
-        layers = self.target_layers()
-        own = self.settings.by_layer(layers)
-        for name, layer in layers.items():
-            outputs, size = weight_matrix(layer).shape
-            if f"master/{name}" in state:  # only of layers in half precision
-                expected[f"master/{name}"] = (outputs, size)
-            if tasks > 0:
-                expected[f"history/{name}"] = (size, size)
-            if not is_open:
-                continue
-            if self._needs_new(tasks) or f"new/{name}" in state:
-                expected[f"new/{name}"] = (size, size)
-            for branch in self.settings.names(tasks == 0):
-                expected[f"down/{branch}/{name}"] = (own[name].rank, size)
-                expected[f"up/{branch}/{name}"] = (outputs, own[name].rank)
-                ratio = f"heldout/{branch}/{name}"
-                if ratio in state:  # only if the open task measured it
-                    expected[ratio] = (len(HeldoutRatio._fields),)
-        for key, value in state.items():
-            # torch supports hardly any arithmetic on 8-bit floats.
-            if key not in ("tasks", "settings") and not (
-                value.is_floating_point() and value.element_size() > 1
-            ):
-                msg = f"{key} of the state must be floats of 16 bits or more, got {value.dtype}"
-                raise ValueError(msg)
-        shapes = {key: tuple(value.shape) for key, value in state.items()}
-        if tasks < 0 or shapes != expected:
-            unlike = sorted(set(shapes.items()) ^ set(expected.items()))
-            msg = (
-                f"the state does not fit this model and these settings; first entries (with "
-                f"shapes) that only one of them has: {unlike[:6]}; tasks completed: "
-                f"{tasks if 'tasks' in state else 'unknown'}"
-            )
-            raise ValueError(msg)
 
 
 class Task:
@@ -1129,10 +1043,6 @@ class Task:
             self.loda.abandon_task()
             return
         self.record = self.loda.end_task(self._batches)
-
-
-def _holds_open_task(state: Mapping[str, Tensor]) -> bool:
-    return any(key.startswith("down/") for key in state)
 
 
 def _inside(model: nn.Module) -> nn.Module:
