@@ -1,5 +1,6 @@
 """LoDA for a PyTorch model: adapt it to one task after another without keeping old data."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -83,6 +84,8 @@ class _OpenTask:
     new : dict of str to Tensor, shape (D, D)
         Second moment of the new task that the directions were chosen from, by layer; empty where
         nothing needs it any more.
+    begun : dict of Parameter to Tensor
+        What ``trainable`` names, as it was at the beginning.
     statistics : RunningStatistics
         Of the model's batch norms.
     heldout : dict of str to dict of str to HeldoutRatio
@@ -97,6 +100,7 @@ class _OpenTask:
 
     layers: dict[str, LoRALinear]
     requires_grad_before: dict[nn.Parameter, bool]
+    begun: dict[nn.Parameter, Tensor]
     statistics: RunningStatistics
     new: dict[str, Tensor] = field(default_factory=dict)
     heldout: HeldoutRatios = field(default_factory=dict)
@@ -255,7 +259,10 @@ class LoDA:
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Everything of the model that is trained in the open task."""
         self._require_open()
-        return [p for p in self.model.parameters() if p.requires_grad]
+        return list(self._named_trained().values())
+
+    def _named_trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def parameters(
         self,
@@ -482,7 +489,8 @@ class LoDA:
         Raises
         ------
         RuntimeError
-            If no task is open, or as :func:`gradient_aligned_step`.
+            If no task is open, or as :func:`gradient_aligned_step`: also if something that
+            ``trainable`` names gets a gradient, but is not in the optimiser.
         ValueError
             As :func:`gradient_aligned_step`.
 
@@ -505,6 +513,7 @@ class LoDA:
             backward=backward,
             skip_nonfinite=skip_nonfinite,
             reduce=sum_over_processes if shares else unshared,
+            others=self._named_trained(),
         )
 
     def halves(
@@ -576,7 +585,7 @@ class LoDA:
             radius=length,
             permutation=order,
             reduce=sum_over_processes if self._shares() else unshared,
-            others=[p for p in self.model.parameters() if p.requires_grad],
+            others=self._named_trained(),
         )
         self._require_open().halves = ref(halves)
         return halves
@@ -599,13 +608,20 @@ class LoDA:
         Raises
         ------
         RuntimeError
-            If no task is open.
+            If no task is open, or several processes have trained different branches.
         ValueError, FloatingPointError
             If there is no batch, or moments or merged weights are not finite. The task then stays
             open and the weights are as before the call.
+
+        Warns
+        -----
+        UserWarning
+            If something that trains had a gradient but is what it was at the beginning, or a
+            weight in half precision took up only a part of its update.
         """
         task, settings, first_task = self._require_open(), self.settings, self.tasks == 0
         self._require_restored()
+        _require_no_inference_mode()
         form = settings.form(first_task)  # of Λ; None if nothing is recalibrated
         # The pass through the trained model serves Λ, the history or both; the one through the
         # merged model serves the history only.
@@ -618,6 +634,8 @@ class LoDA:
                 f"used up after one; pass a DataLoader or a list (the task stays open)"
             )
             raise ValueError(msg)
+        if self._shares():
+            self._require_same_branches()
         moments: dict[str, dict[str, Tensor]] = {"trained": {}, "merged": {}}
         if needs_trained:
             moments["trained"] = self._moments(batches)
@@ -664,13 +682,32 @@ class LoDA:
                     layer.unmerge()
             raise
         self.masters = {n: x.master for n, x in task.layers.items() if x.master is not None}
+        unchanged = self._unchanged(task)
         self._close_task()
         self.history = history
         self.tasks += 1
         self._copy_model()
         if not settings.master:
             warn_of_rounding(record.rounding)
+        if unchanged:
+            more = f" and {len(unchanged) - 4} more" if len(unchanged) > 4 else ""
+            msg = (
+                f"{', '.join(unchanged[:4])}{more} had gradients but did not change in this task: "
+                f"make the optimiser inside it from task.parameters(), with a rate above 0"
+            )
+            warnings.warn(msg, stacklevel=2)
         return record
+
+    def _unchanged(self, task: _OpenTask) -> list[str]:
+        """Names of what should have been trained and has a gradient, but never moved."""
+        return [
+            name
+            for name, p in self._named_trained().items()
+            # Up-projections begin at zero. A part that the loss does not use has no gradient.
+            if p.grad is not None
+            and torch.equal(p, task.begun.get(p, torch.zeros_like(p)))
+            and bool(p.grad.any())
+        ]
 
     def abandon_task(self) -> None:
         """Drop the branches of the open task and restore the layers as they were before it.
@@ -802,7 +839,8 @@ class LoDA:
             # Also what was frozen before: a parameter that is named is trained.
             parameter.requires_grad_(parameter in trained)
         statistics = RunningStatistics(model, freeze=settings.freeze_statistics)
-        self._open = _OpenTask(layers, requires_grad_before, statistics)
+        begun = {parameter: parameter.detach().clone() for parameter in trained}
+        self._open = _OpenTask(layers, requires_grad_before, begun, statistics)
         model.__dict__[_MARK] = self._open
         _ADAPTED.add(model)
         return self._open
@@ -895,6 +933,23 @@ class LoDA:
         """Whether the processes of ``torch.distributed`` train the model together."""
         return self.reduce in (None, sum_over_processes) and several_processes()
 
+    def _require_same_branches(self) -> None:
+        """Refuse branches that every process has trained for itself."""
+        norms = [float(p.detach().float().norm()) for p in self.lora_parameters()]
+        first, *others = gather(norms)
+        if not all(
+            math.isclose(*pair, rel_tol=1e-4)
+            for own in others
+            for pair in zip(first, own, strict=True)
+        ):
+            msg = (
+                "the processes must have trained the same branches, but theirs differ: share the "
+                "gradients with step or halves, or wrap the model in DistributedDataParallel after "
+                "the task has begun, for it knows no later parameters (reduce=unshared lets every "
+                "process keep its own)"
+            )
+            raise RuntimeError(msg)
+
     def _copy_model(self) -> None:
         """Give all processes the model of the first: the solves may have rounded differently."""
         if self._shares():
@@ -967,6 +1022,7 @@ class LoDA:
         return self._open
 
     def _require_closed(self) -> None:
+        _require_no_inference_mode()
         if self.is_open:
             msg = "a task is open already: call end_task (or abandon_task) first"
             raise RuntimeError(msg)
@@ -1074,6 +1130,15 @@ def _require_free(model: nn.Module) -> None:
     if adapted:
         msg = f"layers {adapted} are adapted already; restore the model first"
         raise ValueError(msg)
+
+
+def _require_no_inference_mode() -> None:
+    if torch.is_inference_mode_enabled():
+        msg = (
+            "a task must begin and end outside torch.inference_mode, whose tensors cannot be "
+            "trained or changed later; leave that block (LoDA switches gradients off by itself)"
+        )
+        raise RuntimeError(msg)
 
 
 def _own_part(loss: RowsLoss, window: Window, device: torch.device, trained: Tensor) -> RowsLoss:
