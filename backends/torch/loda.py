@@ -807,9 +807,9 @@ class LoDA:
                         values = HeldoutRatio(*ratio.to(device, copy=True))
                         task.heldout.setdefault(name, {})[branch] = values
         self.history = {}
-        for name, layer in self.target_layers().items() if tasks else ():
-            total = self._placed(layer, state[f"history/{name}"].clone())
-            self.history[name] = read_history(total, tasks, layer, self.settings)
+        for name, module in layers.items() if tasks else ():
+            total = self._placed(module, state[f"history/{name}"].clone())
+            self.history[name] = read_history(total, tasks, module, self.settings)
         self.tasks = tasks
 
     def _open_task(self) -> _OpenTask:
