@@ -109,7 +109,7 @@ def test_arguments_that_are_no_settings_have_one_usage(
     for argv in (["--overwrite=true"], ["--overwrite", "--resume=x"], ["--allow=a.B"]):
         with pytest.raises(SystemExit):
             run_options(argv)
-        assert capsys.readouterr().err.count("usage: loda train [--config CONFIG]") == 1
+        assert capsys.readouterr().err.count("usage: loda train [PHOTOS]") == 1
     assert "--overwrite" in refused("sweep", "caltech101", "--out=x", "--dry-run", "--overwrite")
 
 
