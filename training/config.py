@@ -314,6 +314,14 @@ _SECTIONS: dict[str, type] = {
 _UNDECLARED = {"options", "trusted"}  # fields of components that are not settings
 
 
+_LISTS = {
+    f"{section}.{item.name}"
+    for section, kind in _SECTIONS.items()
+    for item in fields(kind)
+    if "list[" in str(item.type) or "tuple[" in str(item.type)
+}
+
+
 def _declared(kind: type) -> list[str]:
     """Names of the settings that a section has with every component."""
     return [item.name for item in fields(kind) if item.name not in _UNDECLARED]
@@ -549,7 +557,7 @@ def _sources(given: Sequence[str] | Mapping[str, Any]) -> list[_Source]:
         return [_flat(given)]
     configs: list[_Source] = []
     rest: list[str] = []
-    arguments = iter(given)
+    arguments = iter(_with_lists(given))
     for argument in arguments:
         option, equals, value = argument.partition("=")
         if option == "--config":
@@ -559,6 +567,31 @@ def _sources(given: Sequence[str] | Mapping[str, Any]) -> list[_Source]:
         else:
             rest.append(argument)
     return [*configs, rest]
+
+
+def _with_lists(argv: Sequence[str]) -> list[str]:
+    """A command line in which several numbers after a setting that takes a list are one list."""
+    result: list[str] = []
+    numbers: list[str] | None = None  # after such a setting
+    for argument in argv:
+        if numbers is None or not _is_number(argument):
+            numbers = [] if argument.removeprefix("--") in _LISTS else None
+        elif numbers:
+            numbers.append(argument)
+            result[-1] = f"[{', '.join(numbers)}]"
+            continue
+        else:
+            numbers.append(argument)
+        result.append(argument)
+    return result
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _default_sources(sources: Sequence[_Source]) -> list[_Source]:
@@ -923,6 +956,7 @@ def run_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error("--overwrite starts over and --resume continues: give only one of them")
     if given.resume is None and given.allow:
         parser.error("--allow works only with --resume: a command line may name any component")
+    settings = _with_lists(settings)
     places = _positional(settings)
     if len(places) > 1:
         folders = ", ".join(settings[place] for place in places)
