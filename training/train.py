@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from torch.optim import SGD, Adam, Optimizer
 from backends.torch import RowsLoss, TaskRecord
 from backends.torch.readouts import CosineHeads, Readouts, class_mean_start
 from training.backbones import Backbone, build_backbone, check_fits
-from training.checkpoint import Checkpoint, Checkpoints, StopSignals, write_state
+from training.checkpoint import Checkpoint, Checkpoints, StopSignals, write_final_state
 from training.config import (
     NEUTRAL,
     Experiment,
@@ -52,6 +52,7 @@ from training.data import (
     train_transform,
     verify_data,
 )
+from training.data.datasets import some
 from training.distributed import Processes, Share, launched_processes, make_accelerator
 from training.logging import (
     Progress,
@@ -66,10 +67,11 @@ from training.methods.base import fact
 from training.metrics import Meter, count_correct
 from training.plots import accuracy_figure
 from training.run_dir import (
+    CLASSES,
+    ENVIRONMENT,
     FIGURE,
     MODEL,
     READOUTS_FILE,
-    STATE,
     Overwrite,
     RunFolder,
     choose_folder,
@@ -78,6 +80,7 @@ from training.run_dir import (
     is_finished,
     nested,
     not_finite,
+    read_json,
     readable,
     write_tensors,
 )
@@ -164,6 +167,8 @@ class Run:
         What changes while it trains.
     stop : StopSignals
         Whether a signal asks the run to stop.
+    resumed : bool
+        Whether it continues from a checkpoint of its own.
     on_step : callable, optional
         Called with the run after every mini-batch, before the run may be saved.
     """
@@ -177,11 +182,32 @@ class Run:
     checkpoints: Checkpoints
     state: State
     stop: StopSignals = field(default_factory=StopSignals)
+    resumed: bool = False
     on_step: Callable[[Run], object] | None = None
 
 
+class Origin(Protocol):
+    """A finished run that a new one extends; see `training.extend`."""
+
+    path: Path
+    checkpoint: Checkpoint
+
+    def lineage(self, stream: Stream, environment: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What ``environment.json`` says of the runs that the new one extends, the first first.
+
+        Raises
+        ------
+        ValueError
+            If the stream does not begin with the tasks of the run.
+        """
+
+
 def prepare(
-    experiment: Experiment, resume_from: Path | None = None, *, overwrite: Overwrite = False
+    experiment: Experiment,
+    resume_from: Path | None = None,
+    *,
+    overwrite: Overwrite = False,
+    origin: Origin | None = None,
 ) -> Run:
     """Set a run up, in the order in which mistakes are cheapest to find.
 
@@ -193,6 +219,8 @@ def prepare(
         Folder of a run with these settings, to be resumed from its newest checkpoint.
     overwrite : bool or "unfinished"
         Replace the run in a folder that is not empty: any, or only one without results.
+    origin : Origin, optional
+        A finished run, from whose state the new one continues.
 
     Raises
     ------
@@ -226,27 +254,43 @@ def prepare(
         raise ValueError(msg)
     if experiment.train.compile:
         require_compiler(accelerator.device)
-    if experiment.data.verify:
+    # What a run that was extended has learned is in its state: its first weights are not needed,
+    # and neither are its first images.
+    before = origin.path if origin is not None else resume_from
+    lineage = [] if resume_from is None else _lineage(resume_from)
+    extends = origin is not None or bool(lineage)
+    if experiment.data.verify and not extends:
         verify_data(experiment.data)
 
     with processes.first_of_each_machine():  # the first process may download data and weights
-        stream = build_stream(experiment.data, seed)
+        stream = build_stream(experiment.data, seed, partial=extends)
         if fact(method, "joins_tasks"):
             stream = replace(
                 stream, tasks=[tuple(label for task in stream.tasks for label in task)]
             )
         with seeded(derive(seed, 0, "backbone")):
-            backbone = build_backbone(experiment.backbone)
+            backbone = build_backbone(experiment.backbone, initialise=not extends)
+    if before is not None and extends:
+        backbone = _as_begun(backbone, before)
+    here = environment(_backbone_record(backbone))
+    if origin is not None:
+        lineage = origin.lineage(stream, here)
+    learned = lineage[-1]["tasks"] if lineage else 0
+    require_images(stream, learned)
     classes = _classes_record(stream)
+    if before is not None and extends:
+        with readable(before / CLASSES):
+            # Counted when they were learned: the images may be gone.
+            classes["images"][:learned] = read_json(before / CLASSES)["images"][:learned]
     processes.require_same("images", classes)
     processes.require_same("backbone", backbone.tensors_sha256)
     # One image of each split, only to check that it fits the backbone. Seeding the block keeps its
     # random augmentation from moving torch's global generators.
     with seeded(derive(seed, 0, "backbone")):
-        train_image, _ = stream.train.with_transform(train_transform(experiment.data))[0]
-    test_image, _ = stream.test.with_transform(test_transform(experiment.data))[0]
-    check_fits(backbone, train_image)
-    check_fits(backbone, test_image)
+        for image, _ in stream.train.with_transform(train_transform(experiment.data)).first(1):
+            check_fits(backbone, image)
+    for image, _ in stream.test.with_transform(test_transform(experiment.data)).first(1):
+        check_fits(backbone, image)
 
     model = backbone.module.to(accelerator.device)
     context = Context(
@@ -280,13 +324,14 @@ def prepare(
     resume_by = resume_command(path, experiment)
     checkpoints = Checkpoints(path, experiment.checkpoint, identity, resume_by=resume_by)
     run = Run(experiment, stream, backbone, accelerator, processes, folder, checkpoints, state)
+    run.resumed = resume_from is not None
     try:
         if resume_from is None:
-            folder.begin(
-                dump_experiment(as_recorded(experiment)),
-                classes,
-                environment(_backbone_record(backbone)),
-            )
+            record = {**here, "extends": lineage} if lineage else here
+            folder.begin(dump_experiment(as_recorded(experiment)), classes, record)
+            if origin is not None:
+                folder.copy_tasks(origin.path)
+                restore(run, origin.checkpoint)
         else:
             folder.check_classes(classes)
             restore(run, checkpoints.newest())
@@ -323,6 +368,49 @@ def _classes_record(stream: Stream) -> dict[str, Any]:
         "fingerprint": stream.fingerprint(),
         "test": stream.test_record(),
     }
+
+
+def _lineage(run: Path) -> list[dict[str, Any]]:
+    """The finished runs that a run extends; see `Origin.lineage`."""
+    with readable(run / ENVIRONMENT):
+        return [
+            {**before, "tasks": int(before["tasks"])}
+            for before in read_json(run / ENVIRONMENT).get("extends", [])
+        ]
+
+
+def _as_begun(backbone: Backbone, run: Path) -> Backbone:
+    """The backbone with the hashes of the weights that a run began with."""
+    with readable(run / ENVIRONMENT):
+        record = read_json(run / ENVIRONMENT)["backbone"]
+        return backbone._replace(
+            tag=record["tag"],
+            weights_sha256=record["weights_sha256"],
+            tensors_sha256=record["tensors_sha256"],
+        )
+
+
+def require_images(stream: Stream, learned: int) -> None:
+    """Refuse to learn a task of which a class has no training image.
+
+    Parameters
+    ----------
+    stream : Stream
+        The stream; images of what is learned already may be missing.
+    learned : int
+        Number of tasks that are learned already.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is such a class.
+    """
+    present = set(stream.train.labels.tolist())
+    lacking = [label for task in stream.tasks[learned:] for label in task if label not in present]
+    if lacking:
+        names = some([stream.class_names[label] for label in lacking])
+        msg = "; ".join([f"there are no training images of {names}", *stream.missing])
+        raise FileNotFoundError(msg)
 
 
 def _backbone_record(backbone: Backbone) -> dict[str, Any]:
@@ -364,12 +452,14 @@ def run_to_end(run: Run, *, quiet: bool = False) -> Path:
     quiet = quiet or not run.processes.writes
     try:
         with catching, Progress(tasks, quiet=quiet) as progress:
-            if state.tasks == 0 and state.open is None:  # so that the first task can be resumed
+            if not run.resumed:  # so that the first task can be resumed
                 save_between_tasks(run)
             for task in range(state.tasks, tasks):
+                take_known_images(run, task)
                 learn_task(run, task, progress)
                 if task + 1 < tasks:  # after the last task the results are written instead
                     save_between_tasks(run)
+            take_known_images(run, tasks)
             if run.processes.writes:
                 write_results(run)
     except RuntimeError as error:
@@ -696,29 +786,72 @@ def _raise_diverged(task: int, position: OpenTask) -> NoReturn:
 # --- evaluate -------------------------------------------------------------------------------------
 
 
+def take_known_images(run: Run, tasks: int) -> None:
+    """Begin the extensions of the stream that are due after so many tasks.
+
+    Their images of classes that are known already update the statistics of these classes, through
+    the model as it is; it is not trained on them. Then the read-outs are fitted and evaluated again
+    on the classes so far.
+    """
+    state, task = run.state, tasks - 1
+    while state.extensions < len(run.stream.extensions):
+        extension = run.stream.extensions[state.extensions]
+        if extension.first_task > tasks or state.open is not None:
+            return
+        state.extensions += 1
+        if not len(extension.known):
+            continue
+        clock = time.perf_counter()
+        state.readouts.update(*_features(run, extension.known))
+        _fit(run, task)
+        evaluate(run, task)
+        _require_finite(run, task)
+        seconds = round(time.perf_counter() - clock, 3)
+        accuracy = {name: matrix.curve[-1] for name, matrix in state.accuracy.items()}
+        run.folder.log(
+            "known",
+            task=tasks,
+            images=len(extension.known),
+            accuracy=accuracy,
+            seconds={"readouts": seconds},
+        )
+        save_between_tasks(run)
+
+
 def fit_readouts(run: Run, task: int) -> None:
     """Fit the read-outs to all classes; features of old classes are never computed again."""
     state, classes = run.state, run.stream.tasks[task]
     if state.readouts.statistics:
         features, labels = _features(run, run.stream.train.subset(classes))
         state.readouts.add_task(features, labels, len(classes))
+    _fit(run, task)
+
+
+def _fit(run: Run, task: int) -> None:
+    state = run.state
     state.readouts.fit(state.heads.weight(), derive(run.experiment.seed, task, "alignment"))
 
 
 def evaluate(run: Run, task: int) -> None:
     """Count the correct predictions of every read-out on the test images of all tasks so far.
 
-    Once with all classes as candidates, and once with only those of the image's task.
+    Once with all classes as candidates, and once with only those of the image's task. Counts after
+    the task that are there already are replaced.
     """
     state, sizes = run.state, [len(labels) for labels in run.stream.tasks[: task + 1]]
-    seen = [label for labels in run.stream.tasks[: task + 1] for label in labels]
-    features, labels = _features(run, run.stream.test.subset(seen))
+    features, labels = _features(run, run.stream.evaluated(task + 1, state.extensions))
     for matrices, task_sizes in ((state.accuracy, None), (state.task_given, sizes)):
         counts = count_correct(
-            state.readouts.classifiers, features, labels, len(seen), task_sizes=task_sizes
+            state.readouts.classifiers, features, labels, sum(sizes), task_sizes=task_sizes
         )
         for name, (correct, total) in counts.items():
-            matrices[name] = matrices[name].extended(sizes[-1], correct, total)
+            matrix = matrices[name]
+            again = len(matrix) == task + 1
+            matrices[name] = (
+                matrix.updated(correct, total)
+                if again
+                else matrix.extended(sizes[-1], correct, total)
+            )
 
 
 def _features(run: Run, images: ImageSet) -> tuple[Tensor, Tensor]:
@@ -850,12 +983,13 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
 def write_results(run: Run) -> None:
     """Write the model, the read-outs, the state, the figure and the summary."""
     experiment, state, path = run.experiment, run.state, run.folder.path
-    primary = run.state.readouts.primary
+    primary, state_bytes = run.state.readouts.primary, 0
     write_tensors(path / MODEL, state.model.state_dict())
     write_tensors(path / READOUTS_FILE, state.readouts.tensors())
     if experiment.keep.state:
         record = {"identity": run.checkpoints.identity, **state.record()}
-        write_state(path / STATE, state.tensors(), record, run.folder.read_log())
+        state_bytes = write_final_state(path, state.tensors(), record, run.folder.read_log())
+        run.folder.log("state", bytes=state_bytes)
     if experiment.keep.figure:
         data = (
             experiment.data.options.get("root")
@@ -873,5 +1007,6 @@ def write_results(run: Run) -> None:
             "stored_bytes": state.stored_bytes(),
             "trainable_parameters": state.trainable,
             "seconds": state.seconds,
+            "state_bytes": state_bytes,
         }
     )
