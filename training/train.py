@@ -30,6 +30,7 @@ from torch.optim import SGD, Adam, Optimizer
 from backends.torch import RowsLoss, TaskRecord
 from backends.torch.readouts import CosineHeads, Readouts, class_mean_start
 from training.backbones import Backbone, build_backbone, check_fits
+from training.calibration import calibrate
 from training.checkpoint import Checkpoint, Checkpoints, StopSignals, write_final_state
 from training.config import (
     NEUTRAL,
@@ -171,6 +172,8 @@ class Run:
         Whether it continues from a checkpoint of its own.
     on_step : callable, optional
         Called with the run after every mini-batch, before the run may be saved.
+    calibration : dict of str to dict
+        After the last task, by read-out: see `training.calibration.calibrate`.
     """
 
     experiment: Experiment
@@ -184,6 +187,7 @@ class Run:
     stop: StopSignals = field(default_factory=StopSignals)
     resumed: bool = False
     on_step: Callable[[Run], object] | None = None
+    calibration: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class Origin(Protocol):
@@ -511,14 +515,16 @@ def learn_task(run: Run, task: int, progress: Progress) -> None:
     _copy_weights_from_first(run)
     clock = position.spent("end", clock)
 
-    fit_readouts(run, task)
+    fitted = fit_readouts(run, task)
     clock = position.spent("readouts", clock)
 
-    evaluate(run, task)
+    tested = evaluate(run, task)
     position.spent("evaluate", clock)
     seconds = position.rounded_seconds()
     state.complete(seconds)  # only in memory: nothing is written before the next line
     _require_finite(run, task)
+    if fitted is not None and task + 1 == len(run.stream.tasks):
+        run.calibration = calibrate(state.readouts, fitted, tested)
     record_task(run, task, learned, seconds)
     accuracy = state.accuracy[state.readouts.primary].curve[-1]
     progress.end_task(task + 1, accuracy, sum(seconds.values()))
@@ -802,10 +808,13 @@ def take_known_images(run: Run, tasks: int) -> None:
         if not len(extension.known):
             continue
         clock = time.perf_counter()
-        state.readouts.update(*_features(run, extension.known))
+        fitted = _features(run, extension.known)
+        state.readouts.update(*fitted)
         _fit(run, task)
-        evaluate(run, task)
+        tested = evaluate(run, task)
         _require_finite(run, task)
+        if tasks == len(run.stream.tasks):
+            run.calibration = calibrate(state.readouts, fitted, tested)
         seconds = round(time.perf_counter() - clock, 3)
         accuracy = {name: matrix.curve[-1] for name, matrix in state.accuracy.items()}
         run.folder.log(
@@ -815,16 +824,23 @@ def take_known_images(run: Run, tasks: int) -> None:
             accuracy=accuracy,
             seconds={"readouts": seconds},
         )
-        save_between_tasks(run)
+        if tasks < len(run.stream.tasks):  # otherwise the results are written next
+            save_between_tasks(run)
 
 
-def fit_readouts(run: Run, task: int) -> None:
-    """Fit the read-outs to all classes; features of old classes are never computed again."""
+def fit_readouts(run: Run, task: int) -> tuple[Tensor, Tensor] | None:
+    """Fit the read-outs to all classes; features of old classes are never computed again.
+
+    Returns features and labels of the task's training images, if anything needs them.
+    """
     state, classes = run.state, run.stream.tasks[task]
-    if state.readouts.statistics:
-        features, labels = _features(run, run.stream.train.subset(classes))
-        state.readouts.add_task(features, labels, len(classes))
+    calibrated = any(readout.likelihoods for readout in state.readouts.readouts.values())
+    gathered = None
+    if state.readouts.statistics or (calibrated and task + 1 == len(run.stream.tasks)):
+        gathered = _features(run, run.stream.train.subset(classes))
+        state.readouts.add_task(*gathered, len(classes))
     _fit(run, task)
+    return gathered
 
 
 def _fit(run: Run, task: int) -> None:
@@ -832,11 +848,11 @@ def _fit(run: Run, task: int) -> None:
     state.readouts.fit(state.heads.weight(), derive(run.experiment.seed, task, "alignment"))
 
 
-def evaluate(run: Run, task: int) -> None:
+def evaluate(run: Run, task: int) -> tuple[Tensor, Tensor]:
     """Count the correct predictions of every read-out on the test images of all tasks so far.
 
     Once with all classes as candidates, and once with only those of the image's task. Counts after
-    the task that are there already are replaced.
+    the task that are there already are replaced. Returns features and labels of the images.
     """
     state, sizes = run.state, [len(labels) for labels in run.stream.tasks[: task + 1]]
     features, labels = _features(run, run.stream.evaluated(task + 1, state.extensions))
@@ -852,6 +868,7 @@ def evaluate(run: Run, task: int) -> None:
                 if again
                 else matrix.extended(sizes[-1], correct, total)
             )
+    return features, labels
 
 
 def _features(run: Run, images: ImageSet) -> tuple[Tensor, Tensor]:
@@ -983,13 +1000,13 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
 def write_results(run: Run) -> None:
     """Write the model, the read-outs, the state, the figure and the summary."""
     experiment, state, path = run.experiment, run.state, run.folder.path
-    primary, state_bytes = run.state.readouts.primary, 0
+    primary = run.state.readouts.primary
     write_tensors(path / MODEL, state.model.state_dict())
     write_tensors(path / READOUTS_FILE, state.readouts.tensors())
     if experiment.keep.state:
         record = {"identity": run.checkpoints.identity, **state.record()}
-        state_bytes = write_final_state(path, state.tensors(), record, run.folder.read_log())
-        run.folder.log("state", bytes=state_bytes)
+        size = write_final_state(path, state.tensors(), record, run.folder.read_log())
+        run.folder.log("state", bytes=size)
     if experiment.keep.figure:
         data = (
             experiment.data.options.get("root")
@@ -1004,9 +1021,9 @@ def write_results(run: Run) -> None:
             "readouts": {name: matrix.summary() for name, matrix in state.accuracy.items()},
             "counts": {name: matrix.to_dict() for name, matrix in state.accuracy.items()},
             "task_given": {name: matrix.summary() for name, matrix in state.task_given.items()},
+            "calibration": run.calibration,
             "stored_bytes": state.stored_bytes(),
             "trainable_parameters": state.trainable,
             "seconds": state.seconds,
-            "state_bytes": state_bytes,
         }
     )
