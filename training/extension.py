@@ -258,8 +258,8 @@ class FinishedRun:
         if (stream.class_names[: len(names)], stream.tasks[: len(tasks)]) != (names, tasks):
             msg = f"the classes of the data set have changed since {self.path} was trained"
             raise ValueError(msg)
-        known = stream.extensions[-1].known if stream.extensions else []
-        if len(stream.tasks) == len(tasks) and not len(known):
+        known = len(stream.extensions[-1].known) if stream.extensions else 0
+        if len(stream.tasks) == len(tasks) and not known:
             place = self.experiment.data.extensions[-1:] or ["the stream"]
             msg = f"there is nothing to learn: {place[0]} holds no new class and no new image"
             raise ValueError(msg)

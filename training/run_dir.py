@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from shutil import copyfile
@@ -683,9 +684,7 @@ class RunFolder:
             require_intact(run, name)
             make_folder(self.path / TASKS)
             make_folder((self.path / name).parent)
-            write_atomically(
-                self.path / name, lambda temporary, path=path: copyfile(path, temporary)
-            )
+            write_atomically(self.path / name, partial(copyfile, path))
             update_manifest(self.path, name)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
