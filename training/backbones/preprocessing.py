@@ -154,13 +154,15 @@ def of_timm(
     )
 
 
-def of_hugging_face(name: str) -> Preprocessing | None:
+def of_hugging_face(name: str, image_size: int | None = None) -> Preprocessing | None:
     """What the image processor of a model of transformers says; None if it has none.
 
     Parameters
     ----------
     name
         ``hf:`` and a name on the hub or a folder, whose ``preprocessor_config.json`` is read.
+    image_size
+        Side of the images if it is not the model's.
     """
     from training.backbones.hugging_face import read_processor, read_settings
 
@@ -181,7 +183,7 @@ def of_hugging_face(name: str) -> Preprocessing | None:
     side, crop_pct, crop_mode = _resize_and_crop(given, getattr(settings, "image_size", None), name)
     filter_number = given.get("resample")
     return Preprocessing(
-        image_size=side,
+        image_size=image_size or side,
         mean=tuple((offset + value) / scale for value in mean),
         std=tuple(value / scale for value in std),
         interpolation="bicubic" if filter_number is None else _FILTERS[int(filter_number)],
