@@ -53,6 +53,7 @@ NEUTRAL = (
     "data.workers",
     "data.cache",
     "data.root",
+    "data.extensions",
     "data.download",
     "data.verify",
     "method.heldout",

@@ -36,6 +36,7 @@ from training.backbones import (
     check_fits,
     check_target,
 )
+from training.calibration import calibrate
 from training.checkpoint import Checkpoint, Checkpoints, StopSignals, write_state
 from training.config import (
     NEUTRAL,
@@ -172,6 +173,8 @@ class Run:
         Whether a signal asks the run to stop.
     on_step : callable, optional
         Called with the run after every mini-batch, before the run may be saved.
+    calibration : dict of str to dict
+        After the last task, by read-out: see `training.calibration.calibrate`.
     """
 
     experiment: Experiment
@@ -184,6 +187,7 @@ class Run:
     state: State
     stop: StopSignals = field(default_factory=StopSignals)
     on_step: Callable[[Run], object] | None = None
+    calibration: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def prepare(
@@ -430,14 +434,16 @@ def learn_task(run: Run, task: int, progress: Progress) -> None:
     _copy_weights_from_first(run)
     clock = position.spent("end", clock)
 
-    fit_readouts(run, task)
+    fitted = fit_readouts(run, task)
     clock = position.spent("readouts", clock)
 
-    evaluate(run, task)
+    tested = evaluate(run, task)
     position.spent("evaluate", clock)
     seconds = position.rounded_seconds()
     state.complete(seconds)  # only in memory: nothing is written before the next line
     _require_finite(run, task)
+    if fitted is not None and task + 1 == len(run.stream.tasks):
+        run.calibration = calibrate(state.readouts, fitted, tested)
     record_task(run, task, learned, seconds)
     accuracy = state.accuracy[state.readouts.primary].curve[-1]
     progress.end_task(task + 1, accuracy, sum(seconds.values()))
@@ -705,19 +711,26 @@ def _raise_diverged(task: int, position: OpenTask) -> NoReturn:
 # --- evaluate -------------------------------------------------------------------------------------
 
 
-def fit_readouts(run: Run, task: int) -> None:
-    """Fit the read-outs to all classes; features of old classes are never computed again."""
+def fit_readouts(run: Run, task: int) -> tuple[Tensor, Tensor] | None:
+    """Fit the read-outs to all classes; features of old classes are never computed again.
+
+    Returns features and labels of the task's training images, if anything needs them.
+    """
     state, classes = run.state, run.stream.tasks[task]
-    if state.readouts.statistics:
-        features, labels = _features(run, run.stream.train.subset(classes))
-        state.readouts.add_task(features, labels, len(classes))
+    calibrated = any(readout.likelihoods for readout in state.readouts.readouts.values())
+    gathered = None
+    if state.readouts.statistics or (calibrated and task + 1 == len(run.stream.tasks)):
+        gathered = _features(run, run.stream.train.subset(classes))
+        state.readouts.add_task(*gathered, len(classes))
     state.readouts.fit(state.heads.weight(), derive(run.experiment.seed, task, "alignment"))
+    return gathered
 
 
-def evaluate(run: Run, task: int) -> None:
+def evaluate(run: Run, task: int) -> tuple[Tensor, Tensor]:
     """Count the correct predictions of every read-out on the test images of all tasks so far.
 
-    Once with all classes as candidates, and once with only those of the image's task.
+    Once with all classes as candidates, and once with only those of the image's task. Returns
+    features and labels of the images.
     """
     state, sizes = run.state, [len(labels) for labels in run.stream.tasks[: task + 1]]
     seen = [label for labels in run.stream.tasks[: task + 1] for label in labels]
@@ -728,6 +741,7 @@ def evaluate(run: Run, task: int) -> None:
         )
         for name, (correct, total) in counts.items():
             matrices[name] = matrices[name].extended(sizes[-1], correct, total)
+    return features, labels
 
 
 def _features(run: Run, images: ImageSet) -> tuple[Tensor, Tensor]:
@@ -879,6 +893,7 @@ def write_results(run: Run) -> None:
             "readouts": {name: matrix.summary() for name, matrix in state.accuracy.items()},
             "counts": {name: matrix.to_dict() for name, matrix in state.accuracy.items()},
             "task_given": {name: matrix.summary() for name, matrix in state.task_given.items()},
+            "calibration": run.calibration,
             "stored_bytes": state.stored_bytes(),
             "trainable_parameters": state.trainable,
             "seconds": state.seconds,
