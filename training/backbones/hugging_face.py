@@ -12,6 +12,9 @@ from training.backbones.build import Backbone, one_line
 from training.backbones.weights import some
 
 
+_STEP = 32  # most models without patches halve an image five times
+
+
 class Pooled(nn.Module):
     """A vision model of transformers that returns one feature vector an image.
 
@@ -123,9 +126,9 @@ def build_hugging_face(name: str, *, pretrained: bool, image_size: int | None = 
             f"features, got an error: {one_line(features)}"
         )
         raise ValueError(msg) from features  # noqa: TRY004 - an error that was caught
-    step = patch or 1
-    smaller = max(wanted // (2 * step), 1) * step
-    is_fixed = resizes or isinstance(_features(module, channels, smaller), Exception)
+    # Not a smaller size, of one patch perhaps, whose one token would be broadcast.
+    larger = wanted + (patch or _STEP)
+    is_fixed = resizes or isinstance(_features(module, channels, larger), Exception)
     given = name.partition(":")[2]
     commit = getattr(settings, "_commit_hash", None) if pretrained else None
     return Backbone(
