@@ -48,23 +48,25 @@ def body(table: Table) -> str:
     return markdown(table).partition("\n\n")[2]
 
 
-def test_the_report_page_is_what_the_report_prints() -> None:
-    assert report().markdown() in page("results-caltech101.md")
-
-
 def test_every_group_has_all_seeds() -> None:
     for section in report().sections:
         for label, runs in section.groups.items():
             assert [run.seed for run in runs] == SEEDS, label
 
 
-def test_the_page_of_results_quotes_the_report() -> None:
-    for section in report().sections:
-        ends = ("alignment (%)", "alignment (points)")
-        quoted = [t for t in report_tables(section, None) if t.title.endswith(ends)]
-        assert len(quoted) == 2
-        for table in quoted:
-            assert body(table) in page("results.md")
+@cache
+def intervals() -> set[str]:
+    """Every mean with its interval in the tables of the report, without signs of plus."""
+    return {found.replace("+", "") for found in INTERVAL.findall(report().markdown())}
+
+
+@pytest.mark.parametrize("name", ["results.md", "../README.md"])
+def test_intervals_in_the_text_are_those_of_the_report(name: str) -> None:
+    quoted = [found.replace("+", "") for found in QUOTED.findall(page(name))]
+    assert quoted
+    known = {signless(text) for text in intervals()}
+    for mean, interval in (re.split(r"\s+(?=\[)", found, maxsplit=1) for found in quoted):
+        assert f"{mean} {interval}" in known | intervals(), mean
 
 
 def test_the_page_of_results_shows_how_the_lead_moves_with_the_backbone() -> None:
