@@ -222,7 +222,7 @@ def pages() -> dict[str, str]:
 
 
 def write(folder: Path) -> None:
-    """Write all pages; those that have not changed stay, so that Sphinx does not read them again."""
+    """Write all pages; Sphinx reads those again that have changed."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in pages().items():
         page = folder / name
