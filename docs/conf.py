@@ -1,6 +1,7 @@
 """The settings of the documentation's site: `make docs` builds it with Sphinx."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ extensions = [
     "sphinx_copybutton",
     "reference_pages",
 ]
+templates_path = ["_templates"]
 exclude_patterns = ["records/**", "recipes/**", "_build/**"]
 suppress_warnings = ["mystnb.unknown_mime_type"]
 
@@ -66,12 +68,18 @@ def setup(app):
     from docutils import nodes
     from docutils.utils.math.latex2mathml import tex2mathml
 
+    def mathml(formula, **how):
+        written = tex2mathml(formula.replace(r"\dots", r"\ldots"), **how)
+        # An index of a barred letter belongs beside it; docutils sets it beneath.
+        under = r"<munderover>(\s*<mi>\w</mi>)(.*?)(<mo[^>]*>ˉ</mo>)\s*</munderover>"
+        return re.sub(under, r"<msub><mover>\1\3</mover>\2</msub>", written, flags=re.DOTALL)
+
     def inline(writer, node):
-        writer.body.append(tex2mathml(node.astext().replace(r"\dots", r"\ldots")))
+        writer.body.append(mathml(node.astext()))
         raise nodes.SkipNode
 
     def block(writer, node):
-        writer.body.append(f"<p>{tex2mathml(node.astext(), as_block=True)}</p>")
+        writer.body.append(f"<p>{mathml(node.astext(), as_block=True)}</p>")
         raise nodes.SkipNode
 
     app.add_html_math_renderer("mathml", (inline, None), (block, None))

@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 import textwrap
+from collections import _tuplegetter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -254,4 +255,6 @@ def setup(app: Any) -> dict[str, bool]:
     app.connect("config-inited", lambda *_: write(HERE / "generated"), priority=1)
     reports = HERE.parents[1] / "build" / "reports"
     app.connect("config-inited", lambda *_: write_reports(reports), priority=1)
+    # Fields of named tuples: the section of attributes documents them.
+    app.connect("autodoc-skip-member", lambda *given: isinstance(given[3], _tuplegetter) or None)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
