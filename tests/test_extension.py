@@ -295,7 +295,7 @@ def test_the_command(
     assert not out.exists()
     assert cli.main([*command, "--out", str(out), "--increment", "1", "--data.workers", "1"]) == 0
     said = capsys.readouterr()
-    assert "come after the old ones" in said.err
+    assert "come after the old ones" in said.out
     assert "task 4/4" in said.out
     assert begun_experiment(out).data.workers == 1
     assert cli.main([*command, "--out", str(out)]) == 2

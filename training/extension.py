@@ -6,11 +6,9 @@ it is also that of the same run without the interruption.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
-
-from rich.console import Console
 
 from training.checkpoint import Checkpoint, read_final_state
 from training.components import at_least
@@ -108,11 +106,7 @@ def extend(
         experiment=experiment or begun_experiment(folder, allow),
     )
     origin = FinishedRun.read(folder, longer)
-    ready = prepare(longer, overwrite=overwrite, origin=origin)
-    console = Console(quiet=quiet, stderr=True, markup=False, highlight=False)
-    for note in origin.notes:
-        console.print(f"loda extend: {note}", soft_wrap=True)
-    return run_to_end(ready, quiet=quiet)
+    return run_to_end(prepare(longer, overwrite=overwrite, origin=origin), quiet=quiet)
 
 
 def extended_experiment(
@@ -218,8 +212,6 @@ class FinishedRun:
         Content of its ``classes.json`` and ``environment.json``.
     checkpoint : Checkpoint
         Its state.
-    notes : list of str
-        What differs from one run without interruption, once `lineage` was called.
     """
 
     path: Path
@@ -227,7 +219,6 @@ class FinishedRun:
     classes: dict[str, Any]
     environment: dict[str, Any]
     checkpoint: Checkpoint
-    notes: list[str] = field(default_factory=list)
 
     @classmethod
     def read(cls, path: Path, experiment: Experiment) -> Self:
@@ -264,7 +255,7 @@ class FinishedRun:
             msg = f"there is nothing to learn: {place[0]} holds no new class and no new image"
             raise ValueError(msg)
         with readable(self.path / ENVIRONMENT):
-            self.notes = [
+            notes = [
                 *self._of_the_order(stream, tasks),
                 *self._of_known_images(stream),
                 *self._of_old_images(stream, names, tasks),
@@ -272,7 +263,7 @@ class FinishedRun:
             ]
             own = {key: self.environment[key] for key in ("started", "threads", "packages")}
             before = list(self.environment.get("extends", []))
-        own |= {"run": str(self.path.absolute()), "tasks": len(tasks), "notes": self.notes}
+        own |= {"run": str(self.path.absolute()), "tasks": len(tasks), "notes": notes}
         return [*before, own]
 
     def _of_the_order(self, stream: Stream, tasks: Sequence[Sequence[int]]) -> Iterator[str]:
