@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from training.backbones.build import Backbone, one_line
 from training.backbones.weights import some
 
-
 _STEP = 32  # most models without patches halve an image five times
 
 
