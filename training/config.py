@@ -348,6 +348,20 @@ def effective(experiment: Experiment) -> Experiment:
     return replace(experiment, train=replace(experiment.train, epochs=0), head=head)
 
 
+def resolved(experiment: Experiment) -> Experiment:
+    """The experiment with the values of what is left to the backbone: how images are prepared.
+
+    Examples
+    --------
+    >>> resolved(Experiment()).data.image_size
+    8
+    """
+    from training.backbones import preprocessing_of
+
+    wanted = preprocessing_of(experiment.backbone)
+    return replace(experiment, data=experiment.data.resolved(wanted))
+
+
 def foreign_classes(experiment: Experiment) -> list[str]:
     """Components of an experiment from other packages: those that ``--allow`` has to name.
 
@@ -605,7 +619,7 @@ def _default_sources(sources: Sequence[_Source]) -> list[_Source]:
         return []
     named = {**dict(*_folder_source(sources)), **_chosen_on(given)}
     if named.get("data.name") == "folder":
-        return _file_sources(resolve_config(PHOTOS))
+        return _file_sources(_CONFIGS / PHOTOS)
     default = _FileSettings(_flat(read_yaml(path := resolve_config(DEFAULT))), path)
     chosen = ("data.name", "backbone.name")
     return [default] if all(named.get(key, default[key]) == default[key] for key in chosen) else []
@@ -963,7 +977,9 @@ def run_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error(f"give one folder of images, got {folders}")
     for place in places:
         folder = settings[place]
-        if folder in packaged_configs() or folder.endswith((".yaml", ".yml")):
+        if not Path(folder).is_dir() and (
+            folder in packaged_configs() or folder.endswith((".yaml", ".yml"))
+        ):
             parser.error(
                 f"PHOTOS must be a folder of images, got {folder}; did you mean --config {folder}?"
             )
@@ -1170,8 +1186,8 @@ def packaged_configs() -> list[str]:
 DEFAULT = "glyphs"
 """The packaged configuration of the default experiment."""
 
-PHOTOS = "photos"
-"""The packaged configuration that a folder of photos starts from."""
+PHOTOS = "_photos.yaml"
+"""The file of the settings that a folder of photos starts from."""
 
 
 def resolve_config(name: str) -> Path:

@@ -29,6 +29,7 @@ def beginning(
     processes: int,
     folder: Path,
     done: int,
+    extends: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Lines that say what a run trains on what, and where its results go.
 
@@ -48,6 +49,9 @@ def beginning(
         The run folder.
     done : int
         Tasks completed before, if it is resumed.
+    extends : mapping, optional
+        The ``run`` that it extends, the number of ``tasks`` learned there, and ``notes`` of what
+        differs from one run without interruption.
     """
     import torch
 
@@ -56,6 +60,8 @@ def beginning(
     data, train, head = experiment.data, experiment.train, experiment.head
     parameters = sum(p.numel() for p in backbone.module.parameters())
     order = f"in random order (seed {_order_seed(experiment)})" if data.shuffle else "in order"
+    if data.class_order is not None:
+        order = "in the order of data.class_order"
     schedule = f"{train.epochs} epochs a task, {train.optimizer}, learning rate {train.lr}"
     trains = f"{schedule}, batches of {train.batch_size}" if train.epochs else "nothing is trained"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
@@ -76,10 +82,17 @@ def beginning(
     }
     if done:
         lines["resumed"] = f"after task {done} of {len(stream.tasks)}"
+    texts = [*backbone.notes, *stream.notes, *_small_backbone(experiment, backbone)]
+    if extends is not None:
+        lines["extends"] = f"{extends['run']}, after {_count(extends['tasks'], 'task')}"
+        texts += extends["notes"]
+    shown = [named(name, text) for name, text in lines.items()]
+    notes = [named("note", note) for note in texts]
+    warnings = data.unlike(preprocessing_of(experiment.backbone))
     return [
-        *(named(name, text) for name, text in lines.items()),
-        *(named("note", text) for text in (*stream.notes, *_small_backbone(experiment, backbone))),
-        *(f"warning: {text}" for text in data.unlike(preprocessing_of(experiment.backbone))),
+        *shown,
+        *notes,
+        *(f"warning: {text}" for text in warnings),
         *_one_class(experiment, stream),
     ]
 
