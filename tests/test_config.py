@@ -170,7 +170,9 @@ def test_no_argument_gives_the_default_experiment() -> None:
 
 def test_other_data_or_backbones_start_from_the_defaults_of_the_settings() -> None:
     assert load_experiment(["--data=digits"]) == Experiment()
-    assert resolved(load_experiment(["--config=digits"])) == resolved(Experiment())
+    assert resolved(load_experiment(["--config=digits"])) == resolved(
+        experiment_of({"data": {"init_cls": 2, "increment": 2}})
+    )
     assert load_experiment(["--backbone=glyphs"]) == Experiment()
     photos = load_experiment(["--data=folder", "--data.root=x"])
     assert (photos.backbone.name, photos.train.epochs) == ("cifar_vit", 12)
