@@ -65,6 +65,7 @@ _RUNS = _arg(
     metavar="[NAME=]RUN",
     help="run folders, folders that hold runs, or files written by loda bundle",
 )
+_OVERWRITE = _arg("--overwrite", action="store_true", help="replace files that are there")
 _ROOT = _arg("--root", help="folder of the images, if it has moved since training")
 _ALLOW = _arg(
     "--allow",
@@ -298,34 +299,110 @@ def _sweep(arguments: argparse.Namespace) -> int:
 # One finished run
 
 
-@_command("eval", "re-evaluate the saved model of a run", _RUN, _ROOT, _ALLOW)
+@_command(
+    "eval",
+    "evaluate the saved model of a run again, and show what it confuses",
+    _RUN,
+    _arg("--readout", help="show details of this read-out (default: the primary one)"),
+    _arg("--figure", type=Path, help="draw the confusion matrix to this PNG or SVG file"),
+    _arg("--out", type=Path, metavar="FILE", help="write accuracy by class; .csv, .json, .parquet"),
+    _OVERWRITE,
+    _arg("--device", choices=("auto", "cpu", "cuda"), help="default: as the run was trained"),
+    _ROOT,
+    _ALLOW,
+)
 def _eval(arguments: argparse.Namespace) -> None:
-    from training.analysis.predict import evaluate_run
+    from training.analysis.evaluate import evaluate_run, evaluation_text
+    from training.analysis.predict import require_table, write_table
+    from training.plots import confusion_figure
+    from training.run_dir import require_new
 
-    results = evaluate_run(arguments.run, root=arguments.root, allow=arguments.allow)
-    for readout, result in results.items():
-        tasks = "  ".join(f"{100 * share:.2f}" for share in result["by_task"])
-        right, total = sum(result["correct"]), sum(result["total"])
-        print(f"{readout}: accuracy {100 * result['accuracy']:.2f} % ({right} of {total} images)")
-        print(f"  by task: {tasks}")
+    if arguments.out is not None:
+        require_table(arguments.out, overwrite=arguments.overwrite)
+    if arguments.figure is not None:
+        require_new(arguments.figure, overwrite=arguments.overwrite)
+    results = evaluate_run(
+        arguments.run, root=arguments.root, device=arguments.device, allow=arguments.allow
+    )
+    shown = arguments.readout or next(iter(results))
+    if shown not in results:
+        msg = f"--readout must be one of {', '.join(results)}, got {shown}"
+        raise ValueError(msg)
+    for name, result in results.items():
+        print(evaluation_text(name, result, details=name == shown))
+    result = results[shown]
+    if arguments.out is not None:
+        print(f"by class: {write_table(result.by_class(), arguments.out, overwrite=True)}")
+    if arguments.figure is not None:
+        starts = [task[0] for task in result.tasks]
+        title = f"{shown}: accuracy {100 * result.accuracy:.2f} %"
+        written = confusion_figure(
+            result.confusion, result.classes, arguments.figure, starts=starts, title=title
+        )
+        print(f"figure: {written}")
 
 
 @_command(
     "predict",
     "classify images with the model of a run",
     _RUN,
-    _arg("images", type=Path, nargs="+", metavar="IMAGE", help="image files"),
+    _arg(
+        "images",
+        type=Path,
+        nargs="+",
+        metavar="FILE|FOLDER",
+        help="image files, and folders that are searched for them",
+    ),
     _arg("--top", type=int, default=3, help="number of classes to list per image (default: 3)"),
+    _arg(
+        "--threshold",
+        type=float,
+        metavar="P",
+        help="answer unknown where the best class has a probability (or score) below this",
+    ),
+    _arg("--readout", help="read-out that decides (default: the primary one)"),
+    _arg("--out", type=Path, metavar="FILE", help="write a table; .csv, .json or .parquet"),
+    _OVERWRITE,
+    _arg("--device", default="cpu", help="cpu, cuda or cuda:1, say (default: cpu)"),
     _ALLOW,
 )
-def _predict(arguments: argparse.Namespace) -> None:
-    from training.analysis.predict import load
+def _predict(arguments: argparse.Namespace) -> int:
+    from training.analysis.predict import image_files, load, require_table, write_table
 
-    classifier = load(arguments.run, allow=arguments.allow)
-    top = min(arguments.top, len(classifier.classes))
-    predictions = classifier.predict(arguments.images, top=top)
-    for path, best in zip(arguments.images, predictions, strict=True):
-        print(f"{path}: {', '.join(f'{guess.name} {guess.score:.3f}' for guess in best)}")
+    if arguments.out is not None:
+        require_table(arguments.out, overwrite=arguments.overwrite)
+    files, others = image_files(arguments.images)
+    if others:
+        shown = ", ".join(path.name for path in others[:4]) + (", ..." if len(others) > 4 else "")
+        _say(f"loda predict: left out, without the ending of an image: {len(others)} ({shown})")
+    classifier = load(arguments.run, device=arguments.device, allow=arguments.allow)
+    readout = classifier.chosen(arguments.readout)
+    failed = []
+
+    def skip(image: object, error: Exception) -> None:
+        failed.append(image)
+        _say(f"loda predict: skipped: {error}")
+
+    table = classifier.table(
+        files,
+        top=min(arguments.top, len(classifier.classes)),
+        readout=readout,
+        threshold=arguments.threshold,
+        on_error=skip,
+    )
+    kind = "probabilities" if readout in classifier.temperatures else "scores, not probabilities"
+    if arguments.out is not None:
+        write_table(table, arguments.out, overwrite=arguments.overwrite)
+        print(f"{len(table)} images by {readout} ({kind}): {arguments.out}")
+    else:
+        for image, *values in table.itertuples(index=False):
+            start = (
+                f"{image}: {values.pop(0)} | " if arguments.threshold is not None else f"{image}: "
+            )
+            pairs = zip(values[::2], values[1::2], strict=True)
+            print(start + ", ".join(f"{name} {value:.3f}" for name, value in pairs))
+        _say(f"loda predict: values are {kind}, of the read-out {readout}")
+    return 1 if failed else 0
 
 
 # Many finished runs
