@@ -390,18 +390,22 @@ def _predict(arguments: argparse.Namespace) -> int:
         threshold=arguments.threshold,
         on_error=skip,
     )
-    kind = "probabilities" if readout in classifier.temperatures else "scores, not probabilities"
+    if table.empty:
+        msg = f"none of the {len(files)} images could be read"
+        raise ValueError(msg)
+    calibrated = readout in classifier.temperatures
     if arguments.out is not None:
         write_table(table, arguments.out, overwrite=arguments.overwrite)
+        kind = "probabilities" if calibrated else "scores, not probabilities"
         print(f"{len(table)} images by {readout} ({kind}): {arguments.out}")
-    else:
-        for image, *values in table.itertuples(index=False):
-            start = (
-                f"{image}: {values.pop(0)} | " if arguments.threshold is not None else f"{image}: "
-            )
-            pairs = zip(values[::2], values[1::2], strict=True)
-            print(start + ", ".join(f"{name} {value:.3f}" for name, value in pairs))
-        _say(f"loda predict: values are {kind}, of the read-out {readout}")
+        return 1 if failed else 0
+    for image, *values in table.itertuples(index=False):
+        known = "" if arguments.threshold is None else f"{values.pop(0)} | "
+        best = [
+            f"{name} {100 * value:.1f} %" if calibrated else f"{name} {value:.3f}"
+            for name, value in zip(values[::2], values[1::2], strict=True)
+        ]
+        print(f"{image}: {known}{', '.join(best)}")
     return 1 if failed else 0
 
 

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from training.train import evaluation_batches, extract_features
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+Device = Literal["auto", "cpu", "cuda"]
 
 _TOP = 5
 _LISTED = 20  # classes up to which every one is shown; of more, the worst half of that
@@ -112,7 +114,7 @@ def evaluate_run(
     folder: Path,
     *,
     root: str | None = None,
-    device: str | None = None,
+    device: Device | None = None,
     allow: Sequence[str] = (),
 ) -> dict[str, Evaluation]:
     """Evaluate the saved model of a run on all its classes, from its weights and data only.
