@@ -39,7 +39,11 @@ _BROKEN_PIPE = 141
 _Act = Callable[[argparse.Namespace], int | None]
 _Argument = tuple[tuple[str, ...], dict[str, Any]]  # names and details, as argparse takes them
 _COMMANDS: dict[str, tuple[_Act, tuple[_Argument, ...], dict[str, Any]]] = {}
-_TAKE_SETTINGS = ("train", "sweep")  # settings of an experiment, besides their own arguments
+_TAKE_SETTINGS = (
+    "train",
+    "sweep",
+    "extend",
+)  # settings of an experiment, besides their own arguments
 
 
 def _arg(*names: str, **details: Any) -> _Argument:
@@ -210,6 +214,9 @@ def _train(arguments: argparse.Namespace) -> None:
     experiment = load_experiment(settings)
     if _is_first_process():
         _say(*(f"loda train: {note}" for note in keeps_nothing(experiment)))
+        # torch takes seconds to load, and a large folder of images to read.
+        data, backbone = experiment.data.name, experiment.backbone.name
+        print(f"{experiment.method.name} on {data} with {backbone}: loading ...", flush=True)
     from training.train import train
 
     train(experiment, overwrite=given.overwrite)
@@ -243,6 +250,54 @@ def _resume(run: Path, settings: Sequence[str], allow: Sequence[str]) -> None:
     from training.train import resume
 
     resume(run, given)
+
+
+@_command(
+    "extend",
+    "learn one more task, or several, on a finished run",
+    _RUN,
+    _arg(
+        "photos",
+        type=Path,
+        nargs="?",
+        metavar="PHOTOS",
+        help="folder of class folders, with train/ and test/ or without; left out, the run goes on "
+        "with the tasks of its stream that data.tasks has cut off",
+    ),
+    _arg(
+        "--increment",
+        type=int,
+        metavar="N",
+        help="number of new classes of a task (default: one task of all new classes)",
+    ),
+    _arg("--tasks", type=int, metavar="N", help="without PHOTOS: number of further tasks"),
+    _arg("--out", type=Path, help="folder of the new run (default: RUN-extended-1, then -2)"),
+    _arg("--overwrite", action="store_true", help="replace the run in --out"),
+    _ALLOW,
+    epilog="The run is only read. Further arguments are settings of loda train that do not change "
+    "what is learned, such as --data.root, where its images are now, and --data.workers.",
+)
+def _extend(arguments: argparse.Namespace) -> None:
+    from training.config import load_experiment
+    from training.run_dir import CONFIG, is_finished
+
+    if not is_finished(arguments.run):
+        msg = f"{arguments.run} holds no finished run: only a finished run can be extended"
+        raise ValueError(msg)
+    experiment = load_experiment(
+        arguments.settings, recorded=arguments.run / CONFIG, allow=arguments.allow
+    )
+    from training.extension import extend
+
+    extend(
+        arguments.run,
+        arguments.photos,
+        increment=arguments.increment,
+        tasks=arguments.tasks,
+        out=arguments.out,
+        experiment=experiment,
+        overwrite=arguments.overwrite,
+    )
 
 
 def _is_first_process() -> bool:
