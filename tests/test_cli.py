@@ -97,7 +97,7 @@ def test_help_names_every_command(shown: Callable[..., str]) -> None:
 
 def test_the_help_of_train_shows_every_setting(shown: Callable[..., str]) -> None:
     printed = shown("train", "--help")
-    for setting in ("--config", "--print_config", "--method.rank", "--keep.moments", "--out"):
+    for setting in ("--config", "--print-config", "--method.rank", "--keep.moments", "--out"):
         assert setting in printed
     options = printed.partition("usage:")[2].partition("\n\n")[2]
     for own in ("--overwrite ", "--resume RUN ", "--allow CLASS "):
@@ -119,11 +119,11 @@ def test_a_printed_configuration_can_be_given_back(
 ) -> None:
     changes = ["--train.lr", "0.3", "--head.also", "[ridge]", "--data.crop_scale", "[0.1, 0.9]"]
     changes += ["--method", "sd_lora", "--method.parts", "qv"]
-    printed = shown("train", *changes, "--print_config")
+    printed = shown("train", *changes, "--print-config")
     path = tmp_path / "printed.yaml"
     path.write_text(printed, "utf-8")
     assert load_experiment(["--config", str(path)]) == load_experiment(changes)
-    assert shown("train", "--config", path, "--print_config") == printed
+    assert shown("train", "--config", path, "--print-config") == printed
 
 
 def test_from_training_to_prediction(tmp_path: Path, root: Path, shown: Callable[..., str]) -> None:

@@ -328,7 +328,7 @@ def test_print_config_is_a_configuration(
 ) -> None:
     changes = ["--data=digits", "--seed=3", "--train.lr=0.5"]
     changes += ["--method=o_lora", "--method.alpha=8"]
-    path = write(tmp_path, printed(capsys, *changes, "--print_config"))
+    path = write(tmp_path, printed(capsys, *changes, "--print-config"))
     method = MethodConfig("o_lora", {"alpha": 8.0})
     expected = Experiment(seed=3, method=method, train=TrainConfig(lr=0.5))
     assert read_experiment(path) == load_experiment(changes) == expected

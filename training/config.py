@@ -20,6 +20,7 @@ Relative paths (``data.root``, ``backbone.weights``, ``out``) start at the worki
 """
 
 import argparse
+import os
 import re
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -44,10 +45,12 @@ from training.components import (
     positive,
     refuse_null,
     summary,
+    wrong_value,
 )
 from training.data.config import DataConfig
 from training.methods.base import METHODS, MethodConfig, fact
 from training.run_dir import CONFIG
+from training.spelling import did_you_mean
 
 NEUTRAL = (
     "data.workers",
@@ -415,7 +418,9 @@ def load_experiment(
         named = _named(_choose(_DEFAULT, sources[-1]))
         return _experiment([*_file_sources(recorded), *sources], {*allow, *named.values()})
     except ValueError as error:
-        jsonargparse.ArgumentParser(prog=_PROGRAM, usage=_USAGE).error(str(error))
+        if os.environ.get("LODA_DEBUG"):
+            raise
+        argparse.ArgumentParser(prog=_PROGRAM).exit(2, f"{_PROGRAM}: {error}\n")
 
 
 def experiment_of(*sources: Sequence[str] | Mapping[str, Any]) -> Experiment:
@@ -630,21 +635,30 @@ def _flat(values: Any) -> _Settings:
         msg = f"settings must be in sections, got {values!r:.40}"
         raise ValueError(msg)  # noqa: TRY004 - wrong content of a file, not a wrong call
     known = _declared(Experiment)
-    strange = [str(key) for key in values if str(key).partition(".")[0] not in known]
-    if strange:
-        msg = f"unknown settings {', '.join(strange)}; known at the top level: {', '.join(known)}"
-        raise ValueError(msg)
+    for key in values:
+        if str(key).partition(".")[0] not in known:
+            raise ValueError(_unknown(str(key)))
     flat: _Settings = {}
     for key, value in values.items():
         if key in _COMPONENTS and isinstance(value, str):
             flat[f"{key}.name"] = value
         elif key in _SECTIONS:
+            if value is None:  # a section with nothing under it has its defaults
+                continue
             check(isinstance(value, Mapping), key, value, "a mapping of settings")
             for name, item in value.items():
                 flat |= _flat_item(f"{key}.{name}", item)
         else:
             flat |= _flat_item(str(key), value)
     return flat
+
+
+def _unknown(key: str) -> str:
+    """The message about a setting that belongs to no section."""
+    names = _declared(Experiment)
+    names += [f"{section}.{x}" for section, kind in _SECTIONS.items() for x in _declared(kind)]
+    cure = did_you_mean(key, names) or "; loda train --help all lists all settings"
+    return f"unknown setting {key}{cure}"
 
 
 def _flat_item(key: str, value: Any) -> _Settings:
@@ -789,7 +803,11 @@ def _refuse_unknown(
     for key in _keys(source):
         section, _, setting = key.partition(".")
         kind = _SECTIONS.get(section)
-        if kind is None or not setting or _is_of(setting, _declared(kind)) or _is_of(key, known):
+        if kind is None or not setting:
+            if isinstance(source, list):
+                _require_top_level(key)
+            continue
+        if _is_of(setting, _declared(kind)) or _is_of(key, known):
             continue
         readout, _, option = setting.partition(".")
         prefix = f"head.{readout}" if kind is HeadConfig and option else section
@@ -802,13 +820,29 @@ def _refuse_unknown(
             _registry(prefix).refuse_unknown(names[prefix], [unknown], prefix, shared)
         else:
             chosen = [p.removeprefix("head.") for p in names if p.startswith("head.")]
-            msg = f"unknown setting {key}; settings of {section}: {', '.join(_declared(kind))}"
+            settings = [f"{section}.{name}" for name in _declared(kind)]
+            close = did_you_mean(key, settings) or f"; settings of {section}: {', '.join(settings)}"
+            msg = f"unknown setting {key}{close}"
             if kind is HeadConfig and option:
                 msg = (
                     f"{key} needs the read-out {readout}, which is neither head.readout nor in "
                     f"head.also, got {', '.join(chosen)}; add it to head.also, or leave {key} out"
                 )
             raise ValueError(msg)
+
+
+def _require_top_level(option: str) -> None:
+    """Refuse an option of a command line that is in no section and not one of an experiment."""
+    if option in _SECTIONS:
+        example = f"{option}.{_declared(_SECTIONS[option])[0]}"
+        msg = f"--{option} is a section of settings: set them one by one, such as --{example}"
+        raise ValueError(msg)
+    if option and f"--{option}" not in {*_declared_options(), *_RUN_OPTIONS, *_WITHOUT_VALUE}:
+        raise ValueError(_unknown(option))
+
+
+def _declared_options() -> list[str]:
+    return [f"--{name}" for name in ("config", *_declared(Experiment))]
 
 
 def _parsed(
@@ -819,12 +853,14 @@ def _parsed(
     try:
         return dict(parser.parse_args([*arguments]).as_dict())
     except (argparse.ArgumentError, OverflowError) as error:
-        message = str(error)
+        said = message = str(error)
+        if isinstance(error, argparse.ArgumentError):
+            message = wrong_value(error, parser)
         for source in sources:
-            if isinstance(source, _FileSettings) and _error_of(parser, source) == message:
+            if isinstance(source, _FileSettings) and _error_of(parser, source) == said:
                 message = f"{source.path}: {message}"
                 break
-        if "required" in message:
+        if "required" in said:
             given = {key for source in sources for key in _keys(source)}
             for prefix, name in components:
                 options = {x.removeprefix(f"{prefix}.") for x in given}
@@ -941,7 +977,7 @@ def run_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return given, settings
 
 
-_WITHOUT_VALUE = {"-h", "--help", "--print_config"}
+_WITHOUT_VALUE = {"-h", "--help", "--print-config"}
 
 
 def _positional(argv: Sequence[str]) -> list[int]:
@@ -978,6 +1014,7 @@ def _parser(components: _Components) -> jsonargparse.ArgumentParser:
         "the options of others, name them: --method o_lora --help.",
         allow_abbrev=False,
         exit_on_error=False,
+        print_config="--print-config",
     )
     packaged = ", ".join(packaged_configs())
     result.add_argument(
@@ -1145,12 +1182,11 @@ def resolve_config(name: str) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
-    if name in packaged_configs():
+    packaged = packaged_configs()
+    if name in packaged:
         return _CONFIGS / f"{name}.yaml"
-    msg = (
-        f"--config must be a YAML file or a packaged configuration, got {name!r}; packaged are "
-        f"{', '.join(packaged_configs())}"
-    )
+    cure = did_you_mean(name, packaged) or f"; packaged are {', '.join(packaged)}"
+    msg = f"--config must be a YAML file or the name of a packaged configuration, got {name}{cure}"
     raise ValueError(msg)
 
 
