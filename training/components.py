@@ -27,7 +27,7 @@ from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, ge
 
 import jsonargparse
 
-from training.spelling import did_you_mean
+from training.spelling import closest, did_you_mean
 
 _NAME = "name"
 _LARGEST_SEED = 2**32 - 1  # NumPy's RandomState, which draws the class order, takes no more
@@ -164,17 +164,21 @@ class Registry:
         others = [
             label for label, known in classes.items() if set(unknown) <= set(self.options(known))
         ]
-        names = [f"{section}.{key}" for key in (*options, *shared)]
-        close = "" if others or len(unknown) > 1 else did_you_mean(given, names)
-        if close:
-            msg = f"{self.kind} {name} has no {given}{close}"
-            raise ValueError(msg)
+        not_a_module = self._not_a_module(name)
+        if not others and not not_a_module and len(unknown) == 1:
+            mine = [*options, *shared]
+            theirs = [key for known in classes.values() for key in self.options(known)]
+            if (close := closest(unknown[0], [*mine, *theirs])) is not None:
+                owners = [label for label, known in classes.items() if close in self.options(known)]
+                of = "" if close in mine else f", of another {self.kind}: {', '.join(owners)}"
+                msg = f"{self.kind} {name} has no {given}; did you mean {section}.{close}{of}?"
+                raise ValueError(msg)
         cure = f"leave out or correct {'it' if len(unknown) == 1 else 'them'}"
         if others:
             cure += f", or choose another {self.kind}: {', '.join(others)}"
         msg = (
             f"{self.kind} {name} has no {given}; its options: "
-            f"{', '.join([*options, *shared]) or 'none'}; {cure}{self._not_a_module(name)}"
+            f"{', '.join([*options, *shared]) or 'none'}; {cure}{not_a_module}"
         )
         raise ValueError(msg)
 
