@@ -158,8 +158,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 # Characters of our own texts, for consoles whose encoding lacks them.
 _PLAIN = {
     **dict.fromkeys("·–−", "-"),
-    "Λ": "Lambda", "Δ": "Delta", "α": "alpha", "‖": "||", "²": "^2",
-    "±": "+-", "×": "x", "≤": "<=", "≥": ">=", "…": "...", "→": "->",
+    "Λ": "Lambda",
+    "Δ": "Delta",
+    "α": "alpha",
+    "‖": "||",
+    "²": "^2",
+    "±": "+-",
+    "×": "x",
+    "≤": "<=",
+    "≥": ">=",
+    "…": "...",
+    "→": "->",
 }
 
 
@@ -281,8 +290,11 @@ def _require_run(run: Path) -> None:
 # The settings have their own parser, which also prints their help.
 @_command("train", "train on a stream of tasks", add_help=False)
 def _train(arguments: argparse.Namespace) -> None:
-    from training.config import keeps_nothing, load_experiment, run_options
+    from training.config import keeps_nothing, load_experiment, requested_help, run_options
 
+    if (text := requested_help(arguments.settings)) is not None:
+        print(text, end="")
+        return
     given, settings = run_options(arguments.settings)
     if given.resume is not None:
         _resume(given.resume, settings, given.allow)

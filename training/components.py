@@ -430,6 +430,24 @@ def _members(hint: Any) -> list[Any]:
     return [hint]
 
 
+def choices_of(hint: Any) -> list[str]:
+    """The values of a type that has only a few; otherwise none.
+
+    Examples
+    --------
+    >>> choices_of(bool), choices_of(Literal["cpu"] | None), choices_of(int)
+    (['true', 'false'], ['cpu', 'null'], [])
+    """
+    names = {bool: ["true", "false"], NoneType: ["null"]}
+    values: list[str] = []
+    for member in _members(hint):
+        own = [member] if isinstance(member, str) else names.get(member)
+        if own is None:
+            return []
+        values += own
+    return values
+
+
 def _collection_in_words(hint: Any) -> str:
     origin, inner = get_origin(hint) or hint, [x for x in get_args(hint) if x is not Ellipsis]
     if isinstance(origin, type) and issubclass(origin, Mapping):

@@ -41,6 +41,7 @@ from training.components import (
     at_least,
     check,
     check_seed,
+    choices_of,
     not_negative,
     positive,
     refuse_null,
@@ -909,27 +910,81 @@ _USAGE = (
     "loda train [PHOTOS] [--config CONFIG] [--SETTING VALUE ...] [--overwrite] | "
     "--resume RUN [--allow CLASS ...]"
 )
+_DESCRIPTION = """\
+Train a model on tasks that come one after another, and write a run folder.
+
+  loda train                  the default experiment: drawn characters, 3 minutes
+  loda train PHOTOS           your own images: a folder with one folder for each class
+  loda train --config NAME    a packaged experiment, or a YAML file of settings
+  loda train --resume RUN     go on with an interrupted run"""
+_EPILOG = """\
+loda train --help all       every setting of the chosen method, data set, backbone and read-outs
+loda train --help SECTION   data, backbone, method, train, head, keep or checkpoint
+loda train --method o_lora --help method    the settings of another method
+loda train --print-config                   all settings as a YAML file"""
+
+
+class _Help(jsonargparse.DefaultHelpFormatter):
+    """Help in plain words: no Python types, and no defaults that mean that nothing is set."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:  # laid out already
+            return "\n".join(indent + line for line in text.splitlines())
+        return super()._fill_text(text, width, indent)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.required:
+            return f"{text} (required)"
+        if action.default in (None, argparse.SUPPRESS, []):
+            return text
+        default = action.default
+        if not isinstance(default, str):
+            flow = yaml.dump(_plain(default), Dumper=_Dumper, default_flow_style=True)
+            default = flow.removesuffix("\n").removesuffix("\n...")
+        return f"{text} (default: {default})".replace("%", "%%")
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, _OnlyShown) or not action.option_strings:
+            return super()._format_action_invocation(action)
+        name = action.option_strings[-1 if action.dest == "help" else 0]
+        if name.removesuffix(".name").removeprefix("--") in _COMPONENTS:
+            name = name.removesuffix(".name")
+        if action.nargs == 0 or action.dest in ("help", "print_config"):
+            return name
+        return f"{name} {self._metavar(action)}"
+
+    def _metavar(self, action: argparse.Action) -> str:
+        hint = getattr(action, "_typehint", None)
+        choices = choices_of(hint)
+        if choices:
+            return "{" + ",".join(choices) + "}"
+        own = action.metavar or {int: "N", float: "X"}.get(hint)
+        return str(own or action.dest.rpartition(".")[2].upper())
+
+
 # Arguments of the command that are no settings.
 _RUN_OPTIONS: dict[str, dict[str, Any]] = {
     "--overwrite": {
         "action": "store_true",
-        "help": "Replace the run in a folder that is not empty",
+        "help": "Replace the run in the folder --out.",
     },
     "--overwrite-unfinished": {
         "action": "store_true",
-        "help": "The same, but never a finished run",
+        "help": "The same, but never a finished run.",
     },
     "--resume": {
         "type": Path,
         "metavar": "RUN",
-        "help": "Resume an interrupted run; only settings that do not affect its result may differ",
+        "help": "Go on with an interrupted run. Only settings that do not affect its result may "
+        "be changed.",
     },
     "--allow": {
         "action": "append",
         "default": [],
         "metavar": "CLASS",
-        "help": "With --resume: import path of a third-party class that the run may load; "
-        "repeatable",
+        "help": "With --resume: import path of a class of another package that the run may load. "
+        "May be given several times.",
     },
 }
 
@@ -977,7 +1032,54 @@ def run_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return given, settings
 
 
-_WITHOUT_VALUE = {"-h", "--help", "--print-config"}
+_HELP = {"-h", "--help"}
+_WITHOUT_VALUE = {*_HELP, "--print-config"}
+# What the short help shows.
+_COMMON = {
+    *("config", "overwrite", "resume", "seed", "out", "device"),
+    *("data.name", "data.root", "data.increment", "data.workers", "backbone.name", "method.name"),
+    *("method.rank", "train.epochs", "train.lr", "train.batch_size", "head.readout"),
+}
+
+
+def requested_help(argv: Sequence[str]) -> str | None:
+    """The help of ``loda train`` if the command line asks for it; otherwise None.
+
+    ``--help`` shows the usual settings, ``--help all`` every setting, ``--help train`` those of a
+    section; each with the value that it would have, for the components that are chosen.
+
+    Examples
+    --------
+    >>> requested_help(["--seed", "3"]) is None
+    True
+    >>> "--train.momentum" in requested_help(["--help", "train"])
+    True
+    """
+    places = [place for place, argument in enumerate(argv) if argument in _HELP]
+    if not places:
+        return None
+    topic = next(iter(argv[places[0] + 1 :]), "")
+    argv = [*argv[: places[0]], *argv[places[0] + 1 :]]
+    choice, sources = _DEFAULT, list[_Source]()
+    with suppress(ValueError):  # the help is shown whatever the settings are
+        folder = [x for x in argv if not x.startswith("-") and Path(x).is_dir()][:1]
+        sources = _sources([*argv, *(f"--data.root={x}" for x in folder)])
+        sources = [*_folder_source(sources), *_default_sources(sources), *sources]
+        for source in sources:
+            choice = _choose(choice, source)
+    parser = _make_parser(_divided(choice, None)[0])
+    values: dict[str, Any] = {}
+    with suppress(ValueError):
+        values = flat_settings(_experiment(sources))
+    for group in parser._action_groups:
+        for action in group._group_actions:
+            action.default = values.get(action.dest, action.default)
+            common = topic not in _SECTIONS and action.dest in _COMMON
+            if topic != "all" and action.dest.partition(".")[0] != topic and not common:
+                action.help = argparse.SUPPRESS
+        if all(action.help == argparse.SUPPRESS for action in group._group_actions):
+            group.title = group.description = None
+    return str(parser.format_help())
 
 
 def _positional(argv: Sequence[str]) -> list[int]:
@@ -1005,30 +1107,32 @@ class _OnlyShown(argparse.Action):
 @lru_cache(maxsize=32)
 def _parser(components: _Components) -> jsonargparse.ArgumentParser:
     """A parser with exactly the options of some components."""
+    return _make_parser(components)
+
+
+def _make_parser(components: _Components) -> jsonargparse.ArgumentParser:
     result = jsonargparse.ArgumentParser(
         prog=_PROGRAM,
-        description="Train one class-incremental experiment and write its run folder, or resume an "
-        "interrupted one.",
+        description=_DESCRIPTION,
         usage=_USAGE,
-        epilog="Options are shown for the chosen method, data set, backbone and read-outs; to see "
-        "the options of others, name them: --method o_lora --help.",
+        epilog=_EPILOG,
+        formatter_class=_Help,
         allow_abbrev=False,
         exit_on_error=False,
         print_config="--print-config",
     )
-    packaged = ", ".join(packaged_configs())
+    packaged = ", ".join(x for x in packaged_configs() if "/" not in x)
+    packaged += ", native/..., paper/...."
     result.add_argument(
         "--config",
         action="config",
-        help=f"A YAML file, or the name of a packaged configuration: {packaged}; {DEFAULT} "
-        "if not given, unless other data or another backbone are named",
+        help=f"A YAML file, or the name of a packaged experiment: {packaged}",
     )
     for name, details in _RUN_OPTIONS.items():
         shown = {"metavar": details.get("metavar"), "help": details["help"]}
         nargs = None if "metavar" in details else 0
-        hidden = argparse.SUPPRESS
         result.add_argument(
-            name, action=_OnlyShown, nargs=nargs, dest=hidden, default=hidden, **shown
+            name, action=_OnlyShown, nargs=nargs, default=argparse.SUPPRESS, **shown
         )
     result.add_class_arguments(Experiment, as_group=False, skip={*_SECTIONS})
     for section, kind in _SECTIONS.items():
