@@ -222,6 +222,11 @@ class _Parser(argparse.ArgumentParser):
                 message = f"there is no {what.lower()} {given}{cure}"
             else:
                 message = f"{what} must be one of {', '.join(names)}, got {given}{cure}"
+        typed = re.match(r"argument (\S+): invalid (\w+) value: '(.*)'", message)
+        if typed:
+            name, kind, given = typed.groups()
+            wanted = {"int": "a whole number", "float": "a number"}.get(kind, f"a {kind}")
+            message = f"{name} must be {wanted}, got {given}"
         super().error(message)
 
 
