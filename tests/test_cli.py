@@ -109,7 +109,7 @@ def test_the_help_of_train_is_short_and_the_rest_is_asked_for(
     section = shown("train", "--method", "frozen", "--help", "train")
     assert "--train.momentum" in section
     assert "--seed" not in section
-    assert "SD-LoRA" in shown("train", "--method=sd_lora", "--help", "method")
+    assert "  sd_lora: " in shown("train", "--method=sd_lora", "--help", "method")
     # The defaults are those of the experiment that would run.
     assert "(default: glyphs)" in short
     assert "(default: digits)" in shown("train", "--config", "digits", "--help")
