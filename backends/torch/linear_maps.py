@@ -242,7 +242,7 @@ def shared_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[st
     return shared
 
 
-def with_weight(module: nn.Module, weight: Tensor, x: Tensor) -> Any:
+def with_weight(module: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
     """Output of a linear map with another weight of the same shape; gradients are not needed."""
     if isinstance(module, InProjection):
         return F.linear(x, weight, module.bias)
@@ -250,7 +250,8 @@ def with_weight(module: nn.Module, weight: Tensor, x: Tensor) -> Any:
     values = own.data
     own.data = weight
     try:
-        return module.forward(x)
+        output: Tensor = module.forward(x)
+        return output
     finally:
         own.data = values
 

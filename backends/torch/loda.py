@@ -32,6 +32,7 @@ from backends.torch.gao import (
     check_radius,
     draw_permutation,
     gradient_aligned_step,
+    held_parameters,
 )
 from backends.torch.layers import (
     adapt,
@@ -988,8 +989,7 @@ class LoDA:
         if halves is not None:  # left by an error that the caller has caught
             halves.abandon()
         if self._shares():
-            groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-            trained = [p for group in groups for p in group["params"]]
+            trained = held_parameters(optimizers)
             copy_from_first([p for p in trained if id(p) not in task.copied])
             task.copied.update(map(id, trained))
         return moved

@@ -506,14 +506,19 @@ def warn_of_rounding(rounding: Mapping[str, MergeRounding]) -> None:
         warnings.warn(msg, stacklevel=3)
 
 
+def base_layer(layer: nn.Module) -> nn.Module:
+    """The layer of the model itself, without branches."""
+    return layer.base if isinstance(layer, LoRALinear) else layer
+
+
 def weight_matrix(layer: nn.Module) -> Tensor:
     """Frozen weight (out_features, in_features) of a layer, adapted or not; a view of its own."""
-    return layer.frozen if isinstance(layer, LoRALinear) else matrix(layer)
+    return matrix(base_layer(layer))
 
 
 def input_tokens(layer: nn.Module, x: Tensor) -> Tensor:
     """Input of a layer, adapted or not, with the features last."""
-    return linear_maps.tokens(layer.base if isinstance(layer, LoRALinear) else layer, x)
+    return linear_maps.tokens(base_layer(layer), x)
 
 
 _ENOUGH: Final = 0.99
