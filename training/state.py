@@ -16,6 +16,7 @@ from backends.torch.readouts import CosineHeads, Readouts
 from training.methods import Method
 from training.metrics import AccuracyMatrix, Meter
 from training.run_dir import flattened, nested, not_finite
+from training.updates import Before
 
 
 @dataclass
@@ -45,6 +46,8 @@ class State:
         Number of trained values of each task that has begun.
     seconds : dict of str to float
         Time by part, summed over the completed tasks.
+    extensions : int
+        Extensions of the stream whose images of known classes are in the statistics.
     passes : int
         Passes that the method has made over the images of the open task.
     open : OpenTask or None
@@ -60,6 +63,7 @@ class State:
     task_given: dict[str, AccuracyMatrix] = field(default_factory=dict)
     trainable: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    extensions: int = 0
     passes: int = 0
     open: OpenTask | None = None
 
@@ -94,12 +98,14 @@ class State:
             heads=self.heads.state_dict(),
             readouts=self.readouts.state_dict(),
             open={} if self.open is None else self.open.tensors(),
+            before=self.open.before.tensors(self.model) if self.open and self.open.before else {},
         )
 
     def record(self) -> dict[str, Any]:
         """Everything that is not a tensor, ready for JSON."""
         return {
             "tasks": self.tasks,
+            "extensions": self.extensions,
             "heads": list(self.heads.sizes),
             "accuracy": {name: matrix.to_dict() for name, matrix in self.accuracy.items()},
             "task_given": {name: matrix.to_dict() for name, matrix in self.task_given.items()},
@@ -131,6 +137,7 @@ class State:
         """
         _require_numbers(tensors)
         self.tasks, self.passes = int(record["tasks"]), int(record["passes"])
+        self.extensions = int(record["extensions"])
         self.trainable, self.seconds = list(record["trainable"]), dict(record["seconds"])
         self.accuracy, self.task_given = (
             {name: AccuracyMatrix.from_dict(m) for name, m in record[group].items()}
@@ -146,6 +153,8 @@ class State:
         if record["open"] is not None:
             self.open = OpenTask(make_optimizer(self.trained()), torch.Generator())
             self.open.load(nested(tensors, "open"), record["open"])
+            if (names := record["open"]["adapted"]) is not None:
+                self.open.before = Before.loaded(nested(tensors, "before"), names, self.model)
 
 
 @dataclass
@@ -168,6 +177,8 @@ class OpenTask:
         images, ``train`` the rest of training.
     resumed : dict of str to Tensor
         Saved states of torch's global generators, until the resumed training sets them.
+    before : Before or None
+        The model before the task; None if the method trains nothing of it.
     """
 
     optimizer: Optimizer
@@ -179,6 +190,7 @@ class OpenTask:
         default_factory=lambda: dict.fromkeys(("begin", "load", "train"), 0.0)
     )
     resumed: dict[str, Tensor] = field(default_factory=dict)
+    before: Before | None = None
 
     def spent(self, part: str, since: float) -> float:
         """Add the time since ``since`` (time.perf_counter) to a part; returns the current time."""
@@ -233,6 +245,7 @@ class OpenTask:
             "images": self.meter.images,
             "predicted": self.meter.predicted,
             "seconds": self.rounded_seconds(),
+            "adapted": None if self.before is None else list(self.before.weights),
         }
 
     def load(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
