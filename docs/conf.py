@@ -43,6 +43,7 @@ numpydoc_show_class_members = False
 numpydoc_class_members_toctree = False
 
 html_math_renderer = "mathml"  # needs neither a script nor a network
+toc_object_entries_show_parents = "hide"
 html_theme = "pydata_sphinx_theme"
 html_static_path = ["_static"]
 html_extra_path = ["../build/reports"]  # written by reference_pages
