@@ -72,7 +72,9 @@ def beginning(
     }
     if done:
         lines["resumed"] = f"after task {done} of {len(stream.tasks)}"
-    return [named(name, text) for name, text in lines.items()] + _one_class(experiment, stream)
+    notes = [named("note", note) for note in backbone.notes]
+    shown = [named(name, text) for name, text in lines.items()]
+    return [*shown, *notes, *_one_class(experiment, stream)]
 
 
 def named(name: str, text: str) -> str:

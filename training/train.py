@@ -31,6 +31,7 @@ from backends.torch import RowsLoss, TaskRecord
 from backends.torch.readouts import CosineHeads, Readouts, class_mean_start
 from training import overview
 from training.backbones import Backbone, build_backbone, check_fits
+from training.backbones.checks import check_features, check_target
 from training.calibration import calibrate
 from training.checkpoint import Checkpoint, Checkpoints, StopSignals, write_state
 from training.config import (
@@ -255,6 +256,8 @@ def prepare(
     check_fits(backbone, test_image)
 
     model = backbone.module.to(accelerator.device)
+    check_features(backbone, test_image)
+    check_target(backbone, test_image, experiment.method)
     context = Context(
         seed=derive(seed, 0, "method"),
         tasks=len(stream.tasks),
@@ -339,6 +342,7 @@ def _backbone_record(backbone: Backbone) -> dict[str, Any]:
         "tag": backbone.tag,
         "weights_sha256": backbone.weights_sha256,
         "tensors_sha256": backbone.tensors_sha256,
+        "notes": list(backbone.notes),
     }
 
 
