@@ -7,8 +7,6 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE / "reference")]
-# Notebooks run in processes of their own, in the folder of the page.
-os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
 
 from loda_math import __version__  # noqa: E402
 
@@ -65,9 +63,12 @@ copybutton_prompt_is_regexp = True
 
 
 def setup(app):
-    """Let docutils write formulas as MathML."""
+    """Let docutils write formulas as MathML, and notebooks find the packages of the checkout."""
     from docutils import nodes
     from docutils.utils.math.latex2mathml import tex2mathml
+
+    places = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, places))
 
     def mathml(formula, **how):
         written = tex2mathml(formula.replace(r"\dots", r"\ldots"), **how)
