@@ -27,6 +27,7 @@ def beginning(
     processes: int,
     folder: Path,
     done: int,
+    extends: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Lines that say what a run trains on what, and where its results go.
 
@@ -46,12 +47,17 @@ def beginning(
         The run folder.
     done : int
         Tasks completed before, if it is resumed.
+    extends : mapping, optional
+        The ``run`` that it extends, the number of ``tasks`` learned there, and ``notes`` of what
+        differs from one run without interruption.
     """
     import torch
 
     data, train, head = experiment.data, experiment.train, experiment.head
     parameters = sum(p.numel() for p in backbone.module.parameters())
     order = f"in random order (seed {_order_seed(experiment)})" if data.shuffle else "in order"
+    if data.class_order is not None:
+        order = "in the order of data.class_order"
     schedule = f"{train.epochs} epochs a task, {train.optimizer}, learning rate {train.lr}"
     trains = f"{schedule}, batches of {train.batch_size}" if train.epochs else "nothing is trained"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
@@ -72,7 +78,11 @@ def beginning(
     }
     if done:
         lines["resumed"] = f"after task {done} of {len(stream.tasks)}"
-    notes = [named("note", note) for note in backbone.notes]
+    texts = list(backbone.notes)
+    if extends is not None:
+        lines["extends"] = f"{extends['run']}, after {_count(extends['tasks'], 'task')}"
+        texts += extends["notes"]
+    notes = [named("note", note) for note in texts]
     shown = [named(name, text) for name, text in lines.items()]
     return [*shown, *notes, *_one_class(experiment, stream)]
 
