@@ -30,7 +30,8 @@ OTHERS = ("components.md", "protocol.md")
 # Files that the pages let the reader write.
 FILES = {
     "my.yaml": "train: {lr: 0.02}",
-    "mine.yaml": "{configs: [caltech101], settings: {backbone: {name: cifar_vit}}, variants: [loda]}",
+    "mine.yaml": "{configs: [caltech101], settings: {backbone.name: cifar_vit}, "
+    "seeds: [1993], variants: [loda]}",
 }
 FOLDERS = ("PHOTOS", "NEW_PHOTOS", "IMAGES", "DATA", "SHARED")
 
@@ -69,7 +70,7 @@ def every_command() -> list[tuple[str, str]]:
         if page.name in OTHERS or "generated" in page.parts:
             continue
         text = page.read_text("utf-8").replace("\\\n", " ")
-        fenced = re.findall(r"(?m)^```\w*\n(.*?)^```", text, re.DOTALL)
+        fenced = re.findall(r"(?m)^```\n(.*?)^```", text, re.DOTALL)
         indented = re.findall(r"(?m)^    .*$", re.sub(r"(?ms)^```.*?^```", "", text))
         lines = "\n".join([*fenced, *indented]).splitlines()
         called = [x for x in lines if re.match(r"\s*(\.venv/bin/)?loda [a-z]", x)]
