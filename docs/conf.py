@@ -36,7 +36,6 @@ nb_execution_raise_on_error = True
 nb_merge_streams = True
 
 autodoc_typehints = "none"  # numpydoc's sections have the types
-autosummary_generate = True
 numpydoc_show_class_members = False
 numpydoc_class_members_toctree = False
 
