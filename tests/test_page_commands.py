@@ -99,6 +99,7 @@ def test_the_pages_have_commands() -> None:
 @pytest.mark.parametrize(("page", "line"), every_command())
 def test_a_command_is_accepted(page: str, line: str) -> None:
     words = shlex.split(line.replace("$seed", "1993").replace("...", ""), comments=True)[1:]
+    assert words[0] in cli._COMMANDS
     arguments, rest = cli._parser().parse_known_args(words)
     if "--help" in rest:
         return
