@@ -16,7 +16,7 @@ WITH_JAX := $(ONE_THREAD) LODA_LIBRARIES=jax,jax-x32
 # One worker has all tests of a file, whose runs and processes they share.
 PYTEST = $(ONE_THREAD) $(BIN)/pytest -n auto --dist loadfile
 
-.PHONY: run test gate full gpu jax-all mlx integrations minimum test-numpy mutants bench attack soak lint types clean
+.PHONY: run test gate full gpu jax-all mlx integrations minimum test-numpy mutants bench bench-gpu attack soak lint types clean
 
 run: $(VENV)/.train
 	$(BIN)/loda train
@@ -64,15 +64,19 @@ test-numpy: $(VENV)/.test
 # An interrupted run goes on where it stopped; `make clean` starts anew. JOBS=8 for eight at a time.
 mutants: $(VENV)/.dev
 	$(ONE_THREAD) LODA_LIBRARIES=numpy HYPOTHESIS_PROFILE=mutants $(BIN)/mutmut run --max-children $(or $(JOBS),1)
-	$(BIN)/python docs/mutation_table.py
+	$(BIN)/python docs/developers/mutation_table.py
 
 # One thread and one worker: the ratios are printed as they are measured.
 bench: $(VENV)/.test
 	$(ONE_THREAD) $(BIN)/pytest tests/benchmarks -p no:xdist
 
+# On a machine with a GPU, within ten minutes: the table of a ViT-B, with the name of the machine.
+bench-gpu: $(VENV)/.test
+	$(BIN)/pytest tests/benchmarks/test_gpu_speed.py -p no:xdist
+
 # Oracles of 60 digits and others: how many cases were tried, how many held. Some minutes.
 attack: $(VENV)/.test
-	$(ONE_THREAD) $(BIN)/python docs/numerics_attack.py
+	$(ONE_THREAD) $(BIN)/python docs/developers/numerics_attack.py
 
 # Fifty tasks, ended at random moments: ten minutes on an idle core.
 soak: $(VENV)/.test

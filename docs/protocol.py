@@ -5,9 +5,9 @@
     python docs/protocol.py test RECORDS > training/configs/sweeps/glyphs-test.yaml
     python docs/protocol.py contrasts RECORDS --tests TESTS           # what the test shows
 
-RECORDS and TESTS are bundles of the trials and of the test, or their folders. Everything that the
-test runs is decided by the trials and by the rules in this file, which was committed before the
-first test run.
+RECORDS and TESTS are bundles of the trials and of the test, or their folders. ``--stream`` names
+another stream than ``glyphs``. Everything that the test runs is decided by the trials and by the
+rules in this file, which was committed before the first test run.
 """
 
 import argparse
@@ -18,10 +18,10 @@ from pathlib import Path
 from statistics import fmean, variance
 
 import yaml
-from pandas import DataFrame
+from pandas import DataFrame, concat
 from scipy.stats import t as student
 
-from training.config import read_yaml, resolve_config
+from training.config import Experiment, flat_settings, read_yaml, resolve_config
 from training.report.runs import find_runs, load
 from training.report.tables import differences, intervals
 
@@ -40,11 +40,18 @@ ONLY_HEADS = "frozen"  # its primary read-out depends on no rate; its heads have
 ONLY_RATE = 0.5
 NATIVE = ("inflora", "o_lora", "sd_lora", "ranpac_frozen")  # their authors' settings, no trials
 LONG = ("loda", "inflora", "seq_lora")  # also on 20 tasks of 2 classes, with frozen
-EPOCHS = 12
 
 Settings = dict[str, object]
 Trials = dict[str, dict[float, dict[int, float]]]  # last accuracy by method, rate and seed
 
+# The second stream has only the two primary contrasts and the table of methods.
+STREAMS: dict[str, Settings] = {
+    "glyphs": {"data.images": 240, "train.epochs": 4},
+    "glyphs-60": {"data.images": 60, "train.epochs": 12},
+}
+WHOLE = "glyphs"  # the stream with LoDA's parts, the controls and the long tasks
+
+DOUBLE_EPOCHS: Settings = {"train.epochs": 2 * int(str(STREAMS[WHOLE]["train.epochs"]))}
 LODA_PARTS: dict[str, Settings] = {
     "general-only": {"method.branches": "general"},
     "isolated-only": {"method.branches": "isolated"},
@@ -52,7 +59,7 @@ LODA_PARTS: dict[str, Settings] = {
     "isolated-trace-ratio": {"method.isolated": "trace_ratio"},
     "random-directions": {"method.directions": "random"},
     "look-ahead-of-length-0": {"method.radius": 0.0},
-    "without-look-ahead-double-epochs": {"method.gao": False, "train.epochs": 2 * EPOCHS},
+    "without-look-ahead-double-epochs": {"method.gao": False, **DOUBLE_EPOCHS},
     "recalibration-none": {"method.recalibration": "none"},
 }
 HEAD = """# {title}
@@ -80,7 +87,7 @@ def hours(runs: list[tuple[str, float]]) -> str:
     return f"{len(runs)} runs, about {total / 3600:.0f} hours of one processor core"
 
 
-def choosing_sweep(rates: tuple[float, ...] = RATES) -> str:
+def choosing_sweep(stream: str = WHOLE, rates: tuple[float, ...] = RATES) -> str:
     """The trials: every method at every rate, on the alphabet to choose on."""
     variants: dict[str, Settings] = {ONLY_HEADS: {"method.name": ONLY_HEADS, "train.lr": ONLY_RATE}}
     for rate in sorted(rates):
@@ -88,9 +95,9 @@ def choosing_sweep(rates: tuple[float, ...] = RATES) -> str:
             variants[f"{method}-{rate}"] = {"method.name": method, "train.lr": rate}
     runs = [(str(v["method.name"]), 1.0) for v in variants.values() for _ in CHOOSING_SEEDS]
     return _sweep(
-        "glyphs-choose",
-        "Learning rates for the comparison on the glyphs: equal trials for every method.",
+        stream,
         "choose",
+        "Learning rates for the comparison on the glyphs: equal trials for every method.",
         CHOOSING_SEEDS,
         variants,
         runs,
@@ -98,7 +105,10 @@ def choosing_sweep(rates: tuple[float, ...] = RATES) -> str:
 
 
 def read_trials(
-    sources: list[Path], readout: str = READOUT, diverged: Sequence[str] = ()
+    sources: list[Path],
+    stream: str = WHOLE,
+    readout: str = READOUT,
+    diverged: Sequence[str] = (),
 ) -> Trials:
     """Last accuracies in per cent under a read-out, by method, rate and seed.
 
@@ -112,10 +122,7 @@ def read_trials(
     """
     trials: Trials = {}
     for run in find_runs(sources).runs if sources else []:
-        data = run.experiment.data
-        if data.name != "glyphs" or data.options["alphabet"] != "choose":
-            msg = f"{run.name} must be a run on the alphabet to choose on; leave it out"
-            raise ValueError(msg)
+        _require(run.experiment, stream, "choose", run.name)
         by_rate = trials.setdefault(run.experiment.method.name, {})
         by_seed = by_rate.setdefault(run.experiment.train.lr, {})
         by_seed[run.seed] = 100 * run.matrices[readout].last
@@ -124,6 +131,16 @@ def read_trials(
         rate, _, seed = rest.partition("/seed")
         trials.setdefault(method, {}).setdefault(float(rate), {})[int(seed)] = 0.0
     return trials
+
+
+def _require(experiment: Experiment, stream: str, alphabet: str, name: str) -> None:
+    flat = flat_settings(experiment)
+    due: Settings = {"data.name": "glyphs", "data.alphabet": alphabet}
+    due["data.images"] = STREAMS[stream]["data.images"]
+    strange = {key: flat.get(key) for key, value in due.items() if flat.get(key) != value}
+    if strange:
+        msg = f"{name} must be a run of {stream} ({alphabet}), got {strange}; leave it out"
+        raise ValueError(msg)
 
 
 def best_rates(trials: Trials, seeds: tuple[int, ...] = CHOOSING_SEEDS) -> dict[str, float]:
@@ -185,7 +202,7 @@ def number_of_seeds(trials: Trials, chosen: dict[str, float]) -> int:
     return MOST_SEEDS
 
 
-def test_sweep(trials: Trials) -> str:
+def test_sweep(trials: Trials, stream: str) -> str:
     """The comparison, its controls and the long stream, on the alphabet of results."""
     chosen = best_rates(trials)
     seeds = range(FIRST_TEST_SEED, FIRST_TEST_SEED + number_of_seeds(trials, chosen))
@@ -201,12 +218,21 @@ def test_sweep(trials: Trials) -> str:
     equal: dict[str, Settings] = {}
     for method in (*BASELINES, "joint"):
         equal[f"{method}-aligned"] = {**own[method], "method.gao": True}
-        equal[f"{method}-double-epochs"] = {**own[method], "train.epochs": 2 * EPOCHS}
+        equal[f"{method}-double-epochs"] = {**own[method], **DOUBLE_EPOCHS}
     long = {"data.init_cls": 2, "data.increment": 2, "data.tasks": 20}
     streams = {f"{m}-20-tasks": {**own[m], **long} for m in (*LONG, ONLY_HEADS)}
     # What a method's authors do not say (the rate of o_lora) is as in the trials.
     native = {f"{m}-native": {"train.lr": chosen.get(m, ONLY_RATE), **_native(m)} for m in NATIVE}
-    variants: dict[str, Settings] = {**own, **parts, **equal, **native, **streams}
+    groups = {"methods": list(own)}
+    variants: dict[str, Settings] = own
+    if stream == WHOLE:
+        variants = {**own, **parts, **equal, **native, **streams}
+        groups |= {
+            "LoDA's parts": ["loda", *parts],
+            "controls": ["loda", *equal],
+            "native settings": ["loda", *native],
+            "20 tasks": list(streams),
+        }
     runs = []
     for name, settings in variants.items():
         twice = name.endswith(("-aligned", "-double-epochs", "-native"))
@@ -215,33 +241,25 @@ def test_sweep(trials: Trials) -> str:
         "The methods on the glyphs that no setting was chosen on, LoDA's parts and the controls.\n"
         f"# The rival of the second primary contrast is {rival(trials, chosen)}."
     )
-    groups = {
-        "methods": list(own),
-        "LoDA's parts": ["loda", *parts],
-        "controls": ["loda", *equal],
-        "native settings": ["loda", *native],
-        "20 tasks": list(streams),
-    }
-    return _sweep("glyphs-test", title, "test", seeds, variants, runs * len(seeds), groups)
+    return _sweep(stream, "test", title, seeds, variants, runs * len(seeds), groups)
 
 
-def contrasts(trials: Trials, tests: list[Path]) -> str:
+def contrasts(
+    trials: Trials, tests: list[Path], stream: str = WHOLE, diverged: Sequence[str] = ()
+) -> str:
     """Leads of LoDA in last accuracy: the two primary contrasts, then whole tables at once.
 
-    Intervals are Student's, paired by seed, at 1 - 0.05 / k for the k rows of a table.
+    Intervals are Student's, paired by seed, at 1 - 0.05 / k for the k rows of a table. A run of the
+    test that diverged leaves no record: ``diverged`` names it as its folder, seq_lora/seed103, and
+    it counts as 0.
     """
+    for run in find_runs(tests).runs:
+        _require(run.experiment, stream, "test", run.name)
     runs = load(*tests)
-    runs = runs[runs["readout"] == READOUT]
-    strange = sorted(set(runs["data.alphabet"]) - {"test"})
-    if strange:
-        msg = (
-            f"tests must be on the alphabet test, got runs on {', '.join(strange)}; leave them out"
-        )
-        raise ValueError(msg)
+    runs = _with_diverged(runs[runs["readout"] == READOUT], diverged)
     tables = {}
     for section, rows in runs.groupby("section", sort=False):
-        lead_of = "loda-20-tasks" if "loda-20-tasks" in set(rows["group"]) else "loda"
-        tables[str(section)] = differences(rows, lead_of, "last")
+        tables[str(section)] = differences(rows, _lead_of(rows), "last")
     other = rival(trials, best_rates(trials))
     primary = [
         table[["frozen", other]] for table in tables.values() if {"frozen", other} <= {*table}
@@ -254,6 +272,29 @@ def contrasts(trials: Trials, tests: list[Path]) -> str:
         raise ValueError(msg)
     named = {"Primary contrasts": primary[0], **tables}
     return "\n\n".join(_contrast_table(title, table) for title, table in named.items())
+
+
+def _lead_of(rows: DataFrame) -> str:
+    return "loda-20-tasks" if "loda-20-tasks" in set(rows["group"]) else "loda"
+
+
+def _with_diverged(runs: DataFrame, names: Sequence[str]) -> DataFrame:
+    """Add a row of accuracy 0 for each run that diverged, in the sections of its variant."""
+    added = [runs]
+    for name in names:
+        variant, _, seed = name.partition("/seed")
+        sections = set(runs.loc[runs["group"] == variant, "section"]) or set(runs["section"])
+        for section, rows in runs[runs["section"].isin(sections)].groupby("section", sort=False):
+            pair = rows[(rows["group"] == _lead_of(rows)) & (rows["seed"].astype(str) == seed)]
+            taken = rows[(rows["group"] == variant) & (rows["seed"].astype(str) == seed)]
+            if pair.empty or not taken.empty:
+                msg = (
+                    f"{name} must be a run that is missing beside one of {_lead_of(rows)}, got "
+                    f"{len(taken)} and {len(pair)} runs in {section}; name it VARIANT/seedNUMBER"
+                )
+                raise ValueError(msg)
+            added.append(pair.assign(group=variant, last=0.0))
+    return concat(added)
 
 
 def _contrast_table(title: str, table: DataFrame) -> str:
@@ -274,16 +315,17 @@ def _native(method: str) -> Settings:
 
 
 def _sweep(
-    name: str,
-    title: str,
+    stream: str,
     alphabet: str,
+    title: str,
     seeds: Sequence[int],
     variants: dict[str, Settings],
     runs: list[tuple[str, float]],
     groups: dict[str, list[str]] | None = None,
 ) -> str:
-    settings = {"data.alphabet": alphabet, **SHARED}
+    settings = {"data.alphabet": alphabet, **STREAMS[stream], **SHARED}
     whole = {"configs": ["glyphs"], "settings": settings, "seeds": list(seeds)}
+    name = f"{stream}-{alphabet}"
     lines = [HEAD.format(title=title, name=name, hours=hours(runs)).rstrip()]
     lines.append(_yaml(whole))
     lines.append("variants:")
@@ -329,22 +371,28 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("what", choices=["choose", "rates", "test", "contrasts"])
     parser.add_argument("records", nargs="*", type=Path, help="the trials: a bundle or folders")
     parser.add_argument("--tests", nargs="+", type=Path, default=[], help="of contrasts: the test")
+    parser.add_argument("--stream", default=WHOLE, choices=list(STREAMS))
     parser.add_argument("--diverged", nargs="+", default=[], metavar="TRIAL", help="counts as 0")
+    parser.add_argument(
+        "--diverged-tests", nargs="+", default=[], metavar="RUN", help="of contrasts: counts as 0"
+    )
     parser.add_argument("--readout", default=READOUT, choices=READOUTS, help="of rates")
     given = parser.parse_intermixed_args(arguments)
     if (given.what == "choose") == bool(given.records):
         parser.error("choose takes no records, the others need those of the trials")
     if (given.what == "contrasts") != bool(given.tests):
         parser.error("--tests names the runs of the test, for contrasts only")
+    if given.diverged_tests and not given.tests:
+        parser.error("--diverged-tests names runs of --tests")
     if given.readout != READOUT and given.what != "rates":
         parser.error(f"--readout is for rates only: {READOUT} decides everything else")
     try:
-        trials = read_trials(given.records, given.readout, given.diverged)
+        trials = read_trials(given.records, given.stream, given.readout, given.diverged)
         text = {
-            "choose": choosing_sweep,
+            "choose": lambda: choosing_sweep(given.stream),
             "rates": lambda: rate_table(trials),
-            "test": lambda: test_sweep(trials),
-            "contrasts": lambda: contrasts(trials, given.tests),
+            "test": lambda: test_sweep(trials, given.stream),
+            "contrasts": lambda: contrasts(trials, given.tests, given.stream, given.diverged_tests),
         }[given.what]()
     except (ValueError, OSError) as error:
         parser.error(str(error))

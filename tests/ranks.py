@@ -26,7 +26,16 @@ ROWS = 20
 PARTS = [range(6), range(6, ROWS)]
 # The first process holds only one class, and so never a row of the other half.
 LABELS = torch.tensor([0] * 6 + [0, 1, 2, 3, 1, 2, 3] * 2)
-WRAPS = ("bare", "wrapped in the task", "wrapped before")
+OPTIONS = ("static_graph", "find_unused_parameters")
+"""Of DistributedDataParallel."""
+WRAPS: dict[str, dict[str, bool]] = {
+    "bare": {},
+    **{
+        f"{option} {when}": {option: True} if option in OPTIONS else {}
+        for option in ("wrapped", *OPTIONS)
+        for when in ("in the task", "before")
+    },
+}
 TAKES = ("step", "phases", "window", "number")
 STEPS = 2
 
@@ -43,14 +52,21 @@ def learn(wrap: str, take: str, rows: range, rank: int) -> dict[str, Tensor]:
     model: nn.Module = mlp(seed=rank)
     model.append(nn.BatchNorm1d(4, affine=False).double())  # buffers, which DDP would broadcast
     several = distributed.is_initialized()
-    whole: nn.Module = DistributedDataParallel(model) if several and "before" in wrap else model
+
+    def wrapped(when: str) -> nn.Module:
+        """The model as it is called, if it is wrapped then."""
+        if not several or when not in wrap:
+            return model
+        return DistributedDataParallel(model, **WRAPS[wrap])
+
+    whole = wrapped("before")
     loda = LoDA(whole, **MLP, trainable=["5.*"])  # type: ignore[arg-type]
     results: dict[str, Tensor] = {}
     for number in range(2):
         x, y = images(number)[rows.start : rows.stop], LABELS[rows.start : rows.stop]
         generator = torch.Generator().manual_seed(100 * rank + number)
         with loda.task(list(x.split(3))) as task:
-            called = DistributedDataParallel(model) if several and "in" in wrap.split() else whole
+            called = whole if "before" in wrap else wrapped("in the task")
             groups = task.parameters(lr=0.05, head_lr=0.02)
             optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=0.1)
             called.train()
@@ -88,7 +104,6 @@ def learn(wrap: str, take: str, rows: range, rank: int) -> dict[str, Tensor]:
 
 def messages(rank: int) -> dict[str, str]:
     """What is said where nothing is shared although there are several processes."""
-    del rank
     said: dict[str, str] = {}
     model = mlp()
     x, y = images(0), LABELS
@@ -126,6 +141,18 @@ def messages(rank: int) -> dict[str, str]:
             task.step(
                 lambda rows: (x[rows].sum() * torch.ones(1, requires_grad=True)).sum(), y, optimizer
             )
+    for name in ("wrapped too early", "wrapped in time"):
+        loda = LoDA(mlp(), **MLP)  # type: ignore[arg-type]
+        model = DistributedDataParallel(loda.model)
+        own = images(rank)
+        loda.begin_task([own])
+        if name == "wrapped in time":
+            model = DistributedDataParallel(loda.model)
+        optimizer = torch.optim.SGD(loda.parameters(lr=0.1))
+        F.cross_entropy(model(own), y).backward()
+        optimizer.step()  # a loop that knows nothing of LoDA
+        with noted(name):
+            loda.end_task([own])
     return said
 
 

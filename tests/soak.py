@@ -1,7 +1,7 @@
 """A stream of fifty tasks, ended again and again at random moments, against one left alone.
 
 ``make soak`` runs it in build/soak; ``python tests/soak.py OUT --help`` has the rest. Further
-arguments are settings of ``loda train``. What it prints is the table of docs/survival.md.
+arguments are settings of ``loda train``. What it prints is the table of docs/developers/soak.md.
 """
 
 import argparse

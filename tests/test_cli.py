@@ -50,7 +50,8 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
             status = int(leaving.code or 0)
         printed = capsys.readouterr()
         assert status == 2
-        assert printed.out == ""
+        if argv[0] != "train":  # it says what it is about to do
+            assert printed.out == ""
         assert "Traceback" not in printed.err
         lines = [x for x in printed.err.splitlines() if not x.startswith(("usage:", "tip:"))]
         assert 1 <= len(lines) <= 2
@@ -109,7 +110,7 @@ def test_arguments_that_are_no_settings_have_one_usage(
     for argv in (["--overwrite=true"], ["--overwrite", "--resume=x"], ["--allow=a.B"]):
         with pytest.raises(SystemExit):
             run_options(argv)
-        assert capsys.readouterr().err.count("usage: loda train [--config CONFIG]") == 1
+        assert capsys.readouterr().err.count("usage: loda train [PHOTOS]") == 1
     assert "--overwrite" in refused("sweep", "caltech101", "--out=x", "--dry-run", "--overwrite")
 
 

@@ -154,6 +154,8 @@ def test_read_outs_are_built_with_their_options() -> None:
 
 # The command line
 
+FOLDER = ["--data.resize=8"]
+
 
 def test_no_argument_gives_the_default_experiment() -> None:
     glyphs = experiment_of(["--config=glyphs"])
@@ -174,6 +176,32 @@ def test_other_data_or_backbones_start_from_the_defaults_of_the_settings() -> No
 def test_a_backbone_made_from_such_images_is_refused() -> None:
     with pytest.raises(ValueError, match="cifar_vit"):
         experiment_of(["--config=glyphs", "--backbone=glyphs"])
+
+
+def test_a_root_without_a_data_set_is_a_folder_of_images(tmp_path: Path) -> None:
+    assert load_experiment(["--data.root", "x", *FOLDER]).data.name == "folder"
+    path = tmp_path / "mine.yaml"
+    path.write_text("data: {root: x, resize: 8}\n", encoding="utf-8")
+    assert load_experiment(["--config", str(path)]).data.name == "folder"
+    # A data set that is named, before or after, is kept.
+    path.write_text("data: {name: cub, root: x, resize: 8}\n", encoding="utf-8")
+    assert load_experiment(["--config", str(path)]).data.name == "cub"
+    argv = ["--data.root", "x", "--data", "cub", *FOLDER]
+    assert load_experiment(argv).data.options["root"] == "x"
+    assert experiment_of({"data": {"name": "cub", "resize": 8}}, argv[:2]).data.name == "cub"
+
+
+def test_the_folder_of_images_may_come_without_an_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for argv in (["photos", "--seed", "3"], ["--seed", "3", "photos"], ["--seed=3", "photos"]):
+        _, settings = run_options(argv)
+        assert load_experiment([*settings, *FOLDER]).data.options["root"] == "photos"
+    for argv in (["photos", "photos"], ["absent"], ["photos", "--data.root=x"], ["digits"]):
+        with pytest.raises(SystemExit):
+            run_options(argv)
 
 
 def test_command_line_overrides_the_file_which_overrides_defaults(tmp_path: Path) -> None:

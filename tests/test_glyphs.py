@@ -12,7 +12,7 @@ from training.data import DataConfig, build_stream
 from training.data.glyphs import (
     ALPHABETS,
     CHARACTER_CORRELATION,
-    PER_SPLIT,
+    TEST_IMAGES,
     Drawings,
     Glyphs,
     bend,
@@ -52,18 +52,19 @@ def test_the_characters_are_the_frozen_ones() -> None:
 
 
 def test_the_images_are_the_frozen_ones() -> None:
-    chosen = [instances(number, split) for number in (0, 119, 120, 399) for split in PER_SPLIT]
+    counts = {"train": 60, "test": TEST_IMAGES}
+    chosen = [instances(number, *item) for number in (0, 119, 120, 399) for item in counts.items()]
     assert sha256(*chosen) == IMAGES
 
 
 def test_no_process_and_no_order_changes_an_image() -> None:
     code = (
         "import hashlib; from training.data.glyphs import instances\n"
-        "print(hashlib.sha256(instances(7, 'test').tobytes()).hexdigest())"
+        "print(hashlib.sha256(instances(7, 'test', 40).tobytes()).hexdigest())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    instances(8, "train")
-    assert done.stdout.strip() == sha256(instances(7, "test"))
+    instances(8, "train", 60)
+    assert done.stdout.strip() == sha256(instances(7, "test", 40))
 
 
 # The alphabets
@@ -121,25 +122,25 @@ def test_all_ink_is_inside_the_image() -> None:
 
 
 def test_instances_of_a_character_are_all_different_and_so_are_the_splits() -> None:
-    train, test = instances(3, "train"), instances(3, "test")
+    train, test = instances(3, "train", 240), instances(3, "test", 40)
     both = np.concatenate([train, test]).reshape(len(train) + len(test), -1)
-    assert len(np.unique(both, axis=0)) == PER_SPLIT["train"] + PER_SPLIT["test"]
+    assert len(np.unique(both, axis=0)) == 280
 
 
 # The data set
 
 
 def test_the_stream_has_the_images_of_its_characters() -> None:
-    stream = build_stream(config(alphabet="test"), seed=0)
+    stream = build_stream(config(alphabet="test", images=30), seed=0)
     assert [len(task) for task in stream.tasks] == [8] * 5
-    assert len(stream.train) == 40 * PER_SPLIT["train"]
-    assert len(stream.test) == 40 * PER_SPLIT["test"]
+    assert len(stream.train) == 40 * 30
+    assert len(stream.test) == 40 * TEST_IMAGES
     name = stream.class_names[17]
     alphabet, _, number = name.partition("-")
     assert alphabet == "test"
     of_class = stream.test.subset([17])
     shown = torch.stack([image for image, _ in of_class])
-    expected = instances(ALPHABETS["test"][int(number)], "test")
+    expected = instances(ALPHABETS["test"][int(number)], "test", TEST_IMAGES)
     assert torch.equal(shown, torch.from_numpy(expected))
 
 
@@ -156,9 +157,14 @@ def test_an_unknown_alphabet_is_refused() -> None:
         config(alphabet="latin")
 
 
+def test_a_stream_without_training_images_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"data\.images"):
+        config(images=0)
+
+
 def test_drawings_end_where_their_alphabet_does() -> None:
-    drawings = Drawings(range(2), "train")
-    assert len(drawings) == 2 * PER_SPLIT["train"]
-    assert torch.equal(drawings[len(drawings) - 1], torch.from_numpy(instances(1, "train")[-1]))
+    drawings = Drawings(range(2), "train", 60)
+    assert len(drawings) == 2 * 60
+    assert torch.equal(drawings[119], torch.from_numpy(instances(1, "train", 60)[-1]))
     with pytest.raises(IndexError):
         drawings[len(drawings)]

@@ -25,11 +25,11 @@ ALLOWED = {
 # from its own floor and from below. Settings are declared beside the component that they belong
 # to, so the configuration of an experiment stands above data, backbones and methods.
 FLOORS = (
-    {"components", "seeds", "metrics", "loss", "run_dir", "distributed"},
+    {"calibration", "components", "seeds", "metrics", "loss", "run_dir", "distributed", "updates"},
     {"logging", "plots"},
     {"backbones", "data", "methods", "state"},
     {"config"},
-    {"checkpoint"},
+    {"checkpoint", "overview"},
     {"train", "sweep"},
     {"analysis", "report"},
     {"cli"},

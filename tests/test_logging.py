@@ -12,6 +12,7 @@ from rich.console import Console
 from small_runs import squares, tiny
 
 from training.logging import (
+    Clock,
     accuracy_table,
     aligned,
     markdown_table,
@@ -40,7 +41,7 @@ def test_the_table_and_the_folder_are_printed_whole(
     assert " ".join(f"task {n}" for n in range(1, 7)) in " ".join(printed.split())
     assert "task 6/6: accuracy over all classes so far" in printed
     train(tiny(root, tmp_path / "second", train={"epochs": 0}))
-    assert "figure" not in capsys.readouterr().out
+    assert "figure:" not in capsys.readouterr().out
     train(tiny(root, tmp_path / "third", train={"epochs": 0}), quiet=True)
     assert capsys.readouterr().out == ""
 
@@ -56,6 +57,27 @@ def test_tables_show_every_number() -> None:
 
 def test_columns_are_aligned() -> None:
     assert aligned([["a", "1", ""], ["bc", "23", "4"]], left=1) == "a    1\nbc  23  4"
+
+
+def test_the_time_left_grows_with_the_images_of_the_tasks() -> None:
+    now = [0.0]
+    clock = Clock([100, 300, 100], now=lambda: now[0])
+    now[0] = 10.0
+    clock.begin_training(1, steps=100, done=0)
+    left = []
+    for _ in range(100):
+        now[0] += 1.0
+        left.append(clock.step())
+    said = [seconds for seconds in left if seconds is not None]
+    # 10 s before and after 100 s of training, for 500 images.
+    assert said == [pytest.approx(95 + 10 + 4 * 120)]
+    now[0] = 120.0
+    assert clock.end_task(1) == pytest.approx(480)
+    clock.begin_training(2, steps=300, done=0)
+    assert clock.step() is None  # it is said once
+    now[0] = 480.0
+    assert clock.end_task(2) == pytest.approx(120)
+    assert clock.end_task(3) == 0
 
 
 # Trackers

@@ -1,4 +1,4 @@
-"""The attacks of docs/numerics_attack.py still run, and their first cases hold."""
+"""The attacks of docs/developers/numerics_attack.py still run, and their first cases hold."""
 
 from itertools import islice
 

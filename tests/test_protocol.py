@@ -9,7 +9,13 @@ import pytest
 import yaml
 from fake_runs import fake_run
 
-from training.config import BackboneConfig, DataConfig, MethodConfig
+from training.config import (
+    BackboneConfig,
+    DataConfig,
+    MethodConfig,
+    flat_settings,
+    load_experiment,
+)
 from training.sweep import plan, read_sweep
 
 ROOT = Path(__file__).parents[1]
@@ -32,13 +38,20 @@ def trials(best: float = 0.18, grid: tuple[float, ...] = protocol.RATES) -> prot
     return made
 
 
-def test_the_sweep_of_trials_is_the_one_of_the_protocol() -> None:
-    path = ROOT / "training" / "configs" / "sweeps" / "glyphs-choose.yaml"
-    assert path.read_text(encoding="utf-8") == protocol.choosing_sweep()
+@pytest.mark.parametrize("stream", protocol.STREAMS)
+def test_the_sweep_of_trials_is_the_one_of_the_protocol(stream: str) -> None:
+    path = ROOT / "training" / "configs" / "sweeps" / f"{stream}-choose.yaml"
+    assert path.read_text(encoding="utf-8") == protocol.choosing_sweep(stream)
 
 
-def test_every_method_gets_the_same_trials() -> None:
-    sweep = read_sweep("glyphs-choose")
+def test_the_default_experiment_is_the_stream_of_the_comparison() -> None:
+    values = flat_settings(load_experiment([]))
+    assert {key: values[key] for key in protocol.STREAMS["glyphs"]} == protocol.STREAMS["glyphs"]
+
+
+@pytest.mark.parametrize("stream", protocol.STREAMS)
+def test_every_method_gets_the_same_trials(stream: str) -> None:
+    sweep = read_sweep(f"{stream}-choose")
     rates: dict[str, list[float]] = {}
     for job in plan(sweep, Path("out")):
         experiment = job.experiment
@@ -51,7 +64,7 @@ def test_every_method_gets_the_same_trials() -> None:
 
 
 def test_the_sweep_of_room_is_a_part_of_the_trials() -> None:
-    whole = {job.name: job.experiment for job in plan(read_sweep("glyphs-choose"), Path("out"))}
+    whole = {job.name: job.experiment for job in plan(read_sweep("glyphs-60-choose"), Path("out"))}
     for job in plan(read_sweep("glyphs-room"), Path("out")):
         assert job.experiment == whole[job.name]
 
@@ -60,11 +73,14 @@ def test_the_page_shows_the_recorded_room() -> None:
     page = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
     for readout in ("alignment", "ridge"):
         recorded = protocol.read_trials(
-            [ROOT / "docs" / "records" / "glyphs-room.jsonl"], readout, ["joint-1.0/seed11"]
+            [ROOT / "docs" / "records" / "glyphs-room.jsonl"],
+            "glyphs-60",
+            readout,
+            ["joint-1.0/seed11"],
         )
         assert protocol.rate_table(recorded) in page
     # A stream has room where joint training ends five points above the frozen backbone.
-    recorded = protocol.read_trials([ROOT / "docs" / "records" / "glyphs-room.jsonl"])
+    recorded = protocol.read_trials([ROOT / "docs" / "records" / "glyphs-room.jsonl"], "glyphs-60")
     best = max(last for seeds in recorded["joint"].values() for last in seeds.values())
     assert best >= recorded["frozen"][protocol.ONLY_RATE][11] + 5
 
@@ -117,9 +133,12 @@ def test_the_number_of_seeds_grows_with_the_spread_of_the_leads() -> None:
     assert protocol.number_of_seeds(calm, chosen) == protocol.MOST_SEEDS
 
 
-def test_the_test_sweep_is_on_the_other_alphabet_and_other_seeds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stream", protocol.STREAMS)
+def test_the_test_sweep_is_on_the_other_alphabet_and_other_seeds(
+    stream: str, tmp_path: Path
+) -> None:
     path = tmp_path / "glyphs-test.yaml"
-    path.write_text(protocol.test_sweep(trials()), encoding="utf-8")
+    path.write_text(protocol.test_sweep(trials(), stream), encoding="utf-8")
     assert "is inflora" in path.read_text(encoding="utf-8")
     sweep = read_sweep(str(path))
     assert not set(sweep.seeds) & set(protocol.CHOOSING_SEEDS)
@@ -147,6 +166,12 @@ def test_the_contrasts_are_paired_and_hold_together(tmp_path: Path) -> None:
                 method=MethodConfig(variant),
             )
     printed = protocol.contrasts(trials(), [tmp_path / "test"])
+    fallen = protocol.contrasts(trials(), [tmp_path / "test"], diverged=["sd_lora/seed2"])
+    assert "| sd_lora | +70.00 [+nan, +nan] | 1 |" in fallen
+    with pytest.raises(ValueError, match="frozen/seed2"):
+        protocol.contrasts(trials(), [tmp_path / "test"], diverged=["frozen/seed2"])
+    with pytest.raises(ValueError, match="glyphs-60"):
+        protocol.contrasts(trials(), [tmp_path / "test"], "glyphs-60")
     primary = printed.partition("\n\n#### ")[0]
     # Differences 10, 8, 12: mean 10, s = 2, and t of two degrees of freedom at 98.75 % is 6.2053.
     half = 6.2053 * 2 / 3**0.5

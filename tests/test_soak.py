@@ -1,4 +1,4 @@
-"""The command behind the table of docs/survival.md, on a few tasks."""
+"""The command behind the table of docs/developers/soak.md, on a few tasks."""
 
 from pathlib import Path
 

@@ -267,7 +267,7 @@ def test_an_unfinished_run_without_a_checkpoint_starts_again(tmp_path: Path) -> 
     assert run_job(job, tmp_path, children=children).status == "finished"
     assert finished(job)
     config = tmp_path / "logs" / f"loda-seed0.{os.getpid()}.yaml"  # nobody else's, and removed
-    assert children.commands == [["--config", str(config), "--overwrite", "unfinished"]]
+    assert children.commands == [["--config", str(config), "--overwrite-unfinished"]]
     assert not config.exists()
 
 

@@ -216,6 +216,8 @@ def test_a_process_that_would_share_nothing_says_what_to_do(
         assert "share()" in said["forgotten"]
         assert "depends on no branch" in said["cached"]
         assert said["alone"] == "nothing"
+        assert "differ" in said["wrapped too early"]
+        assert said["wrapped in time"] == "nothing"
 
 
 @pytest.mark.slow

@@ -1264,6 +1264,187 @@ def test_freezing_or_training_the_whole_model_inside_a_task_is_refused(
         step(4, optimizer)
 
 
+# What is meant to be trained, but is not
+
+
+def train(loda: LoDA, optimizer: torch.optim.Optimizer, way: str) -> None:
+    """Two steps: in one call, in phases, or of a loop that knows nothing of LoDA."""
+    x, y = inputs(0, loda.model)
+    loss = lambda rows: F.cross_entropy(loda.model(x[rows]), y[rows])  # noqa: E731
+    for _ in range(2):
+        if way == "one call":
+            loda.step(loss, y, optimizer)
+        elif way == "phases":
+            for half in loda.halves(y, optimizer):
+                loss(half.source[0].rows).backward()
+                half.look_ahead()
+                loss(half.target[0].rows).backward()
+                optimizer.step()
+                half.restore()
+        else:
+            optimizer.zero_grad()
+            loss(torch.arange(len(y))).backward()
+            optimizer.step()
+
+
+WAYS = ("one call", "phases", "plain loop")
+
+
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_a_head_that_no_optimiser_holds_is_refused_where_it_gets_a_gradient(way: str) -> None:
+    loda = LoDA(mlp(), **MLP, trainable=["5.*"])  # type: ignore[arg-type]
+    begin(loda, 0)
+    before = snapshot(loda.model)
+    with pytest.raises(RuntimeError, match=r"5\.weight"):
+        train(loda, torch.optim.SGD(loda.lora_parameters(), lr=0.1), way)
+    assert same(snapshot(loda.model), before)
+    # Another optimiser may hold the head, if it is passed too.
+    for half in loda.halves(4, [torch.optim.SGD(g["params"], lr=0.1) for g in loda.parameters()]):
+        for rows, leave in ((half.source, half.look_ahead), (half.target, half.share)):
+            loda.model(inputs(0, loda.model)[0][rows[0].rows]).square().mean().backward()
+            leave()
+        half.restore()
+
+
+def test_a_closure_is_no_way_around() -> None:
+    loda = LoDA(mlp(), **MLP, trainable=["5.*"])  # type: ignore[arg-type]
+    begin(loda, 0)
+    x = inputs(0, loda.model)[0]
+    optimizer = torch.optim.SGD(loda.lora_parameters(), lr=0.1)
+
+    def closure() -> Tensor:
+        loss: Tensor = loda.model(x).square().mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    halves = iter(loda.halves(4, optimizer))  # kept: where it is lost, a half is undone
+    half = next(halves)
+    closure()
+    half.look_ahead()
+    with pytest.raises(RuntimeError, match=r"5\.weight"):
+        optimizer.step(closure)
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.heads = nn.Linear(6, 6), nn.ModuleList([nn.Linear(6, 4), nn.Linear(6, 4)])
+
+    def forward(self, x: Tensor) -> Any:
+        return self.heads[0](self.body(x))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_head_that_the_loss_does_not_use_needs_no_optimiser(way: str) -> None:
+    loda = LoDA(TwoHeads().double(), target="body", rank=2, trainable=["heads.*"])
+    begin(loda, 0)
+    used = [*loda.lora_parameters(), *loda.model.get_submodule("heads.0").parameters()]
+    train(loda, torch.optim.SGD(used, lr=0.1), way)
+    end(loda, 0)  # without a warning
+
+
+@pytest.mark.parametrize(
+    ("way", "held", "rates", "named"),
+    [
+        *[(way, "all", (0.0, 0.1), "0.branches") for way in WAYS],
+        *[(way, "all", (0.1, 0.0), "5.weight") for way in WAYS],
+        ("plain loop", "branches", (0.1, 0.1), "5.weight"),
+        ("plain loop", "head", (0.1, 0.1), "0.branches"),
+        ("plain loop", "of the last task", (0.1, 0.1), "0.branches"),
+    ],
+)
+def test_what_never_moved_although_it_had_gradients_is_named_at_the_end(
+    way: str, held: str, rates: tuple[float, float], named: str
+) -> None:
+    loda = LoDA(mlp(), **MLP, trainable=["5.*"])  # type: ignore[arg-type]
+    begin(loda, 0)
+    groups = loda.parameters(*rates)
+    if held == "of the last task":
+        end(loda, 0)
+        begin(loda, 0)
+    groups = {"branches": groups[:1], "head": groups[1:]}.get(held, groups)
+    train(loda, torch.optim.SGD(groups), way)
+    with pytest.warns(UserWarning, match="did not change") as warned:
+        end(loda, 0)
+    said = str(warned[0].message)
+    assert named in said
+    assert ("5.weight" in said) == (named == "5.weight")
+    assert loda.tasks in (1, 2)  # the task is over all the same
+    assert not loda.is_open
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_training_all_that_is_to_be_trained_gives_no_warning(way: str) -> None:
+    loda = LoDA(mlp(), **MLP, trainable=["5.*"])  # type: ignore[arg-type]
+    for task in range(2):
+        begin(loda, task)
+        train(loda, torch.optim.SGD(loda.parameters(lr=0.01)), way)
+        end(loda, task)
+
+
+# Modes of torch in which nothing can be trained
+
+
+@pytest.mark.parametrize("call", ["begin", "end", "load", "step", "task"])
+def test_inference_mode_around_a_task_is_an_error_of_one_line(call: str) -> None:
+    loda = small()
+    state = loda.state_dict()
+    x, y = inputs(0, loda.model)
+    if call in ("end", "step"):
+        begin(loda, 0)
+    optimizer = torch.optim.SGD(loda.model.parameters(), lr=0.1)
+    calls = {
+        "begin": lambda: begin(loda, 0),
+        "end": lambda: end(loda, 0),
+        "load": lambda: loda.load_state_dict(state),
+        "task": lambda: loda.task([x]).__enter__(),
+        "step": lambda: loda.step(
+            lambda rows: F.cross_entropy(loda.model(x[rows]), y[rows]), y, optimizer
+        ),
+    }
+    with pytest.raises(RuntimeError, match="inference_mode"), torch.inference_mode():
+        calls[call]()
+    if call in ("end", "step"):
+        fit(loda, 0)  # nothing is lost
+        end(loda, 0)
+    else:
+        learn(loda, 0)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_step_without_gradients_says_so_and_leaves_the_model(mode: Any) -> None:
+    loda = small()
+    begin(loda, 0)
+    x, y = inputs(0, loda.model)
+    optimizer = torch.optim.SGD(loda.parameters(lr=0.1))
+    before = snapshot(loda.model)
+    for labels in (y, torch.zeros_like(y)):  # of one class: a plain step
+        with pytest.raises(RuntimeError, match="no_grad"), mode():
+            loda.step(lambda rows: F.cross_entropy(loda.model(x[rows]), y[rows]), labels, optimizer)
+    assert same(snapshot(loda.model), before)
+
+
+@pytest.mark.parametrize("made", ["0", "5"], ids=["a target layer", "another layer"])
+def test_parameters_made_under_inference_mode_are_refused_at_construction(made: str) -> None:
+    model = mlp()
+    with torch.inference_mode():
+        setattr(model, made, copy.deepcopy(model.get_submodule(made)))
+    with pytest.raises(TypeError, match=rf"{made}\.weight"):
+        LoDA(model, **MLP)  # type: ignore[arg-type]
+
+
+def test_a_task_may_begin_under_no_grad_and_train_in_evaluation_mode() -> None:
+    loda, other = small(vit), small(vit)
+    with torch.no_grad():
+        begin(loda, 0)
+    begin(other, 0)
+    other.model.eval()
+    for one in (loda, other):
+        fit(one, 0)
+        end(one, 0)
+    assert same(snapshot(loda.model), snapshot(other.model))
+
+
 class Checkpointed(nn.Module):
     """A block that is computed again in the backward pass."""
 

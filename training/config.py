@@ -53,6 +53,7 @@ NEUTRAL = (
     "data.workers",
     "data.cache",
     "data.root",
+    "data.extensions",
     "data.download",
     "data.verify",
     "method.heldout",
@@ -570,9 +571,20 @@ def _default_sources(sources: Sequence[_Source]) -> list[_Source]:
     if configs or not isinstance(given, list):
         return []
     default = _FileSettings(_flat(read_yaml(path := resolve_config(DEFAULT))), path)
-    named = _chosen_on(given)
+    named = {**dict(*_folder_source(sources)), **_chosen_on(given)}
     chosen = ("data.name", "backbone.name")
     return [default] if all(named.get(key, default[key]) == default[key] for key in chosen) else []
+
+
+def _folder_source(sources: Sequence[_Source]) -> list[_Settings]:
+    """The choice of a folder of images, where data.root is set before any data set is named."""
+    for source in sources:
+        given = _keys(source)
+        if "data.name" in given:
+            break
+        if "data.root" in given:
+            return [{"data.name": "folder"}]
+    return []
 
 
 def _file_sources(path: Path, above: tuple[Path, ...] = ()) -> list[_Source]:
@@ -725,6 +737,7 @@ def _experiment(sources: Sequence[_Source], allow: Collection[str] | None = None
     component has them. Options that only the old one had are dropped. Options that neither has are
     left in, so that the parser refuses them.
     """
+    sources = [*_folder_source(sources), *sources]
     choice = _DEFAULT
     divided = []
     for source in sources:
@@ -857,18 +870,18 @@ def _options(components: _Components) -> frozenset[str]:
 
 _PROGRAM = "loda train"
 _USAGE = (
-    "loda train [--config CONFIG] [--SETTING VALUE ...] [--overwrite [unfinished]] | "
+    "loda train [PHOTOS] [--config CONFIG] [--SETTING VALUE ...] [--overwrite] | "
     "--resume RUN [--allow CLASS ...]"
 )
 # Arguments of the command that are no settings.
 _RUN_OPTIONS: dict[str, dict[str, Any]] = {
     "--overwrite": {
-        "nargs": "?",
-        "const": True,
-        "default": False,
-        "choices": ["unfinished"],
-        "help": "Replace the run in a folder that is not empty; with the word unfinished, only a "
-        "run without results",
+        "action": "store_true",
+        "help": "Replace the run in a folder that is not empty",
+    },
+    "--overwrite-unfinished": {
+        "action": "store_true",
+        "help": "The same, but never a finished run",
     },
     "--resume": {
         "type": Path,
@@ -888,11 +901,13 @@ _RUN_OPTIONS: dict[str, dict[str, Any]] = {
 def run_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Separate the arguments of ``loda train`` that are no settings from the settings.
 
+    A folder of images, given without an option, becomes the setting ``data.root``.
+
     Examples
     --------
-    >>> options, settings = run_options(["--overwrite", "--seed=3"])
+    >>> options, settings = run_options([".", "--overwrite", "--seed=3"])
     >>> options.overwrite, options.resume, options.allow, settings
-    (True, None, [], ['--seed=3'])
+    (True, None, [], ['--data.root=.', '--seed=3'])
     """
     parser = argparse.ArgumentParser(
         prog=_PROGRAM, usage=_USAGE, add_help=False, allow_abbrev=False
@@ -900,11 +915,47 @@ def run_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     for name, details in _RUN_OPTIONS.items():
         parser.add_argument(name, **details)
     given, settings = parser.parse_known_args(argv)
+    if given.overwrite_unfinished:
+        given.overwrite = "unfinished"
     if given.resume is not None and given.overwrite:
         parser.error("--overwrite starts over and --resume continues: give only one of them")
     if given.resume is None and given.allow:
         parser.error("--allow works only with --resume: a command line may name any component")
+    places = _positional(settings)
+    if len(places) > 1:
+        folders = ", ".join(settings[place] for place in places)
+        parser.error(f"give one folder of images, got {folders}")
+    for place in places:
+        folder = settings[place]
+        if folder in packaged_configs() or folder.endswith((".yaml", ".yml")):
+            parser.error(
+                f"PHOTOS must be a folder of images, got {folder}; did you mean --config {folder}?"
+            )
+        if not Path(folder).expanduser().is_dir():
+            parser.error(f"PHOTOS must be a folder of images; there is no folder {folder}")
+        if "data.root" in _keys(settings):
+            parser.error(
+                "the folder of images is given twice, as PHOTOS and as --data.root: leave one out"
+            )
+        settings[place] = f"--data.root={folder}"
     return given, settings
+
+
+_WITHOUT_VALUE = {"-h", "--help", "--print_config"}
+
+
+def _positional(argv: Sequence[str]) -> list[int]:
+    """Positions of the arguments that are neither options nor values of options."""
+    places: list[int] = []
+    value = False  # whether the next argument is the value of an option; all options have one
+    for place, argument in enumerate(argv):
+        if argument.startswith("--") or argument in _WITHOUT_VALUE:
+            value = "=" not in argument and argument not in _WITHOUT_VALUE
+        elif value:
+            value = False
+        else:
+            places.append(place)
+    return places
 
 
 class _OnlyShown(argparse.Action):

@@ -3,7 +3,7 @@
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
     from rich.table import Table
 
+    from training.updates import Update
+
 _REFRESH = 0.25  # seconds between two reads of the device
 
 
@@ -25,13 +27,13 @@ class Progress:
 
     Parameters
     ----------
-    tasks : int
-        Tasks of the stream.
+    images : sequence of int
+        Training images of each task of the stream.
     quiet : bool
         Show nothing.
     """
 
-    def __init__(self, tasks: int, *, quiet: bool = False) -> None:
+    def __init__(self, images: Sequence[int], *, quiet: bool = False) -> None:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -41,7 +43,8 @@ class Progress:
         )
         from rich.progress import Progress as Bars
 
-        self.tasks = tasks
+        self.tasks, self.images = len(images), images
+        self.clock = Clock(images)
         # A path may hold characters that rich takes for its markup.
         self.console = Console(quiet=quiet, stderr=False, markup=False, highlight=False)
         self._bars = Bars(
@@ -56,6 +59,7 @@ class Progress:
         )
         self._bar: TaskID | None = None
         self._shown = 0.0
+        self._said: set[str] = set()
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -69,13 +73,25 @@ class Progress:
     ) -> None:
         self._bars.stop()
 
-    def begin_task(self, task: int, steps: int) -> None:
-        """Open the bar of a task with a number of mini-batches."""
-        title = f"task {task}/{self.tasks}"
-        self._bar = self._bars.add_task(title, total=steps, status="")
+    def say(self, *lines: str) -> None:
+        """Print lines."""
+        for line in lines:
+            self.console.print(line, soft_wrap=True)
 
-    def advance(self, meter: Meter, steps: int = 1) -> None:
-        """Advance the bar; loss and accuracy are refreshed a few times a second."""
+    def say_once(self, line: str) -> None:
+        """Print a line unless this was called before."""
+        if not self._said:
+            self.say(line)
+            self._said.add(line)
+
+    def begin_task(self, task: int, steps: int, done: int = 0) -> None:
+        """Open the bar of a task with a number of mini-batches, some of them done before."""
+        title = f"task {task}/{self.tasks}"
+        self._bar = self._bars.add_task(title, total=steps, completed=done, status="")
+        self.clock.begin_training(task, steps, done)
+
+    def advance(self, meter: Meter) -> None:
+        """Advance the bar by a step; loss and accuracy are refreshed a few times a second."""
         if self._bar is None:
             return
         now = time.monotonic()
@@ -84,17 +100,23 @@ class Progress:
             status = f"loss {values['loss']:.3f}  accuracy {100 * values['accuracy']:.1f} %"
             self._bars.update(self._bar, status=status)
             self._shown = now
-        self._bars.advance(self._bar, steps)
+        self._bars.advance(self._bar)
+        if (seconds := self.clock.step()) is not None:
+            self.say(f"time      about {duration(seconds)} left")
 
-    def end_task(self, task: int, accuracy: float, seconds: float) -> None:
-        """Close the bar and print the line of the task."""
+    def end_task(
+        self, task: int, accuracy: float, seconds: float, update: "Update | None" = None
+    ) -> None:
+        """Close the bar and print the lines of the task."""
         if self._bar is not None:
             self._bars.remove_task(self._bar)
             self._bar = None
-        self.console.print(
+        left = self.clock.end_task(task)
+        time_left = f", about {duration(left)} left" if task < self.tasks else ""
+        self.say(
             f"task {task}/{self.tasks}: accuracy over all classes so far "
-            f"{100 * accuracy:.2f} % ({seconds:.1f} s)",
-            soft_wrap=True,
+            f"{100 * accuracy:.2f} % ({seconds:.1f} s{time_left})",
+            *([] if update is None else [f"  {describe_update(update)}"]),
         )
 
     def finish(self, matrix: AccuracyMatrix, run: Path, figure: Path | None = None) -> None:
@@ -107,6 +129,91 @@ class Progress:
         self.console.print(f"results: {run}", soft_wrap=True)
         if figure is not None:
             self.console.print(f"figure:  {figure}", soft_wrap=True)
+
+
+class Clock:
+    """Estimates how long a run will take: time grows with the training images of a task.
+
+    Parameters
+    ----------
+    images : sequence of int
+        Training images of each task of the stream.
+    now : callable
+        Gives the time in seconds.
+    """
+
+    SECONDS, STEPS = 3.0, 5  # of training, before the first estimate
+
+    def __init__(self, images: Sequence[int], now: Callable[[], float] = time.monotonic) -> None:
+        self.images, self.now = images, now
+        self.started = now()
+        self.learned = 0  # images of the tasks that this process has completed
+        self.estimated = False
+
+    def begin_training(self, task: int, steps: int, done: int) -> None:
+        """Note the number of steps of a task, counted from 1, and how many were done before."""
+        self.task, self.steps, self.done, self.first = task, steps, done, done
+        self.trains_since = self.now()
+
+    def step(self) -> float | None:
+        """Note a step; seconds that are left, once, as soon as there is something to go by."""
+        self.done += 1
+        taken, spent = self.done - self.first, self.now() - self.trains_since
+        if self.estimated or taken < self.STEPS or spent < self.SECONDS:
+            return None
+        self.estimated = True
+        # What surrounds the training (moments, read-outs, evaluation) takes about as long after it
+        # as before it.
+        around = self.trains_since - self.started
+        rest = (self.steps - self.done) * spent / taken + around
+        whole = self.steps * spent / taken + 2 * around
+        return rest + whole * sum(self.images[self.task :]) / self.images[self.task - 1]
+
+    def end_task(self, task: int) -> float:
+        """Note the end of a task, counted from 1; seconds that are left."""
+        self.estimated = True
+        self.learned += self.images[task - 1]
+        return (self.now() - self.started) * sum(self.images[task:]) / self.learned
+
+
+def duration(seconds: float) -> str:
+    """A time in words, rounded.
+
+    Examples
+    --------
+    >>> duration(8.4), duration(100), duration(5000), duration(200_000)
+    ('8 s', '1 min 40 s', '1 h 23 min', '55 h 33 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 3600:
+        return f"{whole // 60} min"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def describe_update(update: "Update") -> str:
+    """What a task's update did, in words; a warning if that was nothing.
+
+    Examples
+    --------
+    >>> from training.updates import Update
+    >>> describe_update(Update(0.0123, {}, 0.25, 480))
+    'the update moved the weights by 1.2 % and changed the prediction of 25 % of 480 images'
+    >>> describe_update(Update(1e-5, {}, 0.0, 480))
+    'nothing was learned: the update moved the weights by 0.001 % and changed no prediction'
+    """
+    moved = f"the update moved the weights by {_per_cent(update.relative)} and changed"
+    if not update.changed:
+        return f"nothing was learned: {moved} no prediction"
+    return f"{moved} the prediction of {_per_cent(update.changed)} of {update.images} images"
+
+
+def _per_cent(share: float) -> str:
+    """A share as a percentage of two significant digits."""
+    return f"{100 * share:.2g} %"
 
 
 # --- tables ---------------------------------------------------------------------------------------

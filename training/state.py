@@ -16,6 +16,7 @@ from backends.torch.readouts import CosineHeads, Readouts
 from training.methods import Method
 from training.metrics import AccuracyMatrix, Meter
 from training.run_dir import flattened, nested, not_finite
+from training.updates import Before
 
 
 @dataclass
@@ -94,6 +95,7 @@ class State:
             heads=self.heads.state_dict(),
             readouts=self.readouts.state_dict(),
             open={} if self.open is None else self.open.tensors(),
+            before=self.open.before.tensors(self.model) if self.open and self.open.before else {},
         )
 
     def record(self) -> dict[str, Any]:
@@ -146,6 +148,8 @@ class State:
         if record["open"] is not None:
             self.open = OpenTask(make_optimizer(self.trained()), torch.Generator())
             self.open.load(nested(tensors, "open"), record["open"])
+            if (names := record["open"]["adapted"]) is not None:
+                self.open.before = Before.loaded(nested(tensors, "before"), names, self.model)
 
 
 @dataclass
@@ -168,6 +172,8 @@ class OpenTask:
         images, ``train`` the rest of training.
     resumed : dict of str to Tensor
         Saved states of torch's global generators, until the resumed training sets them.
+    before : Before or None
+        The model before the task; None if the method trains nothing of it.
     """
 
     optimizer: Optimizer
@@ -179,6 +185,7 @@ class OpenTask:
         default_factory=lambda: dict.fromkeys(("begin", "load", "train"), 0.0)
     )
     resumed: dict[str, Tensor] = field(default_factory=dict)
+    before: Before | None = None
 
     def spent(self, part: str, since: float) -> float:
         """Add the time since ``since`` (time.perf_counter) to a part; returns the current time."""
@@ -233,6 +240,7 @@ class OpenTask:
             "images": self.meter.images,
             "predicted": self.meter.predicted,
             "seconds": self.rounded_seconds(),
+            "adapted": None if self.before is None else list(self.before.weights),
         }
 
     def load(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:

@@ -543,7 +543,7 @@ def _train(job: Job, log: Path, threads: int | None, children: Children) -> Outc
         write_text(config, dump_experiment(job.experiment))
         # The folder belongs to the sweep: an unfinished run that cannot be resumed is overwritten.
         # It may be finished by another sweep while the process starts.
-        arguments = ["--config", str(config), "--overwrite", "unfinished"]
+        arguments = ["--config", str(config), "--overwrite-unfinished"]
     environment = dict(os.environ)
     if threads is not None:
         environment.setdefault("OMP_NUM_THREADS", str(threads))

@@ -29,7 +29,9 @@ from torch.optim import SGD, Adam, Optimizer
 
 from backends.torch import RowsLoss, TaskRecord
 from backends.torch.readouts import CosineHeads, Readouts, class_mean_start
+from training import overview
 from training.backbones import Backbone, build_backbone, check_fits
+from training.calibration import calibrate
 from training.checkpoint import Checkpoint, Checkpoints, StopSignals, write_state
 from training.config import (
     NEUTRAL,
@@ -83,6 +85,7 @@ from training.run_dir import (
 )
 from training.seeds import derive, seeded
 from training.state import OpenTask, State
+from training.updates import Before, Update, sample, weights_of
 
 _COMPILERS = ("c++", "g++", "clang++", "cl")
 _SMALLER_STEPS = "Lower train.lr, or method.radius if the method has one"
@@ -166,6 +169,8 @@ class Run:
         Whether a signal asks the run to stop.
     on_step : callable, optional
         Called with the run after every mini-batch, before the run may be saved.
+    calibration : dict of str to dict
+        After the last task, by read-out: see `training.calibration.calibrate`.
     """
 
     experiment: Experiment
@@ -178,6 +183,7 @@ class Run:
     state: State
     stop: StopSignals = field(default_factory=StopSignals)
     on_step: Callable[[Run], object] | None = None
+    calibration: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def prepare(
@@ -359,11 +365,13 @@ def require_compiler(device: torch.device) -> None:
 def run_to_end(run: Run, *, quiet: bool = False) -> Path:
     """Learn all tasks that are left and write the results; returns the run folder."""
     experiment, state, tasks = run.experiment, run.state, len(run.stream.tasks)
+    images = [len(run.stream.train.subset(task)) for task in run.stream.tasks]
     # Without checkpoints a run cannot be saved, so signals act at once.
     catching = run.stop if experiment.checkpoint.keep else nullcontext()
     quiet = quiet or not run.processes.writes
     try:
-        with catching, Progress(tasks, quiet=quiet) as progress:
+        with catching, Progress(images, quiet=quiet) as progress:
+            progress.say(*_beginning(run))
             if state.tasks == 0 and state.open is None:  # so that the first task can be resumed
                 save_between_tasks(run)
             for task in range(state.tasks, tasks):
@@ -380,7 +388,20 @@ def run_to_end(run: Run, *, quiet: bool = False) -> Path:
         run.folder.close()
     figure = run.folder.path / FIGURE if experiment.keep.figure else None
     progress.finish(state.accuracy[state.readouts.primary], run.folder.path, figure)
+    progress.say(*overview.end(experiment, run.folder.path, run.folder.read_log()))
     return run.folder.path
+
+
+def _beginning(run: Run) -> list[str]:
+    return overview.beginning(
+        run.experiment,
+        run.stream,
+        run.backbone,
+        device=run.accelerator.device,
+        processes=run.processes.count,
+        folder=run.folder.path,
+        done=run.state.tasks,
+    )
 
 
 def learn_task(run: Run, task: int, progress: Progress) -> None:
@@ -403,11 +424,16 @@ def learn_task(run: Run, task: int, progress: Progress) -> None:
 
     position = state.open
     if position is None:
+        weights = weights_of(state.model)
         state.method.begin_task(method_batches)  # LoDA: second moments, then the two subspaces
         state.passes = method_batches.order.epoch
         _copy_weights_from_first(run)
-        add_head(run, task)
+        features = add_head(run, task)
         position = state.open = open_task(run, task)
+        if trained := state.method.parameters():
+            compared = compared_features(run, task, features)
+            position.before = Before.opened(weights, state.model, trained, compared)
+        progress.say_once(_trained_line(run))
         position.spent("begin", clock)
 
     # Drop-out draws from torch's global generators: seeded here for the task. If the task was
@@ -421,21 +447,41 @@ def learn_task(run: Run, task: int, progress: Progress) -> None:
     _copy_weights_from_first(run)
     clock = position.spent("end", clock)
 
-    fit_readouts(run, task)
+    fitted = fit_readouts(run, task)
     clock = position.spent("readouts", clock)
 
-    evaluate(run, task)
+    tested = evaluate(run, task)
+    update = None
+    if position.before is not None:
+        compared = compared_features(run, task, fitted[0] if fitted else None)
+        classifier = state.readouts.classifiers[state.readouts.primary]
+        update = position.before.compare(state.model, compared, classifier)
     position.spent("evaluate", clock)
     seconds = position.rounded_seconds()
     state.complete(seconds)  # only in memory: nothing is written before the next line
     _require_finite(run, task)
-    record_task(run, task, learned, seconds)
+    if fitted is not None and task + 1 == len(run.stream.tasks):
+        run.calibration = calibrate(state.readouts, fitted, tested)
+    record_task(run, task, learned, update, seconds)
     accuracy = state.accuracy[state.readouts.primary].curve[-1]
-    progress.end_task(task + 1, accuracy, sum(seconds.values()))
+    progress.end_task(task + 1, accuracy, sum(seconds.values()), update)
+
+
+def _trained_line(run: Run) -> str:
+    adapted, head = (
+        sum(p.numel() for p in parameters)
+        for parameters in (run.state.method.parameters(), run.state.heads.current.parameters())
+    )
+    total = sum(p.numel() for p in run.state.model.parameters()) - adapted
+    return overview.trained_line(run.experiment.method.name, adapted, head, total)
 
 
 def record_task(
-    run: Run, task: int, learned: TaskRecord | None, seconds: Mapping[str, float]
+    run: Run,
+    task: int,
+    learned: TaskRecord | None,
+    update: Update | None,
+    seconds: Mapping[str, float],
 ) -> None:
     """Write the tensors kept of a task, and its line in the log."""
     state, keep = run.state, run.experiment.keep
@@ -454,6 +500,7 @@ def record_task(
         counts={name: [m.correct[-1], m.total[-1]] for name, m in state.accuracy.items()},
         seconds=seconds,
         memory=peak_memory(run.accelerator.device),
+        **({} if update is None else {"update": update._asdict()}),
         **({"layers": learned.diagnostics()} if learned and learned.effects else {}),
     )
     tracked = {f"accuracy/{name}": value for name, value in accuracy.items()}
@@ -462,10 +509,13 @@ def record_task(
     run.accelerator.log(tracked, step=(task + 1) * max(run.experiment.train.epochs, 1))
 
 
-def add_head(run: Run, task: int) -> None:
-    """Add a head for the task, initialised as configured and identical in all processes."""
+def add_head(run: Run, task: int) -> Tensor | None:
+    """Add a head for the task, initialised as configured and identical in all processes.
+
+    Returns the features of the task's training images if they were needed for that.
+    """
     classes = run.stream.tasks[task]
-    start = None
+    features = start = None
     if run.experiment.head.start == "class_mean":
         features, labels = _features(run, run.stream.train.subset(classes))
         means = [features[(labels == label).to(features.device)].mean(dim=0) for label in classes]
@@ -474,6 +524,7 @@ def add_head(run: Run, task: int) -> None:
     head = run.state.heads.add(len(classes), start=start, generator=generator)
     head.to(run.accelerator.device)
     run.processes.copy_from_first([head.weight])
+    return features
 
 
 def _training_images(run: Run, task: int) -> ImageSet:
@@ -570,8 +621,7 @@ def train_epochs(run: Run, task: int, position: OpenTask, progress: Progress) ->
         device=run.accelerator.device,
     )
     steps_done = position.epoch * len(batches) + position.batch
-    progress.begin_task(task + 1, config.epochs * len(batches))
-    progress.advance(position.meter, steps_done)
+    progress.begin_task(task + 1, config.epochs * len(batches), steps_done)
     position.restore_generators()
     if run.processes.rank:
         # Drop-out masks must differ between processes, and after a resume from those already drawn:
@@ -696,19 +746,39 @@ def _raise_diverged(task: int, position: OpenTask) -> NoReturn:
 # --- evaluate -------------------------------------------------------------------------------------
 
 
-def fit_readouts(run: Run, task: int) -> None:
-    """Fit the read-outs to all classes; features of old classes are never computed again."""
+def fit_readouts(run: Run, task: int) -> tuple[Tensor, Tensor] | None:
+    """Fit the read-outs to all classes; features of old classes are never computed again.
+
+    Returns features and labels of the task's training images, if anything needs them.
+    """
     state, classes = run.state, run.stream.tasks[task]
-    if state.readouts.statistics:
-        features, labels = _features(run, run.stream.train.subset(classes))
-        state.readouts.add_task(features, labels, len(classes))
+    calibrated = any(readout.likelihoods for readout in state.readouts.readouts.values())
+    gathered = None
+    if state.readouts.statistics or (calibrated and task + 1 == len(run.stream.tasks)):
+        gathered = _features(run, run.stream.train.subset(classes))
+        state.readouts.add_task(*gathered, len(classes))
     state.readouts.fit(state.heads.weight(), derive(run.experiment.seed, task, "alignment"))
+    return gathered
 
 
-def evaluate(run: Run, task: int) -> None:
+def compared_features(run: Run, task: int, features: Tensor | None) -> Tensor:
+    """Features of the training images by which a task's update is judged, see `Update`.
+
+    They are taken from those of all training images of the task where these are known.
+    """
+    images = run.stream.train.subset(run.stream.tasks[task])
+    chosen = sample(len(images))
+    if features is not None:
+        return features[chosen]
+    part = replace(images, indices=images.indices[chosen], labels=images.labels[chosen])
+    return _features(run, part)[0]
+
+
+def evaluate(run: Run, task: int) -> tuple[Tensor, Tensor]:
     """Count the correct predictions of every read-out on the test images of all tasks so far.
 
-    Once with all classes as candidates, and once with only those of the image's task.
+    Once with all classes as candidates, and once with only those of the image's task. Returns
+    features and labels of the images.
     """
     state, sizes = run.state, [len(labels) for labels in run.stream.tasks[: task + 1]]
     seen = [label for labels in run.stream.tasks[: task + 1] for label in labels]
@@ -719,6 +789,7 @@ def evaluate(run: Run, task: int) -> None:
         )
         for name, (correct, total) in counts.items():
             matrices[name] = matrices[name].extended(sizes[-1], correct, total)
+    return features, labels
 
 
 def _features(run: Run, images: ImageSet) -> tuple[Tensor, Tensor]:
@@ -870,8 +941,10 @@ def write_results(run: Run) -> None:
             "readouts": {name: matrix.summary() for name, matrix in state.accuracy.items()},
             "counts": {name: matrix.to_dict() for name, matrix in state.accuracy.items()},
             "task_given": {name: matrix.summary() for name, matrix in state.task_given.items()},
+            "calibration": run.calibration,
             "stored_bytes": state.stored_bytes(),
             "trainable_parameters": state.trainable,
+            "updates": list(overview.updates(run.folder.read_log()).values()),
             "seconds": state.seconds,
         }
     )

@@ -95,17 +95,15 @@ def synchronisation_paused(parameters: Iterable[Tensor]) -> Iterator[None]:
     process holds. A process may then make any number of forward and backward passes, also none.
     """
     trained = {id(parameter) for parameter in parameters}
-    paused: dict[DistributedDataParallel, tuple[bool, bool]] = {}
+    paused: dict[DistributedDataParallel, dict[str, bool]] = {}
 
     def pause(module: nn.Module, _: Any) -> None:
         if not isinstance(module, DistributedDataParallel):
             return
         if any(id(parameter) in trained for parameter in module.parameters()):
-            states = module.require_backward_grad_sync, module.require_forward_param_sync
-            paused.setdefault(module, states)
-            # The second switch is that of the buffers, which forward would broadcast: a process
-            # without a row would not take part.
-            module.require_backward_grad_sync = module.require_forward_param_sync = False
+            paused.setdefault(module, {name: getattr(module, name) for name in _SYNCHRONISES})
+            for name in _SYNCHRONISES:
+                setattr(module, name, False)
 
     # A hook on all modules, since the wrapper is made by the caller and unknown here.
     handle = register_module_forward_pre_hook(pause)
@@ -113,9 +111,20 @@ def synchronisation_paused(parameters: Iterable[Tensor]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-        for module, (gradients, buffers) in paused.items():
-            module.require_backward_grad_sync = gradients
-            module.require_forward_param_sync = buffers
+        for module, switches in paused.items():
+            for name, value in switches.items():
+                setattr(module, name, value)
+
+
+_SYNCHRONISES = (
+    "require_backward_grad_sync",
+    # Forward would broadcast the buffers: a process without a row would not take part.
+    "require_forward_param_sync",
+    # These two watch for backward passes that make no gradient ready to be sent.
+    "static_graph",
+    "find_unused_parameters",
+)
+"""What ``DistributedDataParallel`` looks at to see whether a pass is to be synchronised."""
 
 
 def sum_moments(

@@ -4,7 +4,7 @@ LoDA, Section 3.3.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -87,6 +87,7 @@ def gradient_aligned_step(
     backward: Callable[[Tensor], None] | None = None,
     skip_nonfinite: bool = False,
     reduce: Reduce | None = None,
+    others: Mapping[str, Tensor] | None = None,
 ) -> AlignedStep:
     r"""Two optimiser steps on two class-disjoint halves, each at parameters moved for the other.
 
@@ -127,6 +128,8 @@ def gradient_aligned_step(
         mean: the sum over those of the rows that it holds, divided by ``len(rows)``. If it
         holds none, the loss must still be a zero that depends on a trained tensor. Needed where
         ``torch.distributed`` has several processes; :func:`unshared` lets each step for itself.
+    others : mapping of str to Tensor, optional
+        Further tensors by name that are meant to be trained, such as a head.
 
     Returns
     -------
@@ -139,7 +142,8 @@ def gradient_aligned_step(
         the optimiser, the permutation does not hold every class of the mini-batch once, or
         ``reduce`` is missing.
     RuntimeError
-        If the loss depends on no perturbed tensor, or ``optimizer.step()`` takes no step.
+        If the loss depends on no perturbed tensor, one of ``others`` gets a gradient but is not in
+        the optimiser, or ``optimizer.step()`` takes no step.
 
     See Also
     --------
@@ -168,16 +172,18 @@ def gradient_aligned_step(
     _require_trained([optimizer], perturbed)
     # On the CPU: a split on the device would be read several times. Labels there cost one read.
     halves = [mask.nonzero().flatten() for mask in class_split(labels.cpu(), permutation.cpu())]
-    reduce = _require_reduce(reduce)
+    reduce, others = _require_reduce(reduce), others or {}
     if min(half.numel() for half in halves) == 0:
         # One class: there is no other half whose gradient could be aligned with.
-        return _plain_step(loss, labels, optimizer, backward, skip_nonfinite, reduce, perturbed)
+        return _plain_step(
+            loss, labels, optimizer, backward, skip_nonfinite, reduce, perturbed, others
+        )
     halves = [half.to(labels.device, non_blocking=True) for half in halves]
     values, source_values, alignments, steps = [], [], [], 0
     with _own_synchronisation(reduce, [optimizer]):
         for source, target in (halves, halves[::-1]):
             torch.clear_autocast_cache()
-            value = loss(source)
+            value = _with_graph(loss(source))
             # Not by backward(): the gradients that the optimiser sees must come only from the
             # target.
             parts = torch.autograd.grad(value, perturbed, allow_unused=True)
@@ -187,7 +193,7 @@ def gradient_aligned_step(
             shift = _Shift(perturbed, gradients, radius)
             stepped = False
             try:
-                value = _backward_on(loss, target, optimizer, backward, reduce)
+                value = _backward_on(loss, target, optimizer, backward, reduce, others)
                 # Before the step: some optimisers change the gradients.
                 alignments.append(_alignment(gradients, [p.grad for p in perturbed]))
                 stepped = _take_step(optimizer, skip_nonfinite, shift.moved)
@@ -259,7 +265,7 @@ class Half:
         optimizers: Sequence[Optimizer],
         radius: float | None,
         reduce: Reduce | None,
-        others: Sequence[Tensor],
+        others: Mapping[str, Tensor],
         last: bool,
     ) -> None:
         self.source, self.target, self.last = source, target, last
@@ -269,7 +275,7 @@ class Half:
         self._optimizers = list(optimizers)
         self._radius = radius  # None: a mini-batch of one group, which moves nothing
         self._reduce = reduce
-        self._others = list(others)
+        self._others = others
         self._gradients: list[Tensor] = []
         self._shift: _Shift | None = None
         self._phase = "new"
@@ -306,9 +312,11 @@ class Half:
         Raises
         ------
         RuntimeError
-            If no branch has a gradient, or the call is out of order.
+            If no branch has a gradient, a trained tensor has one but is in no optimiser, or the
+            call is out of order.
         """
         self._require_phase("target", "share")
+        _require_held(self._others, self._optimizers)
         parts = [p.grad for p in self._perturbed]
         if self._reduce is None:
             _require_gradients(parts)
@@ -362,7 +370,7 @@ class Half:
         torch.clear_autocast_cache()  # the optimiser has changed the parameters too
 
     def _clear(self) -> None:
-        for tensor in (*self._perturbed, *_parameters(self._optimizers), *self._others):
+        for tensor in (*self._perturbed, *_parameters(self._optimizers), *self._others.values()):
             tensor.grad = None
 
     def _before_step(
@@ -382,6 +390,7 @@ class Half:
             self.stepped = True
             self._may_skip = self._may_skip or getattr(optimizer, "found_inf", None) is not None
             self._require_shared()
+            _require_held(self._others, self._optimizers)  # not known before a closure has run
 
     def _require_shared(self) -> None:
         if not self._shared and self._reduce is not None:
@@ -426,8 +435,8 @@ class Halves:
         processes.
     reduce : callable, optional
         Sums tensors over the processes of ``torch.distributed``.
-    others : iterable of Tensor
-        Further tensors whose gradients are cleared.
+    others : mapping of str to Tensor, optional
+        Further tensors by name that are meant to be trained, such as a head.
 
     Attributes
     ----------
@@ -483,7 +492,7 @@ class Halves:
         radius: float,
         permutation: Tensor,
         reduce: Reduce | None = None,
-        others: Iterable[Tensor] = (),
+        others: Mapping[str, Tensor] | None = None,
     ) -> None:
         optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
         check_radius(radius)
@@ -504,7 +513,7 @@ class Halves:
                 optimizers=optimizers,
                 radius=None if alone else radius,
                 reduce=reduce,
-                others=list(others),
+                others=others or {},
                 last=number == len(pairs),
             )
             for number, (source, target) in enumerate(pairs, start=1)
@@ -767,11 +776,12 @@ def _plain_step(
     skip_nonfinite: bool,
     reduce: Reduce | None,
     branches: Sequence[Tensor] = (),
+    others: Mapping[str, Tensor] | None = None,
 ) -> AlignedStep:
     """A step on all rows; at least one of ``branches``, if there are any, must get a gradient."""
     rows = torch.arange(labels.shape[0], device=labels.device)
     with _own_synchronisation(reduce, [optimizer]):
-        value = _backward_on(loss, rows, optimizer, backward, reduce)
+        value = _backward_on(loss, rows, optimizer, backward, reduce, others or {})
         if branches and reduce is None:
             _require_gradients([p.grad for p in branches])
         return AlignedStep(value, int(_take_step(optimizer, skip_nonfinite)))
@@ -783,15 +793,19 @@ def _backward_on(
     optimizer: Optimizer,
     backward: Callable[[Tensor], None] | None,
     reduce: Reduce | None,
+    others: Mapping[str, Tensor],
 ) -> Tensor:
     """The loss on some rows of the mini-batch, whose gradients are then those of the tensors."""
     torch.clear_autocast_cache()
     optimizer.zero_grad(set_to_none=True)
-    value = loss(rows)
+    for tensor in others.values():
+        tensor.grad = None
+    value = _with_graph(loss(rows))
     if backward is None:
         value.backward()  # type: ignore[no-untyped-call]
     else:
         backward(value)
+    _require_held(others, [optimizer])
     value = value.detach()
     if reduce is not None:
         value = value.clone()
@@ -884,12 +898,33 @@ def _require_trained(optimizers: Sequence[Optimizer], perturbed: Sequence[Tensor
         raise RuntimeError(msg)
 
 
+def _require_held(others: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> None:
+    """Refuse a gradient of a tensor that is meant to be trained, but that nothing steps with."""
+    held = {id(parameter) for parameter in _parameters(optimizers)}
+    missing = [n for n, x in others.items() if x.grad is not None and id(x) not in held]
+    if missing:
+        msg = (
+            f"the optimiser must hold all that is trained and gets a gradient, but {missing} are "
+            f"missing: make it from task.parameters(), pass all optimisers to halves(...), or name "
+            f"with trainable only what is to be trained"
+        )
+        raise RuntimeError(msg)
+
+
+def _with_graph(value: Tensor) -> Tensor:
+    """The loss, which must have been computed with gradients switched on."""
+    if not getattr(value, "requires_grad", False):  # it may be a number
+        _require_gradients([])
+    return value
+
+
 def _require_gradients(gradients: Sequence[Tensor | None]) -> None:
     if all(gradient is None for gradient in gradients):
         msg = (
             "the loss depends on no branch of the open task: no gradient has reached them. Was it "
-            "computed from stored features, from another copy of the model or under no_grad? "
-            "Reentrant gradient checkpointing needs use_reentrant=False"
+            "computed from stored features, from detached values, from another copy of the model "
+            "or under torch.no_grad or inference_mode? Reentrant gradient checkpointing needs "
+            "use_reentrant=False"
         )
         raise RuntimeError(msg)
 

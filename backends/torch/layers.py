@@ -190,9 +190,17 @@ def check_weights(
     ValueError
         If other modules hold the weight of a layer too; names all owners.
     TypeError
-        As :func:`check_rank`.
+        As :func:`check_rank`, or if parameters were made under ``torch.inference_mode``.
     """
     _check_weights(layers)
+    fixed = [name for name, parameter in model.named_parameters() if parameter.is_inference()]
+    if fixed:
+        msg = (
+            f"parameters must not be made under torch.inference_mode, whose tensors cannot be "
+            f"trained or changed, got {', '.join(fixed[:4])} ({len(fixed)} in all); build and load "
+            f"the model outside of it"
+        )
+        raise TypeError(msg)
     bases = {name: _base(layer) for name, layer in layers.items()}
     shared = {} if untie else shared_weights(model, bases)
     if shared:

@@ -1,9 +1,9 @@
 """LoDA for a PyTorch model: adapt it to one task after another without keeping old data."""
 
-import json
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import Any, Self
@@ -60,6 +60,14 @@ from backends.torch.solve import (
     solve_heldout,
     solve_recalibration,
 )
+from backends.torch.state import (
+    check_entries,
+    check_settings,
+    holds_open_task,
+    read_history,
+    write_open_task,
+    write_settings,
+)
 from loda_math import HeldoutRatio, History, Moments, UpdateEffect, remember, rounding_unit
 
 
@@ -76,6 +84,8 @@ class _OpenTask:
     new : dict of str to Tensor, shape (D, D)
         Second moment of the new task that the directions were chosen from, by layer; empty where
         nothing needs it any more.
+    begun : dict of Parameter to Tensor
+        What ``trainable`` names, as it was at the beginning.
     statistics : RunningStatistics
         Of the model's batch norms.
     heldout : dict of str to dict of str to HeldoutRatio
@@ -90,6 +100,7 @@ class _OpenTask:
 
     layers: dict[str, LoRALinear]
     requires_grad_before: dict[nn.Parameter, bool]
+    begun: dict[nn.Parameter, Tensor]
     statistics: RunningStatistics
     new: dict[str, Tensor] = field(default_factory=dict)
     heldout: HeldoutRatios = field(default_factory=dict)
@@ -248,7 +259,10 @@ class LoDA:
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Everything of the model that is trained in the open task."""
         self._require_open()
-        return [p for p in self.model.parameters() if p.requires_grad]
+        return list(self._named_trained().values())
+
+    def _named_trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def parameters(
         self,
@@ -475,7 +489,8 @@ class LoDA:
         Raises
         ------
         RuntimeError
-            If no task is open, or as :func:`gradient_aligned_step`.
+            If no task is open, or as :func:`gradient_aligned_step`: also if something that
+            ``trainable`` names gets a gradient, but is not in the optimiser.
         ValueError
             As :func:`gradient_aligned_step`.
 
@@ -498,6 +513,7 @@ class LoDA:
             backward=backward,
             skip_nonfinite=skip_nonfinite,
             reduce=sum_over_processes if shares else unshared,
+            others=self._named_trained(),
         )
 
     def halves(
@@ -569,7 +585,7 @@ class LoDA:
             radius=length,
             permutation=order,
             reduce=sum_over_processes if self._shares() else unshared,
-            others=[p for p in self.model.parameters() if p.requires_grad],
+            others=self._named_trained(),
         )
         self._require_open().halves = ref(halves)
         return halves
@@ -592,13 +608,20 @@ class LoDA:
         Raises
         ------
         RuntimeError
-            If no task is open.
+            If no task is open, or several processes have trained different branches.
         ValueError, FloatingPointError
             If there is no batch, or moments or merged weights are not finite. The task then stays
             open and the weights are as before the call.
+
+        Warns
+        -----
+        UserWarning
+            If something that trains had a gradient but is what it was at the beginning, or a
+            weight in half precision took up only a part of its update.
         """
         task, settings, first_task = self._require_open(), self.settings, self.tasks == 0
         self._require_restored()
+        _require_no_inference_mode()
         form = settings.form(first_task)  # of Λ; None if nothing is recalibrated
         # The pass through the trained model serves Λ, the history or both; the one through the
         # merged model serves the history only.
@@ -611,6 +634,8 @@ class LoDA:
                 f"used up after one; pass a DataLoader or a list (the task stays open)"
             )
             raise ValueError(msg)
+        if self._shares():
+            self._require_same_branches()
         moments: dict[str, dict[str, Tensor]] = {"trained": {}, "merged": {}}
         if needs_trained:
             moments["trained"] = self._moments(batches)
@@ -657,13 +682,32 @@ class LoDA:
                     layer.unmerge()
             raise
         self.masters = {n: x.master for n, x in task.layers.items() if x.master is not None}
+        unchanged = self._unchanged(task)
         self._close_task()
         self.history = history
         self.tasks += 1
         self._copy_model()
         if not settings.master:
             warn_of_rounding(record.rounding)
+        if unchanged:
+            more = f" and {len(unchanged) - 4} more" if len(unchanged) > 4 else ""
+            msg = (
+                f"{', '.join(unchanged[:4])}{more} had gradients but did not change in this task: "
+                f"make the optimiser inside it from task.parameters(), with a rate above 0"
+            )
+            warnings.warn(msg, stacklevel=2)
         return record
+
+    def _unchanged(self, task: _OpenTask) -> list[str]:
+        """Names of what should have been trained and has a gradient, but never moved."""
+        return [
+            name
+            for name, p in self._named_trained().items()
+            # Up-projections begin at zero. A part that the loss does not use has no gradient.
+            if p.grad is not None
+            and torch.equal(p, task.begun.get(p, torch.zeros_like(p)))
+            and bool(p.grad.any())
+        ]
 
     def abandon_task(self) -> None:
         """Drop the branches of the open task and restore the layers as they were before it.
@@ -707,23 +751,15 @@ class LoDA:
         The model's own weights are not in it; save them as well.
         """
         self._require_restored()
-        # Bytes of JSON, so that all of the state is tensors.
-        written = json.dumps(self._described(), sort_keys=True).encode()
         state = {
-            "settings": torch.tensor(list(written), dtype=torch.uint8),
+            "settings": write_settings(self.settings, self.trainable),
             "tasks": torch.tensor(self.tasks),
         }
         state |= {f"history/{name}": past.total for name, past in self.history.items()}
         state |= {f"master/{name}": weight for name, weight in self.masters.items()}
-        for name, layer in self.layers.items():
+        if self.is_open:
             task = self._require_open()
-            if name in task.new:
-                state[f"new/{name}"] = task.new[name]
-            for branch in layer.branches:
-                state[f"down/{branch}/{name}"] = layer.branch(branch).down.detach()
-                state[f"up/{branch}/{name}"] = layer.branch(branch).up.detach()
-            for branch, ratio in task.heldout.get(name, {}).items():
-                state[f"heldout/{branch}/{name}"] = torch.stack(list(ratio))
+            state |= write_open_task(task.layers, task.new, task.heldout)
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor], *, strict: bool = True) -> None:
@@ -746,15 +782,15 @@ class LoDA:
             If the state belongs to other layers or settings.
         """
         self._require_closed()
-        self._check_settings(state, strict=strict)
-        self._check_state(state)
-        tasks = int(state["tasks"])
+        check_settings(state, self.settings, self.trainable, strict=strict)
+        tasks, layers = int(state.get("tasks", -1)), self.target_layers()
+        check_entries(state, self.settings, layers, needs_new=self._needs_new(tasks))
         self.masters = {
             name: state[f"master/{name}"].to(weight_matrix(layer).device, copy=True)
-            for name, layer in self.target_layers().items()
+            for name, layer in layers.items()
             if f"master/{name}" in state
         }
-        if _holds_open_task(state):
+        if holds_open_task(state):
             task = self._open_task()
             # The moment in the state replaces the pass over the task's images.
             for name, layer in task.layers.items():
@@ -771,17 +807,9 @@ class LoDA:
                         values = HeldoutRatio(*ratio.to(device, copy=True))
                         task.heldout.setdefault(name, {})[branch] = values
         self.history = {}
-        for name, module in self.target_layers().items() if tasks else ():
+        for name, module in layers.items() if tasks else ():
             total = self._placed(module, state[f"history/{name}"].clone())
-            # Only the totals are saved. The rest of a history depends only on the number of tasks
-            # and the dtypes, so a dummy history of as many zero moments provides it.
-            unit = rounding_unit(weight_matrix(module))
-            zeros = [Moments(total.new_zeros(1, 1), 1, None, unit) for _ in self.settings.passes()]
-            past = None
-            for _ in range(tasks):
-                past = remember(past, *zeros, decay=self.settings.history_decay)
-            if past is not None:
-                self.history[name] = past._replace(total=total)
+            self.history[name] = read_history(total, tasks, module, self.settings)
         self.tasks = tasks
 
     def _open_task(self) -> _OpenTask:
@@ -811,7 +839,8 @@ class LoDA:
             # Also what was frozen before: a parameter that is named is trained.
             parameter.requires_grad_(parameter in trained)
         statistics = RunningStatistics(model, freeze=settings.freeze_statistics)
-        self._open = _OpenTask(layers, requires_grad_before, statistics)
+        begun = {parameter: parameter.detach().clone() for parameter in trained}
+        self._open = _OpenTask(layers, requires_grad_before, begun, statistics)
         model.__dict__[_MARK] = self._open
         _ADAPTED.add(model)
         return self._open
@@ -904,6 +933,23 @@ class LoDA:
         """Whether the processes of ``torch.distributed`` train the model together."""
         return self.reduce in (None, sum_over_processes) and several_processes()
 
+    def _require_same_branches(self) -> None:
+        """Refuse branches that every process has trained for itself."""
+        norms = [float(p.detach().float().norm()) for p in self.lora_parameters()]
+        first, *others = gather(norms)
+        if not all(
+            math.isclose(*pair, rel_tol=1e-4)
+            for own in others
+            for pair in zip(first, own, strict=True)
+        ):
+            msg = (
+                "the processes must have trained the same branches, but theirs differ: share the "
+                "gradients with step or halves, or wrap the model in DistributedDataParallel after "
+                "the task has begun, for it knows no later parameters (reduce=unshared lets every "
+                "process keep its own)"
+            )
+            raise RuntimeError(msg)
+
     def _copy_model(self) -> None:
         """Give all processes the model of the first: the solves may have rounded differently."""
         if self._shares():
@@ -976,6 +1022,7 @@ class LoDA:
         return self._open
 
     def _require_closed(self) -> None:
+        _require_no_inference_mode()
         if self.is_open:
             msg = "a task is open already: call end_task (or abandon_task) first"
             raise RuntimeError(msg)
@@ -986,41 +1033,6 @@ class LoDA:
         if self.is_open and self._require_open().step_in_progress() is not None:
             msg = "a step in phases is in progress: call half.restore() first"
             raise RuntimeError(msg)
-
-    def _described(self) -> dict[str, Any]:
-        """Settings as plain data, as they are saved."""
-        plain = json.dumps({**asdict(self.settings), "trainable": self.trainable})
-        described: dict[str, Any] = json.loads(plain)
-        return described
-
-    def _check_settings(self, state: Mapping[str, Tensor], *, strict: bool) -> None:
-        """Refuse a state that was made under other settings."""
-        if "settings" not in state:
-            return  # refused with the other missing entries
-        try:
-            saved = json.loads(bytes(state["settings"].tolist()))
-            known = {name: saved[name] for name in saved}
-        except (ValueError, TypeError, LookupError) as error:
-            msg = f"the settings of the state cannot be read: {error}"
-            raise ValueError(msg) from error
-        here = self._described()
-        other = {
-            name: (known.get(name), here.get(name))
-            for name in sorted({*known, *here})
-            if known.get(name) != here.get(name)
-        }
-        other.pop("radius", None)  # may differ from step to step
-        is_open = _holds_open_task(state)
-        if not strict and not is_open:
-            other = {name: pair for name, pair in other.items() if name.startswith("history")}
-            other.pop("history_weight", None)
-        if other:
-            cure = "" if is_open or not strict else "; strict=False goes on under the new ones"
-            msg = (
-                f"the state was made under other settings (saved, here): {other}; make the LoDA "
-                f"with those{cure}"
-            )
-            raise ValueError(msg)
 
     def _check_bases(self, bases: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Refuse given bases that do not fit the branches of the coming task."""
@@ -1040,48 +1052,6 @@ class LoDA:
             if not all(bool(basis.isfinite().all()) for basis in given.values()):
                 msg = f"bases of layer {name!r} must be finite, got NaN or infinite values"
                 raise ValueError(msg)
-
-    def _check_state(self, state: Mapping[str, Tensor]) -> None:
-        """Refuse a state whose entries or shapes are not those of these layers and settings."""
-        # A missing task count is refused below, with the other missing entries.
-        tasks = int(state["tasks"]) if "tasks" in state else -1
-        is_open = _holds_open_task(state)
-        written = tuple(state["settings"].shape) if "settings" in state else (1,)
-        expected: dict[str, tuple[int, ...]] = {"tasks": (), "settings": written}
-        layers = self.target_layers()
-        own = self.settings.by_layer(layers)
-        for name, layer in layers.items():
-            outputs, size = weight_matrix(layer).shape
-            if f"master/{name}" in state:  # only of layers in half precision
-                expected[f"master/{name}"] = (outputs, size)
-            if tasks > 0:
-                expected[f"history/{name}"] = (size, size)
-            if not is_open:
-                continue
-            if self._needs_new(tasks) or f"new/{name}" in state:
-                expected[f"new/{name}"] = (size, size)
-            for branch in self.settings.names(tasks == 0):
-                expected[f"down/{branch}/{name}"] = (own[name].rank, size)
-                expected[f"up/{branch}/{name}"] = (outputs, own[name].rank)
-                ratio = f"heldout/{branch}/{name}"
-                if ratio in state:  # only if the open task measured it
-                    expected[ratio] = (len(HeldoutRatio._fields),)
-        for key, value in state.items():
-            # torch supports hardly any arithmetic on 8-bit floats.
-            if key not in ("tasks", "settings") and not (
-                value.is_floating_point() and value.element_size() > 1
-            ):
-                msg = f"{key} of the state must be floats of 16 bits or more, got {value.dtype}"
-                raise ValueError(msg)
-        shapes = {key: tuple(value.shape) for key, value in state.items()}
-        if tasks < 0 or shapes != expected:
-            unlike = sorted(set(shapes.items()) ^ set(expected.items()))
-            msg = (
-                f"the state does not fit this model and these settings; first entries (with "
-                f"shapes) that only one of them has: {unlike[:6]}; tasks completed: "
-                f"{tasks if 'tasks' in state else 'unknown'}"
-            )
-            raise ValueError(msg)
 
 
 class Task:
@@ -1131,10 +1101,6 @@ class Task:
         self.record = self.loda.end_task(self._batches)
 
 
-def _holds_open_task(state: Mapping[str, Tensor]) -> bool:
-    return any(key.startswith("down/") for key in state)
-
-
 def _inside(model: nn.Module) -> nn.Module:
     """The module that DistributedDataParallel wraps, whose names are the model's own."""
     return model.module if isinstance(model, DistributedDataParallel) else model
@@ -1164,6 +1130,15 @@ def _require_free(model: nn.Module) -> None:
     if adapted:
         msg = f"layers {adapted} are adapted already; restore the model first"
         raise ValueError(msg)
+
+
+def _require_no_inference_mode() -> None:
+    if torch.is_inference_mode_enabled():
+        msg = (
+            "a task must begin and end outside torch.inference_mode, whose tensors cannot be "
+            "trained or changed later; leave that block (LoDA switches gradients off by itself)"
+        )
+        raise RuntimeError(msg)
 
 
 def _own_part(loss: RowsLoss, window: Window, device: torch.device, trained: Tensor) -> RowsLoss:

@@ -10,12 +10,22 @@ from training.backbones.config import BACKBONES, BackboneConfig
 
 if TYPE_CHECKING:
     from training.backbones.build import Backbone, build_backbone, check_fits
+    from training.backbones.preprocessing import Preprocessing, preprocessing_of
 
-__all__ = ["BACKBONES", "Backbone", "BackboneConfig", "build_backbone", "check_fits"]
+__all__ = [
+    "BACKBONES",
+    "Backbone",
+    "BackboneConfig",
+    "Preprocessing",
+    "build_backbone",
+    "check_fits",
+    "preprocessing_of",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         msg = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(msg)
-    return getattr(import_module("training.backbones.build"), name)
+    file = "preprocessing" if name in {"Preprocessing", "preprocessing_of"} else "build"
+    return getattr(import_module(f"training.backbones.{file}"), name)

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import training.backbones.conv_vit  # noqa: F401  registers its name in timm
+from training.backbones.config import SAVED_BY_TIMM
 from training.backbones.weights import load_weights, tensors_sha256
 from training.components import Component
 
@@ -221,6 +222,44 @@ def described(
         None if side is None else int(side),
         tag,
     )
+
+
+def timm_settings(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What timm knows of a model without building it: its ``pretrained_cfg``, and saved options.
+
+    Both are empty for a model that timm does not know.
+
+    Parameters
+    ----------
+    name
+        Name of the model, or ``hf-hub:NAME`` or ``local-dir:FOLDER``, whose ``config.json`` is
+        read and may hold options that the model was saved with.
+
+    Raises
+    ------
+    ValueError
+        If the configuration cannot be used.
+    ConnectionError
+        If it cannot be read or downloaded.
+    """
+    is_saved = name.startswith(SAVED_BY_TIMM)
+    if not is_saved and timm.get_pretrained_cfg(name) is None:
+        return {}, {}
+    try:
+        given: dict[str, Any] = timm.models.resolve_model_input_args(name)
+    except Exception as error:  # each transport raises its own errors, and files may be damaged
+        reason = one_line(error)
+        if _is_transport(error):
+            msg = (
+                f"backbone.name {name}: there is no such folder with a config.json of timm, and it "
+                f"could not be downloaded: {reason}"
+            )
+            raise ConnectionError(msg) from error
+        msg = f"backbone.name {name}: its config.json is not one of timm's: {reason}"
+        raise ValueError(msg) from error
+    settings: dict[str, Any] = given.pop("pretrained_cfg")
+    saved = {k: v for k, v in given.items() if k not in ("model_name", "pretrained_model_args")}
+    return settings, saved
 
 
 def _create(name: str, options: Mapping[str, Any]) -> nn.Module:

@@ -12,12 +12,16 @@ from training.components import Component, Registry
 
 if TYPE_CHECKING:
     from training.backbones.build import Backbone
+    from training.backbones.preprocessing import Preprocessing
 
 PACKAGED_WEIGHTS = {"glyphs": "glyphs_vit.safetensors", "cifar_vit": "cifar_vit.safetensors"}
 """Files of the backbones that come with the package, by the name of the backbone."""
 
 HUGGING_FACE = "hf:"
 """Prefix of backbone names that the library transformers builds."""
+
+SAVED_BY_TIMM = ("hf-hub:", "local-dir:")
+"""Prefixes of backbone names that timm reads with its configuration, from a hub or a folder."""
 
 # Options that would make timm add a classifier, or read weights from files or URLs.
 _RESERVED = {
@@ -55,6 +59,12 @@ class Packaged:
             PACKAGED_WEIGHTS[self.name], pretrained=self.pretrained and initialise
         )
 
+    def preprocessing(self) -> "Preprocessing | None":
+        """How it wants its images; see `preprocessing_of`."""
+        from training.backbones.preprocessing import of_packaged
+
+        return of_packaged(PACKAGED_WEIGHTS[self.name])
+
 
 @dataclass
 class HuggingFace:
@@ -76,6 +86,12 @@ class HuggingFace:
         from training.backbones.hugging_face import build_hugging_face
 
         return build_hugging_face(self.name, pretrained=self.pretrained and initialise)
+
+    def preprocessing(self) -> "Preprocessing | None":
+        """How it wants its images; see `preprocessing_of`."""
+        from training.backbones.preprocessing import of_hugging_face
+
+        return of_hugging_face(self.name)
 
 
 @dataclass
@@ -129,6 +145,12 @@ class Timm:
         if not initialise:
             return build_timm(self.name, self.options)
         return build_timm(self.name, self.options, self.weights, pretrained=self.pretrained)
+
+    def preprocessing(self) -> "Preprocessing | None":
+        """How it wants its images; see `preprocessing_of`."""
+        from training.backbones.preprocessing import of_timm
+
+        return of_timm(self.name, self.options, self.weights)
 
 
 def _by_library(name: str) -> str:

@@ -48,17 +48,12 @@ def build_hugging_face(name: str, *, pretrained: bool) -> Backbone:
     ConnectionError
         If the model is not a folder and cannot be downloaded.
     """
-    if find_spec("transformers") is None:
-        msg = f"backbone.name {name} is built by transformers: pip install 'loda[hf]'"
-        raise ValueError(msg)
-    from transformers import AutoConfig, AutoModel
+    settings = read_settings(name)
+    from transformers import AutoModel
 
-    # Expand ~ here: the library takes the name of a folder literally.
-    given = name.partition(":")[2]  # without hf:
-    place = str(Path(given).expanduser()) if Path(given).expanduser().is_dir() else given
+    place = _place(name)
+    given = name.partition(":")[2]
     try:
-        # trust_remote_code is said in every call: without it the library asks on standard input.
-        settings: Any = AutoConfig.from_pretrained(place, trust_remote_code=False)
         missing: list[str] = []
         if pretrained:
             model, report = AutoModel.from_pretrained(
@@ -68,15 +63,8 @@ def build_hugging_face(name: str, *, pretrained: bool) -> Backbone:
         else:
             unloaded: Any = AutoModel
             model = unloaded.from_config(settings, trust_remote_code=False)
-    except OSError as error:
-        msg = (
-            f"backbone.name {name}: there is no such folder with a config.json and weights, and it "
-            f"could not be downloaded: {one_line(error)}"
-        )
-        raise ConnectionError(msg) from error
     except Exception as error:  # each model and each file format raises its own errors
-        msg = f"backbone.name {name}: transformers cannot build it: {one_line(error)}"
-        raise ValueError(msg) from error
+        raise _unusable(name, error) from error
     if missing:
         msg = f"backbone.name {name}: its files lack the weights {', '.join(missing[:8])}"
         raise ValueError(msg)
@@ -91,3 +79,61 @@ def build_hugging_face(name: str, *, pretrained: bool) -> Backbone:
     commit = getattr(settings, "_commit_hash", None) if pretrained else None
     tag = f"{given} at {commit}" if commit else None
     return Backbone(ClassToken(model), int(features), name, {}, None, int(channels), side, tag=tag)
+
+
+def read_settings(name: str) -> Any:
+    """The ``config.json`` of a model as transformers reads it; no weights are read.
+
+    Raises
+    ------
+    ValueError, ConnectionError
+        As `build_hugging_face` does.
+    """
+    if find_spec("transformers") is None:
+        msg = f"backbone.name {name} is built by transformers: pip install 'loda[hf]'"
+        raise ValueError(msg)
+    from transformers import AutoConfig
+
+    try:
+        # trust_remote_code is said in every call: without it the library asks on standard input.
+        return AutoConfig.from_pretrained(_place(name), trust_remote_code=False)
+    except Exception as error:  # each model and each file format raises its own errors
+        raise _unusable(name, error) from error
+
+
+def read_processor(name: str) -> dict[str, Any] | None:
+    """The settings of the image processor of a model, defaults included; None if it has none."""
+    from transformers import AutoImageProcessor
+    from transformers.utils import cached_file
+
+    place = _place(name)
+    names = ("preprocessor_config.json", "processor_config.json")
+    lenient = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    if not any(cached_file(place, file, **lenient) for file in names):
+        return None
+    try:
+        processor: Any = AutoImageProcessor.from_pretrained(place, trust_remote_code=False)
+    except Exception as error:  # a damaged or foreign file may raise anything
+        raise _unusable(name, error) from error
+    settings: dict[str, Any] = processor.to_dict()
+    return settings
+
+
+def _place(name: str) -> str:
+    # Expand ~ here: the library takes the name of a folder literally.
+    given = name.partition(":")[2]
+    folder = Path(given).expanduser()
+    return str(folder) if folder.is_dir() else given
+
+
+def _unusable(name: str, error: Exception) -> Exception:
+    if isinstance(error, OSError):
+        msg = (
+            f"backbone.name {name}: there is no such folder with a config.json and weights, and it "
+            f"could not be downloaded: {one_line(error)}"
+        )
+        return ConnectionError(msg)
+    return ValueError(f"backbone.name {name}: transformers cannot build it: {one_line(error)}")

@@ -5,7 +5,7 @@ single data set, such as its folder, belong to its class, see `training.data.dat
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, Self, TypeVar
@@ -43,6 +43,14 @@ class DataConfig(Component):
         Put the classes in a random order; otherwise keep the order of their numbers.
     order_seed
         Seed of the class order; the seed of the run if not given.
+    class_order
+        Names of the classes in the order of learning, instead of a drawn one; classes that it does
+        not name are not used.
+    extensions
+        Folders of images that loda extend added to the stream, the first one first. The classes and
+        tasks of all of them are named in class_order and task_sizes.
+    extension_tasks
+        Number of tasks that each of these folders added; 0 for new images of known classes only.
     validation
         Fraction of each class's training images, 0 to 0.9, to evaluate on instead of the test
         split, which is then never opened; 0 evaluates on the test split.
@@ -87,6 +95,9 @@ class DataConfig(Component):
     tasks: int | None = None
     shuffle: bool = True
     order_seed: int | None = None
+    class_order: list[str] | None = None
+    extensions: list[str] = field(default_factory=list)
+    extension_tasks: list[int] = field(default_factory=list)
     validation: float = 0.0
     image_size: int = _DIGITS_SIDE
     resize: int | None = None
@@ -118,6 +129,10 @@ class DataConfig(Component):
         sizes = self.task_sizes
         allowed = sizes is None or (bool(sizes) and min(sizes) >= 1)
         check(allowed, "data.task_sizes", sizes, "a list of sizes of at least 1")
+        order = self.class_order
+        once = order is None or (bool(order) and len(set(order)) == len(order))
+        check(once, "data.class_order", order, "a list of names, each of them once")
+        self._check_extensions()
         if self.is_known:  # of a class that is not imported, not even the image size is known
             self._check_sizes()
             if self.verify and not hasattr(self.kind, "folder"):
@@ -146,10 +161,25 @@ class DataConfig(Component):
         options = dict(self.options)
         if isinstance(options.get("root"), str):
             options["root"] = str(Path(options["root"]).expanduser().absolute())
+        extensions = [str(Path(root).expanduser().absolute()) for root in self.extensions]
         kind, _, place = str(options.get("dataset") or "").partition("/")
         if kind.lower() == "hfds" and place and Path(place).is_dir():
             options["dataset"] = f"{kind}/{Path(place).absolute()}"
-        return replace(self, options=options)
+        return replace(self, options=options, extensions=extensions)
+
+    def _check_extensions(self) -> None:
+        added, order, sizes = self.extension_tasks, self.class_order or [], self.task_sizes or []
+        fits = len(added) == len(self.extensions) and all(number >= 0 for number in added)
+        rule = f"a number of tasks, 0 or more, for each of the {len(self.extensions)} extensions"
+        check(fits, "data.extension_tasks", added, rule)
+        if not self.extensions:
+            return
+        check(sum(added) < len(sizes), "data.extension_tasks", added, "fewer tasks than task_sizes")
+        check(sum(sizes) == len(order), "data.class_order", order, "as many names as in the tasks")
+        for key in ("classes", "tasks"):
+            value = getattr(self, key)
+            rule = "null in a stream with extensions, which has all classes of class_order"
+            check(value is None, f"data.{key}", value, rule)
 
     def _check_sizes(self) -> None:
         # Mismatched sizes would surface only when the first batch is stacked, or never.

@@ -101,30 +101,45 @@ class Digits(DataSet):
 class Glyphs(DataSet):
     """Characters of pen strokes on textured coloured grounds, drawn by this package: 32 by 32.
 
-    A character has 60 training and 40 test images. The seed of a run chooses which characters its
-    tasks are of, not what they look like: no seed changes an image.
+    A character has ``images`` training and 40 test images. The seed of a run chooses which
+    characters its tasks are of, not what they look like: no seed changes an image.
 
     Parameters
     ----------
     alphabet
         choose (120 characters, to choose settings on) or test (280 others, for results).
+    images
+        Training images of a character.
+
+    Raises
+    ------
+    ValueError
+        If there are no training images.
     """
 
     side = 32
     refuses = ("glyphs",)
 
     alphabet: Literal["choose", "test"] = "choose"
+    images: int = 240
+
+    def __post_init__(self) -> None:
+        """Refuse characters without images."""
+        if self.images < 1:
+            msg = f"data.images must be at least 1, got {self.images}"
+            raise ValueError(msg)
 
     def load(self, split: str) -> Split:
         """List the images of a split; those of a character are drawn when one is first read."""
         import numpy as np
 
-        from training.data.glyphs import ALPHABETS, PER_SPLIT, Drawings
+        from training.data.glyphs import ALPHABETS, TEST_IMAGES, Drawings
 
         numbers = ALPHABETS[self.alphabet]
-        targets = np.repeat(np.arange(len(numbers)), PER_SPLIT[split])
+        count = self.images if split == "train" else TEST_IMAGES
+        targets = np.repeat(np.arange(len(numbers)), count)
         names = [f"{self.alphabet}-{number:03}" for number in range(len(numbers))]
-        return Split(Drawings(numbers, split), targets, names)
+        return Split(Drawings(numbers, split, count), targets, names)
 
 
 @dataclass

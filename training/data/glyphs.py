@@ -35,7 +35,7 @@ SEED = 20261129
 ALPHABETS = {"choose": range(120), "test": range(120, 400)}
 MIN_ARCS = 5
 CHARACTER_CORRELATION = 0.75
-PER_SPLIT = {"train": 60, "test": 40}
+TEST_IMAGES = 40  # of a character; how many there are to train on is a setting of the data set
 FINENESS = 3  # dots of the bitmap, along each side, in a pixel of a painted image
 PEN_RADIUS = (0.8, 1.8)
 INK_SIZE = (18.0, 31.0)
@@ -397,8 +397,8 @@ def characters() -> Glyphs:
 
 
 @lru_cache(maxsize=512)
-def instances(character: int, split: str) -> NDArray[np.uint8]:
-    """Paint all images (N, 3, 32, 32) of a character in one of the splits, always the same.
+def instances(character: int, split: str, count: int) -> NDArray[np.uint8]:
+    """Paint images (N, 3, 32, 32) of a character for one of the splits, always the same.
 
     Parameters
     ----------
@@ -406,10 +406,11 @@ def instances(character: int, split: str) -> NDArray[np.uint8]:
         Its number in `characters`.
     split
         train or test.
+    count
+        N. Other counts give other images: a longer list does not begin with a shorter one.
     """
-    number = PER_SPLIT[split]
     rng = np.random.default_rng([SEED, character, split == "test"])
-    dots = bend(characters().take(np.full(number, character)), rng, 2 * DOTS)
+    dots = bend(characters().take(np.full(count, character)), rng, 2 * DOTS)
     return np.ascontiguousarray(paint(dots, rng).transpose(0, 3, 1, 2))
 
 
@@ -422,16 +423,18 @@ class Drawings(Sequence[Any]):
         The numbers of its characters in `characters`.
     split
         train or test.
+    count
+        Images of each character.
     """
 
-    def __init__(self, numbers: Sequence[int], split: str) -> None:
-        self.numbers, self.split = numbers, split
+    def __init__(self, numbers: Sequence[int], split: str, count: int) -> None:
+        self.numbers, self.split, self.count = numbers, split, count
 
     def __len__(self) -> int:
-        return len(self.numbers) * PER_SPLIT[self.split]
+        return len(self.numbers) * self.count
 
     def __getitem__(self, index: Any) -> Any:
         import torch
 
-        row, position = divmod(index, PER_SPLIT[self.split])
-        return torch.from_numpy(instances(self.numbers[row], self.split)[position])
+        row, position = divmod(index, self.count)
+        return torch.from_numpy(instances(self.numbers[row], self.split, self.count)[position])

@@ -1,9 +1,11 @@
 """Images by position, in memory or decoded from files, and sets of them with their labels."""
 
+from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ Key = tuple[int, int]
 """Position of an image, and the seed of its augmentation."""
 
 
-def images_of(source: Any, config: DataConfig) -> "Images":
+def images_of(source: Any, config: DataConfig) -> "ArrayImages | LazyImages":
     """The images of a data set by position; see `training.data.datasets.Split`."""
     if isinstance(source, Tensor | np.ndarray):
         return ArrayImages(torch.as_tensor(source), config)
@@ -158,7 +160,58 @@ class LazyImages:
         raise TypeError(msg)
 
 
-Images = ArrayImages | LazyImages
+class JoinedImages:
+    """Images of several sources, one after the other.
+
+    If one source has floats, those of the others become floats too, so that a batch has one type.
+
+    Parameters
+    ----------
+    parts
+        The sources.
+    """
+
+    def __init__(self, parts: "Sequence[Images]") -> None:
+        self.parts = parts
+        self._ends = list(accumulate(len(part) for part in parts))
+        self._floating = any(_is_floating(part) for part in parts)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Tensor:
+        number, position = self._place(index)
+        pixels = self.parts[number][position]
+        convert = self._floating and not pixels.is_floating_point()
+        return pixels.float() / 255 if convert else pixels
+
+    def digests(self, indices: Sequence[int]) -> list[str]:
+        """Hashes of the images at some positions; those that have none are left out."""
+        places = [self._place(index) for index in indices]
+        hashes: list[str] = []
+        for number, part in enumerate(self.parts):
+            hashes += part.digests([position for owner, position in places if owner == number])
+        return hashes
+
+    def files(self) -> list[Path]:
+        """The file of each image, or an empty list if some are not separate files."""
+        files = [part.files() for part in self.parts]
+        whole = all(len(own) == len(part) for own, part in zip(files, self.parts, strict=True))
+        return [path for own in files for path in own] if whole else []
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The source of an image, and its position there."""
+        number = bisect_right(self._ends, index)
+        return number, index - (self._ends[number - 1] if number else 0)
+
+
+def _is_floating(part: "Images") -> bool:
+    if isinstance(part, JoinedImages):
+        return any(_is_floating(own) for own in part.parts)
+    return isinstance(part, ArrayImages) and part.pixels.is_floating_point()
+
+
+Images = ArrayImages | LazyImages | JoinedImages
 """Images by position: uint8, or float in [0, 1], of shape (C, H, W)."""
 
 
@@ -230,12 +283,33 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
 
     def subset(self, labels: Collection[int]) -> "ImageSet":
         """Only the images with one of these labels, in the same order."""
-        wanted = torch.isin(self.labels, torch.tensor(sorted(labels), dtype=torch.int64))
-        return replace(self, indices=self.indices[wanted], labels=self.labels[wanted])
+        wanted = torch.tensor(sorted(labels), dtype=torch.int64)
+        return self.chosen(torch.isin(self.labels, wanted))
+
+    def chosen(self, mask: Tensor) -> "ImageSet":
+        """Only the images where a mask (N,) is true, in the same order."""
+        return replace(self, indices=self.indices[mask], labels=self.labels[mask])
+
+    def first(self, count: int) -> "ImageSet":
+        """Only the first ``count`` images."""
+        return replace(self, indices=self.indices[:count], labels=self.labels[:count])
 
     def with_transform(self, transform: Transform | None) -> "ImageSet":
         """The same images under another transform."""
         return replace(self, transform=transform)
+
+
+def joined(parts: Sequence[ImageSet]) -> ImageSet:
+    """One set of the images of several, in their order, without a transform."""
+    if len(parts) == 1:
+        return parts[0].with_transform(None)
+    starts = [0, *accumulate(len(part.images) for part in parts)]
+    indices = [part.indices + start for part, start in zip(parts, starts, strict=False)]
+    return ImageSet(
+        JoinedImages([part.images for part in parts]),
+        torch.cat(indices),
+        torch.cat([part.labels for part in parts]),
+    )
 
 
 def open_image(path: str | Path, config: DataConfig) -> Tensor:

@@ -1,7 +1,11 @@
-"""The stream of tasks: classes in a seeded random order, cut into a first task and increments."""
+"""The stream of tasks: classes in a seeded random order, cut into a first task and increments.
+
+A stream may have extensions: folders that brought further classes, or images of known ones, after
+its first tasks were learned.
+"""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -13,10 +17,29 @@ import torch
 from numpy.typing import NDArray
 
 from training.data.config import DataConfig
-from training.data.datasets import Split, some
-from training.data.images import Images, ImageSet, images_of
+from training.data.datasets import DATA_SETS, Split, some
+from training.data.images import ImageSet, images_of, joined
 
 _VALIDATION_SEED = 0
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What a folder added to a stream.
+
+    Parameters
+    ----------
+    first_task
+        Number of tasks before it.
+    known
+        Its training images of classes that these tasks had already.
+    evaluated
+        Number of evaluation images of the stream up to and including its own.
+    """
+
+    first_task: int
+    known: ImageSet
+    evaluated: int
 
 
 @dataclass(frozen=True)
@@ -34,7 +57,15 @@ class Stream:
     test
         Evaluation images of all tasks: the test split, or held-out training images.
     order
-        Original class number of each label.
+        Original class number of each label; with extensions, which have no common numbers, the
+        label itself.
+    base
+        Number of evaluation images of the data set itself, which come before those of the
+        extensions; all of them without extensions.
+    extensions
+        The extensions, the first one first.
+    missing
+        Why images of the data set or of an extension could not be read, where that is allowed.
     """
 
     class_names: list[str]
@@ -42,6 +73,20 @@ class Stream:
     train: ImageSet
     test: ImageSet
     order: list[int]
+    base: int | None = None
+    extensions: tuple[Extension, ...] = ()
+    missing: tuple[str, ...] = ()
+
+    def evaluated(self, tasks: int, extensions: int) -> ImageSet:
+        """Evaluation images of the first tasks, of the data set and of the first extensions.
+
+        An extension may have images of classes that were known before it: they do not count in
+        what was measured earlier.
+        """
+        base = len(self.test) if self.base is None else self.base
+        counts = [base, *(extension.evaluated for extension in self.extensions)]
+        seen = [label for task in self.tasks[:tasks] for label in task]
+        return self.test.first(counts[extensions]).subset(seen)
 
     def fingerprint(self, *, test_only: bool = False) -> str:
         """Hash of the content of the stream, independent of its folder.
@@ -63,7 +108,8 @@ class Stream:
         """
         content: list[Any] = [self.class_names, self.order, self.tasks]
         if not test_only:
-            content.append(_content(self.train))
+            parts = [self.train, *(extension.known for extension in self.extensions)]
+            content += [_content(part) for part in parts]
         content.append(self._test_content)
         return sha256(json.dumps(content).encode()).hexdigest()
 
@@ -84,12 +130,21 @@ def _content(part: ImageSet) -> list[Any]:
     return [part.labels.tolist(), names, part.images.digests(positions)]
 
 
-def build_stream(config: DataConfig, seed: int) -> Stream:
+def build_stream(config: DataConfig, seed: int, *, partial: bool = False) -> Stream:
     """Open a data set and cut it into tasks; the header of every image is read now.
 
     The classes are put in the order ``RandomState(seed).permutation(C)`` (with ``order_seed`` if
     it is set; as they are numbered without ``shuffle``), a class's new label is its position
-    there, and the tasks are consecutive labels (LoDA, arXiv:2603.00191, section 5).
+    there, and the tasks are consecutive labels (LoDA, arXiv:2603.00191, section 5). ``class_order``
+    declares another order.
+
+    Parameters
+    ----------
+    config, seed
+        The section ``data``, and the seed of the run.
+    partial
+        Leave out the images of the data set or of extensions that are no longer there, and name
+        them in `Stream.missing`; only in a stream with extensions.
 
     Raises
     ------
@@ -107,30 +162,131 @@ def build_stream(config: DataConfig, seed: int) -> Stream:
     >>> stream.class_names[:4]
     ['2', '8', '4', '9']
     """
-    data = config.build()  # one instance for both splits: the second may depend on the first
-    train = _checked(data.load("train"), config, "training")
+    if config.extensions:
+        return _extended(config, partial=partial)
+    data = config.build()
+    train = _checked(data.load("train"), _place(config), "training")
+    names = list(train.classes)
+    order = _class_order(config, seed, names)
+    tasks = cut_tasks(config, len(order))
+    order = order[: tasks[-1][-1] + 1]
+    labels = {names[number]: label for label, number in enumerate(order)}
+    parts = _parts(data, train, labels, config, _place(config))
+    return Stream([names[number] for number in order], tasks, *parts, order)
+
+
+def _class_order(config: DataConfig, seed: int, names: Sequence[str]) -> list[int]:
+    """Numbers of the classes in the order of learning: all of them, or those declared."""
+    if config.class_order is not None:
+        numbers = {name: number for number, name in enumerate(names)}
+        unknown = [name for name in config.class_order if name not in numbers]
+        if unknown:
+            msg = (
+                f"data.class_order must name classes of {_place(config)}, got {some(unknown)}; its "
+                f"classes are {some(list(names))}"
+            )
+            raise ValueError(msg)
+        return [numbers[name] for name in config.class_order]
+    if not config.shuffle:
+        return list(range(len(names)))
+    chosen = seed if config.order_seed is None else config.order_seed
+    # The generator of the published code: another one would give other tasks.
+    order: list[int] = np.random.RandomState(chosen).permutation(len(names)).tolist()
+    return order
+
+
+def _extended(config: DataConfig, *, partial: bool) -> Stream:
+    """The stream of a data set and of the folders that extend it, in one declared class order."""
+    names = list(config.class_order or [])
+    tasks = cut_tasks(config, len(names))
+    # Tasks before the first extension, up to the end of each, and up to the end of all.
+    ends = list(
+        accumulate(config.extension_tasks, initial=len(tasks) - sum(config.extension_tasks))
+    )
+    train: list[ImageSet] = []
+    test: list[ImageSet] = []
+    extensions: list[Extension] = []
+    missing: list[str] = []
+    for number, end in enumerate(ends):
+        learned = sum(len(task) for task in tasks[: ends[number - 1]]) if number else 0
+        # Classes of later tasks may lie in the folder by now; they count where they were learned.
+        labels = {name: label for label, name in enumerate(names[: tasks[end - 1][-1] + 1])}
+        try:
+            own = _source_parts(config, number, labels)
+        except FileNotFoundError as error:
+            if not partial:
+                raise
+            missing.append(str(error))
+            own = None
+        if own is not None:
+            known = own[0].labels < learned
+            train.append(own[0].chosen(~known))
+            test.append(own[1])
+        if number:
+            nothing = ImageSet(images_of([], config), torch.zeros(0).long(), torch.zeros(0).long())
+            update = nothing if own is None else own[0].chosen(known)
+            extensions.append(Extension(ends[number - 1], update, sum(map(len, test))))
+        else:
+            base = sum(map(len, test))
+    if not train:
+        msg = "; ".join(missing)
+        raise FileNotFoundError(msg)
+    return Stream(
+        names,
+        tasks,
+        joined(train),
+        joined(test),
+        list(range(len(names))),
+        base,
+        tuple(extensions),
+        tuple(missing),
+    )
+
+
+def _source_parts(
+    config: DataConfig, number: int, labels: Mapping[str, int]
+) -> tuple[ImageSet, ImageSet]:
+    """Training and evaluation images of the data set (0) or of an extension, counted from 1."""
+    if number == 0:
+        data, place = config.build(), _place(config)
+    else:
+        root = config.extensions[number - 1]
+        data, place = DATA_SETS.build("folder", {"root": root}), f"the extension {root}"
+    return _parts(data, _checked(data.load("train"), place, "training"), labels, config, place)
+
+
+def _parts(
+    data: Any, train: Split, labels: Mapping[str, int], config: DataConfig, place: str
+) -> tuple[ImageSet, ImageSet]:
+    """Training and evaluation images of the classes that have a label.
+
+    ``data`` is the instance that gave the training split: the second may depend on the first.
+    """
     names = list(train.classes)
     without = sorted(set(range(len(names))) - set(np.asarray(train.targets).tolist()))
     if without:
-        msg = f"{_place(config)} has no training image of {some([names[n] for n in without])}"
+        msg = f"{place} has no training image of {some([names[n] for n in without])}"
         raise ValueError(msg)
-    tasks = cut_tasks(config, len(names))
-    chosen = seed if config.order_seed is None else config.order_seed
-    # The generator of the published code: another one would give other tasks.
-    permutation = (
-        np.random.RandomState(chosen).permutation(len(names))
-        if config.shuffle
-        else np.arange(len(names))
-    )
-    order = permutation[: tasks[-1][-1] + 1].tolist()
-    images, labels = _relabelled(train, order, config)
+    images = _labelled(train, labels, config)
     if config.validation == 0:
-        test = _matched(_checked(data.load("test"), config, "evaluation"), names, config)
-        parts = _image_set(images, labels), _image_set(*_relabelled(test, order, config))
-    else:
-        held_out = _held_out(labels, order, config.validation, names)
-        parts = _image_set(images, labels, ~held_out), _image_set(images, labels, held_out)
-    return Stream([names[number] for number in order], tasks, *parts, order)
+        test = _matched(_checked(data.load("test"), place, "evaluation"), names, place)
+        return images, _labelled(test, labels, config)
+    numbers = {labels[name]: number for number, name in enumerate(names) if name in labels}
+    held_out = torch.from_numpy(_held_out(images.labels.numpy(), numbers, config.validation, names))
+    return images.chosen(~held_out), images.chosen(held_out)
+
+
+def _labelled(split: Split, labels: Mapping[str, int], config: DataConfig) -> ImageSet:
+    """The images of the classes that have a label, in the order of the split."""
+    # -1 for classes of no task.
+    label_of = np.array([labels.get(name, -1) for name in split.classes], dtype=np.int64)
+    every = label_of[np.asarray(split.targets)]
+    positions = np.flatnonzero(every >= 0)
+    return ImageSet(
+        images_of(split.images, config).select(positions.tolist()),
+        torch.arange(len(positions)),
+        torch.from_numpy(every[positions]),
+    )
 
 
 def cut_tasks(config: DataConfig, available: int) -> list[tuple[int, ...]]:
@@ -164,11 +320,11 @@ def cut_tasks(config: DataConfig, available: int) -> list[tuple[int, ...]]:
     return tasks[: config.tasks]
 
 
-def _checked(split: Any, config: DataConfig, use: str) -> Split:
+def _checked(split: Any, place: str, use: str) -> Split:
     """The split that a data set returned, checked: a third-party class may be wrong."""
     if not isinstance(split, Sequence) or len(split) != 3:
         msg = (
-            f"load of {_place(config)} must return images, the class number of each, and the names "
+            f"load of {place} must return images, the class number of each, and the names "
             f"of the classes, got {split!r:.40}; end it with: return images, targets, classes"
         )
         raise ValueError(msg)
@@ -176,27 +332,27 @@ def _checked(split: Any, config: DataConfig, use: str) -> Split:
     shape = getattr(images, "shape", None)
     if shape is not None and len(shape) != 4:
         msg = (
-            f"images of {_place(config)} must have the shape (N, C, H, W), got {tuple(shape)}; "
+            f"images of {place} must have the shape (N, C, H, W), got {tuple(shape)}; "
             "grey images need a channel too: images[:, None]"
         )
         raise ValueError(msg)
     numbers = np.asarray(targets)
     if numbers.ndim != 1 or numbers.dtype.kind not in "iu" or len(numbers) != len(images):
         msg = (
-            f"{_place(config)} must give one class number for each of its {len(images)} {use} "
+            f"{place} must give one class number for each of its {len(images)} {use} "
             f"images, got {numbers.dtype} of shape {numbers.shape}"
         )
         raise ValueError(msg)
     if not len(numbers) or numbers.min() < 0 or numbers.max() >= len(classes):
-        msg = f"{_place(config)}: {use} images must have class numbers from 0 to {len(classes) - 1}"
+        msg = f"{place}: {use} images must have class numbers from 0 to {len(classes) - 1}"
         raise ValueError(msg)
     if len(set(classes)) < len(classes):
-        msg = f"{_place(config)} must name its classes differently, got {some(list(classes))}"
+        msg = f"{place} must name its classes differently, got {some(list(classes))}"
         raise ValueError(msg)
     return Split(images, numbers.astype(np.int64), classes)
 
 
-def _matched(test: Split, names: Sequence[str], config: DataConfig) -> Split:
+def _matched(test: Split, names: Sequence[str], place: str) -> Split:
     """The test split under the class numbers of the training split.
 
     Raises
@@ -208,7 +364,7 @@ def _matched(test: Split, names: Sequence[str], config: DataConfig) -> Split:
     lacking = {"test": own - theirs, "train": theirs - own}
     parts = [f"{split} lacks {some(lost)}" for split, lost in lacking.items() if lost]
     if parts:
-        msg = f"{_place(config)}: both splits must hold the same classes, but {' and '.join(parts)}"
+        msg = f"{place}: both splits must hold the same classes, but {' and '.join(parts)}"
         raise ValueError(msg)
     # The splits may number the same classes differently, as DomainNet's lists can.
     numbers = {name: number for number, name in enumerate(names)}
@@ -222,22 +378,13 @@ def _place(config: DataConfig) -> str:
     return f"data {config.name}" + (f" ({place})" if place else "")
 
 
-def _relabelled(
-    split: Split, order: list[int], config: DataConfig
-) -> tuple[Images, NDArray[np.int64]]:
-    label_of = np.full(len(split.classes), -1, dtype=np.int64)  # -1 for classes of no task
-    label_of[order] = np.arange(len(order))
-    labels = label_of[np.asarray(split.targets)]
-    positions = np.flatnonzero(labels >= 0)
-    return images_of(split.images, config).select(positions.tolist()), labels[positions]
-
-
 def _held_out(
-    labels: NDArray[np.int64], order: Sequence[int], share: float, names: Sequence[str]
+    labels: NDArray[np.int64], numbers: Mapping[int, int], share: float, names: Sequence[str]
 ) -> NDArray[np.bool_]:
+    """Mask of the images that are held out; ``numbers`` are the classes' own, by label."""
     # Each class draws by its original number: another class order holds out the same images.
     mask = np.zeros(len(labels), dtype=np.bool_)
-    for label, number in enumerate(order):
+    for label, number in numbers.items():
         members = np.flatnonzero(labels == label)
         if len(members) < 2:
             msg = (
@@ -249,10 +396,3 @@ def _held_out(
         rng = np.random.default_rng((_VALIDATION_SEED, number))
         mask[rng.permutation(members)[:count]] = True
     return mask
-
-
-def _image_set(
-    images: Images, labels: NDArray[np.int64], chosen: NDArray[np.bool_] | None = None
-) -> ImageSet:
-    indices = np.arange(len(labels)) if chosen is None else np.flatnonzero(chosen)
-    return ImageSet(images, torch.from_numpy(indices), torch.from_numpy(labels[indices]))

@@ -47,6 +47,9 @@ class Readout(ABC):
     gathers : str or None
         Name of the statistics that it is fitted on; ``"statistics"`` are those of the classes.
         Read-outs that give the same name share one object. None if the heads are enough.
+    likelihoods : bool
+        Whether the softmax of its scores, over a temperature, is what it was trained to predict:
+        then the scores can be turned into probabilities. False by default.
 
     Examples
     --------
@@ -64,6 +67,7 @@ class Readout(ABC):
 
     name: ClassVar[str]
     gathers: ClassVar[str | None] = None
+    likelihoods: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -131,6 +135,7 @@ class Heads(Readout):
     """The heads as they were trained, all of them side by side: the paper's own read-out."""
 
     name = "heads"
+    likelihoods = True
 
     def fit(
         self,
@@ -202,6 +207,7 @@ class Alignment(Readout):
 
     name = "alignment"
     gathers = "statistics"
+    likelihoods = True
 
     epochs: int | None = None
     shrinkage: float = 0.3

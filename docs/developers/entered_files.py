@@ -1,7 +1,7 @@
 """How much of this package ``loda train`` enters: files and functions, counted by a profile hook.
 
-``python docs/entered_files.py`` trains two tasks of the digits in a temporary folder and prints,
-package by package, in how many files a function was called, and how many functions were.
+``python docs/developers/entered_files.py`` trains two tasks of the digits in a temporary folder and
+prints, package by package, in how many files a function was called, and how many functions were.
 Functions are those with a name, and lambdas; bodies of modules and classes, which importing runs,
 and comprehensions do not count. Further arguments are settings of ``loda train``; with ``--files``
 every file is listed.
@@ -17,7 +17,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("loda_math", "backends", "training")
 SETTINGS = ("--data.name=digits", "--data.tasks=2", "--train.epochs=1", "--device=cpu")
 SETTINGS += ("--threads=1",)

@@ -15,7 +15,7 @@ from training import cli
 from training.methods import MethodConfig
 from training.run_dir import read_json
 
-PAGE = Path(__file__).parents[1].joinpath("docs", "extend.md").read_text(encoding="utf-8")
+PAGE = Path(__file__).parents[1].joinpath("docs", "components.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", PAGE, re.DOTALL))
 COMMANDS = [shlex.split(line)[1:] for line in re.findall(r"^    (loda .*)$", PAGE, re.MULTILINE)]
 

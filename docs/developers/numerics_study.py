@@ -1,4 +1,4 @@
-"""Tables and figure of docs/numerics.md (with ``--full``: 1e7 tokens). Needs the test extra."""
+"""Tables and figure of numerics.md, beside this file (``--full``: 1e7 tokens). Needs test extras."""
 
 import sys
 from pathlib import Path
@@ -212,7 +212,7 @@ def main() -> None:
         ax.set(title=panel, xlabel=below, xscale=horizontal, yscale=scale)
         ax.legend(frameon=False)
     fig.supylabel("share of the best (A to C) or of the true (D) value")
-    fig.savefig(Path(__file__).parent / "images" / "numerics.png", dpi=130)
+    fig.savefig(Path(__file__).parents[1] / "images" / "numerics.png", dpi=130)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Table and list of docs/mutation_survivors.md, from what `make mutants` left in mutants/.
+"""Table and list of mutation_survivors.md beside this file, from what `make mutants` left.
 
 ``--sample N`` prints the names of N mutants drawn at random instead. Needs the dev extra.
 """
@@ -216,7 +216,7 @@ def main() -> None:
     whole = sum(counts.values(), Counter())
     run = sum(whole.values()) - whole["not run"]
     share = (whole["killed"] + whole["timeout"]) / run
-    lines = ["# Mutants of `loda_math`", "", "Written by `docs/mutation_table.py`.", ""]
+    lines = ["# Mutants of `loda_math`", "", "Written by `docs/developers/mutation_table.py`.", ""]
     lines += [f"{100 * share:.1f} % of {run} mutants were found.", ""]
     if whole["not run"]:
         low, high = interval(share, run)

@@ -1,4 +1,4 @@
-"""Tables on the scale of the ridge in docs/numerics.md. Needs the test extra.
+"""Tables on the scale of the ridge in docs/developers/numerics.md. Needs the test extra.
 
 Parts 2 and 3 read the activations of pretrained transformers on photographs. They are skipped, with
 the reason, where the folder that LODA_SHARED names (default: ../shared) lacks them.
@@ -15,7 +15,7 @@ from scipy import linalg
 
 from loda_math import isolated_subspace
 
-SHARED = Path(os.environ.get("LODA_SHARED", Path(__file__).parents[2] / "shared")) / "data"
+SHARED = Path(os.environ.get("LODA_SHARED", Path(__file__).parents[3] / "shared")) / "data"
 CAP = 8  # as the library has it, for the diagonal ridge
 ALPHA = 1e-2
 

@@ -1,0 +1,71 @@
+"""What a run says of itself before it starts and after it has ended."""
+
+from pathlib import Path
+
+import pytest
+from small_runs import plain, tiny
+
+from training.config import Experiment, KeepConfig
+from training.overview import end, task_sizes
+from training.train import train
+
+
+def test_the_beginning_says_what_is_trained_on_what(
+    tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny(root, tmp_path / "run"))
+    lines = capsys.readouterr().out.splitlines()
+    said = {line.split()[0]: line for line in lines[:9]}
+    assert str(root) in said["data"]
+    assert "36 images to train on, 18 to evaluate on" in said["data"]
+    assert "3 tasks of 2 classes" in said["tasks"]
+    assert "16 x 16 pixels, RGB" in said["images"]
+    assert "loda: 2 epochs" in said["method"]
+    assert "cpu" in said["device"]
+    assert str(tmp_path / "run") in said["results"]
+    assert "of the head" in said["trained"]
+    assert lines.index(said["trained"]) < lines.index(next(x for x in lines if "task 1/3" in x))
+    assert any(line.startswith(f"  loda predict {tmp_path / 'run'}") for line in lines)
+
+
+def test_tasks_of_one_class_are_warned_of(
+    tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"init_cls": 2, "increment": 1, "tasks": 3}
+    train(tiny(root, tmp_path / "run", data=sizes, train={"epochs": 1}))
+    assert "warning: tasks 2, 3 with one class" in capsys.readouterr().out
+
+
+def test_sizes_of_tasks_in_words() -> None:
+    assert task_sizes([1]) == "1 task of 1 class"
+    assert task_sizes([50, 10, 10, 5]) == "4 tasks of 50, 2 times 10, 5 classes"
+
+
+def test_the_end_names_tasks_in_which_nothing_was_learned() -> None:
+    line = '{{"event": "task", "task": {}, "update": {}}}\n'
+    log = "".join(
+        line.format(task, update)
+        for task, update in ((1, '{"changed": 0.0}'), (2, '{"changed": 0.1}'), (3, "null"))
+    ).encode()
+    warning, *_ = end(Experiment(), Path("run"), log)
+    assert "in task 1:" in warning
+    assert not any("warning" in x for x in end(Experiment(), Path("run"), b""))
+
+
+def test_a_run_is_extended_only_with_its_state() -> None:
+    with_state, without = (
+        "\n".join(end(Experiment(keep=KeepConfig(state=state)), Path("my run"), b""))
+        for state in (True, False)
+    )
+    assert "loda extend 'my run' " in with_state
+    assert "extend" not in without
+
+
+def test_a_finished_run_records_what_its_updates_did(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    from training.run_dir import read_json
+
+    updates = read_json(plain(tmp_path_factory) / "summary.json")["updates"]
+    assert len(updates) == 3
+    assert all(0 < update["relative"] < 1 for update in updates)

@@ -1,0 +1,206 @@
+"""What a run is about to do, and what can be done with it afterwards, in words for the terminal."""
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.config import Experiment
+
+if TYPE_CHECKING:
+    import torch
+
+    from training.backbones import Backbone
+    from training.data import Stream
+
+_NAME_WIDTH = 10
+
+
+def beginning(
+    experiment: Experiment,
+    stream: "Stream",
+    backbone: "Backbone",
+    *,
+    device: "torch.device",
+    processes: int,
+    folder: Path,
+    done: int,
+) -> list[str]:
+    """Lines that say what a run trains on what, and where its results go.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        Its settings, with the values that were chosen for it.
+    stream : Stream
+        Its images and tasks.
+    backbone : Backbone
+        The network.
+    device : torch.device
+        Where it is trained.
+    processes : int
+        Number of processes that train together.
+    folder : Path
+        The run folder.
+    done : int
+        Tasks completed before, if it is resumed.
+    """
+    import torch
+
+    data, train, head = experiment.data, experiment.train, experiment.head
+    parameters = sum(p.numel() for p in backbone.module.parameters())
+    order = f"in random order (seed {_order_seed(experiment)})" if data.shuffle else "in order"
+    schedule = f"{train.epochs} epochs a task, {train.optimizer}, learning rate {train.lr}"
+    trains = f"{schedule}, batches of {train.batch_size}" if train.epochs else "nothing is trained"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    threads = "" if device.type != "cpu" else f", {_count(torch.get_num_threads(), 'thread')}"
+    where = f"{device}{f' ({name})' if name else ''}{threads}"
+    precision = {"no": "float32", "bf16": "mixed precision (bfloat16)"}[experiment.precision]
+    lines = {
+        "data": f"{_data_name(experiment)}: {len(stream.train):,} images to train on, "
+        f"{len(stream.test):,} to evaluate on",
+        "tasks": f"{_count(len(stream.order), 'class', 'classes')} {order}, "
+        f"in {task_sizes([len(task) for task in stream.tasks])}",
+        "backbone": f"{backbone.name}: {parameters:,} parameters, {backbone.features} features",
+        "images": f"{_images(experiment, backbone)}",
+        "method": f"{experiment.method.name}: {trains}",
+        "read-out": ", ".join(head.names),
+        "device": f"{where}, {precision}{f', {processes} processes' if processes > 1 else ''}",
+        "results": str(folder),
+    }
+    if done:
+        lines["resumed"] = f"after task {done} of {len(stream.tasks)}"
+    return [named(name, text) for name, text in lines.items()] + _one_class(experiment, stream)
+
+
+def named(name: str, text: str) -> str:
+    """A line of the overview.
+
+    Examples
+    --------
+    >>> named("device", "cpu")
+    'device    cpu'
+    """
+    return f"{name:<{_NAME_WIDTH}}{text}"
+
+
+def trained_line(method: str, adapted: int, head: int, total: int) -> str:
+    """What is trained in a task: parameters of the backbone and of the task's head.
+
+    Examples
+    --------
+    >>> trained_line("loda", 49152, 1536, 5_000_000)
+    'trained   49,152 parameters of the backbone (0.98 %) and 1,536 of the head'
+    >>> trained_line("frozen", 0, 1536, 5_000_000)
+    'trained   1,536 parameters of the head; frozen does not adapt the backbone'
+    """
+    if not adapted:
+        return named(
+            "trained", f"{head:,} parameters of the head; {method} does not adapt the backbone"
+        )
+    share = f"{100 * adapted / total:.2g} %"
+    return named(
+        "trained", f"{adapted:,} parameters of the backbone ({share}) and {head:,} of the head"
+    )
+
+
+def task_sizes(sizes: Sequence[int]) -> str:
+    """Numbers of classes of the tasks, in words.
+
+    Examples
+    --------
+    >>> task_sizes([8, 8, 8]), task_sizes([50, 10, 10, 10]), task_sizes([4])
+    ('3 tasks of 8 classes', '4 tasks of 50, 3 times 10 classes', '1 task of 4 classes')
+    """
+    runs = [(size, len(list(same))) for size, same in groupby(sizes)]
+    if len(runs) == 1:
+        parts = [str(sizes[0])]
+    else:
+        parts = [str(size) if times == 1 else f"{times} times {size}" for size, times in runs]
+    shown = ", ".join(parts[:6]) + (", ..." if len(parts) > 6 else "")
+    classes = "class" if set(sizes) == {1} else "classes"
+    return f"{_count(len(sizes), 'task')} of {shown} {classes}"
+
+
+def end(experiment: Experiment, folder: Path, log: bytes) -> list[str]:
+    """Lines about what a finished run learned, and the commands that use it.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        Its settings.
+    folder : Path
+        The run folder.
+    log : bytes
+        Its metrics.
+    """
+    lines = []
+    idle = [n for n, update in updates(log).items() if update and not update["changed"]]
+    if idle:
+        tasks = f"task{'s' if len(idle) > 1 else ''} {', '.join(map(str, idle))}"
+        lines.append(
+            f"warning: nothing was learned in {tasks}: the update changed no prediction of a "
+            "training image. Compare with --method frozen; if that is as good, raise train.lr or "
+            "train.epochs."
+        )
+    run = shlex.quote(str(folder))
+    commands = {
+        f"loda predict {run} PHOTO...": "classify images",
+        f"loda extend {run} NEW_PHOTOS": "teach it new classes",
+        f"loda eval {run}": "measure it again, class by class",
+        f"loda report {run} --out report": "tables and figures on a page",
+    }
+    if not experiment.keep.state:
+        del commands[f"loda extend {run} NEW_PHOTOS"]
+    width = max(map(len, commands))
+    return [*lines, "next:", *(f"  {line:<{width}}  {what}" for line, what in commands.items())]
+
+
+def updates(log: bytes) -> dict[int, dict[str, Any] | None]:
+    """What the update of each task did, by its number; None where a method adapted nothing.
+
+    Examples
+    --------
+    >>> updates(b'{"event": "task", "task": 1, "update": {"changed": 0.5}}')
+    {1: {'changed': 0.5}}
+    """
+    events: list[Mapping[str, Any]] = [json.loads(line) for line in log.splitlines()]
+    return {event["task"]: event.get("update") for event in events if event["event"] == "task"}
+
+
+def _data_name(experiment: Experiment) -> str:
+    options = experiment.data.options
+    place = options.get("dataset") or options.get("root")
+    name = experiment.data.name
+    return f"{name} ({place})" if place else name
+
+
+def _order_seed(experiment: Experiment) -> int:
+    own = experiment.data.order_seed
+    return experiment.seed if own is None else own
+
+
+def _images(experiment: Experiment, backbone: "Backbone") -> str:
+    data = experiment.data
+    colours = {1: "grey", 3: "RGB"}.get(backbone.channels, f"{backbone.channels} channels")
+    side = data.image_size
+    return f"{side} x {side} pixels, {colours}, mean {data.mean}, std {data.std}"
+
+
+def _one_class(experiment: Experiment, stream: "Stream") -> list[str]:
+    """A warning about tasks of one class, in which nothing can be trained."""
+    single = [number for number, task in enumerate(stream.tasks, 1) if len(task) == 1]
+    if not single or not experiment.train.epochs:
+        return []
+    tasks = f"task{'s' if len(single) > 1 else ''} {', '.join(map(str, single))}"
+    return [
+        f"warning: {tasks} with one class: there is nothing to tell apart, so the loss is 0 and "
+        "nothing is trained; give every task at least two classes (data.init_cls, data.increment "
+        "or data.task_sizes)"
+    ]
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number} {one if number == 1 else many or f'{one}s'}"
