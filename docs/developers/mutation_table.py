@@ -67,7 +67,7 @@ CLASSES: tuple[tuple[str, str, Rule], ...] = (
         "array-api-strict, which the profile leaves out, do.",
         like(
             r"_arrays\.py:(is_concrete|_is_traced|full_precision|is_\w+|transposed|widest) "
-            r"|_eigh\.py:_thread|torch|jax|dask|compensated|is_concrete\(|is_deferred"
+            r"|_eigh\.py:_thread|_whitened_solve|may_be_differentiated|torch|jax|dask|compensated|is_concrete\(|is_deferred"
             r"|a\.numpy\(\)|widest\(xp, None\)|is_(numpy|array)\(None\)|__module__"
             r"|full_precision\(None\)|zeros_like\(None\)"
         ),
@@ -112,7 +112,7 @@ CLASSES: tuple[tuple[str, str, Rule], ...] = (
         "what the library does by itself.",
         # mutmut puts "XXXX" in the place of an empty string.
         like(
-            r"\"XXXX\"|_leading\(a, 2\)|spectrum\[\.\.\., :2\]|take_along_axis\(s, start, \)"
+            r"\"XXXX\"|spectrum\[\.\.\., :2\]|take_along_axis\(s, start, \)"
             r"|lowest, ridge, \)|best\.directions, None"
         ),
     ),
@@ -127,9 +127,10 @@ CLASSES: tuple[tuple[str, str, Rule], ...] = (
         "uses: the answer is the same, later or sooner.",
         like(
             r"_spectral|recalibration\.py:_box \| pairs"
-            r"|range\(0, size|parts\.insert"
-            r"|_eigh\.py:_lanczos \| (start|operator|options|steps|if \"rng\")"
+            r"|range\(0, size|parts\.insert|_is_shut"
+            r"|_eigh\.py:_lanczos \| (start|operator|options|steps|if \"rng\")|_box \| target"
             r"|_eigh\.py.*(check_finite|overwrite|clean=|ascontiguousarray|\.copy\(\))"
+            r"|:_natural "
         ),
     ),
     (
