@@ -16,7 +16,7 @@ WITH_JAX := $(ONE_THREAD) LODA_LIBRARIES=jax,jax-x32
 # One worker has all tests of a file, whose runs and processes they share.
 PYTEST = $(ONE_THREAD) $(BIN)/pytest -n auto --dist loadfile
 
-.PHONY: run test gate full gpu jax-all mlx integrations minimum test-numpy mutants bench bench-gpu attack soak lint types clean
+.PHONY: run test gate full gpu jax-all mlx integrations minimum test-numpy mutants bench bench-gpu attack soak docs lint types clean
 
 run: $(VENV)/.train
 	$(BIN)/loda train
@@ -82,6 +82,10 @@ attack: $(VENV)/.test
 soak: $(VENV)/.test
 	rm -rf build/soak
 	$(ONE_THREAD) $(BIN)/python tests/soak.py build/soak
+
+# The site, in build/docs: a minute and a half on a core. Warnings are errors; both notebooks run.
+docs: $(VENV)/.docs
+	$(ONE_THREAD) $(BIN)/sphinx-build -W --keep-going -q -d build/doctrees docs build/docs
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ from typing import Any
 from training.cli import main
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["training.train", "training.analysis.predict"])
+_server.set_forkserver_preload(["training.train", "training.analysis.evaluate"])
 _CAPABILITIES_V3 = 0x20080522
 
 Command = Sequence[str]

@@ -1,40 +1,46 @@
-"""Finished runs as classifiers, evaluated again from the weights alone, and damaged ones."""
+"""Finished runs as classifiers of images of every kind, tables of predictions, damaged runs."""
 
 import json
-import shutil
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pandas
 import pytest
 import torch
-from image_folders import repaint
-from run_contents import contents, resealed, set_in_config
+from numpy.typing import NDArray
+from PIL import Image
+from run_contents import resealed
 from safetensors.torch import load_file, save_file
-from small_runs import COLOURS, READOUTS, finished, tree
+from small_runs import COLOURS, READOUTS
 
 import training
-from training.analysis.predict import Classifier, evaluate_run, load
+from training.analysis.evaluate import evaluate_run
+from training.analysis.predict import (
+    Classifier,
+    Prediction,
+    answer,
+    image_files,
+    load,
+    printable,
+    require_table,
+    write_table,
+)
+from training.calibration import probabilities
 from training.config import read_experiment
 from training.data import build_stream
 from training.data import test_transform as evaluation_transform
 from training.run_dir import read_json
 
 MODEL, READOUT_FILE = "model.safetensors", "readouts.safetensors"
-Counts = dict[str, tuple[list[int], list[int]]]
 
 
 @pytest.fixture(scope="session")
 def classifier(run: Path) -> Classifier:
     return training.load(run)
-
-
-def recorded(run: Path) -> Counts:
-    counts = read_json(run / "summary.json")["counts"]
-    return {name: (c["correct"][-1], c["total"][-1]) for name, c in counts.items()}
-
-
-def evaluated(run: Path) -> Counts:
-    return {name: (r["correct"], r["total"]) for name, r in evaluate_run(run).items()}
 
 
 def test_predictions_name_classes_best_first(classifier: Classifier, run: Path) -> None:
@@ -53,8 +59,9 @@ def test_predictions_name_classes_best_first(classifier: Classifier, run: Path) 
         assert all(-1 <= score <= 1 for score in scores)
         logits = classifier.logits(pixels[name][None])[0]
         expected = dict(zip(names, logits.tolist(), strict=True))
-        assert dict(predictions) == pytest.approx(expected, abs=1e-6)
+        assert {p.name: p.score for p in predictions} == pytest.approx(expected, abs=1e-6)
     assert sum(p[0].name == name for name, p in zip(COLOURS, by_image, strict=True)) >= 5
+    assert all(p.probability is None for best in by_image for p in best)  # nearest mean
     ((alone,),) = classifier.predict([str(paths[0])])  # a string, and top 1
     assert alone.name == by_image[0][0].name
     assert alone.score == pytest.approx(by_image[0][0].score, abs=1e-6)
@@ -114,6 +121,192 @@ def test_what_cannot_be_predicted_is_named(classifier: Classifier, tmp_path: Pat
             classifier.predict([good], top=top)
 
 
+# Images that are not files
+
+
+def pixels_of(classifier: Classifier, name: str = "red") -> tuple[Path, NDArray[np.uint8]]:
+    path = Path(classifier.experiment.data.options["root"]) / "test" / name / "0.png"
+    with Image.open(path) as image:
+        return path, np.asarray(image.convert("RGB"))
+
+
+def test_files_pictures_arrays_and_tensors_are_one_image(classifier: Classifier) -> None:
+    path, array = pixels_of(classifier)
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    same: list[Any] = [path, Image.fromarray(array), array, tensor, array[:, ::-1][:, ::-1]]
+    (first, *others) = classifier.predict(same, top=6)
+    assert all(other == first for other in others)  # the same bits
+    floats: list[Any] = [
+        array / 255,
+        tensor.float() / 255,
+        tensor.double() / 255,
+        array.astype(">f4") / 255,
+    ]
+    for other in classifier.predict(floats, top=6):
+        assert [p.name for p in other] == [p.name for p in first]
+        assert [p.score for p in other] == pytest.approx([p.score for p in first], abs=1e-6)
+
+
+def test_batches_are_predicted_as_lists_are(classifier: Classifier) -> None:
+    arrays = np.stack([pixels_of(classifier, name)[1] for name in ("red", "blue")])
+    tensors = torch.from_numpy(arrays).permute(0, 3, 1, 2)
+    expected = classifier.predict(list(arrays))
+    assert classifier.predict(arrays) == expected
+    assert classifier.predict(tensors) == expected
+
+
+def test_grey_and_transparent_images_are_taken_as_files_of_them_are(
+    classifier: Classifier, tmp_path: Path
+) -> None:
+    _, array = pixels_of(classifier)
+    grey = array[..., 0]
+    alpha = np.concatenate([array, np.full((16, 16, 1), 255, np.uint8)], axis=2)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    Image.fromarray(alpha).save(tmp_path / "alpha.png")
+    for name, images in {"grey": [grey, grey[..., None]], "alpha": [alpha]}.items():
+        expected = classifier.predict([tmp_path / f"{name}.png"])
+        assert all(classifier.predict([image]) == expected for image in images)
+    (floating,) = classifier.predict([grey / 255])
+    assert floating[0].score == pytest.approx(classifier.predict([grey])[0][0].score, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("image", "kind", "said"),
+    [
+        (np.zeros((16, 16, 3), np.int64), TypeError, "int64"),
+        (np.zeros((16, 16, 3), bool), TypeError, "bool"),
+        (torch.zeros(3, 16, 16, dtype=torch.int32), TypeError, "int32"),
+        (np.zeros((3, 16, 16), np.uint8), ValueError, "last"),
+        (torch.zeros(16, 16, 3, dtype=torch.uint8), ValueError, "first"),
+        (np.zeros((16, 16, 2), np.uint8), ValueError, "channels"),
+        (np.zeros((0, 16, 3), np.uint8), ValueError, "shape"),
+        (np.zeros(16, np.uint8), ValueError, "shape"),
+        (np.full((16, 16, 3), 200.0), ValueError, "255"),
+        (torch.full((3, 16, 16), -0.5), ValueError, "normalisation"),
+        (torch.full((3, 16, 16), float("nan")), ValueError, "nan"),
+        (np.zeros((16, 16, 4)), ValueError, "alpha"),
+        (b"image", TypeError, "bytes"),
+    ],
+)
+def test_what_is_no_image_is_refused(
+    classifier: Classifier, image: Any, kind: type[Exception], said: str
+) -> None:
+    _, good = pixels_of(classifier)
+    with pytest.raises(kind, match=said):
+        classifier.predict([good, image])
+    failed: list[Any] = []
+    first, second = classifier.predict([good, image], on_error=lambda x, _: failed.append(x))
+    assert first
+    assert second == []
+    assert failed[0] is image
+
+
+def test_a_single_image_is_no_list(classifier: Classifier) -> None:
+    path, array = pixels_of(classifier)
+    for single in (path, Image.fromarray(array), array, torch.zeros(3, 16, 16)):
+        with pytest.raises(TypeError, match="brackets"):
+            classifier.predict(single)  # type: ignore[arg-type]
+
+
+# Probabilities, tables, files
+
+
+def test_probabilities_are_the_softmax_at_the_temperature_of_the_run(
+    classifier: Classifier, run: Path
+) -> None:
+    calibration = read_json(run / "summary.json")["calibration"]
+    assert classifier.temperatures == {k: v["temperature"] for k, v in calibration.items()}
+    path, _ = pixels_of(classifier)
+    for readout, temperature in classifier.temperatures.items():
+        (best,) = classifier.predict([path], top=6, readout=readout)
+        shares = [p.probability for p in best]
+        assert sum(x for x in shares if x is not None) == pytest.approx(1)
+        expected = probabilities(torch.tensor([p.score for p in best]), temperature)
+        assert shares == pytest.approx(expected.tolist())
+
+
+def test_a_table_has_a_row_for_every_image_that_can_be_read(
+    classifier: Classifier, tmp_path: Path
+) -> None:
+    path, array = pixels_of(classifier)
+    (tmp_path / "text.png").write_text("no image")
+    failed: list[object] = []
+    table = classifier.table(
+        [path, tmp_path / "text.png", array],
+        top=2,
+        readout="heads",
+        threshold=1.0,
+        on_error=lambda image, _: failed.append(image),
+    )
+    assert failed == [tmp_path / "text.png"]
+    columns = ["image", "answer", "class_1", "probability_1", "class_2", "probability_2"]
+    assert list(table) == columns
+    assert list(table["image"]) == [str(path), 2]
+    assert set(table["answer"]) == {"unknown"}
+    assert list(classifier.table([path])) == ["image", "class_1", "score_1"]
+    known = classifier.table([path], readout="heads", threshold=0.0)
+    assert list(known["answer"]) == list(known["class_1"])
+
+
+def test_thresholds_that_no_value_can_reach_are_refused(classifier: Classifier) -> None:
+    path, _ = pixels_of(classifier)
+    for readout, threshold in (("heads", 1.5), ("heads", -0.1), ("ridge", math.nan)):
+        with pytest.raises(ValueError, match="threshold"):
+            classifier.table([path], readout=readout, threshold=threshold)
+    # A score may have any size.
+    assert set(classifier.table([path], readout="ridge", threshold=7.0)["answer"]) == {"unknown"}
+
+
+def test_an_answer_at_the_threshold_is_given() -> None:
+    assert answer([Prediction("cat", 0.1, 0.5)], 0.5) == "cat"
+
+
+def test_files_of_folders_are_found_in_order(tmp_path: Path) -> None:
+    for name in ("b/2.png", "b/10.JPG", "a/c/1.webp", "a/notes.txt", ".hidden/3.png", "b/.4.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    single = tmp_path / "a" / "notes.txt"  # a file that is named is taken
+    images, others = image_files([tmp_path, single])
+    assert [x.relative_to(tmp_path).as_posix() for x in images] == [
+        "a/c/1.webp",
+        "b/10.JPG",
+        "b/2.png",
+        "a/notes.txt",
+    ]
+    assert others == [single]
+    with pytest.raises(FileNotFoundError, match="none"):
+        image_files([tmp_path, tmp_path / "none"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty"):
+        image_files([tmp_path / "empty"])
+
+
+@pytest.mark.parametrize("ending", ["csv", "json", "parquet"])
+def test_tables_are_read_back_as_they_were(tmp_path: Path, ending: str) -> None:
+    if ending == "parquet":
+        pytest.importorskip("pyarrow")
+    table = pandas.DataFrame(
+        {"image": ["a, ß.png", "b"], "class_1": ["x", "y"], "score_1": [0.1, 1 / 3]}
+    )
+    path = write_table(table, tmp_path / "new" / f"t.{ending}")
+    read = {"csv": pandas.read_csv, "json": pandas.read_json, "parquet": pandas.read_parquet}
+    pandas.testing.assert_frame_equal(read[ending](path), table)
+    with pytest.raises(FileExistsError, match="overwrite"):
+        write_table(table, path)
+    write_table(table[:1], path, overwrite=True)
+    assert len(read[ending](path)) == 1
+
+
+def test_other_endings_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="parquet"):
+        require_table(tmp_path / "t.xlsx")
+
+
+def test_names_that_are_not_utf_8_can_be_written() -> None:
+    assert printable(os.fsdecode(b"caf\xe9.png")) == "caf\\xe9.png"
+    assert printable(Path("café.png")) == "café.png"
+
+
 def test_a_device_that_is_not_there_is_named(run: Path) -> None:
     absent = ["nonsense"] if torch.cuda.is_available() else ["nonsense", "cuda"]
     for device in absent:
@@ -132,78 +325,6 @@ def test_model_and_readouts_move_together(run: Path) -> None:
         classifier.to("cuda")
         for name, logits in before.items():
             torch.testing.assert_close(classifier.logits(images, name).cpu(), logits)
-
-
-# Evaluation
-
-
-@pytest.mark.parametrize("method", ["loda", "seq_lora", "frozen"])
-def test_evaluation_reproduces_the_recorded_counts(
-    method: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    run = finished(tmp_path_factory, method)
-    expected = recorded(run)
-    needed = ("config.yaml", "classes.json", "manifest.json", MODEL, READOUT_FILE)
-    for name in needed:
-        shutil.copy(run / name, tmp_path)
-    before = contents(tmp_path)
-    results = evaluate_run(tmp_path)
-    assert next(iter(results)) == "nearest_mean"  # the primary read-out first
-    assert results.keys() == expected.keys()
-    for name, result in results.items():
-        correct, total = expected[name]
-        assert (result["correct"], result["total"]) == (correct, total)
-        assert result["accuracy"] == sum(correct) / sum(total)
-        assert result["by_task"] == [sum(correct[k : k + 2]) / 6 for k in (0, 2, 4)]
-    assert contents(tmp_path) == before
-
-
-@pytest.mark.parametrize("size", [1, 5, 1000])
-def test_evaluation_does_not_depend_on_the_batch_size(run: Path, copy: Path, size: int) -> None:
-    set_in_config(copy, "train", eval_batch_size=size)
-    assert evaluated(copy) == recorded(run)
-
-
-def test_evaluation_does_not_depend_on_the_order_of_the_images(
-    run: Path, classifier: Classifier
-) -> None:
-    test = build_stream(classifier.experiment.data, classifier.experiment.seed).test
-    images = test.with_transform(evaluation_transform(classifier.experiment.data))
-    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(3)).tolist()
-    for name, (correct, total) in recorded(run).items():
-        hits, seen = [0] * 6, [0] * 6
-        for first in range(0, len(order), 4):
-            items = [images[k] for k in order[first : first + 4]]
-            scores = classifier.logits(torch.stack([pixels for pixels, _ in items]), name)
-            for best, (_, label) in zip(scores.argmax(1).tolist(), items, strict=True):
-                hits[label] += int(best == label)
-                seen[label] += 1
-        assert (hits, seen) == (correct, total)
-
-
-def test_a_run_on_held_out_images_is_evaluated_without_the_test_split(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    data = shutil.copytree(tree(tmp_path_factory), tmp_path / "data")
-    run = finished(
-        tmp_path_factory, "frozen", data={"root": str(data), "validation": 0.34}, keep={}
-    )
-    shutil.rmtree(data / "test")
-    assert evaluated(run) == recorded(run)
-
-
-def test_data_of_other_classes_are_refused(
-    copy: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    data = shutil.copytree(tree(tmp_path_factory), tmp_path / "data")
-    for split in ("train", "test"):
-        (data / split / "red").rename(data / split / "zinnober")
-    with pytest.raises(ValueError, match="classes"):
-        evaluate_run(copy, root=str(data))
-    shutil.rmtree(data)
-    with pytest.raises(FileNotFoundError, match="root"):
-        evaluate_run(copy, root=str(data))
-    assert load(copy).classes  # prediction needs no data
 
 
 # Damaged runs
@@ -249,6 +370,12 @@ def to_nan(tensors: dict[str, torch.Tensor]) -> None:
     next(iter(tensors.values())).fill_(float("nan"))
 
 
+def cold(run: Path) -> None:
+    summary = read_json(run / "summary.json")
+    summary["calibration"]["heads"]["temperature"] = 0
+    (run / "summary.json").write_text(json.dumps(summary), "utf-8")
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "half a model": (truncate(MODEL), MODEL),
     "a model without a tensor": (change(MODEL, lambda t: t.pop("norm.bias")), "norm.bias"),
@@ -280,6 +407,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "an unknown setting": (write("config.yaml", "tran: {lr: 1}"), r"config\.yaml"),
     "no JSON": (write("classes.json", "{"), r"classes\.json"),
     "a list": (write("classes.json", [1]), r"classes\.json"),
+    "a temperature of zero": (cold, r"summary\.json.*positive"),
     "no names": (write("classes.json", {"order": [1]}), r"classes\.json.*class_names"),
 }
 
@@ -309,16 +437,3 @@ def test_files_that_the_run_did_not_write_are_refused(copy: Path, name: str) -> 
 def test_tensors_of_other_readouts_are_left_alone(copy: Path) -> None:
     change(READOUT_FILE, lambda t: t.update({"magic/weight": torch.zeros(6, 16)}))(copy)
     assert set(load(resealed(copy)).readouts) == set(READOUTS)
-
-
-def test_test_images_that_changed_are_told(copy: Path, tmp_path: Path) -> None:
-    root = tmp_path / "squares"
-    shutil.copytree(read_experiment(copy / "config.yaml").data.options["root"], root)
-    evaluate_run(copy, root=str(root))  # no warning: only the place is another one
-    image = root / "test" / "red" / "0.png"
-    repaint(image, 1)
-    with pytest.warns(RuntimeWarning, match=r"recorded 18 \(.*found 18 \("):
-        evaluate_run(copy, root=str(root))
-    image.unlink()
-    with pytest.warns(RuntimeWarning, match="found 17"):
-        evaluate_run(copy, root=str(root))

@@ -53,7 +53,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         if argv[0] != "train":  # it says what it is about to do
             assert printed.out == ""
         assert "Traceback" not in printed.err
-        lines = [x for x in printed.err.splitlines() if not x.startswith(("usage:", "tip:"))]
+        lines = [x for x in printed.err.splitlines() if not x.startswith(("usage:", "tip:", " "))]
         assert 1 <= len(lines) <= 2
         return " ".join(line.strip() for line in lines)
 
@@ -145,6 +145,48 @@ def test_from_training_to_prediction(tmp_path: Path, root: Path, shown: Callable
     assert shown("predict", out, images[0], "--top", "99").count(",") == 5
 
 
+def test_predictions_of_a_folder_go_to_a_table(
+    run: Path, root: Path, tmp_path: Path, shown: Callable[..., str], refused: Callable[..., str]
+) -> None:
+    out = tmp_path / "p.csv"
+    arguments = ["predict", run, root / "test", "--readout=heads", "--threshold=1", "--out", out]
+    assert "18 images by heads (probabilities)" in shown(*arguments)
+    lines = out.read_text("utf-8").splitlines()
+    assert len(lines) == 19
+    assert lines[0].startswith("image,answer,class_1,probability_1,class_2")
+    assert all(",unknown," in line for line in lines[1:])
+    assert "--overwrite" in refused(*arguments)
+    shown(*arguments, "--overwrite")
+    assert "parquet" in refused(*arguments[:-1], tmp_path / "p.xlsx")
+
+
+def test_files_that_cannot_be_read_are_skipped_and_the_status_says_so(
+    run: Path, root: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(root / "test" / "red", tmp_path / "photos")
+    (folder / "bad.png").write_text("no image")
+    (folder / "notes.txt").write_text("no image")
+    status, said = says(["predict", str(run), str(folder)])
+    assert status == 1
+    assert str(folder / "bad.png") in said
+    assert "notes.txt" in said
+    status, said = says(["predict", str(run), str(folder / "bad.png")])
+    assert status == 2
+    assert "none of the 1 images" in said
+
+
+def test_an_evaluation_is_drawn_and_written(
+    run: Path, tmp_path: Path, shown: Callable[..., str], refused: Callable[..., str]
+) -> None:
+    figure, out = tmp_path / "c.png", tmp_path / "classes.csv"
+    printed = shown("eval", run, "--figure", figure, "--out", out, "--readout", "heads")
+    assert printed.count("as recorded") == 4
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert len(out.read_text("utf-8").splitlines()) == 7
+    assert "--overwrite" in refused("eval", run, "--figure", figure)
+    assert "nearest_mean" in refused("eval", run, "--readout", "nearest")
+
+
 def test_the_module_runs_as_a_process(run: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "training.cli", "eval", run],
@@ -176,7 +218,7 @@ def test_the_module_runs_as_a_process(run: Path, tmp_path: Path) -> None:
         (["sweep", "digits", "--out", "x", "--workers", "0"], "--workers"),
         (["eval"], "required: RUN"),
         (["eval", "a", "--fast"], "unrecognized arguments: --fast"),
-        (["predict", "a"], "required: IMAGE"),
+        (["predict", "a"], "required: FILE|FOLDER"),
         (["predict", "a", "b", "--top", "x"], "invalid int value"),
     ],
 )
@@ -210,7 +252,7 @@ def test_errors_of_runs_and_images_are_one_line(
 ) -> None:
     assert "no finished run" in refused("eval", tmp_path)
     (tmp_path / "a.png").write_text("text")
-    assert str(tmp_path / "a.png") in refused("predict", run, tmp_path / "a.png")
+    assert str(tmp_path / "b.png") in refused("predict", run, tmp_path / "b.png")
     assert "top" in refused("predict", run, tmp_path / "a.png", "--top", 0)
     again = ["train", *flags(read_experiment(run / "config.yaml"))]
     assert "--overwrite" in refused(*again)

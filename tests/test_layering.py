@@ -31,7 +31,7 @@ FLOORS = (
     {"config"},
     {"checkpoint", "overview"},
     {"train", "sweep"},
-    {"analysis", "report"},
+    {"analysis", "report", "extension"},
     {"cli"},
 )
 MOST_FLOORS = 8

@@ -16,6 +16,7 @@ from training.plots import (
     Curve,
     Panel,
     accuracy_figure,
+    confusion_figure,
     interval_figure,
     line_figure,
     line_style,
@@ -44,6 +45,27 @@ def colours(path: Path) -> set[tuple[int, ...]]:
 
 
 BLUE, RED = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)
+
+
+@pytest.mark.parametrize("classes", [2, 20, 150])
+def test_confusions_of_any_number_of_classes(tmp_path: Path, classes: int) -> None:
+    right = np.eye(classes, dtype=int) * 10
+    names = [f"class ${number}" for number in range(classes)]
+    ends = []
+    for place, wrong in ((1, 0), (1, 5), (classes - 1, 5)):
+        confusion = right.copy()
+        confusion[0, place] += wrong
+        path = confusion_figure(confusion, names, tmp_path / "c.png", starts=[0, classes // 2])
+        image = pixels(path)
+        assert min(image.shape[:2]) > 400
+        ends.append(image.tobytes())
+    assert len(set(ends)) == (3 if classes > 2 else 2)
+
+
+def test_a_class_without_images_has_no_row_of_confusions(tmp_path: Path) -> None:
+    for confusion in (np.diag([1, 0]), np.eye(3, dtype=int)):
+        with pytest.raises(ValueError, match="2 classes"):
+            confusion_figure(confusion, ["a", "b"], tmp_path / "c.png")
 
 
 @pytest.mark.parametrize("tasks", [1, 5, 25])

@@ -272,7 +272,7 @@ def test_the_classes_are_in_the_order_of_learning(run: Path, root: Path) -> None
 
 def test_the_metrics_hold_a_line_an_epoch_and_a_task(run: Path) -> None:
     told = events(run)
-    assert [e["event"] for e in told] == ["epoch", "epoch", "task"] * 3
+    assert [e["event"] for e in told] == [*["epoch", "epoch", "task"] * 3, "state"]
     epochs = [e for e in told if e["event"] == "epoch"]
     places = [(task, epoch) for task in (1, 2, 3) for epoch in (1, 2)]
     assert [(e["task"], e["epoch"]) for e in epochs] == places

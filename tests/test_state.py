@@ -8,11 +8,11 @@ import pytest
 import torch
 from interrupted import differences, stopped
 from run_contents import same_tensors
-from safetensors.torch import load, save
+from safetensors.torch import load, load_file, save
 from small_runs import READOUTS, changed, finished, plain, tiny
 from torch import nn
 
-from training.checkpoint import newest_checkpoint, read_checkpoint
+from training.checkpoint import newest_checkpoint, read_final_state
 from training.config import begun_experiment, read_experiment
 from training.run_dir import read_json
 from training.state import OpenTask
@@ -122,9 +122,13 @@ def test_the_state_of_a_finished_run_is_the_start_of_a_later_task(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, root: Path
 ) -> None:
     short = plain(tmp_path_factory, data={"tasks": 2})
-    state = read_checkpoint(short / "state.safetensors")
+    state = read_final_state(short)
     assert (state.record["tasks"], state.record["open"]) == (2, None)
-    assert state.metrics == (short / "metrics.jsonl").read_bytes()
+    *told, size = (short / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    assert state.metrics == b"".join(told)
+    # The weights of the model are not in its file once more.
+    assert json.loads(size)["bytes"] < (short / "state.safetensors").stat().st_size
+    assert not any(x.startswith("model/") for x in load_file(short / "state.safetensors"))
     longer = prepare(tiny(root, tmp_path / "longer"))
     load_into(longer, state.tensors, state.record)
     longer.folder.restore_log(state.metrics)

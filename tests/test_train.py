@@ -35,7 +35,7 @@ from torch import nn
 from torch.nn import functional
 
 from backends.torch.readouts import Alignment, ClassStatistics, align_heads
-from training.analysis.predict import evaluate_run
+from training.analysis.evaluate import evaluate_run
 from training.checkpoint import Checkpoints, StopSignals, newest_checkpoint
 from training.config import CheckpointConfig, Experiment, TrainConfig, read_experiment
 from training.methods import METHODS
@@ -395,9 +395,9 @@ def test_a_run_with_unequal_tasks(tmp_path_factory: pytest.TempPathFactory, meth
     for kind, result in evaluate_run(run).items():
         counts = summary["counts"][kind]
         assert [len(row) for row in counts["total"]] == [3, 4, 6]
-        assert result["correct"] == counts["correct"][-1]
-        assert len(result["by_task"]) == 3
-        assert summary["readouts"][kind]["last"] == pytest.approx(result["accuracy"])
+        assert result.correct == counts["correct"][-1]
+        assert len(result.by_task) == 3
+        assert summary["readouts"][kind]["last"] == pytest.approx(result.accuracy)
         # Means are over images and over tasks, not over tasks of the same size.
         curve = [sum(c) / sum(t) for c, t in zip(counts["correct"], counts["total"], strict=True)]
         assert summary["readouts"][kind]["average"] == pytest.approx(sum(curve) / 3)

@@ -1,22 +1,26 @@
 """Class-incremental experiments with LoDA: data, methods, the training loop and the command line.
 
-`load` gives the classifier of a finished run; a run is trained by `training.train.train` from an
-`training.config.Experiment`, and goes on by `training.train.resume`. Importing this package loads
-nothing heavy; the parts that need torch are imported when used.
+`load` gives the classifier of a finished run, and `extend` has it learn further tasks; a run is
+trained by `training.train.train` from an `training.config.Experiment`, and resumed by
+`training.train.resume`. Importing this package loads nothing heavy; the parts that need torch are
+imported when used.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from training.analysis.predict import load
+    from training.extension import extend
 
-__all__ = ["load"]
+__all__ = ["extend", "load"]
+
+
+_MODULES = {"extend": "training.extension", "load": "training.analysis.predict"}
 
 
 def __getattr__(name: str) -> Any:
-    if name != "load":
+    if name not in _MODULES:
         msg = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(msg)
-    from training.analysis.predict import load
-
-    return load
+    return getattr(import_module(_MODULES[name]), name)

@@ -25,8 +25,13 @@ from safetensors import SafetensorError, safe_open
 from training.config import CheckpointConfig
 from training.run_dir import (
     CHECKPOINTS,
+    MODEL,
+    STATE,
     checkpoint_files,
+    flattened,
     make_folder,
+    read_tensors,
+    require_intact,
     storable,
     sync,
     write_atomically,
@@ -35,7 +40,7 @@ from training.run_dir import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCHEMA = 3
+SCHEMA = 4
 _LOG = "metrics"
 _BLANK = "0" * 64
 # The checksum is in the only entry of the metadata, at the beginning of the file.
@@ -136,6 +141,53 @@ def read_checkpoint(path: Path) -> Checkpoint:
     ) as error:
         msg = f"checkpoint {path} is damaged: {error}"
         raise ValueError(msg) from error
+
+
+_WEIGHTS = "model/"
+
+
+def write_final_state(
+    run: Path, tensors: "Mapping[str, Tensor]", record: Mapping[str, Any], metrics: bytes
+) -> int:
+    """Write the state of a finished run, from which it can be extended.
+
+    The weights of the model are left out: they are in a file of their own.
+
+    Returns
+    -------
+    int
+        Bytes of its tensors.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; the message names it.
+    """
+    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(_WEIGHTS)}
+    write_state(run / STATE, rest, record, metrics)
+    return sum(tensor.numel() * tensor.element_size() for tensor in rest.values())
+
+
+def read_final_state(run: Path) -> Checkpoint:
+    """The state of a finished run, with the weights of its model.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the run did not keep it.
+    ValueError
+        If it is damaged, or not as the run wrote it.
+    """
+    if not (run / STATE).is_file():
+        msg = (
+            f"{run} has no {STATE}, which a later task starts from: only a run that was trained "
+            f"with keep.state true can be extended; train it again that way"
+        )
+        raise FileNotFoundError(msg)
+    require_intact(run, STATE, MODEL)
+    state = read_checkpoint(run / STATE)
+    model = flattened(**{_WEIGHTS[:-1]: read_tensors(run / MODEL)})
+    return state._replace(tensors={**model, **state.tensors})
 
 
 def write_checkpoint(

@@ -39,7 +39,11 @@ _BROKEN_PIPE = 141
 _Act = Callable[[argparse.Namespace], int | None]
 _Argument = tuple[tuple[str, ...], dict[str, Any]]  # names and details, as argparse takes them
 _COMMANDS: dict[str, tuple[_Act, tuple[_Argument, ...], dict[str, Any]]] = {}
-_TAKE_SETTINGS = ("train", "sweep")  # settings of an experiment, besides their own arguments
+_TAKE_SETTINGS = (
+    "train",
+    "sweep",
+    "extend",
+)  # settings of an experiment, besides their own arguments
 
 
 def _arg(*names: str, **details: Any) -> _Argument:
@@ -65,6 +69,7 @@ _RUNS = _arg(
     metavar="[NAME=]RUN",
     help="run folders, folders that hold runs, or files written by loda bundle",
 )
+_OVERWRITE = _arg("--overwrite", action="store_true", help="replace files that are there")
 _ROOT = _arg("--root", help="folder of the images, if it has moved since training")
 _ALLOW = _arg(
     "--allow",
@@ -247,6 +252,54 @@ def _resume(run: Path, settings: Sequence[str], allow: Sequence[str]) -> None:
     resume(run, given)
 
 
+@_command(
+    "extend",
+    "learn one more task, or several, on a finished run",
+    _RUN,
+    _arg(
+        "photos",
+        type=Path,
+        nargs="?",
+        metavar="PHOTOS",
+        help="folder of class folders, with train/ and test/ or without; left out, the run goes on "
+        "with the tasks of its stream that data.tasks has cut off",
+    ),
+    _arg(
+        "--increment",
+        type=int,
+        metavar="N",
+        help="number of new classes of a task (default: one task of all new classes)",
+    ),
+    _arg("--tasks", type=int, metavar="N", help="without PHOTOS: number of further tasks"),
+    _arg("--out", type=Path, help="folder of the new run (default: RUN-extended-1, then -2)"),
+    _arg("--overwrite", action="store_true", help="replace the run in --out"),
+    _ALLOW,
+    epilog="The run is only read. Further arguments are settings of loda train that do not change "
+    "what is learned, such as --data.root, where its images are now, and --data.workers.",
+)
+def _extend(arguments: argparse.Namespace) -> None:
+    from training.config import load_experiment
+    from training.run_dir import CONFIG, is_finished
+
+    if not is_finished(arguments.run):
+        msg = f"{arguments.run} holds no finished run: only a finished run can be extended"
+        raise ValueError(msg)
+    experiment = load_experiment(
+        arguments.settings, recorded=arguments.run / CONFIG, allow=arguments.allow
+    )
+    from training.extension import extend
+
+    extend(
+        arguments.run,
+        arguments.photos,
+        increment=arguments.increment,
+        tasks=arguments.tasks,
+        out=arguments.out,
+        experiment=experiment,
+        overwrite=arguments.overwrite,
+    )
+
+
 def _is_first_process() -> bool:
     """Whether this is rank 0, the process that writes files and prints."""
     return os.environ.get("RANK", "0") == "0"
@@ -301,34 +354,114 @@ def _sweep(arguments: argparse.Namespace) -> int:
 # One finished run
 
 
-@_command("eval", "re-evaluate the saved model of a run", _RUN, _ROOT, _ALLOW)
+@_command(
+    "eval",
+    "evaluate the saved model of a run again, and show what it confuses",
+    _RUN,
+    _arg("--readout", help="show details of this read-out (default: the primary one)"),
+    _arg("--figure", type=Path, help="draw the confusion matrix to this PNG or SVG file"),
+    _arg("--out", type=Path, metavar="FILE", help="write accuracy by class; .csv, .json, .parquet"),
+    _OVERWRITE,
+    _arg("--device", choices=("auto", "cpu", "cuda"), help="default: as the run was trained"),
+    _ROOT,
+    _ALLOW,
+)
 def _eval(arguments: argparse.Namespace) -> None:
-    from training.analysis.predict import evaluate_run
+    from training.analysis.evaluate import evaluate_run, evaluation_text
+    from training.analysis.predict import require_table, write_table
+    from training.plots import confusion_figure
+    from training.run_dir import require_new
 
-    results = evaluate_run(arguments.run, root=arguments.root, allow=arguments.allow)
-    for readout, result in results.items():
-        tasks = "  ".join(f"{100 * share:.2f}" for share in result["by_task"])
-        right, total = sum(result["correct"]), sum(result["total"])
-        print(f"{readout}: accuracy {100 * result['accuracy']:.2f} % ({right} of {total} images)")
-        print(f"  by task: {tasks}")
+    if arguments.out is not None:
+        require_table(arguments.out, overwrite=arguments.overwrite)
+    if arguments.figure is not None:
+        require_new(arguments.figure, overwrite=arguments.overwrite)
+    results = evaluate_run(
+        arguments.run, root=arguments.root, device=arguments.device, allow=arguments.allow
+    )
+    shown = arguments.readout or next(iter(results))
+    if shown not in results:
+        msg = f"--readout must be one of {', '.join(results)}, got {shown}"
+        raise ValueError(msg)
+    for name, result in results.items():
+        print(evaluation_text(name, result, details=name == shown))
+    result = results[shown]
+    if arguments.out is not None:
+        print(f"by class: {write_table(result.by_class(), arguments.out, overwrite=True)}")
+    if arguments.figure is not None:
+        starts = [task[0] for task in result.tasks]
+        title = f"{shown}: accuracy {100 * result.accuracy:.2f} %"
+        written = confusion_figure(
+            result.confusion, result.classes, arguments.figure, starts=starts, title=title
+        )
+        print(f"figure: {written}")
 
 
 @_command(
     "predict",
     "classify images with the model of a run",
     _RUN,
-    _arg("images", type=Path, nargs="+", metavar="IMAGE", help="image files"),
+    _arg(
+        "images",
+        type=Path,
+        nargs="+",
+        metavar="FILE|FOLDER",
+        help="image files, and folders that are searched for them",
+    ),
     _arg("--top", type=int, default=3, help="number of classes to list per image (default: 3)"),
+    _arg(
+        "--threshold",
+        type=float,
+        metavar="P",
+        help="answer unknown where the best class has a probability (or score) below this",
+    ),
+    _arg("--readout", help="read-out that decides (default: the primary one)"),
+    _arg("--out", type=Path, metavar="FILE", help="write a table; .csv, .json or .parquet"),
+    _OVERWRITE,
+    _arg("--device", default="cpu", help="cpu, cuda or cuda:1, say (default: cpu)"),
     _ALLOW,
 )
-def _predict(arguments: argparse.Namespace) -> None:
-    from training.analysis.predict import load
+def _predict(arguments: argparse.Namespace) -> int:
+    from training.analysis.predict import image_files, load, require_table, write_table
 
-    classifier = load(arguments.run, allow=arguments.allow)
-    top = min(arguments.top, len(classifier.classes))
-    predictions = classifier.predict(arguments.images, top=top)
-    for path, best in zip(arguments.images, predictions, strict=True):
-        print(f"{path}: {', '.join(f'{guess.name} {guess.score:.3f}' for guess in best)}")
+    if arguments.out is not None:
+        require_table(arguments.out, overwrite=arguments.overwrite)
+    files, others = image_files(arguments.images)
+    if others:
+        shown = ", ".join(path.name for path in others[:4]) + (", ..." if len(others) > 4 else "")
+        _say(f"loda predict: left out, without the ending of an image: {len(others)} ({shown})")
+    classifier = load(arguments.run, device=arguments.device, allow=arguments.allow)
+    readout = classifier.chosen(arguments.readout)
+    failed = []
+
+    def skip(image: object, error: Exception) -> None:
+        failed.append(image)
+        _say(f"loda predict: skipped: {error}")
+
+    table = classifier.table(
+        files,
+        top=min(arguments.top, len(classifier.classes)),
+        readout=readout,
+        threshold=arguments.threshold,
+        on_error=skip,
+    )
+    if table.empty:
+        msg = f"none of the {len(files)} images could be read"
+        raise ValueError(msg)
+    calibrated = readout in classifier.temperatures
+    if arguments.out is not None:
+        write_table(table, arguments.out, overwrite=arguments.overwrite)
+        kind = "probabilities" if calibrated else "scores, not probabilities"
+        print(f"{len(table)} images by {readout} ({kind}): {arguments.out}")
+        return 1 if failed else 0
+    for image, *values in table.itertuples(index=False):
+        known = "" if arguments.threshold is None else f"{values.pop(0)} | "
+        best = [
+            f"{name} {100 * value:.1f} %" if calibrated else f"{name} {value:.3f}"
+            for name, value in zip(values[::2], values[1::2], strict=True)
+        ]
+        print(f"{image}: {known}{', '.join(best)}")
+    return 1 if failed else 0
 
 
 # Many finished runs

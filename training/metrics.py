@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import nan
+from math import isnan, nan
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # reports read accuracies without torch
@@ -137,12 +137,14 @@ class AccuracyMatrix:
         Number of classes of each task learned so far.
     correct, total : tuple of tuple of int
         Row i holds, for every class seen by task i in label order, its right predictions and its
-        images. A stream known only by task is given as tasks of one class each.
+        images. A stream known only by task is given as tasks of one class each. A class may have
+        no images, where those of an old task are no longer there: it counts in no mean, and the
+        accuracy of a task without images is NaN.
 
     Raises
     ------
     ValueError
-        For rows of the wrong length, counts out of order or a class without images.
+        For rows of the wrong length, counts out of order or a row without images.
 
     Examples
     --------
@@ -182,6 +184,12 @@ class AccuracyMatrix:
         """The matrix after one more task of `size` classes, with counts for every class seen."""
         return AccuracyMatrix(
             (*self.sizes, size), (*self.correct, tuple(correct)), (*self.total, tuple(total))
+        )
+
+    def updated(self, correct: Sequence[int], total: Sequence[int]) -> "AccuracyMatrix":
+        """The matrix with other counts after the last task, for every class seen."""
+        return AccuracyMatrix(
+            self.sizes, (*self.correct[:-1], tuple(correct)), (*self.total[:-1], tuple(total))
         )
 
     def __len__(self) -> int:
@@ -242,9 +250,9 @@ class AccuracyMatrix:
         return _backward_transfer(self.matrix)
 
     def summary(self) -> dict[str, Any]:
-        """Every metric by name, ready for JSON."""
+        """Every metric by name, ready for JSON, with None for NaN."""
         macro, curve = self.macro_matrix, self.macro_curve
-        return {
+        metrics = {
             "last": self.last,
             "average": self.average,
             "forgetting": self.forgetting,
@@ -256,6 +264,7 @@ class AccuracyMatrix:
             "curve": self.curve,
             "matrix": self.matrix,
         }
+        return {name: _for_json(value) for name, value in metrics.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """The counts as lists, ready for JSON; `from_dict` reads them back."""
@@ -290,11 +299,11 @@ def _check_row(task: int, seen: int, correct: Sequence[int], total: Sequence[int
             f"{len(correct)} and {len(total)}"
         )
         raise ValueError(msg)
+    if not any(total):
+        msg = f"there is no image to be evaluated on after task {task}"
+        raise ValueError(msg)
     for label, (right, count) in enumerate(zip(correct, total, strict=True)):
-        if count < 1:
-            msg = f"class {label} has no image to be evaluated on after task {task}"
-            raise ValueError(msg)
-        if not 0 <= right <= count:
+        if count < 0 or not 0 <= right <= count:
             msg = (
                 f"the right predictions of class {label} after task {task} must be from 0 to "
                 f"{count}, got {right}"
@@ -304,12 +313,20 @@ def _check_row(task: int, seen: int, correct: Sequence[int], total: Sequence[int
 
 def _accuracy(correct: Sequence[int], total: Sequence[int], *, macro: bool) -> float:
     if macro:
-        return _mean([c / t for c, t in zip(correct, total, strict=True)])
-    return sum(correct) / sum(total)
+        return _mean([c / t if t else nan for c, t in zip(correct, total, strict=True)])
+    return sum(correct) / sum(total) if sum(total) else nan
 
 
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+    """The mean of what is not NaN, 0 of nothing, and NaN of nothing else."""
+    numbers = [value for value in values if not isnan(value)]
+    return sum(numbers) / len(numbers) if numbers else (nan if values else 0.0)
+
+
+def _for_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_for_json(item) for item in value]
+    return None if isnan(value) else value
 
 
 def _forgetting(a: list[list[float]]) -> float:
@@ -317,7 +334,8 @@ def _forgetting(a: list[list[float]]) -> float:
 
 
 def _forgetting_by_task(a: list[list[float]]) -> list[float]:
-    return [max(row[j] for row in a[j:]) - a[-1][j] for j in range(len(a) - 1)]
+    best = [max((row[j] for row in a[j:] if not isnan(row[j])), default=nan) for j in range(len(a))]
+    return [best[j] - a[-1][j] for j in range(len(a) - 1)]
 
 
 def _backward_transfer(a: list[list[float]]) -> float:

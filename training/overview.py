@@ -27,6 +27,7 @@ def beginning(
     processes: int,
     folder: Path,
     done: int,
+    extends: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Lines that say what a run trains on what, and where its results go.
 
@@ -46,12 +47,17 @@ def beginning(
         The run folder.
     done : int
         Tasks completed before, if it is resumed.
+    extends : mapping, optional
+        The ``run`` that it extends, the number of ``tasks`` learned there, and ``notes`` of what
+        differs from one run without interruption.
     """
     import torch
 
     data, train, head = experiment.data, experiment.train, experiment.head
     parameters = sum(p.numel() for p in backbone.module.parameters())
     order = f"in random order (seed {_order_seed(experiment)})" if data.shuffle else "in order"
+    if data.class_order is not None:
+        order = "in the order of data.class_order"
     schedule = f"{train.epochs} epochs a task, {train.optimizer}, learning rate {train.lr}"
     trains = f"{schedule}, batches of {train.batch_size}" if train.epochs else "nothing is trained"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
@@ -72,7 +78,13 @@ def beginning(
     }
     if done:
         lines["resumed"] = f"after task {done} of {len(stream.tasks)}"
-    return [named(name, text) for name, text in lines.items()] + _one_class(experiment, stream)
+    texts = list(backbone.notes)
+    if extends is not None:
+        lines["extends"] = f"{extends['run']}, after {_count(extends['tasks'], 'task')}"
+        texts += extends["notes"]
+    notes = [named("note", note) for note in texts]
+    shown = [named(name, text) for name, text in lines.items()]
+    return [*shown, *notes, *_one_class(experiment, stream)]
 
 
 def named(name: str, text: str) -> str:
@@ -146,9 +158,11 @@ def end(experiment: Experiment, folder: Path, log: bytes) -> list[str]:
             "train.epochs."
         )
     run = shlex.quote(str(folder))
+    size = sum(event["bytes"] for event in _events(log) if event["event"] == "state")
     commands = {
         f"loda predict {run} PHOTO...": "classify images",
-        f"loda extend {run} NEW_PHOTOS": "teach it new classes",
+        f"loda extend {run} NEW_PHOTOS": "teach it new classes; for this it keeps "
+        f"{size / 1e6:,.1f} MB (keep.state)",
         f"loda eval {run}": "measure it again, class by class",
         f"loda report {run} --out report": "tables and figures on a page",
     }
@@ -166,15 +180,20 @@ def updates(log: bytes) -> dict[int, dict[str, Any] | None]:
     >>> updates(b'{"event": "task", "task": 1, "update": {"changed": 0.5}}')
     {1: {'changed': 0.5}}
     """
-    events: list[Mapping[str, Any]] = [json.loads(line) for line in log.splitlines()]
-    return {event["task"]: event.get("update") for event in events if event["event"] == "task"}
+    tasks = [event for event in _events(log) if event["event"] == "task"]
+    return {event["task"]: event.get("update") for event in tasks}
+
+
+def _events(log: bytes) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.splitlines()]
 
 
 def _data_name(experiment: Experiment) -> str:
     options = experiment.data.options
     place = options.get("dataset") or options.get("root")
     name = experiment.data.name
-    return f"{name} ({place})" if place else name
+    name = f"{name} ({place})" if place else name
+    return ", then ".join([name, *experiment.data.extensions])
 
 
 def _order_seed(experiment: Experiment) -> int:

@@ -16,6 +16,7 @@ from training.run_dir import write_atomically
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
     from pandas import DataFrame
 
     from training.metrics import AccuracyMatrix
@@ -32,6 +33,7 @@ _NAME = 34  # letters of a name beside an interval
 _TASK_TICKS = 12
 _END_LABELS = 16
 _MATRIX_TICKS = 20
+_CLASS_TICKS = 60  # names beside a confusion matrix
 _ANNOTATED = 20  # tasks up to which every cell of a heat map shows its number
 
 
@@ -213,8 +215,7 @@ def interval_figure(
         axes.plot(differences[["low", "high"]].T, [places] * 2, color=style["color"], lw=1.6)
         axes.plot(differences["lead"], places, label=_plain(label), **style)
     axes.axvline(0, color="#555555", lw=0.8, zorder=0)
-    short = [name if len(name) <= _NAME else name[: _NAME - 1] + "…" for name in names]
-    axes.set_yticks(range(len(names)), [*map(_plain, short)])
+    axes.set_yticks(range(len(names)), [_plain(_shortened(name)) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(x)
     _open_frame(axes, grid="x")
@@ -263,6 +264,92 @@ def accuracy_figure(
     _draw_panel(right, Panel(curves, "tasks learned", "accuracy (%)", summary, ends=True))
     right.legend(frameon=False, fontsize=9)
     return _save(figure, path, title)
+
+
+def confusion_figure(
+    confusion: "NDArray[Any]",
+    classes: Sequence[str],
+    path: str | os.PathLike[str],
+    *,
+    starts: Sequence[int] = (),
+    title: str = "",
+) -> Path:
+    """Draw how often each class is taken for each other as a heat map; returns the path.
+
+    Cells are shares of the images of a class, in percent. Up to 20 classes every cell of at least
+    half a percent shows its number; of many classes only some are named beside the axes.
+
+    Parameters
+    ----------
+    confusion : array of int, shape (C, C)
+        Images by their class (row) and by the class that they are taken for (column).
+    classes : sequence of str
+        Names of the classes.
+    path : path
+        A PNG or SVG file; written whole or not at all.
+    starts : sequence of int
+        First class of each task: a line is drawn before it.
+    title : str
+        Heading.
+
+    Raises
+    ------
+    ValueError
+        If the matrix does not have a row and a column for every class, or a class has no image.
+    """
+    count = len(classes)
+    if confusion.shape != (count, count) or not count or not confusion.sum(axis=1).all():
+        msg = (
+            f"a confusion matrix must have images of each of the {count} classes, got an array of "
+            f"shape {confusion.shape}"
+        )
+        raise ValueError(msg)
+    shares = 100 * confusion / confusion.sum(axis=1, keepdims=True)
+    step = -(-count // _CLASS_TICKS)
+    ticks = range(0, count, step)
+    names = [_plain(_shortened(classes[tick])) for tick in ticks]
+    side, beside = min(max(0.36 * count, 3.0), 11.0), 0.08 * max(map(len, names))
+    figure = _new_figure(side + beside + 3.2, side + beside + 1.6)
+    axes = figure.subplots()
+    # Rare confusions count, too: the root spreads low shares over more of the colours.
+    image = axes.imshow(shares, cmap="cividis", norm=_root_scale())
+    if count <= _ANNOTATED:
+        for row in range(count):
+            for column in range(count):
+                share = shares[row, column]
+                if share >= 0.5:
+                    colour = "black" if share > 30 else "white"  # on a light or a dark cell
+                    axes.text(
+                        column, row, f"{share:.0f}", ha="center", va="center", color=colour,
+                        fontsize=9 if count <= 12 else 7,
+                    )  # fmt: skip
+    size = 9 if len(names) <= _MATRIX_TICKS else 6
+    axes.set_xticks(ticks, names, fontsize=size, rotation=90)
+    axes.set_yticks(ticks, names, fontsize=size)
+    axes.tick_params(length=0 if step == 1 else 3)
+    for start in starts:
+        if start:
+            for draw in (axes.axhline, axes.axvline):
+                draw(start - 0.5, color="#ffffff", lw=0.8 if count <= _ANNOTATED else 0.4)
+    few = "" if step == 1 else f" (every {step}{_ordinal(step)} class named)"
+    axes.set_xlabel(f"taken for{few}")
+    axes.set_ylabel("class of the image, in the order of learning")
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03, label="% of the class's images")
+    bar.outline.set_visible(False)
+    return _save(figure, path, title)
+
+
+def _root_scale() -> Any:
+    from matplotlib.colors import PowerNorm
+
+    return PowerNorm(0.5, vmin=0, vmax=100)
+
+
+def _ordinal(number: int) -> str:
+    if number % 100 in (11, 12, 13):
+        return "th"
+    return {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
 
 
 def matrix_figure(rows: Sequence[Sequence[float]], path: str | os.PathLike[str]) -> Path:
@@ -393,6 +480,10 @@ def _open_frame(axes: "Axes", *, grid: Literal["x", "y"]) -> None:
     axes.grid(axis=grid, color="#dddddd", lw=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _NAME else name[: _NAME - 1] + "…"
 
 
 def _plain(text: str) -> str:

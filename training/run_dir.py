@@ -15,8 +15,10 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from shutil import copyfile
 from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError
@@ -666,6 +668,24 @@ class RunFolder:
                 make_folder(folder)
                 write_tensors(folder / f"{name}.safetensors", tensors)
                 update_manifest(self.path, f"{TASKS}/{folder.name}/{name}.safetensors")
+
+    def copy_tasks(self, run: Path) -> None:
+        """Copy what another run kept of its tasks, as long as it is what that run wrote.
+
+        Raises
+        ------
+        ValueError
+            If a file is not.
+        """
+        if not self.writes:
+            return
+        for path in _kept_files(run):
+            name = path.relative_to(run).as_posix()
+            require_intact(run, name)
+            make_folder(self.path / TASKS)
+            make_folder((self.path / name).parent)
+            write_atomically(self.path / name, partial(copyfile, path))
+            update_manifest(self.path, name)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the manifest and the summary, which makes the run a finished one."""

@@ -46,6 +46,8 @@ class State:
         Number of trained values of each task that has begun.
     seconds : dict of str to float
         Time by part, summed over the completed tasks.
+    extensions : int
+        Extensions of the stream whose images of known classes are in the statistics.
     passes : int
         Passes that the method has made over the images of the open task.
     open : OpenTask or None
@@ -61,6 +63,7 @@ class State:
     task_given: dict[str, AccuracyMatrix] = field(default_factory=dict)
     trainable: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    extensions: int = 0
     passes: int = 0
     open: OpenTask | None = None
 
@@ -102,6 +105,7 @@ class State:
         """Everything that is not a tensor, ready for JSON."""
         return {
             "tasks": self.tasks,
+            "extensions": self.extensions,
             "heads": list(self.heads.sizes),
             "accuracy": {name: matrix.to_dict() for name, matrix in self.accuracy.items()},
             "task_given": {name: matrix.to_dict() for name, matrix in self.task_given.items()},
@@ -133,6 +137,7 @@ class State:
         """
         _require_numbers(tensors)
         self.tasks, self.passes = int(record["tasks"]), int(record["passes"])
+        self.extensions = int(record["extensions"])
         self.trainable, self.seconds = list(record["trainable"]), dict(record["seconds"])
         self.accuracy, self.task_given = (
             {name: AccuracyMatrix.from_dict(m) for name, m in record[group].items()}

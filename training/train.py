@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -31,8 +31,9 @@ from backends.torch import RowsLoss, TaskRecord
 from backends.torch.readouts import CosineHeads, Readouts, class_mean_start
 from training import overview
 from training.backbones import Backbone, build_backbone, check_fits
+from training.backbones.checks import check_features, check_target
 from training.calibration import calibrate
-from training.checkpoint import Checkpoint, Checkpoints, StopSignals, write_state
+from training.checkpoint import Checkpoint, Checkpoints, StopSignals, write_final_state
 from training.config import (
     NEUTRAL,
     Experiment,
@@ -54,6 +55,7 @@ from training.data import (
     train_transform,
     verify_data,
 )
+from training.data.datasets import some
 from training.distributed import Processes, Share, launched_processes, make_accelerator
 from training.logging import (
     Progress,
@@ -68,10 +70,11 @@ from training.methods.base import fact
 from training.metrics import Meter, count_correct
 from training.plots import accuracy_figure
 from training.run_dir import (
+    CLASSES,
+    ENVIRONMENT,
     FIGURE,
     MODEL,
     READOUTS_FILE,
-    STATE,
     Overwrite,
     RunFolder,
     choose_folder,
@@ -80,6 +83,7 @@ from training.run_dir import (
     is_finished,
     nested,
     not_finite,
+    read_json,
     readable,
     write_tensors,
 )
@@ -167,6 +171,10 @@ class Run:
         What changes while it trains.
     stop : StopSignals
         Whether a signal asks the run to stop.
+    resumed : bool
+        Whether it continues from a checkpoint of its own.
+    extends : dict, optional
+        What is recorded of the finished run that it extends; see `Origin.lineage`.
     on_step : callable, optional
         Called with the run after every mini-batch, before the run may be saved.
     calibration : dict of str to dict
@@ -182,12 +190,34 @@ class Run:
     checkpoints: Checkpoints
     state: State
     stop: StopSignals = field(default_factory=StopSignals)
+    resumed: bool = False
+    extends: Mapping[str, Any] | None = None
     on_step: Callable[[Run], object] | None = None
     calibration: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
+class Origin(Protocol):
+    """A finished run that a new one extends; see `training.extend`."""
+
+    path: Path
+    checkpoint: Checkpoint
+
+    def lineage(self, stream: Stream, environment: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What ``environment.json`` says of the runs that the new one extends, the first first.
+
+        Raises
+        ------
+        ValueError
+            If the stream does not begin with the tasks of the run.
+        """
+
+
 def prepare(
-    experiment: Experiment, resume_from: Path | None = None, *, overwrite: Overwrite = False
+    experiment: Experiment,
+    resume_from: Path | None = None,
+    *,
+    overwrite: Overwrite = False,
+    origin: Origin | None = None,
 ) -> Run:
     """Set a run up, in the order in which mistakes are cheapest to find.
 
@@ -199,6 +229,8 @@ def prepare(
         Folder of a run with these settings, to be resumed from its newest checkpoint.
     overwrite : bool or "unfinished"
         Replace the run in a folder that is not empty: any, or only one without results.
+    origin : Origin, optional
+        A finished run, from whose state the new one continues.
 
     Raises
     ------
@@ -232,29 +264,47 @@ def prepare(
         raise ValueError(msg)
     if experiment.train.compile:
         require_compiler(accelerator.device)
-    if experiment.data.verify:
+    # What a run that was extended has learned is in its state: its first weights are not needed,
+    # and neither are its first images.
+    before = origin.path if origin is not None else resume_from
+    lineage = [] if resume_from is None else _lineage(resume_from)
+    extends = origin is not None or bool(lineage)
+    if experiment.data.verify and not extends:
         verify_data(experiment.data)
 
     with processes.first_of_each_machine():  # the first process may download data and weights
-        stream = build_stream(experiment.data, seed)
+        stream = build_stream(experiment.data, seed, partial=extends)
         if fact(method, "joins_tasks"):
             stream = replace(
                 stream, tasks=[tuple(label for task in stream.tasks for label in task)]
             )
         with seeded(derive(seed, 0, "backbone")):
-            backbone = build_backbone(experiment.backbone)
+            backbone = build_backbone(experiment.backbone, initialise=not extends)
+    if before is not None and extends:
+        backbone = _as_begun(backbone, before)
+    here = environment(_backbone_record(backbone))
+    if origin is not None:
+        lineage = origin.lineage(stream, here)
+    learned = lineage[-1]["tasks"] if lineage else 0
+    require_images(stream, learned)
     classes = _classes_record(stream)
+    if before is not None and extends:
+        with readable(before / CLASSES):
+            # Counted when they were learned: the images may be gone.
+            classes["images"][:learned] = read_json(before / CLASSES)["images"][:learned]
     processes.require_same("images", classes)
     processes.require_same("backbone", backbone.tensors_sha256)
     # One image of each split, only to check that it fits the backbone. Seeding the block keeps its
     # random augmentation from moving torch's global generators.
     with seeded(derive(seed, 0, "backbone")):
-        train_image, _ = stream.train.with_transform(train_transform(experiment.data))[0]
+        for image, _ in stream.train.with_transform(train_transform(experiment.data)).first(1):
+            check_fits(backbone, image)
     test_image, _ = stream.test.with_transform(test_transform(experiment.data))[0]
-    check_fits(backbone, train_image)
     check_fits(backbone, test_image)
 
     model = backbone.module.to(accelerator.device)
+    check_features(backbone, test_image)
+    check_target(backbone, test_image, experiment.method)
     context = Context(
         seed=derive(seed, 0, "method"),
         tasks=len(stream.tasks),
@@ -286,13 +336,14 @@ def prepare(
     resume_by = resume_command(path, experiment)
     checkpoints = Checkpoints(path, experiment.checkpoint, identity, resume_by=resume_by)
     run = Run(experiment, stream, backbone, accelerator, processes, folder, checkpoints, state)
+    run.resumed, run.extends = resume_from is not None, lineage[-1] if lineage else None
     try:
         if resume_from is None:
-            folder.begin(
-                dump_experiment(as_recorded(experiment)),
-                classes,
-                environment(_backbone_record(backbone)),
-            )
+            record = {**here, "extends": lineage} if lineage else here
+            folder.begin(dump_experiment(as_recorded(experiment)), classes, record)
+            if origin is not None:
+                folder.copy_tasks(origin.path)
+                restore(run, origin.checkpoint)
         else:
             folder.check_classes(classes)
             restore(run, checkpoints.newest())
@@ -331,6 +382,54 @@ def _classes_record(stream: Stream) -> dict[str, Any]:
     }
 
 
+def _lineage(run: Path) -> list[dict[str, Any]]:
+    """The finished runs that a run extends; see `Origin.lineage`."""
+    with readable(run / ENVIRONMENT):
+        return [
+            {
+                **before,
+                "run": str(before["run"]),
+                "tasks": int(before["tasks"]),
+                "notes": [str(note) for note in before["notes"]],
+            }
+            for before in read_json(run / ENVIRONMENT).get("extends", [])
+        ]
+
+
+def _as_begun(backbone: Backbone, run: Path) -> Backbone:
+    """The backbone with the hashes of the weights that a run began with."""
+    with readable(run / ENVIRONMENT):
+        record = read_json(run / ENVIRONMENT)["backbone"]
+        return backbone._replace(
+            tag=record["tag"],
+            weights_sha256=record["weights_sha256"],
+            tensors_sha256=record["tensors_sha256"],
+        )
+
+
+def require_images(stream: Stream, learned: int) -> None:
+    """Refuse to learn a task of which a class has no training image.
+
+    Parameters
+    ----------
+    stream : Stream
+        The stream; images of what is learned already may be missing.
+    learned : int
+        Number of tasks that are learned already.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is such a class.
+    """
+    present = set(stream.train.labels.tolist())
+    lacking = [label for task in stream.tasks[learned:] for label in task if label not in present]
+    if lacking:
+        names = some([stream.class_names[label] for label in lacking])
+        msg = "; ".join([f"there are no training images of {names}", *stream.missing])
+        raise FileNotFoundError(msg)
+
+
 def _backbone_record(backbone: Backbone) -> dict[str, Any]:
     """Description of the backbone in ``environment.json``."""
     return {
@@ -339,6 +438,7 @@ def _backbone_record(backbone: Backbone) -> dict[str, Any]:
         "tag": backbone.tag,
         "weights_sha256": backbone.weights_sha256,
         "tensors_sha256": backbone.tensors_sha256,
+        "notes": list(backbone.notes),
     }
 
 
@@ -372,12 +472,14 @@ def run_to_end(run: Run, *, quiet: bool = False) -> Path:
     try:
         with catching, Progress(images, quiet=quiet) as progress:
             progress.say(*_beginning(run))
-            if state.tasks == 0 and state.open is None:  # so that the first task can be resumed
+            if not run.resumed:  # so that the first task can be resumed
                 save_between_tasks(run)
             for task in range(state.tasks, tasks):
+                take_known_images(run, task)
                 learn_task(run, task, progress)
                 if task + 1 < tasks:  # after the last task the results are written instead
                     save_between_tasks(run)
+            take_known_images(run, tasks)
             if run.processes.writes:
                 write_results(run)
     except RuntimeError as error:
@@ -400,7 +502,8 @@ def _beginning(run: Run) -> list[str]:
         device=run.accelerator.device,
         processes=run.processes.count,
         folder=run.folder.path,
-        done=run.state.tasks,
+        done=run.state.tasks if run.resumed else 0,
+        extends=run.extends,
     )
 
 
@@ -746,6 +849,42 @@ def _raise_diverged(task: int, position: OpenTask) -> NoReturn:
 # --- evaluate -------------------------------------------------------------------------------------
 
 
+def take_known_images(run: Run, tasks: int) -> None:
+    """Begin the extensions of the stream that are due after so many tasks.
+
+    Their images of classes that are known already update the statistics of these classes, through
+    the model as it is; it is not trained on them. Then the read-outs are fitted and evaluated again
+    on the classes so far.
+    """
+    state, task = run.state, tasks - 1
+    while state.extensions < len(run.stream.extensions):
+        extension = run.stream.extensions[state.extensions]
+        if extension.first_task > tasks or state.open is not None:
+            return
+        state.extensions += 1
+        if not len(extension.known):
+            continue
+        clock = time.perf_counter()
+        fitted = _features(run, extension.known)
+        state.readouts.update(*fitted)
+        _fit(run, task)
+        tested = evaluate(run, task)
+        _require_finite(run, task)
+        if tasks == len(run.stream.tasks):
+            run.calibration = calibrate(state.readouts, fitted, tested)
+        seconds = round(time.perf_counter() - clock, 3)
+        accuracy = {name: matrix.curve[-1] for name, matrix in state.accuracy.items()}
+        run.folder.log(
+            "known",
+            task=tasks,
+            images=len(extension.known),
+            accuracy=accuracy,
+            seconds={"readouts": seconds},
+        )
+        if tasks < len(run.stream.tasks):  # otherwise the results are written next
+            save_between_tasks(run)
+
+
 def fit_readouts(run: Run, task: int) -> tuple[Tensor, Tensor] | None:
     """Fit the read-outs to all classes; features of old classes are never computed again.
 
@@ -757,8 +896,13 @@ def fit_readouts(run: Run, task: int) -> tuple[Tensor, Tensor] | None:
     if state.readouts.statistics or (calibrated and task + 1 == len(run.stream.tasks)):
         gathered = _features(run, run.stream.train.subset(classes))
         state.readouts.add_task(*gathered, len(classes))
-    state.readouts.fit(state.heads.weight(), derive(run.experiment.seed, task, "alignment"))
+    _fit(run, task)
     return gathered
+
+
+def _fit(run: Run, task: int) -> None:
+    state = run.state
+    state.readouts.fit(state.heads.weight(), derive(run.experiment.seed, task, "alignment"))
 
 
 def compared_features(run: Run, task: int, features: Tensor | None) -> Tensor:
@@ -777,18 +921,23 @@ def compared_features(run: Run, task: int, features: Tensor | None) -> Tensor:
 def evaluate(run: Run, task: int) -> tuple[Tensor, Tensor]:
     """Count the correct predictions of every read-out on the test images of all tasks so far.
 
-    Once with all classes as candidates, and once with only those of the image's task. Returns
-    features and labels of the images.
+    Once with all classes as candidates, and once with only those of the image's task. Counts after
+    the task that are there already are replaced. Returns features and labels of the images.
     """
     state, sizes = run.state, [len(labels) for labels in run.stream.tasks[: task + 1]]
-    seen = [label for labels in run.stream.tasks[: task + 1] for label in labels]
-    features, labels = _features(run, run.stream.test.subset(seen))
+    features, labels = _features(run, run.stream.evaluated(task + 1, state.extensions))
     for matrices, task_sizes in ((state.accuracy, None), (state.task_given, sizes)):
         counts = count_correct(
-            state.readouts.classifiers, features, labels, len(seen), task_sizes=task_sizes
+            state.readouts.classifiers, features, labels, sum(sizes), task_sizes=task_sizes
         )
         for name, (correct, total) in counts.items():
-            matrices[name] = matrices[name].extended(sizes[-1], correct, total)
+            matrix = matrices[name]
+            again = len(matrix) == task + 1
+            matrices[name] = (
+                matrix.updated(correct, total)
+                if again
+                else matrix.extended(sizes[-1], correct, total)
+            )
     return features, labels
 
 
@@ -926,7 +1075,8 @@ def write_results(run: Run) -> None:
     write_tensors(path / READOUTS_FILE, state.readouts.tensors())
     if experiment.keep.state:
         record = {"identity": run.checkpoints.identity, **state.record()}
-        write_state(path / STATE, state.tensors(), record, run.folder.read_log())
+        size = write_final_state(path, state.tensors(), record, run.folder.read_log())
+        run.folder.log("state", bytes=size)
     if experiment.keep.figure:
         data = (
             experiment.data.options.get("root")

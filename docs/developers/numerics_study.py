@@ -1,4 +1,4 @@
-"""Tables and figure of numerics.md beside this file (``--full``: 1e7 tokens). Needs test extras."""
+"""Tables and figure of numerics.md (with ``--full``: 1e7 tokens). Needs the test extra."""
 
 import sys
 from pathlib import Path

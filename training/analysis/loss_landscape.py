@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from backends.torch.readouts import CosineHeads
 from backends.torch.settings import LoDASettings
-from training.analysis.predict import load, set_up
+from training.analysis.evaluate import set_up
+from training.analysis.predict import load
 from training.analysis.saved_tasks import (
     Layer,
     read_finite,

@@ -1,44 +1,84 @@
-"""A finished run as a classifier: predict your own images, evaluate it again on its data."""
+"""A finished run as a classifier of one's own images: files, PIL images, arrays and tensors."""
 
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+import numpy as np
 import torch
-from accelerate import Accelerator
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
 from backends.torch.readouts import Classifier as FittedReadout
 from training.analysis.saved_tasks import read_finite
 from training.backbones import Backbone, build_backbone, check_fits
+from training.calibration import probabilities
 from training.config import Experiment, read_experiment
-from training.data import Stream, build_stream, open_image, test_transform
-from training.distributed import make_accelerator
-from training.metrics import count_correct
+from training.data import DataConfig, open_image, test_transform
+from training.data.datasets import IMAGE_SUFFIXES
+from training.data.images import images_of
+from training.distributed import usable_cpus
 from training.run_dir import (
     CLASSES,
     CONFIG,
     MODEL,
     READOUTS_FILE,
+    SUMMARY,
     nested,
     read_json,
     readable,
     require_intact,
+    require_new,
+    write_atomically,
 )
 from training.seeds import seeded
-from training.train import evaluation_batches, extract_features
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+ImageLike = str | Path | Image.Image | NDArray[Any] | Tensor
+"""An image: a file, a PIL image, an array (H, W, C) or (H, W), or a tensor (C, H, W)."""
+
+UNKNOWN = "unknown"
+"""The answer for an image whose best class is below the threshold."""
+
+TABLES = (".csv", ".json", ".parquet")
+"""Endings of the files that tables can be written to."""
+
+_GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow converts RGB to grey
 
 
 class Prediction(NamedTuple):
-    """A class and the score that the read-out gives it; higher is better.
+    """A class, and how much the read-out is for it.
 
-    Scores are cosines in [-1, 1], or for the ridge read-out regressed memberships (about 0 to 1).
+    Attributes
+    ----------
+    name : str
+        The class.
+    score : float
+        What the read-out gives it; higher is better. A cosine in [-1, 1], or for the ridge
+        read-out a regressed membership (about 0 to 1).
+    probability : float or None
+        Between 0 and 1, over all classes; None of a read-out without likelihoods (nearest mean,
+        ridge), whose scores are no probabilities.
     """
 
     name: str
     score: float
+    probability: float | None = None
+
+    @property
+    def value(self) -> float:
+        """The probability, or the score where there is none."""
+        return self.score if self.probability is None else self.probability
 
 
 @dataclass
@@ -55,12 +95,15 @@ class Classifier:
         The merged model.
     readouts : dict of str to backends.torch.readouts.Classifier
         Classifiers on its features, the primary one first.
+    temperatures : dict of str to float
+        Of the read-outs whose scores can be turned into probabilities, softmax(scores / T).
     """
 
     classes: list[str]
     experiment: Experiment
     backbone: Backbone
     readouts: dict[str, FittedReadout]
+    temperatures: dict[str, float] = field(default_factory=dict)
 
     @property
     def model(self) -> nn.Module:
@@ -103,10 +146,7 @@ class Classifier:
         ValueError
             If the images do not fit the model, or the run has no such read-out.
         """
-        chosen = readout or next(iter(self.readouts))
-        if chosen not in self.readouts:
-            msg = f"readout must be one of {list(self.readouts)}, got {chosen!r}"
-            raise ValueError(msg)
+        chosen = self.chosen(readout)
         if images.ndim != 4 or not len(images) or not images.is_floating_point():
             msg = (
                 f"images must be floating, of shape (N, C, H, W) with N at least 1, got "
@@ -118,19 +158,47 @@ class Classifier:
         device = next(self.model.parameters()).device
         return self.readouts[chosen].logits(self.model(images.to(device)).float())
 
+    def chosen(self, readout: str | None = None) -> str:
+        """Name of a read-out: the given one, or by default the primary one.
+
+        Raises
+        ------
+        ValueError
+            If the run has no such read-out.
+        """
+        name = readout or next(iter(self.readouts))
+        if name not in self.readouts:
+            msg = f"readout must be one of {list(self.readouts)}, got {name!r}"
+            raise ValueError(msg)
+        return name
+
     def predict(
-        self, images: Sequence[str | Path], *, top: int = 1, readout: str | None = None
+        self,
+        images: Sequence[ImageLike] | NDArray[Any] | Tensor,
+        *,
+        top: int = 1,
+        readout: str | None = None,
+        on_error: Callable[[Any, Exception], object] | None = None,
     ) -> list[list[Prediction]]:
-        """Most likely classes of image files, best first.
+        """Most likely classes of images, best first.
+
+        Every image is prepared as the run's own test images were: rotation by EXIF, channels,
+        resize, crop and normalisation.
 
         Parameters
         ----------
-        images : sequence of paths
-            BMP, GIF, JPEG, JPEG 2000, PNG, PPM, TIFF or WebP files.
+        images : sequence
+            Each one a file (BMP, GIF, JPEG, JPEG 2000, PNG, PPM, TIFF or WebP), a PIL image, an
+            array (H, W, C) or (H, W), or a tensor (C, H, W). Arrays and tensors are uint8, or
+            floating in [0, 1], not normalised. A whole array (N, H, W, C) or tensor (N, C, H, W)
+            will do too.
         top : int, default 1
             Number of classes per image.
         readout : str, optional
             A read-out of the run; the primary one by default.
+        on_error : callable, optional
+            Called with an image that cannot be used and the error, instead of raising it; its
+            predictions are an empty list.
 
         Returns
         -------
@@ -139,27 +207,323 @@ class Classifier:
         Raises
         ------
         ValueError
-            If an image cannot be read; the message names it.
+            If an image cannot be read or has no such values, shape or type; the message names it.
         TypeError
-            If a single path is given instead of a sequence.
+            If a single image is given instead of a sequence, or something that is no image.
+
+        See Also
+        --------
+        table : the same as a pandas.DataFrame.
         """
-        if isinstance(images, (str, Path)):
-            msg = f"images must be a list of image files, got {str(images)!r}; put it in brackets"
+        single = isinstance(images, str | Path | Image.Image)
+        if single or (isinstance(images, np.ndarray | Tensor) and images.ndim != 4):
+            given = repr(str(images)) if isinstance(images, str | Path) else _described(images)
+            msg = f"images must be a list of images, got {given}; put it in brackets"
             raise TypeError(msg)
         if not 1 <= top <= len(self.classes):
             msg = f"top must be from 1 to {len(self.classes)}, got {top}"
             raise ValueError(msg)
-        data, size = self.experiment.data, self.experiment.train.eval_batch_size
-        transform = test_transform(data)
+        name = self.chosen(readout)
         results = []
-        for first in range(0, len(images), size):
-            files = images[first : first + size]
-            pixels = torch.stack([transform(open_image(path, data)) for path in files])
-            best = self.logits(pixels, readout).topk(top)
-            for classes, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-                names = [self.classes[index] for index in classes]
-                results.append([Prediction(*pair) for pair in zip(names, scores, strict=True)])
+        for pixels in self._batches(images, on_error):
+            usable = [x for x in pixels if x is not None]
+            best = iter(self._best(torch.stack(usable), top, name) if usable else [])
+            results += [[] if x is None else next(best) for x in pixels]
         return results
+
+    def table(
+        self,
+        images: Sequence[ImageLike],
+        *,
+        top: int = 1,
+        readout: str | None = None,
+        threshold: float | None = None,
+        on_error: Callable[[Any, Exception], object] | None = None,
+    ) -> "DataFrame":
+        """Predictions as a table, one row per image that could be read.
+
+        Parameters
+        ----------
+        images, top, readout, on_error
+            As in :meth:`predict`.
+        threshold : float, optional
+            Answer "unknown" where the probability (or, of a read-out without likelihoods, the
+            score) of the best class is below this.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Columns ``image`` (the file, or the position from 0 of another image), ``answer`` if
+            there is a threshold, and ``class_1``, ``probability_1`` or ``score_1``, ``class_2``
+            and so on.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As from :meth:`predict`, and if the threshold is not finite, or of probabilities and
+            not from 0 to 1.
+        """
+        from pandas import DataFrame
+
+        kind = "probability" if self.chosen(readout) in self.temperatures else "score"
+        if threshold is not None:
+            fits = 0 <= threshold <= 1 if kind == "probability" else math.isfinite(threshold)
+            if not fits:
+                rule = "from 0 to 1, as probabilities are," if kind == "probability" else "finite,"
+                msg = f"threshold must be {rule} got {threshold}"
+                raise ValueError(msg)
+        predictions = self.predict(images, top=top, readout=readout, on_error=on_error)
+        rows: list[dict[str, Any]] = []
+        for position, (image, best) in enumerate(zip(images, predictions, strict=True)):
+            if not best:
+                continue
+            row: dict[str, Any] = {
+                "image": printable(image) if isinstance(image, str | Path) else position
+            }
+            if threshold is not None:
+                row["answer"] = answer(best, threshold)
+            for rank, guess in enumerate(best, start=1):
+                row |= {f"class_{rank}": guess.name, f"{kind}_{rank}": guess.value}
+            rows.append(row)
+        return DataFrame(rows)
+
+    def _batches(
+        self,
+        images: Iterable[ImageLike],
+        on_error: Callable[[Any, Exception], object] | None,
+    ) -> Iterator[list[Tensor | None]]:
+        """Transformed images, batch by batch; None for one that cannot be used."""
+        data = self.experiment.data
+        transform = test_transform(data)
+
+        def prepare(image: ImageLike) -> Tensor | Exception:
+            try:
+                return transform(_pixels(image, data))
+            except (ValueError, TypeError) as error:
+                return error
+
+        rest = iter(images)
+        with ThreadPoolExecutor(usable_cpus()) as pool:  # decoding holds no lock
+            while batch := list(islice(rest, self.experiment.train.eval_batch_size)):
+                pixels: list[Tensor | None] = []
+                for image, prepared in zip(batch, pool.map(prepare, batch), strict=True):
+                    if isinstance(prepared, Tensor):
+                        pixels.append(prepared)
+                    elif on_error is None:
+                        raise prepared
+                    else:
+                        on_error(image, prepared)
+                        pixels.append(None)
+                yield pixels
+
+    def _best(self, pixels: Tensor, top: int, readout: str) -> list[list[Prediction]]:
+        """The best classes of transformed images (N, C, H, W)."""
+        scores = self.logits(pixels, readout)
+        best = scores.topk(top)
+        shares: list[Any] = [[None] * top] * len(pixels)
+        if readout in self.temperatures:
+            shares = (
+                probabilities(scores, self.temperatures[readout]).gather(1, best.indices).tolist()
+            )
+        columns = zip(best.indices.tolist(), best.values.tolist(), shares, strict=True)
+        return [
+            [Prediction(self.classes[c], s, p) for c, s, p in zip(*row, strict=True)]
+            for row in columns
+        ]
+
+
+def answer(best: Sequence[Prediction], threshold: float) -> str:
+    """The best class, or "unknown" where its probability or score is below a threshold.
+
+    Examples
+    --------
+    >>> answer([Prediction("cat", 0.4, 0.9)], 0.5), answer([Prediction("cat", 0.4)], 0.5)
+    ('cat', 'unknown')
+    """
+    return best[0].name if best[0].value >= threshold else UNKNOWN
+
+
+def image_files(paths: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
+    """Image files of files and folders, and the files of folders that are left out.
+
+    Folders are walked recursively, in the order of names; hidden files and folders are passed
+    over. In folders only files with an image's ending count; a file that is named is always
+    taken.
+
+    Parameters
+    ----------
+    paths : iterable of path
+        Files and folders.
+
+    Returns
+    -------
+    tuple of (list of Path, list of Path)
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file or folder, or a folder without an image.
+    """
+    images: list[Path] = []
+    others: list[Path] = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            if not path.exists():
+                msg = f"there is no file or folder {path}"
+                raise FileNotFoundError(msg)
+            images.append(path)
+            continue
+        below = sorted(_walk(path))
+        chosen = [file for file in below if file.suffix.lower() in IMAGE_SUFFIXES]
+        if not chosen:
+            endings = ", ".join(sorted(IMAGE_SUFFIXES))
+            msg = f"no image in the folder {path}: none of its files ends in {endings}"
+            raise FileNotFoundError(msg)
+        images += chosen
+        others += [file for file in below if file.suffix.lower() not in IMAGE_SUFFIXES]
+    return images, others
+
+
+def write_table(table: "DataFrame", path: Path, *, overwrite: bool = False) -> Path:
+    """Write a table as CSV, JSON (a list of rows) or Parquet, by the ending of the path.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        Its index is left out.
+    path : Path
+        Written whole or not at all.
+    overwrite : bool
+        Replace a file that is there.
+
+    Raises
+    ------
+    ValueError, ModuleNotFoundError, FileExistsError
+        As from :func:`require_table`.
+    OSError
+        If the file cannot be written.
+    """
+    require_table(path, overwrite=overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = path.suffix.lower()
+
+    def write(temporary: Path) -> None:
+        if kind == ".csv":
+            table.to_csv(temporary, index=False, lineterminator="\n")
+        elif kind == ".json":
+            rows = table.to_dict("records")
+            text = json.dumps(
+                rows, indent=1, ensure_ascii=False, default=lambda number: number.item()
+            )
+            temporary.write_text(text + "\n", encoding="utf-8")
+        else:
+            table.to_parquet(temporary, index=False)
+
+    write_atomically(path, write)
+    return path
+
+
+def require_table(path: Path, *, overwrite: bool = False) -> None:
+    """Refuse a path that a table cannot be written to, before it is computed.
+
+    Raises
+    ------
+    ValueError
+        If the ending is of no kind of table.
+    ModuleNotFoundError
+        If nothing that writes Parquet is installed.
+    FileExistsError
+        If the file is there, and ``overwrite`` is off.
+    """
+    if path.suffix.lower() not in TABLES:
+        msg = f"a table must end in {', '.join(TABLES[:-1])} or {TABLES[-1]}, got {path}"
+        raise ValueError(msg)
+    engines = ("pyarrow", "fastparquet")
+    if path.suffix.lower() == ".parquet" and not any(map(find_spec, engines)):
+        msg = f"{path}: writing Parquet needs pyarrow, which is not installed; pip install pyarrow"
+        raise ModuleNotFoundError(msg)
+    require_new(path, overwrite=overwrite)
+
+
+def printable(path: str | Path) -> str:
+    """A path as text that any file can hold: bytes that are not UTF-8 are escaped."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(root, name) for name in names if not name.startswith("."))
+
+
+def _pixels(image: ImageLike, data: DataConfig) -> Tensor:
+    """An image after the first resize: uint8, or float in [0, 1], of shape (C, H, W)."""
+    if isinstance(image, str | Path):
+        return open_image(image, data)
+    if isinstance(image, Image.Image):
+        return images_of([image], data)[0]
+    if not isinstance(image, np.ndarray | Tensor):
+        msg = (
+            f"images must be files, PIL images, arrays or tensors, got {type(image).__name__}; "
+            "convert it first"
+        )
+        raise TypeError(msg)
+    whole = _checked(image)
+    if whole.dtype == torch.uint8:  # the way of a file with these pixels
+        rows = whole.permute(1, 2, 0).numpy()
+        return images_of([Image.fromarray(rows[..., 0] if len(whole) == 1 else rows)], data)[0]
+    wanted = len(data.mode)
+    if len(whole) == 4:
+        msg = f"a floating image must have 1 or 3 channels, got {_described(image)}; drop the alpha"
+        raise ValueError(msg)
+    if len(whole) > wanted:
+        whole = torch.tensor(_GREY).to(whole)[:, None, None].mul(whole).sum(dim=0, keepdim=True)
+    elif len(whole) < wanted:
+        whole = whole.expand(wanted, -1, -1)
+    return images_of(whole[None], replace(data, resize=data.resize or data.side))[0]
+
+
+def _checked(image: NDArray[Any] | Tensor) -> Tensor:
+    """Pixels (C, H, W) on the CPU, uint8 or float32, of an array or tensor that can be an image."""
+    if isinstance(image, Tensor):
+        tensor, layout = image.detach().cpu(), "(C, H, W)"
+    else:
+        # A copy: the array may be read-only or have negative steps, which torch does not take.
+        array = image.astype(image.dtype.newbyteorder("="), copy=True)
+        if array.dtype.kind not in "uif":
+            msg = f"an image must be uint8 or floating in [0, 1], got {_described(image)}"
+            raise TypeError(msg)
+        tensor, layout = torch.from_numpy(array), "(H, W, C)"
+        tensor = tensor[..., None] if tensor.ndim == 2 else tensor
+        tensor = tensor.permute(2, 0, 1) if tensor.ndim == 3 else tensor
+    if tensor.ndim != 3 or len(tensor) not in (1, 3, 4) or 0 in tensor.shape:
+        msg = (
+            f"an image must have shape {layout} with 1, 3 or 4 channels, got {_described(image)}; "
+            "arrays have their channels last, tensors first"
+        )
+        raise ValueError(msg)
+    if tensor.dtype == torch.uint8:
+        return tensor
+    if not tensor.is_floating_point():
+        msg = (
+            f"an image must be uint8 or floating in [0, 1], got {_described(image)}; convert it to "
+            "uint8 if its values are from 0 to 255"
+        )
+        raise TypeError(msg)
+    low, high = float(tensor.min()), float(tensor.max())
+    if not (low >= 0 and high <= 1):  # also of NaN
+        cure = "divide it by 255" if low >= 0 and 1 < high <= 255 else "undo its normalisation"
+        msg = (
+            f"a floating image must have values from 0 to 1, got {low:.4g} to {high:.4g}; {cure}, "
+            "or give transformed images to logits"
+        )
+        raise ValueError(msg)
+    return tensor.float()
+
+
+def _described(image: Any) -> str:
+    shape = getattr(image, "shape", None)
+    return type(image).__name__ if shape is None else f"{image.dtype} of shape {tuple(shape)}"
 
 
 def load(
@@ -222,7 +586,28 @@ def load(
             if count != len(classes):
                 msg = f"the read-out {name!r} has {count} classes, {CLASSES} has {len(classes)}"
                 raise ValueError(msg)
-    return Classifier(classes, experiment, backbone, readouts).to(device)
+    temperatures = _temperatures(folder, readouts)
+    return Classifier(classes, experiment, backbone, readouts, temperatures).to(device)
+
+
+def _temperatures(folder: Path, readouts: Mapping[str, Any]) -> dict[str, float]:
+    """Temperatures of the read-outs that have one, from the summary of a run."""
+    path = folder / SUMMARY
+    if not path.is_file():  # scores need none
+        return {}
+    require_intact(folder, SUMMARY)
+    with readable(path):
+        calibration = read_json(path).get("calibration") or {}
+        temperatures = {
+            name: float(entry["temperature"])
+            for name, entry in calibration.items()
+            if name in readouts
+        }
+        for name, temperature in temperatures.items():
+            if not (math.isfinite(temperature) and temperature > 0):
+                msg = f"the temperature of {name!r} must be positive, got {temperature}"
+                raise ValueError(msg)
+    return temperatures
 
 
 def read_classes(folder: Path) -> tuple[list[str], list[int]]:
@@ -230,93 +615,3 @@ def read_classes(folder: Path) -> tuple[list[str], list[int]]:
     content = read_json(folder / CLASSES)
     with readable(folder / CLASSES):
         return [str(name) for name in content["class_names"]], list(content["order"])
-
-
-def evaluate_run(
-    folder: Path, *, root: str | None = None, allow: Sequence[str] = ()
-) -> dict[str, dict[str, Any]]:
-    """Evaluate the saved model of a run on all its classes, from its weights and data only.
-
-    Parameters
-    ----------
-    folder : Path
-        A finished run.
-    root : str, optional
-        Where the data are now, if they moved since the training.
-    allow : sequence of str
-        As in :func:`load`.
-
-    Returns
-    -------
-    dict
-        By read-out, the primary one first: ``accuracy`` per image, ``by_task``, and ``correct``
-        and ``total`` by class.
-
-    Raises
-    ------
-    ValueError
-        If the data set no longer has the classes of the run.
-    """
-    classifier = load(folder, allow=allow)
-    experiment = classifier.experiment
-    stream, accelerator = set_up(folder, experiment, root=root)
-    classifier.to(accelerator.device)
-    batches = evaluation_batches(stream.test, experiment, accelerator.device)
-    features, labels = extract_features(classifier.model, batches, accelerator)
-    counts = count_correct(classifier.readouts, features, labels, len(stream.order))
-    return {
-        name: {
-            "accuracy": sum(correct) / sum(total),
-            "by_task": [
-                sum(correct[c] for c in task) / sum(total[c] for c in task) for task in stream.tasks
-            ],
-            "correct": correct,
-            "total": total,
-        }
-        for name, (correct, total) in counts.items()
-    }
-
-
-def set_up(
-    folder: Path, experiment: Experiment, *, root: str | None = None
-) -> tuple[Stream, Accelerator]:
-    """The data of a run and the device of its settings; also sets its number of threads.
-
-    Parameters
-    ----------
-    folder : Path
-        The run.
-    experiment : Experiment
-        Its settings.
-    root : str, optional
-        Where the data are now, if they moved since the training.
-
-    Raises
-    ------
-    ValueError
-        If the data set no longer has the classes of the run.
-
-    Warns
-    -----
-    RuntimeWarning
-        If the test images are not those of the run.
-    """
-    if experiment.threads is not None:
-        torch.set_num_threads(experiment.threads)
-    data = experiment.data
-    if root is not None:
-        data = replace(data, options={**data.options, "root": root})
-    stream = build_stream(data, experiment.seed)
-    if (stream.class_names, stream.order) != read_classes(folder):
-        msg = f"the classes of the data set have changed since {folder} was trained; check --root"
-        raise ValueError(msg)
-    recorded, present = read_json(folder / CLASSES).get("test"), stream.test_record()
-    if recorded is not None and recorded != present:
-        sides = [f"{x['images']} ({x['fingerprint'][:8]})" for x in (recorded, present)]
-        msg = (
-            f"the test images are not those of {folder}: number (hash) recorded {sides[0]}, found "
-            f"{sides[1]}"
-        )
-        warnings.warn(msg, RuntimeWarning, stacklevel=2)
-    # Nothing is logged, so the run's tracker need not be installed.
-    return stream, make_accelerator(experiment.device, experiment.precision)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from training.backbones.config import BACKBONES, BackboneConfig
 
 if TYPE_CHECKING:
-    from training.backbones.build import Backbone, build_backbone, check_fits
+    from training.backbones.build import Backbone, build_backbone
+    from training.backbones.checks import check_features, check_fits, check_target
     from training.backbones.preprocessing import Preprocessing, preprocessing_of
 
 __all__ = [
@@ -18,14 +19,24 @@ __all__ = [
     "BackboneConfig",
     "Preprocessing",
     "build_backbone",
+    "check_features",
     "check_fits",
+    "check_target",
     "preprocessing_of",
 ]
+
+
+_FILES = {
+    "Preprocessing": "preprocessing",
+    "preprocessing_of": "preprocessing",
+    "check_features": "checks",
+    "check_fits": "checks",
+    "check_target": "checks",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         msg = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(msg)
-    file = "preprocessing" if name in {"Preprocessing", "preprocessing_of"} else "build"
-    return getattr(import_module(f"training.backbones.{file}"), name)
+    return getattr(import_module(f"training.backbones.{_FILES.get(name, 'build')}"), name)

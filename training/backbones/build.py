@@ -9,20 +9,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 
 import training.backbones.conv_vit  # noqa: F401  registers its name in timm
 from training.backbones.config import SAVED_BY_TIMM
-from training.backbones.weights import load_weights, tensors_sha256
+from training.backbones.weights import LoadedWeights, load_weights, tensors_sha256
 from training.components import Component
 
 # Packages whose errors mean that a download failed; not all of these are OSErrors.
 _TRANSPORTS = {"huggingface_hub", "httpx", "httpcore", "requests", "urllib3"}
 
+_WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
+_WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".bin")
+
 _OTHER_WEIGHTS = (
-    "give a file (.safetensors, .pth or .npz) as backbone.weights, or start from random weights by "
-    "backbone.pretrained false"
+    "give a file (.safetensors, .pth, .bin or .npz) as backbone.weights, or start from random "
+    "weights by backbone.pretrained false"
 )
 
 
@@ -54,8 +59,12 @@ class Backbone(NamedTuple):
         trained model is loaded afterwards.
     name
         What the settings call it, ``backbone.name``.
-    has_options
-        Whether ``backbone.options`` can fit it to other images.
+    size_option, channels_option
+        The settings that fit it to images of another size or with other channels; empty if none
+        does.
+    notes
+        What the user should know of it, one sentence each: that its weights are random, what was
+        left out of a file.
     """
 
     module: nn.Module
@@ -68,7 +77,9 @@ class Backbone(NamedTuple):
     tag: str | None = None
     tensors_sha256: str | None = None
     name: str = ""
-    has_options: bool = False
+    size_option: str = ""
+    channels_option: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def build_backbone(config: Component, *, initialise: bool = True) -> Backbone:
@@ -104,42 +115,10 @@ def build_backbone(config: Component, *, initialise: bool = True) -> Backbone:
     backbone = backbone._replace(name=config.name)
     if not initialise:
         return backbone
+    if config.options.get("pretrained") is False:
+        random = "its weights are random (backbone.pretrained false): nothing was learned before"
+        backbone = backbone._replace(notes=(*backbone.notes, random))
     return backbone._replace(tensors_sha256=tensors_sha256(backbone.module))
-
-
-def check_fits(backbone: Backbone, image: Tensor) -> None:
-    """Check that the backbone takes images like this one, of shape (C, H, W).
-
-    Raises
-    ------
-    ValueError
-        If the number of channels or the size differs; the message names the settings to change.
-    """
-    channels, height, width = image.shape
-    if channels != backbone.channels:
-        option = (
-            f"set backbone.options.in_chans to {channels}, with weights trained that way, or "
-            if backbone.has_options
-            else ""
-        )
-        msg = (
-            f"the images have {channels} channels, but {backbone.name} takes "
-            f"{backbone.channels}: {option}choose another backbone.name or data.name"
-        )
-        raise ValueError(msg)
-    size = backbone.image_size
-    if size is not None and (height, width) != (size, size):
-        option = (
-            f", or backbone.options.img_size to {height} if the weights allow it"
-            if backbone.has_options
-            else ""
-        )
-        msg = (
-            f"the images are {height} by {width} pixels, but {backbone.name} takes {size} by "
-            f"{size}: set data.image_size (and what leads to it: data.resize, data.train_crop, "
-            f"data.test_resize, data.test_crop) to {size}{option}"
-        )
-        raise ValueError(msg)
 
 
 def build_packaged(weights: str, *, pretrained: bool) -> Backbone:
@@ -153,7 +132,7 @@ def build_packaged(weights: str, *, pretrained: bool) -> Backbone:
     model, options = metadata["timm_model"], json.loads(metadata["timm_options"])
     options.pop("num_classes", None)  # no backbone here has a classifier
     module = _create(model, options)
-    digest = load_weights(module, path) if pretrained else None
+    digest = load_weights(module, path).sha256 if pretrained else None
     return described(module, model, options, digest=digest)
 
 
@@ -164,16 +143,37 @@ def build_timm(
     *,
     pretrained: bool = False,
 ) -> Backbone:
-    """Build a timm model with weights from a file or, if ``pretrained``, from timm."""
+    """Build a timm model with weights from a file or, if ``pretrained``, from timm or a hub.
+
+    Parameters
+    ----------
+    name
+        Name of the model, or ``hf-hub:NAME`` or ``local-dir:FOLDER``: what ``save_for_hf`` or
+        ``push_to_hf_hub`` of timm wrote, a ``config.json`` and weights.
+    options
+        Further arguments of ``timm.create_model``.
+    weights
+        File to load the weights from.
+    pretrained
+        Whether to load the published weights if there is no such file.
+    """
+    if name.startswith(SAVED_BY_TIMM):
+        timm_settings(name)  # says clearly what its config.json lacks
     module = _create(name, options)
-    digest = tag = None
-    if weights is not None:
-        digest = load_weights(module, Path(weights).expanduser())
-    elif pretrained:
-        module = _download(name, options)
-        tag = _tag(module)
-    timm_model = described(module, name, options, digest=digest, tag=tag)
-    return timm_model._replace(has_options=True)
+    tag, path = None, None if weights is None else Path(weights).expanduser()
+    if path is None and pretrained:
+        if name.startswith(SAVED_BY_TIMM):
+            path, tag = _saved_weights(name)
+        else:
+            module = _download(name, options)
+            tag = _tag(module)
+    loaded = LoadedWeights(None) if path is None else load_weights(module, path)
+    timm_model = described(module, name, options, digest=loaded.sha256, tag=tag)
+    return timm_model._replace(
+        size_option="backbone.options.img_size",
+        channels_option="backbone.options.in_chans",
+        notes=loaded.notes,
+    )
 
 
 def described(
@@ -246,7 +246,7 @@ def timm_settings(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if not is_saved and timm.get_pretrained_cfg(name) is None:
         return {}, {}
     try:
-        given: dict[str, Any] = timm.models.resolve_model_input_args(name)
+        given: dict[str, Any] = timm.models.resolve_model_input_args(_expanded(name))
     except Exception as error:  # each transport raises its own errors, and files may be damaged
         reason = one_line(error)
         if _is_transport(error):
@@ -262,16 +262,53 @@ def timm_settings(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return settings, saved
 
 
+def _expanded(name: str) -> str:
+    """The name with ~ written out in a folder, which timm takes literally."""
+    kind, colon, place = name.partition(":")
+    return f"{kind}{colon}{Path(place).expanduser()}" if kind == "local-dir" else name
+
+
+def _saved_weights(name: str) -> tuple[Path, str | None]:
+    """The weights file of a model that timm saved, and the exact revision of one from a hub."""
+    kind, _, place = name.partition(":")
+    if kind == "local-dir":
+        folder = Path(_expanded(name).partition(":")[2])
+        paths = [folder / file for file in _WEIGHTS_FILES if (folder / file).is_file()]
+        paths = paths or sorted(p for p in folder.iterdir() if p.suffix in _WEIGHTS_SUFFIXES)[:1]
+        if not paths:
+            msg = f"backbone.name {name}: the folder has no weights, {' or '.join(_WEIGHTS_FILES)}"
+            raise FileNotFoundError(msg)
+        return paths[0], None
+    repository, _, revision = place.partition("@")
+    try:
+        try:
+            path = Path(hf_hub_download(repository, _WEIGHTS_FILES[0], revision=revision or None))
+        except EntryNotFoundError:
+            path = Path(hf_hub_download(repository, _WEIGHTS_FILES[1], revision=revision or None))
+    except Exception as error:  # each transport raises its own errors
+        msg = (
+            f"the pretrained weights of {name} could not be downloaded ({one_line(error)}). "
+            f"Download them elsewhere, and {_OTHER_WEIGHTS}."
+        )
+        raise ConnectionError(msg) from error
+    # A snapshot of a repository is kept in a folder with the name of its commit.
+    return path, f"{repository} at {path.parent.name}"
+
+
 def _create(name: str, options: Mapping[str, Any]) -> nn.Module:
-    if not timm.is_model(name):
+    if not name.startswith(SAVED_BY_TIMM) and not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
         hint = f" Did you mean {', '.join(near)}?" if near else ""
+        if "/" in name:
+            hint = f" Did you mean hf-hub:{name} or hf:{name} of a hub, or local-dir:{name}?"
         first, dot, _ = name.partition(".")
         path = f", and there is no module {first} for an import path" if dot else ""
         msg = f"backbone.name: timm {timm.__version__} has no model {name!r}{path}.{hint}"
         raise ValueError(msg)
     try:
-        module: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **options)
+        module: nn.Module = timm.create_model(
+            _expanded(name), pretrained=False, num_classes=0, **options
+        )
     except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
         msg = f"timm cannot build {name} with backbone.options {dict(options)}: {error}"
         raise ValueError(msg) from error

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from training.components import Component, Registry
+from training.components import Component, Registry, at_least
 
 if TYPE_CHECKING:
     from training.backbones.build import Backbone
@@ -68,7 +68,7 @@ class Packaged:
 
 @dataclass
 class HuggingFace:
-    """A vision transformer of transformers.
+    """A vision model of transformers.
 
     Parameters
     ----------
@@ -76,22 +76,31 @@ class HuggingFace:
         hf:ORGANISATION/NAME on the Hugging Face hub, or hf:FOLDER.
     pretrained
         Start from its pretrained weights; otherwise from random ones.
+    image_size
+        Side of the images in pixels, if not the model's own: its position embeddings are
+        interpolated.
     """
 
     name: str
     pretrained: bool = True
+    image_size: int | None = None
+
+    def __post_init__(self) -> None:
+        at_least("backbone.image_size", self.image_size, 1)
 
     def build(self, *, initialise: bool) -> "Backbone":
         """Build it; see `build_backbone`."""
         from training.backbones.hugging_face import build_hugging_face
 
-        return build_hugging_face(self.name, pretrained=self.pretrained and initialise)
+        return build_hugging_face(
+            self.name, pretrained=self.pretrained and initialise, image_size=self.image_size
+        )
 
     def preprocessing(self) -> "Preprocessing | None":
         """How it wants its images; see `preprocessing_of`."""
         from training.backbones.preprocessing import of_hugging_face
 
-        return of_hugging_face(self.name)
+        return of_hugging_face(self.name, self.image_size)
 
 
 @dataclass
@@ -101,9 +110,11 @@ class Timm:
     Parameters
     ----------
     name
-        The name of the model, with or without the tag of its weights.
+        The name of the model, with or without the tag of its weights; hf-hub:ORGANISATION/NAME or
+        local-dir:FOLDER for one that timm saved.
     weights
-        A local .safetensors, .pth or .npz file with the weights; its classifier is dropped.
+        A local .safetensors, .pth, .bin or .npz file with the weights. Heads and decoders are left
+        out, position embeddings are resized to img_size, the first layer is adapted to in_chans.
     options
         Further arguments of timm.create_model, such as {img_size: 32, in_chans: 1}. Options that
         change the architecture need weights, or pretrained false.
@@ -176,8 +187,9 @@ class BackboneConfig(Component):
     ----------
     name
         glyphs or cifar_vit (in the package, no download), the name of any timm model,
-        hf:ORGANISATION/NAME or hf:FOLDER for a vision transformer of transformers, or the import
-        path of a class with a function build.
+        hf-hub:ORGANISATION/NAME or local-dir:FOLDER for one that timm saved, hf:ORGANISATION/NAME
+        or hf:FOLDER for a vision model of transformers, or the import path of a class with a
+        function build.
     """
 
     registry = BACKBONES
@@ -188,9 +200,10 @@ class BackboneConfig(Component):
     def recorded(self) -> Self:
         """A copy with absolute paths, for the record of a run."""
         name, options = self.name, dict(self.options)
-        folder = name.removeprefix(HUGGING_FACE)
-        if folder != name and Path(folder).expanduser().is_dir():
-            name = f"{HUGGING_FACE}{Path(folder).expanduser().absolute()}"
+        kind, colon, place = name.partition(":")
+        folder = Path(place).expanduser()
+        if f"{kind}{colon}" in (HUGGING_FACE, "local-dir:") and folder.is_dir():
+            name = f"{kind}:{folder.absolute()}"
         if isinstance(options.get("weights"), str):
             options["weights"] = str(Path(options["weights"]).expanduser().absolute())
         return replace(self, name=name, options=options)

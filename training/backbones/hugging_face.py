@@ -1,37 +1,70 @@
 """Backbones of Hugging Face's transformers: ``hf:ORGANISATION/NAME`` or ``hf:FOLDER``."""
 
+import inspect
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from training.backbones.build import Backbone, one_line
+from training.backbones.weights import some
+
+_STEP = 32  # most models without patches halve an image five times
 
 
-class ClassToken(nn.Module):
-    """A vision model that returns its class token, the first of the last hidden state.
+class Pooled(nn.Module):
+    """A vision model of transformers that returns one feature vector an image.
+
+    The vector is the model's own pooling (``pooler_output``: the class token after the last norm,
+    the mean of the tokens or an attention, as the model was trained); in models without one, the
+    class token, or else the mean over all positions.
 
     Parameters
     ----------
     model
-        A ViTModel, say: images (N, C, H, W) to an output with ``last_hidden_state`` (N, T, D).
+        A ViTModel or SwinModel, say: images (N, C, H, W) to tokens (N, T, D) or maps (N, D, h, w).
+    has_class_token
+        Whether the first token is the class token.
+    patch_size
+        Side of a patch, for models that draw which patches they mask: they get the same draw each
+        time, with nothing masked.
+    resizes
+        Whether the model is to interpolate its position embeddings.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, *, has_class_token: bool, patch_size: int, resizes: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
+        self.has_class_token, self.patch_size, self.resizes = has_class_token, patch_size, resizes
+        self.masks = "noise" in inspect.signature(model.forward).parameters
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (N, D) of images (N, C, H, W)."""
-        tokens: Tensor = self.model(images).last_hidden_state
-        return tokens[:, 0]
+        given: dict[str, Any] = {"interpolate_pos_encoding": True} if self.resizes else {}
+        if self.masks:
+            places = (images.shape[-2] // self.patch_size) * (images.shape[-1] // self.patch_size)
+            # Patches are kept in the order of their noise: this is the order that they have.
+            noise = torch.arange(places, device=images.device, dtype=torch.float32)
+            given["noise"] = noise.expand(len(images), -1)
+        output = self.model(images, **given)
+        pooled: Tensor | None = getattr(output, "pooler_output", None)
+        if pooled is not None:
+            return pooled.flatten(1)
+        tokens: Tensor = output.last_hidden_state
+        if tokens.ndim > 3:
+            return tokens.mean(dim=tuple(range(2, tokens.ndim)))
+        return tokens[:, 0] if self.has_class_token else tokens.mean(dim=1)
 
 
-def build_hugging_face(name: str, *, pretrained: bool) -> Backbone:
-    """Build a vision transformer of transformers by ``AutoModel``, without its pooler.
+def build_hugging_face(name: str, *, pretrained: bool, image_size: int | None = None) -> Backbone:
+    """Build a vision model of transformers by ``AutoModel``.
 
-    Code that comes with a model is never run.
+    Code that comes with a model is never run. Of a model of images and text, only the part for
+    images is built. Masking, as in the pretraining of ViT-MAE, is turned off.
 
     Parameters
     ----------
@@ -40,49 +73,119 @@ def build_hugging_face(name: str, *, pretrained: bool) -> Backbone:
         ``save_pretrained`` wrote.
     pretrained
         Whether to load the pretrained weights; otherwise they are random.
+    image_size
+        Side of the images if it is not the model's: its position embeddings are interpolated.
 
     Raises
     ------
     ValueError
-        If transformers is not installed, the model takes no images, or weights are missing.
+        If transformers is not installed, the model takes no images or none of this size, or weights
+        are missing.
     ConnectionError
         If the model is not a folder and cannot be downloaded.
     """
     settings = read_settings(name)
-    from transformers import AutoModel
-
-    place = _place(name)
-    given = name.partition(":")[2]
-    try:
-        missing: list[str] = []
-        if pretrained:
-            model, report = AutoModel.from_pretrained(
-                place, output_loading_info=True, trust_remote_code=False
-            )
-            missing = [name for name in report["missing_keys"] if not name.startswith("pooler.")]
-        else:
-            unloaded: Any = AutoModel
-            model = unloaded.from_config(settings, trust_remote_code=False)
-    except Exception as error:  # each model and each file format raises its own errors
-        raise _unusable(name, error) from error
-    if missing:
-        msg = f"backbone.name {name}: its files lack the weights {', '.join(missing[:8])}"
-        raise ValueError(msg)
-    channels, features = (getattr(settings, key, None) for key in ("num_channels", "hidden_size"))
-    if channels is None or features is None:
+    channels = getattr(settings, "num_channels", None)
+    if channels is None:
         msg = f"backbone.name {name}: a {settings.model_type} model does not take only images"
         raise ValueError(msg)
-    if hasattr(model, "pooler"):
+    if hasattr(settings, "mask_ratio"):
+        settings.mask_ratio = 0.0
+    model, report = _build(name, settings, pretrained=pretrained)
+    pooler = getattr(model, "pooler", None)
+    if hasattr(pooler, "dense") and hasattr(pooler, "activation"):
         model.pooler = None  # a layer after the class token, which is the feature here
-    size = settings.image_size
-    side = int(size if isinstance(size, int) else size[0])
+    own = set(model.state_dict())
+    missing = sorted(key for key in report.get("missing_keys", ()) if key in own)
+    if missing:
+        msg = f"backbone.name {name}: its files lack the weights {some(missing)}"
+        raise ValueError(msg)
+    unused = sorted(report.get("unexpected_keys", ()))
+    notes = (f"left out of the files of {name}: {some(unused)}",) if unused else ()
+    if pretrained and not all(bool(v.isfinite().all()) for v in model.state_dict().values()):
+        msg = f"backbone.name {name}: its files hold NaN or infinite values"
+        raise ValueError(msg)
+
+    side, patch = (_number(getattr(settings, key, None)) for key in ("image_size", "patch_size"))
+    resizes = image_size is not None and image_size != side
+    if resizes and "interpolate_pos_encoding" not in inspect.signature(model.forward).parameters:
+        resizes = False  # it takes any size, or says below that it does not
+    classes = ("cls_token", "class_embedding", "class_token")
+    module = Pooled(
+        model,
+        has_class_token=any(key.rpartition(".")[2] in classes for key in own),
+        patch_size=patch or 1,
+        resizes=resizes,
+    )
+    wanted = image_size or side or 224
+    features = _features(module, channels, wanted)
+    if isinstance(features, Exception):
+        msg = (
+            f"backbone.name {name}: it must take images of {wanted} by {wanted} pixels and return "
+            f"features, got an error: {one_line(features)}"
+        )
+        raise ValueError(msg) from features  # noqa: TRY004 - an error that was caught
+    # Not a smaller size, of one patch perhaps, whose one token would be broadcast.
+    larger = wanted + (patch or _STEP)
+    is_fixed = resizes or isinstance(_features(module, channels, larger), Exception)
+    given = name.partition(":")[2]
     commit = getattr(settings, "_commit_hash", None) if pretrained else None
-    tag = f"{given} at {commit}" if commit else None
-    return Backbone(ClassToken(model), int(features), name, {}, None, int(channels), side, tag=tag)
+    return Backbone(
+        module,
+        features,
+        name,
+        {} if image_size is None else {"image_size": image_size},
+        None,
+        int(channels),
+        wanted if is_fixed else None,
+        tag=f"{given} at {commit}" if commit else None,
+        size_option="backbone.image_size"
+        if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+        else "",
+        notes=notes,
+    )
+
+
+def _build(name: str, settings: Any, *, pretrained: bool) -> tuple[Any, dict[str, Any]]:
+    """The model in float32, and what transformers reports of its weights."""
+    from transformers import AutoModel
+
+    auto: Any = AutoModel
+    try:
+        # trust_remote_code is said in every call: without it the library asks on standard input.
+        if not pretrained:
+            return auto.from_config(settings, trust_remote_code=False), {}
+        model, report = auto.from_pretrained(
+            _place(name),
+            config=settings,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+    except Exception as error:  # each model and each file format raises its own errors
+        raise _unusable(name, error) from error
+    return model, report
+
+
+def _features(module: nn.Module, channels: int, side: int) -> int | Exception:
+    """Number of features for images of a size, or the error that the model raises."""
+    try:
+        with torch.no_grad():
+            output: Tensor = module.eval()(torch.zeros(1, channels, side, side))
+    except Exception as error:  # noqa: BLE001 - each model raises its own errors
+        return error
+    return output.shape[1]
+
+
+def _number(size: Any) -> int | None:
+    """A side that may be given twice, for both axes."""
+    return None if size is None else int(size if isinstance(size, int) else size[0])
 
 
 def read_settings(name: str) -> Any:
     """The ``config.json`` of a model as transformers reads it; no weights are read.
+
+    Of a model of images and text, such as CLIP, only the settings of the part for images.
 
     Raises
     ------
@@ -96,15 +199,16 @@ def read_settings(name: str) -> Any:
 
     try:
         # trust_remote_code is said in every call: without it the library asks on standard input.
-        return AutoConfig.from_pretrained(_place(name), trust_remote_code=False)
+        settings: Any = AutoConfig.from_pretrained(_place(name), trust_remote_code=False)
     except Exception as error:  # each model and each file format raises its own errors
         raise _unusable(name, error) from error
+    return getattr(settings, "vision_config", settings)
 
 
 def read_processor(name: str) -> dict[str, Any] | None:
     """The settings of the image processor of a model, defaults included; None if it has none."""
     from transformers import AutoImageProcessor
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     place = _place(name)
     names = ("preprocessor_config.json", "processor_config.json")
@@ -115,7 +219,8 @@ def read_processor(name: str) -> dict[str, Any] | None:
     if not any(cached_file(place, file, **lenient) for file in names):
         return None
     try:
-        processor: Any = AutoImageProcessor.from_pretrained(place, trust_remote_code=False)
+        processors: Any = AutoImageProcessor
+        processor = processors.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # a damaged or foreign file may raise anything
         raise _unusable(name, error) from error
     settings: dict[str, Any] = processor.to_dict()

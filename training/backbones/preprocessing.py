@@ -154,13 +154,15 @@ def of_timm(
     )
 
 
-def of_hugging_face(name: str) -> Preprocessing | None:
+def of_hugging_face(name: str, image_size: int | None = None) -> Preprocessing | None:
     """What the image processor of a model of transformers says; None if it has none.
 
     Parameters
     ----------
     name
         ``hf:`` and a name on the hub or a folder, whose ``preprocessor_config.json`` is read.
+    image_size
+        Side of the images if it is not the model's.
     """
     from training.backbones.hugging_face import read_processor, read_settings
 
@@ -169,22 +171,23 @@ def of_hugging_face(name: str) -> Preprocessing | None:
     if given is None:
         return None
     channels = int(getattr(settings, "num_channels", None) or 3)
-    # Pixels x in [0, 1] become 255 factor x - offset, and are normalised after that.
-    factor = given.get("rescale_factor") or 1 / 255
-    scale = 255 * float(factor) if given.get("do_rescale", True) and factor != 1 / 255 else 1.0
-    if not given.get("do_rescale", True):
-        scale = 255.0
+    # Pixels x in [0, 1] become scale x - offset, and are normalised after that. The scale of the
+    # usual factor is 1 exactly, so that the usual numbers come out as they are written.
+    factor = (given.get("rescale_factor") or 1 / 255) if given.get("do_rescale", True) else 1.0
+    scale = 1.0 if factor == 1 / 255 else 255 * float(factor)
     offset = 1.0 if given.get("rescale_offset") else 0.0
     normalised = given.get("do_normalize", True)
     mean = _per_channel(given["image_mean"] if normalised else [0.0], channels)
     std = _per_channel(given["image_std"] if normalised else [1.0], channels)
+    if given.get("include_top"):  # EfficientNet divides a second time
+        twice = _per_channel(given["image_std"], channels)
+        std = tuple(first * second for first, second in zip(std, twice, strict=True))
     side, crop_pct, crop_mode = _resize_and_crop(given, getattr(settings, "image_size", None), name)
-    filter_number = given.get("resample")
     return Preprocessing(
-        image_size=side,
+        image_size=image_size or side,
         mean=tuple((offset + value) / scale for value in mean),
         std=tuple(value / scale for value in std),
-        interpolation="bicubic" if filter_number is None else _FILTERS[int(filter_number)],
+        interpolation=_FILTERS.get(given.get("resample"), "bicubic"),
         crop_pct=crop_pct,
         crop_mode=crop_mode,
         channels=channels,

@@ -3,19 +3,59 @@
 import argparse
 import hashlib
 import re
-from collections.abc import Mapping
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from training.run_dir import file_sha256, require_plausible_archive
 
-# Keys under which training checkpoints hold the network; iBOT's and DINO's is the teacher.
-_WRAPPERS = ("state_dict", "model", "teacher")
+# Keys under which checkpoints hold the network, averaged weights and teachers first.
+_WRAPPERS = (
+    "state_dict_ema",
+    "model_ema",
+    "teacher",
+    "target_encoder",
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+    "encoder",
+    "backbone",
+)
+_NESTED = 3
+# Parts that pretraining adds to a network and that play no role for its features.
+_OF_PRETRAINING = re.compile(
+    r"(mask_token|decoder\w*|\w+_head|classifier|projector|predictor|logit_scale|logit_bias)(\.|$)"
+    r"|.*\b(relative_position_index|attn_mask)$"
+)
+# Words in a prefix by which the better of several copies is told: others are students.
+_TEACHERS = ("teacher", "ema", "momentum", "target")
+_PATCHES = "patch_embed.proj.weight"
+# How transformers names the layers of the same architectures.
+_OF_TRANSFORMERS = re.compile(r"(encoder\.)?layer\.\d+\.(attention|layernorm)")
+
+
+class LoadedWeights(NamedTuple):
+    """What was loaded.
+
+    Parameters
+    ----------
+    sha256
+        Hash of the file; None if there is none.
+    notes
+        What was left out of the file or resized, one sentence each.
+    """
+
+    sha256: str | None
+    notes: tuple[str, ...] = ()
 
 
 def tensors_sha256(module: nn.Module) -> str:
@@ -38,11 +78,20 @@ def tensors_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def load_weights(module: nn.Module, path: Path) -> str:
-    """Load a file that must fit the whole model, a classifier aside; returns the hash of the file.
+def load_weights(module: nn.Module, path: Path) -> LoadedWeights:
+    """Load a file that must hold the whole network.
 
-    A .npz file must hold original ViT (augreg) weights, which timm's own loader reads; it resizes
-    position embeddings to the model's image size.
+    Names may have a common prefix, such as ``module.``, ``model.``, ``backbone.`` or ``encoder.``.
+    timm converts the formats that it knows (DINOv2, MAE, CLIP and others), resamples position
+    embeddings to the model's image size and adapts the first convolution to its channels. Heads,
+    decoders and mask tokens are left out. A .npz file must hold original ViT (augreg) weights.
+
+    Parameters
+    ----------
+    module
+        The network, of timm or not.
+    path
+        A .safetensors, .npz, .pth or .bin file.
 
     Raises
     ------
@@ -54,19 +103,112 @@ def load_weights(module: nn.Module, path: Path) -> str:
     if not path.is_file():
         msg = f"backbone.weights: no file {path}."
         raise FileNotFoundError(msg)
+    notes: tuple[str, ...] = ()
     if path.suffix == ".npz":
         _load_npz(module, path)
     else:
-        own = module.state_dict()
-        weights = {_plain_name(key, own): value for key, value in _read(path).items()}
-        weights = {k: v for k, v in weights.items() if k in own or not _is_classifier(module, k)}
-        _require_fit(own, weights, path)
-        module.load_state_dict(weights)  # converts a file's float16 to the model's float32
+        notes = _load_tensors(module, _read(path), path)
     infinite = [key for key, value in module.state_dict().items() if not value.isfinite().all()]
     if infinite:
-        msg = f"the weights in {path} hold NaN or infinite values: {_some(infinite)}."
+        msg = f"the weights in {path} hold NaN or infinite values: {some(infinite)}."
         raise ValueError(msg)
-    return file_sha256(path)
+    return LoadedWeights(file_sha256(path), notes)
+
+
+def _load_tensors(module: nn.Module, content: Mapping[str, Tensor], path: Path) -> tuple[str, ...]:
+    """Load named tensors as far as the network has them; returns what was left out or resized."""
+    own = module.state_dict()
+    prefix = _prefix(content, own, path)
+    weights = {
+        k.removeprefix(prefix): _single(v) for k, v in content.items() if k.startswith(prefix)
+    }
+    others = [key for key in content if not key.startswith(prefix)]
+    extra = [key for key in weights if key not in own and _is_extra(module, key)]
+    # timm would also resample patches, which is a mistake in the settings rather than a wish.
+    fitted = _converted(module, weights, path) if _same_patches(own, weights) else weights
+    fitted = {k: v for k, v in fitted.items() if k in own or not _is_extra(module, k)}
+    notes = [f"left out of {path.name}: {some(others + extra)}"] if others or extra else []
+    notes += [
+        f"{key} of {path.name} was resized from {_shape(weights[key])} to {_shape(fitted[key])}"
+        for key in own
+        if key in fitted and key in weights and weights[key].shape != fitted[key].shape
+    ]
+    _require_fit(own, fitted, path)
+    module.load_state_dict({**_counters(own), **fitted})
+    return tuple(notes)
+
+
+def _prefix(content: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> str:
+    """The prefix under which a file holds the network, found by the names of its weights."""
+    counts: Counter[str] = Counter()
+    for key in content:
+        parts = key.split(".")
+        for start in range(len(parts)):
+            if ".".join(parts[start:]) in own:
+                counts["".join(f"{part}." for part in parts[:start])] += 1
+    # Half of the weights, so that one name that occurs elsewhere too decides nothing.
+    most = max(counts.values(), default=0)
+    if 2 * most < len(own):
+        wrappers = [w for w in ("module.", "_orig_mod.") if all(k.startswith(w) for k in content)]
+        return wrappers[0] if wrappers else ""
+    best = sorted((prefix for prefix, count in counts.items() if count == most), key=len)
+    if "" in best or len(best) == 1:
+        return best[0]
+    teachers = [prefix for prefix in best if any(word in prefix for word in _TEACHERS)]
+    if len(teachers) == 1:
+        return teachers[0]
+    msg = (
+        f"{path} must hold the network once, got it under the names {some(best)}: save the "
+        "weights of one of them, best as .safetensors"
+    )
+    raise ValueError(msg)
+
+
+def _single(value: Tensor) -> Tensor:
+    """Weights in half precision as float32: not everything can be resized in half precision."""
+    half = value.is_floating_point() and value.element_size() < 4
+    return value.float() if half else value
+
+
+def _converted(module: nn.Module, weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Weights under timm's names and in the sizes of the model, as far as timm can convert them."""
+    models = sys.modules[type(module).__module__]
+    convert: Any = getattr(models, "checkpoint_filter_fn", None)
+    converted: dict[str, Tensor] = dict(weights)
+    settings: Mapping[str, Any] = getattr(module, "pretrained_cfg", None) or {}
+    try:
+        if convert is not None and models.__name__.startswith("timm."):
+            converted = dict(convert(converted, module))
+        # timm hands in the name of one convolution, or of several.
+        first = settings.get("first_conv") or ()
+        for name in [first] if isinstance(first, str) else first:
+            key, own = f"{name}.weight", module.get_parameter(f"{name}.weight")
+            theirs = converted.get(key)
+            if theirs is None or theirs.ndim != 4 or theirs.shape[2:] != own.shape[2:]:
+                continue
+            if theirs.shape[1] != own.shape[1]:
+                converted[key] = adapt_input_conv(own.shape[1], theirs, base_chans=theirs.shape[1])
+    except Exception as error:  # a foreign file may raise anything in timm's converters
+        reason = " ".join(str(error).split()) or type(error).__name__
+        msg = f"the weights in {path} cannot be fitted to the model by timm: {reason}"
+        raise ValueError(msg) from error
+    return converted
+
+
+def _same_patches(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> bool:
+    ours, theirs = own.get(_PATCHES), weights.get(_PATCHES)
+    if ours is None or theirs is None or ours.ndim != 4 or theirs.ndim != 4:
+        return True
+    return ours.shape[2:] == theirs.shape[2:]
+
+
+def _is_extra(module: nn.Module, key: str) -> bool:
+    return _is_classifier(module, key) or _OF_PRETRAINING.match(key) is not None
+
+
+def _counters(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Numbers of batches that batch norms have seen: no weights, and absent from older files."""
+    return {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}
 
 
 def _require_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: Path) -> None:
@@ -76,18 +218,21 @@ def _require_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], path:
         for key, value in own.items()
         if key in weights and weights[key].shape != value.shape
     ]
+    required = own.keys() - _counters(own).keys()
     misfits = {
-        "missing": [key for key in own if key not in weights],
+        "missing": [key for key in own if key in required and key not in weights],
         "unexpected": [key for key in weights if key not in own],
         "of another shape": shapes,
     }
     if any(misfits.values()):
-        lists = " ".join(f"{kind}: {_some(names)}." for kind, names in misfits.items() if names)
-        msg = (
-            f"the weights in {path} do not fit the model. {lists} Check backbone.name and "
-            "backbone.options (img_size, patch_size, embed_dim, depth, in_chans) against what the "
-            "file was trained with."
+        lists = " ".join(f"{kind}: {some(names)}." for kind, names in misfits.items() if names)
+        cure = (
+            "Check backbone.name and backbone.options (img_size, patch_size, embed_dim, depth, "
+            "in_chans) against what the file was trained with."
         )
+        if any(_OF_TRANSFORMERS.search(key) for key in misfits["unexpected"]):
+            cure = "The names are those of transformers: set backbone.name to hf:FOLDER for it."
+        msg = f"the weights in {path} do not fit the model. {lists} {cure}"
         raise ValueError(msg)
 
 
@@ -108,14 +253,16 @@ def _read(path: Path) -> dict[str, Tensor]:
                 "best as .safetensors."
             )
         raise _unusable(path, reason) from error
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
+    # Wrappers may be nested, but not without end. A flat file may have a tensor of such a name.
+    for _ in range(_NESTED):
+        entries = content if isinstance(content, Mapping) else {}
+        inner = (entries.get(wrapper) for wrapper in _WRAPPERS)
+        content = next((x for x in inner if isinstance(x, Mapping) and x), content)
     if not isinstance(content, Mapping) or not content:
         raise _unusable(path, "it holds no named tensors.")
     others = [str(key) for key, value in content.items() if not _is_plain(value)]
     if others:
-        raise _unusable(path, f"entries that are no tensors of real numbers: {_some(others)}.")
+        raise _unusable(path, f"entries that are no tensors of real numbers: {some(others)}.")
     return {str(key): value for key, value in content.items()}
 
 
@@ -150,11 +297,6 @@ def _load_npz(module: nn.Module, path: Path) -> None:
         raise ValueError(msg) from error
 
 
-def _plain_name(key: str, own: Mapping[str, Tensor]) -> str:
-    # Wrappers for data-parallel or self-supervised training prefix every parameter name.
-    return key if key in own else key.removeprefix("module.").removeprefix("backbone.")
-
-
 def _is_classifier(module: nn.Module, key: str) -> bool:
     settings: Mapping[str, Any] = getattr(module, "default_cfg", None) or {}
     named = settings.get("classifier") or ()
@@ -163,7 +305,7 @@ def _is_classifier(module: nn.Module, key: str) -> bool:
 
 
 def _unusable(path: Path, reason: str) -> ValueError:
-    kinds = ".safetensors, .pth or .npz"
+    kinds = ".safetensors, .pth, .bin or .npz"
     return ValueError(f"backbone.weights: cannot read {path} as {kinds}: {reason}")
 
 
@@ -171,6 +313,7 @@ def _shape(value: Tensor) -> str:
     return "x".join(map(str, value.shape)) or "a scalar"
 
 
-def _some(names: list[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first names of a list for a message, and how many more there are."""
     rest = len(names) - 8
     return ", ".join(names[:8]) + (f" and {rest} more" if rest > 0 else "")

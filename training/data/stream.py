@@ -205,6 +205,7 @@ def _extended(config: DataConfig, *, partial: bool) -> Stream:
     )
     train: list[ImageSet] = []
     test: list[ImageSet] = []
+    read: list[ImageSet] = []
     extensions: list[Extension] = []
     missing: list[str] = []
     for number, end in enumerate(ends):
@@ -219,6 +220,9 @@ def _extended(config: DataConfig, *, partial: bool) -> Stream:
             missing.append(str(error))
             own = None
         if own is not None:
+            # A folder may be that of the data set, to which new classes were added.
+            own = _without(own[0], read), _without(own[1], read)
+            read += own
             known = own[0].labels < learned
             train.append(own[0].chosen(~known))
             test.append(own[1])
@@ -241,6 +245,15 @@ def _extended(config: DataConfig, *, partial: bool) -> Stream:
         tuple(extensions),
         tuple(missing),
     )
+
+
+def _without(part: ImageSet, others: Sequence[ImageSet]) -> ImageSet:
+    """The images of a set whose files are not among those of other sets."""
+    taken = {path for other in others for path in other.images.files()}
+    files = part.images.files()
+    if not files or not taken:
+        return part
+    return part.chosen(torch.tensor([files[index] not in taken for index in part.indices.tolist()]))
 
 
 def _source_parts(

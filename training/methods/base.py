@@ -125,6 +125,8 @@ class Method:
         by ``context.processes``. Only such methods run in several processes.
     joins_tasks : bool
         Whether all tasks are learned as one.
+    uses_task_count : bool
+        Whether the number of tasks in the stream changes what is learned in each.
     readout : str or None
         Read-out of a method that trains nothing; it becomes the primary one, with 0 epochs.
     keeps : tuple of str
@@ -136,6 +138,7 @@ class Method:
     saves_open_task: ClassVar[bool] = False
     sums_over_processes: ClassVar[bool] = False
     joins_tasks: ClassVar[bool] = False
+    uses_task_count: bool = False
     readout: ClassVar[str | None] = None
     keeps: ClassVar[tuple[str, ...]] = ("branches", "moments")
     radius: float | None = None

@@ -39,6 +39,7 @@ class InfLoRA(MergedBranches):
         check(fits, "lamb and lame", f"{lamb} and {lame}", "0 < lamb <= lame <= 1")
         positive("down_scale", down_scale)
         self.lamb, self.lame, self.down_scale = lamb, lame, down_scale
+        self.uses_task_count = lamb < lame
         self.memories: dict[str, GradientMemory] = {}
 
     def begin_task(self, batches: Iterable[Any]) -> None:

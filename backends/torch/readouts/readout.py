@@ -382,7 +382,7 @@ class Readouts:
         return next(iter(self.readouts))
 
     def add_task(self, features: "Tensor", labels: "Tensor", classes: int | None = None) -> None:
-        """Gather a finished task; its classes are never refreshed.
+        """Gather a finished task; what is gathered of it is never computed again.
 
         Parameters
         ----------
@@ -395,6 +395,19 @@ class Readouts:
         """
         for statistics in self.statistics.values():
             statistics.add_task(features, labels, classes)
+
+    def update(self, features: "Tensor", labels: "Tensor") -> None:
+        """Add features (N, D) of new images of finished classes to the statistics.
+
+        The heads do not change: a read-out that is fitted on nothing else decides as before.
+
+        Raises
+        ------
+        ValueError
+            If a label is of no finished class, or statistics of another package cannot be updated.
+        """
+        for statistics in self.statistics.values():
+            statistics.update(features, labels)
 
     def fit(self, head_weight: "Tensor | None" = None, seed: int = 0) -> dict[str, Classifier]:
         """Fit all read-outs to the classes seen so far.

@@ -74,6 +74,13 @@ class RidgeStatistics(TaskStatistics):
         self.cross = torch.cat([self.cross.to(device), cross], dim=1)
         self._open = []
 
+    def add(self, features: Tensor, labels: Tensor) -> None:
+        """Add new images of finished classes to the sums; the strength stays as it was chosen."""
+        device = features.device
+        self.projection = self.projection.to(device)
+        gram, cross = self._sums(features, labels, self.classes)
+        self.gram, self.cross = self.gram.to(device) + gram, self.cross.to(device) + cross
+
     def tensors(self) -> dict[str, Tensor]:
         """The projection, the sums and the strength."""
         return {

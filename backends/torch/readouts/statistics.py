@@ -10,11 +10,12 @@ from backends.torch.readouts.checks import check_names
 
 
 class TaskStatistics(ABC):
-    """Statistics of features that are gathered task by task; finished classes never change.
+    """Statistics of features that are gathered task by task.
 
-    Classes are numbered in the order of the stream, so a task's labels continue those of the
-    tasks before. A subclass defines what is done with a batch (`gather`) and with a complete task
-    (`finish`), and which `tensors` it holds; the sizes of the tasks are saved with them.
+    What was gathered of a finished class stays; `update` adds new images of it. Classes are
+    numbered in the order of the stream, so a task's labels continue those of the tasks before. A
+    subclass defines what is done with a batch (`gather`) and with a complete task (`finish`), and
+    which `tensors` it holds; the sizes of the tasks are saved with them.
 
     Attributes
     ----------
@@ -50,6 +51,39 @@ class TaskStatistics(ABC):
     def load(self, tensors: Mapping[str, Tensor], classes: int) -> None:
         """Load `tensors` of a number of classes; ValueError if their shapes do not fit."""
 
+    def add(self, features: Tensor, labels: Tensor) -> None:  # noqa: ARG002
+        """Add checked features (N, D) of finished classes; a subclass says how, if it can."""
+        msg = f"{type(self).__name__} cannot take new images of classes that are finished"
+        raise ValueError(msg)
+
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Add new images of finished classes, between two tasks.
+
+        Parameters
+        ----------
+        features : Tensor, shape (N, D)
+        labels : Tensor, shape (N,)
+            Integers below `classes`.
+
+        Raises
+        ------
+        ValueError
+            For wrong shapes, features that are not finite, labels of classes that are not finished,
+            within a task, or if these statistics cannot be updated.
+        """
+        present = self._checked(features, labels)
+        if self._labels:
+            msg = "a task is being collected; call end_task before the classes are updated"
+            raise ValueError(msg)
+        if max(present, default=-1) >= self.classes or min(present, default=0) < 0:
+            msg = (
+                f"labels of an update must be from 0 to {self.classes - 1}, got "
+                f"{min(present)} to {max(present)}; collect the images of new classes"
+            )
+            raise ValueError(msg)
+        if present:
+            self.add(features.detach(), labels.to(features.device))
+
     def collect(self, features: Tensor, labels: Tensor) -> None:
         """Add a batch of the open task.
 
@@ -64,6 +98,19 @@ class TaskStatistics(ABC):
         ValueError
             For wrong shapes, features that are not finite, or labels of finished tasks.
         """
+        present = self._checked(features, labels)
+        if min(present, default=self.classes) < self.classes:
+            msg = (
+                f"labels of the open task must be at least {self.classes}, got {min(present)}; "
+                "new images of finished classes are added by update"
+            )
+            raise ValueError(msg)
+        self.width = features.shape[1]
+        self._labels |= present
+        self.gather(features.detach(), labels.to(features.device))
+
+    def _checked(self, features: Tensor, labels: Tensor) -> set[int]:
+        """The labels that occur in a batch, after a check of its shapes and values."""
         floating = features.is_floating_point()
         if features.ndim != 2 or labels.shape != features.shape[:1] or not floating:
             msg = (
@@ -84,16 +131,7 @@ class TaskStatistics(ABC):
                 "check the model and the images"
             )
             raise ValueError(msg)
-        present = set(labels.tolist())
-        if min(present, default=self.classes) < self.classes:
-            msg = (
-                f"labels of the open task must be at least {self.classes}, got {min(present)}; "
-                "classes of finished tasks never change"
-            )
-            raise ValueError(msg)
-        self.width = features.shape[1]
-        self._labels |= present
-        self.gather(features.detach(), labels.to(features.device))
+        return set(labels.tolist())
 
     def end_task(self, classes: int | None = None) -> None:
         """Finish the open task.
@@ -197,11 +235,7 @@ class ClassStatistics(TaskStatistics):
     def gather(self, features: Tensor, labels: Tensor) -> None:
         """Merge the moments of each class of a batch into those of the open task."""
         for label in sorted(set(labels.tolist())):
-            rows = features[labels == label].double()
-            mean = rows.mean(0)
-            centred = rows - mean
-            # Centred before it is squared: sums of squares less squares of sums would cancel.
-            part = (len(rows), mean, centred.mT @ centred)
+            part = _part(features[labels == label])
             self._open[label] = _merge(self._open[label], part) if label in self._open else part
 
     def finish(self, first: int, end: int) -> None:
@@ -219,6 +253,21 @@ class ClassStatistics(TaskStatistics):
             covariance = torch.cat([self.covariance.to(device), covariance])
         self.count, self.mean, self.covariance = count, mean, covariance
         self._open = {}
+
+    def add(self, features: Tensor, labels: Tensor) -> None:
+        """Merge new images into the counts, means and covariances of their classes."""
+        device = features.device
+        count, mean, covariance = (
+            x.to(device, copy=True) for x in (self.count, self.mean, self.covariance)
+        )
+        for label in sorted(set(labels.tolist())):
+            n = int(count[label])
+            scatter = covariance[label].double() * max(n - 1, 1)
+            before = n, mean[label].double(), scatter
+            n, centre, scatter = _merge(before, _part(features[labels == label]))
+            count[label], mean[label] = n, centre.to(self.dtype)
+            covariance[label] = (scatter / max(n - 1, 1)).to(self.dtype)
+        self.count, self.mean, self.covariance = count, mean, covariance
 
     def tensors(self) -> dict[str, Tensor]:
         """Counts, means and covariances."""
@@ -238,6 +287,15 @@ class ClassStatistics(TaskStatistics):
         self.count, self.mean, self.covariance = count, mean, covariance
         self._open = {}
         self.width = mean.shape[1] if len(mean) else None
+
+
+def _part(features: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Number, mean and scatter of the features (N, D) of a class, in float64."""
+    rows = features.double()
+    mean = rows.mean(0)
+    # Centred before it is squared: sums of squares less squares of sums would cancel.
+    centred = rows - mean
+    return len(rows), mean, centred.mT @ centred
 
 
 def _merge(
