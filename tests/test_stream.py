@@ -27,14 +27,30 @@ def test_tasks_cut_the_labels_in_order(count: int, first: int, increment: int) -
     assert len(tasks) == 1 or 1 <= len(tasks[-1]) <= increment
 
 
+@given(st.integers(1, 200))
+def test_tasks_are_equal_unless_they_are_chosen(count: int) -> None:
+    sizes = [len(task) for task in cut_tasks(DataConfig(classes=count), 200)]
+    assert sum(sizes) == count
+    assert max(sizes) - min(sizes) <= 1
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(sizes) == 5 if count >= 10 else len(sizes) < 5
+    assert min(sizes) >= 2 or count == 1
+
+
+@pytest.mark.parametrize("settings", [{"init_cls": 3}, {"increment": 3}])
+def test_one_size_of_tasks_stands_for_both(settings: dict[str, int]) -> None:
+    tasks = cut_tasks(DataConfig(**settings), 10)  # type: ignore[arg-type]
+    assert [len(task) for task in tasks] == [3, 3, 3, 1]
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
         ({"classes": 11}, "data.classes"),
         ({"init_cls": 11}, "data.init_cls"),
         ({"classes": 3, "init_cls": 4}, "data.init_cls"),
-        ({"tasks": 11}, "data.tasks"),
-        ({"tasks": 6, "increment": 2}, "data.tasks"),
+        ({"tasks": 6}, "data.tasks"),
+        ({"tasks": 11, "increment": 1}, "data.tasks"),
     ],
 )
 def test_a_stream_that_asks_for_too_much_is_refused(settings: dict[str, int], named: str) -> None:

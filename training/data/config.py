@@ -65,14 +65,13 @@ class DataConfig(Component):
         Number of classes of the first task; that of the later ones if not given.
     increment
         Number of classes of every later task, and the last may have fewer; that of the first if not
-        given. If neither is given, the classes are shared out to about five equal tasks of at least
-        two classes.
+        given. If neither is given, the classes are shared out to five equal tasks, or to fewer of
+        at least two classes.
     task_sizes
         Number of classes of each task, instead of init_cls and increment; the remaining classes
         are not used.
     tasks
-        With init_cls, increment or task_sizes: keep only the first N tasks. Otherwise: share the
-        classes out to N tasks.
+        Keep only the first N tasks of the stream; all if not given.
     shuffle
         Put the classes in a random order; otherwise keep the order of their numbers.
     order_seed

@@ -190,7 +190,7 @@ def build_stream(config: DataConfig, seed: int, *, partial: bool = False) -> Str
     if (config.init_cls, config.increment, config.task_sizes) == (None, None, None):
         report.notes.append(
             f"{len(order)} classes are learned in {_in_words([len(task) for task in tasks])}; "
-            "data.tasks, data.increment or data.task_sizes sets this"
+            "data.increment or data.task_sizes sets this"
         )
     return Stream(
         [names[number] for number in order],
@@ -468,8 +468,8 @@ def cut_tasks(config: DataConfig, available: int) -> list[tuple[int, ...]]:
             raise ValueError(msg)
         ends = [*range(first, count, further), count]
     else:
-        rule = "at least one class each"
-        ends = [*accumulate(_equal_tasks(count, config.tasks))]
+        rule = "equal tasks; data.increment or data.task_sizes sets other ones"
+        ends = [*accumulate(_equal_tasks(count))]
     tasks = [tuple(range(a, b)) for a, b in zip([0, *ends], ends, strict=False)]
     if config.tasks is not None and config.tasks > len(tasks):
         msg = f"data.tasks is {config.tasks}, but {count} classes give {len(tasks)} tasks ({rule})."
@@ -477,12 +477,12 @@ def cut_tasks(config: DataConfig, available: int) -> list[tuple[int, ...]]:
     return tasks[: config.tasks]
 
 
-def _equal_tasks(count: int, tasks: int | None) -> list[int]:
+def _equal_tasks(count: int) -> list[int]:
     """Sizes of equal tasks, the first ones larger by one class if there is a remainder.
 
-    If their number is not given, it is five, or as many as give every task two classes.
+    There are five, or as many as give every task two classes.
     """
-    number = max(1, min(_TASKS, count // 2)) if tasks is None else min(tasks, count)
+    number = max(1, min(_TASKS, count // 2))
     size, more = divmod(count, number)
     return [size + 1] * more + [size] * (number - more)
 
