@@ -27,7 +27,6 @@ COLOURS = {
 READOUTS = ("nearest_mean", "heads", "alignment", "ridge")
 KEPT = ("branches", "moments", "heads", "statistics")
 PIXELS = {"image_size": 16, "resize": 16, "train_crop": "pad", "pad": 2, "flip": True}
-TASKS = {"init_cls": 2, "increment": 2}
 VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
 _trees: dict[str, Path] = {}
@@ -68,7 +67,7 @@ def tiny(root: Path, out: Path | str | None, **changes: Any) -> Experiment:
     Keywords name a section with a dict of its settings, or a setting of the experiment itself.
     """
     base = {
-        "data": {"name": "folder", "root": str(root), **PIXELS, **TASKS},
+        "data": {"name": "folder", "root": str(root), **PIXELS},
         "backbone": {"name": "vit_tiny_patch16_224", "options": VIT, "pretrained": False},
         "method": {"rank": 4},
         "train": {"epochs": 2, "batch_size": 5, "lr": 0.05, "eval_batch_size": 16},
@@ -91,7 +90,7 @@ def flags(experiment: Experiment) -> list[str]:
     return [
         "--data=folder",
         f"--data.root={experiment.data.options['root']}",
-        *(f"--data.{key}={value}" for key, value in {**PIXELS, **TASKS}.items()),
+        *(f"--data.{key}={value}" for key, value in PIXELS.items()),
         "--backbone=vit_tiny_patch16_224",
         f"--backbone.options={VIT}",
         "--backbone.pretrained=false",

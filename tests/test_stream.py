@@ -349,3 +349,51 @@ def test_floats_and_files_make_one_type(tmp_path: Path) -> None:
 def test_extensions_need_a_declared_order(settings: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         DataConfig(**settings)  # type: ignore[arg-type]
+
+
+def flat(root: Path, classes: list[str], count: int) -> Path:
+    """Class folders without a split."""
+    grow(root / "split", {"train": count}, classes)
+    for name in classes:
+        (root / "split" / "train" / name).rename(root / name)
+    (root / "split" / "train").rmdir()
+    (root / "split").rmdir()
+    return root
+
+
+def test_a_class_that_is_added_moves_no_image_from_one_split_to_the_other(tmp_path: Path) -> None:
+    def evaluated() -> list[str]:
+        stream = build_stream(folder(root, class_order=["bee", "dog"], task_sizes=[1, 1]), 0)
+        files = stream.test.images.files()
+        return [str(files[index]) for index in stream.test.indices]
+
+    root = flat(tmp_path, ["bee", "dog"], 10)
+    before = evaluated()
+    assert len(before) == 4
+    flat(root, ["ant", "cat"], 10)
+    assert evaluated() == before
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_an_extension_is_evaluated_on_its_own_test_split_or_on_a_fifth(
+    tmp_path: Path, split: bool
+) -> None:
+    base = flat(tmp_path / "base", ["ant"], 10)
+    added = tmp_path / "added"
+    if split:
+        grow(added, {"train": 10, "test": 4}, ["bee"])
+    else:
+        flat(added, ["bee"], 10)
+        flat(added, ["ant"], 1)  # one new image of a known class is no reason to refuse
+    config = folder(
+        base,
+        class_order=["ant", "bee"],
+        task_sizes=[1, 1],
+        extensions=[str(added)],
+        extension_tasks=[1],
+    )
+    for chosen in (config, replace(config, validation=config.held_out)):  # as set, as recorded
+        stream = build_stream(chosen, 0)
+        assert stream.test.labels.bincount().tolist() == [2, 4 if split else 2]
+        assert stream.train.labels.bincount().tolist() == [8, 10 if split else 8]
+        assert len(stream.extensions[0].known) == int(not split)

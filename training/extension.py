@@ -180,9 +180,7 @@ def _further_tasks(data: DataConfig, tasks: int | None, increment: int | None) -
     if increment is not None:
         msg = f"increment must be left out without a folder of photos, got {increment}"
         raise ValueError(msg)
-    # Without sizes, data.tasks does not cut the stream short: it shares all classes out.
-    shared_out = (data.init_cls, data.increment, data.task_sizes) == (None, None, None)
-    if data.tasks is None or shared_out:
+    if data.tasks is None:
         msg = "all tasks of the stream are learned: give a folder of new photos"
         raise ValueError(msg)
     at_least("tasks", tasks, 1)
