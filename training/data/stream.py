@@ -300,7 +300,11 @@ def _source_parts(
         data, place = DATA_SETS.build("folder", {"root": root}), f"the extension {root}"
         share = _extension_share(config, data)
     train = _checked(data.load("train"), place, "training")
-    return _parts(data, train, labels, config, place, share, report, learned=learned)
+    told = len(report.notes)
+    parts = _parts(data, train, labels, config, place, share, report, learned=learned)
+    if number:
+        report.notes[told:] = [f"{place}: {note}" for note in report.notes[told:]]
+    return parts
 
 
 def _extension_share(config: DataConfig, extension: Any) -> float:
