@@ -88,7 +88,8 @@ def beginning(
         texts += extends["notes"]
     shown = [named(name, text) for name, text in lines.items()]
     notes = [named("note", note) for note in texts]
-    warnings = data.unlike(preprocessing_of(experiment.backbone))
+    pretrained = experiment.backbone.options.get("pretrained", True)
+    warnings = data.unlike(preprocessing_of(experiment.backbone)) if pretrained else []
     return [
         *shown,
         *notes,
