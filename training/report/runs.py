@@ -10,10 +10,11 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import product
+from itertools import count, product
 from math import isfinite, nan
 from pathlib import Path
 from re import fullmatch
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -57,7 +58,7 @@ _FILES: dict[str, tuple[str, tuple[str, ...]]] = {
     "environment": (ENVIRONMENT, ("backbone", "packages")),
     "analysis": (ANALYSIS, ("subspaces", "losses")),
 }
-_EVENT = ("task", "seconds", "memory")
+_EVENT, _UPDATE = ("task", "seconds", "memory"), ("relative", "changed")
 
 # Settings that tell runs of one experiment apart without making them different experiments.
 _NOT_COMPARED = ("seed", "out", "threads", "device", "keep", "tracker")
@@ -67,7 +68,15 @@ _NOT_COMPARED = ("seed", "out", "threads", "device", "keep", "tracker")
 _STREAM = ("classes", "init_cls", "increment", "task_sizes", "tasks", "validation", "image_size")
 _PLACES = ("data.root", "data.dataset", "data.download", "backbone.weights")
 
+# Methods in the order in which a report shows them, with their styles in figures. The first is what
+# this package is for: it has the strongest one.
+_STYLES = {
+    "loda": 0, "inflora": 1, "sd_lora": 3, "o_lora": 4, "null_lora": 5, "seq_lora": 2,
+    "first_task": 12, "frozen": 7, "ncm": 15, "ranpac_frozen": 14, "joint": 6,
+}  # fmt: skip
+
 _TIMES, _MEMORY = ("seconds", "training_seconds"), ("memory_mib", "gpu_memory_mib")
+_MOVED = ("update", "changed")
 _ENERGIES = ("ratio", "new_energy", "old_energy", "new_magnitude", "old_magnitude")
 
 
@@ -196,7 +205,7 @@ class Run:
 
     @cached_property
     def costs(self) -> list[dict[str, float]]:
-        """Seconds and memory in MiB of each task; NaN where they were not logged."""
+        """Seconds, memory in MiB and update in per cent of each task; NaN where not logged."""
         numbers = [event["task"] for event in self.content["log"]]
         twice = next((task for task in numbers if numbers.count(task) > 1), None)
         if twice is not None:
@@ -213,12 +222,15 @@ class Run:
         for event in (events.get(task, {}) for task in range(1, self.tasks + 1)):
             seconds = {part: _number(x) for part, x in event.get("seconds", {}).items()}
             memory = {kind: _number(x) / 2**20 for kind, x in event.get("memory", {}).items()}
+            update = {name: 100 * _number(x) for name, x in event.get("update", {}).items()}
             rows.append(
                 {
                     "seconds": sum(seconds.values()) if seconds else nan,
                     "training_seconds": seconds.get("load", nan) + seconds.get("train", nan),
                     "memory_mib": memory.get("process", nan),
                     "gpu_memory_mib": memory.get("device", nan),
+                    "update": update.get("relative", nan),
+                    "changed": update.get("changed", nan),
                 }
             )
         return rows
@@ -264,6 +276,7 @@ class Run:
             # A sum with a missing task is NaN.
             **{key: sum(task[key] for task in self.costs) for key in _TIMES},
             **{key: pd.Series([task[key] for task in self.costs]).max() for key in _MEMORY},
+            **{key: pd.Series([task[key] for task in self.costs]).mean() for key in _MOVED},
             "analysed": bool(self.content["analysis"]),
         }
         for kind, matrix in self.matrices.items():
@@ -271,6 +284,7 @@ class Run:
             accuracies = {
                 "last": matrix.last,
                 "average": matrix.average,
+                "new": fmean(row[-1] for row in matrix.matrix),
                 "forgetting": matrix.forgetting,
                 "backward_transfer": matrix.backward_transfer,
                 "task_given": _number(given),
@@ -403,7 +417,11 @@ def read_run(path: Path, name: str = "") -> Run:
         with readable(path / METRICS):
             lines = (path / METRICS).read_text(encoding="utf-8").splitlines()
             events = [event for event in map(json.loads, lines) if event["event"] == "task"]
-            content["log"] = [_part(event, _EVENT) for event in events]
+            content["log"] = [
+                _part(event, _EVENT)
+                | ({"update": _part(event["update"], _UPDATE)} if event.get("update") else {})
+                for event in events
+            ]
     # Only a sweep nests its runs this deep; elsewhere a file of that name is not ours.
     parts = read_groups(path.absolute().parent.parent) if _variant(path) else {}
     run = Run(path, name, parts, read_experiment(path / CONFIG), content)
@@ -500,6 +518,24 @@ def read_bundle(path: Path, name: str = "") -> Iterator[Run]:
         yield run
 
 
+class RateSweep(NamedTuple):
+    """Groups of a section that differ only in the learning rate.
+
+    Attributes
+    ----------
+    method : str
+        The method.
+    style : int
+        Its style in figures.
+    labels : dict of float to str
+        The groups, by their learning rate.
+    """
+
+    method: str
+    style: int
+    labels: dict[float, str]
+
+
 @dataclass(frozen=True)
 class Section:
     """Runs on the same data, cut into the same tasks, from the same backbone.
@@ -516,8 +552,9 @@ class Section:
         Both as a file name.
     groups : dict of str to list of Run
         Label -> runs that differ only in their seed, sorted by seed.
-    labels : tuple of str
-        Labels of all sections, so that a method has one colour in all of them.
+    styles : dict of str to int
+        Labels of all sections, and their styles in figures: a method has one style in all of them,
+        and in other reports too.
     new_labels : tuple of str
         Labels that no earlier section on the same data and backbone has.
     """
@@ -526,13 +563,25 @@ class Section:
     part: str
     slug: str
     groups: dict[str, list[Run]]
-    labels: tuple[str, ...]
+    styles: dict[str, int]
     new_labels: tuple[str, ...]
 
     @property
     def title(self) -> str:
         """Data, backbone and part."""
         return f"{self.base}: {self.part}" if self.part else self.base
+
+    @cached_property
+    def sweeps(self) -> list["RateSweep"]:
+        """Groups that differ only in the learning rate, where there are three rates or more."""
+        sweeps: dict[str, RateSweep] = {}
+        for label, runs in self.groups.items():
+            experiment = runs[0].experiment
+            method = experiment.method.name
+            settings = {**_group_settings(experiment), "train.lr": None}
+            empty = RateSweep(method, _STYLES.get(method, len(_STYLES)), {})
+            sweeps.setdefault(_key(settings), empty).labels[experiment.train.lr] = label
+        return [sweep for sweep in sweeps.values() if len(sweep.labels) >= 3]
 
     @property
     def readouts(self) -> list[str]:
@@ -554,9 +603,11 @@ class Section:
 
 
 def by_section(runs: Sequence[Run]) -> list[Section]:
-    """Sections in the order of their first run, each with its groups in that order.
+    """Sections in the order of their first run, each with LoDA's groups first.
 
-    Parts of a sweep are in the order of its file, and so are their groups.
+    Other methods follow in an order that is the same in every report; groups of one method are in
+    the order of the sweep's file or else of their first run. Parts of a sweep are in the order of
+    its file.
 
     Raises
     ------
@@ -564,7 +615,7 @@ def by_section(runs: Sequence[Run]) -> list[Section]:
         If a seed occurs twice among runs of the same name and settings.
     """
     bases = _by_base(runs)
-    labels = tuple(dict.fromkeys(label for groups in bases.values() for label in groups))
+    styles = _styles({k: runs for groups in bases.values() for k, runs in groups.items()})
     sections: list[Section] = []
     for base, groups in bases.items():
         shown: set[str] = set()
@@ -579,7 +630,7 @@ def by_section(runs: Sequence[Run]) -> list[Section]:
             name = slug(f"{base}: {part}" if part else base)
             if name in [section.slug for section in sections]:
                 name += f"-{len(sections) + 1}"
-            sections.append(Section(base, part, name, members, labels, new_labels))
+            sections.append(Section(base, part, name, members, styles, new_labels))
             shown |= set(members)
     return sections
 
@@ -610,6 +661,7 @@ def load(*sources: str | Path) -> pd.DataFrame:
         ``forgetting``,              on old tasks and its signed version, and accuracy at the end
         ``backward_transfer``,       where the task of every image is given, all in per cent
         ``task_given``
+        ``new``                      accuracy on each task when it was just learned, mean over tasks
         ``trained_parameters``       most of any task
         ``method_bytes``,            carried from task to task by the method and by the read-outs
         ``readout_bytes``
@@ -618,6 +670,8 @@ def load(*sources: str | Path) -> pd.DataFrame:
         ``training_seconds``
         ``memory_mib``,              largest of any task
         ``gpu_memory_mib``
+        ``update``, ``changed``      ‖ΔW‖/‖W‖ of a task, and training images of the task whose class
+                                     it changed, in per cent, means over tasks
         ``analysed``                 whether ``loda analyse`` was run on it
         ``method.name``, ...         every setting under its dotted name; lists and mappings as JSON
         ============================ ==============================================================
@@ -652,6 +706,8 @@ def load_tasks(*sources: str | Path) -> pd.DataFrame:
         ``training_seconds``
         ``memory_mib``,       largest during the task
         ``gpu_memory_mib``
+        ``update``,           as for :func:`load`, of the task
+        ``changed``
         ===================== =====================================================================
 
     Raises
@@ -789,8 +845,32 @@ def _by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
         [group[0].name or group[0].experiment.method.name for group in members],
         [_group_settings(group[0].experiment) for group in members],
     )
-    groups = zip(labels, members, strict=True)
-    return {label: sorted(group, key=lambda run: run.seed) for label, group in groups}
+    groups = dict(zip(labels, members, strict=True))
+    return {
+        label: sorted(groups[label], key=lambda run: run.seed)
+        for label in sorted(groups, key=lambda label: _rank(groups[label]))
+    }
+
+
+def _rank(runs: Sequence[Run]) -> int:
+    """Place of a group in a report: by its method, those of other packages last."""
+    names = [*_STYLES]
+    method = runs[0].experiment.method.name
+    return names.index(method) if method in names else len(names)
+
+
+def _styles(groups: Mapping[str, Sequence[Run]]) -> dict[str, int]:
+    """A style for every label: that of its method for the first of each, free ones for others."""
+    styles: dict[str, int] = {}
+    for label, runs in groups.items():
+        style = _STYLES.get(runs[0].experiment.method.name)
+        if style is not None and style not in styles.values():
+            styles[label] = style
+    free = (n for n in count(1) if n not in styles.values())
+    for label in groups:
+        if label not in styles:
+            styles[label] = next(free)
+    return {label: styles[label] for label in groups}
 
 
 def _alike(runs: Sequence[Run], settings: Callable[[Run], Any]) -> list[list[Run]]:
@@ -815,7 +895,8 @@ def _by_part(groups: dict[str, list[Run]]) -> dict[str, dict[str, list[Run]]]:
         }
         if places:
             parts[title] = {
-                label: groups[label] for label in sorted(places, key=places.__getitem__)
+                label: groups[label]
+                for label in sorted(places, key=lambda k: (_rank(groups[k]), places[k]))
             }
     placed = {label for members in parts.values() for label in members}
     rest = {label: runs for label, runs in groups.items() if label not in placed}
