@@ -1123,7 +1123,6 @@ def run_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if given.resume is None and given.allow:
         parser.error("--allow works only with --resume: a command line may name any component")
     settings = _with_lists(settings)
-    settings = _with_lists(settings)
     places = _positional(settings)
     if len(places) > 1:
         folders = ", ".join(settings[place] for place in places)
