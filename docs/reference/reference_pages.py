@@ -59,7 +59,7 @@ def help_of(*command: str) -> str:
     with (
         contextlib.redirect_stdout(io.StringIO()) as printed,
         contextlib.suppress(SystemExit),
-        mock.patch.dict(os.environ, COLUMNS="96"),
+        mock.patch.dict(os.environ, COLUMNS="80"),
     ):
         cli.main([*command, "--help"])
     return printed.getvalue()
