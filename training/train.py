@@ -352,6 +352,8 @@ def prepare(
             start_tracker(accelerator, flat_settings(experiment), path)
         processes.require_same("checkpoint", state.record())
     except BaseException:
+        if resume_from is None:
+            folder.discard()
         folder.close()
         raise
     return run
@@ -484,8 +486,13 @@ def run_to_end(run: Run, *, quiet: bool = False) -> Path:
             take_known_images(run, tasks, progress)
             if run.processes.writes:
                 write_results(run)
-    except RuntimeError as error:
-        _raise_if_worker_died(error, run)
+    except Exception as error:
+        # A first task that could not begin, or diverged, leaves nothing to resume.
+        begun = state.tasks or (state.open and not isinstance(error, FloatingPointError))
+        if not (run.resumed or begun):
+            run.folder.discard()
+        if isinstance(error, RuntimeError):
+            _raise_if_worker_died(error, run)
         raise
     finally:
         run.accelerator.end_training()
