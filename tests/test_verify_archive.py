@@ -210,4 +210,4 @@ def test_a_floor_belongs_to_the_ratio_of_traces() -> None:
     assert LayerSettings(isolated="trace_ratio", energy_floor=0.4).energy_floor == 0.4
     for rule in ("quotient", "null"):
         with pytest.raises(ValueError, match="energy_floor"):
-            LayerSettings(isolated=rule, energy_floor=0.4)  # type: ignore[arg-type]
+            LayerSettings(isolated=rule, energy_floor=0.4)
