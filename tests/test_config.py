@@ -40,6 +40,7 @@ from training.config import (
     read_yaml,
     requested_help,
     resolve_config,
+    resolved,
     resume_command,
     run_options,
 )
@@ -170,8 +171,12 @@ def test_no_argument_gives_the_default_experiment() -> None:
 
 def test_other_data_or_backbones_start_from_the_defaults_of_the_settings() -> None:
     assert load_experiment(["--data=digits"]) == Experiment()
-    assert load_experiment(["--config=digits"]) == Experiment()
+    assert resolved(load_experiment(["--config=digits"])) == resolved(
+        experiment_of({"data": {"init_cls": 2, "increment": 2}})
+    )
     assert load_experiment(["--backbone=glyphs"]) == Experiment()
+    photos = load_experiment(["--data=folder", "--data.root=x"])
+    assert (photos.backbone.name, photos.train.epochs) == ("cifar_vit", 12)
 
 
 def test_a_backbone_made_from_such_images_is_refused() -> None:
@@ -467,6 +472,38 @@ def test_the_file_of_a_run_runs_no_code(tmp_path: Path) -> None:
     other = load_experiment(["--method=o_lora"], recorded=path)
     assert other.method == MethodConfig("o_lora")
     assert differing_settings(other, read_experiment(path)) == ["method.name"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--method=ncm", "--train.lr=0.1"],
+        ["--train.epochs=0", "--train.batch_size=8"],
+        ["--train.optimizer=adam", "--train.momentum=0.8"],
+        ["--method.gao=false", "--method.radius=0.1"],
+        ["--checkpoint.keep=0", "--checkpoint.steps=3"],
+    ],
+)
+def test_settings_without_effect_are_refused_where_they_are_given(
+    capsys: pytest.CaptureFixture[str], argv: list[str], tmp_path: Path
+) -> None:
+    said = refused(capsys, *argv)
+    assert argv[1].removeprefix("--").partition("=")[0] in said
+    assert "no effect" in said
+    # Those of a file stay: it may serve several methods.
+    setting, _, value = argv[1].removeprefix("--").partition("=")
+    section, _, key = setting.partition(".")
+    path = write(tmp_path, f"{section}: {{{key}: {value}}}")
+    load_experiment(["--config", path, argv[0]])
+
+
+def test_the_settings_of_a_run_serve_a_new_one(tmp_path: Path) -> None:
+    experiment = Experiment(seed=7, out=str(tmp_path))
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_experiment(experiment), "utf-8")
+    assert load_experiment(["--config", str(path)]) == experiment
+    (tmp_path / "manifest.json").touch()  # a run, whose folder is taken
+    assert load_experiment(["--config", str(path)]) == replace(experiment, out=None)
 
 
 # Files

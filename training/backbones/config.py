@@ -6,7 +6,7 @@ the networks.
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from training.components import Component, Registry, at_least
 
@@ -19,9 +19,6 @@ PACKAGED_WEIGHTS = {"glyphs": "glyphs_vit.safetensors", "cifar_vit": "cifar_vit.
 
 HUGGING_FACE = "hf:"
 """Prefix of backbone names that the library transformers builds."""
-
-SAVED_BY_TIMM = ("hf-hub:", "local-dir:")
-"""Prefixes of backbone names that timm reads with its configuration, from a hub or a folder."""
 
 # Options that would make timm add a classifier, or read weights from files or URLs.
 _RESERVED = {
@@ -80,6 +77,9 @@ class HuggingFace:
         Side of the images in pixels, if not the model's own: its position embeddings are
         interpolated.
     """
+
+    default_target: ClassVar[str] = "*att*.[qkv]_proj"
+    """Layers that are adapted if ``method.target`` is left as it is: queries, keys and values."""
 
     name: str
     pretrained: bool = True
