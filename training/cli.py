@@ -310,8 +310,10 @@ def _train(arguments: argparse.Namespace) -> None:
     experiment = load_experiment(settings)
     if _is_first_process():
         _say(*(f"loda train: {note}" for note in keeps_nothing(experiment)))
+        from training.overview import data_name
+
         # torch takes seconds to load, and a large folder of images to read.
-        data, backbone = experiment.data.name, experiment.backbone.name
+        data, backbone = data_name(experiment), experiment.backbone.name
         print(f"{experiment.method.name} on {data} with {backbone}: loading ...", flush=True)
     from training.train import train
 
