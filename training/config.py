@@ -353,17 +353,25 @@ def effective(experiment: Experiment) -> Experiment:
 
 
 def resolved(experiment: Experiment) -> Experiment:
-    """The experiment with the values of what is left to the backbone: how images are prepared.
+    """The experiment with the values of what is left to the backbone.
+
+    These are how images are prepared and, unless ``method.target`` is set, which layers are
+    adapted.
 
     Examples
     --------
     >>> resolved(Experiment()).data.image_size
     8
     """
+    from backends.torch.settings import TIMM_QKV
     from training.backbones import preprocessing_of
 
     wanted = preprocessing_of(experiment.backbone)
-    return replace(experiment, data=experiment.data.resolved(wanted))
+    method, backbone = experiment.method, experiment.backbone
+    target = getattr(backbone.kind, "default_target", None) if backbone.is_known else None
+    if target is not None and method.is_known and method.options.get("target") == TIMM_QKV:
+        method = replace(method, options={**method.options, "target": target})
+    return replace(experiment, data=experiment.data.resolved(wanted), method=method)
 
 
 def foreign_classes(experiment: Experiment) -> list[str]:
