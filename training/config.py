@@ -221,8 +221,8 @@ class KeepConfig:
     statistics
         The class statistics of the read-outs as they were after every task.
     state
-        What loda extend goes on from: the complete state after the last task, as large as a
-        checkpoint.
+        What loda extend needs besides the model: moments, heads and statistics after the last
+        task. Its size is said at the end.
     figure
         A figure of the accuracies.
     """
