@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -177,9 +176,8 @@ def test_kinds_of_images_without_a_reader_are_counted(tmp_path: Path) -> None:
 
 
 def test_copies_in_both_parts_are_said(tree: Path) -> None:
-    shutil.copy(tree / "train" / "ant" / "0.png", tree / "test" / "ant" / "again.png")
     notes = build_stream(folder(tree), 0).notes
-    assert any("again.png" in note and "is a copy" in note for note in notes)
+    assert any("10 of the evaluation images are copies" in note for note in notes)
 
 
 @pytest.mark.parametrize(
