@@ -51,7 +51,7 @@ class ImageSettings:
 
 @dataclass
 class DataConfig(Component):
-    """The images and the stream of tasks that they are cut into.
+    """The images, and how their classes are divided into tasks.
 
     Parameters
     ----------
