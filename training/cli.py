@@ -464,6 +464,44 @@ def _predict(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+@_command(
+    "export",
+    "write the model of a run in the form of another library",
+    _RUN,
+    _arg(
+        "--format",
+        required=True,
+        choices=("timm", "hf", "onnx", "peft"),
+        help="timm or hf (transformers): the backbone; onnx: the whole classifier; peft: what the "
+        "run added to the backbone, as an adapter",
+    ),
+    _arg("--out", type=Path, required=True, help="a folder; for onnx a file, FILE.onnx"),
+    _arg("--readout", help="read-out of the ONNX file (default: the primary one)"),
+    _OVERWRITE,
+    _ALLOW,
+)
+def _export(arguments: argparse.Namespace) -> None:
+    from training.analysis.export import CHECKED_BY, export
+
+    written = export(
+        arguments.run,
+        arguments.out,
+        arguments.format,
+        readout=arguments.readout,
+        overwrite=arguments.overwrite,
+        allow=arguments.allow,
+    )
+    print(f"{arguments.format}: {written.path}")
+    print("\n".join(f"  {note}" for note in written.notes))
+    library = CHECKED_BY[arguments.format]
+    if written.difference is None:
+        print(f"  Not checked: {library} is not installed, which would load it.")
+    else:
+        print(
+            f"  Loaded by {library}, it differs from the run by at most {written.difference:.1e}."
+        )
+
+
 # Many finished runs
 
 
