@@ -2,7 +2,7 @@
 
     python tests/golden_configs.py OLD NEW
 
-OLD and NEW are checkouts. In both, ``--print_config`` is taken of every packaged configuration,
+OLD and NEW are checkouts. In both, ``--print-config`` is taken of every packaged configuration,
 of every one of the paper with every method, and of every variant of the packaged sweeps. The
 tables below say which settings have another name now, which are new, and which a component
 dropped because it never read them. All differences are printed, those that these tables explain
@@ -34,7 +34,7 @@ found = {}
 def printed(*argv):
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        load_experiment([*argv, "--print_config"])
+        load_experiment([*argv, "--print-config"])
     found[" ".join(argv)] = yaml.safe_load(out.getvalue())
 printed()
 for name in packaged_configs():

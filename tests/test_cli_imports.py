@@ -54,7 +54,7 @@ def test_help_loads_next_to_nothing(command: str, tmp_path: Path) -> None:
     ("command", "most"),
     [
         ("train --help", SOME),
-        ("train --print_config", SOME),
+        ("train --print-config", SOME),
         ("report docs/records/caltech101.jsonl", None),
         ("sweep digits --out={out} --dry-run", None),
     ],

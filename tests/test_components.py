@@ -130,7 +130,7 @@ def test_options_that_a_constructor_hands_on_are_its_options() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
-        ("square", {"sides": 3}, "sides.*side, colour"),
+        ("square", {"sides": 3}, "sides.*did you mean shape.side"),
         ("square", {"side": "long"}, "side"),
         ("square", {"side": None}, "shape.side"),
         ("square", {"side": -1.0}, "side must be positive, got -1"),

@@ -200,7 +200,9 @@ def test_a_folder_that_has_grown_extends_its_own_run(
 # --- what is no longer there ----------------------------------------------------------------------
 
 
-def test_old_images_may_be_gone(tmp_path: Path, photos: tuple[Path, Path]) -> None:
+def test_old_images_may_be_gone(
+    tmp_path: Path, photos: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = {"keep": {"branches": True, "moments": True, "figure": True}}
     run = begun(tmp_path, photos[0], **settings)
     whole = training.extend(run, photos[1], out=tmp_path / "whole", quiet=True)
@@ -214,6 +216,11 @@ def test_old_images_may_be_gone(tmp_path: Path, photos: tuple[Path, Path]) -> No
     assert counts["total"][:2] == read_json(whole / SUMMARY)["counts"]["nearest_mean"]["total"][:2]
     (before,) = read_json(longer / "environment.json")["extends"]
     assert any("no test images" in note for note in before["notes"])
+    with pytest.warns(RuntimeWarning, match="first"):
+        assert cli.main(["eval", str(longer)]) == 0
+    said = capsys.readouterr().out
+    assert "by task (%): -  -  " in said
+    assert "as recorded" in said
     assert cli.main(["verify", str(longer)]) == 0
     assert cli.main(["report", str(longer), "--out", str(tmp_path / "page")]) == 0
 

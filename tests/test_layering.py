@@ -25,7 +25,17 @@ ALLOWED = {
 # from its own floor and from below. Settings are declared beside the component that they belong
 # to, so the configuration of an experiment stands above data, backbones and methods.
 FLOORS = (
-    {"calibration", "components", "seeds", "metrics", "loss", "run_dir", "distributed", "updates"},
+    {
+        "calibration",
+        "components",
+        "seeds",
+        "metrics",
+        "loss",
+        "run_dir",
+        "distributed",
+        "spelling",
+        "updates",
+    },
     {"logging", "plots"},
     {"backbones", "data", "methods", "state"},
     {"config"},

@@ -5,13 +5,18 @@ anything outside the standard library for ``loda --help``.
 """
 
 import argparse
+import codecs
+import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from training.spelling import did_you_mean
 
 # Modules that the train extra installs.
 _TRAIN = (
@@ -39,11 +44,14 @@ _BROKEN_PIPE = 141
 _Act = Callable[[argparse.Namespace], int | None]
 _Argument = tuple[tuple[str, ...], dict[str, Any]]  # names and details, as argparse takes them
 _COMMANDS: dict[str, tuple[_Act, tuple[_Argument, ...], dict[str, Any]]] = {}
-_TAKE_SETTINGS = (
-    "train",
-    "sweep",
-    "extend",
-)  # settings of an experiment, besides their own arguments
+_GROUPS = {
+    "train": ("train", "extend", "sweep"),
+    "use a trained model": ("predict", "eval", "export"),
+    "compare runs": ("report", "bundle", "analyse"),
+    "check": ("data", "verify", "ranks"),
+}
+# Commands that take settings of an experiment besides their own arguments.
+_TAKE_SETTINGS = ("train", "extend", "sweep")
 
 
 def _arg(*names: str, **details: Any) -> _Argument:
@@ -96,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         standard error; 130 after Ctrl-C (143 after SIGTERM and 129 after SIGHUP, as SystemExit);
         141 if the reader of the output has closed the pipe.
     """
+    _print_on_any_console()
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     command = arguments.command
@@ -107,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"loda {command} runs in one process: start it without torchrun or accelerate launch"
         )
     if rest and command not in _TAKE_SETTINGS:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(f"loda {command} has no {' '.join(rest)}{_option_meant(command, rest[0])}")
     missing = [name for name in _TRAIN if find_spec(name) is None]
     if missing:
         _say(
@@ -148,6 +157,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
+# Characters of our own texts, for consoles whose encoding lacks them.
+_PLAIN = {
+    **dict.fromkeys("·–−", "-"),
+    "Λ": "Lambda",
+    "Δ": "Delta",
+    "α": "alpha",
+    "‖": "||",
+    "²": "^2",
+    "±": "+-",
+    "×": "x",
+    "≤": "<=",
+    "≥": ">=",
+    "…": "...",
+    "→": "->",
+}
+
+
+def _replacement(error: UnicodeError) -> tuple[str, int]:
+    """What is printed for characters that a console cannot show; an error handler of codecs."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    plain = "".join(_PLAIN.get(x, x) for x in text)
+    # What is left: names of files and classes, so escaped, not dropped.
+    return plain.encode("ascii", "backslashreplace").decode("ascii"), error.end
+
+
+def _print_on_any_console() -> None:
+    """Replace characters that the encoding of the output lacks: no command fails for one."""
+    codecs.register_error("loda", _replacement)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="loda")
+
+
 def _drop_output() -> None:
     """Let what is still buffered go nowhere, so that flushing it at the end cannot fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -160,14 +204,58 @@ def _lacks_memory(error: BaseException) -> bool:
     return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or "allocate memory" in str(error)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser without abbreviations that suggests the name that was meant."""
+
+    def __init__(self, **details: Any) -> None:
+        super().__init__(allow_abbrev=False, **details)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and the error, and exit with status 2."""
+        chosen = re.match(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message)
+        if chosen:
+            what, given, choices = chosen.groups()
+            names = [name.strip("' ") for name in choices.split(",")]
+            cure = did_you_mean(given, names)
+            if what in ("COMMAND", "ACTION"):
+                cure = cure or f"; choose from {', '.join(names)}"
+                message = f"there is no {what.lower()} {given}{cure}"
+            else:
+                message = f"{what} must be one of {', '.join(names)}, got {given}{cure}"
+        typed = re.match(r"argument (\S+): invalid (\w+) value: '(.*)'", message)
+        if typed:
+            name, kind, given = typed.groups()
+            wanted = {"int": "a whole number", "float": "a number"}.get(kind, f"a {kind}")
+            message = f"{name} must be {wanted}, got {given}"
+        super().error(message)
+
+
+class _Program(_Parser):
+    """The parser of the whole program; its help shows the commands in groups."""
+
+    def format_help(self) -> str:
+        """The help, one line a command."""
+        width = max(map(len, _COMMANDS))
+        grouped = {name for names in _GROUPS.values() for name in names}
+        groups = _GROUPS | {"more": tuple(name for name in _COMMANDS if name not in grouped)}
+        lines = ["usage: loda COMMAND ...", "", str(self.description)]
+        for title, names in groups.items():
+            known = [name for name in names if name in _COMMANDS]
+            if known:
+                lines += ["", f"{title}:"]
+                lines += [f"  {name:<{width}}  {_COMMANDS[name][2]['help']}" for name in known]
+        lines += ["", "loda COMMAND --help explains a command; loda --version shows the version."]
+        return "\n".join([*lines, str(self.epilog), ""])
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Program(
         prog="loda",
         description="Continual learning of pretrained vision transformers by LoDA.",
-        epilog="Set LODA_DEBUG=1 to see the traceback of an error.",
+        epilog="With LODA_DEBUG=1 in the environment an error shows its traceback.",
     )
     parser.add_argument("--version", action="version", version=_version())
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     for name, (act, arguments, details) in _COMMANDS.items():
         command = commands.add_parser(name, **details)
         if act is _data_check:  # the only command of two words
@@ -178,6 +266,11 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(*names, **options)
         command.set_defaults(act=act)
     return parser
+
+
+def _option_meant(command: str, given: str) -> str:
+    names = [name for names, _ in _COMMANDS[command][1] for name in names if name[0] == "-"]
+    return did_you_mean(given.partition("=")[0], names)
 
 
 def _version() -> str:
@@ -204,8 +297,11 @@ def _require_run(run: Path) -> None:
 # The settings have their own parser, which also prints their help.
 @_command("train", "train on a stream of tasks", add_help=False)
 def _train(arguments: argparse.Namespace) -> None:
-    from training.config import keeps_nothing, load_experiment, run_options
+    from training.config import keeps_nothing, load_experiment, requested_help, run_options
 
+    if (text := requested_help(arguments.settings)) is not None:
+        print(text, end="")
+        return
     given, settings = run_options(arguments.settings)
     if given.resume is not None:
         _resume(given.resume, settings, given.allow)

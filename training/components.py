@@ -12,6 +12,7 @@ read. A constructor with an argument ``name`` receives the chosen name.
 
 import importlib
 import math
+import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -21,10 +22,12 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from inspect import Parameter, cleandoc, signature
 from pathlib import Path
-from types import NoneType
-from typing import Any, ClassVar, Self, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 import jsonargparse
+
+from training.spelling import closest, did_you_mean
 
 _NAME = "name"
 _LARGEST_SEED = 2**32 - 1  # NumPy's RandomState, which draws the class order, takes no more
@@ -109,7 +112,7 @@ class Registry:
         else:
             msg = (
                 f"{self.kind} must be one of {', '.join(self.names())} or the import path of a "
-                f"class, package.module.Class, got {name}"
+                f"class, package.module.Class, got {name}{did_you_mean(name, self.names())}"
             )
             raise ValueError(msg)
         missing = [need for need in self.requires if not callable(getattr(kind, need, None))]
@@ -155,17 +158,27 @@ class Registry:
         unknown = sorted(set(keys) - set(options))
         if not unknown:
             return
+        given = ", ".join(f"{section}.{key}" for key in unknown)
         # Only classes of the package are asked: a list of names imports no code of others.
         classes = {**{known: known for known in self.paths}, **self.families}
         others = [
             label for label, known in classes.items() if set(unknown) <= set(self.options(known))
         ]
+        not_a_module = self._not_a_module(name)
+        if not others and not not_a_module and len(unknown) == 1:
+            mine = [*options, *shared]
+            theirs = [key for known in classes.values() for key in self.options(known)]
+            if (close := closest(unknown[0], [*mine, *theirs])) is not None:
+                owners = [label for label, known in classes.items() if close in self.options(known)]
+                of = "" if close in mine else f", of another {self.kind}: {', '.join(owners)}"
+                msg = f"{self.kind} {name} has no {given}; did you mean {section}.{close}{of}?"
+                raise ValueError(msg)
         cure = f"leave out or correct {'it' if len(unknown) == 1 else 'them'}"
         if others:
             cure += f", or choose another {self.kind}: {', '.join(others)}"
         msg = (
-            f"{self.kind} {name} has no {', '.join(f'{section}.{key}' for key in unknown)}; its "
-            f"options: {', '.join([*options, *shared]) or 'none'}; {cure}{self._not_a_module(name)}"
+            f"{self.kind} {name} has no {given}; its options: "
+            f"{', '.join([*options, *shared]) or 'none'}; {cure}{not_a_module}"
         )
         raise ValueError(msg)
 
@@ -230,7 +243,7 @@ class Registry:
         try:
             values = dict(_reader(kind).parse_object(dict(options)).as_dict())
         except ArgumentError as error:
-            msg = f"{self.kind} {name}: {' '.join(str(error).split())}"
+            msg = f"{self.kind} {name}: {wrong_value(error, _reader(kind), f'{section}.')}"
             raise ValueError(msg) from error
         refuse_null(values, kind, f"{section}.", defaults)
         self.build(name, values)  # its own checks
@@ -350,6 +363,102 @@ def refuse_null(
         if not fits and hint is not Any:
             msg = f"{prefix}{key} must have a value, got null"
             raise ValueError(msg)
+
+
+def wrong_value(error: ArgumentError, parser: jsonargparse.ArgumentParser, prefix: str = "") -> str:
+    """What an error of jsonargparse says, in the words of our own messages.
+
+    Parameters
+    ----------
+    error : ArgumentError
+        The error.
+    parser : ArgumentParser
+        The parser that raised it.
+    prefix : str
+        Put before the name of the setting.
+    """
+    text = str(error)
+    if match := re.match(r"argument (--[^\s,:]+)[^:]*: expected one argument", text):
+        return f"{match[1]} must be followed by a value"
+    named = re.match(r'Parser key "([^"]+)"', text)
+    given = re.search(r"(?:Got|Given) value: (.*)\Z", text, re.DOTALL)
+    actions: list[Any] = parser._actions  # the only way to their types
+    hints = [getattr(x, "_typehint", None) for x in actions if named and x.dest == named[1]]
+    if named and given and hints and hints[0] is not None:
+        return f"{prefix}{named[1]} must be {type_in_words(hints[0])}, got {given[1]:.80}"
+    return " ".join(text.split())
+
+
+_KINDS = {
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    bool: ("true or false", "values of true and false"),
+    str: ("a text", "texts"),
+    NoneType: ("null", ""),
+}
+
+
+def type_in_words(hint: Any) -> str:
+    """A type of a setting, for messages and help.
+
+    Examples
+    --------
+    >>> type_in_words(int | None), type_in_words(list[int])
+    ('a whole number or null', 'a list of whole numbers, such as [1, 2]')
+    >>> type_in_words(Literal["sgd", "adam"])
+    'sgd or adam'
+    """
+    words: list[str] = []
+    for member in _members(hint):
+        if isinstance(member, str):
+            words.append(member)
+        elif member in _KINDS:
+            words.append(_KINDS[member][0])
+        else:
+            words.append(_collection_in_words(member))
+    *first, last = dict.fromkeys(words)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def _members(hint: Any) -> list[Any]:
+    """The types of a union, and the values of literals as text, with null at the end."""
+    if get_origin(hint) in (Union, UnionType):
+        members = [member for part in get_args(hint) for member in _members(part)]
+        return sorted(members, key=lambda member: member is NoneType)
+    if get_origin(hint) is Literal:
+        return [str(value) for value in get_args(hint)]
+    return [hint]
+
+
+def choices_of(hint: Any) -> list[str]:
+    """The values of a type that has only a few; otherwise none.
+
+    Examples
+    --------
+    >>> choices_of(bool), choices_of(Literal["cpu"] | None), choices_of(int)
+    (['true', 'false'], ['cpu', 'null'], [])
+    """
+    names = {bool: ["true", "false"], NoneType: ["null"]}
+    values: list[str] = []
+    for member in _members(hint):
+        own = [member] if isinstance(member, str) else names.get(member)
+        if own is None:
+            return []
+        values += own
+    return values
+
+
+def _collection_in_words(hint: Any) -> str:
+    origin, inner = get_origin(hint) or hint, [x for x in get_args(hint) if x is not Ellipsis]
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return "a mapping, such as {name: value}"
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        item = inner[0] if inner and inner[0] in _KINDS else str
+        example = {int: "[1, 2]", float: "[0.1, 1.0]"}.get(item, "[one, other]")
+        fixed = origin is tuple and Ellipsis not in get_args(hint)
+        count = f"{len(inner)} " if fixed else ""
+        return f"a list of {count}{_KINDS[item][1]}, such as {example}"
+    return str(getattr(hint, "__name__", hint))
 
 
 def check(ok: bool, key: str, value: object, rule: str) -> None:

@@ -20,6 +20,7 @@ Relative paths (``data.root``, ``backbone.weights``, ``out``) start at the worki
 """
 
 import argparse
+import os
 import re
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -40,14 +41,17 @@ from training.components import (
     at_least,
     check,
     check_seed,
+    choices_of,
     not_negative,
     positive,
     refuse_null,
     summary,
+    wrong_value,
 )
 from training.data.config import DataConfig
 from training.methods.base import METHODS, MethodConfig, fact
 from training.run_dir import CONFIG
+from training.spelling import did_you_mean
 
 NEUTRAL = (
     "data.workers",
@@ -415,7 +419,9 @@ def load_experiment(
         named = _named(_choose(_DEFAULT, sources[-1]))
         return _experiment([*_file_sources(recorded), *sources], {*allow, *named.values()})
     except ValueError as error:
-        jsonargparse.ArgumentParser(prog=_PROGRAM, usage=_USAGE).error(str(error))
+        if os.environ.get("LODA_DEBUG"):
+            raise
+        argparse.ArgumentParser(prog=_PROGRAM).exit(2, f"{_PROGRAM}: {error}\n")
 
 
 def experiment_of(*sources: Sequence[str] | Mapping[str, Any]) -> Experiment:
@@ -630,21 +636,30 @@ def _flat(values: Any) -> _Settings:
         msg = f"settings must be in sections, got {values!r:.40}"
         raise ValueError(msg)  # noqa: TRY004 - wrong content of a file, not a wrong call
     known = _declared(Experiment)
-    strange = [str(key) for key in values if str(key).partition(".")[0] not in known]
-    if strange:
-        msg = f"unknown settings {', '.join(strange)}; known at the top level: {', '.join(known)}"
-        raise ValueError(msg)
+    for key in values:
+        if str(key).partition(".")[0] not in known:
+            raise ValueError(_unknown(str(key)))
     flat: _Settings = {}
     for key, value in values.items():
         if key in _COMPONENTS and isinstance(value, str):
             flat[f"{key}.name"] = value
         elif key in _SECTIONS:
+            if value is None:  # a section with nothing under it has its defaults
+                continue
             check(isinstance(value, Mapping), key, value, "a mapping of settings")
             for name, item in value.items():
                 flat |= _flat_item(f"{key}.{name}", item)
         else:
             flat |= _flat_item(str(key), value)
     return flat
+
+
+def _unknown(key: str) -> str:
+    """The message about a setting that belongs to no section."""
+    names = _declared(Experiment)
+    names += [f"{section}.{x}" for section, kind in _SECTIONS.items() for x in _declared(kind)]
+    cure = did_you_mean(key, names) or "; loda train --help all lists all settings"
+    return f"unknown setting {key}{cure}"
 
 
 def _flat_item(key: str, value: Any) -> _Settings:
@@ -789,7 +804,11 @@ def _refuse_unknown(
     for key in _keys(source):
         section, _, setting = key.partition(".")
         kind = _SECTIONS.get(section)
-        if kind is None or not setting or _is_of(setting, _declared(kind)) or _is_of(key, known):
+        if kind is None or not setting:
+            if isinstance(source, list):
+                _require_top_level(key)
+            continue
+        if _is_of(setting, _declared(kind)) or _is_of(key, known):
             continue
         readout, _, option = setting.partition(".")
         prefix = f"head.{readout}" if kind is HeadConfig and option else section
@@ -802,13 +821,29 @@ def _refuse_unknown(
             _registry(prefix).refuse_unknown(names[prefix], [unknown], prefix, shared)
         else:
             chosen = [p.removeprefix("head.") for p in names if p.startswith("head.")]
-            msg = f"unknown setting {key}; settings of {section}: {', '.join(_declared(kind))}"
+            settings = [f"{section}.{name}" for name in _declared(kind)]
+            close = did_you_mean(key, settings) or f"; settings of {section}: {', '.join(settings)}"
+            msg = f"unknown setting {key}{close}"
             if kind is HeadConfig and option:
                 msg = (
                     f"{key} needs the read-out {readout}, which is neither head.readout nor in "
                     f"head.also, got {', '.join(chosen)}; add it to head.also, or leave {key} out"
                 )
             raise ValueError(msg)
+
+
+def _require_top_level(option: str) -> None:
+    """Refuse an option of a command line that is in no section and not one of an experiment."""
+    if option in _SECTIONS:
+        example = f"{option}.{_declared(_SECTIONS[option])[0]}"
+        msg = f"--{option} is a section of settings: set them one by one, such as --{example}"
+        raise ValueError(msg)
+    if option and f"--{option}" not in {*_declared_options(), *_RUN_OPTIONS, *_WITHOUT_VALUE}:
+        raise ValueError(_unknown(option))
+
+
+def _declared_options() -> list[str]:
+    return [f"--{name}" for name in ("config", *_declared(Experiment))]
 
 
 def _parsed(
@@ -819,12 +854,14 @@ def _parsed(
     try:
         return dict(parser.parse_args([*arguments]).as_dict())
     except (argparse.ArgumentError, OverflowError) as error:
-        message = str(error)
+        said = message = str(error)
+        if isinstance(error, argparse.ArgumentError):
+            message = wrong_value(error, parser)
         for source in sources:
-            if isinstance(source, _FileSettings) and _error_of(parser, source) == message:
+            if isinstance(source, _FileSettings) and _error_of(parser, source) == said:
                 message = f"{source.path}: {message}"
                 break
-        if "required" in message:
+        if "required" in said:
             given = {key for source in sources for key in _keys(source)}
             for prefix, name in components:
                 options = {x.removeprefix(f"{prefix}.") for x in given}
@@ -873,27 +910,81 @@ _USAGE = (
     "loda train [PHOTOS] [--config CONFIG] [--SETTING VALUE ...] [--overwrite] | "
     "--resume RUN [--allow CLASS ...]"
 )
+_DESCRIPTION = """\
+Train a model on tasks that come one after another, and write a run folder.
+
+  loda train                  the default experiment: drawn characters, 3 minutes
+  loda train PHOTOS           your own images: a folder with one folder for each class
+  loda train --config NAME    a packaged experiment, or a YAML file of settings
+  loda train --resume RUN     go on with an interrupted run"""
+_EPILOG = """\
+loda train --help all       every setting of the chosen method, data set, backbone and read-outs
+loda train --help SECTION   data, backbone, method, train, head, keep or checkpoint
+loda train --method o_lora --help method    the settings of another method
+loda train --print-config                   all settings as a YAML file"""
+
+
+class _Help(jsonargparse.DefaultHelpFormatter):
+    """Help in plain words: no Python types, and no defaults that mean that nothing is set."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:  # laid out already
+            return "\n".join(indent + line for line in text.splitlines())
+        return super()._fill_text(text, width, indent)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.required:
+            return f"{text} (required)"
+        if action.default in (None, argparse.SUPPRESS, []):
+            return text
+        default = action.default
+        if not isinstance(default, str):
+            flow = yaml.dump(_plain(default), Dumper=_Dumper, default_flow_style=True)
+            default = flow.removesuffix("\n").removesuffix("\n...")
+        return f"{text} (default: {default})".replace("%", "%%")
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, _OnlyShown) or not action.option_strings:
+            return super()._format_action_invocation(action)
+        name = action.option_strings[-1 if action.dest == "help" else 0]
+        if name.removesuffix(".name").removeprefix("--") in _COMPONENTS:
+            name = name.removesuffix(".name")
+        if action.nargs == 0 or action.dest in ("help", "print_config"):
+            return name
+        return f"{name} {self._metavar(action)}"
+
+    def _metavar(self, action: argparse.Action) -> str:
+        hint = getattr(action, "_typehint", None)
+        choices = choices_of(hint)
+        if choices:
+            return "{" + ",".join(choices) + "}"
+        own = action.metavar or {int: "N", float: "X"}.get(hint)
+        return str(own or action.dest.rpartition(".")[2].upper())
+
+
 # Arguments of the command that are no settings.
 _RUN_OPTIONS: dict[str, dict[str, Any]] = {
     "--overwrite": {
         "action": "store_true",
-        "help": "Replace the run in a folder that is not empty",
+        "help": "Replace the run in the folder --out.",
     },
     "--overwrite-unfinished": {
         "action": "store_true",
-        "help": "The same, but never a finished run",
+        "help": "The same, but never a finished run.",
     },
     "--resume": {
         "type": Path,
         "metavar": "RUN",
-        "help": "Resume an interrupted run; only settings that do not affect its result may differ",
+        "help": "Go on with an interrupted run. Only settings that do not affect its result may "
+        "be changed.",
     },
     "--allow": {
         "action": "append",
         "default": [],
         "metavar": "CLASS",
-        "help": "With --resume: import path of a third-party class that the run may load; "
-        "repeatable",
+        "help": "With --resume: import path of a class of another package that the run may load. "
+        "May be given several times.",
     },
 }
 
@@ -941,7 +1032,54 @@ def run_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return given, settings
 
 
-_WITHOUT_VALUE = {"-h", "--help", "--print_config"}
+_HELP = {"-h", "--help"}
+_WITHOUT_VALUE = {*_HELP, "--print-config"}
+# What the short help shows.
+_COMMON = {
+    *("config", "overwrite", "resume", "seed", "out", "device"),
+    *("data.name", "data.root", "data.increment", "data.workers", "backbone.name", "method.name"),
+    *("method.rank", "train.epochs", "train.lr", "train.batch_size", "head.readout"),
+}
+
+
+def requested_help(argv: Sequence[str]) -> str | None:
+    """The help of ``loda train`` if the command line asks for it; otherwise None.
+
+    ``--help`` shows the usual settings, ``--help all`` every setting, ``--help train`` those of a
+    section; each with the value that it would have, for the components that are chosen.
+
+    Examples
+    --------
+    >>> requested_help(["--seed", "3"]) is None
+    True
+    >>> "--train.momentum" in requested_help(["--help", "train"])
+    True
+    """
+    places = [place for place, argument in enumerate(argv) if argument in _HELP]
+    if not places:
+        return None
+    topic = next(iter(argv[places[0] + 1 :]), "")
+    argv = [*argv[: places[0]], *argv[places[0] + 1 :]]
+    choice, sources = _DEFAULT, list[_Source]()
+    with suppress(ValueError):  # the help is shown whatever the settings are
+        folder = [x for x in argv if not x.startswith("-") and Path(x).is_dir()][:1]
+        sources = _sources([*argv, *(f"--data.root={x}" for x in folder)])
+        sources = [*_folder_source(sources), *_default_sources(sources), *sources]
+        for source in sources:
+            choice = _choose(choice, source)
+    parser = _make_parser(_divided(choice, None)[0])
+    values: dict[str, Any] = {}
+    with suppress(ValueError):
+        values = flat_settings(_experiment(sources))
+    for group in parser._action_groups:
+        for action in group._group_actions:
+            action.default = values.get(action.dest, action.default)
+            common = topic not in _SECTIONS and action.dest in _COMMON
+            if topic != "all" and action.dest.partition(".")[0] != topic and not common:
+                action.help = argparse.SUPPRESS
+        if all(action.help == argparse.SUPPRESS for action in group._group_actions):
+            group.title = group.description = None
+    return str(parser.format_help())
 
 
 def _positional(argv: Sequence[str]) -> list[int]:
@@ -969,29 +1107,32 @@ class _OnlyShown(argparse.Action):
 @lru_cache(maxsize=32)
 def _parser(components: _Components) -> jsonargparse.ArgumentParser:
     """A parser with exactly the options of some components."""
+    return _make_parser(components)
+
+
+def _make_parser(components: _Components) -> jsonargparse.ArgumentParser:
     result = jsonargparse.ArgumentParser(
         prog=_PROGRAM,
-        description="Train one class-incremental experiment and write its run folder, or resume an "
-        "interrupted one.",
+        description=_DESCRIPTION,
         usage=_USAGE,
-        epilog="Options are shown for the chosen method, data set, backbone and read-outs; to see "
-        "the options of others, name them: --method o_lora --help.",
+        epilog=_EPILOG,
+        formatter_class=_Help,
         allow_abbrev=False,
         exit_on_error=False,
+        print_config="--print-config",
     )
-    packaged = ", ".join(packaged_configs())
+    packaged = ", ".join(x for x in packaged_configs() if "/" not in x)
+    packaged += ", native/..., paper/...."
     result.add_argument(
         "--config",
         action="config",
-        help=f"A YAML file, or the name of a packaged configuration: {packaged}; {DEFAULT} "
-        "if not given, unless other data or another backbone are named",
+        help=f"A YAML file, or the name of a packaged experiment: {packaged}",
     )
     for name, details in _RUN_OPTIONS.items():
         shown = {"metavar": details.get("metavar"), "help": details["help"]}
         nargs = None if "metavar" in details else 0
-        hidden = argparse.SUPPRESS
         result.add_argument(
-            name, action=_OnlyShown, nargs=nargs, dest=hidden, default=hidden, **shown
+            name, action=_OnlyShown, nargs=nargs, default=argparse.SUPPRESS, **shown
         )
     result.add_class_arguments(Experiment, as_group=False, skip={*_SECTIONS})
     for section, kind in _SECTIONS.items():
@@ -1145,12 +1286,11 @@ def resolve_config(name: str) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
-    if name in packaged_configs():
+    packaged = packaged_configs()
+    if name in packaged:
         return _CONFIGS / f"{name}.yaml"
-    msg = (
-        f"--config must be a YAML file or a packaged configuration, got {name!r}; packaged are "
-        f"{', '.join(packaged_configs())}"
-    )
+    cure = did_you_mean(name, packaged) or f"; packaged are {', '.join(packaged)}"
+    msg = f"--config must be a YAML file or the name of a packaged configuration, got {name}{cure}"
     raise ValueError(msg)
 
 

@@ -153,12 +153,22 @@ def extended_experiment(
             )
             raise ValueError(msg)
         data = _with_photos(experiment.data, run, photos, increment)
-    if out is None:
-        stem, _, number = run.absolute().name.rpartition("-extended-")
-        name = stem if number.isdecimal() and stem else run.absolute().name
-        count = 1 + (int(number) if name == stem else 0)
-        out = run.absolute().with_name(f"{name}-extended-{count}")
-    return replace(experiment, data=data, out=str(out))
+    return replace(experiment, data=data, out=str(_beside(run) if out is None else out))
+
+
+def _beside(run: Path) -> Path:
+    """The folder of the next extension: ``RUN-extended-1``, and ``-2`` after that.
+
+    Examples
+    --------
+    >>> _beside(Path("runs/mine")).as_posix(), _beside(Path("runs/mine-extended-9")).as_posix()
+    ('runs/mine-extended-1', 'runs/mine-extended-10')
+    """
+    named = run if run.name not in ("", "..") else run.resolve()
+    stem, _, number = named.name.rpartition("-extended-")
+    if stem and number.isdecimal():
+        return named.with_name(f"{stem}-extended-{int(number) + 1}")
+    return named.with_name(f"{named.name}-extended-1")
 
 
 def _further_tasks(data: DataConfig, tasks: int | None, increment: int | None) -> DataConfig:

@@ -158,9 +158,11 @@ def end(experiment: Experiment, folder: Path, log: bytes) -> list[str]:
             "train.epochs."
         )
     run = shlex.quote(str(folder))
+    size = sum(event["bytes"] for event in _events(log) if event["event"] == "state")
     commands = {
         f"loda predict {run} PHOTO...": "classify images",
-        f"loda extend {run} NEW_PHOTOS": "teach it new classes",
+        f"loda extend {run} NEW_PHOTOS": "teach it new classes; for this it keeps "
+        f"{size / 1e6:,.1f} MB (keep.state)",
         f"loda eval {run}": "measure it again, class by class",
         f"loda report {run} --out report": "tables and figures on a page",
     }
@@ -178,15 +180,20 @@ def updates(log: bytes) -> dict[int, dict[str, Any] | None]:
     >>> updates(b'{"event": "task", "task": 1, "update": {"changed": 0.5}}')
     {1: {'changed': 0.5}}
     """
-    events: list[Mapping[str, Any]] = [json.loads(line) for line in log.splitlines()]
-    return {event["task"]: event.get("update") for event in events if event["event"] == "task"}
+    tasks = [event for event in _events(log) if event["event"] == "task"]
+    return {event["task"]: event.get("update") for event in tasks}
+
+
+def _events(log: bytes) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.splitlines()]
 
 
 def _data_name(experiment: Experiment) -> str:
     options = experiment.data.options
     place = options.get("dataset") or options.get("root")
     name = experiment.data.name
-    return f"{name} ({place})" if place else name
+    name = f"{name} ({place})" if place else name
+    return ", then ".join([name, *experiment.data.extensions])
 
 
 def _order_seed(experiment: Experiment) -> int:

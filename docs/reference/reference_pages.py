@@ -82,7 +82,7 @@ def settings_page() -> str:
         "Every setting of `loda train`, written from its declaration in the code. A setting is "
         "given on the command line, `--train.lr 0.05`, or in a YAML file, `train: {lr: 0.05}`. The "
         "defaults are those of the class. A packaged configuration may set others: `loda train "
-        "--print_config` prints the values that a run would use.\n",
+        "--print-config` prints the values that a run would use.\n",
         "## The run\n",
         _table(_arguments(config.Experiment, "", skip={*config._SECTIONS})),
     ]

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -77,9 +78,9 @@ class Evaluation:
 
     @property
     def by_task(self) -> list[float]:
-        """Share of right predictions among the images of each task."""
+        """Share of right predictions among the images of each task; NaN without images."""
         correct, total = self.correct, self.total
-        return [sum(correct[c] for c in t) / sum(total[c] for c in t) for t in self.tasks]
+        return [_share(sum(correct[c] for c in t), sum(total[c] for c in t)) for t in self.tasks]
 
     @property
     def is_as_recorded(self) -> bool:
@@ -101,7 +102,7 @@ class Evaluation:
                 "task": [task[c] for c in range(len(self.classes))],
                 "images": self.total,
                 "correct": self.correct,
-                "accuracy": [c / t for c, t in zip(self.correct, self.total, strict=True)],
+                "accuracy": [_share(c, t) for c, t in zip(self.correct, self.total, strict=True)],
                 "taken_for": [
                     self.classes[k] if n else None for k, n in zip(taken, times, strict=True)
                 ],
@@ -190,14 +191,18 @@ def set_up(
     Warns
     -----
     RuntimeWarning
-        If the test images are not those of the run.
+        If the test images are not those of the run, or those of a part of an extended run are not
+        there.
     """
     if experiment.threads is not None:
         torch.set_num_threads(experiment.threads)
     data = experiment.data
     if root is not None:
         data = replace(data, options={**data.options, "root": root})
-    stream = build_stream(data, experiment.seed)
+    # The images of an extended run may be gone but for those of its extension.
+    stream = build_stream(data, experiment.seed, partial=bool(data.extensions))
+    for reason in stream.missing:
+        warnings.warn(f"{reason}; the other images are used", RuntimeWarning, stacklevel=2)
     if (stream.class_names, stream.order) != read_classes(folder):
         msg = f"the classes of the data set have changed since {folder} was trained; check --root"
         raise ValueError(msg)
@@ -238,9 +243,13 @@ def evaluation_text(name: str, evaluation: Evaluation, *, details: bool = True) 
             f"  probabilities: calibration error {error:.1f} % (mean probability of the answer "
             f"{sure:.1f} %)"
         )
-    shares = "  ".join(f"{100 * share:.2f}" for share in evaluation.by_task)
+    shares = "  ".join("-" if isnan(x) else f"{100 * x:.2f}" for x in evaluation.by_task)
     lines.append(f"  by task (%): {shares}")
     return "\n".join(lines + (_details(evaluation) if details else []))
+
+
+def _share(right: int, images: int) -> float:
+    return right / images if images else nan
 
 
 def _against_record(evaluation: Evaluation) -> str:
@@ -260,7 +269,7 @@ def _against_record(evaluation: Evaluation) -> str:
 
 
 def _details(evaluation: Evaluation) -> list[str]:
-    table = evaluation.by_class()
+    table = evaluation.by_class().query("images > 0")
     lines = ["  by class (%):"]
     if len(table) > _LISTED:
         table = table.sort_values("accuracy", kind="stable").head(_LISTED // 2)

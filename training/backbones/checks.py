@@ -121,9 +121,11 @@ def check_target(backbone: Backbone, image: Tensor, method: Component) -> None:
     try:
         layers = find_layers(model, target, method.options.get("exclude", ()))
     except ValueError as error:
-        fitting = [name for name in PRESETS if _fits(model, name)]
-        cure = f"; for this model set method.target to {' or '.join(fitting)}" if fitting else ""
-        msg = f"method.target: {error}{cure}"
+        # Several presets may be names of one pattern.
+        first = {pattern: name for name, pattern in reversed(PRESETS.items())}
+        fitting = [name for pattern, name in first.items() if _fits(model, pattern)]
+        cure = f" ({' or '.join(fitting)} would fit)" if fitting else ""
+        msg = f"method.target must name layers of {backbone.name}, got {target}{cure}: {error}"
         raise ValueError(msg) from error
     seen = _with_inputs(model, image, list(layers))
     unseen = [name for name in layers if name not in seen]
@@ -138,9 +140,9 @@ def check_target(backbone: Backbone, image: Tensor, method: Component) -> None:
     raise ValueError(msg)
 
 
-def _fits(model: nn.Module, preset: str) -> bool:
+def _fits(model: nn.Module, pattern: str) -> bool:
     try:
-        return bool(find_layers(model, preset))
+        return bool(find_layers(model, pattern))
     except ValueError:
         return False
 

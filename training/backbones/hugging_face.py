@@ -1,6 +1,8 @@
 """Backbones of Hugging Face's transformers: ``hf:ORGANISATION/NAME`` or ``hf:FOLDER``."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from training.backbones.build import Backbone, one_line
-from training.backbones.weights import some
+from training.backbones.weights import left_out, some
 
 _STEP = 32  # most models without patches halve an image five times
 
@@ -101,7 +103,7 @@ def build_hugging_face(name: str, *, pretrained: bool, image_size: int | None = 
         msg = f"backbone.name {name}: its files lack the weights {some(missing)}"
         raise ValueError(msg)
     unused = sorted(report.get("unexpected_keys", ()))
-    notes = (f"left out of the files of {name}: {some(unused)}",) if unused else ()
+    notes = (left_out(name, unused),) if unused else ()
     if pretrained and not all(bool(v.isfinite().all()) for v in model.state_dict().values()):
         msg = f"backbone.name {name}: its files hold NaN or infinite values"
         raise ValueError(msg)
@@ -155,16 +157,33 @@ def _build(name: str, settings: Any, *, pretrained: bool) -> tuple[Any, dict[str
         # trust_remote_code is said in every call: without it the library asks on standard input.
         if not pretrained:
             return auto.from_config(settings, trust_remote_code=False), {}
-        model, report = auto.from_pretrained(
-            _place(name),
-            config=settings,
-            dtype=torch.float32,
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
+        with _silence():
+            model, report = auto.from_pretrained(
+                _place(name),
+                config=settings,
+                dtype=torch.float32,
+                output_loading_info=True,
+                trust_remote_code=False,
+            )
     except Exception as error:  # each model and each file format raises its own errors
         raise _unusable(name, error) from error
     return model, report
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep transformers from printing bars and tables of what it loads: the notes say it."""
+    from transformers.utils import logging
+
+    verbosity, shows_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shows_bars:
+            logging.enable_progress_bar()
 
 
 def _features(module: nn.Module, channels: int, side: int) -> int | Exception:

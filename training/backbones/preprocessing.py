@@ -19,7 +19,14 @@ from training.components import Component
 
 _PIXELS = re.compile(r"\(x/255 - ([\d.]+)\) / ([\d.]+)")
 # Pillow's numbers of filters, which image processors record.
-_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+_FILTERS: dict[Any, str] = {
+    0: "nearest",
+    1: "lanczos",
+    2: "bilinear",
+    3: "bicubic",
+    4: "box",
+    5: "hamming",
+}
 _UNCROPPED = 384  # from this side on, ConvNeXt's processor resizes to a square and cuts nothing off
 
 

@@ -127,7 +127,7 @@ def _load_tensors(module: nn.Module, content: Mapping[str, Tensor], path: Path) 
     # timm would also resample patches, which is a mistake in the settings rather than a wish.
     fitted = _converted(module, weights, path) if _same_patches(own, weights) else weights
     fitted = {k: v for k, v in fitted.items() if k in own or not _is_extra(module, k)}
-    notes = [f"left out of {path.name}: {some(others + extra)}"] if others or extra else []
+    notes = [left_out(path.name, others + extra)] if others or extra else []
     notes += [
         f"{key} of {path.name} was resized from {_shape(weights[key])} to {_shape(fitted[key])}"
         for key in own
@@ -146,9 +146,10 @@ def _prefix(content: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path
         for start in range(len(parts)):
             if ".".join(parts[start:]) in own:
                 counts["".join(f"{part}." for part in parts[:start])] += 1
-    # Half of the weights, so that one name that occurs elsewhere too decides nothing.
+    # Half of the weights, so that one name that occurs elsewhere too decides nothing. The file may
+    # be that of a smaller model, of which the message then lists what is missing.
     most = max(counts.values(), default=0)
-    if 2 * most < len(own):
+    if 2 * most < min(len(own), len(content)):
         wrappers = [w for w in ("module.", "_orig_mod.") if all(k.startswith(w) for k in content)]
         return wrappers[0] if wrappers else ""
     best = sorted((prefix for prefix, count in counts.items() if count == most), key=len)
@@ -311,6 +312,24 @@ def _unusable(path: Path, reason: str) -> ValueError:
 
 def _shape(value: Tensor) -> str:
     return "x".join(map(str, value.shape)) or "a scalar"
+
+
+def left_out(source: str, names: Sequence[str]) -> str:
+    """A note on weights that a model does not have, those of one part together.
+
+    Examples
+    --------
+    >>> left_out("w.pth", ["mask_token", "decoder.0.weight", "decoder.0.bias", "head.bias"])
+    'left out of w.pth: mask_token, decoder (2 weights), head.bias'
+    """
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        parts.setdefault(name.partition(".")[0], []).append(name)
+    shown = [
+        within[0] if len(within) == 1 else f"{part} ({len(within)} weights)"
+        for part, within in parts.items()
+    ]
+    return f"left out of {source}: {some(shown)}"
 
 
 def some(names: Sequence[str]) -> str:

@@ -752,8 +752,9 @@ def _portable(value: Any) -> Any:
         return value
     if Path(value).is_absolute():
         return Path(value).name
-    if value.startswith("hf:") and Path(value[3:]).is_absolute():
-        return f"hf:{Path(value[3:]).name}"
+    library, _, folder = value.partition(":")
+    if library in ("hf", "local-dir") and Path(folder).is_absolute():
+        return f"{library}:{Path(folder).name}"
     kind, _, place = value.partition("/")
     # Two slashes: still a folder, not a data set of the hub.
     return f"{kind}//{Path(place).name}" if Path(place).is_absolute() else value
