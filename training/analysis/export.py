@@ -3,11 +3,10 @@
 import json
 import logging
 import shutil
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy, deepcopy
+from copy import copy
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import mkdtemp
@@ -29,8 +28,8 @@ from training.backbones.config import HUGGING_FACE
 from training.backbones.preprocessing import Preprocessing
 from training.run_dir import (
     ENVIRONMENT,
-    readable,
     read_json,
+    readable,
     require_intact,
     require_new,
     storable,
@@ -58,7 +57,8 @@ CHECKED_BY: Mapping[Format, str] = {
     "onnx": "onnxruntime",
     "peft": "peft",
 }
-_TOLERANCE = 1e-3  # of the largest feature or score; other kernels round otherwise
+_TOLERANCE = 1e-3  # of the largest feature or score: other kernels round otherwise
+_TINY = 1e-30
 _ONE_FILE = 2_000_000_000  # bytes: protobuf takes no more
 _PROBES = 3
 _RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
@@ -74,8 +74,9 @@ class Export(NamedTuple):
     notes : list of str
         What to know to use it, one sentence each.
     difference : float or None
-        Largest difference of features (or of scores, for ONNX) between the run and what the other
-        library loaded, on random images; None if that library is not installed.
+        Largest difference of features (for ONNX, of scores and of probabilities) between the run
+        and what the other library loaded, on random images, as a fraction of the largest value;
+        None if that library is not installed.
     """
 
     path: Path
@@ -164,7 +165,7 @@ def export(
     try:
         inner = temporary / "export"
         inner.mkdir()
-        with _quiet():
+        with _quiet(form):
             notes, features = writers[form](Path(run), classifier, inner)
         difference = None
         if features is not None:
@@ -317,8 +318,8 @@ def _to_transformers(
     with torch.no_grad():
         features = again(_probes(classifier)).pooler_output
     notes = [
-        "transformers.AutoModel.from_pretrained('OUT') gives the backbone, by timm; the features are "
-        "pooler_output."
+        "transformers.AutoModel.from_pretrained('OUT') gives the backbone, by timm; the features "
+        "are pooler_output."
     ]
     return [*notes, *_registration(config)], features
 
@@ -392,7 +393,7 @@ class _Whole(nn.Module):
                 f"ONNX holds read-outs by cosines and by ridge regression, got {readout}; choose "
                 f"another --readout"
             )
-            raise ValueError(msg)
+            raise ValueError(msg)  # noqa: TRY004 - the run is at fault, not the caller
         self.temperature = classifier.temperatures.get(readout)
 
     def forward(self, pixels: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -413,7 +414,7 @@ def _to_onnx(classifier: Classifier, path: Path, readout: str | None) -> Export:
         raise ValueError(msg)
     probes = _pixels(classifier)
     outputs = ["scores"] if whole.temperature is None else ["scores", "probabilities"]
-    with _quiet(), torch.no_grad():
+    with _quiet("onnx"), torch.no_grad():
         try:
             program = torch.onnx.export(
                 whole,
@@ -593,7 +594,7 @@ def _features(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _compared(form: Format, expected: Tensor, actual: Tensor) -> float:
-    """Largest difference; refused if it is more than other kernels would explain.
+    """Largest difference over the largest value; refused if kernels would not explain it.
 
     Raises
     ------
@@ -601,10 +602,11 @@ def _compared(form: Format, expected: Tensor, actual: Tensor) -> float:
         If the results differ.
     """
     if expected.shape == actual.shape:
-        difference = float((expected.detach() - actual.detach()).abs().max())
-        if difference <= _TOLERANCE * max(float(expected.detach().abs().max()), 1.0):
+        largest = float(expected.detach().abs().max())
+        difference = float((expected.detach() - actual.detach()).abs().max()) / max(largest, _TINY)
+        if difference <= _TOLERANCE:
             return difference
-        how = f"by up to {difference:.3g}"
+        how = f"by up to {difference:.2g} of the largest value"
     else:
         how = f"in shape, {tuple(actual.shape)} for {tuple(expected.shape)}"
     msg = (
@@ -619,12 +621,12 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet(form: Format) -> Iterator[None]:
     """Keep the other libraries' logs and warnings of their own internals from the terminal."""
     loggers = [logging.getLogger(name) for name in ("timm", "torch.onnx", "transformers")]
     levels = [logger.level for logger in loggers]
     bars: Any = None
-    if "transformers" in sys.modules:
+    if form == "hf":
         from transformers.utils import logging as bars
     was_shown = bars is not None and bars.is_progress_bar_enabled()
     try:
