@@ -1,4 +1,4 @@
-"""Figures are whole PNG or SVG files that show the numbers, and leave nothing else behind."""
+"""Figures are whole PNG, SVG or PDF files that show the numbers, and leave nothing else behind."""
 
 import subprocess
 import sys
@@ -77,7 +77,7 @@ def test_any_number_of_tasks(tmp_path: Path, tasks: int) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["figure.png"]
 
 
-@pytest.mark.parametrize("kind", ["png", "svg"])
+@pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
 def test_a_figure_depends_on_the_numbers_alone(tmp_path: Path, kind: str) -> None:
     changed = AccuracyMatrix.from_dict({**decaying(3).to_dict(), "correct": [[1], [1, 1], [1] * 3]})
     first, again, other = (
@@ -97,7 +97,7 @@ def test_curves_have_colours_of_their_own(tmp_path: Path) -> None:
 
 def test_mean_and_band_over_seeds() -> None:
     first, single = spread_curves({"a": [[0.5, 0.7], [0.7, 0.9]], "none": [], "b": [[0.4]]})
-    assert first.label == "a (n = 2)"
+    assert first.label == "a"
     np.testing.assert_allclose(first.centre, [0.6, 0.8])
     np.testing.assert_allclose(np.subtract(first.high, first.low), [2 * np.sqrt(0.02)] * 2)
     # One value, of a method that learns all at once, stands at the end; colours stay put.
@@ -128,6 +128,18 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_more_bands_than_can_be_read_are_bars_beside_the_ends(tmp_path: Path) -> None:
+    def drawn(count: int) -> np.ndarray:
+        curves = spread_curves(
+            {f"m{k}": [[0.1 * k, 0.1 * k], [0.1 * k + 0.5] * 2] for k in range(count)}
+        )
+        return pixels(line_figure([Panel(curves, "x", "y")], tmp_path / f"{count}.png"))
+
+    # What is neither white nor ink is a band: four would cover most of the axes, one does not.
+    few, many = ((drawn(count) != 255).any(axis=2).mean() for count in (3, 4))
+    assert many < few
+
+
 def test_many_ends_leave_room_for_the_curves(tmp_path: Path) -> None:
     curves = spread_curves({f"method {k}": [[0.5, 0.4]] for k in range(30)})
     # A warning of the layout would be an error.
@@ -153,7 +165,7 @@ def test_a_heat_map_of_rows(tmp_path: Path) -> None:
     ("draw", "word"),
     [
         (lambda path: accuracy_figure(AccuracyMatrix(), path), "at least one task"),
-        (lambda path: accuracy_figure(decaying(2), path.with_suffix(".pdf")), r"\.pdf"),
+        (lambda path: accuracy_figure(decaying(2), path.with_suffix(".gif")), r"\.gif"),
         (lambda path: line_figure([Panel([], "x", "y")], path), "panel"),
         (lambda path: line_figure([], path), "panel"),
         (lambda path: matrix_figure([[0.5], [0.5]], path), r"got \[1, 1\]"),

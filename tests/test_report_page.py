@@ -51,14 +51,15 @@ class Reader(HTMLParser):
         self.tags.append((tag, dict(attrs)))
 
 
-def test_every_figure_is_there_in_both_formats(written: Path) -> None:
+def test_every_figure_is_there_in_every_format(written: Path) -> None:
     first = written / "figures" / "digits-2-tasks-glyphs"
     slug = "loda-b-50-x-b-with-a-name-that-is-far-too-long-for-a-column-of-a-table"
     assert {path.stem for path in first.glob("*.svg")} == {
         "accuracy-alignment", "lead", "relative", "forgetting", "costs",
         "matrix-frozen", f"matrix-{slug}", f"ratio-{slug}", f"energy-{slug}", f"loss-{slug}-task2",
     }  # fmt: skip
-    assert {p.stem for p in first.glob("*.png")} == {p.stem for p in first.glob("*.svg")}
+    for kind in ("png", "pdf"):
+        assert {p.stem for p in first.glob(f"*.{kind}")} == {p.stem for p in first.glob("*.svg")}
     assert {p.name for p in written.iterdir()} == {
         "tables.md", "tables.tex", "runs.csv", "figures", "report.html", "manifest.json",
     }  # fmt: skip

@@ -14,7 +14,7 @@ from scipy import stats
 from training.config import BackboneConfig, MethodConfig, TrainConfig
 from training.report import Report, Table, intervals, latex, markdown
 from training.report.runs import Section
-from training.report.tables import escape_latex, report_tables
+from training.report.tables import escape_latex, report_tables, settings_tables, verdict
 
 BACKBONES = ("glyphs", "cifar_vit")
 
@@ -117,17 +117,54 @@ def test_the_interval_is_that_of_scipy(count: int) -> None:
     assert single[["low", "high"]].isna().all()
 
 
+def verdicts(folder: Path, lasts: dict[str, tuple[int, ...]]) -> str:
+    by_seed = {("glyphs", name): dict(enumerate(values)) for name, values in lasts.items()}
+    (section,) = sections(*grown(folder, by_seed))
+    return " ".join(verdict(section))
+
+
+def test_the_verdict_names_who_leads_whoever_it_is(tmp_path: Path) -> None:
+    ahead = verdicts(tmp_path / "a", {"loda": (70, 72, 74), "frozen": (60, 62, 65)})
+    assert ahead.startswith("loda ends highest: 72.0 %")
+    assert "loda is significantly above frozen." in ahead
+    behind = verdicts(tmp_path / "b", {"loda": (60, 62, 65), "frozen": (70, 72, 74)})
+    assert behind.startswith("frozen ends highest")
+    assert "loda is significantly below frozen." in behind
+    close = verdicts(tmp_path / "c", {"loda": (60, 70, 65), "frozen": (61, 64, 68)})
+    assert "loda is not significantly different from frozen." in close
+
+
+def test_one_seed_decides_nothing(tmp_path: Path) -> None:
+    folders = grown(tmp_path, {("glyphs", n): {1: k} for n, k in (("loda", 70), ("frozen", 60))})
+    (section,) = sections(*folders)
+    shown = [*verdict(section), *(markdown(table) for table in report_tables(section))]
+    assert "significant" not in " ".join(shown)
+    assert not {"±", "["} & set("".join(shown))
+
+
+def test_settings_that_differ_are_apart_from_those_that_are_shared(tmp_path: Path) -> None:
+    for rate in (0.1, 0.2):
+        fake_run(tmp_path / str(rate), seed=1, train=TrainConfig(lr=rate))
+    changed_json(tmp_path / "0.1" / "environment.json", packages={"torch": "2.10"})
+    (section,) = sections(tmp_path)
+    own, shared, versions = settings_tables(section)
+    assert [row[1:] for row in texts(own)] == [["0.1"], ["0.2"]]
+    assert ["train.epochs", str(TrainConfig().epochs)] in texts(shared)
+    assert not {"seed", "train.lr"} & {row[0] for row in texts(shared)}
+    assert texts(versions) == [["torch", "2.10"]]
+
+
 def test_data_and_backbones_side_by_side(tmp_path: Path) -> None:
     ours, theirs = {1: 70, 2: 71}, {1: 60, 2: 61}
     lasts = {(b, n): v for b in BACKBONES for n, v in (("loda", ours), ("frozen", theirs))}
     folders = grown(tmp_path, lasts)
     assert [(section.title, list(section.groups)) for section in sections(*folders)] == [
-        (f"digits, 2 tasks, {backbone}", ["frozen", "loda"]) for backbone in BACKBONES
+        (f"digits, 2 tasks, {backbone}", ["loda", "frozen"]) for backbone in BACKBONES
     ]
     accuracy, lead = Report.over(folders).overview()
     assert accuracy.title == "Side by side: last accuracy, read-out alignment (%)"
     assert accuracy.header == ["method", "glyphs", "cifar_vit"]
-    assert texts(accuracy)[1] == ["loda", "70.50 ± 0.71", "70.50 ± 0.71"]
+    assert texts(accuracy)[0] == ["loda", "70.50 ± 0.71", "70.50 ± 0.71"]
     assert lead.header == ["over", "glyphs", "cifar_vit", "change"]
     same = "+10.00 [+10.00, +10.00] (2)"
     assert texts(lead) == [["frozen", same, same, "+0.00 [+0.00, +0.00] (2)"]]

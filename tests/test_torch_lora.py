@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from strategies import seeds
 from torch import Tensor, nn
 
-from backends.torch import LoRALinear
+from backends.torch import InProjection, LoRALinear
 
 D, O, R = 6, 9, 2  # noqa: E741 - the shapes of the method: inputs, outputs, rank
 
@@ -330,6 +330,59 @@ def test_merge_refuses_an_update_that_overflows_the_dtype_of_the_weight() -> Non
     assert bool(layer.base.weight.isfinite().all())
 
 
+@pytest.mark.parametrize("kind", ["linear", "own forward", "transposed", "convolution", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_staged_layer_computes_with_the_bits_of_a_merged_one(
+    kind: str, dtype: torch.dtype
+) -> None:
+    class Own(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight) + self.bias
+
+    class Conv1D(nn.Module):
+        nf = 6
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.bias, x, self.weight)
+
+    torch.manual_seed(0)
+    x = torch.randn(3, 8, 2, 2).to(dtype) if kind == "convolution" else torch.randn(3, 8).to(dtype)
+    base: nn.Module = {
+        "linear": lambda: nn.Linear(8, 6),
+        "own forward": lambda: Own(8, 6),
+        "transposed": Conv1D,
+        "convolution": lambda: nn.Conv2d(8, 6, 1).to(memory_format=torch.channels_last),
+        "packed": lambda: InProjection(nn.MultiheadAttention(8, 2).to(dtype), "k"),
+    }[kind]()
+    layer = LoRALinear(base.to(dtype))
+    rows = len(layer.frozen)
+    layer.add_branch("a", torch.randn(2, 8), up=torch.randn(rows, 2), scale=0.1)
+    before = layer.base.weight.detach().clone()
+    apart = layer(x)
+    layer.stage({"a": torch.tensor([[2.0, 0.5], [0.1, 1.0]])})
+    assert layer.staged
+    assert not layer.merged
+    assert torch.equal(layer.base.weight, before)  # type: ignore[arg-type]
+    staged, weight = layer(x), layer.weight.detach().clone()
+    assert torch.equal(layer.base.weight, before)  # type: ignore[arg-type]
+    assert weight.stride() == before.stride()
+    layer.unstage()
+    assert torch.equal(layer(x), apart)
+    layer.stage({"a": torch.tensor([[2.0, 0.5], [0.1, 1.0]])})
+    layer.commit()
+    assert layer.merged
+    assert torch.equal(layer.weight, weight)
+    assert torch.equal(layer(x), staged)
+    assert not torch.equal(layer(x), apart)
+    for call in (layer.unmerge, layer.commit, layer.stage):  # nothing was saved, nothing is staged
+        with pytest.raises(ValueError, match="merge"):
+            call()
+
+
 def test_a_merged_layer_can_only_be_unmerged() -> None:
     layer = two_branches()
     layer.merge()
@@ -418,11 +471,10 @@ def test_master_takes_up_what_many_merges_would_lose() -> None:
     start = layers["with"].base.weight.detach().double()
     total = torch.zeros_like(start)
     for task in range(20):
-        for layer in layers.values():
-            layer._unmerged = None  # as in a new adapted layer
-            with torch.no_grad():
-                layer.branch("a").down.copy_(random(8, 64, seed=task))
-            if layer is layers["with"]:
+        for name, last in layers.items():
+            layer = layers[name] = LoRALinear(last.base, master=last.master)
+            layer.add_branch("a", random(8, 64, seed=task), up=last.branch("a").up)
+            if name == "with":
                 total += layer.delta().detach().double()
             layer.merge()
     master = layers["with"].master

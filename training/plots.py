@@ -1,4 +1,4 @@
-"""Figures as PNG or SVG files: accuracies over tasks, curves with bands, intervals, heat maps.
+"""Figures as PNG, SVG or PDF files: accuracies over tasks, curves with bands, intervals, heat maps.
 
 The same numbers give the same bytes: no date, version or random name gets into a file. Nothing here
 loads matplotlib before a figure is drawn.
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from training.metrics import AccuracyMatrix
 
 # Okabe and Ito's colours can be told apart with any kind of colour vision. Their yellow is too pale
-# on white, so a grey replaces it.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8C8C8C")
+# on white, so a grey replaces it. The first is the strongest: it is for what a figure is about.
+_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8C8C8C")
 _MARKERS = "osD^vPX<>"
 _DASHES = ("-", "--", "-.", ":")  # for prints without colour
 _DPI = 150
@@ -32,6 +32,13 @@ _LEGEND = 64  # letters in a line of the legend
 _NAME = 34  # letters of a name beside an interval
 _TASK_TICKS = 12
 _END_LABELS = 16
+_END_NAME = 24  # letters of a name at the end of a curve
+_UNNAMED = {  # what a format says besides the figure
+    "png": ("Software",),
+    "svg": ("Date", "Creator"),
+    "pdf": ("CreationDate", "Creator", "Producer"),
+}
+_BANDS = 3  # more bands in a panel would hide each other
 _MATRIX_TICKS = 20
 _CLASS_TICKS = 60  # names beside a confusion matrix
 _ANNOTATED = 20  # tasks up to which every cell of a heat map shows its number
@@ -75,7 +82,7 @@ class Panel(NamedTuple):
     title : str
         Heading.
     ends : bool
-        Write the last value beside the end of each curve.
+        Write name and last value beside the end of each curve, in place of a legend.
     integer_x : bool
         The places are integers, such as tasks.
     log : bool
@@ -95,18 +102,22 @@ class Panel(NamedTuple):
 
 
 def spread_curves(
-    values: Mapping[str, Sequence[Sequence[float]]], *, first: int = 1
+    values: Mapping[str, Sequence[Sequence[float]]],
+    *,
+    first: int = 1,
+    styles: Mapping[str, int] | None = None,
 ) -> list[Curve]:
     """Mean over seeds with a band of one sample standard deviation; one curve per name.
 
     Parameters
     ----------
     values : mapping of str to sequence of sequences
-        Name -> one list per seed, of equal lengths. A name without seeds gives no curve, and no
-        other curve takes its style.
+        Name -> one list per seed, of equal lengths. A name without seeds gives no curve.
     first : int
         Place of the first value. A single value, as from a method that learns all tasks at once,
         is put at the last place of the longest curve.
+    styles : mapping of str to int, optional
+        Name -> style; by default they are counted.
 
     Raises
     ------
@@ -117,7 +128,7 @@ def spread_curves(
     --------
     >>> (curve,) = spread_curves({"loda": [[90.0, 70.0], [94.0, 74.0]]})
     >>> curve.label, list(curve.x), curve.centre
-    ('loda (n = 2)', [1, 2], [92.0, 72.0])
+    ('loda', [1, 2], [92.0, 72.0])
     """
     for name, seeds in values.items():
         lengths = [len(seed) for seed in seeds]
@@ -126,17 +137,18 @@ def spread_curves(
             raise ValueError(msg)
     longest = max((len(seeds[0]) for seeds in values.values() if seeds), default=0)
     curves = []
-    for style, (name, seeds) in enumerate(values.items()):
+    for number, (name, seeds) in enumerate(values.items()):
         if not seeds:
             continue
         columns = [*zip(*seeds, strict=True)]
         mean = [fmean(column) for column in columns]
         start = first if len(mean) > 1 else first + longest - 1
+        style = number if styles is None else styles[name]
         curve = Curve(name, range(start, start + len(mean)), mean, [], [], style)
         if len(seeds) > 1:
             spread = [(m, stdev(column)) for m, column in zip(mean, columns, strict=True)]
             low, high = [m - s for m, s in spread], [m + s for m, s in spread]
-            curve = curve._replace(label=f"{name} (n = {len(seeds)})", low=low, high=high)
+            curve = curve._replace(low=low, high=high)
         curves.append(curve)
     return curves
 
@@ -149,7 +161,7 @@ def line_figure(panels: Sequence[Panel], path: str | os.PathLike[str], *, title:
     panels : sequence of Panel
         At least one, each with at least one curve.
     path : path
-        A PNG or SVG file; written whole or not at all.
+        A PNG, SVG or PDF file; written whole or not at all.
     title : str
         Heading.
 
@@ -161,9 +173,12 @@ def line_figure(panels: Sequence[Panel], path: str | os.PathLike[str], *, title:
     if not panels or not all(panel.curves for panel in panels):
         msg = "a figure must have at least one panel, and each panel at least one curve"
         raise ValueError(msg)
-    labels = {curve.label: curve.style for panel in panels for curve in panel.curves}
+    # Names at the ends of all curves of a single panel need no legend.
+    named = len(panels) == 1 and panels[0].ends and len(panels[0].curves) <= _END_LABELS
+    labels = [] if named else [curve.label for panel in panels for curve in panel.curves]
+    labels = list(dict.fromkeys(labels))
     wrapped = {label: wrap(label, _LEGEND) or [""] for label in labels}
-    widest = max(len(line) for lines in wrapped.values() for line in lines)
+    widest = max((len(line) for lines in wrapped.values() for line in lines), default=0)
     # The sample of a line takes the room of some ten letters.
     columns = min(max(_LEGEND // (widest + 10), 1), 3)
     legend = 0.3 + 0.2 * -(-sum(map(len, wrapped.values())) // columns)
@@ -172,11 +187,12 @@ def line_figure(panels: Sequence[Panel], path: str | os.PathLike[str], *, title:
     for axes, panel in zip(grid, panels, strict=True):
         _draw_panel(axes, panel)
     handles = {h.get_label(): h for axes in grid for h in axes.get_lines()}
-    figure.legend(
-        [handles[_plain(label)] for label in labels],
-        [_plain("\n".join(lines)) for lines in wrapped.values()],
-        loc="outside lower center", ncols=columns, frameon=False, fontsize=8, handlelength=3,
-    )  # fmt: skip
+    if labels:
+        figure.legend(
+            [handles[_plain(label)] for label in labels],
+            [_plain("\n".join(lines)) for lines in wrapped.values()],
+            loc="outside lower center", ncols=columns, frameon=False, fontsize=8, handlelength=3,
+        )  # fmt: skip
     return _save(figure, path, title)
 
 
@@ -191,7 +207,7 @@ def interval_figure(
         What is compared, such as backbones -> one row per name: the difference ``lead`` and the
         ends of its interval, ``low`` and ``high``, which are NaN where there is none.
     path : path
-        A PNG or SVG file; written whole or not at all.
+        A PNG, SVG or PDF file; written whole or not at all.
     x : str
         What the differences are, with their unit.
 
@@ -234,7 +250,7 @@ def accuracy_figure(
     matrix : AccuracyMatrix
         At least one task.
     path : path
-        A PNG or SVG file; written whole or not at all.
+        A PNG, SVG or PDF file; written whole or not at all.
     title : str
         Heading of both parts.
 
@@ -248,8 +264,8 @@ def accuracy_figure(
         msg = "an accuracy matrix must have at least one task to be drawn, got none"
         raise ValueError(msg)
     side = _matrix_side(tasks)
-    figure = _new_figure(side + 2.3 + 4.8, side + 1.1)
-    left, right = figure.subplots(1, 2, width_ratios=[side + 1.6, 4.6])
+    figure = _new_figure(side + 2.3 + 5.6, side + 1.1)
+    left, right = figure.subplots(1, 2, width_ratios=[side + 1.6, 5.4])
     _draw_matrix(figure, left, matrix.matrix)
     learned = range(1, tasks + 1)
     curves = [
@@ -262,7 +278,6 @@ def accuracy_figure(
     )
     right.set_ylim(0, 104)
     _draw_panel(right, Panel(curves, "tasks learned", "accuracy (%)", summary, ends=True))
-    right.legend(frameon=False, fontsize=9)
     return _save(figure, path, title)
 
 
@@ -361,7 +376,7 @@ def matrix_figure(rows: Sequence[Sequence[float]], path: str | os.PathLike[str])
     rows : sequence of sequences of float
         Row i holds i + 1 accuracies.
     path : path
-        A PNG or SVG file.
+        A PNG, SVG or PDF file.
 
     Raises
     ------
@@ -381,6 +396,8 @@ def matrix_figure(rows: Sequence[Sequence[float]], path: str | os.PathLike[str])
 def line_style(number: int) -> dict[str, Any]:
     """Colour, marker and dashes of a curve; 36 of them differ even without colour.
 
+    Style 0 is for what a figure is about: a strong colour and a thick line.
+
     Examples
     --------
     >>> line_style(1)["marker"], line_style(1)["ls"]
@@ -390,20 +407,30 @@ def line_style(number: int) -> dict[str, Any]:
         "color": _COLOURS[number % len(_COLOURS)],
         "marker": _MARKERS[number % len(_MARKERS)],
         "ls": _DASHES[number % len(_DASHES)],
-        "ms": 5,
-        "lw": 1.8,
+        "ms": 4 if number else 6,
+        "lw": 1.4 if number else 2.8,
+        "zorder": 2 if number else 3,
     }
 
 
 def _draw_panel(axes: "Axes", panel: Panel) -> None:
+    places = [x for curve in panel.curves for x in curve.x]
+    banded, whiskers = sum(bool(curve.low) for curve in panel.curves), 0
     for curve in panel.curves:
         style = line_style(curve.style)
         if not curve.joined:
             style |= {"ls": "none", "ms": 8}
         axes.plot(curve.x, curve.centre, label=_plain(curve.label), **style)
-        if curve.low:
-            colour = style["color"]
-            axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.16, lw=0)
+        if not curve.low:
+            continue
+        colour = style["color"]
+        if banded <= _BANDS or curve.style == 0:
+            axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.18, lw=0)
+        else:  # the spread of the last value, beside it
+            width = (max(places) - min(places)) or 1
+            whiskers += 1
+            end = max(curve.x) + 0.012 * width * whiskers
+            axes.vlines(end, curve.low[-1], curve.high[-1], color=colour, lw=1.4)
     if panel.log:  # decades, with plain numbers beside the ticks
         from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -413,12 +440,10 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
     if panel.reference is not None:
         axes.axhline(panel.reference, color="#555555", lw=0.8, zorder=0)
-    places = [x for curve in panel.curves for x in curve.x]
     if panel.ends:
-        ends = [(c.centre[-1], line_style(c.style)["color"]) for c in panel.curves]
-        _label_ends(axes, max(places), ends)
+        _label_ends(axes, panel.curves)
     if panel.integer_x:
-        _whole_numbers(axes, int(min(places)), int(max(places)), room=panel.ends)
+        _whole_numbers(axes, int(min(places)), int(max(places)), room=bool(whiskers))
     axes.set_xlabel(panel.x)
     axes.set_ylabel(panel.y)
     axes.set_title(_plain(panel.title), fontsize=10)
@@ -455,25 +480,49 @@ def _matrix_side(tasks: int) -> float:
 
 
 def _whole_numbers(axes: "Axes", low: int, high: int, *, room: bool) -> None:
-    """Whole numbers along the bottom; room on the right for the values at the ends of curves."""
+    """Whole numbers along the bottom; room on the right for the bars beside the ends of curves."""
     axes.set_xticks(range(low, high + 1, -(-(high - low + 1) // _TASK_TICKS)))
     width = max(high - low, 1)
-    axes.set_xlim(low - 0.06 * width, high + (0.14 if room else 0.06) * width)
+    axes.set_xlim(low - 0.06 * width, high + (0.12 if room else 0.04) * width)
 
 
-def _label_ends(axes: "Axes", last: float, ends: Sequence[tuple[float, str]]) -> None:
-    """Write each curve's last value at its end, moved apart where they would overlap."""
-    if len(ends) > _END_LABELS:  # they would need more room than the curves
+def _label_ends(axes: "Axes", curves: Sequence[Curve]) -> None:
+    """Write each curve's name and last value at its end, moved apart where they would overlap."""
+    if len(curves) > _END_LABELS:  # they would need more room than the curves
         return
     low, high = axes.get_ylim()
-    gap = 0.06 * max(high - low, 1e-9)
-    placed = -float("inf")
-    for value, colour in sorted(ends):
-        placed = max(value, placed + gap)
+    gap = 0.065 * max(high - low, 1e-9)
+    values = sorted((curve.centre[-1], curve.style, curve.label) for curve in curves)
+    for (value, style, name), place in zip(
+        values, _apart([value for value, *_ in values], gap), strict=True
+    ):
+        short = name if len(name) <= _END_NAME else name[: _END_NAME - 1] + "…"
         axes.annotate(
-            f"{value:.1f}", (last, placed), xytext=(8, 0), textcoords="offset points",
-            va="center", color=colour, fontsize=9, fontweight="bold", annotation_clip=False,
+            _plain(f"{value:.1f}  {short}"), (1, place), xycoords=("axes fraction", "data"),
+            xytext=(4, 0), textcoords="offset points", va="center", fontsize=9,
+            color=line_style(style)["color"], fontweight="normal" if style else "bold",
         )  # fmt: skip
+
+
+def _apart(values: Sequence[float], gap: float) -> list[float]:
+    """Places at least a gap apart for values in order, as near to them as can be.
+
+    Values that come too close share a block, which is centred on their mean.
+
+    Examples
+    --------
+    >>> _apart([0.0, 0.1, 5.0], 1.0)
+    [-0.45, 0.55, 5.0]
+    """
+    blocks: list[tuple[float, int]] = []  # the mean of its values, and how many they are
+    for value in values:
+        mean, count = value, 1
+        while blocks and mean - blocks[-1][0] < gap * (count + blocks[-1][1]) / 2:
+            before, members = blocks.pop()
+            mean = (mean * count + before * members) / (count + members)
+            count += members
+        blocks.append((mean, count))
+    return [mean + gap * (k - (count - 1) / 2) for mean, count in blocks for k in range(count)]
 
 
 def _open_frame(axes: "Axes", *, grid: Literal["x", "y"]) -> None:
@@ -505,19 +554,19 @@ def _new_figure(width: float, height: float) -> "Figure":
 
 
 def _save(figure: "Figure", path: str | os.PathLike[str], title: str = "") -> Path:
-    """Write a figure under its title as PNG or SVG, by the ending of the path."""
+    """Write a figure under its title as PNG, SVG or PDF, by the ending of the path."""
     from matplotlib import rc_context
 
     target = Path(path)
     kind = target.suffix.lower().removeprefix(".")
-    if kind not in {"png", "svg"}:
-        msg = f"the path of a figure must end in .png or .svg, got {target}"
+    if kind not in _UNNAMED:
+        msg = f"the path of a figure must end in .png, .svg or .pdf, got {target}"
         raise ValueError(msg)
     if title:
         figure.suptitle(_plain(title), fontsize=12)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Without version, date and random names the file depends only on the numbers.
-    unnamed: Any = dict.fromkeys(("Date", "Creator") if kind == "svg" else ("Software",))
+    unnamed: Any = dict.fromkeys(_UNNAMED[kind])
     with rc_context({"svg.hashsalt": "loda"}):
         write_atomically(
             target, lambda file: figure.savefig(file, format=kind, dpi=_DPI, metadata=unnamed)

@@ -370,13 +370,17 @@ class Half:
         torch.clear_autocast_cache()  # the optimiser has changed the parameters too
 
     def _clear(self) -> None:
-        for tensor in (*self._perturbed, *_parameters(self._optimizers), *self._others.values()):
+        for tensor in (
+            *self._perturbed,
+            *held_parameters(self._optimizers),
+            *self._others.values(),
+        ):
             tensor.grad = None
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if not _share_tensors(optimizer, _parameters(self._optimizers)):
+        if not _share_tensors(optimizer, held_parameters(self._optimizers)):
             return
         self._require_phase("target", "optimizer.step")
         # A closure computes gradients, and shares them, inside the step.
@@ -837,7 +841,7 @@ def _take_step(optimizer: Optimizer, skip_nonfinite: bool, moved: Sequence[Tenso
 @contextmanager
 def _counted_steps(optimizer: Optimizer) -> Iterator[list[Optimizer]]:
     """Optimisers that step inside the block: this one, or the one that it wraps."""
-    own = _parameters([optimizer])
+    own = held_parameters([optimizer])
     taken: list[Optimizer] = []
 
     def note(stepping: Optimizer, *_: Any) -> None:
@@ -855,7 +859,7 @@ def _own_synchronisation(reduce: Reduce | None, optimizers: Sequence[Optimizer])
     """Where we sum gradients, DistributedDataParallel must not average them as well."""
     if reduce is None:
         return nullcontext()
-    return synchronisation_paused(_parameters(optimizers))
+    return synchronisation_paused(held_parameters(optimizers))
 
 
 def _require_reduce(reduce: Reduce | None) -> Reduce | None:
@@ -876,13 +880,13 @@ def _require_trained(optimizers: Sequence[Optimizer], perturbed: Sequence[Tensor
     if not perturbed:
         msg = "nothing to perturb: pass the LoRA tensors that are trained"
         raise ValueError(msg)
-    trained = {id(parameter) for parameter in _parameters(optimizers)}
+    trained = {id(parameter) for parameter in held_parameters(optimizers)}
     missing = sum(id(tensor) not in trained for tensor in perturbed)
     if missing:
         msg = (
             f"the optimiser must hold all {len(perturbed)} tensors of the branches, but {missing} "
             f"are missing; every task has new ones: make the optimiser after the task has begun, "
-            f"from task.parameters() or loda.trainable_parameters()"
+            f"from task.parameters() or loda.trainableheld_parameters()"
         )
         raise ValueError(msg)
     # Accelerate's wrapper takes no step, and clears no gradient, while it accumulates.
@@ -900,7 +904,7 @@ def _require_trained(optimizers: Sequence[Optimizer], perturbed: Sequence[Tensor
 
 def _require_held(others: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> None:
     """Refuse a gradient of a tensor that is meant to be trained, but that nothing steps with."""
-    held = {id(parameter) for parameter in _parameters(optimizers)}
+    held = {id(parameter) for parameter in held_parameters(optimizers)}
     missing = [n for n, x in others.items() if x.grad is not None and id(x) not in held]
     if missing:
         msg = (
@@ -960,7 +964,8 @@ def _share_all(tensors: Sequence[Tensor], parts: Sequence[Tensor | None], reduce
         _require_gradients(parts)
 
 
-def _parameters(optimizers: Sequence[Optimizer]) -> list[Tensor]:
+def held_parameters(optimizers: Sequence[Optimizer]) -> list[Tensor]:
+    """All tensors that some optimisers step with."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     return [parameter for group in groups for parameter in group["params"]]
 
@@ -968,13 +973,13 @@ def _parameters(optimizers: Sequence[Optimizer]) -> list[Tensor]:
 def _share_tensors(optimizer: Optimizer, tensors: Sequence[Tensor]) -> bool:
     """Whether the optimiser holds any of the tensors."""
     known = {id(tensor) for tensor in tensors}
-    return any(id(parameter) in known for parameter in _parameters([optimizer]))
+    return any(id(parameter) in known for parameter in held_parameters([optimizer]))
 
 
 def _all_gradients(optimizers: Sequence[Optimizer]) -> list[Tensor]:
     """Gradients of all trained tensors; zeros where this process has no row for them."""
     gradients = []
-    for parameter in _parameters(optimizers):
+    for parameter in held_parameters(optimizers):
         if parameter.requires_grad:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -984,7 +989,7 @@ def _all_gradients(optimizers: Sequence[Optimizer]) -> list[Tensor]:
 
 def _gradients_finite(optimizer: Optimizer, moved: Sequence[Tensor]) -> bool:
     """Whether gradients, and tensors moved along a gradient, are finite: one read for all."""
-    gradients = [p.grad for p in _parameters([optimizer])]
+    gradients = [p.grad for p in held_parameters([optimizer])]
     flags = [g.isfinite().all() for g in (*gradients, *moved) if g is not None]
     return not flags or bool(torch.stack(flags).all())
 

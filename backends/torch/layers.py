@@ -16,7 +16,7 @@ from backends.torch.linear_maps import (
     untie_weight,
     why_not_adaptable,
 )
-from backends.torch.lora import LoRALinear, weight_matrix
+from backends.torch.lora import LoRALinear, base_layer, weight_matrix
 from backends.torch.settings import ALL_LINEAR, TIMM_QKV, Target, as_patterns, matching
 
 
@@ -115,7 +115,7 @@ def _meant(
         meant = {
             name
             for name, layer in layers.items()
-            if not is_pointwise(_base(layer)) and id(_base(layer)) not in outputs
+            if not is_pointwise(base_layer(layer)) and id(base_layer(layer)) not in outputs
         }
     else:
         meant = {names[name] for name in matching(pattern, names)}
@@ -136,11 +136,7 @@ def _output_layers(model: nn.Module) -> Iterator[nn.Module]:
         # Distilled models have two heads.
         for layer in output if isinstance(output, (tuple, list)) else (output,):
             if isinstance(layer, nn.Module):
-                yield _base(layer)
-
-
-def _base(layer: nn.Module) -> nn.Module:
-    return layer.base if isinstance(layer, LoRALinear) else layer
+                yield base_layer(layer)
 
 
 def check_rank(layers: Mapping[str, nn.Module], rank: int | Mapping[str, int]) -> None:
@@ -201,7 +197,7 @@ def check_weights(
             f"the model outside of it"
         )
         raise TypeError(msg)
-    bases = {name: _base(layer) for name, layer in layers.items()}
+    bases = {name: base_layer(layer) for name, layer in layers.items()}
     shared = {} if untie else shared_weights(model, bases)
     if shared:
         owners = "; ".join(f"{name} with {', '.join(others)}" for name, others in shared.items())
@@ -231,7 +227,7 @@ def untie(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     >>> model[1].weight is model[0].weight
     False
     """
-    bases = {name: _base(layer) for name, layer in layers.items()}
+    bases = {name: base_layer(layer) for name, layer in layers.items()}
     for name in shared_weights(model, bases):
         untie_weight(bases[name])
 
@@ -269,7 +265,7 @@ def check_same_layers(layers: Mapping[str, nn.Module], past: Mapping[str, Tensor
 
 def _check_weights(layers: Mapping[str, nn.Module]) -> None:
     for name, layer in layers.items():
-        reason = why_not_adaptable(_base(layer))
+        reason = why_not_adaptable(base_layer(layer))
         if reason is not None:
             msg = f"layer {name!r} cannot be adapted: {reason}"
             raise TypeError(msg)

@@ -242,6 +242,20 @@ def shared_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[st
     return shared
 
 
+def with_weight(module: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+    """Output of a linear map with another weight of the same shape; gradients are not needed."""
+    if isinstance(module, InProjection):
+        return F.linear(x, weight, module.bias)
+    own = _weight(module)
+    values = own.data
+    own.data = weight
+    try:
+        output: Tensor = module.forward(x)
+        return output
+    finally:
+        own.data = values
+
+
 def untie_weight(module: nn.Module) -> None:
     """Give a linear map a copy of its weight, which it shares with other modules."""
     holder, name = _holder(module)

@@ -32,6 +32,7 @@ from backends.torch.gao import (
     check_radius,
     draw_permutation,
     gradient_aligned_step,
+    held_parameters,
 )
 from backends.torch.layers import (
     adapt,
@@ -655,11 +656,11 @@ class LoDA:
         try:
             for name, layer in task.layers.items():
                 if name not in coefficients:  # nothing is recalibrated: Λ = I
-                    layer.merge()
+                    layer.stage()
                 elif settings.joint:  # one Λ (R, R) for all branches side by side
-                    layer.merge(coefficients[name])
+                    layer.stage(coefficients[name])
                 else:  # Λ (r, r) of the general branch; the isolated one is merged as trained
-                    layer.merge({"general": coefficients[name]})
+                    layer.stage({"general": coefficients[name]})
             if "merged" in passes:
                 moments["merged"] = self._moments(batches)
             recorded = {"new": task.new, **moments} if self.record_moments else {}
@@ -677,16 +678,18 @@ class LoDA:
                 for name in task.layers
             }
         except BaseException:  # the task stays open, as if end_task had not been called
-            for layer in reversed(task.layers.values()):
-                if layer.merged:
-                    layer.unmerge()
+            for layer in task.layers.values():
+                layer.unstage()
             raise
+        interrupt = _commit(task.layers.values())
         self.masters = {n: x.master for n, x in task.layers.items() if x.master is not None}
         unchanged = self._unchanged(task)
         self._close_task()
         self.history = history
         self.tasks += 1
         self._copy_model()
+        if interrupt is not None:
+            raise interrupt
         if not settings.master:
             warn_of_rounding(record.rounding)
         if unchanged:
@@ -986,8 +989,7 @@ class LoDA:
         if halves is not None:  # left by an error that the caller has caught
             halves.abandon()
         if self._shares():
-            groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-            trained = [p for group in groups for p in group["params"]]
+            trained = held_parameters(optimizers)
             copy_from_first([p for p in trained if id(p) not in task.copied])
             task.copied.update(map(id, trained))
         return moved
@@ -1130,6 +1132,21 @@ def _require_free(model: nn.Module) -> None:
     if adapted:
         msg = f"layers {adapted} are adapted already; restore the model first"
         raise ValueError(msg)
+
+
+def _commit(layers: Iterable[LoRALinear]) -> KeyboardInterrupt | None:
+    """Write the merged weights of all layers, and give a Ctrl-C back that came meanwhile.
+
+    Nothing can fail here but by it, and a model that is merged in some layers would be no model.
+    """
+    interrupt = None
+    for layer in layers:
+        while layer.staged:
+            try:
+                layer.commit()
+            except KeyboardInterrupt as error:
+                interrupt = error
+    return interrupt
 
 
 def _require_no_inference_mode() -> None:

@@ -140,7 +140,10 @@ class LoRALinear(nn.Module):
         self.branches = nn.ModuleDict()
         self.master = master
         self.rounding: MergeRounding | None = None
+        self._merged = False
         self._unmerged: tuple[Tensor, Tensor | None] | None = None
+        self._staged: Coefficients | None = None
+        self._whole: Tensor | None = None
         self._downs: Tensor | None = None
 
     @property
@@ -162,6 +165,11 @@ class LoRALinear(nn.Module):
     def weight(self) -> Tensor:
         """Effective weight, branches included, for callers that read weights themselves."""
         weight: Tensor = self.base.weight  # type: ignore[assignment]
+        if self._staged is not None:
+            merged = linear_maps.like_weight(self.base, self._sum(self._staged)[0])
+            # In the memory format of the weight, or products could round otherwise.
+            own = torch.empty_like(weight, requires_grad=False)
+            return linear_maps.mark(own.copy_(merged), {None: self})
         if self.merged or not self.branches:
             return weight
         delta = linear_maps.like_weight(self.base, self.delta())
@@ -189,7 +197,12 @@ class LoRALinear(nn.Module):
     @property
     def merged(self) -> bool:
         """Whether the branches are folded into the weight at the moment."""
-        return self._unmerged is not None
+        return self._merged
+
+    @property
+    def staged(self) -> bool:
+        """Whether the layer computes with a merged weight that is not written yet."""
+        return self._staged is not None
 
     def branch(self, name: str) -> LoRABranch:
         """The branch of that name; the error lists those that exist."""
@@ -271,6 +284,8 @@ class LoRALinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - a keyword of nn.Linear
         """Output of the layer for inputs of shape (..., in_features), or as its own for others."""
         x = input
+        if self.staged:
+            return linear_maps.with_weight(self.base, self.weight, x)
         # Not base(x): the hooks are called by this module.
         if self.merged or not self.branches:
             plain: Tensor = self.base.forward(x)
@@ -343,7 +358,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self, coefficients: Coefficients | None = None) -> None:
-        """Fold the branches into the weight; the weight before it is saved, bit for bit.
+        """Fold the branches into the weight; the weight before it is saved for :meth:`unmerge`.
 
         Parameters
         ----------
@@ -357,31 +372,73 @@ class LoRALinear(nn.Module):
         FloatingPointError
             If the merged weight would not be finite; nothing is written then.
         """
+        self.stage(coefficients)
+        # Subtracting the update again would not give back the same bits.
+        unmerged = self.frozen.detach().clone(), self.master
+        self.commit()
+        self._unmerged = unmerged
+
+    @torch.no_grad()
+    def stage(self, coefficients: Coefficients | None = None) -> None:
+        """Compute with the merged weight from now on, but do not write it yet.
+
+        The merged weight is formed anew whenever it is used, to the bits that a merge would write.
+        So the weight before it is there until :meth:`commit`, and needs no memory of its own.
+
+        Parameters
+        ----------
+        coefficients : mapping of str to Tensor, shape (r, r), or Tensor, shape (R, R), optional
+            Λ by branch or of all branches, as in :meth:`delta`.
+
+        Raises
+        ------
+        ValueError, FloatingPointError
+            As :meth:`merge`.
+        """
         self._require_unmerged("merge")
-        weight, master = self.frozen, self.master
-        delta = self.delta(coefficients)
-        whole = (weight if master is None else master.to(weight.device)) + delta
-        merged = whole.to(weight.dtype)
+        whole, delta = self._sum(coefficients)
+        merged = whole.to(self.frozen.dtype)
         if not bool(torch.isfinite(merged).all()):
             msg = "the merged weight holds NaN or infinite values; the layer was left as it was"
             raise FloatingPointError(msg)
-        self.rounding = _rounding(weight, merged, delta)
-        # Subtracting the update again would not give back the same bits.
-        self._unmerged = weight.detach().clone(), master
-        self.master = None if master is None else whole
-        weight.copy_(merged)
+        self.rounding = _rounding(self.frozen, merged, delta)
+        self._staged = {} if coefficients is None else coefficients
+
+    def unstage(self) -> None:
+        """Compute with the branches beside the weight again."""
+        self._staged = None
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Write the merged weight of :meth:`stage`, for good; may be repeated if interrupted."""
+        if self._staged is None:
+            msg = "no merge is staged: call stage first"
+            raise ValueError(msg)
+        if self._whole is None:
+            self._whole, _ = self._sum(self._staged)
+        # Once more does no harm, should Ctrl-C come before the next line and commit be repeated.
+        self.frozen.copy_(self._whole)
+        self.master = None if self.master is None else self._whole
+        self._staged, self._whole, self._merged = None, None, True
         torch.clear_autocast_cache()  # it may hold a cast of the weight from before
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put back the weight from before the merge, bit for bit."""
+        """Put back the weight from before :meth:`merge`, bit for bit."""
         if self._unmerged is None:
-            msg = "the layer is not merged"
+            msg = "the layer is not merged, or its weight from before was not saved"
             raise ValueError(msg)
         weight, self.master = self._unmerged
         self.frozen.copy_(weight)
         torch.clear_autocast_cache()
-        self._unmerged = None
+        self._merged, self._unmerged = False, None
+
+    @torch.no_grad()
+    def _sum(self, coefficients: Coefficients | None) -> tuple[Tensor, Tensor]:
+        """The merged weight, not yet rounded to the dtype of the layer, and the update in it."""
+        weight = self.frozen if self.master is None else self.master.to(self.frozen.device)
+        delta = self.delta(coefficients)
+        return weight + delta, delta
 
     def extra_repr(self) -> str:
         """Branches in the printed form of the module."""
@@ -449,14 +506,19 @@ def warn_of_rounding(rounding: Mapping[str, MergeRounding]) -> None:
         warnings.warn(msg, stacklevel=3)
 
 
+def base_layer(layer: nn.Module) -> nn.Module:
+    """The layer of the model itself, without branches."""
+    return layer.base if isinstance(layer, LoRALinear) else layer
+
+
 def weight_matrix(layer: nn.Module) -> Tensor:
     """Frozen weight (out_features, in_features) of a layer, adapted or not; a view of its own."""
-    return layer.frozen if isinstance(layer, LoRALinear) else matrix(layer)
+    return matrix(base_layer(layer))
 
 
 def input_tokens(layer: nn.Module, x: Tensor) -> Tensor:
     """Input of a layer, adapted or not, with the features last."""
-    return linear_maps.tokens(layer.base if isinstance(layer, LoRALinear) else layer, x)
+    return linear_maps.tokens(base_layer(layer), x)
 
 
 _ENOUGH: Final = 0.99

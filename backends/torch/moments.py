@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from backends.torch.distributed import Reduce, default_reduce, sum_moments
 from backends.torch.layers import find_layers
 from backends.torch.linear_maps import PARTS, InProjection
-from backends.torch.lora import LoRALinear, input_tokens, weight_matrix
+from backends.torch.lora import base_layer, input_tokens, weight_matrix
 from backends.torch.settings import TIMM_QKV, Target, by_pattern
 from loda_math import Moments, combine, second_moment
 from loda_math.moments import GRAM_TOKENS
@@ -222,7 +222,7 @@ class _WeightReads(TorchFunctionMode):
         # By the tensor that is read: a plain layer's own, an attention's for its projection.
         self._owners: dict[int, dict[str | None, str]] = {}
         for name, layer in layers.items():
-            base = layer.base if isinstance(layer, LoRALinear) else layer
+            base = base_layer(layer)
             if isinstance(base, InProjection):
                 self._owners.setdefault(id(base.packed), {})[base.part] = name
             else:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from backends.torch.layers import find_layers
 from backends.torch.linear_maps import PARTS, InProjection, is_pointwise, is_transposed
-from backends.torch.lora import LoRALinear
+from backends.torch.lora import base_layer
 from backends.torch.record import TaskRecord
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -261,7 +261,7 @@ def _adapted_layers(model: nn.Module, record: TaskRecord) -> dict[str, nn.Module
         msg = "the record must have branches, got none; keep the record of a task that was trained"
         raise ValueError(msg)
     found = find_layers(model, list(record.downs))
-    layers = {n: x.base if isinstance(x, LoRALinear) else x for n, x in found.items()}
+    layers = {name: base_layer(layer) for name, layer in found.items()}
     for name, layer in layers.items():
         if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
             msg = (

@@ -122,7 +122,7 @@ def check_target(backbone: Backbone, image: Tensor, method: Component) -> None:
         layers = find_layers(model, target, method.options.get("exclude", ()))
     except ValueError as error:
         # Several presets may be names of one pattern.
-        first = {pattern: name for name, pattern in reversed(PRESETS.items())}
+        first = {pattern: name for name, pattern in reversed(list(PRESETS.items()))}
         fitting = [name for pattern, name in first.items() if _fits(model, pattern)]
         cure = f" ({' or '.join(fitting)} would fit)" if fitting else ""
         msg = f"method.target must name layers of {backbone.name}, got {target}{cure}: {error}"

@@ -173,8 +173,9 @@ def _build(name: str, settings: Any, *, pretrained: bool) -> tuple[Any, dict[str
 @contextmanager
 def _silence() -> Iterator[None]:
     """Keep transformers from printing bars and tables of what it loads: the notes say it."""
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
+    logging: Any = transformers_logging
     verbosity, shows_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -20,7 +20,12 @@ from training.plots import (
 )
 from training.report.runs import Run, Section
 from training.report.tables import (
+    Table,
+    accuracy_table,
+    controls_table,
+    cost_table,
     in_several,
+    lead_table,
     lead_texts,
     leads,
     of_readout,
@@ -35,7 +40,6 @@ _SUBSPACES = {"null": "null space of the old tasks", "isolated": "isolated subsp
 _MARKS = {"recalibrated": "recalibrated", "merged": "merged, both branches"}
 _AMONG = {"own": "among the classes of the image's own task", "seen": "among all classes seen"}
 _ACCURACY = "accuracy over all classes seen (%)"
-_BAND = "Mean over seeds; the band is one sample standard deviation."
 _JOINT = "A method that learns all tasks at once is a single point."
 
 
@@ -52,6 +56,8 @@ class Drawing(NamedTuple):
         What it shows, in words.
     draw : callable
         Draws it to a path.
+    tables : sequence of Table
+        Its numbers, which the page folds beneath it.
     folded : bool
         Collapsed on the page, since there is one for every method.
     """
@@ -61,6 +67,7 @@ class Drawing(NamedTuple):
     caption: str
     alt: str
     draw: Callable[[Path], Path]
+    tables: Sequence[Table] = ()
     folded: bool = False
 
 
@@ -77,28 +84,45 @@ def drawings(
         Labels of the method whose lead is shown, and of the one relative to which accuracies are
         drawn; the latter is by default ``seq_lora`` or ``frozen`` if there, else any other method.
     """
-    yield from _lead(section, reference(section, lead_of))
-    for readout in section.readouts:
-        curves = _curves(section, of_readout(section.task_measures, readout), "accuracy")
-        ends = [
-            f"{label} {fmean(seed[-1] for seed in seeds):.1f} per cent"
-            for label, seeds in curves.items()
-            if seeds
-        ]
-        panel = Panel(spread_curves(curves), "tasks learned", _ACCURACY, ends=True)
-        yield Drawing(
-            f"accuracy-{readout}",
-            f"Accuracy over tasks, read-out {readout}",
-            f"Accuracy over all classes seen so far. {_BAND} {_JOINT}",
-            f"Lines of accuracy over the tasks learned. At the end: {', '.join(ends)}.",
-            partial(line_figure, [panel]),
-        )
+    chosen = reference(section, lead_of)
+    accuracies = [_accuracy(section, readout, chosen) for readout in section.readouts]
+    yield accuracies[0]
+    yield from _lead(section, chosen)
     yield from _relative(section, baseline or _baseline(section, lead_of))
     yield from _forgetting(section)
     yield from _costs(section)
+    yield from accuracies[1:]
     yield from _matrices(section)
     for label in section.new_labels:
         yield from analysis_drawings(label, section.groups[label])
+
+
+def _accuracy(section: Section, readout: str, chosen: str | None) -> Drawing:
+    curves = _curves(section, of_readout(section.task_measures, readout), "accuracy")
+    drawn = spread_curves(curves, styles=section.styles)
+    ends = [f"{curve.label} {curve.centre[-1]:.1f} per cent" for curve in drawn]
+    panel = Panel(drawn, "tasks learned", _ACCURACY, ends=True)
+    tables = (accuracy_table(section, readout), lead_table(section, readout, chosen))
+    return Drawing(
+        f"accuracy-{readout}",
+        f"Accuracy over tasks, read-out {readout}",
+        f"Accuracy over all classes seen so far. {_spread(section)} {_JOINT}",
+        f"Lines of accuracy over the tasks learned. At the end: {', '.join(ends)}.",
+        partial(line_figure, [panel]),
+        [table for table in tables if len(table.cells)],
+    )
+
+
+def _spread(section: Section) -> str:
+    """How a line and its band come from the seeds."""
+    counts = sorted({len(runs) for runs in section.groups.values()})
+    if counts == [1]:
+        return "One seed."
+    number = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    return (
+        f"Mean over {number} seeds; the band, or the bar at the end of a line, is one sample "
+        "standard deviation."
+    )
 
 
 def side_drawings(sections: Sequence[Section], lead_of: str | None = None) -> Iterator[Drawing]:
@@ -132,7 +156,7 @@ def comparison_figure(sections: Sequence[Section], path: str | os.PathLike[str])
     sections : sequence of Section
         What is compared.
     path : path
-        A PNG or SVG file; written whole or not at all.
+        A PNG, SVG or PDF file; written whole or not at all.
     """
     one_base = len({section.base for section in sections}) == 1
     curves = {
@@ -142,16 +166,14 @@ def comparison_figure(sections: Sequence[Section], path: str | os.PathLike[str])
         for section in sections
         for label, runs in section.groups.items()
     }
-    panel = Panel(spread_curves(curves), "tasks learned", _ACCURACY, ends=True)
+    styles = sections[0].styles if one_base else None
+    panel = Panel(spread_curves(curves, styles=styles), "tasks learned", _ACCURACY, ends=True)
     return line_figure([panel], path, title="Accuracy over all classes seen")
 
 
 def _curves(section: Section, rows: pd.DataFrame, column: str) -> dict[str, list[list[float]]]:
-    """A column over tasks, by label: one list per run; incomplete runs are left out.
-
-    Every label of the report has an entry, so that a method has the same colour everywhere.
-    """
-    curves: dict[str, list[list[float]]] = {label: [] for label in section.labels}
+    """A column over tasks, by label: one list per run; incomplete runs are left out."""
+    curves: dict[str, list[list[float]]] = {label: [] for label in section.groups}
     for (label, _), values in rows.groupby(["group", "run"], sort=False)[column]:
         if values.notna().all():
             curves[label].append(values.tolist())
@@ -196,7 +218,9 @@ def _relative(section: Section, baseline: str | None) -> Iterator[Drawing]:
         # There are no old tasks before the second one.
         first = 2 if age == "old" else 1
         later = both[both["task"] >= first]
-        curves = spread_curves(_curves(section, later, "difference"), first=first)
+        curves = spread_curves(
+            _curves(section, later, "difference"), first=first, styles=section.styles
+        )
         if not curves:
             return
         panels.append(
@@ -211,7 +235,7 @@ def _relative(section: Section, baseline: str | None) -> Iterator[Drawing]:
         "relative",
         f"Accuracy relative to {baseline}, read-out {readout}",
         f"Accuracy minus that of {baseline} with the same seed, on the old tasks, the task just "
-        f"learned and all classes seen. {_BAND} The paper's figure 4.",
+        f"learned and all classes seen. {_spread(section)} The paper's figure 4.",
         f"Three panels of accuracy differences to {baseline} over the tasks learned. At the end: "
         f"{'; '.join(ends)}.",
         partial(line_figure, panels),
@@ -228,14 +252,14 @@ def _baseline(section: Section, lead_of: str | None) -> str | None:
 def _forgetting(section: Section) -> Iterator[Drawing]:
     rows = section.task_measures
     rows = rows[rows["primary"] & (rows["task"] < rows["tasks"])]
-    curves = spread_curves(_curves(section, rows, "forgetting"))
+    curves = spread_curves(_curves(section, rows, "forgetting"), styles=section.styles)
     if curves:
         means = ", ".join(f"{curve.label} {fmean(curve.centre):.1f}" for curve in curves)
         yield Drawing(
             "forgetting",
             "Forgetting by task",
             "Best accuracy that a task ever had, minus the accuracy at the end; each method with "
-            f"its primary read-out. {_BAND}",
+            f"its primary read-out. {_spread(section)}",
             f"Lines of forgetting by task. Mean over tasks: {means}.",
             partial(line_figure, [Panel(curves, "task", "forgetting (points)", reference=0)]),
         )
@@ -251,15 +275,16 @@ def _costs(section: Section) -> Iterator[Drawing]:
     panels = [
         Panel(curves, "task", unit)
         for unit, column in columns.items()
-        if (curves := spread_curves(_curves(section, rows, column)))
+        if (curves := spread_curves(_curves(section, rows, column), styles=section.styles))
     ]
     if panels:
         yield Drawing(
             "costs",
             "Time and memory per task",
-            f"{_BAND} {_JOINT}",
+            f"{_spread(section)} {_JOINT}",
             f"Panels of {' and '.join(panel.y for panel in panels)} by task.",
             partial(line_figure, panels),
+            [controls_table(section), cost_table(section)],
         )
 
 

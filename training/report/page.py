@@ -15,12 +15,20 @@ from jinja2 import Environment, StrictUndefined
 
 from training.report.figures import Drawing, drawings, side_drawings
 from training.report.runs import Inventory, Section, by_section, find_runs, measures, slug
-from training.report.tables import Table, latex, markdown, report_tables, side_by_side
+from training.report.tables import (
+    Table,
+    latex,
+    markdown,
+    report_tables,
+    settings_tables,
+    side_by_side,
+    verdict,
+)
 from training.run_dir import MANIFEST, read_json, readable, write_json, write_text
 
 MARKDOWN, LATEX, CSV, PAGE = "tables.md", "tables.tex", "runs.csv", "report.html"
 FIGURES = "figures"
-_ENDINGS = (".png", ".svg")
+_ENDINGS = (".png", ".pdf", ".svg")  # the last is on the page
 _PIXELS_PER_POINT = 4 / 3
 
 
@@ -62,7 +70,7 @@ class Report(NamedTuple):
         """
         inventory = find_runs(sources)
         sections = by_section(inventory.runs)
-        labels = sections[0].labels
+        labels = sections[0].styles
         for option, label in (("lead-of", lead_of), ("baseline", baseline)):
             if label is not None and label not in labels:
                 msg = f"--{option} must be one of {', '.join(labels)}, got {label}"
@@ -90,7 +98,8 @@ class Report(NamedTuple):
         """All tables as Markdown."""
         parts = [*self.notes(), *map(markdown, self.overview())]
         for section in self.sections:
-            parts += [f"## {section.title}", *map(markdown, report_tables(section, self.lead_of))]
+            parts += [f"## {section.title}", *verdict(section, self.lead_of)]
+            parts += map(markdown, report_tables(section, self.lead_of))
         return "\n\n".join(parts) + "\n"
 
     def latex(self) -> str:
@@ -154,14 +163,24 @@ def write_report(report: Report, out: Path, *, overwrite: bool = False) -> Path:
     parts = []
     overview = report.overview()
     if overview:
-        figures = _figures(side_drawings(report.sections, report.lead_of), out / FIGURES)
-        parts.append(("side-by-side", "Side by side", overview, figures))
+        drawn = _figures(side_drawings(report.sections, report.lead_of), out / FIGURES)
+        parts.append(_Part("side-by-side", "Side by side", [], drawn, overview, []))
     for section in report.sections:
         baseline = report.baseline if report.baseline in section.groups else None
         folder = out / FIGURES / (section.slug if len(report.sections) > 1 else "")
-        drawn = drawings(section, lead_of=report.lead_of, baseline=baseline)
+        figures = _figures(drawings(section, lead_of=report.lead_of, baseline=baseline), folder)
+        beneath = {table.title for figure in figures for table in figure["tables"]}
         tables = report_tables(section, report.lead_of)
-        parts.append((section.slug, section.title, tables, _figures(drawn, folder)))
+        parts.append(
+            _Part(
+                section.slug,
+                section.title,
+                verdict(section, report.lead_of),
+                figures,
+                [table for table in tables if table.title not in beneath],
+                settings_tables(section),
+            )
+        )
     write_text(out / PAGE, _page(report, parts))
     names = sorted(path.relative_to(out).as_posix() for path in _reports_files(out))
     write_json(out / MANIFEST, {"files": names})
@@ -216,8 +235,19 @@ def _embedded(path: Path) -> dict[str, Any]:
     return {"source": source, "width": width, "height": height}
 
 
-def _page(report: Report, parts: Sequence[tuple[Any, ...]]) -> str:
-    """The page, from the identifier, title, tables and figures of each of its sections."""
+class _Part(NamedTuple):
+    """A section of the page: verdict, figures with their tables, other tables, settings."""
+
+    slug: str
+    title: str
+    verdict: list[str]
+    figures: list[dict[str, Any]]
+    tables: list[Table]
+    settings: list[Table]
+
+
+def _page(report: Report, parts: Sequence[_Part]) -> str:
+    """The page of its sections."""
     runs = [
         {
             "method": label,
@@ -230,7 +260,7 @@ def _page(report: Report, parts: Sequence[tuple[Any, ...]]) -> str:
         for label in section.new_labels
         for run in section.groups[label]
     ]
-    methods = len(report.sections[0].labels)
+    methods = len(report.sections[0].styles)
     text = files("training.report").joinpath("page.html").read_text(encoding="utf-8")
     # Labels are text, never markup.
     environment = Environment(

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import product
+from itertools import count, product
 from math import isfinite, nan
 from pathlib import Path
 from re import fullmatch
@@ -66,6 +66,13 @@ _NOT_COMPARED = ("seed", "out", "threads", "device", "keep", "tracker")
 # that differ in options of the data set or backbone, except options that only name a location.
 _STREAM = ("classes", "init_cls", "increment", "task_sizes", "tasks", "validation", "image_size")
 _PLACES = ("data.root", "data.dataset", "data.download", "backbone.weights")
+
+# Methods in the order in which a report shows them, with their styles in figures. The first is what
+# this package is for: it has the strongest one.
+_STYLES = {
+    "loda": 0, "inflora": 1, "sd_lora": 3, "o_lora": 4, "null_lora": 5, "seq_lora": 2,
+    "first_task": 12, "frozen": 7, "ncm": 15, "ranpac_frozen": 14, "joint": 6,
+}  # fmt: skip
 
 _TIMES, _MEMORY = ("seconds", "training_seconds"), ("memory_mib", "gpu_memory_mib")
 _ENERGIES = ("ratio", "new_energy", "old_energy", "new_magnitude", "old_magnitude")
@@ -516,8 +523,9 @@ class Section:
         Both as a file name.
     groups : dict of str to list of Run
         Label -> runs that differ only in their seed, sorted by seed.
-    labels : tuple of str
-        Labels of all sections, so that a method has one colour in all of them.
+    styles : dict of str to int
+        Labels of all sections, and their styles in figures: a method has one style in all of them,
+        and in other reports too.
     new_labels : tuple of str
         Labels that no earlier section on the same data and backbone has.
     """
@@ -526,7 +534,7 @@ class Section:
     part: str
     slug: str
     groups: dict[str, list[Run]]
-    labels: tuple[str, ...]
+    styles: dict[str, int]
     new_labels: tuple[str, ...]
 
     @property
@@ -554,9 +562,11 @@ class Section:
 
 
 def by_section(runs: Sequence[Run]) -> list[Section]:
-    """Sections in the order of their first run, each with its groups in that order.
+    """Sections in the order of their first run, each with LoDA's groups first.
 
-    Parts of a sweep are in the order of its file, and so are their groups.
+    Other methods follow in an order that is the same in every report; groups of one method are in
+    the order of the sweep's file or else of their first run. Parts of a sweep are in the order of
+    its file.
 
     Raises
     ------
@@ -564,7 +574,7 @@ def by_section(runs: Sequence[Run]) -> list[Section]:
         If a seed occurs twice among runs of the same name and settings.
     """
     bases = _by_base(runs)
-    labels = tuple(dict.fromkeys(label for groups in bases.values() for label in groups))
+    styles = _styles({k: runs for groups in bases.values() for k, runs in groups.items()})
     sections: list[Section] = []
     for base, groups in bases.items():
         shown: set[str] = set()
@@ -579,7 +589,7 @@ def by_section(runs: Sequence[Run]) -> list[Section]:
             name = slug(f"{base}: {part}" if part else base)
             if name in [section.slug for section in sections]:
                 name += f"-{len(sections) + 1}"
-            sections.append(Section(base, part, name, members, labels, new_labels))
+            sections.append(Section(base, part, name, members, styles, new_labels))
             shown |= set(members)
     return sections
 
@@ -789,8 +799,32 @@ def _by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
         [group[0].name or group[0].experiment.method.name for group in members],
         [_group_settings(group[0].experiment) for group in members],
     )
-    groups = zip(labels, members, strict=True)
-    return {label: sorted(group, key=lambda run: run.seed) for label, group in groups}
+    groups = dict(zip(labels, members, strict=True))
+    return {
+        label: sorted(groups[label], key=lambda run: run.seed)
+        for label in sorted(groups, key=lambda label: _rank(groups[label]))
+    }
+
+
+def _rank(runs: Sequence[Run]) -> int:
+    """Place of a group in a report: by its method, those of other packages last."""
+    names = [*_STYLES]
+    method = runs[0].experiment.method.name
+    return names.index(method) if method in names else len(names)
+
+
+def _styles(groups: Mapping[str, Sequence[Run]]) -> dict[str, int]:
+    """A style for every label: that of its method for the first of each, free ones for others."""
+    styles: dict[str, int] = {}
+    for label, runs in groups.items():
+        style = _STYLES.get(runs[0].experiment.method.name)
+        if style is not None and style not in styles.values():
+            styles[label] = style
+    free = (n for n in count(1) if n not in styles.values())
+    for label in groups:
+        if label not in styles:
+            styles[label] = next(free)
+    return {label: styles[label] for label in groups}
 
 
 def _alike(runs: Sequence[Run], settings: Callable[[Run], Any]) -> list[list[Run]]:
@@ -815,7 +849,8 @@ def _by_part(groups: dict[str, list[Run]]) -> dict[str, dict[str, list[Run]]]:
         }
         if places:
             parts[title] = {
-                label: groups[label] for label in sorted(places, key=places.__getitem__)
+                label: groups[label]
+                for label in sorted(places, key=lambda k: (_rank(groups[k]), places[k]))
             }
     placed = {label for members in parts.values() for label in members}
     rest = {label: runs for label, runs in groups.items() if label not in placed}

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from training.config import flat_settings
 from training.report.runs import Section
 
 DASH = "–"
@@ -176,7 +177,9 @@ def accuracy_table(section: Section, readout: str) -> Table:
         },
         index=mean.index.rename("method"),
     )
-    note = "Mean ± sample standard deviation over the seeds; the best of a column in bold."
+    note = "The best of a column in bold."
+    if deviation.notna().any(axis=None):
+        note = f"Mean ± sample standard deviation over the seeds. {note}"
     if len(rivals) < len(mean):
         note += (
             " A method that learns all tasks at once has only the last accuracy and is not ranked."
@@ -202,11 +205,86 @@ def lead_table(section: Section, readout: str, lead_of: str | None) -> Table:
         },
         index=labels.rename("over"),
     )
-    note = (
-        f"{lead_of} minus the method, over the seeds that both have; in brackets the 95 % interval "
-        "of Student's t. Higher is better; for forgetting, lower."
-    )
+    note = f"{lead_of} minus the method, over the seeds that both have."
+    if by_metric["last"]["low"].notna().any():
+        note += " In brackets the 95 % interval of Student's t."
+    note += " Higher is better, except for forgetting."
     return Table(f"Lead of {lead_of}, read-out {readout} (points)", cells, note)
+
+
+def verdict(section: Section, lead_of: str | None = None) -> list[str]:
+    """Who ends highest under the first read-out, by how much, and whether that is significant.
+
+    A difference is called significant where the 95 % interval of the paired differences leaves out
+    0. Every pair is judged by itself; nothing corrects for their number.
+    """
+    readout = section.readouts[0]
+    measures = of_readout(section.measures, readout)
+    several = measures["tasks"].max() > 1
+    ranked = measures[measures["tasks"] > 1] if several else measures
+    means = ranked.groupby("group", sort=False)["last"].mean().sort_values(ascending=False)
+    if means.empty:
+        return []
+    best, chosen = str(means.index[0]), reference(section, lead_of)
+    seeds = measures["seed"].nunique()
+    many = "one seed" if seeds == 1 else f"{seeds} seeds"
+    texts = [
+        f"{best} ends highest: {means[best]:.1f} % of the test images of all classes after the "
+        f"last task (read-out {readout}, {many})."
+    ]
+    if several:
+        for name, rows in measures[measures["tasks"] == 1].groupby("group", sort=False):
+            at_once = (
+                f"{name}, which learns all tasks at once, reaches {rows['last'].mean():.1f} %."
+            )
+            texts.append(at_once)
+    if chosen not in means or len(means) == 1:
+        return texts
+    ahead = leads(ranked, chosen, "last")
+    if ahead.empty:
+        return [*texts, f"No seed of {chosen} is one of another method, so they are not compared."]
+    nearest = next(name for name in means.index if name != chosen and name in ahead.index)
+    text = f"{chosen} less {nearest}: {lead_texts(ahead.loc[[nearest]])[0]} points"
+    if ahead["low"].isna().all():
+        return [*texts, f"{text}. One seed is not enough to say whether that is by chance."]
+    texts.append(f"{text} (95 % interval, paired over {ahead['pairs'][nearest]:.0f} seeds).")
+    judged = {
+        "significantly above": ahead[ahead["low"] > 0],
+        "significantly below": ahead[ahead["high"] < 0],
+        "not significantly different from": ahead[(ahead["low"] <= 0) & (ahead["high"] >= 0)],
+    }
+    parts = [f"{words} {', '.join(rows.index)}" for words, rows in judged.items() if len(rows)]
+    return [*texts, f"{chosen} is {'; '.join(parts)}. Each pair is judged by itself at 95 %."]
+
+
+def settings_tables(section: Section) -> list[Table]:
+    """The settings in which the methods differ, those they share, and the versions."""
+    settings = {
+        label: {k: v for k, v in flat_settings(runs[0].experiment).items() if k != "seed"}
+        for label, runs in section.groups.items()
+    }
+    names = list(dict.fromkeys(name for own in settings.values() for name in own))
+    texts = {
+        name: [str(own[name]) if name in own else DASH for own in settings.values()]
+        for name in names
+    }
+    differ = {name: column for name, column in texts.items() if len(set(column)) > 1}
+    shared = {name: column[0] for name, column in texts.items() if name not in differ}
+    versions: dict[str, dict[str, None]] = {}
+    for run in (run for runs in section.groups.values() for run in runs):
+        for package, version in run.content["environment"].get("packages", {}).items():
+            versions.setdefault(package, {})[str(version)] = None
+    own = pd.DataFrame(differ, index=pd.Index([*settings], name="method"))
+    tables = [Table("Settings that differ", own)] if differ else []
+    tables.append(Table("Settings of all runs", _two_columns("setting", "value", shared)))
+    if versions:
+        shown = {package: ", ".join(found) for package, found in versions.items()}
+        tables.append(Table("Versions", _two_columns("package", "version", shown)))
+    return tables
+
+
+def _two_columns(index: str, column: str, values: Mapping[str, str]) -> pd.DataFrame:
+    return pd.DataFrame({column: [*values.values()]}, index=pd.Index([*values], name=index))
 
 
 def controls_table(section: Section) -> Table:
