@@ -163,15 +163,17 @@ def test_onnx_holds_the_whole_classifier(
 ) -> None:
     for library in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(library)
+    # On so few images the terms of the ridge's sums are far larger than the sums.
+    tolerance = 1e-3 if readout == "ridge" else 1e-5
     written = export(normalised, tmp_path / "m.onnx", "onnx", readout=readout)
     assert written.difference is not None
-    assert written.difference < 1e-5
+    assert written.difference < tolerance
     classifier = load(normalised)
     opened = session(written.path)
     for count in (1, 5):  # any number of images
         scores, *shares = opened.run(None, {"pixels": images[:count].numpy()})
         expected = classifier.logits((images[:count] - 0.4) / 0.3, readout)
-        atol = 1e-5 * max(float(expected.abs().max()), 1.0)
+        atol = tolerance * max(float(expected.abs().max()), 1.0)
         np.testing.assert_allclose(scores, expected.numpy(), rtol=0, atol=atol)
         if readout in classifier.temperatures:
             (shares,) = shares

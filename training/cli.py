@@ -592,10 +592,9 @@ def _export(arguments: argparse.Namespace) -> None:
     library = CHECKED_BY[arguments.format]
     if written.difference is None:
         print(f"  Not checked: {library} is not installed, which would load it.")
-    else:
-        print(
-            f"  Loaded by {library}, it differs from the run by at most {written.difference:.1e}."
-        )
+        return
+    share = f"{written.difference:.0e} of the largest value"
+    print(f"  Checked: loaded by {library}, its results are as in the run, to {share}.")
 
 
 # Many finished runs
