@@ -188,23 +188,10 @@ def export(
     return Export(place, [note.replace("OUT", str(place)) for note in notes], difference)
 
 
-def SHIM(d):
-    from types import SimpleNamespace as N
-
-    return N(
-        image_size=d.image_size,
-        resize=d.resize,
-        mean=d.mean,
-        std=d.std,
-        interpolation="bicubic",
-        crop_mode="squash",
-    )
-
-
 def preprocessing(classifier: Classifier) -> Preprocessing:
     """What a run does to a decoded image before its backbone sees it, in evaluation."""
     data, channels = classifier.experiment.data, classifier.backbone.channels
-    images = SHIM(data)
+    images = data.images
     resized = data.test_resize or images.resize or data.side or images.image_size
 
     def numbers(value: float | Sequence[float]) -> tuple[float, ...]:
