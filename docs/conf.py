@@ -7,8 +7,6 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE / "reference")]
-# Notebooks run in processes of their own, in the folder of the page.
-os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
 
 from loda_math import __version__  # noqa: E402
 
@@ -38,11 +36,11 @@ nb_execution_raise_on_error = True
 nb_merge_streams = True
 
 autodoc_typehints = "none"  # numpydoc's sections have the types
-autosummary_generate = True
 numpydoc_show_class_members = False
 numpydoc_class_members_toctree = False
 
 html_math_renderer = "mathml"  # needs neither a script nor a network
+toc_object_entries_show_parents = "hide"
 html_theme = "pydata_sphinx_theme"
 html_static_path = ["_static"]
 html_extra_path = ["../build/reports"]  # written by reference_pages
@@ -64,9 +62,12 @@ copybutton_prompt_is_regexp = True
 
 
 def setup(app):
-    """Let docutils write formulas as MathML."""
+    """Let docutils write formulas as MathML, and notebooks find the packages of the checkout."""
     from docutils import nodes
     from docutils.utils.math.latex2mathml import tex2mathml
+
+    places = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, places))
 
     def mathml(formula, **how):
         written = tex2mathml(formula.replace(r"\dots", r"\ldots"), **how)

@@ -3,6 +3,9 @@
 The only file that may import SciPy, inside functions, for arrays that live in host memory. Every
 faster route gives what the standard one gives, up to the choice of a basis among equal eigenvalues;
 where a route does not apply, or its result fails its check, the standard decides.
+
+``overwrite`` says that a matrix is the caller's own and of no further use: fresh memory for another
+one costs up to a tenth of a small solve.
 """
 
 import sys
@@ -22,6 +25,7 @@ from loda_math._arrays import (
     is_jax,
     is_numpy,
     is_torch,
+    mirror_tiles,
     placed_like,
 )
 
@@ -34,6 +38,9 @@ LANCZOS_SIZE = 256
 LANCZOS_LEAST, LANCZOS_RESTARTS = 48, 6
 # Columns that LAPACK treats at a time, at most.
 BLOCK = 64
+# All eigenvalues of a tridiagonal matrix by QL steps take less time than some by bisection where
+# these are more than one in so many.
+QL_SHARE = 16
 # Steps of the power method that bounds an eigenvalue: its order of magnitude is what counts.
 POWER_STEPS = 8
 
@@ -44,7 +51,7 @@ def is_partial(x: Array, count: int) -> bool:
 
 
 def leading_eigh(
-    xp: Namespace, x: Array, count: int, *, lanczos: bool = True
+    xp: Namespace, x: Array, count: int, *, lanczos: bool = True, overwrite: bool = False
 ) -> tuple[Array, Array]:
     """The ``count`` largest eigenvalues of a symmetric matrix, falling, and eigenvectors.
 
@@ -52,38 +59,35 @@ def leading_eigh(
     to the largest magnitude.
     """
     if _on_host(x, count):
-        if not lanczos:
-            return _solve_each(xp, lambda a: _dense_leading(a.T, count), x)
-        return _solve_each(xp, lambda a: _leading(a, count), x)
+        return _solve_each(xp, lambda a: _leading(a, count, lanczos, overwrite), x)
     values, vectors = descending_eigh(xp, x)
     return values[..., :count], vectors[..., :count]
 
 
-def trailing_eigh(xp: Namespace, x: Array, count: int) -> tuple[Array, Array, Array]:
+def trailing_eigh(
+    xp: Namespace, x: Array, count: int, *, overwrite: bool = False
+) -> tuple[Array, Array, Array]:
     """The ``count`` smallest eigenvalues, rising, eigenvectors, and the largest eigenvalue."""
     if _on_host(x, count):
-        return _solve_each(xp, lambda a: _dense(a.T, 0, count), x)
+        return _solve_each(xp, lambda a: _dense(a.T, 0, count, overwrite), x)
     values, vectors = descending_eigh(xp, x)
     rising = xp.flip(values[..., -count:], axis=-1)
     return rising, xp.flip(vectors[..., -count:], axis=-1), values[..., :1]
 
 
-def reduced_pencil(xp: Namespace, s: Array, factor: Array, count: int) -> tuple[Array, Array]:
-    """The ``count`` largest eigenvalues of the pencil (S, LLᵀ), falling, and V.
-
-    V holds orthonormal eigenvectors of L⁻¹SL⁻ᵀ; those of the pencil are L⁻ᵀV.
-    """
-    if _on_host(s, count):
-        return _solve_each(xp, lambda a, b: _leading_generalised(a, b, count), s, factor)
+def reduced_pencil(xp: Namespace, s: Array, factor: Array, *, overwrite: bool = False) -> Array:
+    """L⁻¹SL⁻ᵀ: with its eigenvectors V, those of the pencil (S, LLᵀ) are L⁻ᵀV."""
+    if _on_host(s, 0):
+        return _solve_each(xp, lambda a, b: (_reduced(a, b, overwrite),), s, factor)[0]
     half = lower_solve(xp, factor, s)
-    values, vectors = descending_eigh(xp, lower_solve(xp, factor, half.mT))
-    return values[..., :count], vectors[..., :count]
+    return lower_solve(xp, factor, half.mT)
 
 
-def lower_cholesky(xp: Namespace, x: Array, name: str) -> Array:
+def lower_cholesky(xp: Namespace, x: Array, name: str, *, overwrite: bool = False) -> Array:
     """Lower Cholesky factor of an exactly symmetric matrix; a failure is reported by ``name``."""
     try:
-        factor = _cholesky(xp, x)
+        # A stack that fails is searched for the matrix that is the reason.
+        factor = _cholesky(xp, x, overwrite=overwrite and x.ndim == 2)
     except Exception as error:
         # Each library has a class of its own for this; a lack of memory is another matter.
         if "LinAlgError" not in type(error).__name__:
@@ -98,15 +102,17 @@ def lower_cholesky(xp: Namespace, x: Array, name: str) -> Array:
     return factor
 
 
-def _cholesky(xp: Namespace, x: Array) -> Array:
+def _cholesky(xp: Namespace, x: Array, *, overwrite: bool = False) -> Array:
     if _on_host(x, 0):
-        return _solve_each(xp, lambda a: (_potrf(a),), x)[0]
+        return _solve_each(xp, lambda a: (_potrf(a, overwrite),), x)[0]
     # Of torch's factors the upper one is laid out as LAPACK wants it next: without a copy.
     return xp.linalg.cholesky(x, upper=True).mT if is_torch(x) else xp.linalg.cholesky(x)
 
 
 def _failing(xp: Namespace, x: Array) -> tuple[int, ...]:
-    """Index of the first matrix of a stack that has no Cholesky factor."""
+    """Index of the first matrix of a stack that has no Cholesky factor; () for a single one."""
+    if x.ndim == 2:
+        return ()
     flat = xp.reshape(x, (-1, *x.shape[-2:]))
     for position in range(int(flat.shape[0])):
         try:
@@ -159,12 +165,12 @@ def largest_eigenvalue(xp: Namespace, s: Array) -> Array:
     """
     start = xp.argmax(diagonal(xp, s), axis=-1)[..., None, None]
     x = xp.take_along_axis(s, start, axis=-1)
-    bound = xp.sqrt(xp.sum(x * x, axis=-2))
+    bound = length = xp.sqrt(xp.sum(x * x, axis=-2, keepdims=True))
     for _ in range(POWER_STEPS):
-        length = xp.sqrt(xp.sum(x * x, axis=-2, keepdims=True))
         x = s @ (x / xp.where(length > 0, length, xp.ones_like(length)))
-        bound = xp.maximum(bound, xp.sqrt(xp.sum(x * x, axis=-2)))
-    return bound
+        length = xp.sqrt(xp.sum(x * x, axis=-2, keepdims=True))
+        bound = xp.maximum(bound, length)
+    return bound[..., 0]
 
 
 def _on_host(x: Array, count: int) -> bool:
@@ -221,28 +227,26 @@ def _thread_control() -> Any:
     return ThreadpoolController()
 
 
-def _potrf(a: Any) -> Any:
+def _potrf(a: Any, overwrite: bool) -> Any:
     """Lower Cholesky factor of one row-major NumPy matrix."""
     import numpy as np
     from scipy.linalg.lapack import get_lapack_funcs
 
     # Row-major lower is column-major upper: no transposition on the way, none back.
     functions: Any = get_lapack_funcs(("potrf",), (a,))
-    upper, failed = functions[0](a.T, lower=0)
+    upper, failed = functions[0](a.T, lower=0, overwrite_a=overwrite)
     if failed:
         msg = f"leading minor {failed} is not positive"
         raise np.linalg.LinAlgError(msg)
     return upper.T
 
 
-def _leading(a: Any, count: int) -> tuple[Any, Any]:
-    """Leading eigenpairs of one row-major NumPy matrix, of which the lower triangle is read."""
-    proven = _lanczos(a, count) if len(a) >= LANCZOS_SIZE else None
-    return _dense_leading(a, count) if proven is None else proven
-
-
-def _dense_leading(a: Any, count: int) -> tuple[Any, Any]:
-    values, vectors, _ = _dense(a, len(a) - count, len(a))
+def _leading(a: Any, count: int, lanczos: bool, overwrite: bool) -> tuple[Any, Any]:
+    """Leading eigenpairs of one symmetric row-major NumPy matrix."""
+    proven = _lanczos(a, count) if lanczos and len(a) >= LANCZOS_SIZE else None
+    if proven is not None:
+        return proven
+    values, vectors, _ = _dense(a.T, len(a) - count, len(a), overwrite)
     return values[::-1].copy(), vectors[:, ::-1].copy()
 
 
@@ -301,7 +305,8 @@ def _takes_generator() -> bool:
 def _none_missed(a: Any, values: Any, vectors: Any, slack: float) -> bool:
     """Proof that no eigenvalue above the last one was missed: τI − A + γVVᵀ is definite.
 
-    γ lifts the eigenvalues that were found to the largest magnitude at least.
+    γ lifts the eigenvalues that were found to the largest magnitude at least. The triangle above
+    the diagonal of ``a`` serves as memory, and is restored.
     """
     import numpy as np
     from scipy.linalg.blas import get_blas_funcs
@@ -309,64 +314,110 @@ def _none_missed(a: Any, values: Any, vectors: Any, slack: float) -> bool:
 
     update: Any = get_blas_funcs("syrk", (a,))
     factor: Any = get_lapack_funcs("potrf", (a,))
-    # Column-major, of which the upper triangle is read, as ``a`` is row-major and lower.
+    energies = np.diagonal(a).copy()
     lift = values[0] - values[-1] + np.abs(values).max()
-    rest = update(lift, vectors, beta=-1.0, c=a.T, lower=0)
+    rest = update(lift, vectors, beta=-1.0, c=a.T, lower=1, overwrite_c=1)
     rest.ravel(order="K")[:: len(a) + 1] += values[-1] + slack
-    _, failed = factor(rest, lower=0, clean=0, overwrite_a=1)
+    _, failed = factor(rest, lower=1, clean=0, overwrite_a=1)
+    np.fill_diagonal(a, energies)
+    _mirror(a)
     return bool(failed == 0)
 
 
-def _leading_generalised(s: Any, factor: Any, count: int) -> tuple[Any, Any]:
-    """Leading eigenpairs of L⁻¹SL⁻ᵀ, for one pair of row-major NumPy matrices."""
+def _mirror(a: Any) -> None:
+    """Put the triangle below the diagonal above it as well."""
+    import numpy as np
+
+    tiles = mirror_tiles(a)
+    above = ~np.tri(tiles[0][0].stop, dtype=bool)
+    for rows, columns in tiles:
+        if rows == columns:
+            tile = a[rows, rows]
+            np.copyto(tile, tile.T.copy(), where=above[: len(tile), : len(tile)])
+        else:
+            a[rows, columns] = a[columns, rows].T
+
+
+def _reduced(s: Any, factor: Any, overwrite: bool) -> Any:
+    """L⁻¹SL⁻ᵀ for one pair of row-major NumPy matrices."""
     from scipy.linalg.lapack import get_lapack_funcs
 
     # Row-major L is column-major U = Lᵀ: no copy on the way to LAPACK.
     functions: Any = get_lapack_funcs(("sygst",), (s, factor))
-    reduced, _ = functions[0](s.T, factor.T, lower=0)
-    return _leading(reduced.T, count)
+    reduced, _ = functions[0](s.T, factor.T, lower=0, overwrite_a=overwrite)
+    reduced = reduced.T
+    _mirror(reduced)  # LAPACK writes one triangle
+    return reduced
 
 
-def _dense(a: Any, start: int, stop: int) -> tuple[Any, Any, Any]:
+def _dense(a: Any, start: int, stop: int, overwrite: bool) -> tuple[Any, Any, Any]:
     """Eigenpairs ``start`` to ``stop``, rising, and the largest eigenvalue, by one reduction.
 
-    The lower triangle is read; a column-major matrix costs less.
+    A column-major matrix costs less, and is the only one that is overwritten.
     """
     import numpy as np
     from scipy.linalg import eigh
     from scipy.linalg.lapack import get_lapack_funcs
 
     size = len(a)
-    functions: Any = get_lapack_funcs(("sytrd", "stebz", "stein", "ormqr"), (a,))
-    reduced, diagonal, beside, scales, _ = functions[0](a, lower=1, lwork=BLOCK * size)
-
-    def bisect(first: int, last: int) -> tuple[Any, Any, Any, bool]:
-        # By index, to full precision, and block by block, as the next step wants them.
-        found, values, blocks, splits, failed = functions[1](
-            diagonal, beside, 2, 0.0, 1.0, first, last, 0.0, "B"
-        )
-        complete = failed == 0 and found == last - first + 1
-        return values[:found], blocks, splits, complete
-
-    values, blocks, splits, is_sound = bisect(start + 1, stop)
+    functions: Any = get_lapack_funcs(("sytrd", "stein", "ormqr"), (a,))
+    energies = np.diagonal(a).copy()
+    reduced, diagonal, beside, scales, _ = functions[0](
+        a, lower=1, lwork=BLOCK * size, overwrite_a=overwrite
+    )
+    values, largest, blocks, splits = _tridiagonal_values(diagonal, beside, start, stop)
+    is_sound = len(values) == stop - start and len(largest) > 0
     if is_sound:
-        vectors, failed = functions[2](diagonal, beside, values, blocks, splits)
+        vectors, failed = functions[1](diagonal, beside, values, blocks, splits)
         is_sound = failed == 0 and bool(np.all(np.isfinite(vectors)))
     if not is_sound:  # the part may fail among equal eigenvalues; all of them never do
-        values, vectors = eigh(a, driver="evd", check_finite=False)
+        # The triangle above the diagonal is as it was.
+        np.fill_diagonal(a, energies)
+        values, vectors = eigh(a, lower=False, driver="evd", check_finite=False)
         return values[start:stop], vectors[:, start:stop], values[-1:]
     order = np.argsort(values)
     values, vectors = values[order], vectors[:, order]
-    largest = values[-1:] if stop == size else bisect(size, size)[0]
     # The reflectors lie below the diagonal and leave the first coordinate as it is. A shift by one
     # element presents them as those of a QR decomposition, with a last row that must be zero.
     reduced[0, 1:] = 0
     reflectors = reduced.ravel(order="K")[1 : 1 - size].reshape(size, size - 1, order="F")
     shifted = np.roll(vectors, -1, axis=0)
-    shifted, _, _ = functions[3](
+    shifted, _, _ = functions[2](
         "L", "N", reflectors, scales, shifted, lwork=BLOCK * (stop - start)
     )
     return values, np.roll(shifted, 1, axis=0), largest
+
+
+def _tridiagonal_values(
+    diagonal: Any, beside: Any, start: int, stop: int
+) -> tuple[Any, Any, Any, Any]:
+    """Eigenvalues ``start`` to ``stop``, the largest one, and the blocks that they belong to.
+
+    As inverse iteration wants them: block by block, rising within each. Fewer than are asked for
+    where the method failed.
+    """
+    import numpy as np
+    from scipy.linalg.lapack import get_lapack_funcs
+
+    size, info = len(diagonal), np.finfo(diagonal.dtype)
+    functions: Any = get_lapack_funcs(("sterf", "stebz"), (diagonal,))
+    negligible = np.abs(diagonal[1:] * diagonal[:-1]) * info.eps**2 + info.tiny
+    if size <= QL_SHARE * (stop - start) and np.all(beside * beside > negligible):  # one block
+        values, failed = functions[0](diagonal, beside)
+        if failed == 0:
+            blocks, splits = np.ones(size, np.int32), np.full(size, size, np.int32)
+            return values[start:stop], values[-1:], blocks, splits
+
+    def bisect(first: int, last: int) -> tuple[Any, Any, Any]:
+        # By index and to full precision.
+        found, values, blocks, splits, failed = functions[1](
+            diagonal, beside, 2, 0.0, 1.0, first, last, 0.0, "B"
+        )
+        return values[: found if failed == 0 else 0], blocks, splits
+
+    values, blocks, splits = bisect(start + 1, stop)
+    largest = np.sort(values)[-1:] if stop == size else bisect(size, size)[0]
+    return values, largest, blocks, splits
 
 
 def _triangular(a: Any, b: Any, flag: str) -> Any:

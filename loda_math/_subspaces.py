@@ -163,15 +163,16 @@ def isolated(
 def generalised(xp: Namespace, s_new: Array, r: Array, count: int, noise: Array) -> Directions:
     """Leading generalised eigenvectors of (S_new, R), orthonormalised in that order.
 
-    ``noise`` is that of S_new by channel.
+    Both matrices may be overwritten. ``noise`` is that of S_new by channel.
     """
     size, eps = int(s_new.shape[-1]), float(xp.finfo(s_new.dtype).eps)
-    factor = lower_cholesky(xp, r, "old")
     # With wᵀRw = 1 the squared length of w is at least the inverse of the trace of R.
     least = xp.min(noise, axis=-1, keepdims=True) / trace(xp, r)[..., None]
+    factor = lower_cholesky(xp, r, "old", overwrite=True)
+    reduced = reduced_pencil(xp, s_new, factor, overwrite=True)
 
     def solve(several: int) -> tuple[Directions, Array]:
-        values, vectors = reduced_pencil(xp, s_new, factor, several)
+        values, vectors = leading_eigh(xp, reduced, several)
         largest = values[..., :1]
         rounding = size * eps * largest
         # For wᵀRw = 1 the ratio is wᵀSw: noise in S_new counts as much as the ridge magnifies it.
@@ -179,7 +180,7 @@ def generalised(xp: Namespace, s_new: Array, r: Array, count: int, noise: Array)
         inert = is_noise(xp, values, noise_along(xp, noise, directions) + rounding, rounding)
         return Directions(directions, values, inert, largest), least + rounding
 
-    first = _first_above_noise(xp, solve, count, s_new)
+    first = _first_above_noise(xp, solve, count, reduced)
     # Householder QR keeps the span of the leading columns even for an ill-conditioned factor.
     basis, _ = xp.linalg.qr(first.basis)
     return first._replace(basis=basis)
@@ -219,7 +220,7 @@ def null(xp: Namespace, old: Array, rank: int) -> Directions:
     """Trailing eigenvectors of the history, least energy first; none counts as inert."""
     count = min(rank + 1, int(old.shape[-1]))
     s, total = normalised(xp, *widen(xp, old))
-    values, vectors, largest = trailing_eigh(xp, s, count)
+    values, vectors, largest = trailing_eigh(xp, s, count, overwrite=True)
     values, largest = (v * total[..., 0] for v in (values, largest))
     return Directions(vectors, values, xp.zeros_like(values) > 0, largest)
 

@@ -100,7 +100,7 @@ def trace_ratio(
     floor = _Floor(energy_floor * most, rounding_share(xp, size, s) * most)
     # Theorem 2.2's basis: its ratio is where the search begins.
     factor = lower_cholesky(xp, r, "old")
-    _, vectors = reduced_pencil(xp, s, factor, rank)
+    _, vectors = leading_eigh(xp, reduced_pencil(xp, s, factor), rank, overwrite=True)
     start, _ = xp.linalg.qr(lower_solve(xp, factor, vectors, transpose=True))
     if is_concrete(s, r, energy_floor if is_array(energy_floor) else None):
         point, kappa, upper, is_free = _search(xp, s, r, rank, floor, top, start)
@@ -175,7 +175,9 @@ def _search(
         back = xp.expm1(xp.log1p(bracket.high) - 4 * eps * 64.0**fails)
         kappa = xp.where(is_done, kappa, xp.maximum(bracket.low, xp.minimum(answer, back)))
         is_stuck = kappa <= bracket.low * (1 + 4 * eps)
-        values, vectors = leading_eigh(xp, _shifted(s, r, kappa), count, lanczos=False)
+        values, vectors = leading_eigh(
+            xp, _shifted(s, r, kappa), count, lanczos=False, overwrite=True
+        )
         point = _point(xp, s, r, values, vectors, rank)
         upper = xp.minimum(upper, _bound(xp, floor, kappa, point))
         meets = floor.is_met(point.new)

@@ -213,6 +213,20 @@ def test_the_hash_of_the_weights_does_not_depend_on_their_file(
     }
 
 
+def test_files_that_pretend_to_be_larger_than_they_are_are_refused(
+    tmp_path: Path, trained: dict[str, torch.Tensor]
+) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({**trained, "norm.bias": torch.zeros(1).expand(1 << 40)}, path)
+    with pytest.raises(ValueError, match=r"norm\.bias"):
+        build_backbone(tiny(path))
+    endless: dict[str, Any] = dict(trained)
+    endless["model"] = endless
+    torch.save(endless, path)
+    with pytest.raises(ValueError, match="model"):
+        build_backbone(tiny(path))
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_layers_with_the_name_of_a_wrapper_keep_it(tmp_path: Path, suffix: str) -> None:
     layers, other = (nn.ModuleDict({"backbone": nn.Linear(2, 2)}) for _ in range(2))

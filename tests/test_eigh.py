@@ -37,29 +37,41 @@ def moment(kind: str, seed: int, size: int = DENSE) -> Matrix:
 def check(ours: Any, eigenvalues: Any, matrix: Matrix, *, tail: bool = False) -> None:
     """Eigenpairs of a symmetric matrix: energies, residuals, and the span where it is unique."""
     ours, eigenvalues = to_numpy(ours), to_numpy(eigenvalues)
+    count = len(eigenvalues)
     exact, vectors = np.linalg.eigh(matrix)
     exact, vectors = (exact, vectors) if tail else (exact[::-1], vectors[:, ::-1])
     slack = 4 * len(matrix) * np.finfo(float).eps * np.abs(exact).max()
-    np.testing.assert_allclose(eigenvalues, exact[:COUNT], atol=slack)
+    np.testing.assert_allclose(eigenvalues, exact[:count], atol=slack)
     assert np.abs(matrix @ ours - ours * eigenvalues).max() <= slack
-    np.testing.assert_allclose(ours.T @ ours, np.eye(COUNT), atol=1e-12)
-    gap = abs(exact[COUNT - 1] - exact[COUNT])
+    np.testing.assert_allclose(ours.T @ ours, np.eye(count), atol=1e-12)
+    gap = abs(exact[count - 1] - exact[count])
     if gap > 100 * slack:
-        angle = scipy.linalg.subspace_angles(ours, vectors[:, :COUNT]).max()
+        angle = scipy.linalg.subspace_angles(ours, vectors[:, :count]).max()
         assert angle <= 10 * slack / gap + 1e-7
 
 
-@pytest.mark.parametrize("size", [DENSE, LANCZOS])
+# By bisection, by Lanczos, and by QL steps, which pay where many are wanted.
+@pytest.mark.parametrize(("size", "count"), [(DENSE, COUNT), (LANCZOS, COUNT), (DENSE, 20)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_leading_and_trailing_eigenvectors(host: ModuleType, kind: str, size: int) -> None:
+def test_leading_and_trailing_eigenvectors(
+    host: ModuleType, kind: str, size: int, count: int
+) -> None:
     m = moment(kind, 0, size)
     x = to_library(host, m)
-    assert _eigh._on_host(x, COUNT)
-    values, vectors = _eigh.leading_eigh(namespace(x=x), x, COUNT)
+    xp = namespace(x=x)
+    assert _eigh._on_host(x, count)
+    values, vectors = _eigh.leading_eigh(xp, x, count)
     check(vectors, values, m)
-    values, vectors, largest = _eigh.trailing_eigh(namespace(x=x), x, COUNT)
+    values, vectors = _eigh.leading_eigh(xp, x, count, lanczos=False)
+    check(vectors, values, m)
+    values, vectors, largest = _eigh.trailing_eigh(xp, x, count)
     check(vectors, values, m, tail=True)
     assert float(largest[0]) == pytest.approx(np.linalg.eigvalsh(m)[-1], rel=1e-9)
+    np.testing.assert_array_equal(to_numpy(x), m)
+    values, vectors = _eigh.leading_eigh(xp, to_library(host, m), count, overwrite=True)
+    check(vectors, values, m)
+    values, vectors, _ = _eigh.trailing_eigh(xp, x, count, overwrite=True)
+    check(vectors, values, m, tail=True)
 
 
 PENCILS = [(new, old, DENSE) for new in KINDS for old in KINDS]
@@ -73,8 +85,16 @@ def test_reduced_pencil(host: ModuleType, new: str, old: str, size: int) -> None
     arrays = to_library(host, s), to_library(host, r)
     xp = namespace(x=arrays[0])
     factor = _eigh.lower_cholesky(xp, arrays[1], "old")
-    values, reduced = _eigh.reduced_pencil(xp, arrays[0], factor, COUNT)
-    directions = _eigh.lower_solve(xp, factor, reduced, transpose=True)
+    reduced = _eigh.reduced_pencil(xp, arrays[0], factor)
+    np.testing.assert_array_equal(to_numpy(reduced), to_numpy(reduced).T)
+    for array, before in zip(arrays, (s, r), strict=True):
+        np.testing.assert_array_equal(to_numpy(array), before)
+    own = _eigh.lower_cholesky(xp, arrays[1], "old", overwrite=True)
+    np.testing.assert_array_equal(to_numpy(own), to_numpy(factor))
+    own = _eigh.reduced_pencil(xp, arrays[0], factor, overwrite=True)
+    np.testing.assert_array_equal(to_numpy(own), to_numpy(reduced))
+    values, vectors = _eigh.leading_eigh(xp, reduced, COUNT)
+    directions = _eigh.lower_solve(xp, factor, vectors, transpose=True)
     eigenvalues, ours = to_numpy(values), to_numpy(directions)
     exact, vectors = scipy.linalg.eigh(s, r)
     exact, vectors = exact[::-1], vectors[:, ::-1]
@@ -151,10 +171,12 @@ def test_lanczos_is_deterministic(filled: int) -> None:
 def test_a_missed_eigenvector_is_noticed() -> None:
     values, q = np.linspace(1.0, 0.1, DENSE), orthogonal(DENSE, np.random.default_rng(0))
     a = from_spectrum(values, q)
+    before = a.copy()
     assert _eigh._none_missed(a, values[:COUNT], q[:, :COUNT], 1e-12)
     for missed in range(COUNT):
         others = np.delete(np.arange(COUNT + 1), missed)
         assert not _eigh._none_missed(a, values[others], q[:, others], 1e-12)
+    np.testing.assert_array_equal(a, before)  # its memory served on the way
 
 
 def test_what_lanczos_cannot_prove_goes_to_the_dense_solver(
@@ -176,22 +198,49 @@ def test_what_lanczos_cannot_prove_goes_to_the_dense_solver(
         np.testing.assert_allclose(eigenvalues, values[::-1][:COUNT])
 
 
+@pytest.mark.parametrize("name", ["stebz", "stein", "sterf"])
+@pytest.mark.parametrize("overwrite", [False, True])
 def test_where_part_of_a_spectrum_fails_the_whole_is_solved(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, name: str, overwrite: bool
 ) -> None:
-    a = moment("random", 0)
+    """Whatever routine of LAPACK says that it failed."""
+    functions = scipy.linalg.lapack.get_lapack_funcs
 
-    def failing(*_: Any, **__: Any) -> Any:
-        raise np.linalg.LinAlgError
+    def failing(function: Any) -> Any:
+        return lambda *args, **kwargs: (*function(*args, **kwargs)[:-1], 1)
 
-    whole, vectors = np.linalg.eigh(a)
-    monkeypatch.setattr(scipy.linalg, "eigh_tridiagonal", failing)
-    for start, stop in ((0, COUNT), (DENSE - COUNT, DENSE)):
-        eigenvalues, basis, largest = _eigh._dense(a, start, stop)
-        np.testing.assert_allclose(eigenvalues, whole[start:stop], atol=1e-12)
-        assert largest == pytest.approx(whole[-1:])
-        overlap = np.abs(np.sum(basis * vectors[:, start:stop], axis=0))
-        np.testing.assert_allclose(overlap, 1, atol=1e-6)
+    def some_failing(names: Any, arrays: Any) -> Any:
+        return [
+            failing(function) if one == name else function
+            for one, function in zip(names, functions(names, arrays), strict=True)
+        ]
+
+    m = moment("random", 0)
+    whole, vectors = np.linalg.eigh(m)
+    monkeypatch.setattr(scipy.linalg.lapack, "get_lapack_funcs", some_failing)
+    for count in (COUNT, 20):
+        for start, stop in ((0, count), (DENSE - count, DENSE)):
+            eigenvalues, basis, largest = _eigh._dense(m.copy().T, start, stop, overwrite)
+            np.testing.assert_allclose(eigenvalues, whole[start:stop], atol=1e-12)
+            assert largest == pytest.approx(whole[-1:])
+            overlap = np.abs(np.sum(basis * vectors[:, start:stop], axis=0))
+            np.testing.assert_allclose(overlap, 1, atol=1e-6)
+
+
+def test_a_matrix_of_separate_blocks() -> None:
+    """Which the tridiagonal form splits into: inverse iteration must know which is whose."""
+    parts = np.linspace(3.0, 1.0, DENSE // 2), np.linspace(2.9, 1.1, DENSE // 2)
+    m = scipy.linalg.block_diag(
+        *(
+            from_spectrum(v, orthogonal(DENSE // 2, np.random.default_rng(i)))
+            for i, v in enumerate(parts)
+        )
+    )
+    for count in (COUNT, 20):
+        values, vectors = _eigh.leading_eigh(np, m, count, lanczos=False)
+        check(vectors, values, m)
+        values, vectors, _ = _eigh.trailing_eigh(np, m, count)
+        check(vectors, values, m, tail=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

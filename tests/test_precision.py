@@ -185,6 +185,18 @@ def test_tokens_are_cast_up_before_they_are_multiplied() -> None:
     np.testing.assert_allclose(lm.second_moment(huge).total, 2 * float(huge[0, 0]) ** 2, rtol=1e-6)
 
 
+@pytest.mark.parametrize("size", [2, 24])
+def test_tokens_that_are_all_the_same_have_one_direction(xp: ModuleType, size: int) -> None:
+    """Their rounding errors all have one sign, and add up where a library adds one by one."""
+    needs_float64(xp)
+    row = np.random.default_rng(size).standard_normal(size)
+    moments = lm.second_moment(to_library(xp, np.tile(row, (5000, 1)), "float32"))
+    coarse = lm.general_solution(moments, None, size, accumulation_eps=64 * EPS32)
+    assert int(coarse.effective_rank) == 1
+    if size > 9 and "jax" not in xp.__name__:
+        assert int(lm.general_solution(moments, None, size).effective_rank) == 1
+
+
 def test_bases_and_moments_are_summed_wide() -> None:
     basis = orthogonal(64, RNG)[:, :8].astype(np.float16)
     moment = np.diag(RNG.uniform(size=64))

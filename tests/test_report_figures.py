@@ -8,7 +8,7 @@ import pytest
 from fake_runs import AGES, analysis, changed_json, fake_run, measures, sections
 
 from training import cli
-from training.config import BackboneConfig, MethodConfig
+from training.config import BackboneConfig, MethodConfig, TrainConfig
 from training.report.figures import Drawing, drawings, side_drawings
 
 
@@ -70,6 +70,27 @@ def test_leads_are_drawn_with_their_intervals(two: Path) -> None:
     assert figure.alt == "Points with intervals. loda over seq_lora −2.33 [−15.04, +10.37]."
     point = figure.draw.args[0]["loda"].loc["seq_lora"]  # type: ignore[attr-defined]
     assert tuple(point) == pytest.approx((-2.3333, -15.0395, 10.3729, 2), abs=1e-3)
+
+
+def test_accuracy_by_rate_and_by_the_update_that_it_makes(tmp_path: Path) -> None:
+    for number, rate in enumerate((0.01, 0.1, 1.0)):
+        run = fake_run(tmp_path / str(rate), ((90,), (60, 80 - number)), train=TrainConfig(lr=rate))
+        log = run / "metrics.jsonl"
+        events = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+        for event in events:
+            event["update"] = {"relative": rate / 2, "changed": 0.5, "images": 10, "layers": {}}
+        log.write_text("".join(json.dumps(event) + "\n" for event in events), "utf-8")
+    fake_run(tmp_path / "frozen", method=MethodConfig("frozen"))
+    figures = drawn(tmp_path)
+    by_rate, by_update = panels(figures["rates"])
+    (line,), (moved,) = by_rate.curves, by_update.curves
+    assert (line.x, line.centre) == ([0.01, 0.1, 1.0], pytest.approx([70, 69.5, 69]))
+    assert (moved.x, moved.centre) == (pytest.approx([0.5, 5, 50]), line.centre)
+    assert by_rate.reference == pytest.approx(70)
+    (plane,) = panels(figures["plane"])[0].curves
+    assert plane.x == pytest.approx([85, 84.5, 84])
+    assert plane.centre == pytest.approx([30, 30, 30])
+    assert "rates" not in drawn(tmp_path / "0.1", tmp_path / "1.0")
 
 
 def test_leads_of_several_backbones_are_drawn_together(tmp_path: Path) -> None:

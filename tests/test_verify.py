@@ -626,6 +626,19 @@ def test_merges(xp: ModuleType, seed: int, dtype: str) -> None:
     np.testing.assert_allclose(to_numpy(implied), c, atol=1e4 * EPS[dtype])
 
 
+def test_a_missing_small_branch_fails_its_own_layer_only(xp: ModuleType) -> None:
+    """A millionth of the update: the whole of it and every entry are within the tolerance."""
+    needs_float64(xp)
+    rng = np.random.default_rng(0)
+    before, up, down = (rng.standard_normal(s) for s in ((2, 8, 6), (2, 8, 3), (2, 3, 6)))
+    up[..., 2] *= 1e-6
+    after = before + up @ down
+    after[1] -= up[1, :, 2:] @ down[1, 2:]
+    report = verify_merge(*(to_library(xp, a, "float64") for a in (before, after, up, down)))
+    assert np.all(to_numpy(report.error) < 1e-5)
+    assert to_numpy(report.passed).tolist() == [True, False]
+
+
 def test_an_update_below_the_rounding_of_the_weight_passes(xp: ModuleType) -> None:
     weight = np.full((3, 3), 1.0)
     up, down = np.full((3, 1), 1e-5), np.ones((1, 3))

@@ -12,7 +12,14 @@ import pytest
 from strategies import to_library
 
 from loda_math import general_subspace, isolated_subspace, merge, recalibration
-from loda_math.verify import LayerSettings, verify_archive, verify_layer
+from loda_math.verify import (
+    Check,
+    LayerSettings,
+    read_archive,
+    verification_table,
+    verify_archive,
+    verify_layer,
+)
 from loda_math.verify.__main__ import main
 
 SETTINGS = LayerSettings(
@@ -152,3 +159,55 @@ def test_the_first_task_has_one_branch_and_no_recalibration(xp: ModuleType) -> N
         given = {name: x for name, x in (arrays | {"moment_old": old}).items() if x is not None}
         checks = verify_layer({n: to_library(xp, x, "float32") for n, x in given.items()}, SETTINGS)
         assert [(c.what, c.passed) for c in checks] == [("general", True), ("merge", True)]
+
+
+def test_layers_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    layers = ("2/block10/x", "2/block9/x", "10/block1/x", "2/Block1/x")
+    named = {f"task{layer}/moment_new": np.eye(2) for layer in layers}
+    np.savez(tmp_path / "a.npz", **named)
+    places = ["/".join(place) for place in read_archive(tmp_path / "a.npz").layers]
+    order = ("2/Block1/x", "2/block9/x", "2/block10/x", "10/block1/x")
+    assert [place.removeprefix("task") for place in places] == list(order)
+
+
+def test_the_table_names_every_number() -> None:
+    checks = [
+        Check("general", True, 1e-9, 2e-8, 3e-7, 0.5, 0.25, 4, task="1", layer="a.b"),
+        Check("merge", False, None, 1e-2, None, task="12", layer="c"),
+    ]
+    assert verification_table(checks).split("\n") == [
+        "task  layer  what      defect  residual      gap     new     old  rank  verdict",
+        "1     a.b    general  1.0e-09   2.0e-08  3.0e-07  0.5000  0.2500     4       ok",
+        "12    c      merge              1.0e-02                                     OFF",
+        "1 of 2 checks passed",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("down_scale", 0.0),
+        ("general_weight", -1.0),
+        ("isolated_weight", -1.0),
+        ("ridge", -1e-3),
+        ("gamma", float("nan")),
+        ("history_weight", float("inf")),
+        ("energy_floor", 1.5),
+        ("accumulation_eps", 0.5),
+        ("isolated", "Quotient"),
+        ("ridge_scale", "median"),
+        ("form", "whole"),
+        ("joint", "yes"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must be") as error:
+        LayerSettings(**{name: value})
+    assert str(value) in str(error.value)
+
+
+def test_a_floor_belongs_to_the_ratio_of_traces() -> None:
+    assert LayerSettings(isolated="trace_ratio", energy_floor=0.4).energy_floor == 0.4
+    for rule in ("quotient", "null"):
+        with pytest.raises(ValueError, match="energy_floor"):
+            LayerSettings(isolated=rule, energy_floor=0.4)  # type: ignore[arg-type]

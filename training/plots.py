@@ -15,6 +15,7 @@ from training.run_dir import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
     from pandas import DataFrame
@@ -85,8 +86,8 @@ class Panel(NamedTuple):
         Write name and last value beside the end of each curve, in place of a legend.
     integer_x : bool
         The places are integers, such as tasks.
-    log : bool
-        Logarithmic scale of the values.
+    log, log_x : bool
+        Logarithmic scale of the values, and of the places.
     reference : float or None
         Value at which a thin horizontal line is drawn.
     """
@@ -98,6 +99,7 @@ class Panel(NamedTuple):
     ends: bool = False
     integer_x: bool = True
     log: bool = False
+    log_x: bool = False
     reference: float | None = None
 
 
@@ -431,13 +433,9 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
             whiskers += 1
             end = max(curve.x) + 0.012 * width * whiskers
             axes.vlines(end, curve.low[-1], curve.high[-1], color=colour, lw=1.4)
-    if panel.log:  # decades, with plain numbers beside the ticks
-        from matplotlib.ticker import LogLocator, NullFormatter
-
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+    for logarithmic, axis in ((panel.log_x, axes.xaxis), (panel.log, axes.yaxis)):
+        if logarithmic:
+            _decades(axis)
     if panel.reference is not None:
         axes.axhline(panel.reference, color="#555555", lw=0.8, zorder=0)
     if panel.ends:
@@ -448,6 +446,16 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
     axes.set_ylabel(panel.y)
     axes.set_title(_plain(panel.title), fontsize=10)
     _open_frame(axes, grid="y")
+
+
+def _decades(axis: "Axis") -> None:
+    """A logarithmic axis with plain numbers beside its ticks."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _draw_matrix(figure: "Figure", axes: "Axes", rows: Sequence[Sequence[float]]) -> None:

@@ -1,6 +1,8 @@
 """Table and list of mutation_survivors.md beside this file, from what `make mutants` left.
 
-``--sample N`` prints the names of N mutants drawn at random instead. Needs the dev extra.
+``--sample N`` prints the names of N mutants instead, drawn at random but the same every time, from
+all files alike. ``--prune`` takes survivors off the page whose line has changed since; it needs no
+mutants. The others need the dev extra.
 """
 
 import json
@@ -14,6 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path("mutants")
+PAGE = Path(__file__).with_name("mutation_survivors.md")
+SOURCES = Path(__file__).parents[2]
 COLUMNS = ("killed", "timeout", "survived", "no tests")
 
 
@@ -28,6 +32,13 @@ class Survivor(NamedTuple):
     def words(self) -> str:
         """What the rules below look at."""
         return f"{self.place} | {self.before} | {self.after}"
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the file still holds the line, which may have been several."""
+        path = SOURCES / self.place.partition(":")[0]
+        code = " ".join(path.read_text("utf-8").split()) if path.is_file() else ""
+        return " ".join(self.before.split()) in code
 
 
 Rule = Callable[[Survivor], bool]
@@ -56,7 +67,7 @@ CLASSES: tuple[tuple[str, str, Rule], ...] = (
         "array-api-strict, which the profile leaves out, do.",
         like(
             r"_arrays\.py:(is_concrete|_is_traced|full_precision|is_\w+|transposed|widest) "
-            r"|_eigh\.py:_thread|torch|jax|dask|compensated|is_concrete\(|is_deferred"
+            r"|_eigh\.py:_thread|_whitened_solve|may_be_differentiated|torch|jax|dask|compensated|is_concrete\(|is_deferred"
             r"|a\.numpy\(\)|widest\(xp, None\)|is_(numpy|array)\(None\)|__module__"
             r"|full_precision\(None\)|zeros_like\(None\)"
         ),
@@ -101,7 +112,7 @@ CLASSES: tuple[tuple[str, str, Rule], ...] = (
         "what the library does by itself.",
         # mutmut puts "XXXX" in the place of an empty string.
         like(
-            r"\"XXXX\"|_leading\(a, 2\)|spectrum\[\.\.\., :2\]|take_along_axis\(s, start, \)"
+            r"\"XXXX\"|spectrum\[\.\.\., :2\]|take_along_axis\(s, start, \)"
             r"|lowest, ridge, \)|best\.directions, None"
         ),
     ),
@@ -116,9 +127,10 @@ CLASSES: tuple[tuple[str, str, Rule], ...] = (
         "uses: the answer is the same, later or sooner.",
         like(
             r"_spectral|recalibration\.py:_box \| pairs"
-            r"|range\(0, size|parts\.insert"
-            r"|_eigh\.py:_lanczos \| (start|operator|options|steps|if \"rng\")"
+            r"|range\(0, size|parts\.insert|_is_shut"
+            r"|_eigh\.py:_lanczos \| (start|operator|options|steps|if \"rng\")|_box \| target"
             r"|_eigh\.py.*(check_finite|overwrite|clean=|ascontiguousarray|\.copy\(\))"
+            r"|:_natural "
         ),
     ),
     (
@@ -188,6 +200,27 @@ def table(counts: dict[str, Counter[str]]) -> list[str]:
     return rows
 
 
+def quoted(line: str) -> Survivor | None:
+    """The survivor that a line of the page is about, if it is about one."""
+    match = re.fullmatch(r"- `([^`]+)`: `(.*)` → `(.*)`", line)
+    return Survivor(*match.groups()) if match else None
+
+
+def pruned(page: str) -> str:
+    """The page without survivors whose line has changed, and without headings of none."""
+    kept: list[str] = []
+    for block in re.split(r"\n(?=## )", page):
+        lines = block.split("\n")
+        stays = [one is None or one.is_current for one in map(quoted, lines)]
+        lines = [line for line, stay in zip(lines, stays, strict=True) if stay]
+        count = sum(quoted(line) is not None for line in lines)
+        if lines[0].startswith("## "):
+            lines[0] = re.sub(r"\(\d+\)$", f"({count})", lines[0])
+        if count or not lines[0].startswith("## "):
+            kept.append("\n".join(lines))
+    return "\n".join(kept).rstrip("\n") + "\n"
+
+
 def explained(found: list[Survivor]) -> list[str]:
     """The survivors by class."""
     groups: dict[str, list[Survivor]] = defaultdict(list)
@@ -203,7 +236,10 @@ def explained(found: list[Survivor]) -> list[str]:
 
 
 def main() -> None:
-    """Print the page, or the names of a sample."""
+    """Print the page, or the names of a sample, or prune the page."""
+    if sys.argv[1:] == ["--prune"]:
+        PAGE.write_text(pruned(PAGE.read_text("utf-8")), "utf-8")
+        return
     if sys.argv[1:2] == ["--sample"]:
         sys.stdout.write("\n".join(sample(int(sys.argv[2]))) + "\n")
         return
@@ -213,10 +249,15 @@ def main() -> None:
         counts[path].update(results.values())
         lived = (name for name, status in results.items() if status in ("survived", "no tests"))
         found += [survivor(path, name) for name in lived]
+    old = [one for one in found if not one.is_current]
+    if old:
+        msg = f"{ROOT}/ is of older code, got {old[0].words}; run mutmut again"
+        raise SystemExit(msg)
     whole = sum(counts.values(), Counter())
     run = sum(whole.values()) - whole["not run"]
     share = (whole["killed"] + whole["timeout"]) / run
-    lines = ["# Mutants of `loda_math`", "", "Written by `docs/developers/mutation_table.py`.", ""]
+    lines = ["# Mutants of `loda_math`", "", "Written by `docs/developers/mutation_table.py`."]
+    lines += ["Survivors are taken off when their line changes; the counts are of the run.", ""]
     lines += [f"{100 * share:.1f} % of {run} mutants were found.", ""]
     if whole["not run"]:
         low, high = interval(share, run)

@@ -25,6 +25,7 @@ from training import cli, config
 from training.components import Registry, summary
 
 HERE = Path(__file__).parent
+GENERATED = HERE / "generated"
 RECORDS = HERE.parent / "records"
 # The reports that the site holds, and what they are made of.
 REPORTS = {"caltech101": ("caltech101.jsonl", "caltech101-cifar_vit.jsonl")}
@@ -36,6 +37,7 @@ PACKAGES = (
     "backends.torch.readouts",
     "backends.torch.peft",
     "training",
+    "training.analysis.predict",
     "training.config",
     "training.train",
     "training.methods",
@@ -46,6 +48,7 @@ PACKAGES = (
 # Of modules without `__all__`, what users call; the rest of them serves the command line.
 NAMES = {
     "backends.torch.peft": ["save_adapter", "lora_options", "initialise_lora"],
+    "training.analysis.predict": ["Classifier", "Prediction", "write_table"],
     "training.config": ["Experiment", "load_experiment", "experiment_from", "read_experiment"],
     "training.train": ["train", "resume"],
 }
@@ -252,7 +255,11 @@ def write_reports(folder: Path) -> None:
 
 def setup(app: Any) -> dict[str, bool]:
     """Sphinx calls this: the pages are written before it looks for pages."""
-    app.connect("config-inited", lambda *_: write(HERE / "generated"), priority=1)
+    def write_generated(_: Any, settings: Any) -> None:
+        write(GENERATED)
+        settings.autosummary_generate = [str(page) for page in GENERATED.glob("*.md")]
+
+    app.connect("config-inited", write_generated, priority=1)
     reports = HERE.parents[1] / "build" / "reports"
     app.connect("config-inited", lambda *_: write_reports(reports), priority=1)
     # Fields of named tuples: the section of attributes documents them.

@@ -15,12 +15,14 @@ from safetensors import safe_open
 from torch import nn
 
 import training.backbones.conv_vit  # noqa: F401  registers its name in timm
-from training.backbones.config import SAVED_BY_TIMM
 from training.backbones.weights import LoadedWeights, load_weights, tensors_sha256
 from training.components import Component
 
 # Packages whose errors mean that a download failed; not all of these are OSErrors.
 _TRANSPORTS = {"huggingface_hub", "httpx", "httpcore", "requests", "urllib3"}
+
+SAVED_BY_TIMM = ("hf-hub:", "local-dir:")
+"""Prefixes of backbone names that timm reads with its configuration, from a hub or a folder."""
 
 _WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
 _WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".bin")

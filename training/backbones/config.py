@@ -20,9 +20,6 @@ PACKAGED_WEIGHTS = {"glyphs": "glyphs_vit.safetensors", "cifar_vit": "cifar_vit.
 HUGGING_FACE = "hf:"
 """Prefix of backbone names that the library transformers builds."""
 
-SAVED_BY_TIMM = ("hf-hub:", "local-dir:")
-"""Prefixes of backbone names that timm reads with its configuration, from a hub or a folder."""
-
 # Options that would make timm add a classifier, or read weights from files or URLs.
 _RESERVED = {
     "num_classes",

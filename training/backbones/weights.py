@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import re
 import sys
+import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -242,6 +243,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
         else:
+            if zipfile.is_zipfile(path):  # but for files of old versions of torch
+                require_plausible_archive(path)
             # DINO's and other files hold command-line settings beside the weights.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
@@ -268,11 +271,13 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _is_plain(value: object) -> bool:
-    # torch would drop part of a complex number; no layer has sparse or quantised weights.
+    # torch would drop part of a complex number; no layer has sparse or quantised weights. A small
+    # storage may be viewed as a tensor that fills the memory once it is copied.
     return (
         isinstance(value, Tensor)
         and value.layout is torch.strided
         and not (value.is_complex() or value.is_meta or value.is_quantized)
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
     )
 
 

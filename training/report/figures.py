@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
+from math import isnan
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -87,6 +88,7 @@ def drawings(
     chosen = reference(section, lead_of)
     accuracies = [_accuracy(section, readout, chosen) for readout in section.readouts]
     yield accuracies[0]
+    yield from _rates(section)
     yield from _lead(section, chosen)
     yield from _relative(section, baseline or _baseline(section, lead_of))
     yield from _forgetting(section)
@@ -178,6 +180,70 @@ def _curves(section: Section, rows: pd.DataFrame, column: str) -> dict[str, list
         if values.notna().all():
             curves[label].append(values.tolist())
     return curves
+
+
+def _rates(section: Section) -> Iterator[Drawing]:
+    """How much depends on the learning rate, where methods were run at several of them."""
+    if not section.sweeps:
+        return
+    readout = section.readouts[0]
+    rows = of_readout(section.measures, readout)
+    means = rows.groupby("group")[["last", "new", "forgetting", "update"]].mean()
+    still = [label for label in ("frozen",) if label in means.index]
+
+    def curves(x: str | None, y: str) -> list[Curve]:
+        drawn = []
+        for method, style, labels in section.sweeps:
+            points = [
+                (rate if x is None else means[x][label], means[y][label])
+                for rate, label in sorted(labels.items())
+                if label in means.index
+            ]
+            points = [point for point in points if not any(map(isnan, point))]
+            if points:
+                places, values = map(list, zip(*points, strict=True))
+                drawn.append(Curve(method, places, values, style=style))
+        return drawn
+
+    def panel(drawn: list[Curve], x: str) -> Panel:
+        level = means["last"][still[0]] if still else None
+        return Panel(drawn, x, _ACCURACY, integer_x=False, log_x=True, reference=level)
+
+    panels = [panel(curves(None, "last"), "learning rate")]
+    moved = curves("update", "last")
+    if moved:
+        panels.append(panel(moved, "relative update ‖ΔW‖/‖W‖ of a task (%)"))
+    best = [f"{c.label} {max(c.centre):.1f}" for c in panels[0].curves]
+    yield Drawing(
+        "rates",
+        f"Last accuracy by learning rate, read-out {readout}",
+        "Mean over seeds. A nominal rate moves the methods by different amounts: the second panel "
+        "has the update that it makes."
+        + (" The grey line is the frozen backbone." if still else ""),
+        f"Lines of accuracy over learning rates. Best: {', '.join(best)} per cent.",
+        partial(line_figure, panels),
+    )
+    plane = curves("new", "forgetting")
+    if plane:
+        yield Drawing(
+            "plane",
+            f"Forgetting against plasticity, read-out {readout}",
+            "One point for each method and learning rate, lines from the lowest rate to the "
+            "highest; mean over seeds. To the right: learns new tasks better. Down: forgets less.",
+            "Points of forgetting over the accuracy on tasks just learned, for "
+            f"{', '.join(curve.label for curve in plane)}.",
+            partial(
+                line_figure,
+                [
+                    Panel(
+                        plane,
+                        "accuracy on a task just learned (%)",
+                        "forgetting (points)",
+                        integer_x=False,
+                    )
+                ],
+            ),
+        )
 
 
 def _lead(section: Section, first: str | None) -> Iterator[Drawing]:

@@ -14,6 +14,7 @@ from itertools import count, product
 from math import isfinite, nan
 from pathlib import Path
 from re import fullmatch
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -57,7 +58,7 @@ _FILES: dict[str, tuple[str, tuple[str, ...]]] = {
     "environment": (ENVIRONMENT, ("backbone", "packages")),
     "analysis": (ANALYSIS, ("subspaces", "losses")),
 }
-_EVENT = ("task", "seconds", "memory")
+_EVENT, _UPDATE = ("task", "seconds", "memory"), ("relative", "changed")
 
 # Settings that tell runs of one experiment apart without making them different experiments.
 _NOT_COMPARED = ("seed", "out", "threads", "device", "keep", "tracker")
@@ -75,6 +76,7 @@ _STYLES = {
 }  # fmt: skip
 
 _TIMES, _MEMORY = ("seconds", "training_seconds"), ("memory_mib", "gpu_memory_mib")
+_MOVED = ("update", "changed")
 _ENERGIES = ("ratio", "new_energy", "old_energy", "new_magnitude", "old_magnitude")
 
 
@@ -203,7 +205,7 @@ class Run:
 
     @cached_property
     def costs(self) -> list[dict[str, float]]:
-        """Seconds and memory in MiB of each task; NaN where they were not logged."""
+        """Seconds, memory in MiB and update in per cent of each task; NaN where not logged."""
         numbers = [event["task"] for event in self.content["log"]]
         twice = next((task for task in numbers if numbers.count(task) > 1), None)
         if twice is not None:
@@ -220,12 +222,15 @@ class Run:
         for event in (events.get(task, {}) for task in range(1, self.tasks + 1)):
             seconds = {part: _number(x) for part, x in event.get("seconds", {}).items()}
             memory = {kind: _number(x) / 2**20 for kind, x in event.get("memory", {}).items()}
+            update = {name: 100 * _number(x) for name, x in event.get("update", {}).items()}
             rows.append(
                 {
                     "seconds": sum(seconds.values()) if seconds else nan,
                     "training_seconds": seconds.get("load", nan) + seconds.get("train", nan),
                     "memory_mib": memory.get("process", nan),
                     "gpu_memory_mib": memory.get("device", nan),
+                    "update": update.get("relative", nan),
+                    "changed": update.get("changed", nan),
                 }
             )
         return rows
@@ -271,6 +276,7 @@ class Run:
             # A sum with a missing task is NaN.
             **{key: sum(task[key] for task in self.costs) for key in _TIMES},
             **{key: pd.Series([task[key] for task in self.costs]).max() for key in _MEMORY},
+            **{key: pd.Series([task[key] for task in self.costs]).mean() for key in _MOVED},
             "analysed": bool(self.content["analysis"]),
         }
         for kind, matrix in self.matrices.items():
@@ -278,6 +284,7 @@ class Run:
             accuracies = {
                 "last": matrix.last,
                 "average": matrix.average,
+                "new": fmean(row[-1] for row in matrix.matrix),
                 "forgetting": matrix.forgetting,
                 "backward_transfer": matrix.backward_transfer,
                 "task_given": _number(given),
@@ -410,7 +417,11 @@ def read_run(path: Path, name: str = "") -> Run:
         with readable(path / METRICS):
             lines = (path / METRICS).read_text(encoding="utf-8").splitlines()
             events = [event for event in map(json.loads, lines) if event["event"] == "task"]
-            content["log"] = [_part(event, _EVENT) for event in events]
+            content["log"] = [
+                _part(event, _EVENT)
+                | ({"update": _part(event["update"], _UPDATE)} if event.get("update") else {})
+                for event in events
+            ]
     # Only a sweep nests its runs this deep; elsewhere a file of that name is not ours.
     parts = read_groups(path.absolute().parent.parent) if _variant(path) else {}
     run = Run(path, name, parts, read_experiment(path / CONFIG), content)
@@ -507,6 +518,24 @@ def read_bundle(path: Path, name: str = "") -> Iterator[Run]:
         yield run
 
 
+class RateSweep(NamedTuple):
+    """Groups of a section that differ only in the learning rate.
+
+    Attributes
+    ----------
+    method : str
+        The method.
+    style : int
+        Its style in figures.
+    labels : dict of float to str
+        The groups, by their learning rate.
+    """
+
+    method: str
+    style: int
+    labels: dict[float, str]
+
+
 @dataclass(frozen=True)
 class Section:
     """Runs on the same data, cut into the same tasks, from the same backbone.
@@ -541,6 +570,18 @@ class Section:
     def title(self) -> str:
         """Data, backbone and part."""
         return f"{self.base}: {self.part}" if self.part else self.base
+
+    @cached_property
+    def sweeps(self) -> list["RateSweep"]:
+        """Groups that differ only in the learning rate, where there are three rates or more."""
+        sweeps: dict[str, RateSweep] = {}
+        for label, runs in self.groups.items():
+            experiment = runs[0].experiment
+            method = experiment.method.name
+            settings = {**_group_settings(experiment), "train.lr": None}
+            empty = RateSweep(method, _STYLES.get(method, len(_STYLES)), {})
+            sweeps.setdefault(_key(settings), empty).labels[experiment.train.lr] = label
+        return [sweep for sweep in sweeps.values() if len(sweep.labels) >= 3]
 
     @property
     def readouts(self) -> list[str]:
@@ -620,6 +661,7 @@ def load(*sources: str | Path) -> pd.DataFrame:
         ``forgetting``,              on old tasks and its signed version, and accuracy at the end
         ``backward_transfer``,       where the task of every image is given, all in per cent
         ``task_given``
+        ``new``                      accuracy on each task when it was just learned, mean over tasks
         ``trained_parameters``       most of any task
         ``method_bytes``,            carried from task to task by the method and by the read-outs
         ``readout_bytes``
@@ -628,6 +670,8 @@ def load(*sources: str | Path) -> pd.DataFrame:
         ``training_seconds``
         ``memory_mib``,              largest of any task
         ``gpu_memory_mib``
+        ``update``, ``changed``      ‖ΔW‖/‖W‖ of a task, and training images of the task whose class
+                                     it changed, in per cent, means over tasks
         ``analysed``                 whether ``loda analyse`` was run on it
         ``method.name``, ...         every setting under its dotted name; lists and mappings as JSON
         ============================ ==============================================================
@@ -662,6 +706,8 @@ def load_tasks(*sources: str | Path) -> pd.DataFrame:
         ``training_seconds``
         ``memory_mib``,       largest during the task
         ``gpu_memory_mib``
+        ``update``,           as for :func:`load`, of the task
+        ``changed``
         ===================== =====================================================================
 
     Raises
