@@ -298,7 +298,8 @@ def _to_transformers(
 
     config = _timm_config(classifier, "hf")
     kept = {key: config[key] for key in ("architecture", "model_args", "pretrained_cfg")}
-    wrapped = TimmWrapperModel(TimmWrapperConfig(**kept, do_pooling=True, num_labels=0))
+    make: Any = TimmWrapperConfig  # whose checked fields leave out those of all configurations
+    wrapped = TimmWrapperModel(make(**kept, do_pooling=True, num_labels=0))
     wrapped.timm_model.load_state_dict(classifier.model.state_dict())
     wrapped.save_pretrained(folder)
     again = AutoModel.from_pretrained(folder).eval()
