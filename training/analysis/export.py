@@ -61,6 +61,7 @@ _TOLERANCE = 1e-3  # of the largest feature or score: other kernels round otherw
 _TINY = 1e-30
 _ONE_FILE = 2_000_000_000  # bytes: protobuf takes no more
 _PROBES = 3
+_TALKATIVE = ("timm", "torch.onnx", "onnxscript", "onnx_ir", "transformers")
 _RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 
 
@@ -287,12 +288,11 @@ def _to_transformers(
         extra = {"add_pooling_layer": False} if getattr(model, "pooler", 0) is None else {}
         wrapper._modules = {**wrapper._modules}
         wrapper.model = AutoModel.from_pretrained(folder, **extra).eval()
-        notes = ["transformers.AutoModel.from_pretrained('OUT') gives the backbone."]
-        if extra:
-            notes = [
-                "transformers.AutoModel.from_pretrained('OUT', add_pooling_layer=False) gives the "
-                "backbone; the features are last_hidden_state[:, 0]."
-            ]
+        options = "".join(f", {key}={value}" for key, value in extra.items())
+        notes = [
+            f"transformers.AutoModel.from_pretrained('OUT'{options}) gives the backbone; the "
+            f"features are {_place_of_features(wrapper, _probes(classifier))}."
+        ]
         return notes, _features(wrapper, _probes(classifier))
     from transformers import TimmWrapperConfig, TimmWrapperModel
 
@@ -310,6 +310,18 @@ def _to_transformers(
         "are pooler_output."
     ]
     return [*notes, *_registration(config)], features
+
+
+@torch.no_grad()
+def _place_of_features(wrapper: Any, images: Tensor) -> str:
+    """Where a model of transformers gives what `Pooled` takes for the features."""
+    given = {"interpolate_pos_encoding": True} if wrapper.resizes else {}
+    output = wrapper.model(images, **given)
+    if getattr(output, "pooler_output", None) is not None:
+        return "pooler_output"
+    if output.last_hidden_state.ndim > 3:
+        return "last_hidden_state, averaged over rows and columns"
+    return "last_hidden_state[:, 0]" if wrapper.has_class_token else "last_hidden_state.mean(dim=1)"
 
 
 def _processor(prepared: Preprocessing) -> dict[str, Any]:
@@ -611,7 +623,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 @contextmanager
 def _quiet(form: Format) -> Iterator[None]:
     """Keep the other libraries' logs and warnings of their own internals from the terminal."""
-    loggers = [logging.getLogger(name) for name in ("timm", "torch.onnx", "transformers")]
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
     levels = [logger.level for logger in loggers]
     bars: Any = None
     if form == "hf":

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.models import register_model
+from timm.models import load_pretrained, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -107,7 +107,8 @@ def loda_conv_vit(
     Parameters
     ----------
     pretrained
-        Must be false: the weights come from a file.
+        Load the weights that come with ``pretrained_cfg``: those of a folder, for
+        ``timm.create_model("local-dir:FOLDER", pretrained=True)``. timm itself has none.
     widths
         Channels of the stem at a half and at a quarter of the image's side.
     folded
@@ -115,11 +116,20 @@ def loda_conv_vit(
     options
         Those of timm's VisionTransformer.
     """
-    if pretrained:
+    given: Any = options.pop("pretrained_cfg", None)
+    settings: dict[str, Any] = given.to_dict() if hasattr(given, "to_dict") else dict(given or {})
+    for name in ("pretrained_cfg_overlay", "pretrained_model_args", "cache_dir"):
+        options.pop(name, None)  # timm passes these for its own weight files
+    if pretrained and settings.get("source") != "local-dir":
         msg = f"{NAME} has no weights to download: load them from a file."
         raise ValueError(msg)
-    for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
-        options.pop(name, None)  # timm passes these for its own weight files
     sizes = {"img_size": 32, "patch_size": STRIDE, "embed_dim": 192, "depth": 6, "num_heads": 6}
     stem = partial(ConvStem, widths=widths, folded=folded)
-    return VisionTransformer(**{**sizes, **options}, embed_layer=stem)
+    if "num_classes" in settings:
+        options.setdefault("num_classes", settings["num_classes"])
+    model = VisionTransformer(**{**sizes, **options}, embed_layer=stem)
+    if settings:
+        model.pretrained_cfg = settings
+    if pretrained:
+        load_pretrained(model, settings, num_classes=model.num_classes, in_chans=model.in_chans)
+    return model
