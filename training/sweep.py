@@ -326,7 +326,7 @@ def _require_same(job: Job, what: str, ignored: Collection[str]) -> None:
     try:
         recorded = read_experiment(job.folder / CONFIG)
         given = as_recorded(resolved(effective(job.experiment)))
-        differing = differing_settings(recorded, given)
+        differing = differing_settings(resolved(recorded), given)
     except (ValueError, OSError) as error:
         msg = f"{job.folder} holds {what} that cannot be read ({error}): move it away"
         raise (UnreadableRunError if done else ValueError)(msg) from error

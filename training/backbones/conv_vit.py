@@ -107,8 +107,7 @@ def loda_conv_vit(
     Parameters
     ----------
     pretrained
-        Load the weights that come with ``pretrained_cfg``: those of a folder, for
-        ``timm.create_model("local-dir:FOLDER", pretrained=True)``. timm itself has none.
+        Load the weights of a folder, ``local-dir:FOLDER``; there are none to download.
     widths
         Channels of the stem at a half and at a quarter of the image's side.
     folded
@@ -116,20 +115,18 @@ def loda_conv_vit(
     options
         Those of timm's VisionTransformer.
     """
-    given: Any = options.pop("pretrained_cfg", None)
-    settings: dict[str, Any] = given.to_dict() if hasattr(given, "to_dict") else dict(given or {})
+    # timm passes these to find weights, which there are in a folder (local-dir:) only.
+    place = options.pop("pretrained_cfg", None)
     for name in ("pretrained_cfg_overlay", "pretrained_model_args", "cache_dir"):
-        options.pop(name, None)  # timm passes these for its own weight files
-    if pretrained and settings.get("source") != "local-dir":
+        options.pop(name, None)
+    if pretrained and not place:
         msg = f"{NAME} has no weights to download: load them from a file."
         raise ValueError(msg)
     sizes = {"img_size": 32, "patch_size": STRIDE, "embed_dim": 192, "depth": 6, "num_heads": 6}
     stem = partial(ConvStem, widths=widths, folded=folded)
-    if "num_classes" in settings:
-        options.setdefault("num_classes", settings["num_classes"])
+    if place:
+        options.setdefault("num_classes", place["num_classes"])
     model = VisionTransformer(**{**sizes, **options}, embed_layer=stem)
-    if settings:
-        model.pretrained_cfg = settings
     if pretrained:
-        load_pretrained(model, settings, num_classes=model.num_classes, in_chans=model.in_chans)
+        load_pretrained(model, place, num_classes=model.num_classes)
     return model

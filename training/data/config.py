@@ -7,6 +7,7 @@ at ``auto`` follows the backbone: `DataConfig.resolved` puts its values in.
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -251,7 +252,9 @@ class DataConfig(Component):
         for key in ("mean", "std"):
             if isinstance(values[key], tuple):
                 values[key] = list(values[key])
-        return replace(self, validation=self.held_out, **values)
+        with suppress(FileNotFoundError):  # opening the data set will say what is missing
+            values["validation"] = self.held_out
+        return replace(self, **values)
 
     @property
     def held_out(self) -> float:
