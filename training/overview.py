@@ -88,10 +88,16 @@ def beginning(
     if extends is not None:
         lines["extends"] = f"{extends['run']}, after {_count(extends['tasks'], 'task')}"
         texts += extends["notes"]
+    pretrained = experiment.backbone.options.get("pretrained", True)
+    wanted = preprocessing_of(experiment.backbone)
+    if pretrained and wanted is None:
+        texts.append(
+            f"nothing says how {backbone.name} was trained to see images: mean {data.mean} and std "
+            f"{data.std} are used; data.mean and data.std set others"
+        )
+    warnings = data.unlike(wanted) if pretrained else []
     shown = [named(name, text) for name, text in lines.items()]
     notes = [named("note", note) for note in texts]
-    pretrained = experiment.backbone.options.get("pretrained", True)
-    warnings = data.unlike(preprocessing_of(experiment.backbone)) if pretrained else []
     return [
         *shown,
         *notes,
