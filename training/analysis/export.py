@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from backends.torch import TaskRecord, find_layers, weight_matrix
-from backends.torch.peft import save_adapter
+from backends.torch.peft import save_adapter, update_record
 from backends.torch.readouts import CosineClassifier, RidgeClassifier
 from training.analysis.predict import Classifier, load
 from training.backbones import build_backbone
@@ -495,7 +494,7 @@ def _to_peft(run: Path, classifier: Classifier, folder: Path) -> tuple[list[str]
     own = base.timm_name.startswith(HUGGING_FACE)
     before: Any = base.module.model if own else base.module
     after: Any = classifier.model.model if own else classifier.model
-    record = _update_record(before, after)
+    record = update_record(before, after)
     given = base.timm_name.removeprefix(HUGGING_FACE)
     save_adapter(folder / "adapter", before, record, base_model=given)
     for path in (folder / "adapter").iterdir():
@@ -515,36 +514,6 @@ def _to_peft(run: Path, classifier: Classifier, folder: Path) -> tuple[list[str]
         base.module.model = adapted
         return notes, _features(base.module.eval(), _probes(classifier))
     return notes, _features(adapted.eval(), _probes(classifier))
-
-
-def _update_record(before: nn.Module, after: nn.Module) -> TaskRecord:
-    """The difference of the weights of two models, as branches of the smallest rank.
-
-    Singular values within the rounding of the merges are left out: an entry of a weight is rounded
-    by at most eps/2 of its size in every task.
-    """
-    downs: dict[str, dict[str, Tensor]] = {}
-    ups: dict[str, dict[str, Tensor]] = {}
-    old, new = find_layers(before, "*"), find_layers(after, "*")
-    for name, layer in old.items():
-        start, end = (weight_matrix(x).detach().double() for x in (layer, new[name]))
-        if torch.equal(start, end):
-            continue
-        u, s, v = torch.linalg.svd(end - start, full_matrices=False)
-        eps = torch.finfo(weight_matrix(layer).dtype).eps
-        noise = eps * start.square().mean().sqrt() * sum(side**0.5 for side in start.shape)
-        rank = int((s > noise).sum())
-        if rank:
-            root = s[:rank].sqrt()
-            downs[name] = {"update": (root[:, None] * v[:rank]).float()}
-            ups[name] = {"update": (u[:, :rank] * root).float()}
-    if not downs:
-        msg = (
-            "the run changed no weight of a linear layer by more than rounding does, so there is "
-            "no adapter to write"
-        )
-        raise ValueError(msg)
-    return TaskRecord.of({}, downs=downs, ups=ups, weights={n: {"update": 1.0} for n in downs})
 
 
 # --- places and comparisons -----------------------------------------------------------------------
