@@ -220,8 +220,8 @@ class KeepConfig:
     statistics
         For every task, the class statistics of the read-outs after it.
     state
-        The complete state after the last task, which a later task would start from; as large as a
-        checkpoint.
+        What loda extend needs besides the model: moments, heads and statistics after the last
+        task. Its size is said at the end.
     figure
         The figure of the accuracies.
     """
