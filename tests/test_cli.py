@@ -15,7 +15,7 @@ from run_contents import contents
 from small_runs import flags, tiny
 
 from training import cli
-from training.config import load_experiment, read_experiment, resolved, run_options
+from training.config import load_experiment, read_experiment, resolved, run_options, setting_choices
 
 # An interpreter in which the libraries of the train extra cannot be found.
 BASE_INSTALL = """
@@ -133,6 +133,22 @@ def test_what_does_not_exist_is_answered_with_what_was_meant(
     argv: list[str], meant: str, refused: Callable[..., str]
 ) -> None:
     assert meant in refused(*argv)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_a_shell_can_complete_commands_and_settings(shell: str, shown: Callable[..., str]) -> None:
+    pytest.importorskip("shtab")
+    script = shown("completion", shell)
+    for word in ("extend", "--method.recalibration", "--head.ridge.features", "seq_lora", "glyphs"):
+        assert word in script
+
+
+def test_completion_knows_the_values_of_settings_with_few() -> None:
+    choices = {name: values for name, (_, values) in setting_choices().items()}
+    assert choices["--train.optimizer"] == ["sgd", "adam"]
+    assert "o_lora" in choices["--method"]
+    assert "paper/cub" in choices["--config"]
+    assert choices["--train.lr"] == []
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp437"])
