@@ -1078,7 +1078,7 @@ class _Help(jsonargparse.DefaultHelpFormatter):
         choices = choices_of(hint)
         if choices:
             return "{" + ",".join(choices) + "}"
-        own = action.metavar or {int: "N", float: "X"}.get(hint)
+        own = action.metavar or ("N" if hint is int else "X" if hint is float else None)
         return str(own or action.dest.rpartition(".")[2].upper())
 
 
