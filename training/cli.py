@@ -395,15 +395,17 @@ def _resume(run: Path, settings: Sequence[str], allow: Sequence[str]) -> None:
     "what is learned, such as --data.root, where its images are now, and --data.workers.",
 )
 def _extend(arguments: argparse.Namespace) -> None:
-    from training.config import load_experiment
+    from training.config import begun_experiment, load_experiment
     from training.run_dir import CONFIG, is_finished
 
     if not is_finished(arguments.run):
         msg = f"{arguments.run} holds no finished run: only a finished run can be extended"
         raise ValueError(msg)
-    experiment = load_experiment(
-        arguments.settings, recorded=arguments.run / CONFIG, allow=arguments.allow
-    )
+    experiment = begun_experiment(arguments.run, arguments.allow)
+    if arguments.settings:
+        experiment = load_experiment(
+            arguments.settings, recorded=arguments.run / CONFIG, allow=arguments.allow
+        )
     from training.extension import extend
 
     extend(
