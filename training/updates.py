@@ -154,7 +154,7 @@ def sample(count: int) -> list[int]:
 
 
 def _length(lengths: Iterable[float]) -> float:
-    return math.hypot(*lengths)
+    return math.sqrt(sum(x * x for x in lengths))
 
 
 def _ratio(change: float, size: float) -> float:
