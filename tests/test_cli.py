@@ -84,8 +84,7 @@ class Stopped(Method):
 """
 
 
-COMMANDS = ("train", "sweep", "eval", "predict", "report", "bundle", "analyse", "data", "verify")
-COMMANDS = (*COMMANDS, "ranks")
+COMMANDS = [*cli._COMMANDS]
 
 
 def test_help_names_every_command(shown: Callable[..., str]) -> None:
