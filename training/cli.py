@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from training.spelling import did_you_mean
+from training.spelling import did_you_mean, visible
 
 # Modules that the train extra installs.
 _TRAIN = (
@@ -227,7 +227,7 @@ class _Parser(argparse.ArgumentParser):
             name, kind, given = typed.groups()
             wanted = {"int": "a whole number", "float": "a number"}.get(kind, f"a {kind}")
             message = f"{name} must be {wanted}, got {given}"
-        super().error(message)
+        super().error(visible(message))
 
 
 class _Program(_Parser):
@@ -282,7 +282,12 @@ def _version() -> str:
 
 def _say(*lines: str) -> None:
     for line in lines:
-        print(line, file=sys.stderr)
+        print(visible(line), file=sys.stderr)
+
+
+def _print(*lines: str) -> None:
+    for line in lines:
+        print(visible(line))
 
 
 def _require_run(run: Path) -> None:
@@ -312,7 +317,8 @@ def _train(arguments: argparse.Namespace) -> None:
         _say(*(f"loda train: {note}" for note in keeps_nothing(experiment)))
         # torch takes seconds to load, and a large folder of images to read.
         data, backbone = experiment.data.name, experiment.backbone.name
-        print(f"{experiment.method.name} on {data} with {backbone}: loading ...", flush=True)
+        _print(f"{experiment.method.name} on {data} with {backbone}: loading ...")
+        sys.stdout.flush()
     from training.train import train
 
     train(experiment, overwrite=given.overwrite)
@@ -341,7 +347,7 @@ def _resume(run: Path, settings: Sequence[str], allow: Sequence[str]) -> None:
     if is_finished(run):
         if _is_first_process():
             tidy(run)
-        print(f"the run in {run} is finished")
+        _print(f"the run in {run} is finished")
         return
     from training.train import resume
 
@@ -429,7 +435,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     jobs = plan(sweep, arguments.out, arguments.settings, only=arguments.only)
     if arguments.dry_run:
         for job in jobs:
-            print(f"{job.name}: {job_state(job)} ({job.folder})")
+            _print(f"{job.name}: {job_state(job)} ({job.folder})")
         return 0
     notes = dict.fromkeys(note for job in jobs for note in keeps_nothing(job.experiment))
     _say(*(f"loda sweep: {note}" for note in notes))
@@ -442,7 +448,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
         slurm=sweep.slurm,
     )
     lines, failures = summarise(outcomes)
-    print("\n".join(lines))
+    _print(*lines)
     _say(*failures)
     return 1 if failures else 0
 
@@ -480,17 +486,17 @@ def _eval(arguments: argparse.Namespace) -> None:
         msg = f"--readout must be one of {', '.join(results)}, got {shown}"
         raise ValueError(msg)
     for name, result in results.items():
-        print(evaluation_text(name, result, details=name == shown))
+        _print(*evaluation_text(name, result, details=name == shown).split("\n"))
     result = results[shown]
     if arguments.out is not None:
-        print(f"by class: {write_table(result.by_class(), arguments.out, overwrite=True)}")
+        _print(f"by class: {write_table(result.by_class(), arguments.out, overwrite=True)}")
     if arguments.figure is not None:
         starts = [task[0] for task in result.tasks]
         title = f"{shown}: accuracy {100 * result.accuracy:.2f} %"
         written = confusion_figure(
             result.confusion, result.classes, arguments.figure, starts=starts, title=title
         )
-        print(f"figure: {written}")
+        _print(f"figure: {written}")
 
 
 @_command(
@@ -548,7 +554,7 @@ def _predict(arguments: argparse.Namespace) -> int:
     if arguments.out is not None:
         write_table(table, arguments.out, overwrite=arguments.overwrite)
         kind = "probabilities" if calibrated else "scores, not probabilities"
-        print(f"{len(table)} images by {readout} ({kind}): {arguments.out}")
+        _print(f"{len(table)} images by {readout} ({kind}): {arguments.out}")
         return 1 if failed else 0
     for image, *values in table.itertuples(index=False):
         known = "" if arguments.threshold is None else f"{values.pop(0)} | "
@@ -556,7 +562,7 @@ def _predict(arguments: argparse.Namespace) -> int:
             f"{name} {100 * value:.1f} %" if calibrated else f"{name} {value:.3f}"
             for name, value in zip(values[::2], values[1::2], strict=True)
         ]
-        print(f"{image}: {known}{', '.join(best)}")
+        _print(f"{image}: {known}{', '.join(best)}")
     return 1 if failed else 0
 
 
@@ -581,9 +587,9 @@ def _report(arguments: argparse.Namespace) -> None:
         require_new(arguments.figure, overwrite=arguments.overwrite)
     report = Report.over(arguments.runs, lead_of=arguments.lead_of, baseline=arguments.baseline)
     if arguments.out is None:
-        print(report.markdown(), end="")
+        _print(*report.markdown().rstrip("\n").split("\n"))
     else:
-        print(f"report: {write_report(report, arguments.out, overwrite=arguments.overwrite)}")
+        _print(f"report: {write_report(report, arguments.out, overwrite=arguments.overwrite)}")
     if arguments.figure is not None:
         comparison_figure(report.sections, arguments.figure)
 
@@ -603,7 +609,7 @@ def _bundle(arguments: argparse.Namespace) -> None:
     _say(*(f"loda bundle: left out: {path}: {why}" for path, why in inventory.unreadable.items()))
     written = write_bundle(inventory.runs, arguments.out, overwrite=arguments.overwrite)
     count = len(inventory.runs)
-    print(f"bundle of {count} run{'' if count == 1 else 's'}: {written}")
+    _print(f"bundle of {count} run{'' if count == 1 else 's'}: {written}")
 
 
 @_command(
@@ -645,7 +651,7 @@ def _analyse(arguments: argparse.Namespace) -> None:
             allow=arguments.allow,
         )
         _say(*(f"loda analyse: {note}" for note in notes))
-        print(f"analysis: {written}")
+        _print(f"analysis: {written}")
 
 
 # Checks
@@ -661,7 +667,7 @@ def _data_check(arguments: argparse.Namespace) -> int:
     from training.data import check_data
 
     report = check_data(arguments.root, workers=arguments.workers)
-    print(report)
+    _print(*str(report).split("\n"))
     return 0 if report.passed else 1
 
 
@@ -693,14 +699,14 @@ def _verify(arguments: argparse.Namespace) -> int:
         changed = changed_files(arguments.path)
         _say(*(f"loda verify: missing or changed: {arguments.path / name}" for name in changed))
         if not changed:
-            print(f"every file of {arguments.path} is as it was written")
+            _print(f"every file of {arguments.path} is as it was written")
         return 1 if changed else 0
     if arguments.export is not None:
         require_new(arguments.export, overwrite=arguments.overwrite)
     checks = verify(arguments.path, tolerance=arguments.tolerance)
     if arguments.export is not None:
         export_run(arguments.path, arguments.export)
-    print(verification_table(checks))
+    _print(*verification_table(checks).split("\n"))
     return 0 if all(check.passed for check in checks) else 1
 
 
@@ -719,7 +725,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _ranks(arguments: argparse.Namespace) -> None:
     from training.analysis.ranks import layer_ranks, rank_table
 
-    print(rank_table(layer_ranks(arguments.run, arguments.share)))
+    _print(*rank_table(layer_ranks(arguments.run, arguments.share)).split("\n"))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from training.components import (
     check,
     check_seed,
     choices_of,
+    count_of,
     not_negative,
     positive,
     refuse_null,
@@ -295,7 +296,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         check_seed("seed", self.seed)
-        at_least("threads", self.threads, 1)
+        count_of("threads", self.threads, 1)
         if self.data.is_known and self.backbone.name in getattr(self.data.kind, "refuses", ()):
             msg = (
                 f"backbone.name must not be {self.backbone.name} for data.name {self.data.name}: "

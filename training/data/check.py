@@ -12,6 +12,7 @@ from statistics import median
 import numpy as np
 from PIL import Image
 
+from training.components import count_of
 from training.data.config import DataConfig
 from training.data.datasets import (
     LAYOUT,
@@ -25,6 +26,7 @@ from training.data.datasets import (
 from training.data.image_files import UnreadableImageError, decode
 from training.distributed import usable_cpus
 from training.logging import aligned
+from training.spelling import visible
 
 _SHOWN = 10
 _HEADER = ["split", "classes", "images", "per class", "width", "height"]
@@ -48,7 +50,7 @@ class SplitReport:
     ignored
         Files that are not read, because of their extension.
     loops
-        Links to a folder that they lie in, which are not followed.
+        Links to a folder that they lie in, or that is read already; they are not followed.
     """
 
     name: str
@@ -105,7 +107,7 @@ class DataReport:
         lines += self.first_problems()
         number = len(self.problems)
         count = f"{number} problem{'s' * (number > 1)}" if number else "no problems"
-        return "\n".join([*lines, f"{self.root}: {count}"])
+        return "\n".join(map(visible, [*lines, f"{self.root}: {count}"]))
 
     def first_problems(self) -> list[str]:
         """The first ten problems, and how many more there are."""
@@ -149,9 +151,7 @@ def check_data(
     ValueError
         If DomainNet's lists are malformed, or there are no workers.
     """
-    if workers is not None and workers < 1:
-        msg = f"workers must be at least 1, got {workers}"
-        raise ValueError(msg)
+    count_of("workers", workers, 1)
     folder = Path(root).expanduser()
     listing = _listing(folder, train_only=train_only)
     splits, digests = [], []

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, Self, TypeVar
 
-from training.components import Component, at_least, check, check_seed, positive
+from training.components import Component, at_least, check, check_seed, count_of, positive
 from training.data.datasets import DATA_SETS, DataSet
 
 T = TypeVar("T")
@@ -118,8 +118,8 @@ class DataConfig(Component):
         counts = ("classes", "init_cls", "increment", "tasks")
         for key in (*counts, "image_size", "resize", "test_resize"):
             at_least(f"data.{key}", getattr(self, key), 1)
-        for key in ("pad", "workers"):
-            at_least(f"data.{key}", getattr(self, key), 0)
+        at_least("data.pad", self.pad, 0)
+        count_of("data.workers", self.workers, 0)
         check_seed("data.order_seed", self.order_seed)
         check(0 <= self.validation <= 0.9, "data.validation", self.validation, "in [0, 0.9]")
         check(math.isfinite(self.mean), "data.mean", self.mean, "finite")

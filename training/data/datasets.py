@@ -578,7 +578,8 @@ class Walk(NamedTuple):
     others : list of Path
         All other files.
     loops : list of Path
-        Links to a folder above them, which are not followed; other links are.
+        Links to a folder above them, or to one of the same class that is read already. These are
+        not followed; other links are.
     """
 
     images: list[Path]
@@ -593,13 +594,20 @@ def walk_classes(folder: Path) -> tuple[dict[str, Walk], Walk]:
     """
     classes: dict[str, Walk] = {}
     beside, outside = Walk([], [], []), folder.resolve().parents
+    # Below one class a folder is read once: links could lead to it in millions of ways.
+    read: dict[str, set[Path]] = {}
     for path, names, files in os.walk(folder, followlinks=True, onerror=_raise):
         here = Path(path)
         way = here.relative_to(folder)
         above = {*outside, *(place.resolve() for place in (here, *here.parents))}
         visible = {name for name in names if not name.startswith(".")}
-        loops = {name for name in visible if (here / name).resolve() in above}
-        names[:] = sorted(visible - loops)  # os.walk descends into these
+        loops, to_read = [], []
+        for name in sorted(visible):
+            there = (here / name).resolve()
+            known = read.setdefault(way.parts[0] if way.parts else name, set())
+            (loops if there in above | known else to_read).append(name)
+            known.add(there)
+        names[:] = to_read  # os.walk descends into these
         if here == folder:
             classes = {name: Walk([], [], []) for name in names}
         tree = classes[way.parts[0]] if way.parts else beside
