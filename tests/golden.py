@@ -134,6 +134,8 @@ SQUARES: Settings = {
     "data.train_crop": "pad",
     "data.pad": 2,
     "data.flip": True,
+    "data.mean": 0.0,
+    "data.std": 1.0,
     "backbone.name": "vit_tiny_patch16_224",
     "backbone.options": {
         "img_size": 16,

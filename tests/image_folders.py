@@ -8,6 +8,7 @@ from training.data import DataConfig, ImageSet, build_stream, train_transform
 
 CLASSES = ["ant", "bee", "cat", "dog", "eel"]
 CALTECH = {"image_size": 32, "resize": 32, "train_crop": "pad", "pad": 4, "flip": True}
+PLAIN = {"resize": 8, "train_crop": "none", "flip": False}
 
 
 def repaint(path: Path, shade: int) -> None:
@@ -33,9 +34,10 @@ def grow(root: Path, counts: dict[str, int], classes: list[str] = CLASSES) -> Pa
 
 
 def folder(root: Path, **settings: object) -> DataConfig:
-    return DataConfig("folder", {"root": str(root)}, **{"resize": 8, **settings})  # type: ignore[arg-type]
+    return DataConfig("folder", {"root": str(root)}, **{**PLAIN, **settings})  # type: ignore[arg-type]
 
 
-def augmented(tree: Path, workers: int) -> ImageSet:
-    config = folder(tree, image_size=8, train_crop="pad", pad=3, flip=True, workers=workers)
+def augmented(tree: Path, workers: int, *, cache: bool | None = None) -> ImageSet:
+    crop = {"image_size": 8, "train_crop": "pad", "pad": 3, "flip": True}
+    config = folder(tree, **crop, workers=workers, cache=cache)
     return build_stream(config, 0).train.with_transform(train_transform(config))

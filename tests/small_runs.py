@@ -26,7 +26,15 @@ COLOURS = {
 }
 READOUTS = ("nearest_mean", "heads", "alignment", "ridge")
 KEPT = ("branches", "moments", "heads", "statistics")
-PIXELS = {"image_size": 16, "resize": 16, "train_crop": "pad", "pad": 2, "flip": True}
+PIXELS = {
+    "image_size": 16,
+    "resize": 16,
+    "train_crop": "pad",
+    "pad": 2,
+    "flip": True,
+    "mean": 0.0,
+    "std": 1.0,
+}
 VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
 _trees: dict[str, Path] = {}

@@ -8,8 +8,8 @@ import torch
 from small_runs import finished, tiny, tree
 from torch import nn
 
-from training.analysis.loss_landscape import loss_landscape, task_updates
 from training.analysis.evaluate import set_up
+from training.analysis.loss_landscape import loss_landscape, task_updates
 from training.analysis.predict import load
 from training.analysis.saved_tasks import read_settings
 from training.backbones import build_backbone

@@ -15,7 +15,7 @@ from run_contents import contents
 from small_runs import flags, tiny
 
 from training import cli
-from training.config import load_experiment, read_experiment, run_options
+from training.config import load_experiment, read_experiment, resolved, run_options
 
 # An interpreter in which the libraries of the train extra cannot be found.
 BASE_INSTALL = """
@@ -172,7 +172,7 @@ def test_from_training_to_prediction(tmp_path: Path, root: Path, shown: Callable
     out = tmp_path / "run"
     experiment = tiny(root, out)
     assert f"results: {out}" in shown("train", *flags(experiment))
-    assert read_experiment(out / "config.yaml") == experiment
+    assert read_experiment(out / "config.yaml") == resolved(experiment)
 
     printed = shown("eval", out)
     assert printed.startswith("nearest_mean: accuracy ")

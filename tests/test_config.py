@@ -40,6 +40,7 @@ from training.config import (
     read_yaml,
     requested_help,
     resolve_config,
+    resolved,
     resume_command,
     run_options,
 )
@@ -170,8 +171,12 @@ def test_no_argument_gives_the_default_experiment() -> None:
 
 def test_other_data_or_backbones_start_from_the_defaults_of_the_settings() -> None:
     assert load_experiment(["--data=digits"]) == Experiment()
-    assert load_experiment(["--config=digits"]) == Experiment()
+    assert resolved(load_experiment(["--config=digits"])) == resolved(
+        experiment_of({"data": {"init_cls": 2, "increment": 2}})
+    )
     assert load_experiment(["--backbone=glyphs"]) == Experiment()
+    photos = load_experiment(["--data=folder", "--data.root=x"])
+    assert (photos.backbone.name, photos.train.epochs) == ("cifar_vit", 12)
 
 
 def test_a_backbone_made_from_such_images_is_refused() -> None:

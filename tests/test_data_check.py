@@ -42,7 +42,7 @@ def test_a_sound_folder_is_counted(tree: Path) -> None:
 
 
 def test_files_that_are_not_read_and_links_in_circles_are_counted(tree: Path) -> None:
-    for name in ("a.gif", "b.GIF", "notes", ".hidden"):
+    for name in ("a.txt", "b.TXT", "notes", ".hidden"):
         (tree / "train" / "ant" / name).write_text("x")
     (tree / "train" / "beside.png").write_text("x")
     (tree / "train" / "ant" / ".ipynb_checkpoints").mkdir()
@@ -64,7 +64,7 @@ def test_files_that_are_not_read_and_links_in_circles_are_counted(tree: Path) ->
     lines = str(report).splitlines()
     assert lines[1].split()[-2:] == ["4", "2"]
     assert lines[2].split()[-2:] == ["0", "0"]
-    assert f"train: ignored .gif 2, .png 1, no extension 1, such as {tree}/train/" in lines[4]
+    assert f"train: ignored .png 1, .txt 2, no extension 1, such as {tree}/train/" in lines[4]
     # A training reads the same.
     names, labels = list(train.classes), build_stream(folder(tree, shuffle=False), 0).train.labels
     assert dict(zip(names, labels.bincount().tolist(), strict=True)) == train.classes
@@ -102,61 +102,97 @@ def again(tree: Path, name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said", "problems"),
+    ("spoil", "said"),
     [
-        (truncate, "cannot read the image {root}/test/dog/1.png: ", 1),
-        (no_image, "cannot read the image {root}/train/dog/1.png: ", 1),
+        (lambda tree: None, "a training would start"),
+        (truncate, "cannot read the image {root}/test/dog/1.png: "),
+        (no_image, "cannot read the image {root}/train/dog/1.png: "),
         (
             lambda tree: again(tree, "again.bmp", "RGB"),
             "{root}/test/bee/again.bmp has the same pixels as {root}/train/cat/0.png",
-            1,
         ),
         (
             lambda tree: again(tree, "again.png", "RGBA"),
             "{root}/test/bee/again.png has the same pixels as {root}/train/cat/0.png",
-            1,
         ),
-        # The test split lacks it, too.
-        (lambda tree: (tree / "train" / "fox").mkdir(), "train has no images of fox", 2),
-        (lambda tree: shutil.rmtree(tree / "test" / "eel"), "test lacks the classes eel", 1),
-        (
-            lambda tree: shutil.rmtree(tree / "test"),
-            "lacks the classes ant, bee, cat, dog, eel",
-            1,
-        ),
+        (lambda tree: shutil.rmtree(tree / "test"), "train  5        15      3/3/3"),
+        (lambda tree: (tree / "train" / "fox").mkdir(), "no images for fox"),
+        (lambda tree: shutil.rmtree(tree / "test" / "eel"), "test lacks the classes eel"),
+        (lambda tree: shutil.rmtree(tree / "train"), "no folder train"),
+        (lambda tree: (tree / "train").rename(tree / "cat"), "no folder train"),
+        (lambda tree: damage(tree, "train", "dog"), "no image that can be read of dog"),
+        (lambda tree: damage(tree, "test", "dog"), "no image that can be read of dog"),
+        (lambda tree: one_image(tree, split=True), "a training would start"),
+        (lambda tree: one_image(tree, split=False), "ant: a class needs two images"),
+        (lambda tree: nest(tree), "two levels deep"),
+        (lambda tree: again(tree, "../../more/x.png", "RGB"), "beside it: more"),
     ],
 )
-def test_what_is_wrong_is_named_and_ends_with_status_1(
-    tree: Path,
-    spoil: Callable[[Path], None],
-    said: str,
-    problems: int,
-    capsys: pytest.CaptureFixture[str],
+def test_the_status_is_1_exactly_where_a_training_would_refuse(
+    tree: Path, spoil: Callable[[Path], None], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["data", "check", str(tree)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"{tree}: no problems"
+    (tree / "more").mkdir()
     spoil(tree)
-    assert cli.main(["data", "check", str(tree), "--workers", "2"]) == 1
+    try:
+        build_stream(folder(tree), 0)
+        refused = 0
+    except (ValueError, OSError):
+        refused = 1
+    assert cli.main(["data", "check", str(tree), "--workers", "2"]) == refused
     printed = capsys.readouterr()
     assert printed.err == ""
     assert said.format(root=tree) in printed.out
-    plural = "s" if problems > 1 else ""
-    assert printed.out.splitlines()[-1] == f"{tree}: {problems} problem{plural}"
-    assert len(check_data(tree).problems) == problems
+    verdict = printed.out.splitlines()[-1]
+    assert ("would refuse" in verdict, "would start" in verdict) == (refused == 1, refused == 0)
+
+
+def damage(tree: Path, split: str, name: str) -> None:
+    """Leave no sound image in a class folder."""
+    for path in (tree / split / name).iterdir():
+        path.write_text("text")
+
+
+def one_image(tree: Path, *, split: bool) -> None:
+    """Leave one training image of a class, in a folder with or without a test split."""
+    for path in sorted((tree / "train" / "ant").iterdir())[1:]:
+        path.unlink()
+    if not split:
+        shutil.rmtree(tree / "test")
+
+
+def nest(tree: Path) -> None:
+    """Put all class folders one level deeper, without a split."""
+    shutil.rmtree(tree / "test")
+    (tree / "train").rename(tree / "photos")
+
+
+def test_without_a_test_split_the_images_are_one_split(tree: Path) -> None:
+    shutil.rmtree(tree / "test")
+    shutil.copy(tree / "train" / "cat" / "0.png", tree / "train" / "cat" / "copy.png")
+    for path in (tree / "train").iterdir():
+        path.rename(tree / path.name)
+    (tree / "train").rmdir()
+    report = check_data(tree)
+    assert [(split.name, split.images) for split in report.splits] == [("all", 16)]
+    assert [(a.name, b.name) for a, b in report.duplicates] == [("0.png", "copy.png")]
+    assert report.passed
+    with pytest.raises(ValueError, match="same pixels"):
+        verify_data(folder(tree))
 
 
 def test_a_folder_without_images_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["data", "check", str(tmp_path)]) == 2
-    assert "train; expected ROOT/train/CLASS" in capsys.readouterr().err
+    assert cli.main(["data", "check", str(tmp_path)]) == 1
+    assert "expected ROOT/CLASS/IMAGE" in capsys.readouterr().out
+    assert cli.main(["data", "check", str(tmp_path / "none")]) == 2
 
 
 def test_long_lists_of_problems_are_cut(tree: Path) -> None:
     for path in (tree / "train").rglob("*.png"):
         path.write_text("text")
     lines = str(check_data(tree)).splitlines()
-    assert lines[-2:] == ["and 5 more", f"{tree}: 15 problems"]
+    assert lines[-2] == "and 6 more"  # of 15 images and the classes without any
     assert lines[1].split()[-6:] == ["-", "-", "15", "0", "0", "0"]
 
 

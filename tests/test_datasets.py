@@ -10,7 +10,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from image_folders import CLASSES, colour, folder, grow
+from image_folders import CLASSES, PLAIN, colour, folder, grow
 from own_components import Few, FewDomains
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -66,19 +66,19 @@ def lose(name: str) -> Callable[[Path], object]:
     ("spoil", "kind", "says"),
     [
         (lose(""), FileNotFoundError, "no folder .*ROOT/train/CLASS/IMAGE"),
-        (lose("train"), FileNotFoundError, "no folder .*train; expected ROOT"),
+        (lose("train"), ValueError, "no folder train; expected ROOT"),
         (lose("test/cat"), ValueError, "test lacks cat"),
         (lose("train/cat"), ValueError, "train lacks cat"),
         (
             lambda t: [p.rename(p.with_suffix(".txt")) for p in (t / "test" / "cat").iterdir()],
             ValueError,
-            "no images .* for cat",
+            "no images for cat",
         ),
-        (lambda t: (t / "train" / "fox").mkdir(), ValueError, "no images .* for fox"),
+        (lambda t: (t / "train" / "fox").mkdir(), ValueError, "no images for fox"),
         (
             lambda t: [p.rename(t / p.name) for p in [*(t / "train").iterdir()]],
             ValueError,
-            "no class folders",
+            "beside it: ant, bee",
         ),
     ],
 )
@@ -94,7 +94,7 @@ def test_a_wrong_tree_is_refused_at_the_start(
 
 
 def few(root: Path, kind: str = "Few") -> DataConfig:
-    return DataConfig(f"own_components.{kind}", {"root": str(root)}, resize=8)
+    return DataConfig(f"own_components.{kind}", {"root": str(root)}, resize=8, train_crop="none")
 
 
 @pytest.mark.parametrize("kind", [Few, FewDomains])
@@ -305,7 +305,7 @@ OPTIONS = {"train_split", "test_split", "image_key", "label_key", "download"}
 def by_timm(dataset: str, root: Path | None = None, **settings: Any) -> DataConfig:
     names = {key: settings.pop(key) for key in OPTIONS & settings.keys()}
     options = {"dataset": dataset, "root": None if root is None else str(root), **names}
-    return DataConfig("timm", options, **{"resize": 8, "image_size": 8, **settings})
+    return DataConfig("timm", options, **{**PLAIN, "image_size": 8, **settings})
 
 
 def same_images(ours: DataConfig, theirs: DataConfig) -> None:
@@ -401,8 +401,8 @@ def test_targets_that_are_no_classes_are_refused(
         build_stream(by_timm("torch/cifar10", tmp_path, resize=32, image_size=32), 0)
 
 
-def test_image_files_are_those_of_torchvision() -> None:
-    assert IMAGE_SUFFIXES == IMG_EXTENSIONS
+def test_image_files_are_at_least_those_of_torchvision() -> None:
+    assert set(IMG_EXTENSIONS) <= set(IMAGE_SUFFIXES)
 
 
 # --- data sets of the Hugging Face library itself

@@ -297,7 +297,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, own: str | None) -> None:
 
 def test_an_unfinished_run_of_other_settings_is_not_replaced(tmp_path: Path) -> None:
     root = str(tmp_path / "images")
-    images = {"data.name": "folder", "data.root": root, "data.resize": 8}
+    images = {"data.name": "folder", "data.root": root, "data.resize": 8, "data.image_size": 8}
     children, run = Fake(), interrupted(planned(tmp_path, **images))
     before = contents(run)
     for name, value in (("train.lr", 0.7), ("device", "cpu"), ("data.root", "moved")):
@@ -321,7 +321,7 @@ def test_an_unfinished_run_goes_on_with_data_by_another_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "images").mkdir()
-    folder = ["--data=folder", "--data.resize=8"]
+    folder = ["--data=folder", "--data.resize=8", "--data.image_size=8"]
     interrupted(planned(tmp_path, *folder, f"--data.root={tmp_path / 'images'}"))
     monkeypatch.chdir(tmp_path)
     assert can_resume(planned(tmp_path, *folder, "--data.root=./images/../images"))
@@ -356,7 +356,12 @@ def test_weights_and_data_by_another_path_are_the_same(
     weights = tmp_path / "weights.safetensors"
     weights.write_bytes(b"weights")
     (tmp_path / "images").mkdir()
-    given = ["--data=folder", "--data.resize=8", "--backbone=vit_tiny_patch16_224"]
+    given = [
+        "--data=folder",
+        "--data.resize=8",
+        "--data.image_size=8",
+        "--backbone=vit_tiny_patch16_224",
+    ]
     here = [f"--data.root={tmp_path / 'images'}", f"--backbone.weights={weights}"]
     job = planned(tmp_path, *given, *here)
     assert run_job(job, tmp_path, children=Fake()).status == "finished"

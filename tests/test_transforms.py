@@ -17,6 +17,7 @@ PAPER = folder(
     resize=None,
     image_size=224,
     train_crop="random_resized",
+    crop_scale=(0.05, 1.0),
     flip=True,
     test_resize=256,
     test_crop="center",

@@ -319,6 +319,14 @@ _SECTIONS: dict[str, type] = {
 _UNDECLARED = {"options", "trusted"}  # fields of components that are not settings
 
 
+_LISTS = {
+    f"{section}.{item.name}"
+    for section, kind in _SECTIONS.items()
+    for item in fields(kind)
+    if "list[" in str(item.type) or "tuple[" in str(item.type)
+}
+
+
 def _declared(kind: type) -> list[str]:
     """Names of the settings that a section has with every component."""
     return [item.name for item in fields(kind) if item.name not in _UNDECLARED]
@@ -343,6 +351,20 @@ def effective(experiment: Experiment) -> Experiment:
     also = [name for name in experiment.head.names if name != own]
     head = replace(experiment.head, readout=own, also=also)
     return replace(experiment, train=replace(experiment.train, epochs=0), head=head)
+
+
+def resolved(experiment: Experiment) -> Experiment:
+    """The experiment with the values of what is left to the backbone: how images are prepared.
+
+    Examples
+    --------
+    >>> resolved(Experiment()).data.image_size
+    8
+    """
+    from training.backbones import preprocessing_of
+
+    wanted = preprocessing_of(experiment.backbone)
+    return replace(experiment, data=experiment.data.resolved(wanted))
 
 
 def foreign_classes(experiment: Experiment) -> list[str]:
@@ -556,7 +578,7 @@ def _sources(given: Sequence[str] | Mapping[str, Any]) -> list[_Source]:
         return [_flat(given)]
     configs: list[_Source] = []
     rest: list[str] = []
-    arguments = iter(given)
+    arguments = iter(_with_lists(given))
     for argument in arguments:
         option, equals, value = argument.partition("=")
         if option == "--config":
@@ -568,17 +590,44 @@ def _sources(given: Sequence[str] | Mapping[str, Any]) -> list[_Source]:
     return [*configs, rest]
 
 
+def _with_lists(argv: Sequence[str]) -> list[str]:
+    """A command line in which several numbers after a setting that takes a list are one list."""
+    result: list[str] = []
+    numbers: list[str] | None = None  # after such a setting
+    for argument in argv:
+        if numbers is None or not _is_number(argument):
+            numbers = [] if argument.removeprefix("--") in _LISTS else None
+        elif numbers:
+            numbers.append(argument)
+            result[-1] = f"[{', '.join(numbers)}]"
+            continue
+        else:
+            numbers.append(argument)
+        result.append(argument)
+    return result
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _default_sources(sources: Sequence[_Source]) -> list[_Source]:
     """The default experiment, for a command line without a configuration.
 
     Its settings, such as the learning rate, suit its own data and backbone. Whoever names others
-    starts from the defaults of the settings.
+    starts from the defaults of the settings; a folder of photos has a configuration of its own.
     """
     *configs, given = sources
     if configs or not isinstance(given, list):
         return []
-    default = _FileSettings(_flat(read_yaml(path := resolve_config(DEFAULT))), path)
     named = {**dict(*_folder_source(sources)), **_chosen_on(given)}
+    if named.get("data.name") == "folder":
+        return _file_sources(_CONFIGS / PHOTOS)
+    default = _FileSettings(_flat(read_yaml(path := resolve_config(DEFAULT))), path)
     chosen = ("data.name", "backbone.name")
     return [default] if all(named.get(key, default[key]) == default[key] for key in chosen) else []
 
@@ -1013,13 +1062,16 @@ def run_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error("--overwrite starts over and --resume continues: give only one of them")
     if given.resume is None and given.allow:
         parser.error("--allow works only with --resume: a command line may name any component")
+    settings = _with_lists(settings)
     places = _positional(settings)
     if len(places) > 1:
         folders = ", ".join(settings[place] for place in places)
         parser.error(f"give one folder of images, got {folders}")
     for place in places:
         folder = settings[place]
-        if folder in packaged_configs() or folder.endswith((".yaml", ".yml")):
+        if not Path(folder).is_dir() and (
+            folder in packaged_configs() or folder.endswith((".yaml", ".yml"))
+        ):
             parser.error(
                 f"PHOTOS must be a folder of images, got {folder}; did you mean --config {folder}?"
             )
@@ -1275,6 +1327,9 @@ def packaged_configs() -> list[str]:
 
 DEFAULT = "glyphs"
 """The packaged configuration of the default experiment."""
+
+PHOTOS = "_photos.yaml"
+"""The file of the settings that a folder of photos starts from."""
 
 
 def resolve_config(name: str) -> Path:

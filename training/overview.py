@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from training.backbones.config import PACKAGED_WEIGHTS
 from training.config import Experiment
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from training.data import Stream
 
 _NAME_WIDTH = 10
+_BETTER = "vit_small_patch16_224.augreg_in21k"
 
 
 def beginning(
@@ -53,6 +55,8 @@ def beginning(
     """
     import torch
 
+    from training.backbones import preprocessing_of
+
     data, train, head = experiment.data, experiment.train, experiment.head
     parameters = sum(p.numel() for p in backbone.module.parameters())
     order = f"in random order (seed {_order_seed(experiment)})" if data.shuffle else "in order"
@@ -78,13 +82,20 @@ def beginning(
     }
     if done:
         lines["resumed"] = f"after task {done} of {len(stream.tasks)}"
-    texts = list(backbone.notes)
+    texts = [*backbone.notes, *stream.notes, *_small_backbone(experiment, backbone)]
     if extends is not None:
         lines["extends"] = f"{extends['run']}, after {_count(extends['tasks'], 'task')}"
         texts += extends["notes"]
-    notes = [named("note", note) for note in texts]
     shown = [named(name, text) for name, text in lines.items()]
-    return [*shown, *notes, *_one_class(experiment, stream)]
+    notes = [named("note", note) for note in texts]
+    pretrained = experiment.backbone.options.get("pretrained", True)
+    warnings = data.unlike(preprocessing_of(experiment.backbone)) if pretrained else []
+    return [
+        *shown,
+        *notes,
+        *(f"warning: {text}" for text in warnings),
+        *_one_class(experiment, stream),
+    ]
 
 
 def named(name: str, text: str) -> str:
@@ -202,10 +213,29 @@ def _order_seed(experiment: Experiment) -> int:
 
 
 def _images(experiment: Experiment, backbone: "Backbone") -> str:
-    data = experiment.data
+    data, images = experiment.data, experiment.data.images
     colours = {1: "grey", 3: "RGB"}.get(backbone.channels, f"{backbone.channels} channels")
-    side = data.image_size
-    return f"{side} x {side} pixels, {colours}, mean {data.mean}, std {data.std}"
+    side = images.image_size
+    crops = {
+        "none": [],
+        "pad": [f"random crops after a border of {data.pad}"],
+        "random_resized": ["random crops"],
+    }[images.train_crop]
+    augmented = " and ".join([*crops, *["mirroring"] * images.flip])
+    training = f"; {augmented} in training" if augmented else ""
+    resized = f" (first {images.resize}, {images.crop_mode})" if images.resize else ""
+    return f"{side} x {side} pixels{resized}, {colours}, mean {data.mean}, std {data.std}{training}"
+
+
+def _small_backbone(experiment: Experiment, backbone: "Backbone") -> list[str]:
+    """What would recognise photos better than a packaged network of few pixels."""
+    if experiment.data.side is not None or backbone.name not in PACKAGED_WEIGHTS:
+        return []
+    side = experiment.data.images.image_size
+    return [
+        f"{backbone.name} sees {side} by {side} pixels; a larger network recognises photos far "
+        f"better: --backbone {_BETTER} (downloaded once, best with a GPU)"
+    ]
 
 
 def _one_class(experiment: Experiment, stream: "Stream") -> list[str]:

@@ -32,6 +32,7 @@ from training.config import (
     foreign_classes,
     read_experiment,
     read_yaml,
+    resolved,
 )
 from training.distributed import usable_cpus
 from training.run_dir import (
@@ -324,7 +325,8 @@ def _require_same(job: Job, what: str, ignored: Collection[str]) -> None:
     done = is_finished(job.folder)
     try:
         recorded = read_experiment(job.folder / CONFIG)
-        differing = differing_settings(recorded, as_recorded(effective(job.experiment)))
+        given = as_recorded(resolved(effective(job.experiment)))
+        differing = differing_settings(resolved(recorded), given)
     except (ValueError, OSError) as error:
         msg = f"{job.folder} holds {what} that cannot be read ({error}): move it away"
         raise (UnreadableRunError if done else ValueError)(msg) from error

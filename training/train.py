@@ -43,6 +43,7 @@ from training.config import (
     dump_experiment,
     effective,
     flat_settings,
+    resolved,
     resume_command,
 )
 from training.data import (
@@ -237,7 +238,7 @@ def prepare(
     ValueError, OSError
         If anything is wrong; nothing has been written then.
     """
-    experiment = effective(experiment)
+    experiment = resolved(effective(experiment))
     seed = experiment.seed
     method = experiment.method.build()
     processes = launched_processes()
@@ -379,6 +380,7 @@ def _classes_record(stream: Stream) -> dict[str, Any]:
         "images": [int(torch.isin(labels, torch.tensor(task)).sum()) for task in stream.tasks],
         "fingerprint": stream.fingerprint(),
         "test": stream.test_record(),
+        "left_out": stream.left_out,
     }
 
 

@@ -2,9 +2,9 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from statistics import median
@@ -16,11 +16,12 @@ from training.components import count_of
 from training.data.config import DataConfig
 from training.data.datasets import (
     LAYOUT,
-    Walk,
+    Classes,
+    layout,
     listed_domains,
+    read_classes,
     read_lists,
     some,
-    split_folder,
     walk_classes,
 )
 from training.data.image_files import UnreadableImageError, decode
@@ -40,7 +41,7 @@ class SplitReport:
     Parameters
     ----------
     name
-        train, test or val.
+        Its folder: train, test, val or validation; all without a test split.
     classes
         Number of images of each class; unreadable ones count.
     sizes
@@ -48,7 +49,7 @@ class SplitReport:
     unreadable
         One line for each image that could not be read: why.
     ignored
-        Files that are not read, because of their extension.
+        Files that are not read, because of their extension or for want of a reader.
     loops
         Links to a folder that they lie in, or that is read already; they are not followed.
     """
@@ -68,46 +69,52 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class DataReport:
-    """Content of a folder of images; ``str`` gives a table with the problems below it.
+    """Content of a folder of images; ``str`` gives a table with what is wrong below it.
 
     Parameters
     ----------
     root
         The folder.
     splits
-        The training split, then the evaluation split.
+        The training split, then the evaluation split; one split of all images if the folder has no
+        test split.
     duplicates
-        Pairs of a training and an evaluation image with the same pixels.
-    missing
-        What is missing in the folders: images, classes.
+        Pairs of images with the same pixels, one of each split; with one split, two of that.
+    refused
+        Why a training on the folder would not start.
     """
 
     root: Path
     splits: list[SplitReport]
     duplicates: list[tuple[Path, Path]]
-    missing: list[str]
+    refused: list[str]
 
     @property
     def problems(self) -> list[str]:
-        """All problems, one line each."""
+        """What a training would refuse, leave out or learn twice, one line each."""
         unreadable = [line for split in self.splits for line in split.unreadable]
         twice = [f"{b} has the same pixels as {a}" for a, b in self.duplicates]
-        return [*self.missing, *unreadable, *twice]
+        return [*self.refused, *unreadable, *twice]
 
     @property
     def passed(self) -> bool:
-        """Whether there are no problems."""
-        return not self.problems
+        """Whether a training would start."""
+        return not self.refused
 
     def __str__(self) -> str:
         rows = [_HEADER, *(self._row(split) for split in self.splits)]
-        lines = aligned(rows, left=len(_HEADER)).splitlines()
-        lines.append("ranges are smallest/median/largest; twice: the same pixels in both splits")
+        lines = aligned(rows, left=len(_HEADER)).splitlines() if self.splits else []
+        if self.splits:
+            lines.append("ranges are smallest/median/largest; twice: images with the same pixels")
         lines += [_ignored(split) for split in self.splits if split.ignored]
         lines += self.first_problems()
-        number = len(self.problems)
-        count = f"{number} problem{'s' * (number > 1)}" if number else "no problems"
-        return "\n".join(map(visible, [*lines, f"{self.root}: {count}"]))
+        if self.refused:
+            verdict = "a training would refuse it"
+        else:
+            number = sum(len(split.unreadable) for split in self.splits)
+            left_out = f"; {number} image{'s' * (number != 1)} would be left out" * (number > 0)
+            verdict = f"a training would start{left_out}"
+        return "\n".join(map(visible, [*lines, f"{self.root}: {verdict}"]))
 
     def first_problems(self) -> list[str]:
         """The first ten problems, and how many more there are."""
@@ -115,7 +122,7 @@ class DataReport:
         return self.problems[:_SHOWN] + [f"and {rest} more"] * (rest > 0)
 
     def _row(self, split: SplitReport) -> list[str]:
-        column = 0 if split is self.splits[0] else 1
+        column = 0 if split is self.splits[0] and len(self.splits) > 1 else 1
         return [
             split.name,
             str(len(split.classes)),
@@ -138,7 +145,8 @@ def check_data(
     Parameters
     ----------
     root
-        The folder with ``train`` and ``test`` (or ``val``), or with DomainNet's lists.
+        The folder of class folders, or of ``train`` and ``test`` (or ``val``), or of DomainNet's
+        lists.
     workers
         Number of decoding threads; one per core if not given.
     train_only
@@ -147,33 +155,46 @@ def check_data(
     Raises
     ------
     FileNotFoundError
-        If the folder or its training split is missing.
+        If the folder is missing.
     ValueError
-        If DomainNet's lists are malformed, or there are no workers.
+        If there are no workers.
     """
     count_of("workers", workers, 1)
     folder = Path(root).expanduser()
-    listing = _listing(folder, train_only=train_only)
-    splits, digests = [], []
+    if not folder.is_dir():
+        msg = f"no folder {folder}; {LAYOUT}"
+        raise FileNotFoundError(msg)
+    try:
+        listing, leaves_out = _listing(folder, train_only=train_only)
+    except (ValueError, FileNotFoundError) as error:
+        return DataReport(folder, [], [], [str(error)])
+    splits, digests, whole = [], [], []
     with ThreadPoolExecutor(workers or usable_cpus()) as pool, warnings.catch_warnings():
         # Files that Pillow warns about are refused, and the report says so.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        for name, (classes, beside) in listing.items():
-            paths = [path for tree in classes.values() for path in tree.images]
+        for name, (classes, others, loops) in listing.items():
+            paths = [path for images in classes.values() for path in images]
             scans = dict(zip(paths, pool.map(_scan, paths), strict=True))
             sound = {path: scan for path, scan in scans.items() if not isinstance(scan, str)}
-            trees = [beside, *classes.values()]
-            split = SplitReport(
-                name,
-                {label: len(tree.images) for label, tree in classes.items()},
-                [size for size, _ in sound.values()],
-                [scan for scan in scans.values() if isinstance(scan, str)],
-                tuple(path for tree in trees for path in tree.others),
-                tuple(path for tree in trees for path in tree.loops),
+            splits.append(
+                SplitReport(
+                    name,
+                    {label: len(images) for label, images in classes.items()},
+                    [size for size, _ in sound.values()],
+                    [scan for scan in scans.values() if isinstance(scan, str)],
+                    tuple(others),
+                    tuple(loops),
+                )
             )
-            splits.append(split)
             digests.append({path: digest for path, (_, digest) in sound.items()})
-    return DataReport(folder, splits, _duplicates(*digests), _missing(splits))
+            whole.append(
+                {label: sum(x in sound for x in images) for label, images in classes.items()}
+            )
+    refused = _refused(splits, whole, one_part=len(splits) == 1 and leaves_out and not train_only)
+    if not leaves_out:
+        refused += [line for split in splits for line in split.unreadable]
+        splits = [replace(split, unreadable=[]) for split in splits]
+    return DataReport(folder, splits, _duplicates(digests), refused)
 
 
 def verify_data(config: DataConfig) -> None:
@@ -182,43 +203,57 @@ def verify_data(config: DataConfig) -> None:
     Raises
     ------
     ValueError
-        If something is wrong; the message holds the first problems.
+        If anything is wrong; the message holds the first problems.
     """
     report = check_data(
-        config.build().folder(), workers=config.workers or None, train_only=config.validation > 0
+        config.build().folder(), workers=config.workers or None, train_only=config.held_out > 0
     )
-    if not report.passed:
+    if report.problems:
         problems = "; ".join(report.first_problems())
         msg = f"data.verify: {problems}. See loda data check {report.root}"
         raise ValueError(msg)
 
 
-def _listing(root: Path, *, train_only: bool) -> dict[str, tuple[dict[str, Walk], Walk]]:
-    """The files of each split by class, and the files beside the class folders."""
-    names, nothing = ["train"] if train_only else ["train", "test"], Walk([], [], [])
+# The images of each class, and the files and links that are not read.
+_Listed = tuple[Classes, list[Path], list[Path]]
+
+
+def _listing(root: Path, *, train_only: bool) -> tuple[dict[str, _Listed], bool]:
+    """What each split holds, and whether a training leaves damaged images out."""
+    names = ["train"] if train_only else ["train", "test"]
     domains = listed_domains(root)
     if domains:
-        lists = {name: read_lists(root, domains, name) for name in names}
-        return {
-            name: ({label: Walk(paths, [], []) for label, paths in classes.items()}, nothing)
-            for name, classes in lists.items()
-        }
-    folders = [split_folder(root, name) for name in names]
-    if not folders[0].is_dir():
-        msg = f"no folder {folders[0]}; {LAYOUT}"
-        raise FileNotFoundError(msg)
-    return {f.name: walk_classes(f) if f.is_dir() else ({}, nothing) for f in folders}
+        return {name: (read_lists(root, domains, name), [], []) for name in names}, False
+    places = layout(root)
+    folders = {"all" if places.train == root else places.train.name: places.train}
+    if places.test is not None and not train_only:
+        folders[places.test.name] = places.test
+    listed = {}
+    for name, folder in folders.items():
+        classes, _ = read_classes(folder, nested=folder != root)
+        walks, beside = walk_classes(folder)
+        trees, images = [beside, *walks.values()], {x for y in classes.values() for x in y}
+        files = [path for tree in trees for path in (*tree.images, *tree.others)]
+        others = [path for path in files if path not in images]
+        listed[name] = classes, others, [path for tree in trees for path in tree.loops]
+    return listed, True
 
 
-def _missing(splits: list[SplitReport]) -> list[str]:
+def _refused(
+    splits: list[SplitReport], whole: list[dict[str, int]], *, one_part: bool
+) -> list[str]:
+    """Why a training would not start; ``whole`` are the images of each class that can be read."""
     lines = []
     every = {label for split in splits for label in split.classes}
-    for split in splits:
-        empty = {label for label, count in split.classes.items() if not count}
-        if empty:
-            lines.append(f"{split.name} has no images of {some(empty)}")
+    for split, counts in zip(splits, whole, strict=True):
+        if empty := {label for label, count in counts.items() if count == 0}:
+            lines.append(f"{split.name} has no image that can be read of {some(empty)}")
         if every - set(split.classes):
             lines.append(f"{split.name} lacks the classes {some(every - set(split.classes))}")
+        if one_part and (few := {label for label, count in counts.items() if count == 1}):
+            lines.append(
+                f"{some(few)}: a class needs two images, one to train on and one to evaluate on"
+            )
     return lines
 
 
@@ -234,13 +269,14 @@ def _scan(path: Path) -> tuple[tuple[int, int], bytes] | str:
     return image.size, digest.digest()
 
 
-def _duplicates(
-    train: Mapping[Path, bytes], test: Mapping[Path, bytes] | None = None
-) -> list[tuple[Path, Path]]:
+def _duplicates(splits: list[dict[Path, bytes]]) -> list[tuple[Path, Path]]:
+    first, *second = splits
     twins: dict[bytes, list[Path]] = {}
-    for path, digest in train.items():
+    for path, digest in first.items():
         twins.setdefault(digest, []).append(path)
-    return [(twin, path) for path, digest in (test or {}).items() for twin in twins.get(digest, [])]
+    if not second:
+        return [(one, path) for one, *others in twins.values() for path in others]
+    return [(x, path) for path, digest in second[0].items() for x in twins.get(digest, [])]
 
 
 def _ignored(split: SplitReport) -> str:

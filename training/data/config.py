@@ -1,20 +1,52 @@
 """The section ``data`` of an experiment: settings common to all data sets.
 
 They say which images are used, and how these are transformed and cut into tasks. Options of a
-single data set, such as its folder, belong to its class, see `training.data.datasets`.
+single data set, such as its folder, belong to its class, see `training.data.datasets`. What is left
+at ``auto`` follows the backbone: `DataConfig.resolved` puts its values in.
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-from training.components import Component, at_least, check, check_seed, count_of, positive
+from training.components import Component, at_least, check, check_seed, count_of
 from training.data.datasets import DATA_SETS, DataSet
 
+if TYPE_CHECKING:
+    from training.backbones.preprocessing import Preprocessing
+
 T = TypeVar("T")
-_DIGITS_SIDE = 8  # the default image_size; with other images it means: not chosen
+Auto = Literal["auto"]
+TrainCrop = Literal["none", "pad", "random_resized"]
+TestCrop = Literal["none", "center"]
+CropMode = Literal["center", "squash", "border"]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
+
+HELD_OUT = 0.2
+"""Fraction of each class that is evaluated on where a data set has no test split."""
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """Every setting of the images with its value: none is left to the backbone.
+
+    The fields are those of `DataConfig`; ``mean`` and ``std`` have one number, or one a channel.
+    """
+
+    image_size: int
+    channels: int
+    resize: int | None
+    crop_mode: CropMode
+    interpolation: Interpolation
+    train_crop: TrainCrop
+    flip: bool
+    test_crop: TestCrop
+    mean: float | tuple[float, ...]
+    std: float | tuple[float, ...]
 
 
 @dataclass
@@ -24,16 +56,18 @@ class DataConfig(Component):
     Parameters
     ----------
     name
-        glyphs (characters on coloured grounds) or digits, both without download; folder
-        (train/CLASS/* with test/ or val/), cifar100, one of imagenet-r, imagenet-a, cub and
-        domainnet (the folder of that name in root), timm (what data.dataset names), or the import
-        path of a class with a function load.
+        glyphs (characters on coloured grounds) or digits, both without download; folder (photos in
+        one folder a class, with or without train/ and test/), cifar100, one of imagenet-r,
+        imagenet-a, cub and domainnet (the folder of that name in root), timm (what data.dataset
+        names), or the import path of a class with a function load.
     classes
         Use only the first N classes of the class order; all if not given.
     init_cls
-        Number of classes of the first task.
+        Number of classes of the first task; that of the later ones if not given.
     increment
-        Number of classes of every later task; the last task may have fewer.
+        Number of classes of every later task, and the last may have fewer; that of the first if not
+        given. If neither is given, the classes are shared out to five equal tasks, or to fewer of
+        at least two classes.
     task_sizes
         Number of classes of each task, instead of init_cls and increment; the remaining classes
         are not used.
@@ -53,28 +87,40 @@ class DataConfig(Component):
         Number of tasks that each of these folders added; 0 for new images of known classes only.
     validation
         Fraction of each class's training images, 0 to 0.9, to evaluate on instead of the test
-        split, which is then never opened; 0 evaluates on the test split.
+        split, which is then never opened; 0 evaluates on the test split. auto is 0, or 0.2 for a
+        folder without a test split.
     image_size
-        Side of the square images that the backbone takes, in pixels.
+        Side of the square images that the backbone takes, in pixels; auto is the backbone's own.
+    channels
+        1 (grey) or 3 (RGB); auto is the backbone's own.
     resize
-        Resize every image to a square of this side first (bicubic, antialiased); no resize if not
-        given.
+        Give every image this size first, as crop_mode says; null does not. auto is what the
+        backbone was evaluated with (its image_size, or a little more and then the central crop).
+    crop_mode
+        How an image becomes the square of resize: center (resize the shorter side, keep the
+        middle), squash (change the aspect ratio), border (resize the longer side, add a border of
+        the mean colour); auto is the backbone's own.
+    interpolation
+        Filter of these resizes: nearest, bilinear, bicubic, lanczos, box or hamming; auto is the
+        backbone's own.
     train_crop
-        none, pad (reflect-pad, then a random crop) or random_resized (torchvision's).
+        none, pad (reflect-pad, then a random crop) or random_resized (torchvision's). auto is
+        random_resized for photos, that is for images of several sizes, and none for others.
     pad
         Pixels of reflected border on every side before the random crop, for train_crop pad.
     crop_scale
         Smallest and largest fraction of the image area, for train_crop random_resized.
     flip
-        Mirror training images left to right with probability 0.5.
+        Mirror training images left to right with probability 0.5; auto does so for photos.
     test_crop
-        none or center.
+        none or center; auto cuts out the centre where images are larger than image_size.
     test_resize
-        Resize the shorter side of evaluation images to this (bicubic); no resize if not given.
+        Resize the shorter side of evaluation images to this; no resize if not given.
     mean
-        Subtracted from pixels in [0, 1].
+        Subtracted from pixels in [0, 1], one number or one a channel; auto is the backbone's own.
     std
-        Divides pixels after the mean is subtracted.
+        Divides pixels after the mean is subtracted, one number or one a channel; auto is the
+        backbone's own.
     cache
         Keep decoded images in memory. By default they are kept if resize is set and they take less
         than 1 GB.
@@ -89,8 +135,8 @@ class DataConfig(Component):
 
     name: str = "digits"
     classes: int | None = None
-    init_cls: int = 2
-    increment: int = 2
+    init_cls: int | None = None
+    increment: int | None = None
     task_sizes: list[int] | None = None
     tasks: int | None = None
     shuffle: bool = True
@@ -98,32 +144,38 @@ class DataConfig(Component):
     class_order: list[str] | None = None
     extensions: list[str] = field(default_factory=list)
     extension_tasks: list[int] = field(default_factory=list)
-    validation: float = 0.0
-    image_size: int = _DIGITS_SIDE
-    resize: int | None = None
-    train_crop: Literal["none", "pad", "random_resized"] = "none"
+    validation: float | Auto = "auto"
+    image_size: int | Auto = "auto"
+    channels: Literal[1, 3] | Auto = "auto"
+    resize: int | Auto | None = "auto"
+    crop_mode: CropMode | Auto = "auto"
+    interpolation: Interpolation | Auto = "auto"
+    train_crop: TrainCrop | Auto = "auto"
     pad: int = 0
-    crop_scale: tuple[float, float] = (0.05, 1.0)
-    flip: bool = False
-    test_crop: Literal["none", "center"] = "none"
+    crop_scale: tuple[float, float] = (0.25, 1.0)
+    flip: bool | Auto = "auto"
+    test_crop: TestCrop | Auto = "auto"
     test_resize: int | None = None
-    mean: float = 0.0
-    std: float = 1.0
+    mean: float | list[float] | Auto = "auto"
+    std: float | list[float] | Auto = "auto"
     cache: bool | None = None
     workers: int = 0
     verify: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        counts = ("classes", "init_cls", "increment", "tasks")
-        for key in (*counts, "image_size", "resize", "test_resize"):
+        for key in ("classes", "init_cls", "increment", "tasks", "test_resize"):
             at_least(f"data.{key}", getattr(self, key), 1)
+        for key in ("image_size", "resize"):
+            value = getattr(self, key)
+            at_least(f"data.{key}", None if value == "auto" else value, 1)
         at_least("data.pad", self.pad, 0)
         count_of("data.workers", self.workers, 0)
         check_seed("data.order_seed", self.order_seed)
-        check(0 <= self.validation <= 0.9, "data.validation", self.validation, "in [0, 0.9]")
-        check(math.isfinite(self.mean), "data.mean", self.mean, "finite")
-        positive("data.std", self.std)
+        share = self.validation
+        check(share == "auto" or 0 <= share <= 0.9, "data.validation", share, "in [0, 0.9]")
+        for key, low in (("mean", -math.inf), ("std", 0.0)):
+            self._check_numbers(key, low)
         low, high = self.crop_scale
         check(0 < low <= high <= 1, "data.crop_scale", [low, high], "0 < smallest <= largest <= 1")
         sizes = self.task_sizes
@@ -134,7 +186,8 @@ class DataConfig(Component):
         check(once, "data.class_order", order, "a list of names, each of them once")
         self._check_extensions()
         if self.is_known:  # of a class that is not imported, not even the image size is known
-            self._check_sizes()
+            if self.image_size != "auto":  # otherwise only the backbone tells what fits
+                self._check_sizes(self._image_settings(None))
             if self.verify and not hasattr(self.kind, "folder"):
                 msg = (
                     f"data.verify must be false for data.name {self.name}, got true: only image "
@@ -142,15 +195,142 @@ class DataConfig(Component):
                 )
                 raise ValueError(msg)
 
+    def _check_numbers(self, key: str, above: float) -> None:
+        value = getattr(self, key)
+        if value == "auto":
+            return
+        numbers = list(value) if isinstance(value, Sequence) else [value]
+        rule = "finite" if above < 0 else "positive and finite"
+        fits = bool(numbers) and all(math.isfinite(x) and x > above for x in numbers)
+        check(fits, f"data.{key}", value, rule)
+        counts = {1, 3} if self.channels == "auto" else {1, self.channels}
+        check(len(numbers) in counts, f"data.{key}", value, "one number, or one for each channel")
+        setattr(self, key, _shortest(numbers))
+
     @cached_property  # read for every image
     def side(self) -> int | None:
         """Side of the decoded images of the data set in pixels, if they all have one size."""
         return self._fact("side", DataSet.side)
 
     @cached_property
-    def mode(self) -> str:
+    def images(self) -> ImageSettings:
+        """The settings of the images; without a backbone, pixels stay in [0, 1].
+
+        Raises
+        ------
+        ValueError
+            If ``image_size`` is left to the backbone and the images have several sizes.
+        """
+        return self._image_settings(None)
+
+    @property
+    def mode(self) -> Literal["RGB", "L"]:
         """Pillow's name for the channels of the images, RGB or L."""
-        return self._fact("mode", DataSet.mode)
+        return "L" if self.images.channels == 1 else "RGB"
+
+    def resolved(self, backbone: "Preprocessing | None") -> Self:
+        """A copy in which every ``auto`` has its value: what a run uses and records.
+
+        Parameters
+        ----------
+        backbone
+            How the backbone wants its images; None if nothing is known of it.
+
+        Raises
+        ------
+        ValueError
+            If values do not fit together, or ``image_size`` is known to nobody.
+
+        Examples
+        --------
+        >>> DataConfig().resolved(None).image_size
+        8
+        """
+        if not self.is_known:
+            return self
+        values = asdict(self._image_settings(backbone))
+        for key in ("mean", "std"):
+            if isinstance(values[key], tuple):
+                values[key] = list(values[key])
+        with suppress(FileNotFoundError):  # opening the data set will say what is missing
+            values["validation"] = self.held_out
+        return replace(self, **values)
+
+    @property
+    def held_out(self) -> float:
+        """``validation`` as a number; `HELD_OUT` for a folder without a test split.
+
+        Raises
+        ------
+        ValueError, OSError
+            If the folder cannot be read as one of class folders.
+        """
+        if self.validation != "auto":
+            return self.validation
+        return 0.0 if has_test(self.build()) else HELD_OUT
+
+    def unlike(self, backbone: "Preprocessing | None") -> list[str]:
+        """Settings that are set otherwise than the backbone was pretrained with, one line each.
+
+        Examples
+        --------
+        >>> from training.backbones.preprocessing import Preprocessing
+        >>> wanted = Preprocessing(8, (0.5,), (0.5,), "bicubic", 1.0, "center", 1)
+        >>> DataConfig(mean=0.0).unlike(wanted)
+        ['data.mean is 0.0, but the backbone was pretrained with 0.5']
+        """
+        if backbone is None:
+            return []
+        pretrained: dict[str, Any] = {
+            "image_size": backbone.image_size,
+            "channels": backbone.channels,
+            "interpolation": backbone.interpolation,
+            "mean": _shortest(backbone.mean),
+            "std": _shortest(backbone.std),
+        }
+        return [
+            f"data.{key} is {getattr(self, key)}, but the backbone was pretrained with {value}"
+            for key, value in pretrained.items()
+            if getattr(self, key) not in ("auto", value)
+        ]
+
+    def _image_settings(self, backbone: "Preprocessing | None") -> ImageSettings:
+        """The settings with the values of a backbone, or without one, in place of ``auto``."""
+        photos = self.side is None
+        given = None if self.resize == "auto" else self.resize
+        own_size = backbone.image_size if backbone else given or self.side
+        size = _or(self.image_size, own_size)
+        if size is None:
+            msg = (
+                "data.image_size must be given: neither the data set nor the backbone says how "
+                "large the images are; set what the backbone takes, such as --data.image_size 224"
+            )
+            raise ValueError(msg)
+        resize = given
+        if self.resize == "auto":
+            if photos and self.test_resize is None:
+                resize = int(size / (backbone.crop_pct if backbone else 1.0))
+            elif not photos and self.test_resize is None and self.side != size:
+                resize = size  # small images of one size: nothing is cut off
+        own_channels = 1 if self._fact("mode", DataSet.mode) == "L" else 3
+        if backbone and backbone.channels in (1, 3):
+            own_channels = backbone.channels
+        shorter = self.test_resize or resize or self.side
+        crop: TrainCrop = "random_resized" if photos else "none"
+        mode: Any = backbone.crop_mode if backbone else "center"
+        interpolation: Any = backbone.interpolation if backbone else "bicubic"
+        return ImageSettings(
+            image_size=size,
+            channels=_or(self.channels, own_channels),
+            resize=resize,
+            crop_mode=_or(self.crop_mode, mode),
+            interpolation=_or(self.interpolation, interpolation),
+            train_crop=_or(self.train_crop, crop),
+            flip=_or(self.flip, photos),
+            test_crop=_or(self.test_crop, "none" if shorter == size else "center"),
+            mean=_numbers(_or(self.mean, backbone.mean if backbone else 0.0)),
+            std=_numbers(_or(self.std, backbone.std if backbone else 1.0)),
+        )
 
     def _fact(self, name: str, default: T) -> T:
         value: T = getattr(self.kind, name, default) if self.is_known else default
@@ -181,41 +361,57 @@ class DataConfig(Component):
             rule = "null in a stream with extensions, which has all classes of class_order"
             check(value is None, f"data.{key}", value, rule)
 
-    def _check_sizes(self) -> None:
+    def _check_sizes(self, images: ImageSettings) -> None:
         # Mismatched sizes would surface only when the first batch is stacked, or never.
-        size, side = self.image_size, self.resize or self.side
+        size, side = images.image_size, images.resize or self.side
         shorter = self.test_resize or side  # of evaluation images
-        images = "of several sizes" if side is None else f"{side} pixels wide"
-        unchosen = self.side != _DIGITS_SIDE and size == _DIGITS_SIDE
-        wanted = (side or 224) if unchosen else size
-        cure = f"set what the backbone takes: --data.resize {wanted} --data.image_size {wanted}"
+        are = "of several sizes" if side is None else f"{side} pixels wide"
         one_size = "images of one size, got several; set data.resize"
-        crop = self.train_crop
+        pad = images.train_crop == "pad"
         rules = [
             (not self.cache or side is not None, f"data.cache needs {one_size}"),
+            (not pad or side is not None, f"data.train_crop pad needs {one_size}"),
             (
-                crop != "none" or side == size,
-                f"data.image_size must be that of the training images, which are {images}, got "
-                f"{size}; {cure}, or choose a data.train_crop",
-            ),
-            (crop != "pad" or side is not None, f"data.train_crop pad needs {one_size}"),
-            (
-                crop != "pad" or side is None or (size - side) / 2 <= self.pad < side,
+                not pad or side is None or (size - side) / 2 <= self.pad < side,
                 f"data.pad must be below the side of the images, {side}, and a crop of "
                 f"data.image_size {size} must fit into {side} + 2 * pad, got {self.pad}",
             ),
             (
-                self.test_crop != "center" or (shorter or 0) >= size,
-                f"data.test_resize must be at least data.image_size {size} for data.test_crop "
-                f"center, got {self.test_resize} for images {images}; set it to {size}",
+                images.test_crop != "center" or (shorter or 0) >= size,
+                f"evaluation images must be at least as large as data.image_size {size}, got "
+                f"images {are} (data.resize {images.resize}, data.test_resize {self.test_resize}); "
+                f"set data.resize to {size} or leave it out",
             ),
             (
-                self.test_crop != "none" or (side is not None and shorter == size),
-                f"data.image_size must be that of the evaluation images, which are {images} "
-                f"(data.test_resize {self.test_resize}), got {size}; {cure}, or cut it out by "
-                "--data.test_resize and --data.test_crop center",
+                images.test_crop != "none" or (side is not None and shorter == size),
+                f"data.image_size must be that of the evaluation images for data.test_crop none, "
+                f"which are {are} (data.test_resize {self.test_resize}), got {size}; set "
+                f"data.resize to {size}, or data.test_crop to center",
             ),
         ]
         for fits, msg in rules:
             if not fits:
                 raise ValueError(msg)
+
+
+def has_test(data: Any) -> bool:
+    """Whether a data set has a test split; only a folder of photos may lack one."""
+    own = getattr(data, "has_test", None)
+    return own is None or bool(own())
+
+
+def _or(value: T | Auto, default: T) -> T:
+    """A value, or the default where it is ``auto``."""
+    return default if value == "auto" else value  # type: ignore[return-value]
+
+
+def _shortest(numbers: Sequence[float]) -> float | list[float]:
+    """One number if all are equal, otherwise a list."""
+    first, *rest = (float(x) for x in numbers)
+    return first if all(x == first for x in rest) else [first, *rest]
+
+
+def _numbers(value: float | Sequence[float]) -> float | tuple[float, ...]:
+    """One number, or one a channel; one if all are equal."""
+    short = _shortest(value if isinstance(value, Sequence) else [value])
+    return tuple(short) if isinstance(short, list) else short

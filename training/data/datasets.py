@@ -10,22 +10,38 @@ This module does not import torch.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from unicodedata import normalize
 
 from training.components import Registry
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""Extensions of image files, in lower case; torchvision's list."""
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
+    *(".jp2", ".j2k", ".j2c", ".jpc", ".jpx", ".jpf", ".avif", ".avifs", ".heic", ".heif", ".hif"),
+)
+"""Extensions of image files, in lower case."""
 
-LAYOUT = "expected ROOT/train/CLASS/IMAGE with ROOT/test/CLASS/IMAGE or ROOT/val/CLASS/IMAGE."
+LAYOUT = (
+    "expected ROOT/CLASS/IMAGE, or ROOT/train/CLASS/IMAGE with ROOT/test/CLASS/IMAGE (or val/, "
+    "validation/)"
+)
+
+TRAIN_FOLDERS = ("train", "training")
+TEST_FOLDERS = ("test", "testing", "val", "valid", "validation")
+"""Names of the folders of a split, in lower case; of several, the first is used."""
+
+# Folders that systems and programs leave behind, besides those whose names start with a dot.
+_LEFT_BEHIND = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 
 Classes = dict[str, list[Path]]
 """The image files of each class, by its name."""
@@ -61,6 +77,9 @@ class DataSet:
     mode : str
         Pillow's name for the channels of the images: RGB, or L for grey ones. Images given to a
         trained classifier are converted to ``side`` and ``mode`` first.
+    leaves_out : bool
+        Whether image files that cannot be decoded are left out, and said; otherwise one ends the
+        run. Every file is decoded once at the start.
     refuses : tuple of str
         Packaged backbones that were pretrained on such images: what they learn of a stream of them
         would say nothing.
@@ -69,6 +88,7 @@ class DataSet:
     side: ClassVar[int | None] = None
     mode: ClassVar[Literal["RGB", "L"]] = "RGB"
     refuses: ClassVar[tuple[str, ...]] = ()
+    leaves_out: ClassVar[bool] = False
 
 
 @dataclass
@@ -186,23 +206,50 @@ class Cifar100(DataSet):
 
 @dataclass
 class Folder(DataSet):
-    """Folder trees of images: train/CLASS/* with test/CLASS/* or val/CLASS/*.
+    """Photos in one folder a class, with or without a split: CLASS/*, or train/CLASS/* and test/*.
 
-    Classes are numbered in the order of their sorted folder names. A class folder may have
-    subfolders. Files with other extensions, names that start with a dot and links back to a folder
-    above are ignored. If ``test`` and ``val`` both exist, ``test`` is used.
+    Without ``test/`` (or ``val/``, ``validation/``), a fifth of the images of every class is held
+    out to be evaluated on. Classes are numbered in the order of their sorted folder names. A class
+    folder may have subfolders. Hidden files and folders, files that are not images by their
+    extension, links back to a folder above, and images that cannot be decoded are left out, and
+    said.
 
     Parameters
     ----------
     root
-        The folder with train/ and test/ or val/.
+        The folder with one folder for every class, or with train/ and test/ or val/.
     """
 
+    leaves_out = True
+
     root: str
+    notes: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def folder(self) -> Path:
-        """The folder that holds the splits."""
+        """The folder that holds the classes or the splits."""
         return _folder(self.root)
+
+    def has_test(self) -> bool:
+        """Whether there is a test split.
+
+        Raises
+        ------
+        ValueError, FileNotFoundError
+            As `layout`.
+        """
+        return self.layout().test is not None
+
+    def layout(self) -> "Layout":
+        """Where the splits are.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such folder.
+        ValueError
+            If it cannot be told which folders are classes.
+        """
+        return layout(self.folder())
 
     def load(self, split: str) -> Split:
         """List the files of a split.
@@ -212,24 +259,189 @@ class Folder(DataSet):
         FileNotFoundError
             If the root or the split is missing.
         ValueError
-            If there are no classes, or one has no image.
+            If there are no classes, one has no image, or it cannot be told which folders are
+            classes.
         """
-        folder = split_folder(self.folder(), split)
-        if not folder.is_dir():
-            msg = f"data.root: no folder {folder}; {LAYOUT}"
+        places = self.layout()
+        folder = places.train if split == "train" else places.test
+        if folder is None:
+            msg = f"data.root: {self.folder()} has no test split; {LAYOUT}"
             raise FileNotFoundError(msg)
-        classes = {name: tree.images for name, tree in walk_classes(folder)[0].items()}
-        if not classes:
-            msg = f"data.root: {folder} holds no class folders; {LAYOUT}"
-            raise ValueError(msg)
-        empty = [name for name, paths in classes.items() if not paths]
-        if empty:
-            kinds = " ".join(IMAGE_SUFFIXES)
+        classes, notes = read_classes(folder, nested=folder != self.folder())
+        self.notes += [note for note in [*places.notes, *notes] if note not in self.notes]
+        return _file_split(classes)
+
+
+class Layout(NamedTuple):
+    """The folders of the splits: ``test`` is None without one, ``train`` then may be the root."""
+
+    train: Path
+    test: Path | None
+    notes: list[str]
+
+
+def layout(root: Path) -> Layout:
+    """Find the splits in a folder of photos.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such folder.
+    ValueError
+        If it cannot be told which folders are classes.
+    """
+    if not root.is_dir():
+        msg = f"data.root: no folder {root}; {LAYOUT}"
+        raise FileNotFoundError(msg)
+    inside = sorted(x for x in root.iterdir() if x.is_dir() and not _is_left_behind(x.name))
+    trains, tests = (
+        [x for name in names for x in inside if x.name.lower() == name]
+        for names in (TRAIN_FOLDERS, TEST_FOLDERS)
+    )
+    if tests and not trains:
+        msg = (
+            f"data.root: {root} has a folder {tests[0].name}, but no folder train; {LAYOUT}. If "
+            f"{tests[0].name} is a class, give its folder another name"
+        )
+        raise ValueError(msg)
+    if not trains:
+        return Layout(root, None, [])
+    others = [x for x in inside if x not in (*trains, *tests)]
+    mixed = [x.name for x in others if _holds_images(x)]
+    if len(trains) > 1 or mixed:
+        beside = some(mixed or [x.name for x in trains[1:]])
+        msg = (
+            f"data.root: {root} has the folder {trains[0].name}, and images in folders beside it: "
+            f"{beside}; {LAYOUT}. Move them into {trains[0].name}, or out of {root}"
+        )
+        raise ValueError(msg)
+    unused = [x.name for x in tests[1:]]
+    notes = [f"{tests[0].name}/ is evaluated on; {some(unused)} is not used"] if unused else []
+    return Layout(trains[0], tests[0] if tests else None, notes)
+
+
+def _holds_images(folder: Path) -> bool:
+    classes, beside = walk_classes(folder)
+    loose = any(path.suffix.lower() in IMAGE_SUFFIXES for path in beside.others)
+    return loose or any(walk.images for walk in classes.values())
+
+
+def read_classes(folder: Path, *, nested: bool) -> tuple[Classes, list[str]]:
+    """The images of every class folder, and notes on what is left out.
+
+    Parameters
+    ----------
+    folder
+        Holds the class folders.
+    nested
+        Whether all images of all classes may lie in folders of their own.
+
+    Raises
+    ------
+    ValueError
+        If there are no classes, one has no image, or a name cannot be that of a class.
+    """
+    walks, beside = walk_classes(folder)
+    if not walks:
+        loose = [x for x in beside.others if x.suffix.lower() in IMAGE_SUFFIXES]
+        images = f", but {len(loose)} images, such as {loose[0].name}" if loose else ""
+        msg = (
+            f"data.root: {folder} holds no class folders{images}; {LAYOUT}. Put the images of each "
+            "class into a folder of its own"
+        )
+        raise ValueError(msg)
+    if not nested:
+        _refuse_nested(folder, walks)
+    reasons = {x: why for x in IMAGE_SUFFIXES if (why := _missing_reader(x)) is not None}
+    classes: Classes = {}
+    unread: list[Path] = []
+    for name, walk in walks.items():
+        label = class_name(folder / name)
+        if label in classes:
             msg = (
-                f"{folder}: no images ({kinds}) for {some(empty)}: add some or remove the folders."
+                f"{folder} has two folders of the name {label}, in different Unicode forms of its "
+                "accents; join them"
             )
             raise ValueError(msg)
-        return _file_split(classes)
+        lacking = [path for path in walk.images if path.suffix.lower() in reasons]
+        classes[label] = [path for path in walk.images if path not in set(lacking)]
+        unread += lacking
+    empty = [name for name, paths in classes.items() if not paths]
+    if empty:
+        kinds = {path.suffix.lower() for path in unread}
+        why = "".join(f"; {kind}: {reasons[kind]}" for kind in sorted(kinds))
+        hint = why or f" ({' '.join(IMAGE_SUFFIXES)})"
+        msg = f"{folder}: no images for {some(empty)}{hint}: add some or remove the folders."
+        raise ValueError(msg)
+    others = [path for walk in (beside, *walks.values()) for path in walk.others]
+    loops = [path for walk in (beside, *walks.values()) for path in walk.loops]
+    notes = [f"left out, {reasons[kind]}: {text}" for kind, text in _by_kind(unread)]
+    if others:
+        notes.append(f"left out, no images by their names: {_counted(others)}")
+    if loops:
+        notes.append(f"left out, links to a folder above: {some([str(x) for x in loops])}")
+    return classes, [f"{folder}: {note}" for note in notes]
+
+
+def _refuse_nested(folder: Path, walks: Mapping[str, "Walk"]) -> None:
+    """Refuse class folders that all hold nothing but folders: these may be the classes."""
+    full = {name: walk.images for name, walk in walks.items() if walk.images}
+    if not full or any(path.parent.name == name for name in full for path in full[name]):
+        return
+    name, images = next(iter(full.items()))
+    root = folder / name
+    cure = (
+        f"give {root} instead"
+        if len(full) == 1
+        else f"give one of its folders, such as {root}, or move the images one level up"
+    )
+    msg = (
+        f"data.root: the images of {folder} lie two levels deep, such as {images[0]}; {LAYOUT}; "
+        f"{cure}"
+    )
+    raise ValueError(msg)
+
+
+def class_name(folder: Path) -> str:
+    """The name of a class folder, its accents in one Unicode form (NFC), as splits must share it.
+
+    Raises
+    ------
+    ValueError
+        If the name is not UTF-8.
+
+    Examples
+    --------
+    >>> class_name(Path("cafe\u0301")) == "caf\u00e9"
+    True
+    """
+    name = normalize("NFC", folder.name)
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        msg = (
+            f"the name of the class folder {os.fsencode(folder.name)!r} in {folder.parent} is not "
+            "UTF-8: rename it"
+        )
+        raise ValueError(msg) from error
+    return name
+
+
+def _by_kind(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
+    """Extensions of some files, with their numbers in words."""
+    for kind, count in sorted(Counter(path.suffix.lower() for path in paths).items()):
+        yield kind, f"{count} {kind or 'without extension'}"
+
+
+def _counted(paths: Sequence[Path]) -> str:
+    """Numbers of files by extension, and the first of them."""
+    return f"{', '.join(text for _, text in _by_kind(paths))}, such as {paths[0]}"
+
+
+def _missing_reader(suffix: str) -> str | None:
+    from training.data.image_files import missing_reader
+
+    return missing_reader(suffix)
 
 
 @dataclass
@@ -245,6 +457,7 @@ class Published(Folder):
     """
 
     count: ClassVar[int] = 200
+    leaves_out = False  # a missing image would make it another data set
 
     name: str = field(kw_only=True)
 
@@ -264,6 +477,26 @@ class Published(Folder):
             msg = f"data.root: no folder {folder}, and {root} itself is not {self.name}; {LAYOUT}"
             raise FileNotFoundError(msg)
         return root
+
+    def has_test(self) -> bool:
+        """Whether there is a test split: always."""
+        return True
+
+    def layout(self) -> Layout:
+        """Where the splits are.
+
+        Raises
+        ------
+        FileNotFoundError
+            If one is missing.
+        """
+        root = self.folder()
+        places = layout(root)
+        if places.train == root or places.test is None:
+            lost = root / ("train" if places.train == root else "test")
+            msg = f"data.root: no folder {lost}; {LAYOUT}"
+            raise FileNotFoundError(msg)
+        return places
 
     def load(self, split: str) -> Split:
         """List the files of a split.
@@ -501,13 +734,6 @@ def _class_names(data: Any, count: int) -> list[str]:
     return [by_number.get(number, str(number)) for number in range(count)]
 
 
-def split_folder(root: Path, split: str) -> Path:
-    """``root/train``; for the test split ``root/test`` if it exists, otherwise ``root/val``."""
-    if split == "train":
-        return root / "train"
-    return root / "test" if (root / "test").is_dir() else root / "val"
-
-
 def _file_split(classes: Classes) -> Split:
     """A split of image files; classes are numbered in the order of the dictionary."""
     targets = [number for number, paths in enumerate(classes.values()) for _ in paths]
@@ -600,7 +826,7 @@ def walk_classes(folder: Path) -> tuple[dict[str, Walk], Walk]:
         here = Path(path)
         way = here.relative_to(folder)
         above = {*outside, *(place.resolve() for place in (here, *here.parents))}
-        visible = {name for name in names if not name.startswith(".")}
+        visible = {name for name in names if not _is_left_behind(name)}
         loops, to_read = [], []
         for name in sorted(visible):
             there = (here / name).resolve()
@@ -613,13 +839,18 @@ def walk_classes(folder: Path) -> tuple[dict[str, Walk], Walk]:
         tree = classes[way.parts[0]] if way.parts else beside
         tree.loops.extend(here / name for name in loops)
         for name in files:
-            if not name.startswith("."):
+            if not _is_left_behind(name):
                 is_image = bool(way.parts) and name.lower().endswith(IMAGE_SUFFIXES)
                 (tree.images if is_image else tree.others).append(here / name)
     for tree in (beside, *classes.values()):
         for paths in tree:  # by folder, then by name
             paths.sort(key=lambda path: (str(path.parent), path.name))
     return classes, beside
+
+
+def _is_left_behind(name: str) -> bool:
+    """Whether a file or folder is hidden, or left behind by a system or program."""
+    return name.startswith(".") or name in _LEFT_BEHIND
 
 
 def _raise(error: OSError) -> None:

@@ -5,9 +5,10 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -15,11 +16,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2.functional import resize as resize_tensor
+from torchvision.transforms.v2.functional import (
+    center_crop,
+    get_size,
+    pad,
+    resize,
+    rgb_to_grayscale,
+)
 
-from training.data.config import DataConfig
-from training.data.image_files import decode, opened, upright
-from training.data.transforms import Transform
+from training.data.config import DataConfig, ImageSettings
+from training.data.image_files import UnreadableImageError, decode, opened, reading, upright
+from training.data.transforms import Transform, tensor_filter
 from training.distributed import usable_cpus
 
 CACHE_BYTES = 1_000_000_000
@@ -56,15 +63,15 @@ class ArrayImages:
         return len(self.pixels)
 
     def __getitem__(self, index: int) -> Tensor:
-        return _resize_square(self.pixels[index], self.config.resize)
+        return _prepared(self.pixels[index], self.config)
 
     def select(self, indices: Sequence[int]) -> "ArrayImages":
         """Only these images, in this order; resized now if they are small enough to be kept."""
         pixels = self.pixels[torch.as_tensor(indices, dtype=torch.int64)]
         # Before they are resized, which depends on data.cache.
         digests = [_digest(image.contiguous().numpy().tobytes()) for image in pixels]
-        if _keeps(self.config, len(pixels), pixels.shape[1] * pixels.element_size()):
-            pixels = _resize_square(pixels, self.config.resize)
+        if _keeps(self.config, len(pixels), pixels.element_size()):
+            pixels = _prepared(pixels, self.config)
         return ArrayImages(pixels, self.config, digests)
 
     def digests(self, indices: Sequence[int]) -> list[str]:
@@ -96,6 +103,7 @@ class LazyImages:
         self.source, self.config = source, config
         self.indices = range(len(source)) if indices is None else indices
         self._cache: tuple[Tensor, Tensor] | None = None  # images, and which of them are there
+        self._digests: list[str] = []  # of every file, once `read` has read them
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -110,19 +118,10 @@ class LazyImages:
         return images[index]
 
     def select(self, indices: Sequence[int]) -> "LazyImages":
-        """Only these images, in this order, with a cache of their own if they are small enough.
-
-        Raises
-        ------
-        UnreadableImageError
-            If, by its header, a file is not an image that Pillow can read, or is too large.
-        """
+        """Only these images, in this order, with a cache of their own if they are small enough."""
         chosen = LazyImages(self.source, self.config, [self.indices[index] for index in indices])
-        for path in chosen.files():
-            with opened(path, path):
-                pass
-        side, channels = self.config.resize, len(self.config.mode)
-        if side is not None and _keeps(self.config, len(chosen), channels):
+        side, channels = self.config.images.resize, self.config.images.channels
+        if side is not None and _keeps(self.config, len(chosen), 1):
             # Filled when an image is first read: a run that ends early decodes only what it used.
             images: Any = torch.empty(len(chosen), channels, side, side, dtype=torch.uint8)
             filled: Any = torch.zeros(len(chosen), dtype=torch.bool)
@@ -132,8 +131,56 @@ class LazyImages:
             chosen._cache = images, filled
         return chosen
 
+    def check_headers(self) -> None:
+        """Open every file.
+
+        Raises
+        ------
+        UnreadableImageError
+            If, by its header, a file is not an image that Pillow can read, or is too large.
+        """
+        for path in self.files():
+            with opened(path, path):
+                pass
+
+    def read(self) -> dict[int, UnreadableImageError]:
+        """Read and decode every file once, and keep its hash and, if they are small, its pixels.
+
+        Returns
+        -------
+        dict
+            What is wrong with the files that cannot be read, by position.
+        """
+
+        def one(item: tuple[int, Path]) -> tuple[str, UnreadableImageError | None]:
+            index, path = item
+            digest = ""
+            try:
+                with reading(path):
+                    content = path.read_bytes()
+                digest = _digest(content)
+                image = _decoded_file(BytesIO(content), self.config, path)
+            except UnreadableImageError as error:
+                return digest, error
+            if self._cache is not None:
+                images, filled = self._cache
+                images[index], filled[index] = image, True
+            return digest, None
+
+        with ThreadPoolExecutor(usable_cpus()) as pool:  # decoding and hashing hold no lock
+            results = list(pool.map(one, enumerate(self.files())))
+        self._digests = [digest for digest, _ in results]
+        return {index: error for index, (_, error) in enumerate(results) if error is not None}
+
+    @property
+    def is_read(self) -> bool:
+        """Whether `read` has read the files."""
+        return bool(self._digests)
+
     def digests(self, indices: Sequence[int]) -> list[str]:
         """Hashes of the files at some positions; an empty list if the images are not files."""
+        if self._digests:
+            return [self._digests[index] for index in indices]
         files = self.files()
         chosen = [files[index] for index in indices] if files else []
         with ThreadPoolExecutor(usable_cpus()) as pool:  # hashing holds no lock
@@ -148,7 +195,7 @@ class LazyImages:
     def _decoded(self, index: int) -> Tensor:
         item = self.source[self.indices[index]]
         if isinstance(item, Tensor) and item.dtype == torch.uint8:
-            return _resize_square(item, self.config.resize)
+            return _prepared(item, self.config)
         if isinstance(item, Image.Image):
             return _as_tensor(upright(item, self.config.mode), self.config)
         if isinstance(item, str | Path):
@@ -315,8 +362,8 @@ def joined(parts: Sequence[ImageSet]) -> ImageSet:
 def open_image(path: str | Path, config: DataConfig) -> Tensor:
     """Decode an image file as the experiment's own images are: channels, rotation, first resize.
 
-    EXIF rotation is applied, transparency is dropped, and everything becomes RGB (grey for
-    digits).
+    EXIF rotation is applied, transparency is dropped, and everything becomes RGB or grey; see
+    `training.data.image_files` for deep images.
 
     Returns
     -------
@@ -328,15 +375,23 @@ def open_image(path: str | Path, config: DataConfig) -> Tensor:
         A ValueError: if the file is missing, cannot be decoded or has more pixels than
         ``PIL.Image.MAX_IMAGE_PIXELS``; the message names it.
     """
-    return _as_tensor(decode(path, config.mode), config)
+    return _decoded_file(path, config, path)
+
+
+def _decoded_file(file: str | Path | BinaryIO, config: DataConfig, name: object) -> Tensor:
+    images = config.images
+    # Photos are read at a fraction of their size, as JPEG allows, if the first resize makes them
+    # much smaller. Squashed images keep the exact pixels of a full decode.
+    least = images.resize if config.side is None and images.crop_mode != "squash" else None
+    return _as_tensor(decode(file, config.mode, name=name, least=least), config)
 
 
 def _as_tensor(image: Image.Image, config: DataConfig) -> Tensor:
     """An RGB or L image after the first resize, as uint8 of shape (C, H, W)."""
-    for side in (config.side, config.resize):
-        if side is not None and image.size != (side, side):
-            image = image.resize((side, side), Image.Resampling.BICUBIC)
-    pixels = np.array(image)
+    side = config.side
+    if side is not None and image.size != (side, side):
+        image = image.resize((side, side), Image.Resampling.BICUBIC)
+    pixels = np.array(_squared(image, config.images))
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
 
 
@@ -344,17 +399,52 @@ def _digest(content: bytes) -> str:
     return blake2b(content, digest_size=16).hexdigest()
 
 
-def _resize_square(pixels: Tensor, side: int | None) -> Tensor:
-    if side is None or pixels.shape[-2:] == (side, side):
-        return pixels
-    bicubic = InterpolationMode.BICUBIC
-    resized: Tensor = resize_tensor(pixels, [side, side], interpolation=bicubic, antialias=True)
+def _prepared(pixels: Tensor, config: DataConfig) -> Tensor:
+    """Images (..., C, H, W) in memory with the channels and the first resize of the settings."""
+    images = config.images
+    if pixels.shape[-3] == 1 and images.channels == 3:
+        pixels = pixels.expand(*pixels.shape[:-3], 3, *pixels.shape[-2:])
+    elif pixels.shape[-3] == 3 and images.channels == 1:
+        pixels = rgb_to_grayscale(pixels)
+    resized = _squared(pixels, images)
     # Bicubic weights overshoot; uint8 is clipped by torchvision, float is not.
-    return resized.clamp(0, 1) if resized.is_floating_point() else resized
+    return resized.clamp(0, 1) if resized.is_floating_point() and resized is not pixels else resized
 
 
-def _keeps(config: DataConfig, count: int, pixel_bytes: int) -> bool:
+_Picture = TypeVar("_Picture", Image.Image, Tensor)
+
+
+def _squared(picture: _Picture, images: ImageSettings) -> _Picture:
+    """The square of the first resize, as `DataConfig.crop_mode` says; all of it without one."""
+    side, mode = images.resize, images.crop_mode
+    height, width = get_size(picture)
+    if side is None or (height, width) == (side, side):
+        return picture
+    size = [side, side]
+    if mode != "squash":
+        # Where the shorter side fits, the longer is cut to a whole number, as torchvision does.
+        fitted = max(height, width) if mode == "border" else min(height, width)
+        size = [max(1, int(side * length / fitted)) for length in (height, width)]
+    by = InterpolationMode(images.interpolation)
+    if isinstance(picture, Tensor):
+        by = tensor_filter(images.interpolation)
+    resized = resize(picture, size, interpolation=by, antialias=True)
+    if mode == "border":
+        mean = images.mean if isinstance(images.mean, tuple) else (images.mean,)
+        shade = sum(mean) / len(mean)
+        whole = not isinstance(picture, Tensor) or not picture.is_floating_point()
+        top, left = ((side - length) // 2 for length in size)
+        bottom, right = side - size[0] - top, side - size[1] - left
+        fill = round(255 * shade) if whole else shade
+        resized = pad(resized, [left, top, right, bottom], fill=fill)
+    squared: _Picture = center_crop(resized, [side, side])
+    return squared
+
+
+def _keeps(config: DataConfig, count: int, value_bytes: int) -> bool:
     """Whether this many decoded and resized images are kept in memory."""
+    images = config.images
     if config.cache is not None:
         return config.cache
-    return config.resize is not None and count * config.resize**2 * pixel_bytes < CACHE_BYTES
+    size = count * images.channels * (images.resize or 0) ** 2 * value_bytes
+    return images.resize is not None and size < CACHE_BYTES

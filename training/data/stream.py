@@ -6,21 +6,25 @@ its first tasks were learned.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from training.data.config import DataConfig
+from training.data.config import HELD_OUT, DataConfig, has_test
 from training.data.datasets import DATA_SETS, Split, some
-from training.data.images import ImageSet, images_of, joined
+from training.data.image_files import UnreadableImageError
+from training.data.images import ImageSet, LazyImages, images_of, joined
 
 _VALIDATION_SEED = 0
+_TASKS = 5  # unless the settings say how many
+_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,11 @@ class Stream:
         The extensions, the first one first.
     missing
         Why images of the data set or of an extension could not be read, where that is allowed.
+    left_out
+        Image files that could not be decoded and are left out, as CLASS/NAME.
+    notes
+        What a user should know of the data: what is left out and why, what is held out, how the
+        tasks were chosen.
     """
 
     class_names: list[str]
@@ -76,6 +85,8 @@ class Stream:
     base: int | None = None
     extensions: tuple[Extension, ...] = ()
     missing: tuple[str, ...] = ()
+    left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def evaluated(self, tasks: int, extensions: int) -> ImageSet:
         """Evaluation images of the first tasks, of the data set and of the first extensions.
@@ -131,7 +142,10 @@ def _content(part: ImageSet) -> list[Any]:
 
 
 def build_stream(config: DataConfig, seed: int, *, partial: bool = False) -> Stream:
-    """Open a data set and cut it into tasks; the header of every image is read now.
+    """Open a data set and cut it into tasks.
+
+    Files of a folder of photos are read and decoded once, and left out if that fails. Of other
+    image files, the headers are read.
 
     The classes are put in the order ``RandomState(seed).permutation(C)`` (with ``order_seed`` if
     it is set; as they are numbered without ``shuffle``), a class's new label is its position
@@ -171,8 +185,21 @@ def build_stream(config: DataConfig, seed: int, *, partial: bool = False) -> Str
     tasks = cut_tasks(config, len(order))
     order = order[: tasks[-1][-1] + 1]
     labels = {names[number]: label for label, number in enumerate(order)}
-    parts = _parts(data, train, labels, config, _place(config))
-    return Stream([names[number] for number in order], tasks, *parts, order)
+    report = _Report()
+    parts = _parts(data, train, labels, config, _place(config), config.held_out, report)
+    if (config.init_cls, config.increment, config.task_sizes) == (None, None, None):
+        report.notes.append(
+            f"{len(order)} classes are learned in {_in_words([len(task) for task in tasks])}; "
+            "data.increment or data.task_sizes sets this"
+        )
+    return Stream(
+        [names[number] for number in order],
+        tasks,
+        *parts,
+        order,
+        left_out=report.left_out,
+        notes=report.notes,
+    )
 
 
 def _class_order(config: DataConfig, seed: int, names: Sequence[str]) -> list[int]:
@@ -208,12 +235,13 @@ def _extended(config: DataConfig, *, partial: bool) -> Stream:
     read: list[ImageSet] = []
     extensions: list[Extension] = []
     missing: list[str] = []
+    report = _Report()
     for number, end in enumerate(ends):
         learned = sum(len(task) for task in tasks[: ends[number - 1]]) if number else 0
         # Classes of later tasks may lie in the folder by now; they count where they were learned.
         labels = {name: label for label, name in enumerate(names[: tasks[end - 1][-1] + 1])}
         try:
-            own = _source_parts(config, number, labels)
+            own = _source_parts(config, number, labels, report)
         except FileNotFoundError as error:
             if not partial:
                 raise
@@ -244,6 +272,8 @@ def _extended(config: DataConfig, *, partial: bool) -> Stream:
         base,
         tuple(extensions),
         tuple(missing),
+        report.left_out,
+        report.notes,
     )
 
 
@@ -257,19 +287,37 @@ def _without(part: ImageSet, others: Sequence[ImageSet]) -> ImageSet:
 
 
 def _source_parts(
-    config: DataConfig, number: int, labels: Mapping[str, int]
+    config: DataConfig, number: int, labels: Mapping[str, int], report: "_Report"
 ) -> tuple[ImageSet, ImageSet]:
     """Training and evaluation images of the data set (0) or of an extension, counted from 1."""
+    share = config.held_out
     if number == 0:
         data, place = config.build(), _place(config)
     else:
         root = config.extensions[number - 1]
         data, place = DATA_SETS.build("folder", {"root": root}), f"the extension {root}"
-    return _parts(data, _checked(data.load("train"), place, "training"), labels, config, place)
+        if not has_test(data):  # whether or not the data set itself has one
+            share = share or HELD_OUT
+    train = _checked(data.load("train"), place, "training")
+    return _parts(data, train, labels, config, place, share, report)
+
+
+@dataclass
+class _Report:
+    """What building a stream has to tell; see `Stream`."""
+
+    left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def _parts(
-    data: Any, train: Split, labels: Mapping[str, int], config: DataConfig, place: str
+    data: Any,
+    train: Split,
+    labels: Mapping[str, int],
+    config: DataConfig,
+    place: str,
+    share: float,
+    report: _Report,
 ) -> tuple[ImageSet, ImageSet]:
     """Training and evaluation images of the classes that have a label.
 
@@ -280,13 +328,99 @@ def _parts(
     if without:
         msg = f"{place} has no training image of {some([names[n] for n in without])}"
         raise ValueError(msg)
-    images = _labelled(train, labels, config)
-    if config.validation == 0:
+    images, unread = _readable(_labelled(train, labels, config), data, place)
+    if share == 0:
         test = _matched(_checked(data.load("test"), place, "evaluation"), names, place)
-        return images, _labelled(test, labels, config)
-    numbers = {labels[name]: number for number, name in enumerate(names) if name in labels}
-    held_out = torch.from_numpy(_held_out(images.labels.numpy(), numbers, config.validation, names))
-    return images.chosen(~held_out), images.chosen(held_out)
+        evaluated, also = _readable(_labelled(test, labels, config), data, place)
+        parts, unread = (images, evaluated), [*unread, *also]
+    else:
+        numbers = {labels[name]: number for number, name in enumerate(names) if name in labels}
+        held_out = torch.from_numpy(_held_out(images.labels.numpy(), numbers, share, names))
+        parts = images.chosen(~held_out), images.chosen(held_out)
+    report.notes += getattr(data, "notes", [])
+    if unread:
+        report.left_out += [f"{path.parent.name}/{path.name}" for path, _ in unread]
+        report.notes.append(
+            f"left out, {len(unread)} damaged image{'s' * (len(unread) > 1)}: {_first(unread)}"
+        )
+    if share and not has_test(data):
+        count, total = len(parts[1]), len(parts[0]) + len(parts[1])
+        report.notes.append(
+            f"no test split: {share:.0%} of the images of every class, {count} of {total}, are "
+            "held out to be evaluated on; no seed changes which"
+        )
+    report.notes += _copies(*parts)
+    return parts
+
+
+_Unread = list[tuple[Path, UnreadableImageError]]
+
+
+def _readable(part: ImageSet, data: Any, place: str) -> tuple[ImageSet, _Unread]:
+    """The images without those that cannot be decoded, and these, if they may be left out.
+
+    Raises
+    ------
+    UnreadableImageError
+        If a file of a data set that leaves none out is not an image by its header.
+    ValueError
+        If no image of a class is left.
+    """
+    images = part.images
+    if not isinstance(images, LazyImages):
+        return part, []
+    if not getattr(data, "leaves_out", False):
+        images.check_headers()
+        return part, []
+    files = images.files()
+    unread = [(files[index], error) for index, error in sorted(images.read().items())]
+    if not unread:
+        return part, []
+    damaged = {path for path, _ in unread}
+    rest = part.chosen(torch.tensor([path not in damaged for path in files]))
+    lost = sorted({*part.labels.tolist()} - {*rest.labels.tolist()})
+    if lost:
+        folders = {int(label): path.parent for label, path in zip(part.labels, files, strict=True)}
+        classes = some([str(folders[label]) for label in lost])
+        msg = f"{place} has no readable image in {classes}: {_first(unread)}"
+        raise ValueError(msg)
+    return rest, unread
+
+
+def _first(unread: _Unread) -> str:
+    """What is wrong with the first images, and how many more there are."""
+    lines = [error.problem for _, error in unread[:_SHOWN]]
+    rest = len(unread) - _SHOWN
+    return "; ".join([*lines, *([f"and {rest} more"] if rest > 0 else [])])
+
+
+def _copies(train: ImageSet, test: ImageSet) -> list[str]:
+    """A note if files of both splits have the same bytes, where these were read."""
+    (learned, _), (evaluated, files) = (
+        (part.images.digests(part.indices.tolist()), part.images.files())
+        if isinstance(part.images, LazyImages) and part.images.is_read
+        else ([], [])
+        for part in (train, test)
+    )
+    known = {*learned}
+    twins = [number for number, digest in enumerate(evaluated) if digest in known]
+    if not twins:
+        return []
+    first = files[int(test.indices[twins[0]])]
+    are = "is a copy" if len(twins) == 1 else "are copies"
+    return [
+        f"{len(twins)} of the evaluation images {are} of training images, such as {first}: "
+        "accuracies are too high"
+    ]
+
+
+def _in_words(sizes: Sequence[int]) -> str:
+    """Sizes of tasks: 5 tasks of 2; 3 tasks of 3, 2 and 2."""
+    if len(sizes) == 1:
+        return f"one task of {sizes[0]}"
+    if len({*sizes}) == 1:
+        return f"{len(sizes)} tasks of {sizes[0]}"
+    return f"{len(sizes)} tasks of {', '.join(map(str, sizes[:-1]))} and {sizes[-1]}"
 
 
 def _labelled(split: Split, labels: Mapping[str, int], config: DataConfig) -> ImageSet:
@@ -314,23 +448,43 @@ def cut_tasks(config: DataConfig, available: int) -> list[tuple[int, ...]]:
     if count > available:
         msg = f"data.classes is {count}, but the data set has {available} classes."
         raise ValueError(msg)
+    first, further = (
+        given if given is not None else other
+        for given, other in (
+            (config.init_cls, config.increment),
+            (config.increment, config.init_cls),
+        )
+    )
     if config.task_sizes is not None:
         rule = f"data.task_sizes {config.task_sizes}"
         ends = list(accumulate(config.task_sizes))
         if ends[-1] > count:
             msg = f"{rule} are {ends[-1]} classes, but the stream has only {count}."
             raise ValueError(msg)
-    else:
-        rule = f"data.init_cls {config.init_cls}, data.increment {config.increment}"
-        if config.init_cls > count:
-            msg = f"data.init_cls is {config.init_cls}, but the stream has only {count} classes."
+    elif first is not None and further is not None:
+        rule = f"data.init_cls {first}, data.increment {further}"
+        if first > count:
+            msg = f"data.init_cls is {first}, but the stream has only {count} classes."
             raise ValueError(msg)
-        ends = [*range(config.init_cls, count, config.increment), count]
+        ends = [*range(first, count, further), count]
+    else:
+        rule = "equal tasks; data.increment or data.task_sizes sets other ones"
+        ends = [*accumulate(_equal_tasks(count))]
     tasks = [tuple(range(a, b)) for a, b in zip([0, *ends], ends, strict=False)]
     if config.tasks is not None and config.tasks > len(tasks):
         msg = f"data.tasks is {config.tasks}, but {count} classes give {len(tasks)} tasks ({rule})."
         raise ValueError(msg)
     return tasks[: config.tasks]
+
+
+def _equal_tasks(count: int) -> list[int]:
+    """Sizes of equal tasks, the first ones larger by one class if there is a remainder.
+
+    There are five, or as many as give every task two classes.
+    """
+    number = max(1, min(_TASKS, count // 2))
+    size, more = divmod(count, number)
+    return [size + 1] * more + [size] * (number - more)
 
 
 def _checked(split: Any, place: str, use: str) -> Split:
@@ -397,14 +551,16 @@ def _held_out(
     """Mask of the images that are held out; ``numbers`` are the classes' own, by label."""
     # Each class draws by its original number: another class order holds out the same images.
     mask = np.zeros(len(labels), dtype=np.bool_)
+    few = [names[number] for label, number in numbers.items() if (labels == label).sum() < 2]
+    if few:
+        msg = (
+            "a class needs two images, one to train on and one to evaluate on; "
+            f"{some(few)} {'has' if len(few) == 1 else 'have'} one: add images, or take the "
+            f"class{'es' * (len(few) > 1)} out"
+        )
+        raise ValueError(msg)
     for label, number in numbers.items():
         members = np.flatnonzero(labels == label)
-        if len(members) < 2:
-            msg = (
-                f"class {names[number]} has {len(members)} training image: data.validation needs "
-                "two of each class, one to train on and one to evaluate on."
-            )
-            raise ValueError(msg)
         count = min(max(round(share * len(members)), 1), len(members) - 1)
         rng = np.random.default_rng((_VALIDATION_SEED, number))
         mask[rng.permutation(members)[:count]] = True

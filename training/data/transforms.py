@@ -1,13 +1,13 @@
 """From a decoded image to the input of the backbone: crops, flips, and scaling of pixels."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from training.data.config import DataConfig
+from training.data.config import DataConfig, Interpolation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +35,14 @@ class Transform:
     flip
         Whether it is mirrored with probability 0.5.
     mean, std
-        Mean subtracted from pixels in [0, 1], and divisor of the difference.
+        Mean subtracted from pixels in [0, 1], and divisor of the difference: one number, or one a
+        channel.
     """
 
     resized: Callable[[Tensor], Tensor]
     size: int
-    mean: float
-    std: float
+    mean: float | tuple[float, ...]
+    std: float | tuple[float, ...]
     pad: int = 0
     crop: bool = False
     flip: bool = False
@@ -70,7 +71,13 @@ class Transform:
         # A float image may leave [0, 1] in a bicubic resize; bytes are clipped there already.
         whole = cut.dtype == torch.uint8
         scaled = cut.to(torch.float32) / 255 if whole else cut.float().clamp(0, 1)
-        return scaled if (self.mean, self.std) == (0, 1) else scaled.sub_(self.mean).div_(self.std)
+        if (self.mean, self.std) == (0, 1):
+            return scaled
+        mean, std = (
+            scaled.new_tensor(value)[:, None, None] if isinstance(value, tuple) else value
+            for value in (self.mean, self.std)
+        )
+        return scaled.sub_(mean).div_(std)
 
     def _cut(self, images: Tensor, draws: Tensor) -> Tensor:
         mirrored = draws[:, 2, None].bool()
@@ -100,6 +107,8 @@ def _reflected(places: Tensor, side: int) -> Tensor:
 def train_transform(config: DataConfig) -> Transform:
     """Build the random crop and flip of training images, drawing from torch's global generator.
 
+    Without a crop, images get their size as in evaluation.
+
     Examples
     --------
     >>> import torch
@@ -107,20 +116,16 @@ def train_transform(config: DataConfig) -> Transform:
     >>> train_transform(config)(torch.zeros(1, 8, 8, dtype=torch.uint8)).shape
     torch.Size([1, 8, 8])
     """
-    size, crop = config.image_size, config.train_crop == "pad"
-    resized: nn.Module = nn.Identity()
-    if config.train_crop == "random_resized":
+    images = config.images
+    plain, padded = test_transform(config), images.train_crop == "pad"
+    resized = plain.resized
+    if images.train_crop == "random_resized":
         low, high = config.crop_scale
-        resized = v2.RandomResizedCrop(size, scale=(low, high), antialias=True)
-    return Transform(
-        resized=resized,
-        size=size,
-        pad=config.pad if crop else 0,
-        crop=crop,
-        flip=config.flip,
-        mean=config.mean,
-        std=config.std,
-    )
+        resized = v2.RandomResizedCrop(images.image_size, scale=(low, high), antialias=True)
+    elif padded:
+        resized = nn.Identity()
+    pad = config.pad if padded else 0
+    return replace(plain, resized=resized, pad=pad, crop=padded, flip=images.flip)
 
 
 def test_transform(config: DataConfig) -> Transform:
@@ -132,15 +137,27 @@ def test_transform(config: DataConfig) -> Transform:
     >>> test_transform(DataConfig(mean=0.5, std=0.5))(torch.zeros(1, 8, 8)).unique()
     tensor([-1.])
     """
-    steps: list[nn.Module] = []
+    images, steps = config.images, list[nn.Module]()
     if config.test_resize is not None:
-        bicubic = v2.InterpolationMode.BICUBIC
-        steps.append(v2.Resize(config.test_resize, interpolation=bicubic, antialias=True))
-    if config.test_crop == "center":
-        steps.append(v2.CenterCrop(config.image_size))
-    resized = nn.Sequential(*steps)
-    return Transform(resized=resized, size=config.image_size, mean=config.mean, std=config.std)
+        steps.append(
+            v2.Resize(
+                config.test_resize,
+                interpolation=tensor_filter(images.interpolation),
+                antialias=True,
+            )
+        )
+    if images.test_crop == "center":
+        steps.append(v2.CenterCrop(images.image_size))
+    return Transform(
+        resized=nn.Sequential(*steps), size=images.image_size, mean=images.mean, std=images.std
+    )
 
 
 # pytest would take a function of this name, imported into a test module, for a test.
 test_transform.__test__ = False  # type: ignore[attr-defined]
+
+
+def tensor_filter(interpolation: Interpolation) -> v2.InterpolationMode:
+    """The filter for tensors; bicubic for those that torchvision has only for Pillow images."""
+    named = {"nearest", "bilinear", "bicubic"}
+    return v2.InterpolationMode(interpolation if interpolation in named else "bicubic")
