@@ -136,23 +136,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output (head, say) has closed the pipe
         _drop_output()
         return _BROKEN_PIPE
-    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
-        if os.environ.get("LODA_DEBUG"):
+    except (ValueError, OSError, ArithmeticError, ImportError, MemoryError, RuntimeError) as error:
+        lacks_memory = _lacks_memory(error)
+        foreseen = ValueError, OSError, FloatingPointError, ModuleNotFoundError
+        if os.environ.get("LODA_DEBUG") or not (isinstance(error, foreseen) or lacks_memory):
             raise
-        _say(f"loda {command}: {' '.join(line.strip() for line in str(error).splitlines())}")
+        said = " ".join(line.strip() for line in str(error).splitlines())
+        _say(f"loda {command}: {_OUT_OF_MEMORY if lacks_memory else said}")
         try:
             sys.stdout.flush()
         except OSError:  # the output itself cannot be written, on a full disk say
             _drop_output()
-        return _USAGE_ERROR
-    except (MemoryError, RuntimeError) as error:
-        if os.environ.get("LODA_DEBUG") or not _lacks_memory(error):
-            raise
-        _say(
-            f"loda {command}: out of memory: lower train.batch_size, train.eval_batch_size or "
-            "data.workers, or set data.cache false; a run that has a checkpoint goes on with "
-            "loda train --resume RUN"
-        )
         return _USAGE_ERROR
     return status
 
@@ -197,11 +191,20 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+_OUT_OF_MEMORY = (
+    "out of memory: lower train.batch_size, train.eval_batch_size or data.workers, or set "
+    "data.cache false; a run that has a checkpoint goes on with loda train --resume RUN"
+)
+# In the words of the C library, C++, Python's threads and the GPU's libraries.
+_NO_MEMORY = ("allocate memory", "bad_alloc", "start new thread", "map segment", "ALLOC_FAILED")
+
+
 def _lacks_memory(error: BaseException) -> bool:
     """Whether Python, or torch on a CPU or GPU, has run out of memory."""
     # By name: torch need not be imported here. On a CPU it raises a plain RuntimeError.
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or "allocate memory" in str(error)
+    said = str(error)
+    return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or any(x in said for x in _NO_MEMORY)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -52,7 +52,7 @@ from training.components import (
 from training.data.config import DataConfig
 from training.methods.base import METHODS, MethodConfig, fact
 from training.run_dir import CONFIG
-from training.spelling import did_you_mean
+from training.spelling import did_you_mean, visible
 
 NEUTRAL = (
     "data.workers",
@@ -444,7 +444,7 @@ def load_experiment(
     except ValueError as error:
         if os.environ.get("LODA_DEBUG"):
             raise
-        argparse.ArgumentParser(prog=_PROGRAM).exit(2, f"{_PROGRAM}: {error}\n")
+        argparse.ArgumentParser(prog=_PROGRAM).exit(2, f"{_PROGRAM}: {visible(str(error))}\n")
 
 
 def experiment_of(*sources: Sequence[str] | Mapping[str, Any]) -> Experiment:

@@ -13,8 +13,8 @@ import platform
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
@@ -348,6 +348,7 @@ def prepare(
         else:
             folder.check_classes(classes)
             restore(run, checkpoints.newest())
+            folder.log("resumed", **{k: v for k, v in here.items() if k != "backbone"})
         if processes.writes and experiment.tracker is not None:
             start_tracker(accelerator, flat_settings(experiment), path)
         processes.require_same("checkpoint", state.record())
@@ -484,9 +485,11 @@ def run_to_end(run: Run, *, quiet: bool = False) -> Path:
             take_known_images(run, tasks)
             if run.processes.writes:
                 write_results(run)
-    except RuntimeError as error:
-        _raise_if_worker_died(error, run)
-        raise
+    except ChildProcessError as error:
+        if not experiment.checkpoint.keep:
+            raise
+        msg = f"{error}; resume with: {_resume_command(run)}"
+        raise ChildProcessError(msg) from error
     finally:
         run.accelerator.end_training()
         run.folder.close()
@@ -657,18 +660,6 @@ def _require_finite(run: Run, task: int) -> None:
         raise FloatingPointError(msg)
 
 
-def _raise_if_worker_died(error: RuntimeError, run: Run) -> None:
-    """Raise a clearer error if a data-loading worker was killed, usually for lack of memory."""
-    said = str(error)
-    if said.startswith("DataLoader worker"):  # torch has no exception class for this
-        again = f"; resume with: {_resume_command(run)}"
-        msg = (
-            f"a process that loads images has died ({' '.join(said.split())}): if memory ran out, "
-            f"lower data.workers{again if run.experiment.checkpoint.keep else ''}"
-        )
-        raise ChildProcessError(msg) from error
-
-
 # --- epochs and steps -----------------------------------------------------------------------------
 
 
@@ -748,7 +739,7 @@ def train_epochs(run: Run, task: int, position: OpenTask, progress: Progress) ->
         _training_mode(state.model)
         for _ in range(len(batches) - position.batch):
             clock = position.spent("train", clock)
-            images, labels = next(loading)
+            images, labels = _next_batch(run, loading)
             clock = position.spent("load", clock)
             targets = labels - first_class
             step_meter = Meter()
@@ -1034,6 +1025,17 @@ def save_in_task(run: Run, task: int, position: OpenTask, *, last: bool) -> None
     else:  # restart the interval, or every following step would check again
         run.checkpoints.restart_interval()
     _leave_if_asked(run, saved=saved)
+
+
+def _next_batch(run: Run, loading: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The next mini-batch; where it cannot be read, the run is saved as the last step left it."""
+    try:
+        return next(loading)
+    except (OSError, ValueError):
+        if fact(run.state.method, "saves_open_task") and run.state.open.is_finite():
+            with suppress(OSError):  # what has happened first is told
+                _save(run)
+        raise
 
 
 def _save(run: Run) -> None:
