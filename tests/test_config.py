@@ -474,6 +474,38 @@ def test_the_file_of_a_run_runs_no_code(tmp_path: Path) -> None:
     assert differing_settings(other, read_experiment(path)) == ["method.name"]
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--method=ncm", "--train.lr=0.1"],
+        ["--train.epochs=0", "--train.batch_size=8"],
+        ["--train.optimizer=adam", "--train.momentum=0.8"],
+        ["--method.gao=false", "--method.radius=0.1"],
+        ["--checkpoint.keep=0", "--checkpoint.steps=3"],
+    ],
+)
+def test_settings_without_effect_are_refused_where_they_are_given(
+    capsys: pytest.CaptureFixture[str], argv: list[str], tmp_path: Path
+) -> None:
+    said = refused(capsys, *argv)
+    assert argv[1].removeprefix("--").partition("=")[0] in said
+    assert "no effect" in said
+    # Those of a file stay: it may serve several methods.
+    setting, _, value = argv[1].removeprefix("--").partition("=")
+    section, _, key = setting.partition(".")
+    path = write(tmp_path, f"{section}: {{{key}: {value}}}")
+    load_experiment(["--config", path, argv[0]])
+
+
+def test_the_settings_of_a_run_serve_a_new_one(tmp_path: Path) -> None:
+    experiment = Experiment(seed=7, out=str(tmp_path))
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_experiment(experiment), "utf-8")
+    assert load_experiment(["--config", str(path)]) == experiment
+    (tmp_path / "manifest.json").touch()  # a run, whose folder is taken
+    assert load_experiment(["--config", str(path)]) == replace(experiment, out=None)
+
+
 # Files
 
 

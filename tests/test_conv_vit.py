@@ -1,11 +1,14 @@
 """The small vision transformer behind a convolutional stem."""
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 from training.backbones import conv_vit
 
@@ -57,3 +60,20 @@ def test_sizes_that_the_stem_does_not_make_are_refused(options: dict[str, Any]) 
 def test_there_is_nothing_to_download() -> None:
     with pytest.raises(ValueError, match="no weights to download"):
         conv_vit.loda_conv_vit(pretrained=True)
+
+
+def test_a_folder_in_the_form_of_timm_is_loaded(tmp_path: Path) -> None:
+    model = timm.create_model(conv_vit.NAME, **TINY).eval()
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    built = {name: value for name, value in TINY.items() if name != "num_classes"}
+    written = {
+        "architecture": conv_vit.NAME,
+        "num_classes": 0,
+        "model_args": built,
+        "pretrained_cfg": {"input_size": [3, 32, 32], "num_classes": 0},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again(images), model(images))

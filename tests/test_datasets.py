@@ -90,6 +90,138 @@ def test_a_wrong_tree_is_refused_at_the_start(
         build_stream(folder(tree), 0)
 
 
+# --- folders as people have them
+
+
+def photos(root: Path, counts: dict[str, int]) -> Path:
+    """Class folders with some images each, without a split."""
+    for number, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            image = Image.new("RGB", (12, 10), (20 * number, index, 7))
+            image.save(root / name / f"{index}.png")
+    return root
+
+
+def test_without_a_split_a_fifth_of_every_class_is_held_out(tmp_path: Path) -> None:
+    counts = {"ant": 10, "bee": 7, "cat": 3, "dog": 2}
+    root = photos(tmp_path / "photos", counts)
+    config = folder(root)
+    streams = [build_stream(config, seed) for seed in (0, 1)]
+    for stream in streams:
+        held = dict(zip(stream.class_names, stream.test.labels.bincount().tolist(), strict=True))
+        assert held == {"ant": 2, "bee": 1, "cat": 1, "dog": 1}
+        assert len(stream.train) + len(stream.test) == sum(counts.values())
+        assert any("held out" in note and "5 of 22" in note for note in stream.notes)
+    first, second = ({tuple(x[:, 0, 0].tolist()) for x, _ in s.test} for s in streams)
+    assert first == second
+    assert config.resolved(None).validation == 0.2
+    # Another share is a setting; a test split is evaluated on.
+    assert len(build_stream(folder(root, validation=0.5), 0).test) == 5 + 4 + 2 + 1
+    for name in counts:
+        (root / "train").mkdir(exist_ok=True)
+        (root / name).rename(root / "train" / name)
+    assert len(build_stream(config, 0).test) == 5
+    photos(root / "Validation", dict.fromkeys(counts, 2))
+    assert config.resolved(None).validation == 0
+    assert len(build_stream(config, 0).test) == 8
+
+
+def test_a_class_of_one_image_is_refused_where_some_are_held_out(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="bee, dog have one: add images"):
+        build_stream(folder(photos(tmp_path, {"ant": 2, "bee": 1, "cat": 4, "dog": 1})), 0)
+
+
+def test_what_is_left_out_is_said(tmp_path: Path) -> None:
+    root = photos(tmp_path / "photos", {"ant": 6, "bee": 6})
+    (root / "ant" / "text.txt").write_text("x")
+    (root / "Thumbs.db").write_text("x")
+    (root / "bee" / "0.png").write_bytes(b"x")
+    truncated = root / "bee" / "1.jpg"
+    noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(truncated)
+    truncated.write_bytes(truncated.read_bytes()[:-500])
+    for name in ("__MACOSX", "@eaDir", ".ipynb_checkpoints"):
+        (root / name / "ant").mkdir(parents=True)
+        (root / name / "ant" / "0.png").write_bytes(b"x")
+    stream = build_stream(folder(root), 0)
+    assert sorted(stream.class_names) == ["ant", "bee"]
+    assert len(stream.train) + len(stream.test) == 11
+    assert stream.left_out == ["bee/0.png", "bee/1.jpg"]
+    said = "\n".join(stream.notes)
+    assert "1 .db, 1 .txt" in said
+    assert "2 damaged images" in said
+    assert str(truncated) in said
+    # Results do not depend on it: without these files, the images are the same.
+    (root / "bee" / "0.png").unlink()
+    truncated.unlink()
+    assert build_stream(folder(root), 0).fingerprint() == stream.fingerprint()
+
+
+def test_kinds_of_images_without_a_reader_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.data.image_files._FORMATS", ["PNG"])
+    root = photos(tmp_path, {"ant": 3, "bee": 3})
+    for name in ("a.heic", "b.HEIC", "c.avif"):
+        (root / "ant" / name).write_bytes(b"x")
+    (root / "bee" / "d.heic").write_bytes(b"x")
+    said = "\n".join(build_stream(folder(root), 0).notes)
+    assert "3 .heic" in said
+    assert "pillow-heif" in said
+    assert "1 .avif" in said
+    for path in (root / "bee").glob("*.png"):
+        path.unlink()
+    with pytest.raises(ValueError, match="no images for bee; .heic: pip install pillow-heif"):
+        build_stream(folder(root), 0)
+
+
+def test_copies_in_both_parts_are_said(tree: Path) -> None:
+    shutil.copy(tree / "train" / "ant" / "0.png", tree / "test" / "ant" / "again.png")
+    notes = build_stream(folder(tree), 0).notes
+    assert any("again.png" in note and "copies" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (lambda r: photos(r / "photos", {"ant": 2, "bee": 2}), "give .*photos instead"),
+        (lambda r: [photos(r / x, {"ant": 2, "bee": 2}) for x in ("one", "two")], "two levels"),
+        (lambda r: Image.new("RGB", (8, 8)).save(r / "x.png"), "no class folders, but 1 images"),
+        (lambda r: photos(r, {"train": 2, "bee": 2}), "beside it: bee"),
+        (lambda r: photos(r, {"test": 2, "bee": 2}), "give its folder another name"),
+        (lambda r: photos(r, {"caf\u00e9": 2, "cafe\u0301": 2}), "Unicode"),
+        (lambda r: photos(r, {"ant": 2, os.fsdecode(b"caf\xe9"): 2}), r"caf\\\\xe9.*not UTF-8"),
+    ],
+)
+def test_folders_that_can_be_read_in_several_ways_are_refused_with_a_cure(
+    tmp_path: Path, build: Callable[[Path], object], said: str
+) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    build(root)
+    with pytest.raises(ValueError, match=said):
+        build_stream(folder(root), 0)
+
+
+def test_names_of_classes_meet_in_any_unicode_form(tmp_path: Path) -> None:
+    photos(tmp_path / "train", {"caf\u00e9": 3, "ant": 3})
+    photos(tmp_path / "test", {"cafe\u0301": 1, "ant": 1})
+    assert sorted(build_stream(folder(tmp_path), 0).class_names) == ["ant", "caf\u00e9"]
+
+
+def test_files_are_read_once(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[Path] = []
+    real = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path) or real(path))
+    stream = build_stream(folder(tree), 0)
+    before = stream.fingerprint(), stream.test_record()
+    assert len(reads) == len(set(reads)) == 35
+    (tree / "train").rename(tree / "elsewhere")  # all images are in memory
+    assert all(image.shape == (3, 8, 8) for image, _ in stream.train)
+    assert (stream.fingerprint(), stream.test_record()) == before
+
+
 # --- image folders under the names of LAMDA-PILOT
 
 

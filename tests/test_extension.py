@@ -299,6 +299,10 @@ def test_the_command(
     assert "increment" in capsys.readouterr().err
     assert cli.main(["extend", str(photos[1]), str(run)]) == 2
     assert "finished" in capsys.readouterr().err
+    before = contents(run)
+    assert cli.main([*command, "--out", str(run), "--overwrite"]) == 2
+    assert "another folder" in capsys.readouterr().err
+    assert contents(run) == before
     assert not out.exists()
     assert cli.main([*command, "--out", str(out), "--increment", "1", "--data.workers", "1"]) == 0
     said = capsys.readouterr()

@@ -1,7 +1,7 @@
 """Metrics against a brute-force walk over single predictions."""
 
 import json
-from math import nan
+from math import isnan, nan
 from types import SimpleNamespace
 from typing import Any
 
@@ -151,3 +151,39 @@ def test_the_meter_weighs_batches_by_their_images() -> None:
     meter.add(torch.tensor(5.0), 1)
     meter.count(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))
     assert meter.read() == {"loss": 2.0, "accuracy": 0.5}
+
+
+@given(streams(), st.data())
+def test_classes_without_images_count_in_no_mean(
+    stream: tuple[list[int], list[list[list[bool]]]], data: st.DataObject
+) -> None:
+    sizes, outcomes = stream
+    last = outcomes[-1]
+    gone = data.draw(st.sets(st.integers(0, len(last) - 1), max_size=len(last) - 1))
+    left = [[] if label in gone else hits for label, hits in enumerate(last)]
+    matrix = build(sizes, [*outcomes[:-1], left])
+    present = [hits for hits in left if hits]
+    assert matrix.last == pytest.approx(accuracy(present, macro=False))
+    assert matrix.macro_curve[-1] == pytest.approx(accuracy(present, macro=True))
+    starts = [sum(sizes[:j]) for j in range(len(sizes))]
+    parts = [left[a : a + size] for a, size in zip(starts, sizes, strict=True)]
+    empty = [not any(part) for part in parts]
+    assert [isnan(x) for x in matrix.matrix[-1]] == empty
+    whole = build(sizes, outcomes)
+    measured = [j for j in range(len(sizes) - 1) if not empty[j]]
+    assert [isnan(x) for x in matrix.forgetting_by_task] == empty[:-1]
+    if measured and not gone:
+        assert matrix.forgetting == whole.forgetting
+    summary = matrix.summary()
+    assert [x is None for x in summary["matrix"][-1]] == empty
+    json.dumps(summary, allow_nan=False)
+    assert AccuracyMatrix.from_dict(json.loads(json.dumps(matrix.to_dict()))) == matrix
+
+
+def test_the_last_row_can_be_measured_again() -> None:
+    matrix = AccuracyMatrix((1, 1), ((9,), (6, 4)), ((10,), (10, 5)))
+    assert matrix.updated((7, 5), (12, 6)).to_dict() == {
+        "sizes": [1, 1],
+        "correct": [[9], [7, 5]],
+        "total": [[10], [12, 6]],
+    }

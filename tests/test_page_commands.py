@@ -36,9 +36,14 @@ FILES = {
 FOLDERS = ("PHOTOS", "NEW_PHOTOS", "IMAGES", "DATA", "SHARED")
 
 
+def fences(text: str) -> list[tuple[str, str]]:
+    """Language and text of all fenced blocks."""
+    return re.findall(r"(?ms)^```(\S*)\n(.*?)^```", text)
+
+
 def blocks(page: Path) -> list[tuple[str, str]]:
     """Language and text of the blocks of a page that are run, in their order."""
-    found = re.findall(r"(?m)^```(\w*)\n(.*?)^```", page.read_text("utf-8"), re.DOTALL)
+    found = fences(page.read_text("utf-8"))
     return [(kind, text) for kind, text in found if kind in ("", "python") and ">>>" not in text]
 
 
@@ -70,7 +75,7 @@ def every_command() -> list[tuple[str, str]]:
         if page.name in OTHERS or "generated" in page.parts:
             continue
         text = page.read_text("utf-8").replace("\\\n", " ")
-        fenced = re.findall(r"(?m)^```\n(.*?)^```", text, re.DOTALL)
+        fenced = [block for kind, block in fences(text) if not kind]
         indented = re.findall(r"(?m)^    .*$", re.sub(r"(?ms)^```.*?^```", "", text))
         lines = "\n".join([*fenced, *indented]).splitlines()
         called = [x for x in lines if re.match(r"\s*(\.venv/bin/)?loda [a-z]", x)]

@@ -111,6 +111,84 @@ def test_finished_classes_are_never_refreshed() -> None:
         statistics.collect(x[:1], torch.tensor([0]))
 
 
+@given(
+    cut=st.integers(0, 59),
+    offset=st.sampled_from([0.0, 1e3]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_new_images_of_finished_classes_count_as_if_they_had_come_at_once(
+    cut: int, offset: float, dtype: torch.dtype
+) -> None:
+    x = torch.randn(60, 5, generator=seeded(), dtype=torch.float64) + offset
+    y = torch.arange(60) % 3
+    order = torch.cat([torch.arange(3), 3 + torch.randperm(57, generator=seeded(cut))])
+    first, later = order[: max(cut, 3)], order[max(cut, 3) :]  # every class has a first image
+    statistics = ClassStatistics(dtype=dtype)
+    statistics.add_task(x[first], y[first])
+    statistics.update(x[later], y[later])
+    wide = dtype == torch.float64
+    for label in range(3):
+        rows = x[y == label]
+        assert int(statistics.count[label]) == len(rows)
+        for measured, expected in (
+            (statistics.mean[label], rows.mean(0)),
+            (statistics.covariance[label], torch.cov(rows.T)),
+        ):
+            # A mean stored in float32 has the rounding of the offset, which moves the covariance.
+            rtol, atol = (1e-9, 1e-9) if wide else (1e-3, 1e-6 * max(offset, 1))
+            torch.testing.assert_close(measured.double(), expected, rtol=rtol, atol=atol)
+    assert statistics.mean.dtype == dtype
+
+
+def test_new_images_enter_the_sums_of_the_ridge() -> None:
+    x, y = made_up()
+    y = y.sort().values  # any classes will do
+    keep = torch.arange(len(y)) % 3 != 0
+    updated, at_once = (RidgeStatistics(x.shape[1], features=50, seed=3) for _ in range(2))
+    updated.add_task(x[keep], y[keep])
+    updated.update(x[~keep], y[~keep])
+    at_once.add_task(x, y)
+    at_once.strength = updated.strength
+    torch.testing.assert_close(
+        Ridge().fit(updated).weight, Ridge().fit(at_once).weight, rtol=1e-8, atol=1e-10
+    )
+
+
+def test_an_update_is_of_finished_classes_between_tasks() -> None:
+    x, y = made_up()
+    readouts = Readouts([NearestMean(), Ridge(features=20)], dim=x.shape[1])
+    readouts.add_task(*by_task(x, y)[0])
+    before = {name: s.state_dict() for name, s in readouts.statistics.items()}
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        readouts.update(x[:2], torch.tensor([0, 2]))
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        readouts.update(x[:2], torch.tensor([0, -1]))
+    readouts.update(x[:0], y[:0])  # no image changes nothing
+    after = {name: s.state_dict() for name, s in readouts.statistics.items()}
+    for name, state in before.items():
+        assert all(torch.equal(after[name][key], tensor) for key, tensor in state.items())
+    statistics = ClassStatistics()
+    statistics.add_task(*by_task(x, y)[0])
+    statistics.collect(x[:1], torch.tensor([2]))
+    with pytest.raises(ValueError, match="end_task"):
+        statistics.update(x[:1], torch.tensor([0]))
+
+
+def test_statistics_of_ones_own_may_refuse_new_images() -> None:
+    class Counts(TaskStatistics):
+        def gather(self, features: Tensor, labels: Tensor) -> None: ...
+        def finish(self, first: int, end: int) -> None: ...
+        def tensors(self) -> dict[str, Tensor]:
+            return {}
+
+        def load(self, tensors: Any, classes: int) -> None: ...
+
+    counts = Counts()
+    counts.add_task(torch.ones(2, 3), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="Counts"):
+        counts.update(torch.ones(1, 3), torch.tensor([0]))
+
+
 @pytest.mark.parametrize("kind", ["class", "ridge"])
 def test_bad_features_are_refused(kind: str) -> None:
     statistics = ClassStatistics() if kind == "class" else RidgeStatistics(3, features=8)

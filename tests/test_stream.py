@@ -229,3 +229,171 @@ def test_options_of_ones_own_data_set_are_checked_as_any() -> None:
         own(count=0)
     with pytest.raises(ValueError, match=r"data\.root"):
         own(root="x")
+
+
+# --- a declared order, and extensions
+
+
+def test_classes_may_be_declared_in_the_order_of_learning(tmp_path: Path) -> None:
+    tree = grow(tmp_path, {"train": 3, "test": 2})
+    order = [CLASSES[3], CLASSES[0], CLASSES[4]]
+    for seed in (0, 1):
+        stream = build_stream(folder(tree, class_order=order, task_sizes=[1, 2]), seed)
+        assert (stream.class_names, stream.tasks) == (order, [(0,), (1, 2)])
+        assert stream.order == [3, 0, 4]
+        assert stream.train.labels.bincount().tolist() == [3, 3, 3]
+    with pytest.raises(ValueError, match="fox"):
+        build_stream(folder(tree, class_order=["fox"]), 0)
+
+
+def extended(tmp_path: Path) -> DataConfig:
+    """Ant and bee; then cat and new images of bee; then new images of ant and cat; then dog."""
+    roots = [tmp_path / str(number) for number in range(4)]
+    held = [["ant", "bee"], ["bee", "cat"], ["ant", "cat"], ["dog"]]
+    for number, (root, classes) in enumerate(zip(roots, held, strict=True)):
+        grow(root, {"train": 2 + number, "test": 1 + number}, classes)
+    return folder(
+        roots[0],
+        class_order=["bee", "ant", "cat", "dog"],
+        task_sizes=[1, 1, 1, 1],
+        extensions=[str(root) for root in roots[1:]],
+        extension_tasks=[1, 0, 1],
+    )
+
+
+def test_extensions_bring_tasks_and_images_of_known_classes(tmp_path: Path) -> None:
+    stream = build_stream(extended(tmp_path), 0)
+    assert stream.tasks == [(0,), (1,), (2,), (3,)]
+    assert stream.train.labels.bincount().tolist() == [2, 2, 3, 5]
+    assert [x.first_task for x in stream.extensions] == [2, 3, 3]
+    counts = [x.known.labels.bincount(minlength=4).tolist() for x in stream.extensions]
+    assert counts == [[3, 0, 0, 0], [0, 4, 4, 0], [0, 0, 0, 0]]
+    # What is evaluated after so many tasks and extensions.
+    evaluated = {
+        (1, 0): [1, 0, 0, 0],
+        (2, 0): [1, 1, 0, 0],
+        (2, 1): [3, 1, 0, 0],
+        (3, 1): [3, 1, 2, 0],
+        (3, 2): [3, 4, 5, 0],
+        (4, 3): [3, 4, 5, 4],
+    }
+    for (tasks, extensions), expected in evaluated.items():
+        images = stream.evaluated(tasks, extensions)
+        assert images.labels.bincount(minlength=4).tolist() == expected
+    for image, label in [*stream.train, *stream.test]:
+        red = int(image[0, 0, 0])  # each class has its own colour, see image_folders
+        assert stream.class_names[label] == CLASSES[(red - 10) // 40]
+
+
+def test_the_fingerprint_covers_the_extensions(tmp_path: Path) -> None:
+    config = extended(tmp_path)
+    before = build_stream(config, 0).fingerprint()
+    assert build_stream(config, 1).fingerprint() == before  # no seed matters
+    repaint(tmp_path / "2" / "train" / "ant" / "0.png", 1)
+    assert build_stream(config, 0).fingerprint() != before
+
+
+def test_images_of_an_extended_stream_may_be_gone(tmp_path: Path) -> None:
+    config = extended(tmp_path)
+    for gone, counts, first in (("0", [0, 0, 3, 5], 0), ("1", [2, 2, 0, 5], 2)):
+        (tmp_path / gone).rename(tmp_path / "away")
+        with pytest.raises(FileNotFoundError, match=f"{tmp_path.name}/{gone}"):
+            build_stream(config, 0)
+        stream = build_stream(config, 0, partial=True)
+        assert stream.train.labels.bincount().tolist() == counts
+        assert (len(stream.missing), stream.base) == (1, first)
+        assert stream.tasks == [(0,), (1,), (2,), (3,)]
+        (tmp_path / "away").rename(tmp_path / gone)
+
+
+def test_floats_and_files_make_one_type(tmp_path: Path) -> None:
+    grow(tmp_path, {"train": 2, "test": 2}, ["ant"])
+    names = [str(number) for number in range(10)]
+    config = DataConfig(
+        class_order=[*names, "ant"],
+        task_sizes=[10, 1],
+        extensions=[str(tmp_path)],
+        extension_tasks=[1],
+    )
+    stream = build_stream(config, 0)
+    alone = build_stream(DataConfig(shuffle=False), 0)
+    for mixed, digits in ((stream.train, alone.train), (stream.test, alone.test)):
+        assert len(mixed) == len(digits) + 2
+        assert torch.equal(mixed[0][0], digits[0][0])
+        image, label = mixed[len(mixed) - 1]
+        assert (image.dtype, tuple(image.shape), label) == (torch.float32, (1, 8, 8), 10)
+        assert 0 <= float(image.min()) <= float(image.max()) <= 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"class_order": []}, "class_order"),
+        ({"class_order": ["ant", "ant"]}, "class_order"),
+        ({"extensions": ["x"]}, "extension_tasks"),
+        ({"extensions": ["x"], "extension_tasks": [-1]}, "extension_tasks"),
+        ({"extensions": ["x"], "extension_tasks": [1], "task_sizes": [2]}, "extension_tasks"),
+        ({"extensions": ["x"], "extension_tasks": [1], "task_sizes": [2, 1]}, "class_order"),
+        (
+            {
+                "extensions": ["x"],
+                "extension_tasks": [1],
+                "task_sizes": [1, 1],
+                "class_order": ["a", "b"],
+                "tasks": 1,
+            },
+            "data.tasks",
+        ),
+    ],
+)
+def test_extensions_need_a_declared_order(settings: dict[str, object], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        DataConfig(**settings)  # type: ignore[arg-type]
+
+
+def flat(root: Path, classes: list[str], count: int) -> Path:
+    """Class folders without a split."""
+    grow(root / "split", {"train": count}, classes)
+    for name in classes:
+        (root / "split" / "train" / name).rename(root / name)
+    (root / "split" / "train").rmdir()
+    (root / "split").rmdir()
+    return root
+
+
+def test_a_class_that_is_added_moves_no_image_from_one_split_to_the_other(tmp_path: Path) -> None:
+    def evaluated() -> list[str]:
+        stream = build_stream(folder(root, class_order=["bee", "dog"], task_sizes=[1, 1]), 0)
+        files = stream.test.images.files()
+        return [str(files[index]) for index in stream.test.indices]
+
+    root = flat(tmp_path, ["bee", "dog"], 10)
+    before = evaluated()
+    assert len(before) == 4
+    flat(root, ["ant", "cat"], 10)
+    assert evaluated() == before
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_an_extension_is_evaluated_on_its_own_test_split_or_on_a_fifth(
+    tmp_path: Path, split: bool
+) -> None:
+    base = flat(tmp_path / "base", ["ant"], 10)
+    added = tmp_path / "added"
+    if split:
+        grow(added, {"train": 10, "test": 4}, ["bee"])
+    else:
+        flat(added, ["bee"], 10)
+        flat(added, ["ant"], 1)  # one new image of a known class is no reason to refuse
+    config = folder(
+        base,
+        class_order=["ant", "bee"],
+        task_sizes=[1, 1],
+        extensions=[str(added)],
+        extension_tasks=[1],
+    )
+    for chosen in (config, replace(config, validation=config.held_out)):  # as set, as recorded
+        stream = build_stream(chosen, 0)
+        assert stream.test.labels.bincount().tolist() == [2, 4 if split else 2]
+        assert stream.train.labels.bincount().tolist() == [8, 10 if split else 8]
+        assert len(stream.extensions[0].known) == int(not split)

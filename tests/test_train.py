@@ -620,11 +620,7 @@ def test_divergence_is_an_error_that_says_where(
     own = {"lr": 1e30, "epochs": epochs, "momentum": 0.99, "weight_decay": 1e10}
     with pytest.raises(FloatingPointError, match=r"task 1, epoch 1 .*train\.lr"):
         train(tiny(root, tmp_path / "run", method={"name": method}, train=own), quiet=True)
-    left = {p.name for p in (tmp_path / "run").iterdir()}
-    begun = {"config.yaml", "classes.json", "environment.json", "manifest.json", "metrics.jsonl"}
-    assert left <= begun | {"checkpoints"}
-    newest = newest_checkpoint(tmp_path / "run")
-    assert all(bool(tensor.isfinite().all()) for tensor in newest.tensors.values())
+    assert not (tmp_path / "run").exists()  # nothing was learned: the next try is not blocked
 
 
 @pytest.mark.parametrize("gao", [True, False])
@@ -640,8 +636,6 @@ def test_a_run_that_diverges_does_not_finish_the_epoch(
     run.on_step = at_step(7, lambda: pytest.fail("it trains on"))
     with pytest.raises(FloatingPointError, match=r"task 1, epoch 1 .*train\.lr"):
         run_to_end(run, quiet=True)
-    newest = newest_checkpoint(tmp_path / "run")
-    assert all(bool(tensor.isfinite().all()) for tensor in newest.tensors.values())
 
 
 def test_weights_broken_by_the_very_last_step_are_found(tmp_path: Path, root: Path) -> None:

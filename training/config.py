@@ -51,7 +51,7 @@ from training.components import (
 )
 from training.data.config import DataConfig
 from training.methods.base import METHODS, MethodConfig, fact
-from training.run_dir import CONFIG
+from training.run_dir import CONFIG, MANIFEST
 from training.spelling import did_you_mean, visible
 
 NEUTRAL = (
@@ -354,17 +354,25 @@ def effective(experiment: Experiment) -> Experiment:
 
 
 def resolved(experiment: Experiment) -> Experiment:
-    """The experiment with the values of what is left to the backbone: how images are prepared.
+    """The experiment with the values of what is left to the backbone.
+
+    These are how images are prepared and, unless ``method.target`` is set, which layers are
+    adapted.
 
     Examples
     --------
     >>> resolved(Experiment()).data.image_size
     8
     """
+    from backends.torch.settings import TIMM_QKV
     from training.backbones import preprocessing_of
 
     wanted = preprocessing_of(experiment.backbone)
-    return replace(experiment, data=experiment.data.resolved(wanted))
+    method, backbone = experiment.method, experiment.backbone
+    target = getattr(backbone.kind, "default_target", None) if backbone.is_known else None
+    if target is not None and method.is_known and method.options.get("target") == TIMM_QKV:
+        method = replace(method, options={**method.options, "target": target})
+    return replace(experiment, data=experiment.data.resolved(wanted), method=method)
 
 
 def foreign_classes(experiment: Experiment) -> list[str]:
@@ -412,6 +420,51 @@ def keeps_nothing(experiment: Experiment) -> list[str]:
     ]
 
 
+def refuse_idle(experiment: Experiment, given: Collection[str]) -> None:
+    """Refuse settings that were given but have no effect together with the others.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        All settings.
+    given : collection of str
+        Dotted names of those that the user gave on the command line.
+
+    Raises
+    ------
+    ValueError
+        Names the setting and says why it has no effect.
+
+    Examples
+    --------
+    >>> refuse_idle(Experiment(train=TrainConfig(optimizer="adam")), ["train.momentum"])
+    Traceback (most recent call last):
+    ...
+    ValueError: train.momentum has no effect: train.optimizer is adam; leave it out
+    """
+    method, train = experiment.method, experiment.train
+    own = _own_readout(method.name) if method.is_known else None
+    trains = [f"train.{name}" for name in _declared(TrainConfig) if name != "eval_batch_size"]
+    rules = [
+        (own is not None, trains, f"{method.name} trains nothing"),
+        (train.epochs == 0, [x for x in trains if x != "train.epochs"], "train.epochs is 0"),
+        (train.optimizer == "adam", ["train.momentum"], "train.optimizer is adam"),
+        (method.options.get("gao") is False, ["method.radius"], "method.gao is false"),
+        (
+            experiment.checkpoint.keep == 0,
+            ["checkpoint.steps", "checkpoint.minutes"],
+            "checkpoint.keep is 0, so no checkpoint is written",
+        ),
+    ]
+    for holds, idle, why in rules:
+        names = [name for name in idle if name in given]
+        if holds and names:
+            verb = "has" if len(names) == 1 else "have"
+            it = "it" if len(names) == 1 else "them"
+            msg = f"{', '.join(names)} {verb} no effect: {why}; leave {it} out"
+            raise ValueError(msg)
+
+
 # Reading
 
 
@@ -438,7 +491,9 @@ def load_experiment(
     try:
         sources = _sources(argv)
         if recorded is None:
-            return _experiment([*_default_sources(sources), *sources])
+            experiment = _experiment([*_default_sources(sources), *sources])
+            refuse_idle(experiment, _keys(sources[-1]))
+            return experiment
         named = _named(_choose(_DEFAULT, sources[-1]))
         return _experiment([*_file_sources(recorded), *sources], {*allow, *named.values()})
     except ValueError as error:
@@ -582,12 +637,26 @@ def _sources(given: Sequence[str] | Mapping[str, Any]) -> list[_Source]:
     for argument in arguments:
         option, equals, value = argument.partition("=")
         if option == "--config":
-            configs += _file_sources(resolve_config(value if equals else next(arguments, "")))
+            path = resolve_config(value if equals else next(arguments, ""))
+            configs += _without_folder(_file_sources(path), path)
         elif option.removeprefix("--") in _COMPONENTS and option.startswith("--"):
             rest.append(f"{option}.name{equals}{value}")  # --SECTION: short for its name
         else:
             rest.append(argument)
     return [*configs, rest]
+
+
+def _without_folder(sources: list[_Source], path: Path) -> list[_Source]:
+    """The sources of a file; if it is that of a run, without the folder of the run.
+
+    So the settings of a run can be used for a new one.
+    """
+    if path.name != CONFIG or not (path.parent / MANIFEST).is_file():
+        return sources
+    for source in sources:
+        if isinstance(source, _FileSettings) and source.path == path:
+            source.pop("out", None)
+    return sources
 
 
 def _with_lists(argv: Sequence[str]) -> list[str]:
@@ -1075,6 +1144,8 @@ def run_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
             parser.error(
                 f"PHOTOS must be a folder of images, got {folder}; did you mean --config {folder}?"
             )
+        if (Path(folder) / CONFIG).is_file():
+            parser.error(f"{folder} is a run, not a folder of images; did you mean --resume?")
         if not Path(folder).expanduser().is_dir():
             parser.error(f"PHOTOS must be a folder of images; there is no folder {folder}")
         if "data.root" in _keys(settings):

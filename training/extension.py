@@ -153,7 +153,11 @@ def extended_experiment(
             )
             raise ValueError(msg)
         data = _with_photos(experiment.data, run, photos, increment)
-    return replace(experiment, data=data, out=str(_beside(run) if out is None else out))
+    folder = _beside(run) if out is None else Path(out).expanduser()
+    if folder.resolve() == run.resolve():
+        msg = f"out must be another folder than {run}, which is only read: leave --out out"
+        raise ValueError(msg)
+    return replace(experiment, data=data, out=str(folder))
 
 
 def _beside(run: Path) -> Path:

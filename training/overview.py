@@ -62,7 +62,9 @@ def beginning(
     order = f"in random order (seed {_order_seed(experiment)})" if data.shuffle else "in order"
     if data.class_order is not None:
         order = "in the order of data.class_order"
-    schedule = f"{train.epochs} epochs a task, {train.optimizer}, learning rate {train.lr}"
+    schedule = (
+        f"{_count(train.epochs, 'epoch')} a task, {train.optimizer}, learning rate {train.lr}"
+    )
     trains = f"{schedule}, batches of {train.batch_size}" if train.epochs else "nothing is trained"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     threads = "" if device.type != "cpu" else f", {_count(torch.get_num_threads(), 'thread')}"
@@ -86,10 +88,16 @@ def beginning(
     if extends is not None:
         lines["extends"] = f"{extends['run']}, after {_count(extends['tasks'], 'task')}"
         texts += extends["notes"]
+    pretrained = experiment.backbone.options.get("pretrained", True)
+    wanted = preprocessing_of(experiment.backbone)
+    if pretrained and wanted is None:
+        texts.append(
+            f"nothing says how {backbone.name} was trained to see images: mean {data.mean} and std "
+            f"{data.std} are used; data.mean and data.std set others"
+        )
+    warnings = data.unlike(wanted) if pretrained else []
     shown = [named(name, text) for name, text in lines.items()]
     notes = [named("note", note) for note in texts]
-    pretrained = experiment.backbone.options.get("pretrained", True)
-    warnings = data.unlike(preprocessing_of(experiment.backbone)) if pretrained else []
     return [
         *shown,
         *notes,

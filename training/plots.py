@@ -432,9 +432,12 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
             whiskers += 1
             end = max(curve.x) + 0.012 * width * whiskers
             axes.vlines(end, curve.low[-1], curve.high[-1], color=colour, lw=1.4)
-    for logarithmic, axis in ((panel.log_x, axes.xaxis), (panel.log, axes.yaxis)):
-        if logarithmic:
-            _decades(axis)
+    if panel.log_x:
+        axes.set_xscale("log")
+        _show_numbers(axes.xaxis)
+    if panel.log:
+        axes.set_yscale("log")
+        _show_numbers(axes.yaxis)
     if panel.reference is not None:
         axes.axhline(panel.reference, color="#555555", lw=0.8, zorder=0)
     if panel.ends:
@@ -447,11 +450,10 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
     _open_frame(axes, grid="y")
 
 
-def _decades(axis: "Axis") -> None:
-    """A logarithmic axis with plain numbers beside its ticks."""
+def _show_numbers(axis: "Axis") -> None:
+    """Plain numbers beside the ticks of a logarithmic axis."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())

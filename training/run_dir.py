@@ -610,6 +610,16 @@ class RunFolder:
         if self.writes:
             self._lock.release()
 
+    def discard(self) -> None:
+        """Remove a run that learned nothing, and its folder, so that it does not block the next."""
+        if self.writes:
+            _remove_results(self.path)
+            for name in _FILES:
+                (self.path / name).unlink(missing_ok=True)
+            self.close()
+            with suppress(OSError):  # files of others are in it
+                self.path.rmdir()
+
     def begin(
         self, config: str, classes: Mapping[str, Any], environment: Mapping[str, Any]
     ) -> None:

@@ -353,6 +353,8 @@ def prepare(
             start_tracker(accelerator, flat_settings(experiment), path)
         processes.require_same("checkpoint", state.record())
     except BaseException:
+        if resume_from is None:
+            folder.discard()
         folder.close()
         raise
     return run
@@ -478,18 +480,22 @@ def run_to_end(run: Run, *, quiet: bool = False) -> Path:
             if not run.resumed:  # so that the first task can be resumed
                 save_between_tasks(run)
             for task in range(state.tasks, tasks):
-                take_known_images(run, task)
+                take_known_images(run, task, progress)
                 learn_task(run, task, progress)
                 if task + 1 < tasks:  # after the last task the results are written instead
                     save_between_tasks(run)
-            take_known_images(run, tasks)
+            take_known_images(run, tasks, progress)
             if run.processes.writes:
                 write_results(run)
-    except ChildProcessError as error:
-        if not experiment.checkpoint.keep:
-            raise
-        msg = f"{error}; resume with: {_resume_command(run)}"
-        raise ChildProcessError(msg) from error
+    except Exception as error:
+        # A first task that could not begin, or diverged, leaves nothing to resume.
+        begun = state.tasks or (state.open and not isinstance(error, FloatingPointError))
+        if not (run.resumed or begun):
+            run.folder.discard()
+        elif isinstance(error, ChildProcessError) and experiment.checkpoint.keep:
+            msg = f"{error}; resume with: {_resume_command(run)}"
+            raise ChildProcessError(msg) from error
+        raise
     finally:
         run.accelerator.end_training()
         run.folder.close()
@@ -842,7 +848,7 @@ def _raise_diverged(task: int, position: OpenTask) -> NoReturn:
 # --- evaluate -------------------------------------------------------------------------------------
 
 
-def take_known_images(run: Run, tasks: int) -> None:
+def take_known_images(run: Run, tasks: int, progress: Progress) -> None:
     """Begin the extensions of the stream that are due after so many tasks.
 
     Their images of classes that are known already update the statistics of these classes, through
@@ -873,6 +879,10 @@ def take_known_images(run: Run, tasks: int) -> None:
             images=len(extension.known),
             accuracy=accuracy,
             seconds={"readouts": seconds},
+        )
+        progress.say(
+            f"{len(extension.known)} new images of known classes: accuracy over all classes so far "
+            f"{100 * accuracy[state.readouts.primary]:.2f} % ({seconds:.1f} s)"
         )
         if tasks < len(run.stream.tasks):  # otherwise the results are written next
             save_between_tasks(run)

@@ -6,7 +6,7 @@ the networks.
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from training.components import Component, Registry, at_least
 
@@ -77,6 +77,9 @@ class HuggingFace:
         Side of the images in pixels, if not the model's own: its position embeddings are
         interpolated.
     """
+
+    default_target: ClassVar[str] = "*att*.[qkv]_proj"
+    """Layers that are adapted if ``method.target`` is left as it is: queries, keys and values."""
 
     name: str
     pretrained: bool = True

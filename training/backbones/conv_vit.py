@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.models import register_model
+from timm.models import load_pretrained, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -107,7 +107,7 @@ def loda_conv_vit(
     Parameters
     ----------
     pretrained
-        Must be false: the weights come from a file.
+        Load the weights of a folder, ``local-dir:FOLDER``; there are none to download.
     widths
         Channels of the stem at a half and at a quarter of the image's side.
     folded
@@ -115,11 +115,18 @@ def loda_conv_vit(
     options
         Those of timm's VisionTransformer.
     """
-    if pretrained:
+    # timm passes these to find weights, which there are in a folder (local-dir:) only.
+    place = options.pop("pretrained_cfg", None)
+    for name in ("pretrained_cfg_overlay", "pretrained_model_args", "cache_dir"):
+        options.pop(name, None)
+    if pretrained and not place:
         msg = f"{NAME} has no weights to download: load them from a file."
         raise ValueError(msg)
-    for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
-        options.pop(name, None)  # timm passes these for its own weight files
     sizes = {"img_size": 32, "patch_size": STRIDE, "embed_dim": 192, "depth": 6, "num_heads": 6}
     stem = partial(ConvStem, widths=widths, folded=folded)
-    return VisionTransformer(**{**sizes, **options}, embed_layer=stem)
+    if place:
+        options.setdefault("num_classes", place["num_classes"])
+    model = VisionTransformer(**{**sizes, **options}, embed_layer=stem)
+    if pretrained:
+        load_pretrained(model, place, num_classes=model.num_classes)
+    return model

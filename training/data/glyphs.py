@@ -428,13 +428,13 @@ class Drawings(Sequence[Any]):
     """
 
     def __init__(self, numbers: Sequence[int], split: str, count: int) -> None:
-        self.numbers, self.split, self.count = numbers, split, count
+        self.numbers, self.split, self.each = numbers, split, count
 
     def __len__(self) -> int:
-        return len(self.numbers) * self.count
+        return len(self.numbers) * self.each
 
     def __getitem__(self, index: Any) -> Any:
         import torch
 
-        row, position = divmod(index, self.count)
-        return torch.from_numpy(instances(self.numbers[row], self.split, self.count)[position])
+        row, position = divmod(index, self.each)
+        return torch.from_numpy(instances(self.numbers[row], self.split, self.each)[position])

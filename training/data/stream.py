@@ -241,7 +241,7 @@ def _extended(config: DataConfig, *, partial: bool) -> Stream:
         # Classes of later tasks may lie in the folder by now; they count where they were learned.
         labels = {name: label for label, name in enumerate(names[: tasks[end - 1][-1] + 1])}
         try:
-            own = _source_parts(config, number, labels, report)
+            own = _source_parts(config, number, labels, learned, report)
         except FileNotFoundError as error:
             if not partial:
                 raise
@@ -287,19 +287,37 @@ def _without(part: ImageSet, others: Sequence[ImageSet]) -> ImageSet:
 
 
 def _source_parts(
-    config: DataConfig, number: int, labels: Mapping[str, int], report: "_Report"
+    config: DataConfig, number: int, labels: Mapping[str, int], learned: int, report: "_Report"
 ) -> tuple[ImageSet, ImageSet]:
-    """Training and evaluation images of the data set (0) or of an extension, counted from 1."""
-    share = config.held_out
+    """Training and evaluation images of the data set (0) or of an extension, counted from 1.
+
+    Labels below ``learned`` are of classes that were known before.
+    """
     if number == 0:
-        data, place = config.build(), _place(config)
+        data, place, share = config.build(), _place(config), config.held_out
     else:
         root = config.extensions[number - 1]
         data, place = DATA_SETS.build("folder", {"root": root}), f"the extension {root}"
-        if not has_test(data):  # whether or not the data set itself has one
-            share = share or HELD_OUT
+        share = _extension_share(config, data)
     train = _checked(data.load("train"), place, "training")
-    return _parts(data, train, labels, config, place, share, report)
+    told = len(report.notes)
+    parts = _parts(data, train, labels, config, place, share, report, learned=learned)
+    if number:
+        report.notes[told:] = [f"{place}: {note}" for note in report.notes[told:]]
+    return parts
+
+
+def _extension_share(config: DataConfig, extension: Any) -> float:
+    """Share of the training images of an extension that is evaluated on."""
+    share = 0.0 if config.validation == "auto" else config.validation
+    if not has_test(extension):  # whether or not the data set itself has one
+        return share or HELD_OUT
+    # A data set without a test split had no choice but to hold images out.
+    try:
+        had_none = not has_test(config.build())
+    except FileNotFoundError:
+        had_none = share == HELD_OUT
+    return 0.0 if had_none else share
 
 
 @dataclass
@@ -318,10 +336,13 @@ def _parts(
     place: str,
     share: float,
     report: _Report,
+    *,
+    learned: int = 0,
 ) -> tuple[ImageSet, ImageSet]:
     """Training and evaluation images of the classes that have a label.
 
-    ``data`` is the instance that gave the training split: the second may depend on the first.
+    ``data`` is the instance that gave the training split: the second may depend on the first. Of a
+    class with a label below ``learned`` one image is enough: it is not evaluated on.
     """
     names = list(train.classes)
     without = sorted(set(range(len(names))) - set(np.asarray(train.targets).tolist()))
@@ -334,8 +355,14 @@ def _parts(
         evaluated, also = _readable(_labelled(test, labels, config), data, place)
         parts, unread = (images, evaluated), [*unread, *also]
     else:
-        numbers = {labels[name]: number for number, name in enumerate(names) if name in labels}
-        held_out = torch.from_numpy(_held_out(images.labels.numpy(), numbers, share, names))
+        counts = images.labels.bincount(minlength=learned)
+        classes = {
+            # By name in a folder of photos: a class that is added to it changes no other.
+            labels[name]: (name, number if has_test(data) else int.from_bytes(name.encode()))
+            for number, name in enumerate(names)
+            if name in labels and (labels[name] >= learned or counts[labels[name]] > 1)
+        }
+        held_out = torch.from_numpy(_held_out(images.labels.numpy(), classes, share))
         parts = images.chosen(~held_out), images.chosen(held_out)
     report.notes += getattr(data, "notes", [])
     if unread:
@@ -546,12 +573,12 @@ def _place(config: DataConfig) -> str:
 
 
 def _held_out(
-    labels: NDArray[np.int64], numbers: Mapping[int, int], share: float, names: Sequence[str]
+    labels: NDArray[np.int64], classes: Mapping[int, tuple[str, int]], share: float
 ) -> NDArray[np.bool_]:
-    """Mask of the images that are held out; ``numbers`` are the classes' own, by label."""
-    # Each class draws by its original number: another class order holds out the same images.
+    """Mask of the images that are held out; ``classes`` are the names and own seeds, by label."""
+    # Each class draws by its own seed: another class order holds out the same images.
     mask = np.zeros(len(labels), dtype=np.bool_)
-    few = [names[number] for label, number in numbers.items() if (labels == label).sum() < 2]
+    few = [name for label, (name, _) in classes.items() if (labels == label).sum() < 2]
     if few:
         msg = (
             "a class needs two images, one to train on and one to evaluate on; "
@@ -559,7 +586,7 @@ def _held_out(
             f"class{'es' * (len(few) > 1)} out"
         )
         raise ValueError(msg)
-    for label, number in numbers.items():
+    for label, (_, number) in classes.items():
         members = np.flatnonzero(labels == label)
         count = min(max(round(share * len(members)), 1), len(members) - 1)
         rng = np.random.default_rng((_VALIDATION_SEED, number))

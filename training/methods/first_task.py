@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class FirstTask(LoDAMethod):
-    """LoDA on the first task; from the second on only the heads are trained, by plain steps.
+    """LoDA on the first task; after it the backbone is frozen and only the heads are trained.
 
     The control of continual adaptation: a backbone that the first task has fitted to the images of
     a stream may already be all that the later tasks need.

@@ -4,7 +4,7 @@ from training.methods.base import Method
 
 
 class Frozen(Method):
-    """No adaptation: plain steps train only the heads."""
+    """The backbone stays as it is: only the heads are trained."""
 
     saves_open_task = True
     sums_over_processes = True

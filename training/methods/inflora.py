@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 class InfLoRA(MergedBranches):
-    """B of the task's branch is trained; A is solved from the task's inputs and then frozen.
+    """InfLoRA (arXiv:2404.00228): a task's branch reads only inputs that old tasks do not need.
+
+    B of the branch is trained; A is solved from the task's inputs and then frozen.
 
     Parameters
     ----------

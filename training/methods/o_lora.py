@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 class OLoRA(MergedBranches):
-    """A and B of the task are trained with a penalty; old branches are merged, but their A is kept.
+    """O-LoRA (arXiv:2310.14152): a penalty keeps the branch of a task orthogonal to the old ones.
+
+    A and B of the task are trained; old branches are merged, but their A is kept.
 
     Parameters
     ----------

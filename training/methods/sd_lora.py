@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 
 class SDLoRA(FoldedBranches):
-    r"""The update of task t is :math:`\sum_{i<t} α_i B_i A_i / (\|B_i\| \|A_i\|) + α_t B_t A_t`.
+    r"""SD-LoRA (arXiv:2501.13198): keeps the directions of old updates, relearns their magnitudes.
 
+    The update of task t is :math:`\sum_{i<t} α_i B_i A_i / (\|B_i\| \|A_i\|) + α_t B_t A_t`.
     A and B of the task and all α are trained, each α shared by all layers; the normalised
     directions of past tasks stay as they are, and the rank grows with the tasks.
 
