@@ -1042,7 +1042,8 @@ def _next_batch(run: Run, loading: Iterator[tuple[Tensor, Tensor]]) -> tuple[Ten
     try:
         return next(loading)
     except (OSError, ValueError):
-        if fact(run.state.method, "saves_open_task") and run.state.open.is_finite():
+        position = run.state.open
+        if position and fact(run.state.method, "saves_open_task") and position.is_finite():
             with suppress(OSError):  # what has happened first is told
                 _save(run)
         raise

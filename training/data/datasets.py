@@ -827,7 +827,8 @@ def walk_classes(folder: Path) -> tuple[dict[str, Walk], Walk]:
         way = here.relative_to(folder)
         above = {*outside, *(place.resolve() for place in (here, *here.parents))}
         visible = {name for name in names if not _is_left_behind(name)}
-        loops, to_read = [], []
+        loops: list[str] = []
+        to_read: list[str] = []
         for name in sorted(visible):
             there = (here / name).resolve()
             known = read.setdefault(way.parts[0] if way.parts else name, set())

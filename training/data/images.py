@@ -368,7 +368,7 @@ def in_shared_memory(*tensors: Tensor) -> None:
     """
     try:
         for tensor in tensors:
-            tensor.share_memory_()
+            tensor.untyped_storage().share_memory_()
     except RuntimeError as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
         msg = (
