@@ -70,6 +70,17 @@ class _WithoutLinearAlgebra:
         return part
 
 
+def has_linear_algebra(xp: Namespace) -> bool:
+    """Whether the library can solve, and has all of the standard that solving takes."""
+    return not isinstance(xp, _WithoutLinearAlgebra)
+
+
+def require_linear_algebra(xp: Namespace) -> None:
+    """Refuse a library that cannot solve, before anything is computed."""
+    if not has_linear_algebra(xp):
+        _ = xp.linalg  # says what is missing
+
+
 def is_array(x: Any) -> bool:
     """Whether a library that follows the standard made ``x``."""
     return bool(compat.is_array_api_obj(x))
@@ -320,14 +331,14 @@ def peak(xp: Namespace, x: Array) -> Array:
 
 def diagonal(xp: Namespace, x: Array) -> Array:
     """Diagonals of the last two axes, (..., D), of libraries without linear algebra too."""
-    if not isinstance(xp, _WithoutLinearAlgebra) and hasattr(xp.linalg, "diagonal"):
+    if has_linear_algebra(xp) and hasattr(xp.linalg, "diagonal"):
         return xp.linalg.diagonal(x)
     return xp.sum(x * eye_like(xp, x, int(x.shape[-1])), axis=-1)
 
 
 def trace(xp: Namespace, x: Array) -> Array:
     """Traces of the last two axes, (...), of libraries without linear algebra too."""
-    if not isinstance(xp, _WithoutLinearAlgebra) and hasattr(xp.linalg, "trace"):
+    if has_linear_algebra(xp) and hasattr(xp.linalg, "trace"):
         return xp.linalg.trace(x)
     return xp.sum(diagonal(xp, x), axis=-1)
 

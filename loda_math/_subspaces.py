@@ -16,6 +16,7 @@ from loda_math._arrays import (
     fix_signs,
     is_array,
     larger,
+    require_linear_algebra,
     result_dtype,
     safe_divide,
     symmetric_part,
@@ -57,6 +58,7 @@ class Directions(NamedTuple):
 
 def normalised(xp: Namespace, *moments: Array) -> tuple[Array, Array]:
     """Mean of the moments, of trace one (a zero one stays zero), and its trace, (..., 1, 1)."""
+    require_linear_algebra(xp)
     energies: Array = sum(diagonal(xp, m) / len(moments) for m in moments)
     energies = energies[..., None, :]
     # The largest entry of a moment is on its diagonal. A first division by it keeps the trace of

@@ -15,7 +15,7 @@ from run_contents import contents
 from small_runs import flags, tiny
 
 from training import cli
-from training.config import load_experiment, read_experiment, resolved, run_options
+from training.config import load_experiment, read_experiment, resolved, run_options, setting_choices
 
 # An interpreter in which the libraries of the train extra cannot be found.
 BASE_INSTALL = """
@@ -84,8 +84,7 @@ class Stopped(Method):
 """
 
 
-COMMANDS = ("train", "sweep", "eval", "predict", "report", "bundle", "analyse", "data", "verify")
-COMMANDS = (*COMMANDS, "ranks")
+COMMANDS = [*cli._COMMANDS]
 
 
 def test_help_names_every_command(shown: Callable[..., str]) -> None:
@@ -133,6 +132,22 @@ def test_what_does_not_exist_is_answered_with_what_was_meant(
     argv: list[str], meant: str, refused: Callable[..., str]
 ) -> None:
     assert meant in refused(*argv)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_a_shell_can_complete_commands_and_settings(shell: str, shown: Callable[..., str]) -> None:
+    pytest.importorskip("shtab")
+    script = shown("completion", shell)
+    for word in ("extend", "--method.recalibration", "--head.ridge.features", "seq_lora", "glyphs"):
+        assert word in script
+
+
+def test_completion_knows_the_values_of_settings_with_few() -> None:
+    choices = {name: values for name, (_, values) in setting_choices().items()}
+    assert choices["--train.optimizer"] == ["sgd", "adam"]
+    assert "o_lora" in choices["--method"]
+    assert "paper/cub" in choices["--config"]
+    assert choices["--train.lr"] == []
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp437"])
@@ -228,6 +243,35 @@ def test_an_evaluation_is_drawn_and_written(
     assert len(out.read_text("utf-8").splitlines()) == 7
     assert "--overwrite" in refused("eval", run, "--figure", figure)
     assert "nearest_mean" in refused("eval", run, "--readout", "nearest")
+
+
+PLUGIN = """
+from training.methods.loda import LoDAMethod
+
+class Mine(LoDAMethod):
+    def __init__(self, *, twist: float = 0.5, **settings) -> None:
+        super().__init__(**settings)
+        self.twist = twist
+"""
+
+
+def test_a_run_of_a_method_of_ones_own_can_be_used_without_it(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shown: Callable[..., str]
+) -> None:
+    run, module = tmp_path / "run", tmp_path / "plugged_in.py"
+    module.write_text(PLUGIN)
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        own = ["--method=plugged_in.Mine", "--method.twist=2", "--method.rank=4"]
+        shown("train", *flags(tiny(root, run)), *own)
+    module.unlink()
+    monkeypatch.delitem(sys.modules, "plugged_in")
+    image = root / "test" / "red" / "0.png"
+    assert "red" in shown("predict", run, image)
+    assert "as recorded" in shown("eval", run)
+    assert "plugged_in.Mine" in shown("report", run)
+    assert "Checked" in shown("export", run, "--format=timm", "--out", tmp_path / "timm")
+    assert "plugged_in" not in sys.modules
 
 
 def test_the_module_runs_as_a_process(run: Path, tmp_path: Path) -> None:

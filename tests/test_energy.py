@@ -100,6 +100,14 @@ def test_ratio_without_energy(xp: ModuleType) -> None:
     assert float(projection_energy(first * 0, one)) == 0.0
 
 
+def test_a_small_layer_beside_a_large_one_has_energy_of_its_own(xp: ModuleType) -> None:
+    """What counts as rounding of one layer says nothing about another."""
+    new, old = (np.stack([1e18 * np.diag(d), np.diag(d)]) for d in ([1.0, 2, 3], [3.0, 2, 1]))
+    basis = np.stack([np.eye(3)[:, :1]] * 2)
+    ratio = energy_ratio(*(to_library(xp, x, "float32") for x in (basis, new, old)))
+    np.testing.assert_allclose(to_numpy(ratio), 1 / 3, rtol=1e-5)
+
+
 def test_bases_and_moments_broadcast(xp: ModuleType) -> None:
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((2, 2, 3, 6, 4))

@@ -141,6 +141,8 @@ def test_the_shift_is_taken_off_and_the_step_is_kept(
     assert {dtype_name(x) for x in restored} == {dtype}
     with pytest.raises(ValueError, match="same shapes"):
         undo_lookahead(stepped, before, moved[:-1])
+    with pytest.raises(ValueError, match="same shapes"):
+        undo_lookahead(stepped[:-1], before, moved)
 
 
 def test_empty_tensors_and_broken_gradients(xp: ModuleType) -> None:

@@ -232,7 +232,9 @@ def test_a_large_photo_is_read_at_a_fraction_of_its_size_and_looks_the_same(
     photo.save(tmp_path / "x.jpg", quality=95)
     photo.save(tmp_path / "x.png")
     config = folder(tmp_path, resize=32)
-    reduced, whole = (open_image(tmp_path / f"x.{kind}", config).double() for kind in ("jpg", "png"))
+    reduced, whole = (
+        open_image(tmp_path / f"x.{kind}", config).double() for kind in ("jpg", "png")
+    )
     assert (reduced - whole).abs().max() <= 4
 
 

@@ -294,8 +294,7 @@ def test_moments_with_their_unit_go_through_compiled_code(jnp: ModuleType) -> No
 @pytest.mark.parametrize(("name", "argument"), CASES)
 def test_tensors_that_are_not_dense_or_not_real(name: str, argument: str) -> None:
     """One line that names the argument and the cure, before anything is computed."""
-    import torch
-
+    torch = pytest.importorskip("torch")
     dense = torch.from_numpy(MATRIX[argument].copy())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that these are new

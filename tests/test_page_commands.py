@@ -125,6 +125,8 @@ def test_a_page(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     write_photos(Path("PHOTOS"), ["daisy", "rose", "tulip", "violet"], 12, seed=0)
     write_photos(Path("NEW_PHOTOS"), ["lily", "orchid"], 12, seed=1)
+    write_photos(Path("JULY"), ["dahlia", "peony", "rose"], 12, seed=3)
+    write_photos(Path("AUGUST"), ["poppy", "sage"], 12, seed=4)
     write_photos(Path("FOLDER"), ["any"], 3, seed=2)
     Image.open("PHOTOS/rose/0000.jpg").save("photo.jpg")
     if name.endswith("extend.md"):  # it goes on where the page before it ends

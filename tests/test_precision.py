@@ -193,7 +193,8 @@ def test_tokens_that_are_all_the_same_have_one_direction(xp: ModuleType, size: i
     moments = lm.second_moment(to_library(xp, np.tile(row, (5000, 1)), "float32"))
     coarse = lm.general_solution(moments, None, size, accumulation_eps=64 * EPS32)
     assert int(coarse.effective_rank) == 1
-    if size > 9 and "jax" not in xp.__name__:
+    # Where products of matrices are OpenBLAS's or MKL's; see docs/theory.md.
+    if size > 9 and any(name in xp.__name__ for name in ("numpy", "torch", "strict")):
         assert int(lm.general_solution(moments, None, size).effective_rank) == 1
 
 

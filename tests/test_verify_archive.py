@@ -115,6 +115,8 @@ def test_a_bad_file_is_one_clear_line_and_status_2(
         assert f"{name}.npz" in err
         with pytest.raises((ValueError, FileNotFoundError), match="npz"):
             verify_archive(path)
+    with pytest.raises(ValueError, match="colour"):
+        read_archive(tmp_path / "unknown.npz")
     assert main([write(tmp_path / "a.npz", solved()), "--tolerance", "0"]) == 2
     assert "tolerance" in capsys.readouterr().err
 
@@ -141,6 +143,7 @@ def test_a_layer_of_any_library(xp: ModuleType) -> None:
     checks = verify_layer(arrays, SETTINGS)
     assert [c.what for c in checks] == ["general", "isolated", "Λ full", "merge"]
     assert all(c.passed for c in checks)
+    assert all(0 < share < 1 for c in checks[:2] for share in (c.new, c.old))
     # Without Λ it is recovered from the weights.
     del arrays["coefficients"]
     assert [c.passed for c in verify_layer(arrays, SETTINGS)] == [True] * 4
@@ -210,4 +213,4 @@ def test_a_floor_belongs_to_the_ratio_of_traces() -> None:
     assert LayerSettings(isolated="trace_ratio", energy_floor=0.4).energy_floor == 0.4
     for rule in ("quotient", "null"):
         with pytest.raises(ValueError, match="energy_floor"):
-            LayerSettings(isolated=rule, energy_floor=0.4)  # type: ignore[arg-type]
+            LayerSettings(isolated=rule, energy_floor=0.4)

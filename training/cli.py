@@ -10,6 +10,7 @@ import io
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -49,6 +50,7 @@ _GROUPS = {
     "use a trained model": ("predict", "eval", "export"),
     "compare runs": ("report", "bundle", "analyse"),
     "check": ("data", "verify", "ranks"),
+    "set up": ("completion",),
 }
 # Commands that take settings of an experiment besides their own arguments.
 _TAKE_SETTINGS = ("train", "extend", "sweep")
@@ -84,7 +86,7 @@ _ALLOW = _arg(
     action="append",
     default=[],
     metavar="CLASS",
-    help="import path of a third-party class that the run may load; repeatable",
+    help="import path of a class of another package that the run may load; may be repeated",
 )
 
 
@@ -151,14 +153,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-# Characters of our own texts, for consoles whose encoding lacks them.
+# Characters of our own texts, for consoles whose encoding lacks them; besides Greek letters.
 _PLAIN = {
-    **dict.fromkeys("·–−", "-"),
-    "Λ": "Lambda",
-    "Δ": "Delta",
-    "α": "alpha",
+    **dict.fromkeys("–−", "-"),
+    "·": ".",
+    "Λ": "Lambda",  # LAMDA in Unicode, as λ
+    "λ": "lambda",
     "‖": "||",
-    "²": "^2",
     "±": "+-",
     "×": "x",
     "≤": "<=",
@@ -168,14 +169,28 @@ _PLAIN = {
 }
 
 
+def _plain(character: str) -> str:
+    """A character in ASCII: names of Greek letters, U^T for an index above."""
+    if character in _PLAIN:
+        return _PLAIN[character]
+    greek = re.fullmatch(
+        r"GREEK (CAPITAL|SMALL) LETTER (?:FINAL )?(\w+)", unicodedata.name(character, "")
+    )
+    if greek:
+        return greek[2].capitalize() if greek[1] == "CAPITAL" else greek[2].lower()
+    index = re.fullmatch(r"<(super|sub)> (\w{4})", unicodedata.decomposition(character))
+    if index:
+        return {"super": "^", "sub": "_"}[index[1]] + chr(int(index[2], 16))
+    # What is left is in names of files and classes: escaped, not lost.
+    return character.encode("ascii", "backslashreplace").decode("ascii")
+
+
 def _replacement(error: UnicodeError) -> tuple[str, int]:
     """What is printed for characters that a console cannot show; an error handler of codecs."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end]
-    plain = "".join(_PLAIN.get(x, x) for x in text)
-    # What is left: names of files and classes, so escaped, not dropped.
-    return plain.encode("ascii", "backslashreplace").decode("ascii"), error.end
+    return "".join(map(_plain, text)), error.end
 
 
 def _print_on_any_console() -> None:
@@ -212,6 +227,7 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, **details: Any) -> None:
         super().__init__(allow_abbrev=False, **details)
+        self._positionals.title = "arguments"
 
     def error(self, message: str) -> NoReturn:
         """Print the usage and the error, and exit with status 2."""
@@ -260,11 +276,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     for name, (act, arguments, details) in _COMMANDS.items():
-        command = commands.add_parser(name, **details)
+        what = str(details["help"])
+        command = commands.add_parser(name, description=f"{what[0].upper()}{what[1:]}.", **details)
         if act is _data_check:  # the only command of two words
             what = "decode every image, compare the splits and report problems"
             actions = command.add_subparsers(dest="action", metavar="ACTION", required=True)
-            command = actions.add_parser("check", help=what)
+            command = actions.add_parser(
+                "check", help=what, description=f"{what[0].upper()}{what[1:]}."
+            )
         for names, options in arguments:
             command.add_argument(*names, **options)
         command.set_defaults(act=act)
@@ -303,7 +322,7 @@ def _require_run(run: Path) -> None:
 
 
 # The settings have their own parser, which also prints their help.
-@_command("train", "train on a stream of tasks", add_help=False)
+@_command("train", "train a model on tasks that come one after another", add_help=False)
 def _train(arguments: argparse.Namespace) -> None:
     from training.config import keeps_nothing, load_experiment, requested_help, run_options
 
@@ -318,8 +337,10 @@ def _train(arguments: argparse.Namespace) -> None:
     experiment = load_experiment(settings)
     if _is_first_process():
         _say(*(f"loda train: {note}" for note in keeps_nothing(experiment)))
+        from training.overview import data_name
+
         # torch takes seconds to load, and a large folder of images to read.
-        data, backbone = experiment.data.name, experiment.backbone.name
+        data, backbone = data_name(experiment), experiment.backbone.name
         _print(f"{experiment.method.name} on {data} with {backbone}: loading ...")
         sys.stdout.flush()
     from training.train import train
@@ -383,15 +404,17 @@ def _resume(run: Path, settings: Sequence[str], allow: Sequence[str]) -> None:
     "what is learned, such as --data.root, where its images are now, and --data.workers.",
 )
 def _extend(arguments: argparse.Namespace) -> None:
-    from training.config import load_experiment
+    from training.config import begun_experiment, load_experiment
     from training.run_dir import CONFIG, is_finished
 
     if not is_finished(arguments.run):
         msg = f"{arguments.run} holds no finished run: only a finished run can be extended"
         raise ValueError(msg)
-    experiment = load_experiment(
-        arguments.settings, recorded=arguments.run / CONFIG, allow=arguments.allow
-    )
+    experiment = begun_experiment(arguments.run, arguments.allow)
+    if arguments.settings:
+        experiment = load_experiment(
+            arguments.settings, recorded=arguments.run / CONFIG, allow=arguments.allow
+        )
     from training.extension import extend
 
     extend(
@@ -412,19 +435,25 @@ def _is_first_process() -> bool:
 
 @_command(
     "sweep",
-    "train many runs (variants times seeds); finished ones are skipped",
+    "train several variants with several seeds; finished runs are skipped",
     _arg("sweep", metavar="SWEEP", help="a YAML file, or the name of a packaged sweep"),
-    _arg("--out", type=Path, required=True, help="folder of the sweep"),
-    _arg("--workers", type=int, default=1, help="number of runs in parallel (default: 1)"),
+    _arg("--out", type=Path, required=True, metavar="FOLDER", help="folder of the sweep"),
+    _arg(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of runs in parallel (default: 1)",
+    ),
     _arg(
         "--engine",
         choices=["processes", "slurm", "local"],
         default="processes",
-        help="where to run: processes on this machine, jobs on a SLURM cluster, or local, which is "
-        "submitit without a cluster, to try the SLURM route",
+        help="where to run: processes of this machine, jobs of a SLURM cluster, or local, which "
+        "tries the way to SLURM without a cluster",
     ),
-    _arg("--only", nargs="+", metavar="VARIANT", help="run only these variants"),
-    _arg("--dry-run", action="store_true", help="only list the runs"),
+    _arg("--only", nargs="+", metavar="VARIANT", help="only these variants"),
+    _arg("--dry-run", action="store_true", help="list the runs and start none"),
     epilog="Any further arguments are settings of loda train and apply to every run.",
 )
 def _sweep(arguments: argparse.Namespace) -> int:
@@ -569,6 +598,42 @@ def _predict(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+@_command(
+    "export",
+    "write the model of a run in the form of another library",
+    _RUN,
+    _arg(
+        "--format",
+        required=True,
+        choices=("timm", "hf", "onnx", "peft"),
+        help="timm or hf (transformers): the backbone; onnx: the whole classifier; peft: what the "
+        "run added to the backbone, as an adapter",
+    ),
+    _arg("--out", type=Path, required=True, help="a folder; for onnx a file, FILE.onnx"),
+    _arg("--readout", help="read-out of the ONNX file (default: the primary one)"),
+    _OVERWRITE,
+    _ALLOW,
+)
+def _export(arguments: argparse.Namespace) -> None:
+    from training.analysis.export import CHECKED_BY, export
+
+    written = export(
+        arguments.run,
+        arguments.out,
+        arguments.format,
+        readout=arguments.readout,
+        overwrite=arguments.overwrite,
+        allow=arguments.allow,
+    )
+    _print(f"{arguments.format}: {written.path}", *(f"  {note}" for note in written.notes))
+    library = CHECKED_BY[arguments.format]
+    if written.difference is None:
+        _print(f"  Not checked: {library} is not installed, which would load it.")
+        return
+    share = f"{written.difference:.0e} of the largest value"
+    _print(f"  Checked: loaded by {library}, its results are as in the run, to {share}.")
+
+
 # Many finished runs
 
 
@@ -576,10 +641,10 @@ def _predict(arguments: argparse.Namespace) -> int:
     "report",
     "compare finished runs in tables and figures, on one page",
     _RUNS,
-    _arg("--out", type=Path, help="write everything to this folder"),
+    _arg("--out", type=Path, metavar="FOLDER", help="write the page, tables and figures here"),
     _arg("--overwrite", action="store_true", help="replace the report in --out, and --figure"),
-    _arg("--figure", type=Path, help="draw accuracy over tasks to this PNG or SVG"),
-    _arg("--lead-of", metavar="NAME", help="show the lead of this method (default: loda)"),
+    _arg("--figure", type=Path, metavar="FILE", help="draw accuracy over tasks, .png or .svg"),
+    _arg("--lead-of", metavar="NAME", help="show by how much this method leads (default: loda)"),
     _arg("--baseline", metavar="NAME", help="draw accuracies relative to this method"),
 )
 def _report(arguments: argparse.Namespace) -> None:
@@ -599,9 +664,9 @@ def _report(arguments: argparse.Namespace) -> None:
 
 @_command(
     "bundle",
-    "collect what a report needs from finished runs in one text file, for sharing",
+    "put what a report needs of finished runs into one text file, to share it",
     _RUNS,
-    _arg("--out", type=Path, required=True, help="the file, FILE.jsonl"),
+    _arg("--out", type=Path, required=True, metavar="FILE.jsonl", help="the file"),
     _arg("--overwrite", action="store_true", help="replace the file in --out"),
 )
 def _bundle(arguments: argparse.Namespace) -> None:
@@ -617,7 +682,7 @@ def _bundle(arguments: argparse.Namespace) -> None:
 
 @_command(
     "analyse",
-    "compute the data behind the LoDA figures of a report, from what a run kept",
+    "compute what the figures of a report about LoDA show, from what runs kept",
     _arg("runs", type=Path, nargs="+", metavar="RUN", help="finished runs of LoDA"),
     _arg(
         "--parts",
@@ -630,12 +695,14 @@ def _bundle(arguments: argparse.Namespace) -> None:
         "--tasks",
         type=int,
         nargs="+",
+        metavar="N",
         help="tasks to compute losses for (default: the second, the middle and the last)",
     ),
     _arg(
         "--points",
         type=int,
         default=16,
+        metavar="N",
         help="number of points on a loss curve, for α from 0 to 1.5 (default: 16)",
     ),
     _ROOT,
@@ -662,9 +729,19 @@ def _analyse(arguments: argparse.Namespace) -> None:
 
 @_command(
     "data",
-    "inspect a folder of images",
-    _arg("root", type=Path, metavar="ROOT", help="holds train/ and test/ or val/"),
-    _arg("--workers", type=int, help="number of decoding threads (default: one per core)"),
+    "check a folder of images: loda data check ROOT",
+    _arg(
+        "root",
+        type=Path,
+        metavar="ROOT",
+        help="one folder of images for each class, or such folders in train/ and test/ or val/",
+    ),
+    _arg(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="number of decoding threads (default: one per core)",
+    ),
 )
 def _data_check(arguments: argparse.Namespace) -> int:
     from training.data import check_data
@@ -676,14 +753,20 @@ def _data_check(arguments: argparse.Namespace) -> int:
 
 @_command(
     "verify",
-    "re-solve every layer and task from saved moments, and compare",
+    "check every solved subspace against the exact optimum",
     _arg(
         "path",
         type=Path,
         metavar="RUN|FILE.npz",
         help="a run trained with keep.moments and keep.branches, or an .npz file of arrays",
     ),
-    _arg("--tolerance", type=float, default=1e-5, help="largest relative error (default: 1e-5)"),
+    _arg(
+        "--tolerance",
+        type=float,
+        default=1e-5,
+        metavar="X",
+        help="largest relative error (default: 1e-5)",
+    ),
     _arg(
         "--export",
         type=Path,
@@ -691,7 +774,7 @@ def _data_check(arguments: argparse.Namespace) -> int:
         help="also write what was checked, for python -m loda_math.verify",
     ),
     _arg("--overwrite", action="store_true", help="replace the file of --export"),
-    _arg("--files", action="store_true", help="only compare every file of the run with its hash"),
+    _arg("--files", action="store_true", help="only check that no file of the run has changed"),
 )
 def _verify(arguments: argparse.Namespace) -> int:
     from loda_math.verify import verification_table
@@ -715,13 +798,14 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 @_command(
     "ranks",
-    "show the rank that each layer of a run needs, from saved moments",
+    "show the rank that each layer needs, from the moments that a run kept",
     _arg("run", type=Path, metavar="RUN", help="a run trained with keep.moments"),
     _arg(
         "--share",
         type=float,
         nargs="+",
         default=[0.9, 0.99],
+        metavar="X",
         help="fractions of the energy and of the ratio to reach (default: 0.9 0.99)",
     ),
 )
@@ -729,6 +813,50 @@ def _ranks(arguments: argparse.Namespace) -> None:
     from training.analysis.ranks import layer_ranks, rank_table
 
     _print(*rank_table(layer_ranks(arguments.run, arguments.share)).split("\n"))
+
+
+# Set-up
+
+
+@_command(
+    "completion",
+    "print a script with which a shell completes commands, settings and their values",
+    _arg("shell", choices=["bash", "zsh", "tcsh"], metavar="SHELL", help="bash, zsh or tcsh"),
+    epilog="For bash: loda completion bash > ~/.local/share/bash-completion/completions/loda. "
+    "Needs shtab: pip install 'loda[completion]'.",
+)
+def _completion(arguments: argparse.Namespace) -> None:
+    try:
+        import shtab
+    except ModuleNotFoundError as error:
+        msg = "loda completion needs shtab: pip install 'loda[completion]'"
+        raise ModuleNotFoundError(msg) from error
+    from training.config import setting_choices
+
+    settings = setting_choices()
+    parser = _parser()
+    commands = {x: p for x, p in _subparsers(parser).items() if x in _TAKE_SETTINGS}
+    for command, parser_of in commands.items():
+        known = {name for action in parser_of._actions for name in action.option_strings}
+        for name, (text, values) in settings.items():
+            if name not in known and not (command != "train" and name == "--resume"):
+                parser_of.add_argument(
+                    name, help=text.replace("%", "%%"), choices=values or None, metavar="VALUE"
+                )
+    commands["train"].add_argument("photos", nargs="?")
+    for parser_of in _subparsers(parser).values():
+        for action in parser_of._actions:
+            if action.type is Path or action.dest in _PATHS:
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+    print(shtab.complete(parser, shell=arguments.shell))
+
+
+_PATHS = {"photos", "runs", "sweep", "root", "out", "data.root", "backbone.weights"}
+
+
+def _subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    (commands,) = (x for x in parser._actions if isinstance(x, argparse._SubParsersAction))
+    return dict(commands.choices)
 
 
 if __name__ == "__main__":

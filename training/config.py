@@ -102,7 +102,7 @@ class TrainConfig:
     Parameters
     ----------
     epochs
-        Passes over each task's training images; 0 leaves the model and the heads untrained.
+        Passes over the training images of each task; 0 trains nothing.
     batch_size
         Images per mini-batch; the last one of an epoch may be smaller.
     lr
@@ -143,7 +143,7 @@ class TrainConfig:
 
 @dataclass
 class HeadConfig:
-    """The cosine heads, one per task, and how classes are decided at test time.
+    """The classifiers: a cosine head for every task, and read-outs that decide in the end.
 
     Parameters
     ----------
@@ -154,11 +154,11 @@ class HeadConfig:
     margin
         Margin of the CosFace loss.
     readout
-        The primary read-out: heads (as trained), alignment (heads retrained on Gaussian samples of
-        the class statistics), nearest_mean, ridge (on random features), or the import path of a
-        class, my_package.MyReadout.
+        The classifier that decides: heads (as trained), alignment (heads retrained on Gaussian
+        samples of the class statistics), nearest_mean, ridge (on random features), or the import
+        path of a class, my_package.MyReadout.
     also
-        Further read-outs to evaluate in the same run.
+        Other read-outs to evaluate in the same run, such as [heads, ridge].
     options
         Options of the read-outs, by name or by the last part of the import path; missing ones get
         their defaults.
@@ -213,18 +213,19 @@ class KeepConfig:
     Parameters
     ----------
     branches
-        For every task, the trained branches before the merge.
+        For every task, the trained low-rank branches, before they are merged.
     moments
-        For every task, the second moments of the passes over it: new, trained and merged.
+        For every task, the second moments of the inputs of the adapted layers, before training,
+        after it and after the merge; loda verify and loda ranks read them.
     heads
-        For every task, all heads after it.
+        All heads as they were after every task.
     statistics
-        For every task, the class statistics of the read-outs after it.
+        The class statistics of the read-outs as they were after every task.
     state
-        The complete state after the last task, which a later task would start from; as large as a
-        checkpoint.
+        What loda extend needs besides the model: moments, heads and statistics after the last
+        task. Its size is said at the end.
     figure
-        The figure of the accuracies.
+        A figure of the accuracies.
     """
 
     branches: bool = False
@@ -237,16 +238,16 @@ class KeepConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When a run saves a checkpoint to be resumed from, besides after every task.
+    """When a run saves itself, besides after every task, so that it can be resumed.
 
     Parameters
     ----------
     steps
-        Also save once this many mini-batches have passed since the last checkpoint.
+        Also save after this number of mini-batches since the last checkpoint.
     minutes
-        Also save once this many minutes have passed since the last checkpoint.
+        Also save after this number of minutes since the last checkpoint.
     keep
-        Number of most recent checkpoints to keep; 0 writes none.
+        Number of checkpoints to keep, the newest ones; 0 writes none.
     """
 
     steps: int | None = None
@@ -267,7 +268,7 @@ class Experiment:
     Parameters
     ----------
     seed
-        Seed of the class order and of all training randomness.
+        Seed of the class order and of everything random in training.
     out
         The run folder; a new one under runs/ if not given.
     device
@@ -1078,7 +1079,8 @@ class _Help(jsonargparse.DefaultHelpFormatter):
         choices = choices_of(hint)
         if choices:
             return "{" + ",".join(choices) + "}"
-        own = action.metavar or {int: "N", float: "X"}.get(hint)
+        letters: dict[Any, str] = {int: "N", float: "X"}
+        own = action.metavar or letters.get(hint)
         return str(own or action.dest.rpartition(".")[2].upper())
 
 
@@ -1164,6 +1166,31 @@ _COMMON = {
     *("data.name", "data.root", "data.increment", "data.workers", "backbone.name", "method.name"),
     *("method.rank", "train.epochs", "train.lr", "train.batch_size", "head.readout"),
 }
+
+
+def setting_choices() -> dict[str, tuple[str, list[str]]]:
+    """Every option of ``loda train`` with its help and its values, if it has only a few.
+
+    The options of all components of the package are included: for the completion of a shell.
+
+    Examples
+    --------
+    >>> setting_choices()["--train.optimizer"]
+    ('sgd or adam.', ['sgd', 'adam'])
+    """
+    chosen = {**_DEFAULT, "head.also": [*READOUTS.paths]}
+    names: dict[str, list[str]] = {}
+    for section, kind in _COMPONENTS.items():
+        names[f"--{section}"] = names[f"--{section}.name"] = kind.registry.names()
+    names["--config"], names["--head.readout"] = packaged_configs(), READOUTS.names()
+    result: dict[str, tuple[str, list[str]]] = {f"--{section}": ("", []) for section in _COMPONENTS}
+    for section, kind in _COMPONENTS.items():
+        for name in (*kind.registry.paths, *kind.registry.families.values()):
+            parser = _parser(_divided({**chosen, f"{section}.name": name}, None)[0])
+            for action in parser._actions:
+                values = choices_of(getattr(action, "_typehint", None))
+                result |= dict.fromkeys(action.option_strings[:1], (action.help or "", values))
+    return {name: (text, names.get(name, values)) for name, (text, values) in result.items()}
 
 
 def requested_help(argv: Sequence[str]) -> str | None:

@@ -71,7 +71,7 @@ def beginning(
     where = f"{device}{f' ({name})' if name else ''}{threads}"
     precision = {"no": "float32", "bf16": "mixed precision (bfloat16)"}[experiment.precision]
     lines = {
-        "data": f"{_data_name(experiment)}: {len(stream.train):,} images to train on, "
+        "data": f"{data_name(experiment)}: {len(stream.train):,} images to train on, "
         f"{len(stream.test):,} to evaluate on",
         "tasks": f"{_count(len(stream.order), 'class', 'classes')} {order}, "
         f"in {task_sizes([len(task) for task in stream.tasks])}",
@@ -207,7 +207,8 @@ def _events(log: bytes) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log.splitlines()]
 
 
-def _data_name(experiment: Experiment) -> str:
+def data_name(experiment: Experiment) -> str:
+    """The images of an experiment: the data set, and where it is."""
     options = experiment.data.options
     place = options.get("dataset") or options.get("root")
     name = experiment.data.name
@@ -231,7 +232,12 @@ def _images(experiment: Experiment, backbone: "Backbone") -> str:
     }[images.train_crop]
     augmented = " and ".join([*crops, *["mirroring"] * images.flip])
     training = f"; {augmented} in training" if augmented else ""
-    resized = f" (first {images.resize}, {images.crop_mode})" if images.resize else ""
+    how = {
+        "center": f" (shorter side resized to {images.resize}, middle cut out)",
+        "squash": f" (squashed to {images.resize} x {images.resize})",
+        "border": f" (longer side resized to {images.resize}, border added)",
+    }
+    resized = how[images.crop_mode] if images.resize else ""
     return f"{side} x {side} pixels{resized}, {colours}, mean {data.mean}, std {data.std}{training}"
 
 

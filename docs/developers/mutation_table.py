@@ -59,7 +59,7 @@ CLASSES: tuple[tuple[str, str, Rule], ...] = (
     (
         "The words of an error",
         "The tests hold the argument's name and what is wrong with it, not every word.",
-        like(r"\| (msg|hint|rule) = |\| f?\"|Error\(msg\)"),
+        like(r"metavar=|\| (msg|hint|rule) = |\| f?\"|Error\(msg\)"),
     ),
     (
         "Code of other libraries",
@@ -67,9 +67,10 @@ CLASSES: tuple[tuple[str, str, Rule], ...] = (
         "array-api-strict, which the profile leaves out, do.",
         like(
             r"_arrays\.py:(is_concrete|_is_traced|full_precision|is_\w+|transposed|widest) "
-            r"|_eigh\.py:_thread|_whitened_solve|may_be_differentiated|torch|jax|dask|compensated|is_concrete\(|is_deferred"
+            r"|_eigh\.py:_thread|_threads_of|torch|jax|dask|compensated|is_concrete\(|is_deferred"
+            r"|_whitened_solve|:_full \| idle|may_be_differentiated"
             r"|a\.numpy\(\)|widest\(xp, None\)|is_(numpy|array)\(None\)|__module__"
-            r"|full_precision\(None\)|zeros_like\(None\)"
+            r"|full_precision\(None\)|zeros_like\(None\)|larger\(None"
         ),
     ),
     (
@@ -130,7 +131,7 @@ CLASSES: tuple[tuple[str, str, Rule], ...] = (
             r"|range\(0, size|parts\.insert|_is_shut"
             r"|_eigh\.py:_lanczos \| (start|operator|options|steps|if \"rng\")|_box \| target"
             r"|_eigh\.py.*(check_finite|overwrite|clean=|ascontiguousarray|\.copy\(\))"
-            r"|:_natural "
+            r"|:_natural |_tridiagonal_values \| largest"
         ),
     ),
     (

@@ -15,6 +15,7 @@ import tempfile
 import textwrap
 from collections import _tuplegetter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 from unittest import mock
@@ -59,7 +60,7 @@ def help_of(*command: str) -> str:
     with (
         contextlib.redirect_stdout(io.StringIO()) as printed,
         contextlib.suppress(SystemExit),
-        mock.patch.dict(os.environ, COLUMNS="96"),
+        mock.patch.dict(os.environ, COLUMNS="80"),
     ):
         cli.main([*command, "--help"])
     return printed.getvalue()
@@ -253,8 +254,39 @@ def write_reports(folder: Path) -> None:
             shutil.copy(written, page)
 
 
+@cache
+def link_targets() -> dict[str, str]:
+    """Public names as pages write them, in full or, where that is distinctive, alone."""
+    result: dict[str, str] = {}
+    for package in PACKAGES:
+        for names in public_names(package).values():
+            for name in names:
+                full = f"{package}.{name}"
+                result[full] = full
+                if "_" in name or sum(letter.isupper() for letter in name) > 1:
+                    result.setdefault(name, full)
+    return result
+
+
+def link_names(app: Any, doctree: Any) -> None:
+    """Lead from a public name in a page, in code type, to its entry in the reference."""
+    from docutils import nodes
+    from sphinx.addnodes import pending_xref
+
+    linked = nodes.reference | nodes.title | pending_xref
+    for literal in list(doctree.findall(nodes.literal)):
+        target = link_targets().get(literal.astext())
+        if target is None or isinstance(literal.parent, linked):
+            continue
+        place = {"refdomain": "py", "reftype": "obj", "refdoc": app.env.docname}
+        link = pending_xref("", refexplicit=True, refwarn=False, reftarget=target, **place)
+        literal.replace_self(link)
+        link += literal
+
+
 def setup(app: Any) -> dict[str, bool]:
     """Sphinx calls this: the pages are written before it looks for pages."""
+
     def write_generated(_: Any, settings: Any) -> None:
         write(GENERATED)
         settings.autosummary_generate = [str(page) for page in GENERATED.glob("*.md")]
@@ -262,6 +294,7 @@ def setup(app: Any) -> dict[str, bool]:
     app.connect("config-inited", write_generated, priority=1)
     reports = HERE.parents[1] / "build" / "reports"
     app.connect("config-inited", lambda *_: write_reports(reports), priority=1)
+    app.connect("doctree-read", link_names)
     # Fields of named tuples: the section of attributes documents them.
     app.connect("autodoc-skip-member", lambda *given: isinstance(given[3], _tuplegetter) or None)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

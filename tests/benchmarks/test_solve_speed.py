@@ -37,9 +37,9 @@ TARGETS = [
 # on an idle machine, and a margin.
 PARTIAL = [(384, 9), (768, 7), (1024, 5), (1536, 3), (3072, 2)]
 ROUTES = {
-    "isolated": ("eigh", 1.25),
+    "isolated": ("eigh", 1.15),
     "general": ("eigh", 1.2),
-    "null": ("eigh", 1.35),
+    "null": ("eigh", 1.2),
 }
 
 

@@ -51,7 +51,7 @@ class ImageSettings:
 
 @dataclass
 class DataConfig(Component):
-    """The images and the stream of tasks that they are cut into.
+    """The images, and how their classes are divided into tasks.
 
     Parameters
     ----------
@@ -402,7 +402,7 @@ def has_test(data: Any) -> bool:
 
 def _or(value: T | Auto, default: T) -> T:
     """A value, or the default where it is ``auto``."""
-    return default if value == "auto" else value  # type: ignore[return-value]
+    return default if value == "auto" else value
 
 
 def _shortest(numbers: Sequence[float]) -> float | list[float]:

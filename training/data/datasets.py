@@ -368,7 +368,10 @@ def read_classes(folder: Path, *, nested: bool) -> tuple[Classes, list[str]]:
         unread += lacking
     empty = [name for name, paths in classes.items() if not paths]
     if empty:
-        kinds = {path.suffix.lower() for path in unread}
+        at = len(folder.parts)
+        kinds = {
+            path.suffix.lower() for path in unread if normalize("NFC", path.parts[at]) in empty
+        }
         why = "".join(f"; {kind}: {reasons[kind]}" for kind in sorted(kinds))
         hint = why or f" ({' '.join(IMAGE_SUFFIXES)})"
         msg = f"{folder}: no images for {some(empty)}{hint}: add some or remove the folders."
@@ -379,7 +382,7 @@ def read_classes(folder: Path, *, nested: bool) -> tuple[Classes, list[str]]:
     if others:
         notes.append(f"left out, no images by their names: {_counted(others)}")
     if loops:
-        notes.append(f"left out, links to a folder above: {some([str(x) for x in loops])}")
+        notes.append(f"left out, links to a folder above or read already: {some([str(x) for x in loops])}")
     return classes, [f"{folder}: {note}" for note in notes]
 
 

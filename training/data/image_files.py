@@ -9,13 +9,14 @@ Deep images become bytes by one rule each, whatever they show:
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 # Pillow recognises formats by content, not by name. Some that it reads start other programs (EPS
 # starts Ghostscript), and many are rare.
@@ -24,9 +25,7 @@ Image.init()  # otherwise Pillow imports its readers on first use, which several
 if "avif" in features.get_supported():  # Pillow 11.3 or later
     _FORMATS.append("AVIF")
 if find_spec("pillow_heif") is not None:
-    import pillow_heif
-
-    pillow_heif.register_heif_opener()
+    import_module("pillow_heif").register_heif_opener()
     _FORMATS.append("HEIF")
 
 _BITS = 258  # tag of a TIFF file
@@ -163,7 +162,7 @@ def _unreadable(name: object, error: Exception) -> UnreadableImageError:
         return UnreadableImageError(f"{name} is a folder, not an image: give the files in it.")
     # The system's message repeats the path; strerror does not. Pillow's errors have no strerror.
     reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
-    if isinstance(error, Image.UnidentifiedImageError):  # names the object that it was given
+    if isinstance(error, UnidentifiedImageError):  # names the object that it was given
         reason = "it is not an image of a format that can be read"
     huge = isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning)
     cure = "Scale it down" if huge else "Repair it"

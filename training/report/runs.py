@@ -65,7 +65,10 @@ _NOT_COMPARED = ("seed", "out", "threads", "device", "keep", "tracker")
 
 # Runs that differ in these cannot be compared: they use other images, tasks or networks. So do runs
 # that differ in options of the data set or backbone, except options that only name a location.
-_STREAM = ("classes", "init_cls", "increment", "task_sizes", "tasks", "validation", "image_size")
+_STREAM = (
+    *("classes", "init_cls", "increment", "task_sizes", "tasks", "extension_tasks"),
+    *("validation", "image_size"),
+)
 _PLACES = ("data.root", "data.dataset", "data.download", "backbone.weights")
 
 # Methods in the order in which a report shows them, with their styles in figures. The first is what
@@ -922,7 +925,8 @@ def _section_keys(experiment: Experiment) -> set[str]:
 
 def _group_settings(experiment: Experiment) -> dict[str, Any]:
     """Settings that distinguish groups of a section."""
-    apart = {*NEUTRAL, *_PLACES, *_section_keys(experiment), "head.also"}
+    # A declared class order is one of many, as a drawn one: runs of several are averaged over.
+    apart = {*NEUTRAL, *_PLACES, *_section_keys(experiment), "data.class_order", "head.also"}
     # A run records only the options of the read-outs that it evaluates. Evaluating more read-outs
     # does not make it a different experiment, unless their options are not the defaults.
     defaults = {
@@ -939,12 +943,13 @@ def _group_settings(experiment: Experiment) -> dict[str, Any]:
 
 def _base_title(experiment: Experiment, tasks: int) -> str:
     """Data, number of tasks and backbone, as a title."""
-    held_out = ", held-out training images" if experiment.data.validation else ""
+    held_out = experiment.data.validation not in (0, "auto")  # recorded runs have a number
+    images = ", held-out training images" if held_out else ""
     weights = experiment.backbone.options.get("weights")
     file = f" ({Path(weights).stem})" if weights else ""
     name = experiment.backbone.name.removeprefix("hf:").rstrip("/").rpartition("/")[2]
     plural = "s" if tasks > 1 else ""
-    return f"{_data_name(experiment)}{held_out}, {tasks} task{plural}, {name}{file}"
+    return f"{_data_name(experiment)}{images}, {tasks} task{plural}, {name}{file}"
 
 
 def _data_name(experiment: Experiment) -> str:
