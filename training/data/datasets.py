@@ -382,7 +382,8 @@ def read_classes(folder: Path, *, nested: bool) -> tuple[Classes, list[str]]:
     if others:
         notes.append(f"left out, no images by their names: {_counted(others)}")
     if loops:
-        notes.append(f"left out, links to a folder above or read already: {some([str(x) for x in loops])}")
+        shown = some([str(x) for x in loops])
+        notes.append(f"left out, links to a folder above or read already: {shown}")
     return classes, [f"{folder}: {note}" for note in notes]
 
 
