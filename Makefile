@@ -46,9 +46,11 @@ jax-all: $(VENV)/.test
 mlx: .venv-mlx/.done
 	$(ONE_THREAD) LODA_LIBRARIES=mlx .venv-mlx/bin/pytest @tests/numpy_only.txt $(MLX_TESTS)
 
-# Every recipe of docs/loops.md, in an environment of their own: Avalanche brings much with it.
+# Every recipe of docs/loops.md, and runs exported to every format, in an environment of their own:
+# Avalanche brings much with it.
 integrations: .venv-integrations/.done
-	$(ONE_THREAD) .venv-integrations/bin/pytest $(addprefix tests/test_,loops_page.py torch_peft.py)
+	$(ONE_THREAD) .venv-integrations/bin/pytest \
+		$(addprefix tests/test_,loops_page.py torch_peft.py analysis_export.py use_page.py)
 
 # The lowest versions that pyproject.toml allows, exactly those, in an environment of their own.
 minimum: .venv-minimum/.done
@@ -109,7 +111,7 @@ $(VENV)/.%: pyproject.toml constraints.txt
 .venv-integrations/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-integrations
 	.venv-integrations/bin/python -m pip install --quiet --constraint constraints.txt \
-		--editable '.[integrations,maths-tests]'
+		--editable '.[integrations,export,maths-tests]'
 	touch $@
 
 .venv-minimum/.done: pyproject.toml tests/minimum.py

@@ -378,6 +378,10 @@ COMMANDS: dict[str, Callable[[Path], list[str]]] = {
     "predict": lambda run: ["predict", str(run), str(run / "accuracy.png")],
     "eval": lambda run: ["eval", str(run)],
     "analyse": lambda run: ["analyse", str(run), "--parts", "subspaces"],
+    "extend": lambda run: [
+        *("extend", str(run), str(run.parent / "new")),
+        *("--out", str(run.parent / "extended"), "--overwrite"),
+    ],
 }
 # What each command reads; the first ones are drawn most often.
 READS = {
@@ -387,6 +391,7 @@ READS = {
     "predict": ["readouts.safetensors", "classes.json", "model.safetensors", "config.yaml"],
     "eval": ["classes.json", "config.yaml"],
     "analyse": ["tasks/002/branches.safetensors", "classes.json"],
+    "extend": ["environment.json", "classes.json", "state.safetensors", "config.yaml"],
 }
 SHAPES = [(), (0,), (1,), (3, 5), (16, 16), (1, 1, 1)]
 
@@ -435,6 +440,9 @@ def analysed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished and analysed run that may be spoilt file by file."""
     copy = tmp_path_factory.mktemp("strange") / "run"
     shutil.copytree(finished(tmp_path_factory), copy)
+    for split in ("train", "test"):  # photos of a class that it does not know
+        photos = tree(tmp_path_factory) / split / "red"
+        shutil.copytree(photos, copy.parent / "new" / split / "black")
     assert cli.main(["analyse", str(copy)]) == 0
     return copy
 

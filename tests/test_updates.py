@@ -17,6 +17,9 @@ from training.updates import SAMPLE, Before, sample, weights_of
 class Sign:
     """Class 1 where the first feature is positive."""
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {}
+
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         return torch.stack([torch.zeros(len(features)), features[:, 0]], dim=1)
 

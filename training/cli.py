@@ -10,6 +10,7 @@ import io
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -158,14 +159,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-# Characters of our own texts, for consoles whose encoding lacks them.
+# Characters of our own texts, for consoles whose encoding lacks them; besides Greek letters.
 _PLAIN = {
-    **dict.fromkeys("·–−", "-"),
-    "Λ": "Lambda",
-    "Δ": "Delta",
-    "α": "alpha",
+    **dict.fromkeys("–−", "-"),
+    "·": ".",
+    "Λ": "Lambda",  # LAMDA in Unicode, as λ
+    "λ": "lambda",
     "‖": "||",
-    "²": "^2",
     "±": "+-",
     "×": "x",
     "≤": "<=",
@@ -175,14 +175,28 @@ _PLAIN = {
 }
 
 
+def _plain(character: str) -> str:
+    """A character in ASCII: names of Greek letters, U^T for an index above."""
+    if character in _PLAIN:
+        return _PLAIN[character]
+    greek = re.fullmatch(
+        r"GREEK (CAPITAL|SMALL) LETTER (?:FINAL )?(\w+)", unicodedata.name(character, "")
+    )
+    if greek:
+        return greek[2].capitalize() if greek[1] == "CAPITAL" else greek[2].lower()
+    index = re.fullmatch(r"<(super|sub)> (\w{4})", unicodedata.decomposition(character))
+    if index:
+        return {"super": "^", "sub": "_"}[index[1]] + chr(int(index[2], 16))
+    # What is left is in names of files and classes: escaped, not lost.
+    return character.encode("ascii", "backslashreplace").decode("ascii")
+
+
 def _replacement(error: UnicodeError) -> tuple[str, int]:
     """What is printed for characters that a console cannot show; an error handler of codecs."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end]
-    plain = "".join(_PLAIN.get(x, x) for x in text)
-    # What is left: names of files and classes, so escaped, not dropped.
-    return plain.encode("ascii", "backslashreplace").decode("ascii"), error.end
+    return "".join(map(_plain, text)), error.end
 
 
 def _print_on_any_console() -> None:
@@ -381,15 +395,17 @@ def _resume(run: Path, settings: Sequence[str], allow: Sequence[str]) -> None:
     "what is learned, such as --data.root, where its images are now, and --data.workers.",
 )
 def _extend(arguments: argparse.Namespace) -> None:
-    from training.config import load_experiment
+    from training.config import begun_experiment, load_experiment
     from training.run_dir import CONFIG, is_finished
 
     if not is_finished(arguments.run):
         msg = f"{arguments.run} holds no finished run: only a finished run can be extended"
         raise ValueError(msg)
-    experiment = load_experiment(
-        arguments.settings, recorded=arguments.run / CONFIG, allow=arguments.allow
-    )
+    experiment = begun_experiment(arguments.run, arguments.allow)
+    if arguments.settings:
+        experiment = load_experiment(
+            arguments.settings, recorded=arguments.run / CONFIG, allow=arguments.allow
+        )
     from training.extension import extend
 
     extend(
@@ -571,6 +587,43 @@ def _predict(arguments: argparse.Namespace) -> int:
         ]
         print(f"{image}: {known}{', '.join(best)}")
     return 1 if failed else 0
+
+
+@_command(
+    "export",
+    "write the model of a run in the form of another library",
+    _RUN,
+    _arg(
+        "--format",
+        required=True,
+        choices=("timm", "hf", "onnx", "peft"),
+        help="timm or hf (transformers): the backbone; onnx: the whole classifier; peft: what the "
+        "run added to the backbone, as an adapter",
+    ),
+    _arg("--out", type=Path, required=True, help="a folder; for onnx a file, FILE.onnx"),
+    _arg("--readout", help="read-out of the ONNX file (default: the primary one)"),
+    _OVERWRITE,
+    _ALLOW,
+)
+def _export(arguments: argparse.Namespace) -> None:
+    from training.analysis.export import CHECKED_BY, export
+
+    written = export(
+        arguments.run,
+        arguments.out,
+        arguments.format,
+        readout=arguments.readout,
+        overwrite=arguments.overwrite,
+        allow=arguments.allow,
+    )
+    print(f"{arguments.format}: {written.path}")
+    print("\n".join(f"  {note}" for note in written.notes))
+    library = CHECKED_BY[arguments.format]
+    if written.difference is None:
+        print(f"  Not checked: {library} is not installed, which would load it.")
+        return
+    share = f"{written.difference:.0e} of the largest value"
+    print(f"  Checked: loaded by {library}, its results are as in the run, to {share}.")
 
 
 # Many finished runs

@@ -1078,7 +1078,8 @@ class _Help(jsonargparse.DefaultHelpFormatter):
         choices = choices_of(hint)
         if choices:
             return "{" + ",".join(choices) + "}"
-        own = action.metavar or {int: "N", float: "X"}.get(hint)
+        letters: dict[Any, str] = {int: "N", float: "X"}
+        own = action.metavar or letters.get(hint)
         return str(own or action.dest.rpartition(".")[2].upper())
 
 

@@ -46,6 +46,7 @@ from training.run_dir import (
     write_json,
     write_text,
 )
+from training.spelling import did_you_mean
 
 Engine = Literal["processes", "slurm", "local"]
 JobState = Literal["done", "to do", "running elsewhere", "unreadable"]
@@ -166,8 +167,9 @@ def read_sweep(source: str | Path) -> Sweep:
     path = Path(source)
     if not path.is_file():
         if str(source) not in packaged_sweeps():
-            known = ", ".join(packaged_sweeps())
-            msg = f"a sweep must be a YAML file or a packaged one ({known}), got {str(source)!r}"
+            known = packaged_sweeps()
+            cure = did_you_mean(str(source), known) or f"; packaged are {', '.join(known)}"
+            msg = f"a sweep must be a YAML file or the name of a packaged one, got {source}{cure}"
             raise ValueError(msg)
         path = Path(str(_PACKAGED / f"{source}.yaml"))
     content = read_yaml(path)

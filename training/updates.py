@@ -6,6 +6,7 @@ small to matter. These two numbers tell them apart.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
@@ -153,7 +154,7 @@ def sample(count: int) -> list[int]:
 
 
 def _length(lengths: Iterable[float]) -> float:
-    return sum(x * x for x in lengths) ** 0.5
+    return math.sqrt(sum(x * x for x in lengths))
 
 
 def _ratio(change: float, size: float) -> float:

@@ -356,9 +356,10 @@ def _parts(
         parts, unread = (images, evaluated), [*unread, *also]
     else:
         counts = images.labels.bincount(minlength=learned)
+        by_name = not has_test(data) and data.layout().train == data.folder()
         classes = {
-            # By name in a folder of photos: a class that is added to it changes no other.
-            labels[name]: (name, number if has_test(data) else int.from_bytes(name.encode()))
+            # By name where classes may be added to the folder: one that is new changes no other.
+            labels[name]: (name, int.from_bytes(name.encode()) if by_name else number)
             for number, name in enumerate(names)
             if name in labels and (labels[name] >= learned or counts[labels[name]] > 1)
         }
