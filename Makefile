@@ -16,7 +16,7 @@ WITH_JAX := $(ONE_THREAD) LODA_LIBRARIES=jax,jax-x32
 # One worker has all tests of a file, whose runs and processes they share.
 PYTEST = $(ONE_THREAD) $(BIN)/pytest -n auto --dist loadfile
 
-.PHONY: run test gate full gpu jax-all mlx integrations minimum test-numpy mutants bench bench-gpu attack soak docs lint types clean
+.PHONY: run test gate full gpu jax-all mlx integrations minimum test-numpy mutants bench bench-gpu attack soak faults docs lint types clean
 
 run: $(VENV)/.train
 	$(BIN)/loda train
@@ -31,7 +31,7 @@ gate: $(VENV)/.test
 	$(WITH_JAX) $(BIN)/pytest -n auto -m "jax and not slow" $(JAX_TESTS)
 
 # What neither of them runs, by hand before a release: over an hour on two cores.
-full: gpu jax-all mlx integrations minimum soak
+full: gpu jax-all mlx integrations minimum soak faults
 	$(PYTEST) -m "slow and not gate and not gpu and not jax"
 
 # One process: tests of memory and of waiting mind each other. Skipped where there is no GPU.
@@ -46,9 +46,11 @@ jax-all: $(VENV)/.test
 mlx: .venv-mlx/.done
 	$(ONE_THREAD) LODA_LIBRARIES=mlx .venv-mlx/bin/pytest @tests/numpy_only.txt $(MLX_TESTS)
 
-# Every recipe of docs/loops.md, in an environment of their own: Avalanche brings much with it.
+# Every recipe of docs/loops.md, and runs exported to every format, in an environment of their own:
+# Avalanche brings much with it.
 integrations: .venv-integrations/.done
-	$(ONE_THREAD) .venv-integrations/bin/pytest $(addprefix tests/test_,loops_page.py torch_peft.py)
+	$(ONE_THREAD) .venv-integrations/bin/pytest \
+		$(addprefix tests/test_,loops_page.py torch_peft.py analysis_export.py use_page.py)
 
 # The lowest versions that pyproject.toml allows, exactly those, in an environment of their own.
 minimum: .venv-minimum/.done
@@ -83,6 +85,11 @@ soak: $(VENV)/.test
 	rm -rf build/soak
 	$(ONE_THREAD) $(BIN)/python tests/soak.py build/soak
 
+# Faults at single file operations, killed processes: how often tried, how often held. Half an hour.
+faults: $(VENV)/.test
+	rm -rf build/faults
+	$(ONE_THREAD) $(BIN)/python tests/faults.py build/faults
+
 # The site, in build/docs: a minute and a half on a core. Warnings are errors; both notebooks run.
 docs: $(VENV)/.docs
 	$(ONE_THREAD) $(BIN)/sphinx-build -W --keep-going -q -d build/doctrees docs build/docs
@@ -109,7 +116,7 @@ $(VENV)/.%: pyproject.toml constraints.txt
 .venv-integrations/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-integrations
 	.venv-integrations/bin/python -m pip install --quiet --constraint constraints.txt \
-		--editable '.[integrations,maths-tests]'
+		--editable '.[integrations,export,maths-tests]'
 	touch $@
 
 .venv-minimum/.done: pyproject.toml tests/minimum.py

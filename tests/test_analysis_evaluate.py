@@ -82,7 +82,8 @@ def test_a_run_on_held_out_images_is_evaluated_without_the_test_split(
     run = finished(
         tmp_path_factory, "frozen", data={"root": str(data), "validation": 0.34}, keep={}
     )
-    shutil.rmtree(data / "test")
+    for image in (data / "test").rglob("*.png"):  # that there is a test split is all it knows
+        image.write_text("no image")
     assert evaluated(run) == recorded(run)
 
 

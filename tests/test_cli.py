@@ -245,6 +245,35 @@ def test_an_evaluation_is_drawn_and_written(
     assert "nearest_mean" in refused("eval", run, "--readout", "nearest")
 
 
+PLUGIN = """
+from training.methods.loda import LoDAMethod
+
+class Mine(LoDAMethod):
+    def __init__(self, *, twist: float = 0.5, **settings) -> None:
+        super().__init__(**settings)
+        self.twist = twist
+"""
+
+
+def test_a_run_of_a_method_of_ones_own_can_be_used_without_it(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shown: Callable[..., str]
+) -> None:
+    run, module = tmp_path / "run", tmp_path / "plugged_in.py"
+    module.write_text(PLUGIN)
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        own = ["--method=plugged_in.Mine", "--method.twist=2", "--method.rank=4"]
+        shown("train", *flags(tiny(root, run)), *own)
+    module.unlink()
+    monkeypatch.delitem(sys.modules, "plugged_in")
+    image = root / "test" / "red" / "0.png"
+    assert "red" in shown("predict", run, image)
+    assert "as recorded" in shown("eval", run)
+    assert "plugged_in.Mine" in shown("report", run)
+    assert "Checked" in shown("export", run, "--format=timm", "--out", tmp_path / "timm")
+    assert "plugged_in" not in sys.modules
+
+
 def test_the_module_runs_as_a_process(run: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "training.cli", "eval", run],

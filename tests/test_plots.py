@@ -62,8 +62,9 @@ def test_confusions_of_any_number_of_classes(tmp_path: Path, classes: int) -> No
     assert len(set(ends)) == (3 if classes > 2 else 2)
 
 
-def test_a_class_without_images_has_no_row_of_confusions(tmp_path: Path) -> None:
-    for confusion in (np.diag([1, 0]), np.eye(3, dtype=int)):
+def test_confusions_of_no_images_or_of_other_classes_are_refused(tmp_path: Path) -> None:
+    confusion_figure(np.diag([1, 0]), ["a", "b"], tmp_path / "c.png")  # one class has images
+    for confusion in (np.diag([0, 0]), np.eye(3, dtype=int)):
         with pytest.raises(ValueError, match="2 classes"):
             confusion_figure(confusion, ["a", "b"], tmp_path / "c.png")
 

@@ -146,7 +146,7 @@ def test_the_test_sweep_is_on_the_other_alphabet_and_other_seeds(
     assert len({job.folder for job in jobs}) == len(sweep.variants) * len(sweep.seeds)
     for job in jobs:
         data = job.experiment.data
-        assert (data.options["alphabet"], data.validation) == ("test", 0.0)
+        assert (data.options["alphabet"], data.held_out) == ("test", 0.0)
         classes = data.init_cls + data.increment * ((data.tasks or 0) - 1)
         assert classes == 40
     methods = (sweep.groups or {})["methods"]

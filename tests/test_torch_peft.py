@@ -14,7 +14,7 @@ from tiny_models import batches, fit, inputs, learn, mlp, vit
 from torch import Tensor, nn
 
 from backends.torch import LoDA, TaskRecord
-from backends.torch.peft import initialise_lora, lora_options, save_adapter
+from backends.torch.peft import initialise_lora, lora_options, save_adapter, update_record
 
 TASKS = 3
 EQUAL = 1e-6
@@ -341,3 +341,32 @@ def test_modules_that_peft_would_mistake_are_refused(
 def test_a_record_without_branches_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="branches"):
         save_adapter(tmp_path / "a", mlp(), TaskRecord.of({}))
+
+
+def test_the_difference_of_two_models_is_one_adapter(tmp_path: Path) -> None:
+    before = vit()
+    after = copy.deepcopy(before)
+    stream(after, tmp_path)
+    record = update_record(before, after)
+    for name, down in record.downs.items():
+        # Each of the tasks has added two branches of rank 3.
+        assert len(down["update"]) <= min(TASKS * 6, *after.get_submodule(name).weight.shape)
+        update = record.ups[name]["update"] @ down["update"]
+        expected = after.get_parameter(f"{name}.weight")
+        actual = before.get_parameter(f"{name}.weight") + update
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+    save_adapter(tmp_path / "whole", before, record)
+    adapted = loaded(before, tmp_path / "whole")
+    x, _ = inputs(0, after)
+    assert difference(adapted, after, x) < 1e-5
+
+
+def test_rounding_is_no_update() -> None:
+    before, after = vit(), vit()
+    with torch.no_grad():
+        for parameter in after.parameters():
+            parameter.mul_(1 + 2**-24)
+    with pytest.raises(ValueError, match="rounding"):
+        update_record(before, after)
+    with pytest.raises(ValueError, match="same layers"):
+        update_record(before, mlp())

@@ -312,16 +312,17 @@ def confusion_figure(
     Raises
     ------
     ValueError
-        If the matrix does not have a row and a column for every class, or a class has no image.
+        If the matrix does not have a row and a column for every class, or no image.
     """
     count = len(classes)
-    if confusion.shape != (count, count) or not count or not confusion.sum(axis=1).all():
+    if confusion.shape != (count, count) or not confusion.any():
         msg = (
-            f"a confusion matrix must have images of each of the {count} classes, got an array of "
-            f"shape {confusion.shape}"
+            f"a confusion matrix must have images and a row for each of the {count} classes, got "
+            f"{confusion.sum()} images and shape {confusion.shape}"
         )
         raise ValueError(msg)
-    shares = 100 * confusion / confusion.sum(axis=1, keepdims=True)
+    # The row of a class without images is all zero.
+    shares = 100 * confusion / confusion.sum(axis=1, keepdims=True).clip(min=1)
     step = -(-count // _CLASS_TICKS)
     ticks = range(0, count, step)
     names = [_plain(_shortened(classes[tick])) for tick in ticks]

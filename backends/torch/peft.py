@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from backends.torch.layers import find_layers
 from backends.torch.linear_maps import PARTS, InProjection, is_pointwise, is_transposed
-from backends.torch.lora import base_layer
+from backends.torch.lora import base_layer, weight_matrix
 from backends.torch.record import TaskRecord
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -182,6 +182,66 @@ def lora_options(model: nn.Module, record: TaskRecord) -> dict[str, Any]:
         "fan_in_fan_out": any(is_transposed(layer) for layer in layers.values()),
         "bias": "none",
     }
+
+
+@torch.no_grad()
+def update_record(before: nn.Module, after: nn.Module) -> TaskRecord:
+    """What training added to the linear layers of a model, as branches of the smallest rank.
+
+    The difference of the weights of a layer is factored by a singular value decomposition. Singular
+    values within the rounding of the weights are left out: merging a task rounds an entry by up to
+    eps/2 of its size. This works for every method, whatever it keeps of its tasks.
+
+    Parameters
+    ----------
+    before, after : nn.Module
+        The same model, before the first task and after the last.
+
+    Returns
+    -------
+    TaskRecord
+        For :func:`save_adapter`; the adapter belongs to ``before``.
+
+    Raises
+    ------
+    ValueError
+        If no linear layer has changed by more than rounding changes it, or the models have
+        different layers.
+
+    Examples
+    --------
+    >>> before = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    >>> after = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    >>> _ = after.load_state_dict(before.state_dict())
+    >>> after[0].weight.data += torch.outer(torch.ones(8), torch.arange(8.0))
+    >>> {name: down["update"].shape for name, down in update_record(before, after).downs.items()}
+    {'0': torch.Size([1, 8])}
+    """
+    old, new = find_layers(before, "*"), find_layers(after, "*")
+    if old.keys() != new.keys():
+        msg = f"the models must have the same layers, got {sorted(old)} and {sorted(new)}"
+        raise ValueError(msg)
+    downs: dict[str, dict[str, Tensor]] = {}
+    ups: dict[str, dict[str, Tensor]] = {}
+    for name, layer in old.items():
+        weight = weight_matrix(layer)
+        start, end = weight.double(), weight_matrix(new[name]).double()
+        u, s, v = torch.linalg.svd(end - start, full_matrices=False)
+        sides = sum(side**0.5 for side in start.shape)
+        size = (start.square() + end.square()).mean().sqrt()
+        noise = torch.finfo(weight.dtype).eps * size * sides
+        rank = int((s > noise).sum())
+        if rank:
+            root = s[:rank].sqrt()
+            downs[name] = {"update": (root[:, None] * v[:rank]).to(weight.dtype)}
+            ups[name] = {"update": (u[:, :rank] * root).to(weight.dtype)}
+    if not downs:
+        msg = (
+            "a linear layer must have changed by more than rounding does, got none; there is no "
+            "update to write"
+        )
+        raise ValueError(msg)
+    return TaskRecord.of({}, downs=downs, ups=ups, weights={n: {"update": 1.0} for n in downs})
 
 
 @torch.no_grad()

@@ -53,8 +53,6 @@ UNKNOWN = "unknown"
 TABLES = (".csv", ".json", ".parquet")
 """Endings of the files that tables can be written to."""
 
-_GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow converts RGB to grey
-
 
 class Prediction(NamedTuple):
     """A class, and how much the read-out is for it.
@@ -472,15 +470,11 @@ def _pixels(image: ImageLike, data: DataConfig) -> Tensor:
     if whole.dtype == torch.uint8:  # the way of a file with these pixels
         rows = whole.permute(1, 2, 0).numpy()
         return images_of([Image.fromarray(rows[..., 0] if len(whole) == 1 else rows)], data)[0]
-    wanted = len(data.mode)
     if len(whole) == 4:
         msg = f"a floating image must have 1 or 3 channels, got {_described(image)}; drop the alpha"
         raise ValueError(msg)
-    if len(whole) > wanted:
-        whole = torch.tensor(_GREY).to(whole)[:, None, None].mul(whole).sum(dim=0, keepdim=True)
-    elif len(whole) < wanted:
-        whole = whole.expand(wanted, -1, -1)
-    return images_of(whole[None], replace(data, resize=data.resize or data.side))[0]
+    # As of a file: where the settings leave the size alone, the images of the data have one.
+    return images_of(whole[None], replace(data, resize=data.images.resize or data.side))[0]
 
 
 def _checked(image: NDArray[Any] | Tensor) -> Tensor:
