@@ -16,7 +16,7 @@ WITH_JAX := $(ONE_THREAD) LODA_LIBRARIES=jax,jax-x32
 # One worker has all tests of a file, whose runs and processes they share.
 PYTEST = $(ONE_THREAD) $(BIN)/pytest -n auto --dist loadfile
 
-.PHONY: run test gate full gpu jax-all mlx integrations minimum test-numpy mutants bench bench-gpu attack soak docs lint types clean
+.PHONY: run test gate full gpu jax-all mlx integrations minimum test-numpy mutants bench bench-gpu attack soak faults docs lint types clean
 
 run: $(VENV)/.train
 	$(BIN)/loda train
@@ -31,7 +31,7 @@ gate: $(VENV)/.test
 	$(WITH_JAX) $(BIN)/pytest -n auto -m "jax and not slow" $(JAX_TESTS)
 
 # What neither of them runs, by hand before a release: over an hour on two cores.
-full: gpu jax-all mlx integrations minimum soak
+full: gpu jax-all mlx integrations minimum soak faults
 	$(PYTEST) -m "slow and not gate and not gpu and not jax"
 
 # One process: tests of memory and of waiting mind each other. Skipped where there is no GPU.
@@ -84,6 +84,11 @@ attack: $(VENV)/.test
 soak: $(VENV)/.test
 	rm -rf build/soak
 	$(ONE_THREAD) $(BIN)/python tests/soak.py build/soak
+
+# Faults at single file operations, killed processes: how often tried, how often held. Half an hour.
+faults: $(VENV)/.test
+	rm -rf build/faults
+	$(ONE_THREAD) $(BIN)/python tests/faults.py build/faults
 
 # The site, in build/docs: a minute and a half on a core. Warnings are errors; both notebooks run.
 docs: $(VENV)/.docs

@@ -72,7 +72,9 @@ def outcome(run: Path) -> dict[str, Any]:
         left |= {f"state {k}": (t.dtype, t.tolist()) for k, t in state.tensors.items()}
         record = {**untimed(state.record), "tensors": list(state.tensors)}
         left["state"] = {key: value for key, value in record.items() if key != "identity"}
-    left["metrics"] = [untimed(event) for event in events(run)]
+    # Of a process that goes on the log says where it runs.
+    logged = [untimed(event) for event in events(run) if event["event"] != "resumed"]
+    left["metrics"] = logged
     left["summary"] = untimed(json.loads((run / "summary.json").read_text()))
     return left
 

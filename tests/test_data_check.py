@@ -73,7 +73,7 @@ def test_files_that_are_not_read_and_links_in_circles_are_counted(tree: Path) ->
 def test_numbers_of_workers_are_checked(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in ("0", "-1"):
         assert cli.main(["data", "check", str(tree), "--workers", number]) == 2
-        assert f"workers must be at least 1, got {number}" in capsys.readouterr().err
+        assert f"workers must be from 1 to 1024, got {number}" in capsys.readouterr().err
 
 
 def test_val_serves_as_test_and_the_camera_turns_images(tree: Path) -> None:

@@ -1,5 +1,7 @@
 """Loaders: batches that depend on the seed alone, whatever the workers."""
 
+import os
+import resource
 import signal
 import subprocess
 import sys
@@ -51,6 +53,46 @@ def test_loading_leaves_the_global_generator_alone(noisy: Path) -> None:
     torch.manual_seed(4)
     epochs(noisy)
     assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_worker_is_one_clear_error(noisy: Path, workers: int) -> None:
+    others = {*active_children()}
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader(augmented(noisy, workers), 2, shuffle=True, seed=0, workers=workers))
+    next(batches)
+    # torch's own would raise anywhere, where a checkpoint is written, say.
+    assert signal.getsignal(signal.SIGCHLD) == before
+    for worker in {*active_children()} - others:
+        os.kill(worker.pid or 0, signal.SIGKILL)
+        worker.join()
+    with pytest.raises(ChildProcessError, match="SIGKILL"):
+        list(batches)
+
+
+def test_too_little_shared_memory_is_an_error_and_no_wait(noisy: Path) -> None:
+    # The system lets no file grow, also none in memory, as where /dev/shm is full.
+    images = augmented(noisy, 1, cache=False)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"^the processes .* --shm-size"):
+            list(loader(images, 4, shuffle=True, seed=0, workers=1))
+        with pytest.raises(OSError, match=r"data\.cache"):
+            augmented(noisy, 1, cache=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_an_error_in_a_worker_is_told_as_here(noisy: Path) -> None:
+    images = augmented(noisy, 1, cache=False)
+    (noisy / "train" / "bee" / "0.png").write_bytes(b"gone bad")
+    said = []
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match=r"0\.png") as refused:
+            list(loader(images, 4, shuffle=False, seed=0, workers=workers))
+        said.append((type(refused.value), str(refused.value)))
+    assert said[0] == said[1]
 
 
 def test_every_image_comes_once_and_the_last_batch_is_short(noisy: Path) -> None:

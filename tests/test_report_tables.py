@@ -1,5 +1,6 @@
 """Tables over runs: accuracies, leads, controls and costs; and their text."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -246,7 +247,10 @@ def test_a_row_never_begins_with_what_latex_takes_for_an_argument(odd_latex: str
 
 
 def test_odd_cells_in_markdown_and_latex() -> None:
-    assert "| [1] | a\\|b c |" in markdown(odd(["a|b\nc"], []))
+    assert r"| [1] | a\|b\\nc |" in markdown(odd(["a|b\nc"], []))
+    for text in ("<img src=//x>", r"\<b>", "![a](//x)"):
+        page = markdown(odd([text], [])._replace(title=text, note=text))
+        assert not re.search(r"(^|[^\\])(\\\\)*<|\]\(", page)
     assert escape_latex("γ 3, Λ") == r"$\gamma$ 3, $\Lambda$"
 
 

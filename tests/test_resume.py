@@ -23,7 +23,7 @@ import torch
 from forked import holds, loda, members, saves_itself, status, wait_until
 from image_folders import repaint
 from interrupted import at_step, cut_off, differences, go_on, stopped
-from run_contents import contents, resealed
+from run_contents import contents, events, resealed
 from small_runs import KEPT, READOUTS, changed, finished, flags, plain, squares, tiny, tree
 
 from training import cli
@@ -127,6 +127,16 @@ def test_without_checkpoints_nothing_can_go_on(tmp_path: Path, root: Path) -> No
         resume(tmp_path / "cut", quiet=True)
     with pytest.raises(FileNotFoundError, match=r"config\.yaml"):
         resume(tmp_path, quiet=True)
+
+
+def test_the_log_says_where_every_process_ran_that_goes_on(tmp_path: Path, root: Path) -> None:
+    path = cut_off(tiny(root, tmp_path / "cut", checkpoint={"steps": 1}), [4, 5])
+    begun = read_json(path / "environment.json")
+    resumed = [event for event in events(path) if event["event"] == "resumed"]
+    assert len(resumed) == 2
+    for event in resumed:
+        assert event["packages"] == begun["packages"]
+        assert {*event, "backbone"} == {*begun, "event"}
 
 
 def test_other_settings_are_refused(
@@ -366,7 +376,12 @@ def test_a_method_needs_no_base_class_and_is_allowed_again(tmp_path: Path, root:
 
 
 @pytest.mark.parametrize(
-    ("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+    ("number", "error"),
+    [
+        (signal.SIGTERM, SystemExit),
+        (signal.SIGINT, KeyboardInterrupt),
+        (signal.SIGUSR1, SystemExit),  # a job that SLURM is to put into its queue again
+    ],
 )
 def test_a_signal_saves_the_run_and_ends_it(
     tmp_path: Path, root: Path, whole: Path, number: signal.Signals, error: type[BaseException]
@@ -377,8 +392,8 @@ def test_a_signal_saves_the_run_and_ends_it(
     with pytest.raises(error) as left:
         run_to_end(run, quiet=True)
     assert signal.getsignal(number) == before
-    if number == signal.SIGTERM:
-        assert left.value.args == (143,)
+    if error is SystemExit:
+        assert left.value.args == ({signal.SIGTERM: 143, signal.SIGUSR1: 0}[number],)
     path = tmp_path / "cut"
     go_on(path, 1)  # it was saved before, steps are left, and nothing is saved after one
     record = newest_checkpoint(path).record
@@ -422,12 +437,17 @@ def test_a_run_whose_loading_process_is_killed_says_so(tmp_path: Path, root: Pat
             os.kill(worker.pid or 0, signal.SIGKILL)
             worker.join()
 
-    settings: dict[str, Any] = {"data": {"workers": 1}, "checkpoint": {"steps": 2}}
-    run = prepare(tiny(root, tmp_path / "run", train={"epochs": 3}, **settings))
-    run.on_step = at_step(8, kill)
-    with pytest.raises(ChildProcessError, match=rf"DataLoader worker.*--resume {tmp_path / 'run'}"):
+    settings: dict[str, Any] = {"data": {"workers": 1}, "train": {"epochs": 3}}
+    run = prepare(tiny(root, tmp_path / "run", **settings))
+    run.on_step = at_step(12, kill)
+    with pytest.raises(ChildProcessError, match=rf"SIGKILL.*--resume {tmp_path / 'run'}"):
         run_to_end(run, quiet=True)
-    assert newest_checkpoint(tmp_path / "run").record["open"] is not None
+    # It was saved as the last step had left it, later than at its last checkpoint.
+    record = newest_checkpoint(tmp_path / "run").record
+    assert record["open"] is not None
+    assert run.state.open is not None
+    at = run.state.open.epoch, run.state.open.batch
+    assert (record["open"]["epoch"], record["open"]["batch"]) == at
     assert cli.main(["train", "--resume", str(tmp_path / "run")]) == 0
 
 

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial, reduce
+from itertools import pairwise
 from operator import getitem
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,7 +32,7 @@ from mangled import DEEP, ODD, damaged, mangled, places
 from PIL import Image
 from run_contents import resealed, set_in_config
 from safetensors.torch import load, save
-from small_runs import finished, small_vit, tiny, tree
+from small_runs import COLOURS, finished, flags, small_vit, squares, tiny, tree
 
 from training import cli
 from training.backbones.weights import load_weights
@@ -45,6 +46,7 @@ from training.config import (
     read_experiment,
 )
 from training.data import UnreadableImageError, open_image
+from training.data.datasets import walk_classes
 from training.report.figures import drawings
 from training.report.runs import by_section, read_run
 from training.run_dir import RunFolder, read_tensors, write_tensors
@@ -367,6 +369,98 @@ def test_no_pickle_is_ever_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[
     model = ["--backbone=vit_tiny_patch16_224", f"--out={tmp_path / 'run'}"]
     assert "more than tensors" in ends_clearly(["train", *run, *model], capsys)
     assert not trace.exists()
+
+
+def test_weights_that_unpack_to_far_more_than_their_size(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    plain = io.BytesIO()
+    torch.save({"norm.bias": torch.zeros(2**18)}, plain)
+    with zipfile.ZipFile(plain) as given, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for member in given.infolist():
+            file.writestr(member.filename, given.read(member))
+        # Zeros that nothing refers to, in blocks so that this test needs little memory.
+        with file.open("archive/data/9", "w", force_zip64=True) as zeros:
+            for _ in range(1100):
+                zeros.write(bytes(2**20))
+    with pytest.raises(ValueError, match="unpack"):
+        load_weights(small_vit(), path)
+
+
+# What is printed
+
+NAMES = {
+    "escape": "\x1b[2K\x1b[1;31mred\x1b]0;title\x07",
+    "return": "red\rloda: done",
+    "lines": "red\nresults: /etc",
+    "direction": "red\u202egnp.\u2066x",
+    "hidden": "re\u200bd\u2028x\x85y",
+    "html": "<img src=x onerror=alert(1)> [a](b) |",
+}
+
+
+def printable(text: str) -> bool:
+    return all(line.isprintable() for line in text.split("\n"))
+
+
+def test_names_of_classes_and_files_are_printed_escaped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = squares(tmp_path / "squares")
+    for colour, name in zip(COLOURS, NAMES.values(), strict=True):
+        for split in ("train", "test"):
+            (root / split / colour).rename(root / split / name.replace("/", "∕"))
+    run, image = tmp_path / "run", tmp_path / "\x1b[2J\n.png"
+    shutil.copy(next(root.rglob("0.png")), image)
+    (root / "train" / "note\x1b[31m.txt").touch()
+    said = ""
+    for arguments in (
+        ["data", "check", str(root)],
+        ["train", *flags(tiny(root, run))],
+        ["predict", str(run), str(image)],
+        ["predict", str(run), str(image), "--top=6"],
+        ["eval", str(run)],
+        ["report", f"a\x1b[31m\n<b>={run}"],
+        ["report", str(run), f"--out={tmp_path / 'rep'}"],
+        ["train", "--resume", str(run)],
+    ):
+        assert cli.main(arguments) == 0
+        said += "".join(capsys.readouterr())
+    assert cli.main(["predict", str(run), str(tmp_path / "\x1b[31m")]) == 2
+    said += "".join(capsys.readouterr())
+    assert printable(said)
+    assert r"red\rloda: done" in said
+    for name in ("tables.md", "tables.tex"):
+        assert printable((tmp_path / "rep" / name).read_text("utf-8"))
+
+
+# What would never end
+
+
+def test_links_that_lead_to_one_folder_in_millions_of_ways(tmp_path: Path) -> None:
+    root = squares(tmp_path / "squares", train=2, test=1)
+    levels = [tmp_path / "store" / str(number) for number in range(22)]
+    for level in levels:
+        level.mkdir(parents=True)
+    for level, below in pairwise(levels):
+        (level / "a").symlink_to(below)
+        (level / "b").symlink_to(below)
+    shutil.copy(root / "train" / "red" / "0.png", levels[-1] / "deep.png")
+    (root / "train" / "red" / "more").symlink_to(levels[0])
+    walks, _ = walk_classes(root / "train")
+    assert [path.name for path in walks["red"].images] == ["0.png", "1.png", "deep.png"]
+    assert len(walks["red"].loops) == 21  # the second way at every level
+
+
+@pytest.mark.parametrize("setting", ["threads", "data.workers"])
+def test_numbers_of_threads_and_processes_are_bounded(
+    setting: str, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert setting in says(["train", f"--{setting}=100000"])[1]
+    content = yaml.safe_load((copy / "config.yaml").read_text("utf-8"))
+    *section, name = setting.split(".")
+    reduce(getitem, section, content)[name] = 100_000
+    (copy / "config.yaml").write_text(yaml.safe_dump(content), "utf-8")
+    assert setting in ends_clearly(["eval", str(resealed(copy))], capsys)
 
 
 # Run folders

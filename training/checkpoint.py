@@ -407,7 +407,10 @@ def restore_signals(before: dict[signal.Signals, Any]) -> None:
 
 
 class StopSignals:
-    """Within a ``with`` block, notes the first SIGINT or SIGTERM; the second acts at once.
+    """Within a ``with`` block, notes the first signal to stop; the second acts at once.
+
+    Signals are SIGINT, SIGTERM, and SIGUSR1, which SLURM can be told to send before the time of a
+    job is over.
 
     Attributes
     ----------
@@ -420,7 +423,7 @@ class StopSignals:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        self._before = handle_signals(("SIGINT", "SIGTERM"), self._note)
+        self._before = handle_signals(("SIGINT", "SIGTERM", "SIGUSR1"), self._note)
         return self
 
     def __exit__(
@@ -432,11 +435,14 @@ class StopSignals:
         restore_signals(self._before)
 
     def leave(self, message: str) -> NoReturn:
-        """End as the signal asks: KeyboardInterrupt, or SystemExit with status 143."""
-        if self.received == signal.SIGTERM:
-            os.write(2, f"{message}\n".encode())
-            raise SystemExit(128 + signal.SIGTERM)
-        raise KeyboardInterrupt(message)
+        """End as the signal asks: KeyboardInterrupt, SystemExit with status 143, or 0 for SIGUSR1.
+
+        A job that ends with status 0 can be put into the queue again.
+        """
+        if self.received == signal.SIGINT:
+            raise KeyboardInterrupt(message)
+        os.write(2, f"{message}\n".encode())
+        raise SystemExit(128 + signal.SIGTERM if self.received == signal.SIGTERM else 0)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame

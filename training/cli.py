@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from training.spelling import did_you_mean
+from training.spelling import did_you_mean, visible
 
 # Modules that the train extra installs.
 _TRAIN = (
@@ -138,23 +138,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output (head, say) has closed the pipe
         _drop_output()
         return _BROKEN_PIPE
-    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
-        if os.environ.get("LODA_DEBUG"):
+    except (ValueError, OSError, ArithmeticError, ImportError, MemoryError, RuntimeError) as error:
+        lacks_memory = _lacks_memory(error)
+        foreseen = ValueError, OSError, FloatingPointError, ModuleNotFoundError
+        if os.environ.get("LODA_DEBUG") or not (isinstance(error, foreseen) or lacks_memory):
             raise
-        _say(f"loda {command}: {' '.join(line.strip() for line in str(error).splitlines())}")
+        said = " ".join(line.strip() for line in str(error).splitlines())
+        _say(f"loda {command}: {_OUT_OF_MEMORY if lacks_memory else said}")
         try:
             sys.stdout.flush()
         except OSError:  # the output itself cannot be written, on a full disk say
             _drop_output()
-        return _USAGE_ERROR
-    except (MemoryError, RuntimeError) as error:
-        if os.environ.get("LODA_DEBUG") or not _lacks_memory(error):
-            raise
-        _say(
-            f"loda {command}: out of memory: lower train.batch_size, train.eval_batch_size or "
-            "data.workers, or set data.cache false; a run that has a checkpoint goes on with "
-            "loda train --resume RUN"
-        )
         return _USAGE_ERROR
     return status
 
@@ -212,11 +206,20 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+_OUT_OF_MEMORY = (
+    "out of memory: lower train.batch_size, train.eval_batch_size or data.workers, or set "
+    "data.cache false; a run that has a checkpoint goes on with loda train --resume RUN"
+)
+# In the words of the C library, C++, Python's threads and the GPU's libraries.
+_NO_MEMORY = ("allocate memory", "bad_alloc", "start new thread", "map segment", "ALLOC_FAILED")
+
+
 def _lacks_memory(error: BaseException) -> bool:
     """Whether Python, or torch on a CPU or GPU, has run out of memory."""
     # By name: torch need not be imported here. On a CPU it raises a plain RuntimeError.
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or "allocate memory" in str(error)
+    said = str(error)
+    return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or any(x in said for x in _NO_MEMORY)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -243,7 +246,7 @@ class _Parser(argparse.ArgumentParser):
             name, kind, given = typed.groups()
             wanted = {"int": "a whole number", "float": "a number"}.get(kind, f"a {kind}")
             message = f"{name} must be {wanted}, got {given}"
-        super().error(message)
+        super().error(visible(message))
 
 
 class _Program(_Parser):
@@ -301,7 +304,12 @@ def _version() -> str:
 
 def _say(*lines: str) -> None:
     for line in lines:
-        print(line, file=sys.stderr)
+        print(visible(line), file=sys.stderr)
+
+
+def _print(*lines: str) -> None:
+    for line in lines:
+        print(visible(line))
 
 
 def _require_run(run: Path) -> None:
@@ -333,7 +341,8 @@ def _train(arguments: argparse.Namespace) -> None:
 
         # torch takes seconds to load, and a large folder of images to read.
         data, backbone = data_name(experiment), experiment.backbone.name
-        print(f"{experiment.method.name} on {data} with {backbone}: loading ...", flush=True)
+        _print(f"{experiment.method.name} on {data} with {backbone}: loading ...")
+        sys.stdout.flush()
     from training.train import train
 
     train(experiment, overwrite=given.overwrite)
@@ -362,7 +371,7 @@ def _resume(run: Path, settings: Sequence[str], allow: Sequence[str]) -> None:
     if is_finished(run):
         if _is_first_process():
             tidy(run)
-        print(f"the run in {run} is finished")
+        _print(f"the run in {run} is finished")
         return
     from training.train import resume
 
@@ -458,7 +467,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     jobs = plan(sweep, arguments.out, arguments.settings, only=arguments.only)
     if arguments.dry_run:
         for job in jobs:
-            print(f"{job.name}: {job_state(job)} ({job.folder})")
+            _print(f"{job.name}: {job_state(job)} ({job.folder})")
         return 0
     notes = dict.fromkeys(note for job in jobs for note in keeps_nothing(job.experiment))
     _say(*(f"loda sweep: {note}" for note in notes))
@@ -471,7 +480,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
         slurm=sweep.slurm,
     )
     lines, failures = summarise(outcomes)
-    print("\n".join(lines))
+    _print(*lines)
     _say(*failures)
     return 1 if failures else 0
 
@@ -509,17 +518,17 @@ def _eval(arguments: argparse.Namespace) -> None:
         msg = f"--readout must be one of {', '.join(results)}, got {shown}"
         raise ValueError(msg)
     for name, result in results.items():
-        print(evaluation_text(name, result, details=name == shown))
+        _print(*evaluation_text(name, result, details=name == shown).split("\n"))
     result = results[shown]
     if arguments.out is not None:
-        print(f"by class: {write_table(result.by_class(), arguments.out, overwrite=True)}")
+        _print(f"by class: {write_table(result.by_class(), arguments.out, overwrite=True)}")
     if arguments.figure is not None:
         starts = [task[0] for task in result.tasks]
         title = f"{shown}: accuracy {100 * result.accuracy:.2f} %"
         written = confusion_figure(
             result.confusion, result.classes, arguments.figure, starts=starts, title=title
         )
-        print(f"figure: {written}")
+        _print(f"figure: {written}")
 
 
 @_command(
@@ -577,7 +586,7 @@ def _predict(arguments: argparse.Namespace) -> int:
     if arguments.out is not None:
         write_table(table, arguments.out, overwrite=arguments.overwrite)
         kind = "probabilities" if calibrated else "scores, not probabilities"
-        print(f"{len(table)} images by {readout} ({kind}): {arguments.out}")
+        _print(f"{len(table)} images by {readout} ({kind}): {arguments.out}")
         return 1 if failed else 0
     for image, *values in table.itertuples(index=False):
         known = "" if arguments.threshold is None else f"{values.pop(0)} | "
@@ -585,7 +594,7 @@ def _predict(arguments: argparse.Namespace) -> int:
             f"{name} {100 * value:.1f} %" if calibrated else f"{name} {value:.3f}"
             for name, value in zip(values[::2], values[1::2], strict=True)
         ]
-        print(f"{image}: {known}{', '.join(best)}")
+        _print(f"{image}: {known}{', '.join(best)}")
     return 1 if failed else 0
 
 
@@ -616,14 +625,13 @@ def _export(arguments: argparse.Namespace) -> None:
         overwrite=arguments.overwrite,
         allow=arguments.allow,
     )
-    print(f"{arguments.format}: {written.path}")
-    print("\n".join(f"  {note}" for note in written.notes))
+    _print(f"{arguments.format}: {written.path}", *(f"  {note}" for note in written.notes))
     library = CHECKED_BY[arguments.format]
     if written.difference is None:
-        print(f"  Not checked: {library} is not installed, which would load it.")
+        _print(f"  Not checked: {library} is not installed, which would load it.")
         return
     share = f"{written.difference:.0e} of the largest value"
-    print(f"  Checked: loaded by {library}, its results are as in the run, to {share}.")
+    _print(f"  Checked: loaded by {library}, its results are as in the run, to {share}.")
 
 
 # Many finished runs
@@ -647,9 +655,9 @@ def _report(arguments: argparse.Namespace) -> None:
         require_new(arguments.figure, overwrite=arguments.overwrite)
     report = Report.over(arguments.runs, lead_of=arguments.lead_of, baseline=arguments.baseline)
     if arguments.out is None:
-        print(report.markdown(), end="")
+        _print(*report.markdown().rstrip("\n").split("\n"))
     else:
-        print(f"report: {write_report(report, arguments.out, overwrite=arguments.overwrite)}")
+        _print(f"report: {write_report(report, arguments.out, overwrite=arguments.overwrite)}")
     if arguments.figure is not None:
         comparison_figure(report.sections, arguments.figure)
 
@@ -669,7 +677,7 @@ def _bundle(arguments: argparse.Namespace) -> None:
     _say(*(f"loda bundle: left out: {path}: {why}" for path, why in inventory.unreadable.items()))
     written = write_bundle(inventory.runs, arguments.out, overwrite=arguments.overwrite)
     count = len(inventory.runs)
-    print(f"bundle of {count} run{'' if count == 1 else 's'}: {written}")
+    _print(f"bundle of {count} run{'' if count == 1 else 's'}: {written}")
 
 
 @_command(
@@ -713,7 +721,7 @@ def _analyse(arguments: argparse.Namespace) -> None:
             allow=arguments.allow,
         )
         _say(*(f"loda analyse: {note}" for note in notes))
-        print(f"analysis: {written}")
+        _print(f"analysis: {written}")
 
 
 # Checks
@@ -739,7 +747,7 @@ def _data_check(arguments: argparse.Namespace) -> int:
     from training.data import check_data
 
     report = check_data(arguments.root, workers=arguments.workers)
-    print(report)
+    _print(*str(report).split("\n"))
     return 0 if report.passed else 1
 
 
@@ -777,14 +785,14 @@ def _verify(arguments: argparse.Namespace) -> int:
         changed = changed_files(arguments.path)
         _say(*(f"loda verify: missing or changed: {arguments.path / name}" for name in changed))
         if not changed:
-            print(f"every file of {arguments.path} is as it was written")
+            _print(f"every file of {arguments.path} is as it was written")
         return 1 if changed else 0
     if arguments.export is not None:
         require_new(arguments.export, overwrite=arguments.overwrite)
     checks = verify(arguments.path, tolerance=arguments.tolerance)
     if arguments.export is not None:
         export_run(arguments.path, arguments.export)
-    print(verification_table(checks))
+    _print(*verification_table(checks).split("\n"))
     return 0 if all(check.passed for check in checks) else 1
 
 
@@ -804,7 +812,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _ranks(arguments: argparse.Namespace) -> None:
     from training.analysis.ranks import layer_ranks, rank_table
 
-    print(rank_table(layer_ranks(arguments.run, arguments.share)))
+    _print(*rank_table(layer_ranks(arguments.run, arguments.share)).split("\n"))
 
 
 # Set-up

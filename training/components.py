@@ -481,6 +481,16 @@ def at_least(key: str, value: int | None, low: int) -> None:
     check(value is None or value >= low, key, value, f"at least {low}")
 
 
+LARGEST_COUNT = 1024
+"""Threads or processes that a setting may ask for: more would exhaust any system, or crash it."""
+
+
+def count_of(key: str, value: int | None, low: int) -> None:
+    """Refuse a number of threads or processes below a limit or above `LARGEST_COUNT`."""
+    fits = value is None or low <= value <= LARGEST_COUNT
+    check(fits, key, value, f"from {low} to {LARGEST_COUNT}")
+
+
 def positive(key: str, value: float) -> None:
     """Refuse a number that is not above 0 or not finite."""
     check(math.isfinite(value) and value > 0, key, value, "positive and finite")

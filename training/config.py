@@ -42,6 +42,7 @@ from training.components import (
     check,
     check_seed,
     choices_of,
+    count_of,
     not_negative,
     positive,
     refuse_null,
@@ -51,7 +52,7 @@ from training.components import (
 from training.data.config import DataConfig
 from training.methods.base import METHODS, MethodConfig, fact
 from training.run_dir import CONFIG, MANIFEST
-from training.spelling import did_you_mean
+from training.spelling import did_you_mean, visible
 
 NEUTRAL = (
     "data.workers",
@@ -296,7 +297,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         check_seed("seed", self.seed)
-        at_least("threads", self.threads, 1)
+        count_of("threads", self.threads, 1)
         if self.data.is_known and self.backbone.name in getattr(self.data.kind, "refuses", ()):
             msg = (
                 f"backbone.name must not be {self.backbone.name} for data.name {self.data.name}: "
@@ -499,7 +500,7 @@ def load_experiment(
     except ValueError as error:
         if os.environ.get("LODA_DEBUG"):
             raise
-        argparse.ArgumentParser(prog=_PROGRAM).exit(2, f"{_PROGRAM}: {error}\n")
+        argparse.ArgumentParser(prog=_PROGRAM).exit(2, f"{_PROGRAM}: {visible(str(error))}\n")
 
 
 def experiment_of(*sources: Sequence[str] | Mapping[str, Any]) -> Experiment:

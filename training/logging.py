@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from training.metrics import AccuracyMatrix, Meter
+from training.spelling import visible
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +77,7 @@ class Progress:
     def say(self, *lines: str) -> None:
         """Print lines."""
         for line in lines:
-            self.console.print(line, soft_wrap=True)
+            self.console.print(visible(line), soft_wrap=True)
 
     def say_once(self, line: str) -> None:
         """Print a line unless this was called before."""
@@ -126,9 +127,7 @@ class Progress:
             self.console.print(table)
         else:  # unbroken lines of any width, for logs and pipes
             self.console.print(plain_table(matrix), soft_wrap=True)
-        self.console.print(f"results: {run}", soft_wrap=True)
-        if figure is not None:
-            self.console.print(f"figure:  {figure}", soft_wrap=True)
+        self.say(f"results: {run}", *([] if figure is None else [f"figure:  {figure}"]))
 
 
 class Clock:
@@ -229,6 +228,7 @@ def aligned(rows: Sequence[Sequence[str]], *, left: int = 0) -> str:
     a         4
     b.c      16
     """
+    rows = [[*map(visible, row)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

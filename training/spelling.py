@@ -1,9 +1,13 @@
-"""Suggestions for names that do not exist: "did you mean ...?"."""
+"""Names in messages: suggestions for those that do not exist, and escapes for a terminal."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from unicodedata import category
 
 _SIMILAR = 0.6
+# Control, format, lone surrogate, and the two separators of lines.
+_INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+_JOINERS = "\u200c\u200d"  # of Persian and Indian letters, and of emojis
 
 
 def closest(given: str, known: Iterable[str]) -> str | None:
@@ -40,6 +44,28 @@ def did_you_mean(given: str, known: Iterable[str], prefix: str = "") -> str:
     """
     name = closest(given, known)
     return "" if name is None else f"; did you mean {prefix}{name}?"
+
+
+def visible(text: str) -> str:
+    r"""One line of text without anything that moves a cursor, colours, hides or reorders text.
+
+    Names of files, classes and weights come from anybody. Control characters, line breaks, marks of
+    direction and other invisible characters are escaped; letters of every language stay.
+
+    Examples
+    --------
+    >>> print(visible("Kür\x1b[2K\r\u202egnp.exe\nloda: done"))
+    Kür\x1b[2K\r\u202egnp.exe\nloda: done
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        _escaped(x) if category(x) in _INVISIBLE and x not in _JOINERS else x for x in text
+    )
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def _plain(name: str) -> str:

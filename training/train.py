@@ -13,8 +13,8 @@ import platform
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
@@ -348,6 +348,7 @@ def prepare(
         else:
             folder.check_classes(classes)
             restore(run, checkpoints.newest())
+            folder.log("resumed", **{k: v for k, v in here.items() if k != "backbone"})
         if processes.writes and experiment.tracker is not None:
             start_tracker(accelerator, flat_settings(experiment), path)
         processes.require_same("checkpoint", state.record())
@@ -491,8 +492,9 @@ def run_to_end(run: Run, *, quiet: bool = False) -> Path:
         begun = state.tasks or (state.open and not isinstance(error, FloatingPointError))
         if not (run.resumed or begun):
             run.folder.discard()
-        if isinstance(error, RuntimeError):
-            _raise_if_worker_died(error, run)
+        elif isinstance(error, ChildProcessError) and experiment.checkpoint.keep:
+            msg = f"{error}; resume with: {_resume_command(run)}"
+            raise ChildProcessError(msg) from error
         raise
     finally:
         run.accelerator.end_training()
@@ -664,18 +666,6 @@ def _require_finite(run: Run, task: int) -> None:
         raise FloatingPointError(msg)
 
 
-def _raise_if_worker_died(error: RuntimeError, run: Run) -> None:
-    """Raise a clearer error if a data-loading worker was killed, usually for lack of memory."""
-    said = str(error)
-    if said.startswith("DataLoader worker"):  # torch has no exception class for this
-        again = f"; resume with: {_resume_command(run)}"
-        msg = (
-            f"a process that loads images has died ({' '.join(said.split())}): if memory ran out, "
-            f"lower data.workers{again if run.experiment.checkpoint.keep else ''}"
-        )
-        raise ChildProcessError(msg) from error
-
-
 # --- epochs and steps -----------------------------------------------------------------------------
 
 
@@ -755,7 +745,7 @@ def train_epochs(run: Run, task: int, position: OpenTask, progress: Progress) ->
         _training_mode(state.model)
         for _ in range(len(batches) - position.batch):
             clock = position.spent("train", clock)
-            images, labels = next(loading)
+            images, labels = _next_batch(run, loading)
             clock = position.spent("load", clock)
             targets = labels - first_class
             step_meter = Meter()
@@ -1045,6 +1035,18 @@ def save_in_task(run: Run, task: int, position: OpenTask, *, last: bool) -> None
     else:  # restart the interval, or every following step would check again
         run.checkpoints.restart_interval()
     _leave_if_asked(run, saved=saved)
+
+
+def _next_batch(run: Run, loading: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The next mini-batch; where it cannot be read, the run is saved as the last step left it."""
+    try:
+        return next(loading)
+    except (OSError, ValueError):
+        position = run.state.open
+        if position and fact(run.state.method, "saves_open_task") and position.is_finite():
+            with suppress(OSError):  # what has happened first is told
+                _save(run)
+        raise
 
 
 def _save(run: Run) -> None:

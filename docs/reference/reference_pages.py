@@ -39,6 +39,7 @@ PACKAGES = (
     "backends.torch.peft",
     "training",
     "training.analysis.predict",
+    "training.analysis.export",
     "training.config",
     "training.train",
     "training.methods",
@@ -50,6 +51,7 @@ PACKAGES = (
 NAMES = {
     "backends.torch.peft": ["save_adapter", "lora_options", "initialise_lora"],
     "training.analysis.predict": ["Classifier", "Prediction", "write_table"],
+    "training.analysis.export": ["export", "Export"],
     "training.config": ["Experiment", "load_experiment", "experiment_from", "read_experiment"],
     "training.train": ["train", "resume"],
 }

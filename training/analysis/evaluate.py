@@ -19,6 +19,7 @@ from training.data import Stream, build_stream
 from training.distributed import make_accelerator
 from training.metrics import AccuracyMatrix
 from training.run_dir import CLASSES, SUMMARY, read_json, readable
+from training.spelling import visible
 from training.train import evaluation_batches, extract_features
 
 if TYPE_CHECKING:
@@ -274,9 +275,10 @@ def _details(evaluation: Evaluation) -> list[str]:
     if len(table) > _LISTED:
         table = table.sort_values("accuracy", kind="stable").head(_LISTED // 2)
         lines = [f"  by class (%), the lowest {len(table)} of {len(evaluation.classes)}:"]
-    width = max(map(len, table["class"]))
+    shown = [*map(visible, evaluation.classes)]
+    width = max(len(visible(name)) for name in table["class"])
     lines += [
-        f"    {row['class']:{width}}  {100 * row['accuracy']:6.2f}  ({row['correct']} of "
+        f"    {visible(row['class']):{width}}  {100 * row['accuracy']:6.2f}  ({row['correct']} of "
         f"{row['images']}, task {row['task']})"
         for row in table.to_dict("records")
     ]
@@ -284,8 +286,7 @@ def _details(evaluation: Evaluation) -> list[str]:
     order = np.argsort(-wrong, axis=None, kind="stable")[:_PAIRS]
     pairs = [np.unravel_index(place, wrong.shape) for place in order]
     confused = [
-        f"    {evaluation.classes[a]} taken for {evaluation.classes[b]}: {wrong[a, b]} of "
-        f"{evaluation.total[a]}"
+        f"    {shown[a]} taken for {shown[b]}: {wrong[a, b]} of {evaluation.total[a]}"
         for a, b in pairs
         if wrong[a, b]
     ]

@@ -12,6 +12,7 @@ from statistics import median
 import numpy as np
 from PIL import Image
 
+from training.components import count_of
 from training.data.config import DataConfig
 from training.data.datasets import (
     LAYOUT,
@@ -26,6 +27,7 @@ from training.data.datasets import (
 from training.data.image_files import UnreadableImageError, decode, missing_reader
 from training.distributed import usable_cpus
 from training.logging import aligned
+from training.spelling import visible
 
 _SHOWN = 10
 _HEADER = ["split", "classes", "images", "per class", "width", "height"]
@@ -49,7 +51,7 @@ class SplitReport:
     ignored
         Files that are not read, because of their extension or for want of a reader.
     loops
-        Links to a folder that they lie in, which are not followed.
+        Links to a folder that they lie in, or that is read already; they are not followed.
     """
 
     name: str
@@ -112,7 +114,7 @@ class DataReport:
             number = sum(len(split.unreadable) for split in self.splits)
             left_out = f"; {number} image{'s' * (number != 1)} would be left out" * (number > 0)
             verdict = f"a training would start{left_out}"
-        return "\n".join([*lines, f"{self.root}: {verdict}"])
+        return "\n".join(map(visible, [*lines, f"{self.root}: {verdict}"]))
 
     def first_problems(self) -> list[str]:
         """The first ten problems, and how many more there are."""
@@ -157,9 +159,7 @@ def check_data(
     ValueError
         If there are no workers.
     """
-    if workers is not None and workers < 1:
-        msg = f"workers must be at least 1, got {workers}"
-        raise ValueError(msg)
+    count_of("workers", workers, 1)
     folder = Path(root).expanduser()
     if not folder.is_dir():
         msg = f"no folder {folder}; {LAYOUT}"

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-from training.components import Component, at_least, check, check_seed
+from training.components import Component, at_least, check, check_seed, count_of
 from training.data.datasets import DATA_SETS, DataSet
 
 if TYPE_CHECKING:
@@ -169,8 +169,8 @@ class DataConfig(Component):
         for key in ("image_size", "resize"):
             value = getattr(self, key)
             at_least(f"data.{key}", None if value == "auto" else value, 1)
-        for key in ("pad", "workers"):
-            at_least(f"data.{key}", getattr(self, key), 0)
+        at_least("data.pad", self.pad, 0)
+        count_of("data.workers", self.workers, 0)
         check_seed("data.order_seed", self.order_seed)
         share = self.validation
         check(share == "auto" or 0 <= share <= 0.9, "data.validation", share, "in [0, 0.9]")

@@ -382,7 +382,8 @@ def read_classes(folder: Path, *, nested: bool) -> tuple[Classes, list[str]]:
     if others:
         notes.append(f"left out, no images by their names: {_counted(others)}")
     if loops:
-        notes.append(f"left out, links to a folder above: {some([str(x) for x in loops])}")
+        shown = some([str(x) for x in loops])
+        notes.append(f"left out, links to a folder above or read already: {shown}")
     return classes, [f"{folder}: {note}" for note in notes]
 
 
@@ -807,7 +808,8 @@ class Walk(NamedTuple):
     others : list of Path
         All other files.
     loops : list of Path
-        Links to a folder above them, which are not followed; other links are.
+        Links to a folder above them, or to one of the same class that is read already. These are
+        not followed; other links are.
     """
 
     images: list[Path]
@@ -822,13 +824,21 @@ def walk_classes(folder: Path) -> tuple[dict[str, Walk], Walk]:
     """
     classes: dict[str, Walk] = {}
     beside, outside = Walk([], [], []), folder.resolve().parents
+    # Below one class a folder is read once: links could lead to it in millions of ways.
+    read: dict[str, set[Path]] = {}
     for path, names, files in os.walk(folder, followlinks=True, onerror=_raise):
         here = Path(path)
         way = here.relative_to(folder)
         above = {*outside, *(place.resolve() for place in (here, *here.parents))}
         visible = {name for name in names if not _is_left_behind(name)}
-        loops = {name for name in visible if (here / name).resolve() in above}
-        names[:] = sorted(visible - loops)  # os.walk descends into these
+        loops: list[str] = []
+        to_read: list[str] = []
+        for name in sorted(visible):
+            there = (here / name).resolve()
+            known = read.setdefault(way.parts[0] if way.parts else name, set())
+            (loops if there in above | known else to_read).append(name)
+            known.add(there)
+        names[:] = to_read  # os.walk descends into these
         if here == folder:
             classes = {name: Walk([], [], []) for name in names}
         tree = classes[way.parts[0]] if way.parts else beside

@@ -35,19 +35,11 @@ _KEPT_DETAIL = 3  # a reduced JPEG is at least so many times larger than what is
 class UnreadableImageError(ValueError):
     """An image file is missing or cannot be decoded; the message names it and says what to do.
 
-    The message is the same whether this process or a loading process read the file.
-
     Examples
     --------
     >>> UnreadableImageError("there is no image file x.png.")
     UnreadableImageError('there is no image file x.png.')
     """
-
-    def __init__(self, message: str) -> None:
-        # If a loading process fails, torch raises the class again with the whole traceback as its
-        # message, which ends with the name of the class and the original message.
-        name = f"{type(self).__module__}.{type(self).__qualname__}: "
-        super().__init__(message.rpartition(name)[2].rstrip("\n"))
 
     @property
     def problem(self) -> str:

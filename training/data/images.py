@@ -126,8 +126,7 @@ class LazyImages:
             images: Any = torch.empty(len(chosen), channels, side, side, dtype=torch.uint8)
             filled: Any = torch.zeros(len(chosen), dtype=torch.bool)
             if self.config.workers > 0:  # loading processes share what they decode
-                images.share_memory_()
-                filled.share_memory_()
+                in_shared_memory(images, filled)
             chosen._cache = images, filled
         return chosen
 
@@ -357,6 +356,27 @@ def joined(parts: Sequence[ImageSet]) -> ImageSet:
         torch.cat(indices),
         torch.cat([part.labels for part in parts]),
     )
+
+
+def in_shared_memory(*tensors: Tensor) -> None:
+    """Move tensors, in place, to memory that processes share.
+
+    Raises
+    ------
+    OSError
+        If there is too little of it, as in a container.
+    """
+    try:
+        for tensor in tensors:
+            tensor.untyped_storage().share_memory_()
+    except RuntimeError as error:
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        msg = (
+            f"the processes that load images have too little shared memory (/dev/shm): give a "
+            f"container more (docker run --shm-size=1g), or lower data.workers or "
+            f"train.eval_batch_size, or set data.cache false; data.workers 0 needs none ({reason})"
+        )
+        raise OSError(msg) from error
 
 
 def open_image(path: str | Path, config: DataConfig) -> Tensor:

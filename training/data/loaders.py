@@ -5,17 +5,20 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from training.data.images import ImageSet, Key
+from training.data.images import ImageSet, Key, in_shared_memory
 from training.data.transforms import Transform
 from training.distributed import Share
 
-_STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+_STOP_SIGNALS = {
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+}
 
 Prepared = tuple[Tensor, Tensor, Tensor]
 """Images of one size, their augmentation draws, and labels; no images if this process has none."""
@@ -45,9 +48,10 @@ class Batches:
         # A terminal and most schedulers send signals to every process of a run. The training
         # process then finishes its step first and needs its workers for that. So they inherit
         # blocked signals, obey SIGTERM only from their parent, and end with it.
-        with _signals_blocked():
+        with _signals_blocked(), _children_watched_by_us():
             loading = iter(self.prepared)
-        for pixels, draws, labels in loading:
+        while (prepared := _next(loading)) is not None:
+            pixels, draws, labels = prepared
             moved, drawn = (x.to(self.device, non_blocking=True) for x in (pixels, draws))
             yield (self.transform.finish(moved, drawn) if len(moved) else moved.float()), labels
 
@@ -114,6 +118,10 @@ class _PreparedBatches(Dataset[Prepared]):
         if first == stop:  # fewer images than processes: these are not used
             return torch.empty(0), torch.empty(0), labels
         pixels, draws, _ = self.images.prepared(keys[first:stop])
+        if get_worker_info() is not None:
+            # Here, where a lack of it is an error. Left to the thread that sends the batch, the
+            # batch would be lost, and both processes would wait for each other.
+            in_shared_memory(pixels, draws, labels)
         return pixels, draws, labels
 
 
@@ -175,6 +183,39 @@ def loader(
     return Batches(prepared, order, dataset.required_transform(), device)
 
 
+def _next(loading: Iterator[Prepared]) -> Prepared | None:
+    """The next mini-batch, or None after the last one.
+
+    Raises
+    ------
+    ChildProcessError
+        If a process that loads images has died.
+    Exception
+        What went wrong in such a process, as if it had happened here.
+    """
+    try:
+        return next(loading, None)
+    except Exception as error:
+        said, kind = str(error), type(error)
+        if said.startswith("Caught "):  # torch adds the traceback of the other process
+            if not isinstance(error, OSError | ValueError):
+                raise
+            raise kind(said.strip().rpartition(f"{kind.__name__}: ")[2]) from error
+        workers: Sequence[Any] = getattr(loading, "_workers", ())
+        ends = [worker.exitcode for worker in workers if worker.exitcode]
+        # Without a worker torch has nothing to do with it. A broken connection may be noticed
+        # before the system has noticed the end of the process.
+        lost = isinstance(error, EOFError | OSError) or "orker" in said or "thread exited" in said
+        if not workers or not (ends or lost):
+            raise
+        how = ", ".join(signal.Signals(-end).name for end in ends if end < 0)
+        msg = (
+            f"a process that loads images has died{f' ({how})' if how else ''}: if memory ran out, "
+            f"lower data.workers"
+        )
+        raise ChildProcessError(msg) from error
+
+
 def _obey_parent(worker: int) -> None:
     """End when the parent says so, which it does if it ends during a pass."""
     del worker
@@ -188,6 +229,25 @@ def _wait_for_parent(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
+
+
+@contextmanager
+def _children_watched_by_us() -> Iterator[None]:
+    """Keep torch from handling SIGCHLD: it would raise at any place, even where a run is saved.
+
+    The loader also notices by itself, within seconds, that a process has died.
+    """
+    if not hasattr(signal, "SIGCHLD") or (
+        threading.current_thread() is not threading.main_thread()
+    ):
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        if before is not None:  # set from outside Python
+            signal.signal(signal.SIGCHLD, before)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from training.report.figures import Drawing, drawings, side_drawings
 from training.report.runs import Inventory, Section, by_section, find_runs, measures, slug
 from training.report.tables import (
     Table,
+    escape_markdown,
     latex,
     markdown,
     report_tables,
@@ -96,9 +97,10 @@ class Report(NamedTuple):
 
     def markdown(self) -> str:
         """All tables as Markdown."""
-        parts = [*self.notes(), *map(markdown, self.overview())]
+        parts = [*map(escape_markdown, self.notes()), *map(markdown, self.overview())]
         for section in self.sections:
-            parts += [f"## {section.title}", *verdict(section, self.lead_of)]
+            texts = f"## {section.title}", *verdict(section, self.lead_of)
+            parts += map(escape_markdown, texts)
             parts += map(markdown, report_tables(section, self.lead_of))
         return "\n\n".join(parts) + "\n"
 

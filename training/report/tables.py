@@ -11,6 +11,7 @@ import pandas as pd
 
 from training.config import flat_settings
 from training.report.runs import Section
+from training.spelling import visible
 
 DASH = "–"
 METRIC_TITLES = {
@@ -21,7 +22,7 @@ METRIC_TITLES = {
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "\n": " ",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
     "±": r"$\pm$", "−": "$-$", "–": "--", "—": "---", "·": r"$\cdot$", "×": r"$\times$",
     "≤": r"$\leq$", "≥": r"$\geq$",
 }  # fmt: skip
@@ -78,7 +79,8 @@ def markdown(table: Table, *, level: int = 3) -> str:
     for row, cells in table.cells.iterrows():
         texts = (f"**{x}**" if (row, name) in table.best else x for name, x in cells.items())
         lines.append(_markdown_row([row, *texts]))
-    parts = [f"{'#' * level} {table.title}", "\n".join(lines), table.note]
+    title, note = map(escape_markdown, (table.title, table.note))
+    parts = [f"{'#' * level} {title}", "\n".join(lines), note]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -117,6 +119,18 @@ def latex(table: Table) -> str:
     return text.rstrip()
 
 
+def escape_markdown(text: str) -> str:
+    r"""Text without the beginning of HTML, of a link, an image or another cell.
+
+    Examples
+    --------
+    >>> print(escape_markdown("a|b <img src=x> [c](d) s_e ± 1"))
+    a\|b \<img src=x> [c]\(d) s_e ± 1
+    """
+    escaped = visible(text).replace("\\", r"\\").replace("](", r"]\(")
+    return escaped.replace("<", r"\<").replace("|", r"\|")
+
+
 def escape_latex(text: str) -> str:
     r"""Text with the characters escaped that are special in LaTeX.
 
@@ -125,7 +139,7 @@ def escape_latex(text: str) -> str:
     >>> print(escape_latex("100 % of a_b"))
     100 \% of a\_b
     """
-    return "".join(_LATEX.get(letter, letter) for letter in text)
+    return "".join(_LATEX.get(letter, letter) for letter in visible(text))
 
 
 def report_tables(section: Section, lead_of: str | None = None) -> list[Table]:
@@ -526,5 +540,4 @@ def _of(part: str) -> str:
 
 
 def _markdown_row(texts: Iterable[str]) -> str:
-    escaped = (text.replace("|", r"\|").replace("\n", " ") for text in texts)
-    return f"| {' | '.join(escaped)} |"
+    return f"| {' | '.join(map(escape_markdown, texts))} |"
