@@ -796,7 +796,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     checks = verify(arguments.path, tolerance=arguments.tolerance)
     if arguments.export is not None:
         export_run(arguments.path, arguments.export)
-    _print(*verification_table(checks).split("\n"))
+    shown = [c._replace(task=visible(c.task), layer=visible(c.layer)) for c in checks]
+    _print(*verification_table(shown).split("\n"))
     return 0 if all(check.passed for check in checks) else 1
 
 
