@@ -355,7 +355,7 @@ def test_the_command_says_how_to_load_what_it_wrote(
     assert main(["export", str(normalised), "--format", "timm", "--out", str(out)]) == 0
     printed = capsys.readouterr()
     assert f"local-dir:{out}" in printed.out
-    assert "as in the run, to 0e+00 of the largest value" in printed.out
+    assert "exactly those of the run" in printed.out
     assert printed.err == ""
 
 

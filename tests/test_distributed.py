@@ -110,6 +110,8 @@ def assert_same_run(run: Path, expected: Path) -> None:
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
         elif ours["event"] == "task":
             assert ours["counts"] == theirs["counts"]
+            moved = theirs["update"]["relative"] if "update" in theirs else None
+            assert moved is None or ours["update"]["relative"] == pytest.approx(moved, rel=0.02)
     ours, theirs = (read_json(path / "summary.json") for path in (run, expected))
     assert ours["counts"] == theirs["counts"]
 

@@ -70,6 +70,22 @@ def test_a_killed_worker_is_one_clear_error(noisy: Path, workers: int) -> None:
         list(batches)
 
 
+_killed_at_birth: list[bool] = []
+os.register_at_fork(
+    after_in_child=lambda: _killed_at_birth and os.kill(os.getpid(), signal.SIGKILL)
+)
+
+
+def test_a_worker_that_is_killed_before_the_others_are_there(noisy: Path) -> None:
+    batches = loader(augmented(noisy, 2), 2, shuffle=True, seed=0, workers=2)
+    _killed_at_birth.append(True)
+    try:
+        with pytest.raises(ChildProcessError, match="SIGKILL"):
+            list(batches)
+    finally:
+        _killed_at_birth.clear()
+
+
 def test_too_little_shared_memory_is_an_error_and_no_wait(noisy: Path) -> None:
     # The system lets no file grow, also none in memory, as where /dev/shm is full.
     images = augmented(noisy, 1, cache=False)

@@ -451,6 +451,26 @@ def test_a_run_whose_loading_process_is_killed_says_so(tmp_path: Path, root: Pat
     assert cli.main(["train", "--resume", str(tmp_path / "run")]) == 0
 
 
+def test_a_run_is_saved_before_it_ends_at_an_image_that_cannot_be_read(tmp_path: Path) -> None:
+    root = squares(tmp_path / "squares")
+    uncached = {"data": {"cache": False}}
+    whole = train(tiny(root, tmp_path / "whole", **uncached), quiet=True)
+    files = {path: path.read_bytes() for path in (root / "train").rglob("*.png")}
+
+    def spoil() -> None:
+        for path in files:
+            path.write_bytes(b"gone bad")
+
+    run = prepare(tiny(root, tmp_path / "run", **uncached))
+    run.on_step = at_step(8, spoil)
+    with pytest.raises(ValueError, match="cannot read the image"):
+        run_to_end(run, quiet=True)
+    assert newest_checkpoint(tmp_path / "run").record["open"]["batch"] == 2
+    for path, content in files.items():
+        path.write_bytes(content)
+    assert differences(resume(tmp_path / "run", quiet=True), whole) == []
+
+
 # Ends at random moments
 
 EPOCHS = 8  # long enough to be hit inside

@@ -1,22 +1,27 @@
 """Class-incremental experiments with LoDA: data, methods, the training loop and the command line.
 
-`load` gives the classifier of a finished run, and `extend` has it learn further tasks; a run is
-trained by `training.train.train` from an `training.config.Experiment`, and resumed by
-`training.train.resume`. Importing this package loads nothing heavy; the parts that need torch are
-imported when used.
+`load` gives the classifier of a finished run, `export` writes it in the form of another library,
+and `extend` has it learn further tasks. A run is trained by `training.train.train` from a
+`training.config.Experiment`, and resumed by `training.train.resume`. Importing this package loads
+nothing heavy; the parts that need torch are imported when used.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from training.analysis.export import export
     from training.analysis.predict import load
     from training.extension import extend
 
-__all__ = ["extend", "load"]
+__all__ = ["export", "extend", "load"]
 
 
-_MODULES = {"extend": "training.extension", "load": "training.analysis.predict"}
+_MODULES = {
+    "export": "training.analysis.export",
+    "extend": "training.extension",
+    "load": "training.analysis.predict",
+}
 
 
 def __getattr__(name: str) -> Any:

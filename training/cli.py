@@ -630,8 +630,12 @@ def _export(arguments: argparse.Namespace) -> None:
     if written.difference is None:
         _print(f"  Not checked: {library} is not installed, which would load it.")
         return
-    share = f"{written.difference:.0e} of the largest value"
-    _print(f"  Checked: loaded by {library}, its results are as in the run, to {share}.")
+    agreement = (
+        f"agree with the run to {written.difference:.0e} of the largest value"
+        if written.difference
+        else "are exactly those of the run"
+    )
+    _print(f"  Checked: loaded by {library}, its results {agreement}.")
 
 
 # Many finished runs
@@ -792,7 +796,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     checks = verify(arguments.path, tolerance=arguments.tolerance)
     if arguments.export is not None:
         export_run(arguments.path, arguments.export)
-    _print(*verification_table(checks).split("\n"))
+    shown = [c._replace(task=visible(c.task), layer=visible(c.layer)) for c in checks]
+    _print(*verification_table(shown).split("\n"))
     return 0 if all(check.passed for check in checks) else 1
 
 

@@ -24,7 +24,7 @@ from training.data.datasets import (
     some,
     walk_classes,
 )
-from training.data.image_files import UnreadableImageError, decode
+from training.data.image_files import UnreadableImageError, decode, missing_reader
 from training.distributed import usable_cpus
 from training.logging import aligned
 from training.spelling import visible
@@ -282,7 +282,10 @@ def _duplicates(splits: list[dict[Path, bytes]]) -> list[tuple[Path, Path]]:
 def _ignored(split: SplitReport) -> str:
     """Number of ignored files by extension, and the first of them."""
     kinds = Counter(path.suffix.lower() or "no extension" for path in split.ignored)
-    named = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
+    named = ", ".join(
+        f"{kind} {count}" + (f" ({cure})" if (cure := missing_reader(kind)) else "")
+        for kind, count in sorted(kinds.items())
+    )
     return f"{split.name}: ignored {named}, such as {split.ignored[0]}"
 
 

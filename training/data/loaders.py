@@ -16,8 +16,11 @@ from training.data.images import ImageSet, Key, in_shared_memory
 from training.data.transforms import Transform
 from training.distributed import Share
 
-_STOP_SIGNALS = {
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+# Those that stop a run, and the one that tells of the end of a process.
+_SIGNALS = {
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGCHLD")
+    if hasattr(signal, name)
 }
 
 Prepared = tuple[Tensor, Tensor, Tensor]
@@ -259,7 +262,7 @@ def _signals_blocked() -> Iterator[None]:
     ):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
     finally:

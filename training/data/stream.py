@@ -363,7 +363,8 @@ def _parts(
             for number, name in enumerate(names)
             if name in labels and (labels[name] >= learned or counts[labels[name]] > 1)
         }
-        held_out = torch.from_numpy(_held_out(images.labels.numpy(), classes, share))
+        notes = [*getattr(data, "notes", []), *([_first(unread)] if unread else [])]
+        held_out = torch.from_numpy(_held_out(images.labels.numpy(), classes, share, notes))
         parts = images.chosen(~held_out), images.chosen(held_out)
     report.notes += getattr(data, "notes", [])
     if unread:
@@ -574,17 +575,23 @@ def _place(config: DataConfig) -> str:
 
 
 def _held_out(
-    labels: NDArray[np.int64], classes: Mapping[int, tuple[str, int]], share: float
+    labels: NDArray[np.int64],
+    classes: Mapping[int, tuple[str, int]],
+    share: float,
+    notes: Sequence[str],
 ) -> NDArray[np.bool_]:
-    """Mask of the images that are held out; ``classes`` are the names and own seeds, by label."""
+    """Mask of the images that are held out.
+
+    ``classes`` are the names and own seeds, by label; ``notes`` say why a class may have too few.
+    """
     # Each class draws by its own seed: another class order holds out the same images.
     mask = np.zeros(len(labels), dtype=np.bool_)
     few = [name for label, (name, _) in classes.items() if (labels == label).sum() < 2]
     if few:
+        have, out = ("has", "class") if len(few) == 1 else ("have", "classes")
         msg = (
-            "a class needs two images, one to train on and one to evaluate on; "
-            f"{some(few)} {'has' if len(few) == 1 else 'have'} one: add images, or take the "
-            f"class{'es' * (len(few) > 1)} out"
+            f"a class needs two images, one to train on and one to evaluate on; {some(few)} {have} "
+            f"one: add images, or take the {out} out{''.join(f'; {note}' for note in notes)}"
         )
         raise ValueError(msg)
     for label, (_, number) in classes.items():
