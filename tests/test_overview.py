@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 from small_runs import plain, tiny
+from torch import nn
 
+from backends.torch import LoDA
 from training.config import Experiment, KeepConfig
-from training.overview import end, task_sizes
+from training.overview import end, parameter_count, task_sizes
 from training.train import train
 
 
@@ -54,6 +57,13 @@ def test_the_end_names_tasks_in_which_nothing_was_learned() -> None:
     extended = end(Experiment(), Path("run"), log, before=1)  # task 1 is of the run before
     assert not any("warning" in x for x in extended)
     assert not any("warning" in x for x in end(Experiment(), Path("run"), b""))
+
+
+def test_branches_of_an_open_task_are_no_parameters_of_the_backbone() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    with LoDA(model, target="*", rank=1, radius=0.3).task([torch.randn(8, 4)]):
+        assert sum(p.numel() for p in model.parameters()) > 30
+        assert parameter_count(model) == 30
 
 
 def test_a_run_is_extended_only_with_its_state() -> None:

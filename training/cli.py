@@ -364,7 +364,7 @@ def _resume(run: Path, settings: Sequence[str], allow: Sequence[str]) -> None:
     differing = [x for x in differing_settings(as_recorded(given), begun) if x not in FREE]
     if differing:
         msg = (
-            f"{run} was started with other settings ({', '.join(differing)} differ): resume it "
+            f"{run} was started with other values of {', '.join(differing)}: resume it "
             f"without them, or start a new run"
         )
         raise ValueError(msg)

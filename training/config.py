@@ -784,7 +784,8 @@ def _flat(values: Any) -> _Settings:
 
 def _unknown(key: str) -> str:
     """The message about a setting that belongs to no section."""
-    names = _declared(Experiment)
+    flags = [name.removeprefix("--") for name in (*_RUN_OPTIONS, *_WITHOUT_VALUE)]
+    names = [*_declared(Experiment), *flags]
     names += [f"{section}.{x}" for section, kind in _SECTIONS.items() for x in _declared(kind)]
     cure = did_you_mean(key, names) or "; loda train --help all lists all settings"
     return f"unknown setting {key}{cure}"

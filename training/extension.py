@@ -139,7 +139,7 @@ def extended_experiment(
     refused = [name for name in changed if name not in MAY_CHANGE]
     if refused:
         msg = (
-            f"{run} was trained with other settings ({', '.join(refused)} differ): an extension "
+            f"{run} was trained with other values of {', '.join(refused)}: an extension "
             f"may change {', '.join(MAY_CHANGE)} only"
         )
         raise ValueError(msg)

@@ -58,7 +58,7 @@ def beginning(
     from training.backbones import preprocessing_of
 
     data, train, head = experiment.data, experiment.train, experiment.head
-    parameters = sum(p.numel() for p in backbone.module.parameters())
+    parameters = parameter_count(backbone.module)
     order = f"in random order (seed {_order_seed(experiment)})" if data.shuffle else "in order"
     if data.class_order is not None:
         order = "in the order of data.class_order"
@@ -170,7 +170,7 @@ def end(experiment: Experiment, folder: Path, log: bytes, *, before: int = 0) ->
     lines = []
     learned = {number: update for number, update in updates(log).items() if number > before}
     idle = [number for number, update in learned.items() if update and not update["changed"]]
-    if idle:
+    if idle and experiment.train.epochs:
         tasks = f"task{'s' if len(idle) > 1 else ''} {', '.join(map(str, idle))}"
         lines.append(
             f"warning: nothing was learned in {tasks}: the update changed no prediction of a "
@@ -215,6 +215,20 @@ def data_name(experiment: Experiment) -> str:
     name = experiment.data.name
     name = f"{name} ({place})" if place else name
     return ", then ".join([name, *experiment.data.extensions])
+
+
+def parameter_count(module: "torch.nn.Module") -> int:
+    """Parameters of a network, without the branches of a task that is open after a resume."""
+    from backends.torch import LoRALinear
+
+    branches = sum(
+        parameter.numel()
+        for layer in module.modules()
+        if isinstance(layer, LoRALinear)
+        for name, parameter in layer.named_parameters()
+        if not name.startswith("base.")
+    )
+    return sum(parameter.numel() for parameter in module.parameters()) - branches
 
 
 def _order_seed(experiment: Experiment) -> int:

@@ -337,7 +337,7 @@ def _require_same(job: Job, what: str, ignored: Collection[str]) -> None:
         differing.remove("backbone.weights")
     if differing:
         msg = (
-            f"{job.folder} holds {what} with other settings ({', '.join(differing)} differ): give "
+            f"{job.folder} holds {what} with other values of {', '.join(differing)}: give "
             "another --out, or move that run away"
         )
         raise ValueError(msg)

@@ -378,9 +378,9 @@ def read_classes(folder: Path, *, nested: bool) -> tuple[Classes, list[str]]:
         raise ValueError(msg)
     others = [path for walk in (beside, *walks.values()) for path in walk.others]
     loops = [path for walk in (beside, *walks.values()) for path in walk.loops]
-    notes = [f"left out, {reasons[kind]}: {text}" for kind, text in _by_kind(unread)]
+    notes = [f"left out: {text} ({reasons[kind]})" for kind, text in _by_kind(unread)]
     if others:
-        notes.append(f"left out, no images by their names: {_counted(others)}")
+        notes.append(f"left out, since their names are not those of images: {_counted(others)}")
     if loops:
         shown = some([str(x) for x in loops])
         notes.append(f"left out, links to a folder above or read already: {shown}")
