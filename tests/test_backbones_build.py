@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny_backbones import NAME, TINY, holds, saved, tiny, trained_weights
 
 from backends.torch import adapt
-from training.backbones import BackboneConfig, build_backbone, check_fits
+from training.backbones import BackboneConfig, build_backbone, check_fits, preprocessing_of
 from training.backbones.build import build_timm
 from training.backbones.config import PACKAGED_WEIGHTS
 from training.config import DataConfig
@@ -45,6 +45,8 @@ def test_a_convolutional_network_works_too(tmp_path: Path) -> None:
 def test_unknown_models_and_options_are_refused() -> None:
     with pytest.raises(ValueError, match=f"{NAME}"):  # a near miss names what was meant
         build_backbone(BackboneConfig("vit_tiny_patch16_22"))
+    with pytest.raises(ValueError, match=f"{NAME}"):  # before anything needs its image size
+        preprocessing_of(BackboneConfig("vit_tiny_patch16_22"))
     with pytest.raises(ValueError, match="image_size"):
         build_backbone(tiny(image_size=8))
 

@@ -40,7 +40,7 @@ def test_tasks_of_one_class_are_warned_of(
 
 def test_sizes_of_tasks_in_words() -> None:
     assert task_sizes([1]) == "1 task of 1 class"
-    assert task_sizes([50, 10, 10, 5]) == "4 tasks of 50, 2 times 10, 5 classes"
+    assert task_sizes([50, 10, 10, 5]) == "4 tasks: 1 of 50 classes, 2 of 10, 1 of 5"
 
 
 def test_the_end_names_tasks_in_which_nothing_was_learned() -> None:
@@ -51,6 +51,8 @@ def test_the_end_names_tasks_in_which_nothing_was_learned() -> None:
     ).encode()
     warning, *_ = end(Experiment(), Path("run"), log)
     assert "in task 1:" in warning
+    extended = end(Experiment(), Path("run"), log, before=1)  # task 1 is of the run before
+    assert not any("warning" in x for x in extended)
     assert not any("warning" in x for x in end(Experiment(), Path("run"), b""))
 
 

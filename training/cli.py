@@ -413,7 +413,10 @@ def _extend(arguments: argparse.Namespace) -> None:
     experiment = begun_experiment(arguments.run, arguments.allow)
     if arguments.settings:
         experiment = load_experiment(
-            arguments.settings, recorded=arguments.run / CONFIG, allow=arguments.allow
+            arguments.settings,
+            recorded=arguments.run / CONFIG,
+            allow=arguments.allow,
+            program="loda extend",
         )
     from training.extension import extend
 

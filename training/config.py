@@ -468,9 +468,15 @@ def refuse_idle(experiment: Experiment, given: Collection[str]) -> None:
 
 # Reading
 
+_PROGRAM = "loda train"
+
 
 def load_experiment(
-    argv: Sequence[str], *, recorded: Path | None = None, allow: Collection[str] = ()
+    argv: Sequence[str],
+    *,
+    recorded: Path | None = None,
+    allow: Collection[str] = (),
+    program: str = _PROGRAM,
 ) -> Experiment:
     """Read an experiment from command-line arguments; errors exit with status 2.
 
@@ -483,6 +489,8 @@ def load_experiment(
         default experiment is the start, unless the arguments name other data or another backbone.
     allow : collection of str
         Import paths that the recorded file may name, besides those that the arguments name.
+    program : str
+        The command that an error names.
 
     Examples
     --------
@@ -500,7 +508,7 @@ def load_experiment(
     except ValueError as error:
         if os.environ.get("LODA_DEBUG"):
             raise
-        argparse.ArgumentParser(prog=_PROGRAM).exit(2, f"{_PROGRAM}: {visible(str(error))}\n")
+        argparse.ArgumentParser(prog=program).exit(2, f"{program}: {visible(str(error))}\n")
 
 
 def experiment_of(*sources: Sequence[str] | Mapping[str, Any]) -> Experiment:
@@ -1025,7 +1033,6 @@ def _options(components: _Components) -> frozenset[str]:
     )
 
 
-_PROGRAM = "loda train"
 _USAGE = (
     "loda train [PHOTOS] [--config CONFIG] [--SETTING VALUE ...] [--overwrite] | "
     "--resume RUN [--allow CLASS ...]"

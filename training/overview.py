@@ -143,19 +143,17 @@ def task_sizes(sizes: Sequence[int]) -> str:
     Examples
     --------
     >>> task_sizes([8, 8, 8]), task_sizes([50, 10, 10, 10]), task_sizes([4])
-    ('3 tasks of 8 classes', '4 tasks of 50, 3 times 10 classes', '1 task of 4 classes')
+    ('3 tasks of 8 classes', '4 tasks: 1 of 50 classes, 3 of 10', '1 task of 4 classes')
     """
     runs = [(size, len(list(same))) for size, same in groupby(sizes)]
+    tasks, first = _count(len(sizes), "task"), _count(sizes[0], "class", "classes")
     if len(runs) == 1:
-        parts = [str(sizes[0])]
-    else:
-        parts = [str(size) if times == 1 else f"{times} times {size}" for size, times in runs]
-    shown = ", ".join(parts[:6]) + (", ..." if len(parts) > 6 else "")
-    classes = "class" if set(sizes) == {1} else "classes"
-    return f"{_count(len(sizes), 'task')} of {shown} {classes}"
+        return f"{tasks} of {first}"
+    parts = [f"{runs[0][1]} of {first}", *(f"{times} of {size}" for size, times in runs[1:6])]
+    return f"{tasks}: {', '.join(parts)}{', ...' if len(runs) > 6 else ''}"
 
 
-def end(experiment: Experiment, folder: Path, log: bytes) -> list[str]:
+def end(experiment: Experiment, folder: Path, log: bytes, *, before: int = 0) -> list[str]:
     """Lines about what a finished run learned, and the commands that use it.
 
     Parameters
@@ -166,9 +164,12 @@ def end(experiment: Experiment, folder: Path, log: bytes) -> list[str]:
         The run folder.
     log : bytes
         Its metrics.
+    before : int
+        Number of tasks learned by the run that it extends, if it extends one.
     """
     lines = []
-    idle = [n for n, update in updates(log).items() if update and not update["changed"]]
+    learned = {number: update for number, update in updates(log).items() if number > before}
+    idle = [number for number, update in learned.items() if update and not update["changed"]]
     if idle:
         tasks = f"task{'s' if len(idle) > 1 else ''} {', '.join(map(str, idle))}"
         lines.append(

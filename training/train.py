@@ -501,7 +501,9 @@ def run_to_end(run: Run, *, quiet: bool = False) -> Path:
         run.folder.close()
     figure = run.folder.path / FIGURE if experiment.keep.figure else None
     progress.finish(state.accuracy[state.readouts.primary], run.folder.path, figure)
-    progress.say(*overview.end(experiment, run.folder.path, run.folder.read_log()))
+    before = run.extends["tasks"] if run.extends else 0
+    log = run.folder.read_log()
+    progress.say(*overview.end(experiment, run.folder.path, log, before=before))
     return run.folder.path
 
 

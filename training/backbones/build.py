@@ -229,7 +229,7 @@ def described(
 def timm_settings(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """What timm knows of a model without building it: its ``pretrained_cfg``, and saved options.
 
-    Both are empty for a model that timm does not know.
+    Both are empty for a model that timm builds but has no configuration of.
 
     Parameters
     ----------
@@ -240,12 +240,12 @@ def timm_settings(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises
     ------
     ValueError
-        If the configuration cannot be used.
+        If timm has no such model, or its configuration cannot be used.
     ConnectionError
         If it cannot be read or downloaded.
     """
-    is_saved = name.startswith(SAVED_BY_TIMM)
-    if not is_saved and timm.get_pretrained_cfg(name) is None:
+    _check_name(name)
+    if not name.startswith(SAVED_BY_TIMM) and timm.get_pretrained_cfg(name) is None:
         return {}, {}
     try:
         given: dict[str, Any] = timm.models.resolve_model_input_args(_expanded(name))
@@ -297,7 +297,8 @@ def _saved_weights(name: str) -> tuple[Path, str | None]:
     return path, f"{repository} at {path.parent.name}"
 
 
-def _create(name: str, options: Mapping[str, Any]) -> nn.Module:
+def _check_name(name: str) -> None:
+    """An error with similar names, if timm has no model of this name."""
     if not name.startswith(SAVED_BY_TIMM) and not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
         hint = f" Did you mean {', '.join(near)}?" if near else ""
@@ -307,6 +308,10 @@ def _create(name: str, options: Mapping[str, Any]) -> nn.Module:
         path = f", and there is no module {first} for an import path" if dot else ""
         msg = f"backbone.name: timm {timm.__version__} has no model {name!r}{path}.{hint}"
         raise ValueError(msg)
+
+
+def _create(name: str, options: Mapping[str, Any]) -> nn.Module:
+    _check_name(name)
     try:
         module: nn.Module = timm.create_model(
             _expanded(name), pretrained=False, num_classes=0, **options

@@ -136,7 +136,7 @@ def of_timm(
     Returns
     -------
     Preprocessing or None
-        None for an unknown model or one of which timm knows nothing.
+        None for a model of which timm knows nothing.
     """
     from training.backbones.build import timm_settings
 

@@ -189,7 +189,7 @@ def build_stream(config: DataConfig, seed: int, *, partial: bool = False) -> Str
     parts = _parts(data, train, labels, config, _place(config), config.held_out, report)
     if (config.init_cls, config.increment, config.task_sizes) == (None, None, None):
         report.notes.append(
-            f"{len(order)} classes are learned in {_in_words([len(task) for task in tasks])}; "
+            f"the classes are learned in {_in_words([len(task) for task in tasks])}; "
             "data.increment or data.task_sizes sets this"
         )
     return Stream(
