@@ -194,7 +194,7 @@ def duration(seconds: float) -> str:
 
 
 def describe_update(update: "Update") -> str:
-    """What a task's update did, in words; a warning if that was nothing.
+    """What the update of a task did, in words.
 
     Examples
     --------
@@ -202,11 +202,11 @@ def describe_update(update: "Update") -> str:
     >>> describe_update(Update(0.0123, {}, 0.25, 480))
     'the update moved the weights by 1.2 % and changed the prediction of 25 % of 480 images'
     >>> describe_update(Update(1e-5, {}, 0.0, 480))
-    'nothing was learned: the update moved the weights by 0.001 % and changed no prediction'
+    'the update moved the weights by 0.001 % and changed no prediction of 480 images'
     """
     moved = f"the update moved the weights by {_per_cent(update.relative)} and changed"
     if not update.changed:
-        return f"nothing was learned: {moved} no prediction"
+        return f"{moved} no prediction of {update.images} images"
     return f"{moved} the prediction of {_per_cent(update.changed)} of {update.images} images"
 
 

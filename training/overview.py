@@ -173,9 +173,9 @@ def end(experiment: Experiment, folder: Path, log: bytes, *, before: int = 0) ->
     if idle and experiment.train.epochs:
         tasks = f"task{'s' if len(idle) > 1 else ''} {', '.join(map(str, idle))}"
         lines.append(
-            f"warning: nothing was learned in {tasks}: the update changed no prediction of a "
-            "training image. Compare with --method frozen; if that is as good, raise train.lr or "
-            "train.epochs."
+            f"warning: little or nothing was learned in {tasks}: the update changed no prediction "
+            "of a training image. Compare with --method frozen; if that is as good, raise "
+            "train.lr or train.epochs."
         )
     run = shlex.quote(str(folder))
     size = sum(event["bytes"] for event in _events(log) if event["event"] == "state")
