@@ -193,6 +193,8 @@ def test_onnx_holds_the_whole_classifier(
 def test_onnx_decides_image_files_as_predict_does(normalised: Path, tmp_path: Path) -> None:
     for library in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(library)
+    with pytest.raises(ValueError, match=r"FILE\.onnx"):
+        export(normalised, tmp_path / "m.bin", "onnx")
     export(normalised, tmp_path / "m.onnx", "onnx")
     classifier = load(normalised)
     root = Path(classifier.experiment.data.options["root"])
@@ -289,8 +291,6 @@ def test_what_is_there_is_replaced_only_when_asked(normalised: Path, tmp_path: P
         export(normalised, place, "timm", overwrite=True)
     with pytest.raises(FileExistsError, match="file"):
         export(normalised, place / "mine.txt", "timm", overwrite=True)
-    with pytest.raises(ValueError, match=r"FILE\.onnx"):
-        export(normalised, tmp_path / "m.bin", "onnx")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 

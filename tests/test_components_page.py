@@ -46,12 +46,10 @@ def test_every_command_works(
     command: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if "--help" in command:
-        with pytest.raises(SystemExit) as left:
-            cli.main(command)
-        assert left.value.code == 0
+        assert cli.main(command) == 0
         shown = " ".join(capsys.readouterr().out.split())
-        assert "--data.angles ANGLES Number of classes." in shown
-        assert "--head.LDA.shrinkage SHRINKAGE Weight of the identity" in shown
+        assert "--data.angles N Number of classes." in shown
+        assert "--head.LDA.shrinkage X Weight of the identity" in shown
         return
     assert cli.main([*command, "--device=cpu"] if command[0] == "train" else command) == 0
     capsys.readouterr()
