@@ -253,8 +253,8 @@ def _lead(section: Section, first: str | None) -> Iterator[Drawing]:
         yield _leads_drawing(
             "lead",
             f"Lead of {first}, read-out {readout}",
-            f"Last accuracy of {first} minus that of the method beside the line, paired over "
-            "seeds: mean, and 95 % interval of Student's t.",
+            f"Last accuracy of {first} minus that of the method beside the line, paired over seeds"
+            + (": mean, and 95 % interval of Student's t." if ahead["low"].notna().any() else "."),
             {first: ahead},
         )
 
