@@ -576,11 +576,16 @@ def _run_here(
     told: Callable[[Outcome], Outcome],
 ) -> list[Outcome]:
     threads = max(1, usable_cpus() // workers)
+    broken = threading.Event()
 
     def run(job: Job) -> Outcome:
-        if children.stopped is not None:
+        if children.stopped is not None or broken.is_set():
             return Outcome(job, "not started", _log(job, out))
-        return told(run_job(job, out, threads, children))
+        try:
+            return told(run_job(job, out, threads, children))
+        except BaseException:
+            broken.set()  # before this thread takes the next job, which the pool may not prevent
+            raise
 
     # Threads are enough: each only waits for the process of its run.
     pool = ThreadPoolExecutor(workers)
