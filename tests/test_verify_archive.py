@@ -214,3 +214,14 @@ def test_a_floor_belongs_to_the_ratio_of_traces() -> None:
     for rule in ("quotient", "null"):
         with pytest.raises(ValueError, match="energy_floor"):
             LayerSettings(isolated=rule, energy_floor=0.4)
+
+
+def test_names_in_a_file_do_not_reach_the_terminal_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layer = "a\x1b[2K\r\u202eb"
+    np.savez(tmp_path / "f.npz", **{f"1/{layer}/{k}": v for k, v in solved().items()})
+    main([str(tmp_path / "f.npz")])
+    printed = "".join(capsys.readouterr())
+    assert "\\x1b[2K" in printed
+    assert all(line.isprintable() for line in printed.splitlines())

@@ -8,7 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from loda_math.verify.archive import verification_table, verify_archive
+from loda_math.verify.archive import printable, verification_table, verify_archive
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         checks = verify_archive(given.path, tolerance=given.tolerance)
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"{printable(str(error))}\n")
         return 2
     sys.stdout.write(f"{verification_table(checks)}\n")
     return 0 if all(check.passed for check in checks) else 1

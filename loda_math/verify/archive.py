@@ -168,7 +168,8 @@ def verification_table(checks: Sequence[Check]) -> str:
         small = ("" if x is None else f"{x:.1e}" for x in (c.defect, c.residual, c.gap))
         shares = ("" if x is None else f"{x:.4f}" for x in (c.new, c.old))
         rank = "" if c.directions is None else str(c.directions)
-        rows.append([c.task, c.layer, c.what, *small, *shares, rank, "ok" if c.passed else "OFF"])
+        named = (printable(c.task), printable(c.layer), c.what)
+        rows.append([*named, *small, *shares, rank, "ok" if c.passed else "OFF"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -191,6 +192,12 @@ def _require_plausible_size(path: Path) -> None:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or repr(error)
+
+
+def printable(name: str) -> str:
+    """A name from somebody's file, without what moves the cursor or hides and reorders text."""
+    shown = (x if x.isprintable() else x.encode("unicode_escape").decode("ascii") for x in name)
+    return "".join(shown)
 
 
 def _natural(name: str) -> list[Any]:
