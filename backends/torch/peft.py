@@ -7,7 +7,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -114,19 +115,30 @@ def save_adapter(
     }
     place = Path(folder)
     _require_place(place, overwrite=overwrite)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(mkdtemp(prefix=f".{place.name}-", dir=place.parent))
-    try:
-        adapter = temporary / "adapter"
-        adapter.mkdir()
+    with new_folder(place) as adapter:
         save_file(stored, adapter / WEIGHTS, metadata={"format": "pt"})
         (adapter / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for path in adapter.iterdir():
+
+
+@contextmanager
+def new_folder(place: Path) -> Iterator[Path]:
+    """An empty folder that is put in its place when the block ends, and never half written.
+
+    After an error, what was at the place is there as it was before.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    # Beside its final place, so that it can be moved there in one step.
+    temporary = Path(mkdtemp(prefix=f".{place.name}-", dir=place.parent))
+    try:
+        folder = temporary / "new"
+        folder.mkdir()
+        yield folder
+        for path in folder.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         if place.exists():
             place.rename(temporary / "before")
-        adapter.rename(place)
+        folder.rename(place)
     except BaseException:
         if (temporary / "before").exists() and not place.exists():
             (temporary / "before").rename(place)

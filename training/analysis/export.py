@@ -2,14 +2,12 @@
 
 import json
 import logging
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any, Literal, NamedTuple, get_args
 
 import timm
@@ -18,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from backends.torch.peft import save_adapter, update_record
+from backends.torch.peft import new_folder, save_adapter, update_record
 from backends.torch.readouts import CosineClassifier, RidgeClassifier
 from training.analysis.predict import Classifier, load
 from training.backbones import build_backbone
@@ -159,32 +157,18 @@ def export(
         "hf": _to_transformers,
         "peft": _to_peft,
     }
-    place.parent.mkdir(parents=True, exist_ok=True)
-    # Beside its final place, so that it can be moved there in one step.
-    temporary = Path(mkdtemp(prefix=f".{place.name}-", dir=place.parent))
-    try:
-        inner = temporary / "export"
-        inner.mkdir()
+    with new_folder(place) as inner:
         with _quiet(form):
             notes, features = writers[form](Path(run), classifier, inner)
         difference = None
         if features is not None:
             difference = _compared(form, classifier.model(_probes(classifier)), features)
         # Some writers create files that only their owner may read; use those of a new file.
-        (temporary / "new").touch()
+        model = inner.with_name("mode")
+        model.touch()
         for path in inner.iterdir():
-            path.chmod((temporary / "new").stat().st_mode)
-            sync(path)
-        if place.exists():
-            place.rename(temporary / "before")
-        inner.rename(place)
-        sync(place.parent)
-    except BaseException:
-        if (temporary / "before").exists() and not place.exists():
-            (temporary / "before").rename(place)
-        raise
-    finally:
-        shutil.rmtree(temporary)
+            path.chmod(model.stat().st_mode)
+    sync(place.parent)
     return Export(place, [note.replace("OUT", str(place)) for note in notes], difference)
 
 
