@@ -21,9 +21,10 @@ import yaml
 from pandas import DataFrame, concat
 from scipy.stats import t as student
 
-from training.config import Experiment, flat_settings, read_yaml, resolve_config
+from training.config import Experiment, flat_settings
 from training.report.runs import find_runs, load
 from training.report.tables import differences, intervals
+from training.yaml_files import read_yaml, resolve_config
 
 READOUTS = ("alignment", "heads", "nearest_mean", "ridge")  # all on one training
 READOUT = READOUTS[0]  # the primary one, which decides

@@ -35,15 +35,13 @@ from training.config import (
     foreign_classes,
     keeps_nothing,
     load_experiment,
-    packaged_configs,
     read_experiment,
-    read_yaml,
     requested_help,
-    resolve_config,
     resolved,
     resume_command,
     run_options,
 )
+from training.yaml_files import packaged_configs, read_yaml, resolve_config
 
 MINE = '''
 from backends.torch.readouts import NearestMean

@@ -35,6 +35,7 @@ FLOORS = (
         "distributed",
         "spelling",
         "updates",
+        "yaml_files",
     },
     {"logging", "plots"},
     {"backbones", "data", "methods", "state"},

@@ -22,13 +22,12 @@ from training.config import (
     Experiment,
     experiment_of,
     flat_settings,
-    packaged_configs,
-    resolve_config,
     resolved,
 )
 from training.methods import METHODS, steps_a_batch
 from training.run_dir import read_json
 from training.train import train
+from training.yaml_files import packaged_configs, resolve_config
 
 CONFIGS = [name for name in packaged_configs() if name.startswith("paper/")]
 # One a data set is trained by every test, the others with the slow ones.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from training.config import packaged_configs
+from training.yaml_files import packaged_configs
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("loda_math", "backends", "training")
@@ -26,7 +26,8 @@ for name in sys.argv[1:]:
     for module in pkgutil.walk_packages(package.__path__, f'{name}.'):
         if not any(part.startswith('_') for part in module.name.split('.')):
             found[module.name] = importlib.import_module(module.name).__file__
-from training.config import packaged_configs, load_experiment
+from training.config import load_experiment
+from training.yaml_files import packaged_configs
 from training.backbones import build_backbone
 build_backbone(load_experiment([]).backbone)
 print(json.dumps({'modules': found, 'configs': packaged_configs(), 'path': sys.path}))

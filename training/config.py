@@ -21,13 +21,11 @@ Relative paths (``data.root``, ``backbone.weights``, ``out``) start at the worki
 
 import argparse
 import os
-import re
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +51,15 @@ from training.data.config import DataConfig
 from training.methods.base import METHODS, MethodConfig, fact
 from training.run_dir import CONFIG, MANIFEST
 from training.spelling import did_you_mean, visible
+from training.yaml_files import (
+    CONFIGS,
+    DEFAULT,
+    PHOTOS,
+    as_yaml,
+    packaged_configs,
+    read_yaml,
+    resolve_config,
+)
 
 NEUTRAL = (
     "data.workers",
@@ -704,7 +711,7 @@ def _default_sources(sources: Sequence[_Source]) -> list[_Source]:
         return []
     named = {**dict(*_folder_source(sources)), **_chosen_on(given)}
     if named.get("data.name") == "folder":
-        return _file_sources(_CONFIGS / PHOTOS)
+        return _file_sources(CONFIGS / PHOTOS)
     default = _FileSettings(_flat(read_yaml(path := resolve_config(DEFAULT))), path)
     chosen = ("data.name", "backbone.name")
     return [default] if all(named.get(key, default[key]) == default[key] for key in chosen) else []
@@ -743,7 +750,7 @@ def _file_sources(path: Path, above: tuple[Path, ...] = ()) -> list[_Source]:
         if not leaves and beside.is_file():
             base = beside
         elif name in packaged_configs():
-            base = _CONFIGS / f"{name}.yaml"
+            base = CONFIGS / f"{name}.yaml"
         else:
             msg = (
                 f"{path}: base must be the name of a YAML file in its folder or of a packaged "
@@ -911,7 +918,7 @@ def _experiment(sources: Sequence[_Source], allow: Collection[str] | None = None
             if foreign.get(prefix) == name:
                 own = recorded.setdefault(section, {})
                 (own.setdefault(readout, {}) if readout else own).update(options)
-        arguments.append(f"--config={_yaml(settings)}")
+        arguments.append(f"--config={as_yaml(settings)}")
     values = _parsed(components, arguments, sources)
     return _assemble(values, dict(components), recorded)
 
@@ -1001,7 +1008,7 @@ def _parsed(
 def _error_of(parser: jsonargparse.ArgumentParser, settings: _Settings) -> str | None:
     """What the parser says of the settings of one file alone."""
     try:
-        parser.parse_args([f"--config={_yaml(settings)}"])
+        parser.parse_args([f"--config={as_yaml(settings)}"])
     except (argparse.ArgumentError, OverflowError) as error:
         return str(error)
     return None
@@ -1068,7 +1075,7 @@ class _Help(jsonargparse.DefaultHelpFormatter):
             return text
         default = action.default
         if not isinstance(default, str):
-            flow = yaml.dump(_plain(default), Dumper=_Dumper, default_flow_style=True)
+            flow = as_yaml(_plain(default), flow=True)
             default = flow.removesuffix("\n").removesuffix("\n...")
         return f"{text} (default: {default})".replace("%", "%%")
 
@@ -1335,7 +1342,7 @@ def dump_experiment(experiment: Experiment) -> str:
     >>> "seed: 7" in dump_experiment(Experiment(seed=7)).splitlines()
     True
     """
-    return _yaml(experiment_values(experiment))
+    return as_yaml(experiment_values(experiment))
 
 
 def experiment_values(experiment: Experiment) -> dict[str, Any]:
@@ -1417,155 +1424,3 @@ def _same(one: Any, other: Any) -> bool:
 def _class_name(name: str) -> str:
     """The last part of an import path: the key of the options of a read-out."""
     return name.rpartition(".")[2]
-
-
-# Files
-
-_CONFIGS = Path(str(files("training"))) / "configs"
-
-
-def packaged_configs() -> list[str]:
-    """Names of the experiments in the package, such as digits and paper/cub."""
-    paths = [p for part in ("", "paper/", "native/") for p in _CONFIGS.glob(f"{part}*.yaml")]
-    names = [path.relative_to(_CONFIGS).with_suffix("") for path in paths]
-    return sorted(name.as_posix() for name in names if not name.name.startswith("_"))
-
-
-DEFAULT = "glyphs"
-"""The packaged configuration of the default experiment."""
-
-PHOTOS = "_photos.yaml"
-"""The file of the settings that a folder of photos starts from."""
-
-
-def resolve_config(name: str) -> Path:
-    """Find the file of a configuration: an existing path or a packaged name.
-
-    Raises
-    ------
-    ValueError
-        If the name is neither; the message lists the packaged names.
-    """
-    if Path(name).is_file():
-        return Path(name)
-    packaged = packaged_configs()
-    if name in packaged:
-        return _CONFIGS / f"{name}.yaml"
-    cure = did_you_mean(name, packaged) or f"; packaged are {', '.join(packaged)}"
-    msg = f"--config must be a YAML file or the name of a packaged configuration, got {name}{cure}"
-    raise ValueError(msg)
-
-
-def read_yaml(path: Path) -> Any:
-    """Read a YAML file; refuse repeated keys, aliases and deep nesting.
-
-    PyYAML would silently keep the last of two equal keys. ``method: {rank: 8}`` and
-    ``method.rank: 4`` are equal keys. With aliases or deep nesting, reading a short text may take
-    unbounded time and memory.
-
-    Raises
-    ------
-    ValueError
-        If it is not YAML, nests too deeply, uses aliases, or repeats a key.
-    """
-    try:
-        # The constructor already reads the first block, and refuses characters YAML lacks.
-        loader = _StrictLoader(path.read_text(encoding="utf-8"))
-        try:
-            node = loader.get_single_node()
-            _require_once(node)
-            return None if node is None else loader.construct_document(node)
-        finally:
-            loader.dispose()
-    except yaml.YAMLError as error:
-        # Without the lines that PyYAML would quote: it may be any file that a base names.
-        mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
-        place = f"{path}, line {mark.line + 1}," if mark else f"{path}"
-        msg = f"{place} is not YAML: {problem or getattr(error, 'reason', 'it cannot be read')}"
-        raise ValueError(msg) from error
-    except ValueError as error:
-        msg = f"{path}: {error}"
-        raise ValueError(msg) from error
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Reads plain data, and numbers and dates as jsonargparse does: 1e-3 is a number."""
-
-    deepest = 20
-    depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            msg = f"aliases (*{self.peek_event().anchor}) are not supported; write the value out"  # type: ignore[no-untyped-call]
-            raise ValueError(msg)
-        self.depth += 1
-        if self.depth > self.deepest:
-            msg = f"settings must nest at most {self.deepest} levels deep"
-            raise ValueError(msg)
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-# Dates stay text: no setting is a date.
-_StrictLoader.yaml_implicit_resolvers = {
-    first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]
-    for first, pairs in _StrictLoader.yaml_implicit_resolvers.items()
-}
-
-
-def _require_once(node: yaml.Node | None) -> None:
-    """Refuse a key that occurs twice in a mapping, or both as ``a: {b: 1}`` and ``a.b: 2``."""
-    if isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _require_once(item)
-    elif isinstance(node, yaml.MappingNode):
-        _require_once_below(node, "", {})
-
-
-def _require_once_below(node: yaml.MappingNode, prefix: str, dotted: dict[str, int]) -> None:
-    own: dict[tuple[str, str], int] = {}
-    for key, value in node.value:
-        if not isinstance(key, yaml.ScalarNode):
-            continue  # PyYAML refuses it
-        line, name = key.start_mark.line + 1, f"{prefix}{key.value}"
-        _once(own, (key.tag, key.value), key.value, line)
-        if isinstance(value, yaml.MappingNode):
-            _require_once_below(value, f"{name}.", dotted)
-        else:
-            _require_once(value)
-            _once(dotted, name, name, line)
-
-
-def _once(lines: dict[Any, int], key: Any, name: str, line: int) -> None:
-    if key in lines:
-        first, last = sorted((lines[key], line))
-        where = f"on line {line}" if first == last else f"on lines {first} and {last}"
-        msg = f"the key {name!r} must occur only once, got it twice, {where}; remove one"
-        raise ValueError(msg)
-    lines[key] = line
-
-
-def _yaml(values: Mapping[str, Any]) -> str:
-    text: str = yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-    return text
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that jsonargparse would read as a number, though plain YAML would not (1e5)."""
-
-
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    try:
-        float(text)
-    except ValueError:
-        return dumper.represent_str(text)
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"')
-
-
-_Dumper.add_representer(str, _represent_text)

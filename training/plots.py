@@ -6,10 +6,11 @@ loads matplotlib before a figure is drawn.
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from training.run_dir import write_atomically
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from training.metrics import AccuracyMatrix
+
+Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 # Okabe and Ito's colours can be told apart with any kind of colour vision. Their yellow is too pale
 # on white, so a grey replaces it. The first is the strongest: it is for what a figure is about.
@@ -155,7 +158,7 @@ def spread_curves(
     return curves
 
 
-def line_figure(panels: Sequence[Panel], path: str | os.PathLike[str], *, title: str = "") -> Path:
+def line_figure(panels: Sequence[Panel], path: Paths, *, title: str = "") -> Path:
     """Draw panels one above the other with one legend; returns the path.
 
     Parameters
@@ -163,7 +166,7 @@ def line_figure(panels: Sequence[Panel], path: str | os.PathLike[str], *, title:
     panels : sequence of Panel
         At least one, each with at least one curve.
     path : path
-        A PNG, SVG or PDF file; written whole or not at all.
+        A PNG, SVG or PDF file, or several; each is written whole or not at all.
     title : str
         Heading.
 
@@ -198,9 +201,7 @@ def line_figure(panels: Sequence[Panel], path: str | os.PathLike[str], *, title:
     return _save(figure, path, title)
 
 
-def interval_figure(
-    series: "Mapping[str, DataFrame]", path: str | os.PathLike[str], *, x: str
-) -> Path:
+def interval_figure(series: "Mapping[str, DataFrame]", path: Paths, *, x: str) -> Path:
     """Draw differences as points with intervals, the first name at the top; returns the path.
 
     Parameters
@@ -209,7 +210,7 @@ def interval_figure(
         What is compared, such as backbones -> one row per name: the difference ``lead`` and the
         ends of its interval, ``low`` and ``high``, which are NaN where there is none.
     path : path
-        A PNG, SVG or PDF file; written whole or not at all.
+        A PNG, SVG or PDF file, or several; each is written whole or not at all.
     x : str
         What the differences are, with their unit.
 
@@ -242,9 +243,7 @@ def interval_figure(
     return _save(figure, path)
 
 
-def accuracy_figure(
-    matrix: "AccuracyMatrix", path: str | os.PathLike[str], *, title: str = ""
-) -> Path:
+def accuracy_figure(matrix: "AccuracyMatrix", path: Paths, *, title: str = "") -> Path:
     """Draw the accuracy matrix beside the accuracy over tasks; returns the path.
 
     Parameters
@@ -252,7 +251,7 @@ def accuracy_figure(
     matrix : AccuracyMatrix
         At least one task.
     path : path
-        A PNG, SVG or PDF file; written whole or not at all.
+        A PNG, SVG or PDF file, or several; each is written whole or not at all.
     title : str
         Heading of both parts.
 
@@ -286,7 +285,7 @@ def accuracy_figure(
 def confusion_figure(
     confusion: "NDArray[Any]",
     classes: Sequence[str],
-    path: str | os.PathLike[str],
+    path: Paths,
     *,
     starts: Sequence[int] = (),
     title: str = "",
@@ -370,7 +369,7 @@ def _ordinal(number: int) -> str:
     return {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
 
 
-def matrix_figure(rows: Sequence[Sequence[float]], path: str | os.PathLike[str]) -> Path:
+def matrix_figure(rows: Sequence[Sequence[float]], path: Paths) -> Path:
     """Draw accuracies a[i][j] in [0, 1], j up to i, as a heat map; returns the path.
 
     Parameters
@@ -378,7 +377,7 @@ def matrix_figure(rows: Sequence[Sequence[float]], path: str | os.PathLike[str])
     rows : sequence of sequences of float
         Row i holds i + 1 accuracies.
     path : path
-        A PNG, SVG or PDF file.
+        A PNG, SVG or PDF file, or several.
 
     Raises
     ------
@@ -563,22 +562,26 @@ def _new_figure(width: float, height: float) -> "Figure":
     return figure
 
 
-def _save(figure: "Figure", path: str | os.PathLike[str], title: str = "") -> Path:
-    """Write a figure under its title as PNG, SVG or PDF, by the ending of the path."""
+def _save(figure: "Figure", path: Paths, title: str = "") -> Path:
+    """Write a figure under its title as PNG, SVG or PDF, by the ending of each path.
+
+    The layout is worked out once, for the first file. Returns the path of the last.
+    """
     from matplotlib import rc_context
 
-    target = Path(path)
-    kind = target.suffix.lower().removeprefix(".")
-    if kind not in _UNNAMED:
-        msg = f"the path of a figure must end in .png, .svg or .pdf, got {target}"
-        raise ValueError(msg)
+    targets = [Path(path)] if isinstance(path, (str, os.PathLike)) else [Path(p) for p in path]
     if title:
         figure.suptitle(_plain(title), fontsize=12)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Without version, date and random names the file depends only on the numbers.
-    unnamed: Any = dict.fromkeys(_UNNAMED[kind])
-    with rc_context({"svg.hashsalt": "loda"}):
-        write_atomically(
-            target, lambda file: figure.savefig(file, format=kind, dpi=_DPI, metadata=unnamed)
-        )
-    return target
+    for target in targets:
+        kind = target.suffix.lower().removeprefix(".")
+        if kind not in _UNNAMED:
+            msg = f"the path of a figure must end in .png, .svg or .pdf, got {target}"
+            raise ValueError(msg)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Without version, date and random names the file depends only on the numbers.
+        unnamed: Any = dict.fromkeys(_UNNAMED[kind])
+        with rc_context({"svg.hashsalt": "loda"}):
+            write = partial(figure.savefig, format=kind, dpi=_DPI, metadata=unnamed)
+            write_atomically(target, write)
+        figure.set_layout_engine("none")  # it has placed everything, and is half of the time
+    return targets[-1]

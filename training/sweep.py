@@ -32,7 +32,6 @@ from training.config import (
     experiment_of,
     foreign_classes,
     read_experiment,
-    read_yaml,
     resolved,
 )
 from training.distributed import usable_cpus
@@ -48,6 +47,7 @@ from training.run_dir import (
     write_text,
 )
 from training.spelling import did_you_mean
+from training.yaml_files import read_yaml
 
 Engine = Literal["processes", "slurm", "local"]
 JobState = Literal["done", "to do", "running elsewhere", "unreadable"]

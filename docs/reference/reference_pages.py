@@ -22,7 +22,7 @@ from unittest import mock
 
 import jsonargparse
 
-from training import cli, config
+from training import cli, config, yaml_files
 from training.components import Registry, summary
 
 HERE = Path(__file__).parent
@@ -182,8 +182,8 @@ def configurations_page() -> str:
         "# Configurations in the package\n",
         "`loda train --config NAME` uses one; a file of yours may build on it with `base: NAME`.\n",
     ]
-    for name in config.packaged_configs():
-        text = config.resolve_config(name).read_text(encoding="utf-8")
+    for name in yaml_files.packaged_configs():
+        text = yaml_files.resolve_config(name).read_text(encoding="utf-8")
         parts.append(f"## {name}\n\n```yaml\n{text.rstrip()}\n```\n")
     return "\n".join(parts)
 

@@ -1,6 +1,5 @@
 """The figures of a section of a report, each with a description in words."""
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
@@ -14,6 +13,7 @@ import pandas as pd
 from training.plots import (
     Curve,
     Panel,
+    Paths,
     interval_figure,
     line_figure,
     matrix_figure,
@@ -56,7 +56,7 @@ class Drawing(NamedTuple):
     alt : str
         What it shows, in words.
     draw : callable
-        Draws it to a path.
+        Draws it to a path or several, and returns the last.
     tables : sequence of Table
         Its numbers, which the page folds beneath it.
     folded : bool
@@ -67,7 +67,7 @@ class Drawing(NamedTuple):
     title: str
     caption: str
     alt: str
-    draw: Callable[[Path], Path]
+    draw: Callable[[Paths], Path]
     tables: Sequence[Table] = ()
     folded: bool = False
 
@@ -150,7 +150,7 @@ def side_drawings(sections: Sequence[Section], lead_of: str | None = None) -> It
             )
 
 
-def comparison_figure(sections: Sequence[Section], path: str | os.PathLike[str]) -> Path:
+def comparison_figure(sections: Sequence[Section], path: Paths) -> Path:
     """Draw accuracy over tasks of every method, by the primary read-out of each run.
 
     Parameters

@@ -219,8 +219,7 @@ def _figures(drawn: Iterable[Drawing], folder: Path) -> list[dict[str, Any]]:
         name = slug(drawing.name)
         while name in figures:  # labels that differ only in punctuation
             name += "-"
-        for ending in _ENDINGS:
-            path = drawing.draw(folder / f"{name}{ending}")
+        path = drawing.draw([folder / f"{name}{ending}" for ending in _ENDINGS])
         figures[name] = drawing._asdict() | _embedded(path)
     return list(figures.values())
 
