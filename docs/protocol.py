@@ -1,6 +1,7 @@
 """The comparison of docs/protocol.md as sweep files: the trials, and the test that they decide.
 
     python docs/protocol.py choose > training/configs/sweeps/glyphs-choose.yaml
+    python docs/protocol.py choose RECORDS                 # the same with the rates that are due
     python docs/protocol.py rates RECORDS                  # the trials as a table, the best in bold
     python docs/protocol.py test RECORDS > training/configs/sweeps/glyphs-test.yaml
     python docs/protocol.py contrasts RECORDS --tests TESTS           # what the test shows
@@ -88,8 +89,13 @@ def hours(runs: list[tuple[str, float]]) -> str:
     return f"{len(runs)} runs, about {total / 3600:.0f} hours of one processor core"
 
 
-def choosing_sweep(stream: str = WHOLE, rates: tuple[float, ...] = RATES) -> str:
-    """The trials: every method at every rate, on the alphabet to choose on."""
+def choosing_sweep(stream: str = WHOLE, trials: Trials | None = None) -> str:
+    """The trials: every method at every rate, on the alphabet to choose on.
+
+    With the trials of the whole grid so far, it has the rates that are still to be tried as well.
+    """
+    rates = {*RATES, *(due_rates(trials) if trials else ())}
+    rates |= {rate for method in METHODS for rate in (trials or {}).get(method, {})}
     variants: dict[str, Settings] = {ONLY_HEADS: {"method.name": ONLY_HEADS, "train.lr": ONLY_RATE}}
     for rate in sorted(rates):
         for method in METHODS:
@@ -153,6 +159,29 @@ def best_rates(trials: Trials, seeds: tuple[int, ...] = CHOOSING_SEEDS) -> dict[
         If methods had other trials than each other, or a best rate is at an edge of the grid that
         can still be extended.
     """
+    chosen = _best(trials, seeds)
+    if due := due_rates(trials, seeds):
+        msg = (
+            f"the best rate must be inside the grid, got {chosen}; run the trials of every method "
+            f"at {' and '.join(map(str, due))} too"
+        )
+        raise ValueError(msg)
+    return chosen
+
+
+def due_rates(trials: Trials, seeds: tuple[int, ...] = CHOOSING_SEEDS) -> list[float]:
+    """The next rate beyond each edge of the grid where a method is best, if any is left."""
+    best = set(_best(trials, seeds).values())
+    grid = sorted(trials["loda"])
+    due = []
+    for edge, further in ((grid[0], LOWER), (grid[-1], HIGHER)):
+        left = [rate for rate in further if rate not in grid]
+        due += left[:1] if edge in best else []
+    return due
+
+
+def _best(trials: Trials, seeds: tuple[int, ...]) -> dict[str, float]:
+    """The best rate of each method, in trials of one whole grid for all."""
     grids = {method: sorted(trials.get(method, {})) for method in METHODS}
     grid = grids["loda"]
     for method, rates in grids.items():
@@ -168,15 +197,6 @@ def best_rates(trials: Trials, seeds: tuple[int, ...] = CHOOSING_SEEDS) -> dict[
     for method in METHODS:
         means = {rate: fmean(trials[method][rate].values()) for rate in grid}
         chosen[method] = max(grid, key=lambda rate: (means[rate], -rate))
-    for edge, further in ((grid[0], LOWER), (grid[-1], HIGHER)):
-        left = [rate for rate in further if rate not in grid]
-        at_edge = [method for method in METHODS if chosen[method] == edge]
-        if at_edge and left:
-            msg = (
-                f"the best rate must be inside the grid, got {edge} for {', '.join(at_edge)}; run "
-                f"the trials of every method at {left[0]} too"
-            )
-            raise ValueError(msg)
     return chosen
 
 
@@ -379,8 +399,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--readout", default=READOUT, choices=READOUTS, help="of rates")
     given = parser.parse_intermixed_args(arguments)
-    if (given.what == "choose") == bool(given.records):
-        parser.error("choose takes no records, the others need those of the trials")
+    if given.what != "choose" and not given.records:
+        parser.error(f"{given.what} needs the records of the trials")
     if (given.what == "contrasts") != bool(given.tests):
         parser.error("--tests names the runs of the test, for contrasts only")
     if given.diverged_tests and not given.tests:
@@ -390,7 +410,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         trials = read_trials(given.records, given.stream, given.readout, given.diverged)
         text = {
-            "choose": lambda: choosing_sweep(given.stream),
+            "choose": lambda: choosing_sweep(given.stream, trials),
             "rates": lambda: rate_table(trials),
             "test": lambda: test_sweep(trials, given.stream),
             "contrasts": lambda: contrasts(trials, given.tests, given.stream, given.diverged_tests),

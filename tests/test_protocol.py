@@ -107,6 +107,11 @@ def test_a_best_rate_at_an_edge_asks_for_trials_of_all_beyond_it() -> None:
         protocol.best_rates(trials(best=1.0))
     with pytest.raises(ValueError, match=r"at 0\.002"):
         protocol.best_rates(trials(best=0.006))
+    low = trials(best=0.006)
+    assert protocol.due_rates(low) == [0.002]
+    sweep = yaml.safe_load(protocol.choosing_sweep("glyphs", low))
+    new = {name: own for name, own in sweep["variants"].items() if own["train.lr"] == 0.002}
+    assert {own["method.name"] for own in new.values()} == set(protocol.METHODS)
     wider = (*protocol.RATES, *protocol.HIGHER)
     assert protocol.best_rates(trials(best=4.0, grid=wider))["loda"] == 4.0
 
