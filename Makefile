@@ -21,7 +21,7 @@ PYTEST = $(ONE_THREAD) $(BIN)/pytest -n auto --dist loadfile
 run: $(VENV)/.train
 	$(BIN)/loda train
 
-# All but what takes more than a few seconds: five minutes on two idle cores.
+# All but what takes more than a few seconds: three minutes on two idle cores.
 test: $(VENV)/.test
 	$(PYTEST) -m "not slow and not gpu and not jax"
 

@@ -1,9 +1,9 @@
 """The mathematics of LoDA on any array library that follows the Python array API standard.
 
 Functions take arrays of NumPy, PyTorch or any other conforming library, batched over leading
-dimensions, and return arrays of the same library, dtype and device. They print, write and draw
-nothing; only the verifier of files reads one. Sections and theorems are those of the paper, LoDA
-(arXiv:2603.00191, ICML 2026).
+dimensions, and return arrays of the same library, dtype and device. They print and write nothing
+and draw no random numbers; only the verifier of files reads one. Sections and theorems are those of
+the paper, LoDA (arXiv:2603.00191, ICML 2026).
 """
 
 from loda_math import verify

@@ -131,9 +131,6 @@ def test_a_page(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     Image.open("PHOTOS/rose/0000.jpg").save("photo.jpg")
     if name.endswith("extend.md"):  # it goes on where the page before it ends
         run(["train", "PHOTOS", "--backbone", "cifar_vit", "--out", "runs/flowers"])
-    if name.endswith("index.md"):
-        run(["train", "PHOTOS", "--backbone", "cifar_vit", "--out", "runs/mine"])
-        run(["train", "PHOTOS", "--backbone", "cifar_vit", "--out", "RUN"])
     found = blocks(ROOT / name)
     for command in [words for kind, text in found if not kind for words in commands(text)]:
         run(command)

@@ -1,8 +1,8 @@
 """Class-incremental experiments with LoDA: data, methods, the training loop and the command line.
 
 `load` gives the classifier of a finished run, `export` writes it in the form of another library,
-and `extend` has it learn further tasks. A run is trained by `training.train.train` from a
-`training.config.Experiment`, and resumed by `training.train.resume`. Importing this package loads
+and `extend` trains a run further, on new tasks. `training.train.train` trains a run from a
+`training.config.Experiment`, and `training.train.resume` resumes one. Importing this package loads
 nothing heavy; the parts that need torch are imported when used.
 """
 

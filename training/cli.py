@@ -270,7 +270,7 @@ class _Program(_Parser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Program(
         prog="loda",
-        description="Continual learning of pretrained vision transformers by LoDA.",
+        description="Continual learning of pretrained vision transformers with LoDA.",
         epilog="With LODA_DEBUG=1 in the environment an error shows its traceback.",
     )
     parser.add_argument("--version", action="version", version=_version())
@@ -387,21 +387,21 @@ def _resume(run: Path, settings: Sequence[str], allow: Sequence[str]) -> None:
         type=Path,
         nargs="?",
         metavar="PHOTOS",
-        help="folder of class folders, with train/ and test/ or without; left out, the run goes on "
-        "with the tasks of its stream that data.tasks has cut off",
+        help="folder of class folders, with train/ and test/ or without; without PHOTOS, the run "
+        "goes on with the tasks that data.tasks has cut off",
     ),
     _arg(
         "--increment",
         type=int,
         metavar="N",
-        help="number of new classes of a task (default: one task of all new classes)",
+        help="number of new classes per task (default: one task of all new classes)",
     ),
     _arg("--tasks", type=int, metavar="N", help="without PHOTOS: number of further tasks"),
     _arg("--out", type=Path, help="folder of the new run (default: RUN-extended-1, then -2)"),
     _arg("--overwrite", action="store_true", help="replace the run in --out"),
     _ALLOW,
-    epilog="The run is only read. Further arguments are settings of loda train that do not change "
-    "what is learned, such as --data.root, where its images are now, and --data.workers.",
+    epilog="RUN is only read. Further arguments are settings of loda train that do not change "
+    "what is learned, such as --data.root (where its images are now) and --data.workers.",
 )
 def _extend(arguments: argparse.Namespace) -> None:
     from training.config import begun_experiment, load_experiment
@@ -452,8 +452,8 @@ def _is_first_process() -> bool:
         "--engine",
         choices=["processes", "slurm", "local"],
         default="processes",
-        help="where to run: processes of this machine, jobs of a SLURM cluster, or local, which "
-        "tries the way to SLURM without a cluster",
+        help="where to run: processes of this machine, jobs of a SLURM cluster, or local (the jobs "
+        "of a cluster, run on this machine)",
     ),
     _arg("--only", nargs="+", metavar="VARIANT", help="only these variants"),
     _arg("--dry-run", action="store_true", help="list the runs and start none"),
@@ -496,7 +496,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     "evaluate the saved model of a run again, and show what it confuses",
     _RUN,
     _arg("--readout", help="show details of this read-out (default: the primary one)"),
-    _arg("--figure", type=Path, help="draw the confusion matrix to this PNG or SVG file"),
+    _arg("--figure", type=Path, help="draw the confusion matrix; .png, .svg or .pdf"),
     _arg("--out", type=Path, metavar="FILE", help="write accuracy by class; .csv, .json, .parquet"),
     _OVERWRITE,
     _arg("--device", choices=("auto", "cpu", "cuda"), help="default: as the run was trained"),
@@ -650,7 +650,9 @@ def _export(arguments: argparse.Namespace) -> None:
     _RUNS,
     _arg("--out", type=Path, metavar="FOLDER", help="write the page, tables and figures here"),
     _arg("--overwrite", action="store_true", help="replace the report in --out, and --figure"),
-    _arg("--figure", type=Path, metavar="FILE", help="draw accuracy over tasks, .png or .svg"),
+    _arg(
+        "--figure", type=Path, metavar="FILE", help="draw accuracy over tasks; .png, .svg or .pdf"
+    ),
     _arg("--lead-of", metavar="NAME", help="show by how much this method leads (default: loda)"),
     _arg("--baseline", metavar="NAME", help="draw accuracies relative to this method"),
 )
@@ -689,7 +691,7 @@ def _bundle(arguments: argparse.Namespace) -> None:
 
 @_command(
     "analyse",
-    "compute what the figures of a report about LoDA show, from what runs kept",
+    "compute the data of the figures about LoDA in a report, from what runs kept",
     _arg("runs", type=Path, nargs="+", metavar="RUN", help="finished runs of LoDA"),
     _arg(
         "--parts",
@@ -772,7 +774,7 @@ def _data_check(arguments: argparse.Namespace) -> int:
         type=float,
         default=1e-5,
         metavar="X",
-        help="largest relative error (default: 1e-5)",
+        help="largest relative error that passes (default: 1e-5)",
     ),
     _arg(
         "--export",

@@ -1,4 +1,4 @@
-"""LoDA for PyTorch: adapt any ``nn.Module`` to a stream of tasks without forgetting."""
+"""LoDA for PyTorch: adapt any ``nn.Module`` to a stream of tasks, forgetting little."""
 
 from typing import TYPE_CHECKING
 
