@@ -341,6 +341,8 @@ def read_classes(folder: Path, *, nested: bool) -> tuple[Classes, list[str]]:
     ValueError
         If there are no classes, one has no image, or a name cannot be that of a class.
     """
+    from training.data.image_files import missing_reader
+
     walks, beside = walk_classes(folder)
     if not walks:
         loose = [x for x in beside.others if x.suffix.lower() in IMAGE_SUFFIXES]
@@ -352,7 +354,7 @@ def read_classes(folder: Path, *, nested: bool) -> tuple[Classes, list[str]]:
         raise ValueError(msg)
     if not nested:
         _refuse_nested(folder, walks)
-    reasons = {x: why for x in IMAGE_SUFFIXES if (why := _missing_reader(x)) is not None}
+    reasons = {x: why for x in IMAGE_SUFFIXES if (why := missing_reader(x)) is not None}
     classes: Classes = {}
     unread: list[Path] = []
     for name, walk in walks.items():
@@ -363,9 +365,8 @@ def read_classes(folder: Path, *, nested: bool) -> tuple[Classes, list[str]]:
                 "accents; join them"
             )
             raise ValueError(msg)
-        lacking = [path for path in walk.images if path.suffix.lower() in reasons]
-        classes[label] = [path for path in walk.images if path not in set(lacking)]
-        unread += lacking
+        classes[label] = [path for path in walk.images if path.suffix.lower() not in reasons]
+        unread += [path for path in walk.images if path.suffix.lower() in reasons]
     empty = [name for name, paths in classes.items() if not paths]
     if empty:
         at = len(folder.parts)
@@ -378,9 +379,12 @@ def read_classes(folder: Path, *, nested: bool) -> tuple[Classes, list[str]]:
         raise ValueError(msg)
     others = [path for walk in (beside, *walks.values()) for path in walk.others]
     loops = [path for walk in (beside, *walks.values()) for path in walk.loops]
-    notes = [f"left out: {text} ({reasons[kind]})" for kind, text in _by_kind(unread)]
+    notes = [f"left out: {text} ({reasons[kind]})" for kind, text in _by_kind(unread).items()]
     if others:
-        notes.append(f"left out, since their names are not those of images: {_counted(others)}")
+        counts = ", ".join(_by_kind(others).values())
+        notes.append(
+            f"left out, since their names are not those of images: {counts}, such as {others[0]}"
+        )
     if loops:
         shown = some([str(x) for x in loops])
         notes.append(f"left out, links to a folder above or read already: {shown}")
@@ -431,21 +435,10 @@ def class_name(folder: Path) -> str:
     return name
 
 
-def _by_kind(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
+def _by_kind(paths: Sequence[Path]) -> dict[str, str]:
     """Extensions of some files, with their numbers in words."""
-    for kind, count in sorted(Counter(path.suffix.lower() for path in paths).items()):
-        yield kind, f"{count} {kind or 'without extension'}"
-
-
-def _counted(paths: Sequence[Path]) -> str:
-    """Numbers of files by extension, and the first of them."""
-    return f"{', '.join(text for _, text in _by_kind(paths))}, such as {paths[0]}"
-
-
-def _missing_reader(suffix: str) -> str | None:
-    from training.data.image_files import missing_reader
-
-    return missing_reader(suffix)
+    counts = Counter(path.suffix.lower() for path in paths)
+    return {kind: f"{counts[kind]} {kind or 'without extension'}" for kind in sorted(counts)}
 
 
 @dataclass

@@ -477,20 +477,14 @@ def cut_tasks(config: DataConfig, available: int) -> list[tuple[int, ...]]:
     if count > available:
         msg = f"data.classes is {count}, but the data set has {available} classes."
         raise ValueError(msg)
-    first, further = (
-        given if given is not None else other
-        for given, other in (
-            (config.init_cls, config.increment),
-            (config.increment, config.init_cls),
-        )
-    )
+    first, further = config.init_cls or config.increment, config.increment or config.init_cls
     if config.task_sizes is not None:
         rule = f"data.task_sizes {config.task_sizes}"
         ends = list(accumulate(config.task_sizes))
         if ends[-1] > count:
             msg = f"{rule} are {ends[-1]} classes, but the stream has only {count}."
             raise ValueError(msg)
-    elif first is not None and further is not None:
+    elif first and further:
         rule = f"data.init_cls {first}, data.increment {further}"
         if first > count:
             msg = f"data.init_cls is {first}, but the stream has only {count} classes."
