@@ -204,6 +204,15 @@ def test_images_may_come_one_by_one(kind: str, cache: bool) -> None:
         assert all(torch.equal(x, y) for (x, _), (y, _) in zip(a, b, strict=True))
 
 
+@pytest.mark.parametrize("cache", [True, False])
+def test_images_of_one_size_are_kept_where_that_is_asked_for(cache: bool) -> None:
+    config = replace(own(kind="pictures"), cache=cache)
+    assert config.images.resize is None
+    images = build_stream(config, 0).train.images
+    first, again = images[0], images[0]
+    assert (first.data_ptr() == again.data_ptr()) is cache
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [

@@ -23,7 +23,7 @@ from training.backbones import Backbone, build_backbone, check_fits
 from training.calibration import probabilities
 from training.config import Experiment, read_experiment
 from training.data import DataConfig, open_image, test_transform
-from training.data.datasets import IMAGE_SUFFIXES
+from training.data.datasets import IMAGE_SUFFIXES, walk_classes
 from training.data.images import images_of
 from training.distributed import usable_cpus
 from training.run_dir import (
@@ -344,9 +344,9 @@ def answer(best: Sequence[Prediction], threshold: float) -> str:
 def image_files(paths: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
     """Image files of files and folders, and the files of folders that are left out.
 
-    Folders are walked recursively, in the order of names; hidden files and folders are passed
-    over. In folders only files with an image's ending count; a file that is named is always
-    taken.
+    Folders are walked recursively, as those of training images are: links are followed, hidden
+    files and folders are passed over. In folders only files with an image's ending count; a file
+    that is named is always taken.
 
     Parameters
     ----------
@@ -361,6 +361,8 @@ def image_files(paths: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
     ------
     FileNotFoundError
         If there is no such file or folder, or a folder without an image.
+    OSError
+        If a folder cannot be read.
     """
     images: list[Path] = []
     others: list[Path] = []
@@ -371,7 +373,9 @@ def image_files(paths: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
                 raise FileNotFoundError(msg)
             images.append(path)
             continue
-        below = sorted(_walk(path))
+        folders, beside = walk_classes(path)
+        walks = (beside, *folders.values())
+        below = sorted(file for walk in walks for file in (*walk.images, *walk.others))
         chosen = [file for file in below if file.suffix.lower() in IMAGE_SUFFIXES]
         if not chosen:
             endings = ", ".join(sorted(IMAGE_SUFFIXES))
@@ -446,12 +450,6 @@ def require_table(path: Path, *, overwrite: bool = False) -> None:
 def printable(path: str | Path) -> str:
     """A path as text that any file can hold: bytes that are not UTF-8 are escaped."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(root, name) for name in names if not name.startswith("."))
 
 
 def _pixels(image: ImageLike, data: DataConfig) -> Tensor:

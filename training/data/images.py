@@ -120,7 +120,7 @@ class LazyImages:
     def select(self, indices: Sequence[int]) -> "LazyImages":
         """Only these images, in this order, with a cache of their own if they are small enough."""
         chosen = LazyImages(self.source, self.config, [self.indices[index] for index in indices])
-        side, channels = self.config.images.resize, self.config.images.channels
+        side, channels = self.config.images.resize or self.config.side, self.config.images.channels
         if side is not None and _keeps(self.config, len(chosen), 1):
             # Filled when an image is first read: a run that ends early decodes only what it used.
             images: Any = torch.empty(len(chosen), channels, side, side, dtype=torch.uint8)
