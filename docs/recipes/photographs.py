@@ -215,7 +215,7 @@ def run(source: Source, description: str | None, arguments: list[str] | None) ->
 
     def read(split: str) -> Images:
         found, classes = source.read(data, split), source.options["num_classes"]
-        if (given := len(found.labels.unique())) != classes:  # labels would shift without a word
+        if (given := len({*found.labels.tolist()})) != classes:  # labels would shift unnoticed
             parser.error(f"{data} must hold {classes} classes of {split} images, got {given}")
         return found
 

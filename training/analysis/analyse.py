@@ -92,7 +92,8 @@ def analyse(
         why["losses"] = "has no general branch after its first task: no direction to follow"
     # If one part cannot be computed, the other is still written.
     notes = [f"{part} left out: {path} {reason}" for part, reason in why.items()]
-    if len(notes) == len(parts):
+    possible = [part for part in parts if part not in why]
+    if not possible:
         raise (FileNotFoundError if all(lacks.values()) else ValueError)("; ".join(notes))
     file = path / ANALYSIS
     content: dict[str, Any] = dict.fromkeys(PARTS)
@@ -101,9 +102,9 @@ def analyse(
     with readable(file):
         content = {part: earlier[part] for part in PARTS}
         losses = {task["task"]: task for task in content["losses"] or []}
-    if "subspaces" in parts and "subspaces" not in why:
+    if "subspaces" in possible:
         content["subspaces"] = subspace_energies(path, allow=allow)
-    if "losses" in parts and "losses" not in why:
+    if "losses" in possible:
         steps = [_LAST_STEP * k / (points - 1) for k in range(points)]
         losses |= {
             x["task"]: x for x in loss_landscape(path, chosen, steps, root=root, allow=allow)

@@ -155,7 +155,9 @@ def _build(name: str, settings: Any, *, pretrained: bool) -> tuple[Any, dict[str
     try:
         # trust_remote_code is said in every call: without it the library asks on standard input.
         if not pretrained:
-            return auto.from_config(settings, trust_remote_code=False), {}
+            # As the pretrained one below: the dtype of the settings may be half precision.
+            whole = {"dtype": torch.float32, "trust_remote_code": False}
+            return auto.from_config(settings, **whole), {}
         with silence():
             model, report = auto.from_pretrained(
                 _place(name),

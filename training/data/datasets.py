@@ -230,25 +230,11 @@ class Folder(DataSet):
         return _folder(self.root)
 
     def has_test(self) -> bool:
-        """Whether there is a test split.
-
-        Raises
-        ------
-        ValueError, FileNotFoundError
-            As `layout`.
-        """
+        """Whether there is a test split; raises as `layout`."""
         return self.layout().test is not None
 
     def layout(self) -> "Layout":
-        """Where the splits are.
-
-        Raises
-        ------
-        FileNotFoundError
-            If there is no such folder.
-        ValueError
-            If it cannot be told which folders are classes.
-        """
+        """Where the splits are; raises as the function `layout`."""
         return layout(self.folder())
 
     def load(self, split: str) -> Split:
