@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from training.analysis.loss_landscape import loss_landscape
 from training.analysis.saved_tasks import read_settings, task_file
 from training.analysis.subspace_energy import subspace_energies
+from training.components import at_least, check
 from training.run_dir import (
     ANALYSIS,
     CLASSES,
@@ -83,9 +84,7 @@ def analyse(
     with readable(path / CLASSES):
         count = len(classes["tasks"])
     chosen = _tasks(path, count, tasks)
-    if points < 2:
-        msg = f"points must be at least 2, got {points}"
-        raise ValueError(msg)
+    at_least("points", points, 2)
     lacks = {part: " ".join(_missing(path, _NEEDS[part], count)) for part in parts}
     why = {part: f"was trained without {lacking}" for part, lacking in lacks.items() if lacking}
     if "losses" in parts and settings.branches == "isolated":
@@ -122,9 +121,8 @@ def _tasks(path: Path, count: int, tasks: Sequence[int] | None) -> list[int]:
         raise ValueError(msg)
     if tasks is None:
         return sorted({2, count // 2 + 1, count})
-    if not tasks or not all(2 <= task <= count for task in tasks):
-        msg = f"tasks must be from 2 (the first one has no old tasks) to {count}, got {list(tasks)}"
-        raise ValueError(msg)
+    fits = bool(tasks) and all(2 <= task <= count for task in tasks)
+    check(fits, "tasks", list(tasks), f"from 2 (the first one has no old tasks) to {count}")
     return sorted(set(tasks))
 
 

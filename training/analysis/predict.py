@@ -21,6 +21,7 @@ from backends.torch.readouts import Classifier as FittedReadout
 from training.analysis.saved_tasks import read_finite
 from training.backbones import Backbone, build_backbone, check_fits
 from training.calibration import probabilities
+from training.components import check, positive
 from training.config import Experiment, read_experiment
 from training.data import DataConfig, open_image, test_transform
 from training.data.datasets import IMAGE_SUFFIXES, walk_classes
@@ -218,9 +219,7 @@ class Classifier:
             given = repr(str(images)) if isinstance(images, str | Path) else _described(images)
             msg = f"images must be a list of images, got {given}; put it in brackets"
             raise TypeError(msg)
-        if not 1 <= top <= len(self.classes):
-            msg = f"top must be from 1 to {len(self.classes)}, got {top}"
-            raise ValueError(msg)
+        check(1 <= top <= len(self.classes), "top", top, f"from 1 to {len(self.classes)}")
         name = self.chosen(readout)
         results = []
         for pixels in self._batches(images, on_error):
@@ -265,11 +264,10 @@ class Classifier:
 
         kind = "probability" if self.chosen(readout) in self.temperatures else "score"
         if threshold is not None:
-            fits = 0 <= threshold <= 1 if kind == "probability" else math.isfinite(threshold)
-            if not fits:
-                rule = "from 0 to 1, as probabilities are," if kind == "probability" else "finite,"
-                msg = f"threshold must be {rule} got {threshold}"
-                raise ValueError(msg)
+            fits, rule = math.isfinite(threshold), "finite"
+            if kind == "probability":
+                fits, rule = 0 <= threshold <= 1, "from 0 to 1, as probabilities are"
+            check(fits, "threshold", threshold, rule)
         predictions = self.predict(images, top=top, readout=readout, on_error=on_error)
         rows: list[dict[str, Any]] = []
         for position, (image, best) in enumerate(zip(images, predictions, strict=True)):
@@ -596,9 +594,7 @@ def _temperatures(folder: Path, readouts: Mapping[str, Any]) -> dict[str, float]
             if name in readouts
         }
         for name, temperature in temperatures.items():
-            if not (math.isfinite(temperature) and temperature > 0):
-                msg = f"the temperature of {name!r} must be positive, got {temperature}"
-                raise ValueError(msg)
+            positive(f"the temperature of {name!r}", temperature)
     return temperatures
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from unicodedata import normalize
 
-from training.components import Registry
+from training.components import Registry, at_least
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -145,9 +145,7 @@ class Glyphs(DataSet):
 
     def __post_init__(self) -> None:
         """Refuse characters without images."""
-        if self.images < 1:
-            msg = f"data.images must be at least 1, got {self.images}"
-            raise ValueError(msg)
+        at_least("data.images", self.images, 1)
 
     def load(self, split: str) -> Split:
         """List the images of a split; those of a character are drawn when one is first read."""
