@@ -294,6 +294,17 @@ def test_extensions_bring_tasks_and_images_of_known_classes(tmp_path: Path) -> N
         assert stream.class_names[label] == CLASSES[(red - 10) // 40]
 
 
+def test_no_image_counts_twice_by_another_path(tmp_path: Path) -> None:
+    root = grow(tmp_path / "photos", {"train": 2, "test": 1}, ["ant", "bee"])
+    (tmp_path / "link").symlink_to(root)
+    settings = {"class_order": ["ant", "bee"], "task_sizes": [1, 1], "extension_tasks": [1]}
+    for same in (root / ".." / "photos", tmp_path / "link"):
+        stream = build_stream(folder(root, extensions=[str(same)], **settings), 0)
+        assert stream.train.labels.bincount().tolist() == [2, 2]
+        assert len(stream.extensions[0].known) == 0
+        assert stream.test.labels.tolist() == [0, 1]
+
+
 def test_the_fingerprint_covers_the_extensions(tmp_path: Path) -> None:
     config = extended(tmp_path)
     before = build_stream(config, 0).fingerprint()

@@ -278,12 +278,13 @@ def _extended(config: DataConfig, *, partial: bool) -> Stream:
 
 
 def _without(part: ImageSet, others: Sequence[ImageSet]) -> ImageSet:
-    """The images of a set whose files are not among those of other sets."""
-    taken = {path for other in others for path in other.images.files()}
+    """The images of a set whose files, by whatever path, are not among those of other sets."""
+    taken = {path.resolve() for other in others for path in other.images.files()}
     files = part.images.files()
     if not files or not taken:
         return part
-    return part.chosen(torch.tensor([files[index] not in taken for index in part.indices.tolist()]))
+    new = [files[index].resolve() not in taken for index in part.indices.tolist()]
+    return part.chosen(torch.tensor(new))
 
 
 def _source_parts(
