@@ -274,6 +274,11 @@ def test_files_of_folders_are_found_in_order(tmp_path: Path) -> None:
         "a/notes.txt",
     ]
     assert others == [single]
+    linked = tmp_path / "elsewhere"  # a folder of links to folders, one of them to itself
+    linked.mkdir()
+    (linked / "photos").symlink_to(tmp_path / "b")
+    (linked / "again").symlink_to(linked)
+    assert image_files([linked])[0] == [linked / "photos" / name for name in ("10.JPG", "2.png")]
     with pytest.raises(FileNotFoundError, match="none"):
         image_files([tmp_path, tmp_path / "none"])
     (tmp_path / "empty").mkdir()

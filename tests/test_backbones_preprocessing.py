@@ -76,6 +76,11 @@ def test_a_recipe_writes_how_pixels_are_scaled_into_its_file(tmp_path: Path) -> 
             "vit_tiny_patch16_224", weights=str(tmp_path / "w.safetensors"), options=options
         )
         assert (wanted.image_size, wanted.mean, wanted.std) == (16, (mean,) * 3, (std,) * 3)
+    # The size of the images that the options leave out is in the file, too.
+    facts_of_file = {"pixels": "(x/255 - 0.4) / 0.2", "timm_options": '{"img_size": 24}'}
+    save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors", metadata=facts_of_file)
+    wanted = facts("loda_conv_vit", weights=str(tmp_path / "w.safetensors"))
+    assert (wanted.image_size, wanted.mean, wanted.std) == (24, (0.4,) * 3, (0.2,) * 3)
     (tmp_path / "w.safetensors").write_text("damaged")  # refused when it is loaded
     assert facts("resnet18", weights=str(tmp_path / "w.safetensors")).image_size == 224
 

@@ -182,6 +182,10 @@ def test_the_command_line_writes_once_and_a_trial_opens_no_test_image(
         with pytest.raises(SystemExit):
             cifar_vit.main([*words, *wrong])
         assert message in capsys.readouterr().err
+    (tmp_path / "test_j.webp").unlink()  # the classes of the others would have other numbers
+    with pytest.raises(SystemExit):
+        cifar_vit.main([*words, "--out", str(out), "--overwrite"])
+    assert "10 classes of test images, got 9" in capsys.readouterr().err
     assert out.read_bytes() == before
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 

@@ -141,6 +141,20 @@ def test_tables_in_latex_are_whole(written: Path) -> None:
         assert table.isascii()
 
 
+def test_a_report_that_was_cut_off_can_be_replaced(tmp_path: Path) -> None:
+    one, other = (fake_run(tmp_path / name, ((99, 99),)) for name in ("one", "other"))
+    report = Report.over([f"one={one}", f"other={other}"])
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "figures").touch()  # no figure can be written
+    with pytest.raises(OSError, match="figures"):
+        write_report(report, out, overwrite=True)
+    (out / "figures").unlink()
+    assert "2 finished runs of 1 method in 2 variants." in write_report(
+        report, out, overwrite=True
+    ).read_text("utf-8")
+
+
 def test_only_what_a_report_wrote_is_replaced(tmp_path: Path) -> None:
     report = Report.over([fake_run(tmp_path / "run", ((99, 99),))])
     out = tmp_path / "out"

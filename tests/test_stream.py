@@ -204,6 +204,15 @@ def test_images_may_come_one_by_one(kind: str, cache: bool) -> None:
         assert all(torch.equal(x, y) for (x, _), (y, _) in zip(a, b, strict=True))
 
 
+@pytest.mark.parametrize("cache", [True, False])
+def test_images_of_one_size_are_kept_where_that_is_asked_for(cache: bool) -> None:
+    config = replace(own(kind="pictures"), cache=cache)
+    assert config.images.resize is None
+    images = build_stream(config, 0).train.images
+    first, again = images[0], images[0]
+    assert (first.data_ptr() == again.data_ptr()) is cache
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
@@ -283,6 +292,17 @@ def test_extensions_bring_tasks_and_images_of_known_classes(tmp_path: Path) -> N
     for image, label in [*stream.train, *stream.test]:
         red = int(image[0, 0, 0])  # each class has its own colour, see image_folders
         assert stream.class_names[label] == CLASSES[(red - 10) // 40]
+
+
+def test_no_image_counts_twice_by_another_path(tmp_path: Path) -> None:
+    root = grow(tmp_path / "photos", {"train": 2, "test": 1}, ["ant", "bee"])
+    (tmp_path / "link").symlink_to(root)
+    settings = {"class_order": ["ant", "bee"], "task_sizes": [1, 1], "extension_tasks": [1]}
+    for same in (root / ".." / "photos", tmp_path / "link"):
+        stream = build_stream(folder(root, extensions=[str(same)], **settings), 0)
+        assert stream.train.labels.bincount().tolist() == [2, 2]
+        assert len(stream.extensions[0].known) == 0
+        assert stream.test.labels.tolist() == [0, 1]
 
 
 def test_the_fingerprint_covers_the_extensions(tmp_path: Path) -> None:

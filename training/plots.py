@@ -313,6 +313,8 @@ def confusion_figure(
     ValueError
         If the matrix does not have a row and a column for every class, or no image.
     """
+    from matplotlib.colors import PowerNorm
+
     count = len(classes)
     if confusion.shape != (count, count) or not confusion.any():
         msg = (
@@ -329,7 +331,7 @@ def confusion_figure(
     figure = _new_figure(side + beside + 3.2, side + beside + 1.6)
     axes = figure.subplots()
     # Rare confusions count, too: the root spreads low shares over more of the colours.
-    image = axes.imshow(shares, cmap="cividis", norm=_root_scale())
+    image = axes.imshow(shares, cmap="cividis", norm=PowerNorm(0.5, vmin=0, vmax=100))
     if count <= _ANNOTATED:
         for row in range(count):
             for column in range(count):
@@ -355,12 +357,6 @@ def confusion_figure(
     bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03, label="% of the class's images")
     bar.outline.set_visible(False)
     return _save(figure, path, title)
-
-
-def _root_scale() -> Any:
-    from matplotlib.colors import PowerNorm
-
-    return PowerNorm(0.5, vmin=0, vmax=100)
 
 
 def _ordinal(number: int) -> str:
@@ -505,10 +501,10 @@ def _label_ends(axes: "Axes", curves: Sequence[Curve]) -> None:
     for (value, style, name), place in zip(
         values, _apart([value for value, *_ in values], gap), strict=True
     ):
-        short = name if len(name) <= _END_NAME else name[: _END_NAME - 1] + "…"
         axes.annotate(
-            _plain(f"{value:.1f}  {short}"), (1, place), xycoords=("axes fraction", "data"),
-            xytext=(4, 0), textcoords="offset points", va="center", fontsize=9,
+            _plain(f"{value:.1f}  {_shortened(name, _END_NAME)}"), (1, place),
+            xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
+            va="center", fontsize=9,
             color=line_style(style)["color"], fontweight="normal" if style else "bold",
         )  # fmt: skip
 
@@ -541,8 +537,8 @@ def _open_frame(axes: "Axes", *, grid: Literal["x", "y"]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _shortened(name: str) -> str:
-    return name if len(name) <= _NAME else name[: _NAME - 1] + "…"
+def _shortened(name: str, letters: int = _NAME) -> str:
+    return name if len(name) <= letters else name[: letters - 1] + "…"
 
 
 def _plain(text: str) -> str:
@@ -565,7 +561,7 @@ def _new_figure(width: float, height: float) -> "Figure":
 def _save(figure: "Figure", path: Paths, title: str = "") -> Path:
     """Write a figure under its title as PNG, SVG or PDF, by the ending of each path.
 
-    The layout is worked out once, for the first file. Returns the path of the last.
+    Returns the path of the last.
     """
     from matplotlib import rc_context
 
@@ -583,5 +579,6 @@ def _save(figure: "Figure", path: Paths, title: str = "") -> Path:
         with rc_context({"svg.hashsalt": "loda"}):
             write = partial(figure.savefig, format=kind, dpi=_DPI, metadata=unnamed)
             write_atomically(target, write)
-        figure.set_layout_engine("none")  # it has placed everything, and is half of the time
+        # The layout has done its work: again for every format it took a quarter of a report's time.
+        figure.set_layout_engine("none")
     return targets[-1]

@@ -212,8 +212,15 @@ def run(source: Source, description: str | None, arguments: list[str] | None) ->
     data, out, trial = options.data, options.out, options.trial
     if trial == (out is not None):
         parser.error("give either --out FILE, to make the weights, or --trial")
-    images = source.read(data, "train")
-    images, test = split_off(images, 10) if trial else (images, source.read(data, "test"))
+
+    def read(split: str) -> Images:
+        found, classes = source.read(data, split), source.options["num_classes"]
+        if (given := len({*found.labels.tolist()})) != classes:  # labels would shift unnoticed
+            parser.error(f"{data} must hold {classes} classes of {split} images, got {given}")
+        return found
+
+    images = read("train")
+    images, test = split_off(images, 10) if trial else (images, read("test"))
     start = time.process_time()
     result = train(recipe, images, test, options=source.options)
     seconds, sha256 = time.process_time() - start, digest(result.tensors, source.options)

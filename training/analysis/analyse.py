@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from training.analysis.loss_landscape import loss_landscape
 from training.analysis.saved_tasks import read_settings, task_file
 from training.analysis.subspace_energy import subspace_energies
+from training.components import at_least, check
 from training.run_dir import (
     ANALYSIS,
     CLASSES,
@@ -83,16 +84,15 @@ def analyse(
     with readable(path / CLASSES):
         count = len(classes["tasks"])
     chosen = _tasks(path, count, tasks)
-    if points < 2:
-        msg = f"points must be at least 2, got {points}"
-        raise ValueError(msg)
+    at_least("points", points, 2)
     lacks = {part: " ".join(_missing(path, _NEEDS[part], count)) for part in parts}
     why = {part: f"was trained without {lacking}" for part, lacking in lacks.items() if lacking}
     if "losses" in parts and settings.branches == "isolated":
         why["losses"] = "has no general branch after its first task: no direction to follow"
     # If one part cannot be computed, the other is still written.
     notes = [f"{part} left out: {path} {reason}" for part, reason in why.items()]
-    if len(notes) == len(parts):
+    possible = [part for part in parts if part not in why]
+    if not possible:
         raise (FileNotFoundError if all(lacks.values()) else ValueError)("; ".join(notes))
     file = path / ANALYSIS
     content: dict[str, Any] = dict.fromkeys(PARTS)
@@ -101,9 +101,9 @@ def analyse(
     with readable(file):
         content = {part: earlier[part] for part in PARTS}
         losses = {task["task"]: task for task in content["losses"] or []}
-    if "subspaces" in parts and "subspaces" not in why:
+    if "subspaces" in possible:
         content["subspaces"] = subspace_energies(path, allow=allow)
-    if "losses" in parts and "losses" not in why:
+    if "losses" in possible:
         steps = [_LAST_STEP * k / (points - 1) for k in range(points)]
         losses |= {
             x["task"]: x for x in loss_landscape(path, chosen, steps, root=root, allow=allow)
@@ -121,9 +121,8 @@ def _tasks(path: Path, count: int, tasks: Sequence[int] | None) -> list[int]:
         raise ValueError(msg)
     if tasks is None:
         return sorted({2, count // 2 + 1, count})
-    if not tasks or not all(2 <= task <= count for task in tasks):
-        msg = f"tasks must be from 2 (the first one has no old tasks) to {count}, got {list(tasks)}"
-        raise ValueError(msg)
+    fits = bool(tasks) and all(2 <= task <= count for task in tasks)
+    check(fits, "tasks", list(tasks), f"from 2 (the first one has no old tasks) to {count}")
     return sorted(set(tasks))
 
 

@@ -4,14 +4,16 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -22,6 +24,7 @@ from training.analysis.predict import Classifier, load
 from training.backbones import build_backbone
 from training.backbones.build import timm_settings
 from training.backbones.config import HUGGING_FACE
+from training.backbones.hugging_face import silence
 from training.backbones.preprocessing import Preprocessing
 from training.run_dir import (
     ENVIRONMENT,
@@ -32,6 +35,7 @@ from training.run_dir import (
     storable,
     sync,
     write_atomically,
+    write_json,
 )
 from training.seeds import derive, seeded
 
@@ -59,7 +63,6 @@ _TINY = 1e-30
 _ONE_FILE = 2_000_000_000  # bytes: protobuf takes no more
 _PROBES = 3
 _TALKATIVE = ("timm", "torch.onnx", "onnxscript", "onnx_ir", "transformers")
-_RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 
 
 class Export(NamedTuple):
@@ -152,14 +155,14 @@ def export(
     classifier.model.eval()
     if form == "onnx":
         return _to_onnx(classifier, place, readout)
-    writers: dict[str, Callable[[Path, Classifier, Path], tuple[list[str], Tensor | None]]] = {
+    writers: dict[str, Callable[[Classifier, Path], tuple[list[str], Tensor | None]]] = {
         "timm": _to_timm,
         "hf": _to_transformers,
-        "peft": _to_peft,
+        "peft": partial(_to_peft, Path(run)),
     }
     with new_folder(place) as inner:
         with _quiet(form):
-            notes, features = writers[form](Path(run), classifier, inner)
+            notes, features = writers[form](classifier, inner)
         difference = None
         if features is not None:
             difference = _compared(form, classifier.model(_probes(classifier)), features)
@@ -195,11 +198,10 @@ def preprocessing(classifier: Classifier) -> Preprocessing:
 # --- timm -----------------------------------------------------------------------------------------
 
 
-def _to_timm(run: Path, classifier: Classifier, folder: Path) -> tuple[list[str], Tensor | None]:
+def _to_timm(classifier: Classifier, folder: Path) -> tuple[list[str], Tensor | None]:
     """Write what timm's save_for_hf writes, with the run's own preprocessing."""
-    del run
     config = _timm_config(classifier, "timm")
-    _write_json(folder / CONFIG, config)
+    write_json(folder / CONFIG, config)
     save_file(storable(classifier.model.state_dict()), folder / WEIGHTS, metadata={"format": "pt"})
     again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     notes = [
@@ -252,11 +254,8 @@ def _registration(config: Mapping[str, Any]) -> list[str]:
 # --- transformers ---------------------------------------------------------------------------------
 
 
-def _to_transformers(
-    run: Path, classifier: Classifier, folder: Path
-) -> tuple[list[str], Tensor | None]:
+def _to_transformers(classifier: Classifier, folder: Path) -> tuple[list[str], Tensor | None]:
     """Write a model of transformers, or one of timm in transformers' wrapper for these."""
-    del run
     from transformers import AutoModel
 
     own = classifier.backbone.timm_name.startswith(HUGGING_FACE)
@@ -266,7 +265,7 @@ def _to_transformers(
         model.save_pretrained(folder)
         prepared = preprocessing(classifier)
         if prepared.crop_mode != "border":  # which image processors do not know
-            _write_json(folder / PROCESSOR, _processor(prepared))
+            write_json(folder / PROCESSOR, _processor(prepared))
         # Without its pooler if the run has none: transformers would make one of random weights.
         extra = {"add_pooling_layer": False} if getattr(model, "pooler", 0) is None else {}
         wrapper._modules = {**wrapper._modules}
@@ -316,7 +315,7 @@ def _processor(prepared: Preprocessing) -> dict[str, Any]:
         "do_convert_rgb": prepared.channels == 3,
         "do_resize": True,
         "size": {"height": size, "width": size} if squash else {"shortest_edge": size},
-        "resample": _RESAMPLING[prepared.interpolation],
+        "resample": Image.Resampling[prepared.interpolation.upper()].value,
         "do_center_crop": True,
         "crop_size": {"height": prepared.image_size, "width": prepared.image_size},
         "do_rescale": True,
@@ -480,10 +479,7 @@ def _to_peft(run: Path, classifier: Classifier, folder: Path) -> tuple[list[str]
     after: Any = classifier.model.model if own else classifier.model
     record = update_record(before, after)
     given = base.timm_name.removeprefix(HUGGING_FACE)
-    save_adapter(folder / "adapter", before, record, base_model=given)
-    for path in (folder / "adapter").iterdir():
-        path.rename(folder / path.name)
-    (folder / "adapter").rmdir()
+    save_adapter(folder, before, record, base_model=given)
     ranks = [len(down) for downs in record.downs.values() for down in downs.values()]
     notes = [
         f"peft.PeftModel.from_pretrained(BACKBONE, 'OUT') adds it to the backbone {base.name} as "
@@ -569,29 +565,17 @@ def _compared(form: Format, expected: Tensor, actual: Tensor) -> float:
     raise ValueError(msg)
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 @contextmanager
 def _quiet(form: Format) -> Iterator[None]:
     """Keep the other libraries' logs and warnings of their own internals from the terminal."""
     loggers = [logging.getLogger(name) for name in _TALKATIVE]
     levels = [logger.level for logger in loggers]
-    bars: Any = None
-    if form == "hf":
-        from transformers.utils import logging as bars
-    was_shown = bars is not None and bars.is_progress_bar_enabled()
     try:
-        if bars is not None:
-            bars.disable_progress_bar()
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
+        with silence() if form == "hf" else nullcontext(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        if bars is not None and was_shown:
-            bars.enable_progress_bar()
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

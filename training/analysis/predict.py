@@ -21,9 +21,10 @@ from backends.torch.readouts import Classifier as FittedReadout
 from training.analysis.saved_tasks import read_finite
 from training.backbones import Backbone, build_backbone, check_fits
 from training.calibration import probabilities
+from training.components import check, positive
 from training.config import Experiment, read_experiment
 from training.data import DataConfig, open_image, test_transform
-from training.data.datasets import IMAGE_SUFFIXES
+from training.data.datasets import IMAGE_SUFFIXES, walk_classes
 from training.data.images import images_of
 from training.distributed import usable_cpus
 from training.run_dir import (
@@ -218,9 +219,7 @@ class Classifier:
             given = repr(str(images)) if isinstance(images, str | Path) else _described(images)
             msg = f"images must be a list of images, got {given}; put it in brackets"
             raise TypeError(msg)
-        if not 1 <= top <= len(self.classes):
-            msg = f"top must be from 1 to {len(self.classes)}, got {top}"
-            raise ValueError(msg)
+        check(1 <= top <= len(self.classes), "top", top, f"from 1 to {len(self.classes)}")
         name = self.chosen(readout)
         results = []
         for pixels in self._batches(images, on_error):
@@ -265,11 +264,10 @@ class Classifier:
 
         kind = "probability" if self.chosen(readout) in self.temperatures else "score"
         if threshold is not None:
-            fits = 0 <= threshold <= 1 if kind == "probability" else math.isfinite(threshold)
-            if not fits:
-                rule = "from 0 to 1, as probabilities are," if kind == "probability" else "finite,"
-                msg = f"threshold must be {rule} got {threshold}"
-                raise ValueError(msg)
+            fits, rule = math.isfinite(threshold), "finite"
+            if kind == "probability":
+                fits, rule = 0 <= threshold <= 1, "from 0 to 1, as probabilities are"
+            check(fits, "threshold", threshold, rule)
         predictions = self.predict(images, top=top, readout=readout, on_error=on_error)
         rows: list[dict[str, Any]] = []
         for position, (image, best) in enumerate(zip(images, predictions, strict=True)):
@@ -344,9 +342,9 @@ def answer(best: Sequence[Prediction], threshold: float) -> str:
 def image_files(paths: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
     """Image files of files and folders, and the files of folders that are left out.
 
-    Folders are walked recursively, in the order of names; hidden files and folders are passed
-    over. In folders only files with an image's ending count; a file that is named is always
-    taken.
+    Folders are walked recursively, as those of training images are: links are followed, hidden
+    files and folders are passed over. In folders only files with an image's ending count; a file
+    that is named is always taken.
 
     Parameters
     ----------
@@ -361,6 +359,8 @@ def image_files(paths: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
     ------
     FileNotFoundError
         If there is no such file or folder, or a folder without an image.
+    OSError
+        If a folder cannot be read.
     """
     images: list[Path] = []
     others: list[Path] = []
@@ -371,7 +371,9 @@ def image_files(paths: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
                 raise FileNotFoundError(msg)
             images.append(path)
             continue
-        below = sorted(_walk(path))
+        folders, beside = walk_classes(path)
+        walks = (beside, *folders.values())
+        below = sorted(file for walk in walks for file in (*walk.images, *walk.others))
         chosen = [file for file in below if file.suffix.lower() in IMAGE_SUFFIXES]
         if not chosen:
             endings = ", ".join(sorted(IMAGE_SUFFIXES))
@@ -446,12 +448,6 @@ def require_table(path: Path, *, overwrite: bool = False) -> None:
 def printable(path: str | Path) -> str:
     """A path as text that any file can hold: bytes that are not UTF-8 are escaped."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(root, name) for name in names if not name.startswith("."))
 
 
 def _pixels(image: ImageLike, data: DataConfig) -> Tensor:
@@ -598,9 +594,7 @@ def _temperatures(folder: Path, readouts: Mapping[str, Any]) -> dict[str, float]
             if name in readouts
         }
         for name, temperature in temperatures.items():
-            if not (math.isfinite(temperature) and temperature > 0):
-                msg = f"the temperature of {name!r} must be positive, got {temperature}"
-                raise ValueError(msg)
+            positive(f"the temperature of {name!r}", temperature)
     return temperatures
 
 

@@ -8,6 +8,7 @@ import pandas as pd
 
 from loda_math import RankMeasure, rank_for, rounding_unit
 from training.analysis.saved_tasks import read_settings, saved_tasks, task_file
+from training.components import check
 from training.logging import aligned
 from training.run_dir import readable
 
@@ -39,9 +40,8 @@ def layer_ranks(path: Path, shares: Sequence[float]) -> pd.DataFrame:
     ValueError
         If a share is out of range, the run used a method without subspaces, or a file is damaged.
     """
-    if not shares or not all(0 <= share <= 1 for share in shares):
-        msg = f"share must be from 0 to 1, got {list(shares)}"
-        raise ValueError(msg)
+    fits = bool(shares) and all(0 <= share <= 1 for share in shares)
+    check(fits, "share", list(shares), "from 0 to 1")
     settings = read_settings(path)
     rows = []
     for task in saved_tasks(path, settings):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from training.backbones.build import Backbone, one_line
 from training.backbones.weights import left_out, some
+from training.run_dir import not_finite
 
 _STEP = 32  # most models without patches halve an image five times
 
@@ -104,14 +105,14 @@ def build_hugging_face(name: str, *, pretrained: bool, image_size: int | None = 
         raise ValueError(msg)
     unused = sorted(report.get("unexpected_keys", ()))
     notes = (left_out(name, unused),) if unused else ()
-    if pretrained and not all(bool(v.isfinite().all()) for v in model.state_dict().values()):
+    if pretrained and not_finite(model.state_dict()):
         msg = f"backbone.name {name}: its files hold NaN or infinite values"
         raise ValueError(msg)
 
     side, patch = (_number(getattr(settings, key, None)) for key in ("image_size", "patch_size"))
-    resizes = image_size is not None and image_size != side
-    if resizes and "interpolate_pos_encoding" not in inspect.signature(model.forward).parameters:
-        resizes = False  # it takes any size, or says below that it does not
+    interpolates = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+    # A model without the argument takes any size, or says below that it does not.
+    resizes = interpolates and image_size is not None and image_size != side
     classes = ("cls_token", "class_embedding", "class_token")
     module = Pooled(
         model,
@@ -141,9 +142,7 @@ def build_hugging_face(name: str, *, pretrained: bool, image_size: int | None = 
         int(channels),
         wanted if is_fixed else None,
         tag=f"{given} at {commit}" if commit else None,
-        size_option="backbone.image_size"
-        if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-        else "",
+        size_option="backbone.image_size" if interpolates else "",
         notes=notes,
     )
 
@@ -156,8 +155,10 @@ def _build(name: str, settings: Any, *, pretrained: bool) -> tuple[Any, dict[str
     try:
         # trust_remote_code is said in every call: without it the library asks on standard input.
         if not pretrained:
-            return auto.from_config(settings, trust_remote_code=False), {}
-        with _silence():
+            # As the pretrained one below: the dtype of the settings may be half precision.
+            whole = {"dtype": torch.float32, "trust_remote_code": False}
+            return auto.from_config(settings, **whole), {}
+        with silence():
             model, report = auto.from_pretrained(
                 _place(name),
                 config=settings,
@@ -171,8 +172,8 @@ def _build(name: str, settings: Any, *, pretrained: bool) -> tuple[Any, dict[str
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """Keep transformers from printing bars and tables of what it loads: the notes say it."""
+def silence() -> Iterator[None]:
+    """Keep transformers from printing bars and tables of what it loads and saves."""
     from transformers.utils import logging as transformers_logging
 
     logging: Any = transformers_logging

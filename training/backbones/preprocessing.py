@@ -13,20 +13,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from training.components import Component
+from training.run_dir import readable
 
 _PIXELS = re.compile(r"\(x/255 - ([\d.]+)\) / ([\d.]+)")
 # Pillow's numbers of filters, which image processors record.
-_FILTERS: dict[Any, str] = {
-    0: "nearest",
-    1: "lanczos",
-    2: "bilinear",
-    3: "bicubic",
-    4: "box",
-    5: "hamming",
-}
+_FILTERS: dict[Any, str] = {kind.value: kind.name.lower() for kind in Image.Resampling}
 _UNCROPPED = 384  # from this side on, ConvNeXt's processor resizes to a square and cuts nothing off
 
 
@@ -115,8 +110,7 @@ def preprocessing_of(config: Component) -> Preprocessing | None:
 
 def of_packaged(weights: str) -> Preprocessing | None:
     """What the metadata of a weights file of the package say."""
-    path = Path(str(files("training").joinpath("weights", weights)))
-    return _of_metadata(path, json.loads(_metadata(path).get("timm_options", "{}")))
+    return _of_metadata(Path(str(files("training").joinpath("weights", weights))), {})
 
 
 def of_timm(
@@ -229,10 +223,18 @@ def _resize_and_crop(
 
 
 def _of_metadata(path: Path, options: Mapping[str, Any]) -> Preprocessing | None:
-    """What the recipes of this package write into a file: ``[0,1]`` or ``(x/255 - MEAN) / STD``."""
-    pixels = _metadata(path).get("pixels", "")
+    """What the recipes of this package write into a file: ``[0,1]`` or ``(x/255 - MEAN) / STD``.
+
+    Given options of the model go before those that the file records.
+    """
+    metadata = _metadata(path)
+    pixels = metadata.get("pixels", "")
     scaled = _PIXELS.fullmatch(pixels)
-    if (scaled is None and pixels != "[0,1]") or not options.get("img_size"):
+    if scaled is None and pixels != "[0,1]":
+        return None
+    with readable(path):
+        options = {**json.loads(metadata.get("timm_options", "{}")), **options}
+    if not options.get("img_size"):
         return None
     mean, std = (float(scaled[1]), float(scaled[2])) if scaled else (0.0, 1.0)
     channels = int(options.get("in_chans", 3))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from training.run_dir import file_sha256, require_plausible_archive
+from training.run_dir import file_sha256, not_finite, require_plausible_archive
 
 # Keys under which checkpoints hold the network, averaged weights and teachers first.
 _WRAPPERS = (
@@ -109,8 +109,7 @@ def load_weights(module: nn.Module, path: Path) -> LoadedWeights:
         _load_npz(module, path)
     else:
         notes = _load_tensors(module, _read(path), path)
-    infinite = [key for key, value in module.state_dict().items() if not value.isfinite().all()]
-    if infinite:
+    if infinite := not_finite(module.state_dict()):
         msg = f"the weights in {path} hold NaN or infinite values: {some(infinite)}."
         raise ValueError(msg)
     return LoadedWeights(file_sha256(path), notes)

@@ -307,10 +307,10 @@ class DataConfig(Component):
             )
             raise ValueError(msg)
         resize = given
-        if self.resize == "auto":
-            if photos and self.test_resize is None:
+        if self.resize == "auto" and self.test_resize is None:
+            if photos:
                 resize = int(size / (backbone.crop_pct if backbone else 1.0))
-            elif not photos and self.test_resize is None and self.side != size:
+            elif self.side != size:
                 resize = size  # small images of one size: nothing is cut off
         own_channels = 1 if self._fact("mode", DataSet.mode) == "L" else 3
         if backbone and backbone.channels in (1, 3):

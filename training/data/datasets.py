@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from unicodedata import normalize
 
-from training.components import Registry
+from training.components import Registry, at_least
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -145,9 +145,7 @@ class Glyphs(DataSet):
 
     def __post_init__(self) -> None:
         """Refuse characters without images."""
-        if self.images < 1:
-            msg = f"data.images must be at least 1, got {self.images}"
-            raise ValueError(msg)
+        at_least("data.images", self.images, 1)
 
     def load(self, split: str) -> Split:
         """List the images of a split; those of a character are drawn when one is first read."""
@@ -230,25 +228,11 @@ class Folder(DataSet):
         return _folder(self.root)
 
     def has_test(self) -> bool:
-        """Whether there is a test split.
-
-        Raises
-        ------
-        ValueError, FileNotFoundError
-            As `layout`.
-        """
+        """Whether there is a test split; raises as `layout`."""
         return self.layout().test is not None
 
     def layout(self) -> "Layout":
-        """Where the splits are.
-
-        Raises
-        ------
-        FileNotFoundError
-            If there is no such folder.
-        ValueError
-            If it cannot be told which folders are classes.
-        """
+        """Where the splits are; raises as the function `layout`."""
         return layout(self.folder())
 
     def load(self, split: str) -> Split:
@@ -341,6 +325,8 @@ def read_classes(folder: Path, *, nested: bool) -> tuple[Classes, list[str]]:
     ValueError
         If there are no classes, one has no image, or a name cannot be that of a class.
     """
+    from training.data.image_files import missing_reader
+
     walks, beside = walk_classes(folder)
     if not walks:
         loose = [x for x in beside.others if x.suffix.lower() in IMAGE_SUFFIXES]
@@ -352,7 +338,7 @@ def read_classes(folder: Path, *, nested: bool) -> tuple[Classes, list[str]]:
         raise ValueError(msg)
     if not nested:
         _refuse_nested(folder, walks)
-    reasons = {x: why for x in IMAGE_SUFFIXES if (why := _missing_reader(x)) is not None}
+    reasons = {x: why for x in IMAGE_SUFFIXES if (why := missing_reader(x)) is not None}
     classes: Classes = {}
     unread: list[Path] = []
     for name, walk in walks.items():
@@ -363,9 +349,8 @@ def read_classes(folder: Path, *, nested: bool) -> tuple[Classes, list[str]]:
                 "accents; join them"
             )
             raise ValueError(msg)
-        lacking = [path for path in walk.images if path.suffix.lower() in reasons]
-        classes[label] = [path for path in walk.images if path not in set(lacking)]
-        unread += lacking
+        classes[label] = [path for path in walk.images if path.suffix.lower() not in reasons]
+        unread += [path for path in walk.images if path.suffix.lower() in reasons]
     empty = [name for name, paths in classes.items() if not paths]
     if empty:
         at = len(folder.parts)
@@ -378,9 +363,12 @@ def read_classes(folder: Path, *, nested: bool) -> tuple[Classes, list[str]]:
         raise ValueError(msg)
     others = [path for walk in (beside, *walks.values()) for path in walk.others]
     loops = [path for walk in (beside, *walks.values()) for path in walk.loops]
-    notes = [f"left out: {text} ({reasons[kind]})" for kind, text in _by_kind(unread)]
+    notes = [f"left out: {text} ({reasons[kind]})" for kind, text in _by_kind(unread).items()]
     if others:
-        notes.append(f"left out, since their names are not those of images: {_counted(others)}")
+        counts = ", ".join(_by_kind(others).values())
+        notes.append(
+            f"left out, since their names are not those of images: {counts}, such as {others[0]}"
+        )
     if loops:
         shown = some([str(x) for x in loops])
         notes.append(f"left out, links to a folder above or read already: {shown}")
@@ -431,21 +419,10 @@ def class_name(folder: Path) -> str:
     return name
 
 
-def _by_kind(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
+def _by_kind(paths: Sequence[Path]) -> dict[str, str]:
     """Extensions of some files, with their numbers in words."""
-    for kind, count in sorted(Counter(path.suffix.lower() for path in paths).items()):
-        yield kind, f"{count} {kind or 'without extension'}"
-
-
-def _counted(paths: Sequence[Path]) -> str:
-    """Numbers of files by extension, and the first of them."""
-    return f"{', '.join(text for _, text in _by_kind(paths))}, such as {paths[0]}"
-
-
-def _missing_reader(suffix: str) -> str | None:
-    from training.data.image_files import missing_reader
-
-    return missing_reader(suffix)
+    counts = Counter(path.suffix.lower() for path in paths)
+    return {kind: f"{counts[kind]} {kind or 'without extension'}" for kind in sorted(counts)}
 
 
 @dataclass

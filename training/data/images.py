@@ -120,7 +120,7 @@ class LazyImages:
     def select(self, indices: Sequence[int]) -> "LazyImages":
         """Only these images, in this order, with a cache of their own if they are small enough."""
         chosen = LazyImages(self.source, self.config, [self.indices[index] for index in indices])
-        side, channels = self.config.images.resize, self.config.images.channels
+        side, channels = self.config.images.resize or self.config.side, self.config.images.channels
         if side is not None and _keeps(self.config, len(chosen), 1):
             # Filled when an image is first read: a run that ends early decodes only what it used.
             images: Any = torch.empty(len(chosen), channels, side, side, dtype=torch.uint8)
@@ -214,13 +214,15 @@ class JoinedImages:
     Parameters
     ----------
     parts
-        The sources.
+        The sources; none is joined itself.
     """
 
     def __init__(self, parts: "Sequence[Images]") -> None:
         self.parts = parts
         self._ends = list(accumulate(len(part) for part in parts))
-        self._floating = any(_is_floating(part) for part in parts)
+        self._floating = any(
+            isinstance(part, ArrayImages) and part.pixels.is_floating_point() for part in parts
+        )
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -249,12 +251,6 @@ class JoinedImages:
         """The source of an image, and its position there."""
         number = bisect_right(self._ends, index)
         return number, index - (self._ends[number - 1] if number else 0)
-
-
-def _is_floating(part: "Images") -> bool:
-    if isinstance(part, JoinedImages):
-        return any(_is_floating(own) for own in part.parts)
-    return isinstance(part, ArrayImages) and part.pixels.is_floating_point()
 
 
 Images = ArrayImages | LazyImages | JoinedImages

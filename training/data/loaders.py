@@ -16,13 +16,6 @@ from training.data.images import ImageSet, Key, in_shared_memory
 from training.data.transforms import Transform
 from training.distributed import Share
 
-# Those that stop a run, and the one that tells of the end of a process.
-_SIGNALS = {
-    getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGCHLD")
-    if hasattr(signal, name)
-}
-
 Prepared = tuple[Tensor, Tensor, Tensor]
 """Images of one size, their augmentation draws, and labels; no images if this process has none."""
 
@@ -51,7 +44,7 @@ class Batches:
         # A terminal and most schedulers send signals to every process of a run. The training
         # process then finishes its step first and needs its workers for that. So they inherit
         # blocked signals, obey SIGTERM only from their parent, and end with it.
-        with _signals_blocked(), _children_watched_by_us():
+        with _signals_blocked():
             loading = iter(self.prepared)
         while (prepared := _next(loading)) is not None:
             pixels, draws, labels = prepared
@@ -235,35 +228,25 @@ def _wait_for_parent(parent: int) -> None:
 
 
 @contextmanager
-def _children_watched_by_us() -> Iterator[None]:
-    """Keep torch from handling SIGCHLD: it would raise at any place, even where a run is saved.
-
-    The loader also notices by itself, within seconds, that a process has died.
-    """
-    if not hasattr(signal, "SIGCHLD") or (
-        threading.current_thread() is not threading.main_thread()
-    ):
-        yield
-        return
-    before = signal.getsignal(signal.SIGCHLD)
-    try:
-        yield
-    finally:
-        if before is not None:  # set from outside Python
-            signal.signal(signal.SIGCHLD, before)
-
-
-@contextmanager
 def _signals_blocked() -> Iterator[None]:
-    # A signal that arrives meanwhile is delivered afterwards. Windows has no signal masks, and a
-    # mask of another thread does not affect the main one.
+    """Start processes with blocked signals; one that arrives meanwhile is delivered afterwards.
+
+    torch's handler of SIGCHLD is taken out again: it would raise at any place, even where a run is
+    saved. The loader also notices by itself, within seconds, that a process has died.
+    """
+    # Windows has no signal masks, and a mask of another thread does not affect the main one.
     if not hasattr(signal, "pthread_sigmask") or (
         threading.current_thread() is not threading.main_thread()
     ):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    # Those that stop a run, and the one that tells of the end of a process.
+    signals = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    handler = signal.getsignal(signal.SIGCHLD)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if handler is not None:  # set from outside Python
+            signal.signal(signal.SIGCHLD, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -278,12 +278,13 @@ def _extended(config: DataConfig, *, partial: bool) -> Stream:
 
 
 def _without(part: ImageSet, others: Sequence[ImageSet]) -> ImageSet:
-    """The images of a set whose files are not among those of other sets."""
-    taken = {path for other in others for path in other.images.files()}
+    """The images of a set whose files, by whatever path, are not among those of other sets."""
+    taken = {path.resolve() for other in others for path in other.images.files()}
     files = part.images.files()
     if not files or not taken:
         return part
-    return part.chosen(torch.tensor([files[index] not in taken for index in part.indices.tolist()]))
+    new = [files[index].resolve() not in taken for index in part.indices.tolist()]
+    return part.chosen(torch.tensor(new))
 
 
 def _source_parts(
@@ -477,20 +478,14 @@ def cut_tasks(config: DataConfig, available: int) -> list[tuple[int, ...]]:
     if count > available:
         msg = f"data.classes is {count}, but the data set has {available} classes."
         raise ValueError(msg)
-    first, further = (
-        given if given is not None else other
-        for given, other in (
-            (config.init_cls, config.increment),
-            (config.increment, config.init_cls),
-        )
-    )
+    first, further = config.init_cls or config.increment, config.increment or config.init_cls
     if config.task_sizes is not None:
         rule = f"data.task_sizes {config.task_sizes}"
         ends = list(accumulate(config.task_sizes))
         if ends[-1] > count:
             msg = f"{rule} are {ends[-1]} classes, but the stream has only {count}."
             raise ValueError(msg)
-    elif first is not None and further is not None:
+    elif first and further:
         rule = f"data.init_cls {first}, data.increment {further}"
         if first > count:
             msg = f"data.init_cls is {first}, but the stream has only {count} classes."

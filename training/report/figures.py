@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
-from math import isnan
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -100,8 +99,7 @@ def drawings(
 
 
 def _accuracy(section: Section, readout: str, chosen: str | None) -> Drawing:
-    curves = _curves(section, of_readout(section.task_measures, readout), "accuracy")
-    drawn = spread_curves(curves, styles=section.styles)
+    drawn = _curves(section, of_readout(section.task_measures, readout), "accuracy")
     ends = [f"{curve.label} {curve.centre[-1]:.1f} per cent" for curve in drawn]
     panel = Panel(drawn, "tasks learned", _ACCURACY, ends=True)
     tables = (accuracy_table(section, readout), lead_table(section, readout, chosen))
@@ -173,13 +171,13 @@ def comparison_figure(sections: Sequence[Section], path: Paths) -> Path:
     return line_figure([panel], path, title="Accuracy over all classes seen")
 
 
-def _curves(section: Section, rows: pd.DataFrame, column: str) -> dict[str, list[list[float]]]:
-    """A column over tasks, by label: one list per run; incomplete runs are left out."""
-    curves: dict[str, list[list[float]]] = {label: [] for label in section.groups}
+def _curves(section: Section, rows: pd.DataFrame, column: str, *, first: int = 1) -> list[Curve]:
+    """A column over tasks, from the first one on, by label; incomplete runs are left out."""
+    seeds: dict[str, list[list[float]]] = {label: [] for label in section.groups}
     for (label, _), values in rows.groupby(["group", "run"], sort=False)[column]:
         if values.notna().all():
-            curves[label].append(values.tolist())
-    return curves
+            seeds[label].append(values.tolist())
+    return spread_curves(seeds, first=first, styles=section.styles)
 
 
 def _rates(section: Section) -> Iterator[Drawing]:
@@ -189,29 +187,23 @@ def _rates(section: Section) -> Iterator[Drawing]:
     readout = section.readouts[0]
     rows = of_readout(section.measures, readout)
     means = rows.groupby("group")[["last", "new", "forgetting", "update"]].mean()
-    still = [label for label in ("frozen",) if label in means.index]
+    frozen = means["last"].get("frozen")
 
-    def curves(x: str | None, y: str) -> list[Curve]:
+    def curves(x: str, y: str) -> list[Curve]:
         drawn = []
         for method, style, labels in section.sweeps:
-            points = [
-                (rate if x is None else means[x][label], means[y][label])
-                for rate, label in sorted(labels.items())
-                if label in means.index
-            ]
-            points = [point for point in points if not any(map(isnan, point))]
-            if points:
-                places, values = map(list, zip(*points, strict=True))
-                drawn.append(Curve(method, places, values, style=style))
+            rates = sorted(labels)
+            points = means.reindex([labels[rate] for rate in rates]).assign(rate=rates)
+            points = points.dropna(subset=[x, y])
+            if len(points):
+                drawn.append(Curve(method, points[x].tolist(), points[y].tolist(), style=style))
         return drawn
 
     def panel(drawn: list[Curve], x: str) -> Panel:
-        level = means["last"][still[0]] if still else None
-        return Panel(drawn, x, _ACCURACY, integer_x=False, log_x=True, reference=level)
+        return Panel(drawn, x, _ACCURACY, integer_x=False, log_x=True, reference=frozen)
 
-    panels = [panel(curves(None, "last"), "learning rate")]
-    moved = curves("update", "last")
-    if moved:
+    panels = [panel(curves("rate", "last"), "learning rate")]
+    if moved := curves("update", "last"):
         panels.append(panel(moved, "relative update ‖ΔW‖/‖W‖ of a task (%)"))
     best = [f"{c.label} {max(c.centre):.1f}" for c in panels[0].curves]
     yield Drawing(
@@ -219,12 +211,12 @@ def _rates(section: Section) -> Iterator[Drawing]:
         f"Last accuracy by learning rate, read-out {readout}",
         "Mean over seeds. A nominal rate moves the methods by different amounts: the second panel "
         "has the update that it makes."
-        + (" The grey line is the frozen backbone." if still else ""),
+        + ("" if frozen is None else " The grey line is the frozen backbone."),
         f"Lines of accuracy over learning rates. Best: {', '.join(best)} per cent.",
         partial(line_figure, panels),
     )
-    plane = curves("new", "forgetting")
-    if plane:
+    if plane := curves("new", "forgetting"):
+        x, y = "accuracy on a task just learned (%)", "forgetting (points)"
         yield Drawing(
             "plane",
             f"Forgetting against plasticity, read-out {readout}",
@@ -232,17 +224,7 @@ def _rates(section: Section) -> Iterator[Drawing]:
             "highest; mean over seeds. To the right: learns new tasks better. Down: forgets less.",
             "Points of forgetting over the accuracy on tasks just learned, for "
             f"{', '.join(curve.label for curve in plane)}.",
-            partial(
-                line_figure,
-                [
-                    Panel(
-                        plane,
-                        "accuracy on a task just learned (%)",
-                        "forgetting (points)",
-                        integer_x=False,
-                    )
-                ],
-            ),
+            partial(line_figure, [Panel(plane, x, y, integer_x=False)]),
         )
 
 
@@ -284,9 +266,7 @@ def _relative(section: Section, baseline: str | None) -> Iterator[Drawing]:
         # There are no old tasks before the second one.
         first = 2 if age == "old" else 1
         later = both[both["task"] >= first]
-        curves = spread_curves(
-            _curves(section, later, "difference"), first=first, styles=section.styles
-        )
+        curves = _curves(section, later, "difference", first=first)
         if not curves:
             return
         panels.append(
@@ -318,8 +298,7 @@ def _baseline(section: Section, lead_of: str | None) -> str | None:
 def _forgetting(section: Section) -> Iterator[Drawing]:
     rows = section.task_measures
     rows = rows[rows["primary"] & (rows["task"] < rows["tasks"])]
-    curves = spread_curves(_curves(section, rows, "forgetting"), styles=section.styles)
-    if curves:
+    if curves := _curves(section, rows, "forgetting"):
         means = ", ".join(f"{curve.label} {fmean(curve.centre):.1f}" for curve in curves)
         yield Drawing(
             "forgetting",
@@ -341,7 +320,7 @@ def _costs(section: Section) -> Iterator[Drawing]:
     panels = [
         Panel(curves, "task", unit)
         for unit, column in columns.items()
-        if (curves := spread_curves(_curves(section, rows, column), styles=section.styles))
+        if (curves := _curves(section, rows, column))
     ]
     if panels:
         yield Drawing(

@@ -134,7 +134,7 @@ def write_report(report: Report, out: Path, *, overwrite: bool = False) -> Path:
     NotADirectoryError
         If the path is a file.
     OSError
-        If the folder of the figures is, or holds, a symbolic link.
+        If the folder of the figures is, or holds, a symbolic link, or a file cannot be written.
     """
     if out.exists() and not out.is_dir():
         msg = f"{out} is a file, not a folder; choose another --out"
@@ -159,6 +159,16 @@ def write_report(report: Report, out: Path, *, overwrite: bool = False) -> Path:
     for path in earlier:
         path.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
+    try:
+        _write(report, out)
+    finally:  # of a report that was cut off, too: another one may then replace what there is
+        names = sorted(path.relative_to(out).as_posix() for path in _reports_files(out))
+        write_json(out / MANIFEST, {"files": names})
+    return out / PAGE
+
+
+def _write(report: Report, out: Path) -> None:
+    """Write the files of a report into a folder, without its manifest."""
     write_text(out / MARKDOWN, report.markdown())
     write_text(out / LATEX, report.latex())
     write_text(out / CSV, measures(report.inventory.runs).to_csv(index=False))
@@ -184,9 +194,6 @@ def write_report(report: Report, out: Path, *, overwrite: bool = False) -> Path:
             )
         )
     write_text(out / PAGE, _page(report, parts))
-    names = sorted(path.relative_to(out).as_posix() for path in _reports_files(out))
-    write_json(out / MANIFEST, {"files": names})
-    return out / PAGE
 
 
 def _reports_files(out: Path) -> Iterator[Path]:
@@ -261,7 +268,10 @@ def _page(report: Report, parts: Sequence[_Part]) -> str:
         for label in section.new_labels
         for run in section.groups[label]
     ]
-    methods = len(report.sections[0].styles)
+    methods = len({run.experiment.method.name for run in report.inventory.runs})
+    variants = len(report.sections[0].styles)  # a label for each
+    count = f"{_plural(len(runs), 'finished run')} of {_plural(methods, 'method')}"
+    count += f" in {variants} variants" * (variants > methods)
     text = files("training.report").joinpath("page.html").read_text(encoding="utf-8")
     # Labels are text, never markup.
     environment = Environment(
@@ -269,7 +279,7 @@ def _page(report: Report, parts: Sequence[_Part]) -> str:
     )
     return environment.from_string(text).render(
         title="Class-incremental learning: comparison of runs",
-        count=f"{_plural(len(runs), 'finished run')} of {_plural(methods, 'method')}.",
+        count=f"{count}.",
         notes=report.notes(),
         parts=parts,
         runs=Table("Finished runs", pd.DataFrame(runs).set_index("method")),
