@@ -886,7 +886,7 @@ def _require_trained(optimizers: Sequence[Optimizer], perturbed: Sequence[Tensor
         msg = (
             f"the optimiser must hold all {len(perturbed)} tensors of the branches, but {missing} "
             f"are missing; every task has new ones: make the optimiser after the task has begun, "
-            f"from task.parameters() or loda.trainableheld_parameters()"
+            f"from task.parameters() or loda.trainable_parameters()"
         )
         raise ValueError(msg)
     # Accelerate's wrapper takes no step, and clears no gradient, while it accumulates.

@@ -698,7 +698,7 @@ class LoDA:
                 f"{', '.join(unchanged[:4])}{more} had gradients but did not change in this task: "
                 f"make the optimiser inside it from task.parameters(), with a rate above 0"
             )
-            warnings.warn(msg, stacklevel=2)
+            warnings.warn(msg, stacklevel=3)  # behind the frame of torch.no_grad
         return record
 
     def _unchanged(self, task: _OpenTask) -> list[str]:

@@ -503,7 +503,7 @@ def warn_of_rounding(rounding: Mapping[str, MergeRounding]) -> None:
             f"layers what is left has a correlation with it of less than {_ENOUGH} (worst: "
             f"{poor[worst]:.3f} in {worst!r}); set master to keep the weights in float32 as well"
         )
-        warnings.warn(msg, stacklevel=3)
+        warnings.warn(msg, stacklevel=4)  # who ended the task, behind the frame of torch.no_grad
 
 
 def base_layer(layer: nn.Module) -> nn.Module:
