@@ -503,7 +503,7 @@ class Halves:
         _require_trained(optimizers, perturbed)
         reduce = _require_reduce(reduce)
         if not isinstance(window, Window):
-            window = Window(as_window(window), shared=reduce is not None)
+            window = Window(window, shared=reduce is not None)
         parts = window.split(permutation)
         alone = not all(window.counts)  # one group: there is nothing to align with
         if alone:
@@ -568,7 +568,7 @@ class Window:
 
     Parameters
     ----------
-    batches : sequence of Tensor or int
+    window : Tensor or int, or a list or tuple of these
         Groups of each mini-batch of this process, or numbers of rows.
     shared : bool
         Whether the processes of ``torch.distributed`` hold mini-batches of one step.
@@ -583,7 +583,8 @@ class Window:
         Rows of both halves, once they are split.
     """
 
-    def __init__(self, batches: Sequence[Groups], *, shared: bool) -> None:
+    def __init__(self, window: Groups | Sequence[Groups], *, shared: bool) -> None:
+        batches: Sequence[Groups] = window if isinstance(window, (list, tuple)) else [window]
         for groups in batches:
             _check_groups(groups)
         if len(batches) > 1 and 0 in [groups for groups in batches if isinstance(groups, int)]:
@@ -637,11 +638,6 @@ class Window:
                 rows = rows.to(device, non_blocking=True)
                 parts.append(Part(batch, rows, rows.numel() / total))
         return parts
-
-
-def as_window(groups: "Groups | Sequence[Groups]") -> list[Groups]:
-    """Groups of one mini-batch, or of several in a list or tuple, as a list."""
-    return list(groups) if isinstance(groups, (list, tuple)) else [groups]  # type: ignore[list-item]
 
 
 def draw_permutation(labels: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -28,7 +28,6 @@ from backends.torch.gao import (
     Halves,
     RowsLoss,
     Window,
-    as_window,
     check_radius,
     draw_permutation,
     gradient_aligned_step,
@@ -43,7 +42,7 @@ from backends.torch.layers import (
     restore,
     untie,
 )
-from backends.torch.lora import LoRABranch, LoRALinear, warn_of_rounding, weight_matrix
+from backends.torch.lora import LoRALinear, warn_of_rounding, weight_matrix
 from backends.torch.moments import (
     Forward,
     Masks,
@@ -74,39 +73,17 @@ from loda_math import HeldoutRatio, History, Moments, UpdateEffect, remember, ro
 
 @dataclass
 class _OpenTask:
-    """State between the beginning and the end of a task.
-
-    Attributes
-    ----------
-    layers : dict of str to LoRALinear
-        The adapted layers.
-    requires_grad_before : dict of Parameter to bool
-        ``requires_grad`` of every parameter of the model before the task.
-    new : dict of str to Tensor, shape (D, D)
-        Second moment of the new task that the directions were chosen from, by layer; empty where
-        nothing needs it any more.
-    begun : dict of Parameter to Tensor
-        What ``trainable`` names, as it was at the beginning.
-    statistics : RunningStatistics
-        Of the model's batch norms.
-    heldout : dict of str to dict of str to HeldoutRatio
-        By layer and branch; empty where it was not measured.
-    halves : weak reference to Halves, optional
-        The newest step in phases.
-    copied : set of int
-        Ids of the trained tensors that were copied from the first process.
-    closed : bool
-        Whether the task is over.
-    """
+    """State between the beginning and the end of a task."""
 
     layers: dict[str, LoRALinear]
-    requires_grad_before: dict[nn.Parameter, bool]
-    begun: dict[nn.Parameter, Tensor]
-    statistics: RunningStatistics
+    requires_grad_before: dict[nn.Parameter, bool]  # of all parameters of the model
+    begun: dict[nn.Parameter, Tensor]  # what ``trainable`` names, as it was at the beginning
+    statistics: RunningStatistics  # of the model's batch norms
+    # Second moments (D, D) that the directions were chosen from, while something needs them.
     new: dict[str, Tensor] = field(default_factory=dict)
-    heldout: HeldoutRatios = field(default_factory=dict)
-    halves: "ReferenceType[Halves] | None" = None
-    copied: set[int] = field(default_factory=set)
+    heldout: HeldoutRatios = field(default_factory=dict)  # empty where it was not measured
+    halves: "ReferenceType[Halves] | None" = None  # the newest step in phases
+    copied: set[int] = field(default_factory=set)  # ids of tensors copied from the first process
     closed: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -438,7 +415,8 @@ class LoDA:
                     down = bases[name][branch].mT * settings.down_scale
                     self._add_branch(name, branch, down, train_down=first_task)
             if self._shares():
-                copy_from_first([branch.down for branch in self._branches()])
+                branches = (x.branch(b) for x in task.layers.values() for b in x.branches)
+                copy_from_first([branch.down for branch in branches])
         except BaseException:  # also for Ctrl-C during the pass
             self._close_task()
             raise
@@ -577,7 +555,7 @@ class LoDA:
         """
         optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
         moved = self._prepare_step(*optimizers)
-        window = Window(as_window(groups), shared=self._shares())
+        window = Window(groups, shared=self._shares())
         length, order = self._draw(window.labels, radius, permutation, draw, generator)
         halves = Halves(
             window,
@@ -923,9 +901,6 @@ class LoDA:
                 f"layers): the other directions carry nothing; give more data or lower the rank"
             )
             warnings.warn(msg, stacklevel=3)
-
-    def _branches(self) -> list[LoRABranch]:
-        return [layer.branch(name) for layer in self.layers.values() for name in layer.branches]
 
     def _close_task(self) -> None:
         """Put the original layers back and restore every ``requires_grad`` flag."""

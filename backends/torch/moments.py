@@ -115,7 +115,7 @@ class MomentCollector:
         self._add(name, tokens, mask)
 
     def _add(self, name: str, tokens: Tensor, mask: "_BatchMask | None") -> None:
-        self._sums.add(name, _counted(tokens, mask))
+        self._sums.add(name, tokens if mask is None else mask.counted(tokens))
 
 
 class HalvingCollector(MomentCollector):
@@ -193,11 +193,8 @@ class HalvingCollector(MomentCollector):
             return
         by_image = rows.reshape(images, -1, rows.shape[-1])
         half = slice(self._images_before % 2, None, 2)
-        if mask is not None:
-            places = mask.places(tokens, images, half)
-            self._half_sums.add(name, tokens.reshape(-1, rows.shape[-1]).index_select(0, places))
-        else:
-            self._half_sums.add(name, by_image[half])
+        counted = by_image[half] if mask is None else mask.counted(tokens, images, half)
+        self._half_sums.add(name, counted)
 
 
 class _WeightReads(TorchFunctionMode):
@@ -246,10 +243,11 @@ class _WeightReads(TorchFunctionMode):
         del types
         kwargs = kwargs or {}
         if func is F.linear:
-            x, weight = _arguments(_LINEAR, args, kwargs, "input", "weight")
-            for name in self._readers(weight).values():
+            # A built-in function, which has no signature to bind to.
+            given = dict(zip(("input", "weight"), args, strict=False)) | kwargs
+            for name in self._readers(given["weight"]).values():
                 if name not in self._calls:
-                    self._on_read(name, x)
+                    self._on_read(name, given["input"])
         elif func is F.multi_head_attention_forward:
             return self._attention(args, kwargs)
         return func(*args, **kwargs)
@@ -294,16 +292,7 @@ class _WeightReads(TorchFunctionMode):
         return self._owners.get(id(weight), {})
 
 
-_LINEAR = ("input", "weight", "bias")
 _ATTENTION = inspect.signature(F.multi_head_attention_forward)
-
-
-def _arguments(
-    order: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any], *names: str
-) -> list[Any]:
-    """Arguments of a call by name; built-in functions have no signature to bind to."""
-    given = dict(zip(order, args, strict=False)) | kwargs
-    return [given[name] for name in names]
 
 
 def _images_first(x: Tensor) -> Tensor:
@@ -391,8 +380,13 @@ class _BatchMask:
         """Whether it says of every token whether it counts."""
         return self._spread(tuple(tokens.shape[:-1])) is not None
 
-    def places(self, tokens: Tensor, images: int = 1, part: slice = slice(None)) -> Tensor:
-        """Positions of the tokens that count, in those of some images if there are several.
+    def counted(self, tokens: Tensor, images: int = 1, part: slice = slice(None)) -> Tensor:
+        """The tokens that count, of all images or of a part of them."""
+        places = self._places_of(tokens, images, part)
+        return tokens.reshape(-1, tokens.shape[-1]).index_select(0, places)
+
+    def _places_of(self, tokens: Tensor, images: int, part: slice) -> Tensor:
+        """Positions of the tokens that count.
 
         Read once a batch and not once a layer: an accelerator waits each time.
         """
@@ -478,13 +472,6 @@ def _masked(batch: Any, mask: Mask) -> Tensor:
         msg = "a mask must have the shape (B, T), or (B,), got a single number"
         raise ValueError(msg)
     return counts
-
-
-def _counted(tokens: Tensor, mask: _BatchMask | None) -> Tensor:
-    """The tokens that count."""
-    if mask is None:
-        return tokens
-    return tokens.reshape(-1, tokens.shape[-1]).index_select(0, mask.places(tokens))
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:

@@ -1,6 +1,6 @@
 """The solves of a task for all layers; layers of one size share a batched call where it pays."""
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -144,8 +144,7 @@ def solve_heldout(
     for branch in settings.names(first_task=False):
         for group, device in _subspace_calls(firsts, own, devices):
             choose = _subspace_rule(own[group[0]], branch, gram_eps)
-            pair = (_stack((halves[name][half] for name in group), device) for half in (0, 1))
-            first, second = pair
+            first, second = (_stack((halves[n][half] for n in group), device) for half in (0, 1))
             old = _stack((history[name].total for name in group), device)
             batched = heldout_ratio(choose, first, second, old)
             for name, *values in zip(group, *batched, strict=True):
@@ -295,22 +294,16 @@ def _calls(keys: Mapping[str, tuple[Any, ...]]) -> list[tuple[list[str], torch.d
     twelve of width 768 take a quarter longer at once. On an accelerator the size of a stack is
     bounded, or its copies of the moments would be much of the memory that the solves need.
     """
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, key in keys.items():
+        groups.setdefault(key, []).append(name)
     calls: list[tuple[list[str], torch.device]] = []
-    for group in _groups(keys):
-        device, width = keys[group[0]][:2]
+    for (device, width, *_), group in groups.items():
         size = max(1, _STACKED // width**2)
         if device.type == "cpu":
             size = 1 if width >= _ONE_BY_ONE_FROM else len(group)
         calls += [(group[i : i + size], device) for i in range(0, len(group), size)]
     return calls
-
-
-def _groups(keys: Mapping[str, Hashable]) -> list[list[str]]:
-    """Names with equal keys together, in order of first appearance."""
-    groups: dict[Hashable, list[str]] = {}
-    for name, key in keys.items():
-        groups.setdefault(key, []).append(name)
-    return list(groups.values())
 
 
 def _stack(tensors: Iterable[Tensor], device: torch.device | None = None) -> Tensor:
