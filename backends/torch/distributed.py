@@ -136,21 +136,9 @@ _SYNCHRONISES = (
 def sum_moments(
     moments: Mapping[str, Moments], layers: Mapping[str, nn.Module], reduce: Reduce
 ) -> dict[str, Moments]:
-    """Moments over all processes, some of which may have seen no token of a layer.
+    """Moments over all processes, of the layers that were seen in any of them.
 
-    Parameters
-    ----------
-    moments : mapping of str to Moments
-        What this process has seen.
-    layers : mapping of str to module
-        All that may be seen, in the same order in every process.
-    reduce : callable
-        Sums over the processes.
-
-    Returns
-    -------
-    dict of str to Moments
-        Of the layers that were seen anywhere.
+    ``layers`` are all that may be seen, in the same order in every process.
     """
     parts: dict[str, Moments] = {}
     for name, layer in layers.items():

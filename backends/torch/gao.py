@@ -564,14 +564,7 @@ class Halves:
 
 
 class Window:
-    """Groups of the rows of all mini-batches of a step, over all processes.
-
-    Parameters
-    ----------
-    window : Tensor or int, or a list or tuple of these
-        Groups of each mini-batch of this process, or numbers of rows.
-    shared : bool
-        Whether the processes of ``torch.distributed`` hold mini-batches of one step.
+    """Groups of the rows of all mini-batches of a step, over all processes if it is shared.
 
     Attributes
     ----------
@@ -723,12 +716,8 @@ class _Shift:
     def take_off(self, *, finite_only: bool = False) -> None:
         """Keep what a step has added since the move, and take off the move.
 
-        A value that has not changed since the move is the one before it, bit for bit.
-
-        Parameters
-        ----------
-        finite_only : bool
-            Put a value back that the move has made NaN or infinite, whatever happened to it since.
+        A value that has not changed since the move is the one before it, bit for bit. With
+        ``finite_only``, so is one that the move has made NaN or infinite, whatever happened since.
         """
         for group, before, moved in self._groups:
             values = list(torch._foreach_add(before, torch._foreach_sub(group, moved)))

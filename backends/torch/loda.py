@@ -696,9 +696,9 @@ class LoDA:
         Parameters named by ``trainable`` keep what they learned. Running statistics that were let
         move are those from before the task again.
         """
-        task = self._require_open()
-        task.close(self.model)
-        task.statistics.put_back()
+        statistics = self._require_open().statistics
+        self._close_task()
+        statistics.put_back()
 
     @staticmethod
     def detach(model: nn.Module) -> None:

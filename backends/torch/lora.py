@@ -487,13 +487,7 @@ def _is_made_of(stack: Tensor, parts: list[Tensor]) -> bool:
 
 
 def warn_of_rounding(rounding: Mapping[str, MergeRounding]) -> None:
-    """Warn of layers whose weights took up less than nearly all of an update at a merge.
-
-    Parameters
-    ----------
-    rounding : mapping of str to MergeRounding
-        By layer.
-    """
+    """Warn of layers whose weights took up less than nearly all of an update at a merge."""
     correlations = {name: float(x.correlation) for name, x in rounding.items()}
     poor = {name: c for name, c in correlations.items() if c < _ENOUGH}
     if poor:

@@ -124,14 +124,9 @@ class HalvingCollector(MomentCollector):
     The sums over all images are those of :class:`MomentCollector` bit for bit. The other half is
     the difference, which costs half a Gram matrix per batch rather than a whole one.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Called on batches of images. Images are numbered across batches, and every other one, from
-        the first, belongs to the first half.
-    target : str or sequence of str
-        Patterns over module names. The layers' inputs have the images along their first axis,
-        each once, or several times in a row (windows of an image).
+    Images are numbered across batches, and every other one, from the first, belongs to the first
+    half. The layers' inputs have the images along their first axis, each once, or several times in
+    a row (windows of an image).
     """
 
     def __init__(self, model: nn.Module, target: Target = TIMM_QKV) -> None:
@@ -200,13 +195,8 @@ class HalvingCollector(MomentCollector):
 class _WeightReads(TorchFunctionMode):
     """Sees calls of layers, and products with the weights of those that are not called.
 
-    Parameters
-    ----------
-    layers : dict of str to nn.Module
-        Layers by name, adapted or not.
-    on_read : callable
-        ``on_read(name, x)`` for every input that the weight of a layer is applied to, with the
-        images along the first axis.
+    ``on_read(name, x)`` is called for every input that the weight of a layer is applied to, with
+    the images along the first axis.
     """
 
     def __init__(
@@ -301,13 +291,7 @@ def _images_first(x: Tensor) -> Tensor:
 
 
 class _GramSums:
-    """Sums of Gram matrices by layer, added in place and made symmetric when they are read.
-
-    Parameters
-    ----------
-    moments : dict of str to Moments, optional
-        What the sums begin with.
-    """
+    """Sums of Gram matrices by layer, added in place and made symmetric when they are read."""
 
     def __init__(self, moments: dict[str, Moments] | None = None) -> None:
         self._read = moments or {}  # callers may hold these tensors: they are never written to
@@ -363,13 +347,7 @@ class _GramSums:
 
 
 class _BatchMask:
-    """Which tokens of one batch count.
-
-    Parameters
-    ----------
-    mask : Tensor
-        What a mask of :data:`Mask` gave for the batch.
-    """
+    """Which tokens of one batch count, from what a :data:`Mask` gave for it."""
 
     def __init__(self, mask: Tensor) -> None:
         self.shape = tuple(mask.shape)
@@ -414,15 +392,7 @@ class _BatchMask:
 
 
 class _LayerMasks:
-    """Masks of the layers for one batch after another.
-
-    Parameters
-    ----------
-    masks : Masks
-        As the caller gave them.
-    layers : dict of str to nn.Module
-        All target layers by name.
-    """
+    """Masks of the layers for one batch after another."""
 
     def __init__(self, masks: Masks, layers: dict[str, nn.Module]) -> None:
         given = masks if isinstance(masks, Mapping) else {"*": masks}
@@ -563,21 +533,7 @@ def collect_halves(
 ) -> tuple[dict[str, Moments], MomentHalves]:
     """Second moments over all batches, as by :func:`collect_moments`, and those of two halves.
 
-    Parameters
-    ----------
-    model, batches, target, forward, mask, reduce
-        As in :func:`collect_moments`.
-
-    Returns
-    -------
-    moments : dict of str to Moments
-    halves : dict of str to two Tensors, shape (D, D)
-        Of the layers that saw two images and more, along the first axis of their inputs.
-
-    Raises
-    ------
-    ValueError, TypeError
-        As in :func:`collect_moments`.
+    These are of the layers that saw two images and more, along the first axis of their inputs.
     """
     collector = HalvingCollector(model, target)
     _walk(collector, model, batches, forward, mask, reduce)

@@ -40,24 +40,11 @@ def solve_bases(
     gram_eps: float,
     devices: Mapping[str, torch.device] | None = None,
 ) -> Bases:
-    """Bases of the branches of every layer, from second moments.
+    """Bases of the branches of every layer, from second moments (D, D) of the current task.
 
-    Parameters
-    ----------
-    settings : LoDASettings
-        Rank, branches and the rule of the isolated one.
-    new : mapping of str to Tensor, shape (D, D)
-        Moment of the current task by layer.
-    history : mapping of str to History, or None
-        By layer; ``None`` on the first task.
-    gram_eps : float
-        Rounding unit of the Gram matrices that were summed into the moments.
-    devices : mapping of str to torch.device, optional
-        Where to solve, by layer; by default where the moment of the task is.
-
-    Returns
-    -------
-    dict of str to dict of str to Tensor, shape (D, r)
+    There is no ``history`` on the first task. ``gram_eps`` is the rounding unit of the Gram
+    matrices that were summed into the moments. Layers are solved on ``devices``, by default where
+    the moment of the task is.
     """
     bases: Bases = {name: {} for name in new}
     own = settings.by_layer(new)
@@ -126,17 +113,7 @@ def solve_heldout(
 ) -> HeldoutRatios:
     """Energy ratios of every branch on images that its directions were not chosen on.
 
-    Parameters
-    ----------
-    settings, history, gram_eps, devices
-        As in :func:`solve_bases`.
-    halves : mapping of str to two Tensors, shape (D, D)
-        Moments of two halves of the task's images by layer.
-
-    Returns
-    -------
-    dict of str to dict of str to HeldoutRatio
-        Of scalars.
+    From moments of two halves of the task's images; the others are as in :func:`solve_bases`.
     """
     ratios: HeldoutRatios = {name: {} for name in halves}
     own = settings.by_layer(history)  # some layers may have no halves
@@ -161,24 +138,9 @@ def solve_recalibration(
 ) -> dict[str, Tensor]:
     """Λ of every layer (Theorem 2.3): of the general branch, or of all branches side by side.
 
-    Parameters
-    ----------
-    settings : LoDASettings
-        γ, the weight of the history, and whether branches are taken jointly.
-    form
-        As in :func:`loda_math.recalibration`.
-    layers : mapping of str to LoRALinear
-        The adapted layers with their branches as trained.
-    new : mapping of str to Tensor, shape (D, D)
-        Moment through the trained model by layer.
-    history : mapping of str to History
-        As it was before the task.
-
-    Returns
-    -------
-    dict of str to Tensor
-        (r, r), or with ``joint`` (R, R) over the R directions of all branches, in the dtype of
-        the moments.
+    From branches as trained, moments through the trained model, and the history from before the
+    task. Λ is (r, r), or with ``joint`` (R, R) over the R directions of all branches, in the dtype
+    of the moments.
     """
     coefficients: dict[str, Tensor] = {}
     for group, device in _alike(layers):
@@ -204,17 +166,8 @@ def solve_effects(
 ) -> dict[str, UpdateEffect]:
     """Exact effect of the coming merge on the outputs of every layer, all branches together.
 
-    Parameters
-    ----------
-    layers, new, history
-        As in :func:`solve_recalibration`.
-    coefficients : mapping of str to Tensor
-        As it returns them; a branch without Λ is merged as trained.
-
-    Returns
-    -------
-    dict of str to UpdateEffect
-        Of scalars: mean squares over tokens, those on old inputs also over past tasks.
+    A branch without Λ is merged as trained. Effects are mean squares over tokens, those on old
+    inputs also over past tasks.
     """
     effects: dict[str, UpdateEffect] = {}
     for group, device in _alike(layers):
