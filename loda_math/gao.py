@@ -125,9 +125,7 @@ def lookahead(params: Sequence[Array], grads: Sequence[Array], radius: Any) -> l
     xp = _check_lists(params=params, grads=grads)
     moved = []
     for p, g in zip(params, grads, strict=True):
-        direction = at_least_single(xp, g)
-        # Dividing by the largest entry first: the square of a small gradient underflows.
-        direction = safe_divide(xp, direction, _peak(xp, [direction]))
+        (direction,) = _unit_peak(xp, [g])
         length = xp.sqrt(xp.sum(direction * direction))
         shift = radius * safe_divide(xp, direction, length)
         moved.append(xp.astype(at_least_single(xp, p) - shift, p.dtype))
