@@ -5,7 +5,7 @@ LoDA, Section 3.3.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -577,13 +577,15 @@ class Window:
     """
 
     def __init__(self, window: Groups | Sequence[Groups], *, shared: bool) -> None:
-        batches: Sequence[Groups] = window if isinstance(window, (list, tuple)) else [window]
+        batches: list[Groups] = (
+            list(window) if isinstance(window, (list, tuple)) else [window]  # type: ignore[list-item]
+        )
         for groups in batches:
             _check_groups(groups)
         if len(batches) > 1 and 0 in [groups for groups in batches if isinstance(groups, int)]:
             msg = (
                 f"a list must hold one entry for each mini-batch, a tensor of groups or a number "
-                f"of rows of at least 1, got {list(batches)[:8]}; the labels of one mini-batch "
+                f"of rows of at least 1, got {batches[:8]}; the labels of one mini-batch "
                 f"must be a tensor"
             )
             raise ValueError(msg)
@@ -808,11 +810,24 @@ def _take_step(optimizer: Optimizer, skip_nonfinite: bool, moved: Sequence[Tenso
 
     ``moved`` are tensors that were moved along a gradient before; they must be finite too.
     """
-    if skip_nonfinite and not _gradients_finite(optimizer, moved):
-        optimizer.zero_grad(set_to_none=True)
-        return False
-    with _counted_steps(optimizer) as taken:
+    own = held_parameters([optimizer])
+    if skip_nonfinite:
+        # One read for all.
+        flags = [x.isfinite().all() for x in (*(p.grad for p in own), *moved) if x is not None]
+        if flags and not bool(torch.stack(flags).all()):
+            optimizer.zero_grad(set_to_none=True)
+            return False
+    taken: list[Optimizer] = []  # this optimiser, or the one that it wraps
+
+    def note(stepping: Optimizer, *_: Any) -> None:
+        if _share_tensors(stepping, own):
+            taken.append(stepping)
+
+    handle = register_optimizer_step_post_hook(note)
+    try:
         optimizer.step()
+    finally:
+        handle.remove()
     torch.clear_autocast_cache()
     if not taken and not getattr(optimizer, "step_was_skipped", False):
         msg = (
@@ -821,23 +836,6 @@ def _take_step(optimizer: Optimizer, skip_nonfinite: bool, moved: Sequence[Tenso
         )
         raise RuntimeError(msg)
     return bool(taken)
-
-
-@contextmanager
-def _counted_steps(optimizer: Optimizer) -> Iterator[list[Optimizer]]:
-    """Optimisers that step inside the block: this one, or the one that it wraps."""
-    own = held_parameters([optimizer])
-    taken: list[Optimizer] = []
-
-    def note(stepping: Optimizer, *_: Any) -> None:
-        if _share_tensors(stepping, own):
-            taken.append(stepping)
-
-    handle = register_optimizer_step_post_hook(note)
-    try:
-        yield taken
-    finally:
-        handle.remove()
 
 
 def _own_synchronisation(reduce: Reduce | None, optimizers: Sequence[Optimizer]) -> Any:
@@ -970,13 +968,6 @@ def _all_gradients(optimizers: Sequence[Optimizer]) -> list[Tensor]:
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
     return gradients
-
-
-def _gradients_finite(optimizer: Optimizer, moved: Sequence[Tensor]) -> bool:
-    """Whether gradients, and tensors moved along a gradient, are finite: one read for all."""
-    gradients = [p.grad for p in held_parameters([optimizer])]
-    flags = [g.isfinite().all() for g in (*gradients, *moved) if g is not None]
-    return not flags or bool(torch.stack(flags).all())
 
 
 def _check_groups(groups: object) -> None:

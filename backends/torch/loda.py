@@ -390,14 +390,7 @@ class LoDA:
             gram_eps = rounding_unit(*(layer.frozen for layer in task.layers.values()))
             # Branches are not there yet, so this is a pass through the previous merged model.
             if settings.heldout and bases is None and not first_task:
-                moments, halves = collect_halves(
-                    self.model,
-                    batches,
-                    list(task.layers),
-                    forward=self.forward,
-                    mask=self.mask,
-                    reduce=self.reduce,
-                )
+                moments, halves = self._collect(batches, collect_halves)
                 task.heldout = solve_heldout(settings, halves, self.history, gram_eps, devices)
                 del halves
             else:
@@ -850,8 +843,10 @@ class LoDA:
         """Mean second moments of the inputs of the layers, as the model is now."""
         return self._means(self._collect(batches))
 
-    def _collect(self, batches: Iterable[Any]) -> dict[str, Moments]:
-        return collect_moments(
+    def _collect(
+        self, batches: Iterable[Any], collect: Callable[..., Any] = collect_moments
+    ) -> Any:
+        return collect(
             self.model,
             batches,
             list(self.layers),

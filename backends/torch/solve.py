@@ -1,6 +1,7 @@
 """The solves of a task for all layers; layers of one size share a batched call where it pays."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -193,26 +194,19 @@ def _subspace_rule(
 ) -> Callable[[Tensor, Tensor | None], Tensor]:
     """How the directions of a branch are chosen from the new moments and the history."""
     rank = settings.rank
-
-    def choose(new: Tensor, old: Tensor | None) -> Tensor:
-        if branch == "general":
-            basis = general_subspace(new, old, rank, accumulation_eps=gram_eps)
-        elif settings.isolated == "null":
-            basis = null_subspace(old, rank)
-        else:
-            basis = isolated_subspace(
-                new,
-                old,
-                rank,
-                ridge=settings.ridge,
-                ridge_scale=settings.ridge_scale,
-                objective=settings.isolated,
-                energy_floor=settings.energy_floor,
-                accumulation_eps=gram_eps,
-            )
-        return torch.as_tensor(basis)
-
-    return choose
+    if branch == "general":
+        return partial(general_subspace, rank=rank, accumulation_eps=gram_eps)
+    if settings.isolated == "null":
+        return lambda _, old: null_subspace(old, rank)
+    return partial(
+        isolated_subspace,
+        rank=rank,
+        ridge=settings.ridge,
+        ridge_scale=settings.ridge_scale,
+        objective=settings.isolated,
+        energy_floor=settings.energy_floor,
+        accumulation_eps=gram_eps,
+    )
 
 
 def _subspace_calls(
