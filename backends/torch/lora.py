@@ -51,8 +51,8 @@ class LoRABranch(nn.Module):
     ----------
     down : Tensor, shape (r, in_features)
         Down-projection A.
-    up : Tensor, shape (len(rows) or out_features, r)
-        Up-projection B.
+    up : Tensor, shape (rows, r)
+        Up-projection B, of the rows that the branch writes to.
     scale : float or Tensor, 0-d
         Weight of the branch; trained with it where it is an ``nn.Parameter``.
     rows : tuple of int, optional
@@ -230,8 +230,8 @@ class LoRALinear(nn.Module):
             A name not in use.
         down : Tensor, shape (r, in_features)
             Down-projection, copied to the layer's device, in float32 or the layer's wider dtype.
-        up : Tensor, shape (len(rows) or out_features, r), optional
-            Up-projection, copied; zeros by default.
+        up : Tensor, shape (rows, r), optional
+            Up-projection of the rows that the branch writes to, copied; zeros by default.
         scale : float or Tensor, 0-d, default 1
             Weight of the branch; an ``nn.Parameter`` may be shared by branches of many layers.
         rows : tuple of int, optional
