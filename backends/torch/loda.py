@@ -43,13 +43,7 @@ from backends.torch.layers import (
     untie,
 )
 from backends.torch.lora import LoRALinear, warn_of_rounding, weight_matrix
-from backends.torch.moments import (
-    Forward,
-    Masks,
-    collect_halves,
-    collect_moments,
-    default_forward,
-)
+from backends.torch.moments import Forward, Masks, collect_halves, collect_moments, default_forward
 from backends.torch.record import TaskRecord
 from backends.torch.running_statistics import RunningStatistics
 from backends.torch.settings import LoDASettings
@@ -808,12 +802,12 @@ class LoDA:
                 raise ValueError(msg)
             trained |= free
         requires_grad_before = {parameter: parameter.requires_grad for _, parameter in named}
+        begun = {parameter: parameter.detach().clone() for parameter in trained}
         layers = adapt(model, list(found), masters=self._masters(found))
         for parameter in requires_grad_before:
             # Also what was frozen before: a parameter that is named is trained.
             parameter.requires_grad_(parameter in trained)
         statistics = RunningStatistics(model, freeze=settings.freeze_statistics)
-        begun = {parameter: parameter.detach().clone() for parameter in trained}
         self._open = _OpenTask(layers, requires_grad_before, begun, statistics)
         model.__dict__[_MARK] = self._open
         _ADAPTED.add(model)

@@ -25,13 +25,7 @@ from loda_math._arrays import (
 from loda_math._rounding import carrying, channel_noise, noise_along
 from loda_math._subspaces import Ridge, RidgeScale, checked_ridge
 from loda_math._trace_ratio import trace_ratio
-from loda_math._validation import (
-    MomentLike,
-    check_rows,
-    check_scalar,
-    check_share,
-    checked_moments,
-)
+from loda_math._validation import MomentLike, check_rows, check_scalar, check_share, checked_moments
 
 Objective = Literal["general", "isolated", "trace_ratio", "null"]
 
