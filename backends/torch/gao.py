@@ -504,11 +504,10 @@ class Halves:
         reduce = _require_reduce(reduce)
         if not isinstance(window, Window):
             window = Window(window, shared=reduce is not None)
-        parts = window.split(permutation)
-        alone = not all(window.counts)  # one group: there is nothing to align with
-        if alone:
-            parts = (window.whole(),) * 2
-        pairs = [parts] if alone else [parts, parts[::-1]]
+        first, second = window.split(permutation)
+        whole, alone = first or second, not all(window.counts)
+        # One group: there is nothing to align with.
+        pairs = [(whole, whole)] if alone else [(first, second), (second, first)]
         self._halves = [
             Half(
                 source,
@@ -619,10 +618,6 @@ class Window:
         first, second = class_split(self.labels, permutation.cpu())
         self.counts = [int(first.sum()), int(second.sum())]
         return self._parts(first), self._parts(second)
-
-    def whole(self) -> list[Part]:
-        """The parts of all rows that this process holds."""
-        return self._parts(torch.ones_like(self.labels, dtype=torch.bool))
 
     def _parts(self, mask: Tensor) -> list[Part]:
         total, start, parts = int(mask.sum()), self.first, []
