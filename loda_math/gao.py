@@ -5,6 +5,7 @@ Nothing here draws random numbers: permutations and radii are arguments. Apart f
 """
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 from loda_math._arrays import (
@@ -297,10 +298,7 @@ def _peak(xp: Namespace, group: Sequence[Array]) -> Array:
     filled = [at_least_single(xp, x) for x in group if 0 not in x.shape]
     if not filled:
         return xp.sum(at_least_single(xp, group[0]))  # nothing to look at: zero
-    largest = xp.max(xp.abs(filled[0]))
-    for x in filled[1:]:
-        largest = xp.maximum(largest, xp.max(xp.abs(x)))
-    return largest
+    return reduce(xp.maximum, [xp.max(xp.abs(x)) for x in filled])
 
 
 def _unit_peak(xp: Namespace, group: Sequence[Array]) -> list[Array]:
