@@ -402,7 +402,4 @@ def total_inner(xp: Namespace, a: Sequence[Array], b: Sequence[Array]) -> Array:
     parts = [
         xp.sum(at_least_single(xp, x) * at_least_single(xp, y)) for x, y in zip(a, b, strict=True)
     ]
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
+    return sum(parts[1:], start=parts[0])

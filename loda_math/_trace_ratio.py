@@ -22,13 +22,7 @@ from loda_math._arrays import (
     safe_divide,
     span_energy,
 )
-from loda_math._eigh import (
-    leading_eigh,
-    lower_cholesky,
-    lower_solve,
-    reduced_pencil,
-    trailing_eigh,
-)
+from loda_math._eigh import leading_eigh, lower_cholesky, lower_solve, reduced_pencil, trailing_eigh
 from loda_math._rounding import channel_noise, is_noise, noise_along
 from loda_math._subspaces import Directions, Ridge, regularised
 

@@ -269,22 +269,22 @@ def check_values(
         return
     if _are_plainly_sound(xp, present):
         return
-    code: Any = 0
-    # One base-3 digit per argument, so that the device is read only once.
-    for place, (_, x, is_moment) in enumerate(present):
-        code = code + _fault(xp, x, is_moment) * 3**place
-    faults = int(code)
-    for name, _, _ in present:
-        faults, fault = divmod(faults, 3)
-        if fault == 1:
-            msg = (
-                f"{name} holds NaN or infinite values (or overflowed on the way); find where they "
-                f"enter, or cast half precision up first"
-            )
-            raise ValueError(msg)
-        if fault == 2:
-            msg = f"{name} must be symmetric: it differs from its transpose; pass XᵀX / N"
-            raise ValueError(msg)
+    code: Any = None
+    # The first fault and its place in one number, so that the device is read only once.
+    for place, (_, x, is_moment) in reversed([*enumerate(present)]):
+        fault = _fault(xp, x, is_moment)
+        code = xp.where(fault > 0, fault + 3 * place, 0 * fault if code is None else code)
+    place, fault = divmod(int(code), 3)
+    name = present[place][0]
+    if fault == 1:
+        msg = (
+            f"{name} holds NaN or infinite values (or overflowed on the way); find where they "
+            f"enter, or cast half precision up first"
+        )
+        raise ValueError(msg)
+    if fault == 2:
+        msg = f"{name} must be symmetric: it differs from its transpose; pass XᵀX / N"
+        raise ValueError(msg)
 
 
 def _are_plainly_sound(xp: Namespace, present: list[tuple[str, Array, bool]]) -> bool:

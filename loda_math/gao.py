@@ -5,6 +5,7 @@ Nothing here draws random numbers: permutations and radii are arguments. Apart f
 """
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 from loda_math._arrays import (
@@ -125,9 +126,7 @@ def lookahead(params: Sequence[Array], grads: Sequence[Array], radius: Any) -> l
     xp = _check_lists(params=params, grads=grads)
     moved = []
     for p, g in zip(params, grads, strict=True):
-        direction = at_least_single(xp, g)
-        # Dividing by the largest entry first: the square of a small gradient underflows.
-        direction = safe_divide(xp, direction, _peak(xp, [direction]))
+        (direction,) = _unit_peak(xp, [g])
         length = xp.sqrt(xp.sum(direction * direction))
         shift = radius * safe_divide(xp, direction, length)
         moved.append(xp.astype(at_least_single(xp, p) - shift, p.dtype))
@@ -299,10 +298,7 @@ def _peak(xp: Namespace, group: Sequence[Array]) -> Array:
     filled = [at_least_single(xp, x) for x in group if 0 not in x.shape]
     if not filled:
         return xp.sum(at_least_single(xp, group[0]))  # nothing to look at: zero
-    largest = xp.max(xp.abs(filled[0]))
-    for x in filled[1:]:
-        largest = xp.maximum(largest, xp.max(xp.abs(x)))
-    return largest
+    return reduce(xp.maximum, [xp.max(xp.abs(x)) for x in filled])
 
 
 def _unit_peak(xp: Namespace, group: Sequence[Array]) -> list[Array]:

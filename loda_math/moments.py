@@ -448,9 +448,7 @@ def remember(
     if history is not None:
         parts.insert(0, decay * widen(xp, history.total)[0])
     # One after another, so that a history is the same bit for bit however it was resumed.
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
+    total = sum(parts[1:], start=parts[0])
     task_weight = python_number(len(moments) * weight)
     if history is None:
         return History(total, task_weight, task_weight * task_weight, unit)

@@ -10,12 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from loda_math import _subspaces, _trace_ratio
 from loda_math._arrays import Array, Namespace, detached, is_array, result_dtype, safe_divide
 from loda_math._subspaces import RidgeScale, checked_ridge
-from loda_math._validation import (
-    MomentLike,
-    check_rank,
-    check_share,
-    checked_moments,
-)
+from loda_math._validation import MomentLike, check_rank, check_share, checked_moments
 
 IsolatedObjective = Literal["quotient", "trace_ratio"]
 RankMeasure = Literal["energy", "ratio"]

@@ -405,6 +405,17 @@ def test_errors_name_the_argument(xp: ModuleType) -> None:
         remember(None, m, to_library(xp, [[1.0, 2.0], [0.0, 1.0]], "float32"))
 
 
+def test_a_broken_moment_among_many_is_named(xp: ModuleType) -> None:
+    moments = [to_library(xp, np.eye(2), "float32")] * 24
+    moments[21] = to_library(xp, [[1.0, 2.0], [0.0, 1.0]], "float32")
+    moments[22] = moments[22] * float("nan")
+    with pytest.raises(ValueError, match=r"^moments\[21\] must be symmetric"):
+        remember(None, *moments)
+    moments[21] = moments[0]
+    with pytest.raises(ValueError, match=r"^moments\[22\] holds NaN"):
+        remember(None, *moments)
+
+
 def test_the_rounding_unit_is_that_of_the_coarsest_gram_matrix(xp: ModuleType) -> None:
     single = to_library(xp, np.ones(2), "float32")
     assert rounding_unit() == rounding_unit(single) == np.finfo(np.float32).eps

@@ -949,8 +949,9 @@ def test_rounding_at_the_merge_is_recorded_and_warned_of() -> None:
     loda = small(bfloat16_vit)
     begin(loda, 0)
     fit(loda, 0)
-    with pytest.warns(UserWarning, match="master"):
+    with pytest.warns(UserWarning, match="master") as warned:
         record = end(loda, 0)
+    assert warned[0].filename == end.__code__.co_filename
     assert record.rounding.keys() == loda.history.keys()
     logged = record.diagnostics()
     for name, rounding in record.rounding.items():
@@ -1366,6 +1367,7 @@ def test_what_never_moved_although_it_had_gradients_is_named_at_the_end(
     train(loda, torch.optim.SGD(groups), way)
     with pytest.warns(UserWarning, match="did not change") as warned:
         end(loda, 0)
+    assert warned[0].filename == end.__code__.co_filename
     said = str(warned[0].message)
     assert named in said
     assert ("5.weight" in said) == (named == "5.weight")

@@ -61,10 +61,16 @@ def sum_over_processes(tensors: Sequence[Tensor]) -> None:
     tensor([1., 1.])
     >>> distributed.destroy_process_group()
     """
-    for group in _alike(tensors):
+    # By type and device: many small messages would each cost a round trip.
+    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for group in alike.values():
         flat = torch.cat([tensor.reshape(-1) for tensor in group])
         distributed.all_reduce(flat)
-        _write(group, flat)
+        pieces = torch.split(flat, [tensor.numel() for tensor in group])
+        for tensor, piece in zip(group, pieces, strict=True):
+            tensor.copy_(piece.view_as(tensor))
 
 
 def gather(value: Any) -> list[Any]:
@@ -130,21 +136,9 @@ _SYNCHRONISES = (
 def sum_moments(
     moments: Mapping[str, Moments], layers: Mapping[str, nn.Module], reduce: Reduce
 ) -> dict[str, Moments]:
-    """Moments over all processes, some of which may have seen no token of a layer.
+    """Moments over all processes, of the layers that were seen in any of them.
 
-    Parameters
-    ----------
-    moments : mapping of str to Moments
-        What this process has seen.
-    layers : mapping of str to module
-        All that may be seen, in the same order in every process.
-    reduce : callable
-        Sums over the processes.
-
-    Returns
-    -------
-    dict of str to Moments
-        Of the layers that were seen anywhere.
+    ``layers`` are all that may be seen, in the same order in every process.
     """
     parts: dict[str, Moments] = {}
     for name, layer in layers.items():
@@ -165,17 +159,3 @@ def sum_moments(
         for (name, part), count in zip(parts.items(), counts.tolist(), strict=True)
         if count
     }
-
-
-def _alike(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Tensors by type and device: many small messages would each cost a round trip."""
-    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in tensors:
-        alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    return list(alike.values())
-
-
-def _write(tensors: Sequence[Tensor], flat: Tensor) -> None:
-    pieces = torch.split(flat, [tensor.numel() for tensor in tensors])
-    for tensor, piece in zip(tensors, pieces, strict=True):
-        tensor.copy_(piece.view_as(tensor))

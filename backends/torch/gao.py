@@ -5,7 +5,7 @@ LoDA, Section 3.3.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -503,12 +503,11 @@ class Halves:
         _require_trained(optimizers, perturbed)
         reduce = _require_reduce(reduce)
         if not isinstance(window, Window):
-            window = Window(as_window(window), shared=reduce is not None)
-        parts = window.split(permutation)
-        alone = not all(window.counts)  # one group: there is nothing to align with
-        if alone:
-            parts = (window.whole(),) * 2
-        pairs = [parts] if alone else [parts, parts[::-1]]
+            window = Window(window, shared=reduce is not None)
+        first, second = window.split(permutation)
+        whole, alone = first or second, not all(window.counts)
+        # One group: there is nothing to align with.
+        pairs = [(whole, whole)] if alone else [(first, second), (second, first)]
         self._halves = [
             Half(
                 source,
@@ -564,14 +563,7 @@ class Halves:
 
 
 class Window:
-    """Groups of the rows of all mini-batches of a step, over all processes.
-
-    Parameters
-    ----------
-    batches : sequence of Tensor or int
-        Groups of each mini-batch of this process, or numbers of rows.
-    shared : bool
-        Whether the processes of ``torch.distributed`` hold mini-batches of one step.
+    """Groups of the rows of all mini-batches of a step, over all processes if it is shared.
 
     Attributes
     ----------
@@ -583,13 +575,16 @@ class Window:
         Rows of both halves, once they are split.
     """
 
-    def __init__(self, batches: Sequence[Groups], *, shared: bool) -> None:
+    def __init__(self, window: Groups | Sequence[Groups], *, shared: bool) -> None:
+        batches: list[Groups] = (
+            list(window) if isinstance(window, (list, tuple)) else [window]  # type: ignore[list-item]
+        )
         for groups in batches:
             _check_groups(groups)
         if len(batches) > 1 and 0 in [groups for groups in batches if isinstance(groups, int)]:
             msg = (
                 f"a list must hold one entry for each mini-batch, a tensor of groups or a number "
-                f"of rows of at least 1, got {list(batches)[:8]}; the labels of one mini-batch "
+                f"of rows of at least 1, got {batches[:8]}; the labels of one mini-batch "
                 f"must be a tensor"
             )
             raise ValueError(msg)
@@ -624,10 +619,6 @@ class Window:
         self.counts = [int(first.sum()), int(second.sum())]
         return self._parts(first), self._parts(second)
 
-    def whole(self) -> list[Part]:
-        """The parts of all rows that this process holds."""
-        return self._parts(torch.ones_like(self.labels, dtype=torch.bool))
-
     def _parts(self, mask: Tensor) -> list[Part]:
         total, start, parts = int(mask.sum()), self.first, []
         for batch, (size, device) in enumerate(zip(self._sizes, self._devices, strict=True)):
@@ -637,11 +628,6 @@ class Window:
                 rows = rows.to(device, non_blocking=True)
                 parts.append(Part(batch, rows, rows.numel() / total))
         return parts
-
-
-def as_window(groups: "Groups | Sequence[Groups]") -> list[Groups]:
-    """Groups of one mini-batch, or of several in a list or tuple, as a list."""
-    return list(groups) if isinstance(groups, (list, tuple)) else [groups]  # type: ignore[list-item]
 
 
 def draw_permutation(labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -727,12 +713,8 @@ class _Shift:
     def take_off(self, *, finite_only: bool = False) -> None:
         """Keep what a step has added since the move, and take off the move.
 
-        A value that has not changed since the move is the one before it, bit for bit.
-
-        Parameters
-        ----------
-        finite_only : bool
-            Put a value back that the move has made NaN or infinite, whatever happened to it since.
+        A value that has not changed since the move is the one before it, bit for bit. With
+        ``finite_only``, so is one that the move has made NaN or infinite, whatever happened since.
         """
         for group, before, moved in self._groups:
             values = list(torch._foreach_add(before, torch._foreach_sub(group, moved)))
@@ -823,11 +805,24 @@ def _take_step(optimizer: Optimizer, skip_nonfinite: bool, moved: Sequence[Tenso
 
     ``moved`` are tensors that were moved along a gradient before; they must be finite too.
     """
-    if skip_nonfinite and not _gradients_finite(optimizer, moved):
-        optimizer.zero_grad(set_to_none=True)
-        return False
-    with _counted_steps(optimizer) as taken:
+    own = held_parameters([optimizer])
+    if skip_nonfinite:
+        # One read for all.
+        flags = [x.isfinite().all() for x in (*(p.grad for p in own), *moved) if x is not None]
+        if flags and not bool(torch.stack(flags).all()):
+            optimizer.zero_grad(set_to_none=True)
+            return False
+    taken: list[Optimizer] = []  # this optimiser, or the one that it wraps
+
+    def note(stepping: Optimizer, *_: Any) -> None:
+        if _share_tensors(stepping, own):
+            taken.append(stepping)
+
+    handle = register_optimizer_step_post_hook(note)
+    try:
         optimizer.step()
+    finally:
+        handle.remove()
     torch.clear_autocast_cache()
     if not taken and not getattr(optimizer, "step_was_skipped", False):
         msg = (
@@ -836,23 +831,6 @@ def _take_step(optimizer: Optimizer, skip_nonfinite: bool, moved: Sequence[Tenso
         )
         raise RuntimeError(msg)
     return bool(taken)
-
-
-@contextmanager
-def _counted_steps(optimizer: Optimizer) -> Iterator[list[Optimizer]]:
-    """Optimisers that step inside the block: this one, or the one that it wraps."""
-    own = held_parameters([optimizer])
-    taken: list[Optimizer] = []
-
-    def note(stepping: Optimizer, *_: Any) -> None:
-        if _share_tensors(stepping, own):
-            taken.append(stepping)
-
-    handle = register_optimizer_step_post_hook(note)
-    try:
-        yield taken
-    finally:
-        handle.remove()
 
 
 def _own_synchronisation(reduce: Reduce | None, optimizers: Sequence[Optimizer]) -> Any:
@@ -886,7 +864,7 @@ def _require_trained(optimizers: Sequence[Optimizer], perturbed: Sequence[Tensor
         msg = (
             f"the optimiser must hold all {len(perturbed)} tensors of the branches, but {missing} "
             f"are missing; every task has new ones: make the optimiser after the task has begun, "
-            f"from task.parameters() or loda.trainableheld_parameters()"
+            f"from task.parameters() or loda.trainable_parameters()"
         )
         raise ValueError(msg)
     # Accelerate's wrapper takes no step, and clears no gradient, while it accumulates.
@@ -985,13 +963,6 @@ def _all_gradients(optimizers: Sequence[Optimizer]) -> list[Tensor]:
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
     return gradients
-
-
-def _gradients_finite(optimizer: Optimizer, moved: Sequence[Tensor]) -> bool:
-    """Whether gradients, and tensors moved along a gradient, are finite: one read for all."""
-    gradients = [p.grad for p in held_parameters([optimizer])]
-    flags = [g.isfinite().all() for g in (*gradients, *moved) if g is not None]
-    return not flags or bool(torch.stack(flags).all())
 
 
 def _check_groups(groups: object) -> None:

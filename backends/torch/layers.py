@@ -172,21 +172,7 @@ def check_weights(
 ) -> None:
     """Refuse layers whose weight cannot be changed, or not without changing other modules.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The model, between tasks.
-    layers : mapping of str to module
-        As :func:`find_layers` returns them.
-    untie : bool, default False
-        Whether :func:`untie` follows, so that shared weights are no obstacle.
-
-    Raises
-    ------
-    ValueError
-        If other modules hold the weight of a layer too; names all owners.
-    TypeError
-        As :func:`check_rank`, or if parameters were made under ``torch.inference_mode``.
+    With ``untie``, shared weights are no obstacle: :func:`untie` follows.
     """
     _check_weights(layers)
     fixed = [name for name, parameter in model.named_parameters() if parameter.is_inference()]
@@ -233,20 +219,7 @@ def untie(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 
 
 def check_same_layers(layers: Mapping[str, nn.Module], past: Mapping[str, Tensor]) -> None:
-    """Refuse layers that are not those of the past tasks.
-
-    Parameters
-    ----------
-    layers : mapping of str to module
-        As :func:`find_layers` returns them.
-    past : mapping of str to Tensor, shape (D, D)
-        Second moments of past tasks by layer.
-
-    Raises
-    ------
-    ValueError
-        If a layer is missing, has no past, or another number of input features.
-    """
+    """Refuse layers that are not those of the past tasks, given by their moments (D, D)."""
     gone, new = sorted(set(past) - set(layers)), sorted(set(layers) - set(past))
     sizes = {name: weight_matrix(layer).shape[1] for name, layer in layers.items()}
     other = {n: (len(past[n]), sizes[n]) for n in layers if n in past and len(past[n]) != sizes[n]}

@@ -202,20 +202,9 @@ def why_not_adaptable(module: nn.Module) -> str | None:
 
 
 def shared_weights(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, list[str]]:
-    """Other tensors of the model that lie in the memory of the weights of some layers.
+    """Names of the parameters and buffers that would change with the weights of some linear maps.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Any module.
-    layers : mapping of str to nn.Module
-        Linear maps in it.
-
-    Returns
-    -------
-    dict of str to list of str
-        By layer, the names of the parameters and buffers that would change with its weight; only
-        layers that have some. A module that occurs in two places is one owner.
+    Only of layers that have some. A module that occurs in two places is one owner.
     """
     owners = [
         (f"{prefix}.{name}".lstrip("."), module, name, tensor)
@@ -270,12 +259,8 @@ def read_in_projection(
 ) -> None:
     """Let an attention read its packed weight through adapted layers.
 
-    Parameters
-    ----------
-    owner : nn.MultiheadAttention
-        The attention; it becomes an instance of a subclass that only reads its weight otherwise.
-    layers : mapping of str or None to nn.Module
-        Adapted layer by part, or one under ``None`` for all rows.
+    It becomes an instance of a subclass that only reads its weight otherwise. ``layers`` are by
+    part, or one under ``None`` for all rows.
     """
     child = (
         layers[None] if None in layers else nn.ModuleDict({str(p): x for p, x in layers.items()})
@@ -295,12 +280,7 @@ def own_in_projection(owner: nn.MultiheadAttention) -> None:
 def mark(weight: Tensor, layers: Mapping[str | None, nn.Module]) -> Tensor:
     """Note on a computed weight which layers it is computed from, for whoever sees it in use.
 
-    Parameters
-    ----------
-    weight : Tensor
-        A tensor that nobody else holds yet.
-    layers : mapping of str or None to nn.Module
-        Adapted layers by part of a packed projection, or one under ``None``.
+    Nobody else may hold the tensor yet. ``layers`` are as in :func:`read_in_projection`.
     """
     if not torch.compiler.is_compiling():
         weight.linear_maps = dict(layers)  # type: ignore[attr-defined]

@@ -28,7 +28,6 @@ from backends.torch.gao import (
     Halves,
     RowsLoss,
     Window,
-    as_window,
     check_radius,
     draw_permutation,
     gradient_aligned_step,
@@ -43,14 +42,8 @@ from backends.torch.layers import (
     restore,
     untie,
 )
-from backends.torch.lora import LoRABranch, LoRALinear, warn_of_rounding, weight_matrix
-from backends.torch.moments import (
-    Forward,
-    Masks,
-    collect_halves,
-    collect_moments,
-    default_forward,
-)
+from backends.torch.lora import LoRALinear, warn_of_rounding, weight_matrix
+from backends.torch.moments import Forward, Masks, collect_halves, collect_moments, default_forward
 from backends.torch.record import TaskRecord
 from backends.torch.running_statistics import RunningStatistics
 from backends.torch.settings import LoDASettings
@@ -74,39 +67,17 @@ from loda_math import HeldoutRatio, History, Moments, UpdateEffect, remember, ro
 
 @dataclass
 class _OpenTask:
-    """State between the beginning and the end of a task.
-
-    Attributes
-    ----------
-    layers : dict of str to LoRALinear
-        The adapted layers.
-    requires_grad_before : dict of Parameter to bool
-        ``requires_grad`` of every parameter of the model before the task.
-    new : dict of str to Tensor, shape (D, D)
-        Second moment of the new task that the directions were chosen from, by layer; empty where
-        nothing needs it any more.
-    begun : dict of Parameter to Tensor
-        What ``trainable`` names, as it was at the beginning.
-    statistics : RunningStatistics
-        Of the model's batch norms.
-    heldout : dict of str to dict of str to HeldoutRatio
-        By layer and branch; empty where it was not measured.
-    halves : weak reference to Halves, optional
-        The newest step in phases.
-    copied : set of int
-        Ids of the trained tensors that were copied from the first process.
-    closed : bool
-        Whether the task is over.
-    """
+    """State between the beginning and the end of a task."""
 
     layers: dict[str, LoRALinear]
-    requires_grad_before: dict[nn.Parameter, bool]
-    begun: dict[nn.Parameter, Tensor]
-    statistics: RunningStatistics
+    requires_grad_before: dict[nn.Parameter, bool]  # of all parameters of the model
+    begun: dict[nn.Parameter, Tensor]  # what ``trainable`` names, as it was at the beginning
+    statistics: RunningStatistics  # of the model's batch norms
+    # Second moments (D, D) that the directions were chosen from, while something needs them.
     new: dict[str, Tensor] = field(default_factory=dict)
-    heldout: HeldoutRatios = field(default_factory=dict)
-    halves: "ReferenceType[Halves] | None" = None
-    copied: set[int] = field(default_factory=set)
+    heldout: HeldoutRatios = field(default_factory=dict)  # empty where it was not measured
+    halves: "ReferenceType[Halves] | None" = None  # the newest step in phases
+    copied: set[int] = field(default_factory=set)  # ids of tensors copied from the first process
     closed: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -413,14 +384,7 @@ class LoDA:
             gram_eps = rounding_unit(*(layer.frozen for layer in task.layers.values()))
             # Branches are not there yet, so this is a pass through the previous merged model.
             if settings.heldout and bases is None and not first_task:
-                moments, halves = collect_halves(
-                    self.model,
-                    batches,
-                    list(task.layers),
-                    forward=self.forward,
-                    mask=self.mask,
-                    reduce=self.reduce,
-                )
+                moments, halves = self._collect(batches, collect_halves)
                 task.heldout = solve_heldout(settings, halves, self.history, gram_eps, devices)
                 del halves
             else:
@@ -438,7 +402,8 @@ class LoDA:
                     down = bases[name][branch].mT * settings.down_scale
                     self._add_branch(name, branch, down, train_down=first_task)
             if self._shares():
-                copy_from_first([branch.down for branch in self._branches()])
+                branches = (x.branch(b) for x in task.layers.values() for b in x.branches)
+                copy_from_first([branch.down for branch in branches])
         except BaseException:  # also for Ctrl-C during the pass
             self._close_task()
             raise
@@ -577,7 +542,7 @@ class LoDA:
         """
         optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
         moved = self._prepare_step(*optimizers)
-        window = Window(as_window(groups), shared=self._shares())
+        window = Window(groups, shared=self._shares())
         length, order = self._draw(window.labels, radius, permutation, draw, generator)
         halves = Halves(
             window,
@@ -698,7 +663,7 @@ class LoDA:
                 f"{', '.join(unchanged[:4])}{more} had gradients but did not change in this task: "
                 f"make the optimiser inside it from task.parameters(), with a rate above 0"
             )
-            warnings.warn(msg, stacklevel=2)
+            warnings.warn(msg, stacklevel=3)  # behind the frame of torch.no_grad
         return record
 
     def _unchanged(self, task: _OpenTask) -> list[str]:
@@ -718,9 +683,9 @@ class LoDA:
         Parameters named by ``trainable`` keep what they learned. Running statistics that were let
         move are those from before the task again.
         """
-        task = self._require_open()
-        task.close(self.model)
-        task.statistics.put_back()
+        statistics = self._require_open().statistics
+        self._close_task()
+        statistics.put_back()
 
     @staticmethod
     def detach(model: nn.Module) -> None:
@@ -837,12 +802,12 @@ class LoDA:
                 raise ValueError(msg)
             trained |= free
         requires_grad_before = {parameter: parameter.requires_grad for _, parameter in named}
+        begun = {parameter: parameter.detach().clone() for parameter in trained}
         layers = adapt(model, list(found), masters=self._masters(found))
         for parameter in requires_grad_before:
             # Also what was frozen before: a parameter that is named is trained.
             parameter.requires_grad_(parameter in trained)
         statistics = RunningStatistics(model, freeze=settings.freeze_statistics)
-        begun = {parameter: parameter.detach().clone() for parameter in trained}
         self._open = _OpenTask(layers, requires_grad_before, begun, statistics)
         model.__dict__[_MARK] = self._open
         _ADAPTED.add(model)
@@ -872,8 +837,10 @@ class LoDA:
         """Mean second moments of the inputs of the layers, as the model is now."""
         return self._means(self._collect(batches))
 
-    def _collect(self, batches: Iterable[Any]) -> dict[str, Moments]:
-        return collect_moments(
+    def _collect(
+        self, batches: Iterable[Any], collect: Callable[..., Any] = collect_moments
+    ) -> Any:
+        return collect(
             self.model,
             batches,
             list(self.layers),
@@ -923,9 +890,6 @@ class LoDA:
                 f"layers): the other directions carry nothing; give more data or lower the rank"
             )
             warnings.warn(msg, stacklevel=3)
-
-    def _branches(self) -> list[LoRABranch]:
-        return [layer.branch(name) for layer in self.layers.values() for name in layer.branches]
 
     def _close_task(self) -> None:
         """Put the original layers back and restore every ``requires_grad`` flag."""

@@ -51,8 +51,8 @@ class LoRABranch(nn.Module):
     ----------
     down : Tensor, shape (r, in_features)
         Down-projection A.
-    up : Tensor, shape (len(rows) or out_features, r)
-        Up-projection B.
+    up : Tensor, shape (rows, r)
+        Up-projection B, of the rows that the branch writes to.
     scale : float or Tensor, 0-d
         Weight of the branch; trained with it where it is an ``nn.Parameter``.
     rows : tuple of int, optional
@@ -209,10 +209,7 @@ class LoRALinear(nn.Module):
         if name not in self.branches:
             msg = f"there is no branch {name!r}; branches here: {list(self.branches)}"
             raise KeyError(msg)
-        branch = self.branches[name]
-        if not isinstance(branch, LoRABranch):
-            msg = f"branch {name!r} must be a LoRABranch, got {type(branch).__name__}"
-            raise TypeError(msg)
+        branch: LoRABranch = self.branches[name]  # type: ignore[assignment]
         return branch
 
     def add_branch(
@@ -233,8 +230,8 @@ class LoRALinear(nn.Module):
             A name not in use.
         down : Tensor, shape (r, in_features)
             Down-projection, copied to the layer's device, in float32 or the layer's wider dtype.
-        up : Tensor, shape (len(rows) or out_features, r), optional
-            Up-projection, copied; zeros by default.
+        up : Tensor, shape (rows, r), optional
+            Up-projection of the rows that the branch writes to, copied; zeros by default.
         scale : float or Tensor, 0-d, default 1
             Weight of the branch; an ``nn.Parameter`` may be shared by branches of many layers.
         rows : tuple of int, optional
@@ -487,13 +484,7 @@ def _is_made_of(stack: Tensor, parts: list[Tensor]) -> bool:
 
 
 def warn_of_rounding(rounding: Mapping[str, MergeRounding]) -> None:
-    """Warn of layers whose weights took up less than nearly all of an update at a merge.
-
-    Parameters
-    ----------
-    rounding : mapping of str to MergeRounding
-        By layer.
-    """
+    """Warn of layers whose weights took up less than nearly all of an update at a merge."""
     correlations = {name: float(x.correlation) for name, x in rounding.items()}
     poor = {name: c for name, c in correlations.items() if c < _ENOUGH}
     if poor:
@@ -503,7 +494,7 @@ def warn_of_rounding(rounding: Mapping[str, MergeRounding]) -> None:
             f"layers what is left has a correlation with it of less than {_ENOUGH} (worst: "
             f"{poor[worst]:.3f} in {worst!r}); set master to keep the weights in float32 as well"
         )
-        warnings.warn(msg, stacklevel=3)
+        warnings.warn(msg, stacklevel=4)  # who ended the task, behind the frame of torch.no_grad
 
 
 def base_layer(layer: nn.Module) -> nn.Module:

@@ -115,7 +115,7 @@ class MomentCollector:
         self._add(name, tokens, mask)
 
     def _add(self, name: str, tokens: Tensor, mask: "_BatchMask | None") -> None:
-        self._sums.add(name, _counted(tokens, mask))
+        self._sums.add(name, tokens if mask is None else mask.counted(tokens))
 
 
 class HalvingCollector(MomentCollector):
@@ -124,14 +124,9 @@ class HalvingCollector(MomentCollector):
     The sums over all images are those of :class:`MomentCollector` bit for bit. The other half is
     the difference, which costs half a Gram matrix per batch rather than a whole one.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Called on batches of images. Images are numbered across batches, and every other one, from
-        the first, belongs to the first half.
-    target : str or sequence of str
-        Patterns over module names. The layers' inputs have the images along their first axis,
-        each once, or several times in a row (windows of an image).
+    Images are numbered across batches, and every other one, from the first, belongs to the first
+    half. The layers' inputs have the images along their first axis, each once, or several times in
+    a row (windows of an image).
     """
 
     def __init__(self, model: nn.Module, target: Target = TIMM_QKV) -> None:
@@ -193,23 +188,15 @@ class HalvingCollector(MomentCollector):
             return
         by_image = rows.reshape(images, -1, rows.shape[-1])
         half = slice(self._images_before % 2, None, 2)
-        if mask is not None:
-            places = mask.places(tokens, images, half)
-            self._half_sums.add(name, tokens.reshape(-1, rows.shape[-1]).index_select(0, places))
-        else:
-            self._half_sums.add(name, by_image[half])
+        counted = by_image[half] if mask is None else mask.counted(tokens, images, half)
+        self._half_sums.add(name, counted)
 
 
 class _WeightReads(TorchFunctionMode):
     """Sees calls of layers, and products with the weights of those that are not called.
 
-    Parameters
-    ----------
-    layers : dict of str to nn.Module
-        Layers by name, adapted or not.
-    on_read : callable
-        ``on_read(name, x)`` for every input that the weight of a layer is applied to, with the
-        images along the first axis.
+    ``on_read(name, x)`` is called for every input that the weight of a layer is applied to, with
+    the images along the first axis.
     """
 
     def __init__(
@@ -246,10 +233,11 @@ class _WeightReads(TorchFunctionMode):
         del types
         kwargs = kwargs or {}
         if func is F.linear:
-            x, weight = _arguments(_LINEAR, args, kwargs, "input", "weight")
-            for name in self._readers(weight).values():
+            # A built-in function, which has no signature to bind to.
+            given = dict(zip(("input", "weight"), args, strict=False)) | kwargs
+            for name in self._readers(given["weight"]).values():
                 if name not in self._calls:
-                    self._on_read(name, x)
+                    self._on_read(name, given["input"])
         elif func is F.multi_head_attention_forward:
             return self._attention(args, kwargs)
         return func(*args, **kwargs)
@@ -294,16 +282,7 @@ class _WeightReads(TorchFunctionMode):
         return self._owners.get(id(weight), {})
 
 
-_LINEAR = ("input", "weight", "bias")
 _ATTENTION = inspect.signature(F.multi_head_attention_forward)
-
-
-def _arguments(
-    order: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any], *names: str
-) -> list[Any]:
-    """Arguments of a call by name; built-in functions have no signature to bind to."""
-    given = dict(zip(order, args, strict=False)) | kwargs
-    return [given[name] for name in names]
 
 
 def _images_first(x: Tensor) -> Tensor:
@@ -312,13 +291,7 @@ def _images_first(x: Tensor) -> Tensor:
 
 
 class _GramSums:
-    """Sums of Gram matrices by layer, added in place and made symmetric when they are read.
-
-    Parameters
-    ----------
-    moments : dict of str to Moments, optional
-        What the sums begin with.
-    """
+    """Sums of Gram matrices by layer, added in place and made symmetric when they are read."""
 
     def __init__(self, moments: dict[str, Moments] | None = None) -> None:
         self._read = moments or {}  # callers may hold these tensors: they are never written to
@@ -374,13 +347,7 @@ class _GramSums:
 
 
 class _BatchMask:
-    """Which tokens of one batch count.
-
-    Parameters
-    ----------
-    mask : Tensor
-        What a mask of :data:`Mask` gave for the batch.
-    """
+    """Which tokens of one batch count, from what a :data:`Mask` gave for it."""
 
     def __init__(self, mask: Tensor) -> None:
         self.shape = tuple(mask.shape)
@@ -391,8 +358,13 @@ class _BatchMask:
         """Whether it says of every token whether it counts."""
         return self._spread(tuple(tokens.shape[:-1])) is not None
 
-    def places(self, tokens: Tensor, images: int = 1, part: slice = slice(None)) -> Tensor:
-        """Positions of the tokens that count, in those of some images if there are several.
+    def counted(self, tokens: Tensor, images: int = 1, part: slice = slice(None)) -> Tensor:
+        """The tokens that count, of all images or of a part of them."""
+        places = self._places_of(tokens, images, part)
+        return tokens.reshape(-1, tokens.shape[-1]).index_select(0, places)
+
+    def _places_of(self, tokens: Tensor, images: int, part: slice) -> Tensor:
+        """Positions of the tokens that count.
 
         Read once a batch and not once a layer: an accelerator waits each time.
         """
@@ -420,15 +392,7 @@ class _BatchMask:
 
 
 class _LayerMasks:
-    """Masks of the layers for one batch after another.
-
-    Parameters
-    ----------
-    masks : Masks
-        As the caller gave them.
-    layers : dict of str to nn.Module
-        All target layers by name.
-    """
+    """Masks of the layers for one batch after another."""
 
     def __init__(self, masks: Masks, layers: dict[str, nn.Module]) -> None:
         given = masks if isinstance(masks, Mapping) else {"*": masks}
@@ -478,13 +442,6 @@ def _masked(batch: Any, mask: Mask) -> Tensor:
         msg = "a mask must have the shape (B, T), or (B,), got a single number"
         raise ValueError(msg)
     return counts
-
-
-def _counted(tokens: Tensor, mask: _BatchMask | None) -> Tensor:
-    """The tokens that count."""
-    if mask is None:
-        return tokens
-    return tokens.reshape(-1, tokens.shape[-1]).index_select(0, mask.places(tokens))
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:
@@ -576,21 +533,7 @@ def collect_halves(
 ) -> tuple[dict[str, Moments], MomentHalves]:
     """Second moments over all batches, as by :func:`collect_moments`, and those of two halves.
 
-    Parameters
-    ----------
-    model, batches, target, forward, mask, reduce
-        As in :func:`collect_moments`.
-
-    Returns
-    -------
-    moments : dict of str to Moments
-    halves : dict of str to two Tensors, shape (D, D)
-        Of the layers that saw two images and more, along the first axis of their inputs.
-
-    Raises
-    ------
-    ValueError, TypeError
-        As in :func:`collect_moments`.
+    These are of the layers that saw two images and more, along the first axis of their inputs.
     """
     collector = HalvingCollector(model, target)
     _walk(collector, model, batches, forward, mask, reduce)

@@ -9,15 +9,9 @@ from torch import Tensor, nn
 class RunningStatistics:
     """Keeps the running statistics of a model as they are, or remembers them while they move.
 
-    While they are frozen their layers stay in evaluation mode, whatever mode the model is put in:
-    they normalise by the statistics that they have.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Layers with buffers ``running_mean`` or ``running_var`` are looked for in it.
-    freeze : bool
-        Whether the statistics stay as they are.
+    While they are frozen their layers, those with buffers ``running_mean`` or ``running_var``, stay
+    in evaluation mode, whatever mode the model is put in: they normalise by the statistics that
+    they have.
 
     Examples
     --------

@@ -215,17 +215,7 @@ class LoDASettings:
             raise ValueError(msg)
 
     def by_layer(self, layers: Collection[str]) -> dict[str, Self]:
-        """Settings of every layer, with its own rank and weights in the place of the patterns.
-
-        Parameters
-        ----------
-        layers : collection of str
-            Names of all target layers.
-
-        Raises
-        ------
-        ValueError
-            If a pattern fits none of the layers.
+        """Settings of all target layers, with own ranks and weights in the place of the patterns.
 
         Examples
         --------

@@ -1,6 +1,7 @@
 """The solves of a task for all layers; layers of one size share a batched call where it pays."""
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,24 +41,11 @@ def solve_bases(
     gram_eps: float,
     devices: Mapping[str, torch.device] | None = None,
 ) -> Bases:
-    """Bases of the branches of every layer, from second moments.
+    """Bases of the branches of every layer, from second moments (D, D) of the current task.
 
-    Parameters
-    ----------
-    settings : LoDASettings
-        Rank, branches and the rule of the isolated one.
-    new : mapping of str to Tensor, shape (D, D)
-        Moment of the current task by layer.
-    history : mapping of str to History, or None
-        By layer; ``None`` on the first task.
-    gram_eps : float
-        Rounding unit of the Gram matrices that were summed into the moments.
-    devices : mapping of str to torch.device, optional
-        Where to solve, by layer; by default where the moment of the task is.
-
-    Returns
-    -------
-    dict of str to dict of str to Tensor, shape (D, r)
+    There is no ``history`` on the first task. ``gram_eps`` is the rounding unit of the Gram
+    matrices that were summed into the moments. Layers are solved on ``devices``, by default where
+    the moment of the task is.
     """
     bases: Bases = {name: {} for name in new}
     own = settings.by_layer(new)
@@ -126,17 +114,7 @@ def solve_heldout(
 ) -> HeldoutRatios:
     """Energy ratios of every branch on images that its directions were not chosen on.
 
-    Parameters
-    ----------
-    settings, history, gram_eps, devices
-        As in :func:`solve_bases`.
-    halves : mapping of str to two Tensors, shape (D, D)
-        Moments of two halves of the task's images by layer.
-
-    Returns
-    -------
-    dict of str to dict of str to HeldoutRatio
-        Of scalars.
+    From moments of two halves of the task's images; the others are as in :func:`solve_bases`.
     """
     ratios: HeldoutRatios = {name: {} for name in halves}
     own = settings.by_layer(history)  # some layers may have no halves
@@ -144,8 +122,7 @@ def solve_heldout(
     for branch in settings.names(first_task=False):
         for group, device in _subspace_calls(firsts, own, devices):
             choose = _subspace_rule(own[group[0]], branch, gram_eps)
-            pair = (_stack((halves[name][half] for name in group), device) for half in (0, 1))
-            first, second = pair
+            first, second = (_stack((halves[n][half] for n in group), device) for half in (0, 1))
             old = _stack((history[name].total for name in group), device)
             batched = heldout_ratio(choose, first, second, old)
             for name, *values in zip(group, *batched, strict=True):
@@ -162,24 +139,9 @@ def solve_recalibration(
 ) -> dict[str, Tensor]:
     """Λ of every layer (Theorem 2.3): of the general branch, or of all branches side by side.
 
-    Parameters
-    ----------
-    settings : LoDASettings
-        γ, the weight of the history, and whether branches are taken jointly.
-    form
-        As in :func:`loda_math.recalibration`.
-    layers : mapping of str to LoRALinear
-        The adapted layers with their branches as trained.
-    new : mapping of str to Tensor, shape (D, D)
-        Moment through the trained model by layer.
-    history : mapping of str to History
-        As it was before the task.
-
-    Returns
-    -------
-    dict of str to Tensor
-        (r, r), or with ``joint`` (R, R) over the R directions of all branches, in the dtype of
-        the moments.
+    From branches as trained, moments through the trained model, and the history from before the
+    task. Λ is (r, r), or with ``joint`` (R, R) over the R directions of all branches, in the dtype
+    of the moments.
     """
     coefficients: dict[str, Tensor] = {}
     for group, device in _alike(layers):
@@ -205,17 +167,8 @@ def solve_effects(
 ) -> dict[str, UpdateEffect]:
     """Exact effect of the coming merge on the outputs of every layer, all branches together.
 
-    Parameters
-    ----------
-    layers, new, history
-        As in :func:`solve_recalibration`.
-    coefficients : mapping of str to Tensor
-        As it returns them; a branch without Λ is merged as trained.
-
-    Returns
-    -------
-    dict of str to UpdateEffect
-        Of scalars: mean squares over tokens, those on old inputs also over past tasks.
+    A branch without Λ is merged as trained. Effects are mean squares over tokens, those on old
+    inputs also over past tasks.
     """
     effects: dict[str, UpdateEffect] = {}
     for group, device in _alike(layers):
@@ -241,26 +194,19 @@ def _subspace_rule(
 ) -> Callable[[Tensor, Tensor | None], Tensor]:
     """How the directions of a branch are chosen from the new moments and the history."""
     rank = settings.rank
-
-    def choose(new: Tensor, old: Tensor | None) -> Tensor:
-        if branch == "general":
-            basis = general_subspace(new, old, rank, accumulation_eps=gram_eps)
-        elif settings.isolated == "null":
-            basis = null_subspace(old, rank)
-        else:
-            basis = isolated_subspace(
-                new,
-                old,
-                rank,
-                ridge=settings.ridge,
-                ridge_scale=settings.ridge_scale,
-                objective=settings.isolated,
-                energy_floor=settings.energy_floor,
-                accumulation_eps=gram_eps,
-            )
-        return torch.as_tensor(basis)
-
-    return choose
+    if branch == "general":
+        return partial(general_subspace, rank=rank, accumulation_eps=gram_eps)
+    if settings.isolated == "null":
+        return lambda _, old: null_subspace(old, rank)
+    return partial(
+        isolated_subspace,
+        rank=rank,
+        ridge=settings.ridge,
+        ridge_scale=settings.ridge_scale,
+        objective=settings.isolated,
+        energy_floor=settings.energy_floor,
+        accumulation_eps=gram_eps,
+    )
 
 
 def _subspace_calls(
@@ -295,22 +241,16 @@ def _calls(keys: Mapping[str, tuple[Any, ...]]) -> list[tuple[list[str], torch.d
     twelve of width 768 take a quarter longer at once. On an accelerator the size of a stack is
     bounded, or its copies of the moments would be much of the memory that the solves need.
     """
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, key in keys.items():
+        groups.setdefault(key, []).append(name)
     calls: list[tuple[list[str], torch.device]] = []
-    for group in _groups(keys):
-        device, width = keys[group[0]][:2]
+    for (device, width, *_), group in groups.items():
         size = max(1, _STACKED // width**2)
         if device.type == "cpu":
             size = 1 if width >= _ONE_BY_ONE_FROM else len(group)
         calls += [(group[i : i + size], device) for i in range(0, len(group), size)]
     return calls
-
-
-def _groups(keys: Mapping[str, Hashable]) -> list[list[str]]:
-    """Names with equal keys together, in order of first appearance."""
-    groups: dict[Hashable, list[str]] = {}
-    for name, key in keys.items():
-        groups.setdefault(key, []).append(name)
-    return list(groups.values())
 
 
 def _stack(tensors: Iterable[Tensor], device: torch.device | None = None) -> Tensor:

@@ -2,17 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 from loda_math._arrays import Array, Namespace, namespace, safe_divide, widen
 from loda_math._subspaces import RidgeScale
 from loda_math._validation import check_eps, check_scalar, check_share
-from loda_math.recalibration import (
-    RecalibrationForm,
-    recalibration,
-    stack_branches,
-    update_effect,
-)
+from loda_math.recalibration import RecalibrationForm, recalibration, stack_branches, update_effect
 from loda_math.verify.merge import implied_coefficients, verify_merge
 from loda_math.verify.recalibration import verify_recalibration
 from loda_math.verify.subspaces import Objective, verify_subspace
@@ -346,9 +341,6 @@ class _Layer(NamedTuple):
 
     def _stacked(self, branches: list[str]) -> tuple[Array, Array]:
         """B, times the branch weights, and A of some branches, stacked."""
-        weights: dict[str, Any] = {
-            "general": self.settings.general_weight,
-            "isolated": self.settings.isolated_weight,
-        }
         ups, downs = ([self.arrays[f"{kind}_{name}"] for name in branches] for kind in "BA")
-        return stack_branches(ups, downs, [weights[name] for name in branches])
+        weights = [getattr(self.settings, f"{name}_weight") for name in branches]
+        return stack_branches(ups, downs, weights)

@@ -25,13 +25,7 @@ from loda_math._arrays import (
 from loda_math._rounding import carrying, channel_noise, noise_along
 from loda_math._subspaces import Ridge, RidgeScale, checked_ridge
 from loda_math._trace_ratio import trace_ratio
-from loda_math._validation import (
-    MomentLike,
-    check_rows,
-    check_scalar,
-    check_share,
-    checked_moments,
-)
+from loda_math._validation import MomentLike, check_rows, check_scalar, check_share, checked_moments
 
 Objective = Literal["general", "isolated", "trace_ratio", "null"]
 
@@ -234,10 +228,6 @@ class _Span(NamedTuple):
     active: Array  # (..., r), which vectors of the basis are not zero
     defect: Array  # (...), largest entry of |UᵀU − I|
     eps: float  # rounding unit of the columns
-
-    def magnitude(self, xp: Namespace) -> Array:
-        """Bound on the entries of the columns that entries of the basis are sums of."""
-        return xp.abs(self.columns) @ xp.abs(self.turn)
 
     def blur(self, xp: Namespace, channels: Array, coefficients: Array) -> Array:
         """Energy that rounding of the columns may bring into combinations of the basis."""
@@ -462,8 +452,9 @@ def _trace_ratio(
     spectrum = descending_eigvalsh(xp, s)
     # Where a floor binds, rounding of the columns counts to first order: it lets energy of both
     # kinds in, κ of the new one for one of the old one, and the ratio is not stationary.
+    entries = xp.abs(span.columns) @ xp.abs(span.turn)  # of the columns that a basis is made of
     turned = span.eps * xp.sum(
-        span.magnitude(xp) * xp.abs(shadow - span.basis @ (span.basis.mT @ shadow)), axis=(-2, -1)
+        entries * xp.abs(shadow - span.basis @ (span.basis.mT @ shadow)), axis=(-2, -1)
     )
     least = (energy_floor - tolerance - 4 * span.eps**2) * xp.sum(spectrum[..., :rank], axis=-1)
     is_complete = (_subspaces.count_true(xp, span.active) >= active_needed) & (
