@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -160,6 +161,14 @@ def test_a_class_is_found_by_its_import_path() -> None:
     assert shape.build().area() == 9
     assert not REGISTRY.is_packaged(shape.name)
     assert REGISTRY.is_packaged("square")
+
+
+def test_a_class_of_the_script_that_runs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = ModuleType("script_of_mine")  # without a spec, as __main__ is
+    script.__dict__["Square"] = Shape("square").kind
+    monkeypatch.setitem(sys.modules, script.__name__, script)
+    assert is_import_path("script_of_mine.Square")
+    assert Shape("script_of_mine.Square", {"side": 3}).build().area() == 9
 
 
 def test_the_working_directory_shadows_nothing(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, Self
 
 import numpy as np
@@ -380,10 +380,10 @@ class Checkpoints:
 
 # --- signals --------------------------------------------------------------------------------------
 
-Handler = Callable[[int, FrameType | None], None]
 
-
-def handle_signals(names: Iterable[str], handler: Handler) -> dict[signal.Signals, Any]:
+def handle_signals(
+    names: Iterable[str], handler: Callable[[int, FrameType | None], None]
+) -> dict[signal.Signals, Any]:
     """Install a handler for those signals that this system has; returns the handlers before it.
 
     Nothing is done outside the main thread, where Python allows no handlers.
@@ -426,12 +426,7 @@ class StopSignals:
         self._before = handle_signals(("SIGINT", "SIGTERM", "SIGUSR1"), self._note)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         restore_signals(self._before)
 
     def leave(self, message: str) -> NoReturn:

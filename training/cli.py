@@ -21,21 +21,8 @@ from training.spelling import did_you_mean, visible
 
 # Modules that the train extra installs.
 _TRAIN = (
-    "torch",
-    "torchvision",
-    "timm",
-    "accelerate",
-    "jinja2",
-    "jsonargparse",
-    "matplotlib",
-    "numpy",
-    "pandas",
-    "PIL",
-    "rich",
-    "safetensors",
-    "scipy",
-    "sklearn",
-    "yaml",
+    *("torch", "torchvision", "timm", "accelerate", "jinja2", "jsonargparse", "matplotlib"),
+    *("numpy", "pandas", "PIL", "rich", "safetensors", "scipy", "sklearn", "yaml"),
 )
 
 _USAGE_ERROR = 2
@@ -371,7 +358,7 @@ def _resume(run: Path, settings: Sequence[str], allow: Sequence[str]) -> None:
     if is_finished(run):
         if _is_first_process():
             tidy(run)
-        _print(f"the run in {run} is finished")
+            _print(f"the run in {run} is finished")
         return
     from training.train import resume
 

@@ -431,12 +431,7 @@ def keeps_nothing(experiment: Experiment) -> list[str]:
 def refuse_idle(experiment: Experiment, given: Collection[str]) -> None:
     """Refuse settings that were given but have no effect together with the others.
 
-    Parameters
-    ----------
-    experiment : Experiment
-        All settings.
-    given : collection of str
-        Dotted names of those that the user gave on the command line.
+    ``given`` are the dotted names of those that the user gave on the command line.
 
     Raises
     ------
@@ -467,8 +462,7 @@ def refuse_idle(experiment: Experiment, given: Collection[str]) -> None:
     for holds, idle, why in rules:
         names = [name for name in idle if name in given]
         if holds and names:
-            verb = "has" if len(names) == 1 else "have"
-            it = "it" if len(names) == 1 else "them"
+            verb, it = ("has", "it") if len(names) == 1 else ("have", "them")
             msg = f"{', '.join(names)} {verb} no effect: {why}; leave {it} out"
             raise ValueError(msg)
 
@@ -562,14 +556,7 @@ def read_experiment(path: str | Path, allow: Collection[str] = ()) -> Experiment
 
 
 def begun_experiment(path: Path, allow: Collection[str] = ()) -> Experiment:
-    """Settings of the run in a folder, finished or not.
-
-    Parameters
-    ----------
-    path : Path
-        The run folder.
-    allow : collection of str
-        As in `read_experiment`.
+    """Settings of the run in a folder, finished or not; ``allow`` as in `read_experiment`.
 
     Raises
     ------
@@ -654,25 +641,15 @@ def _sources(given: Sequence[str] | Mapping[str, Any]) -> list[_Source]:
         option, equals, value = argument.partition("=")
         if option == "--config":
             path = resolve_config(value if equals else next(arguments, ""))
-            configs += _without_folder(_file_sources(path), path)
+            *bases, own = _file_sources(path)
+            if path.name == CONFIG and (path.parent / MANIFEST).is_file():
+                own.pop("out", None)  # a new run with the settings of an old one has its own folder
+            configs += [*bases, own]
         elif option.removeprefix("--") in _COMPONENTS and option.startswith("--"):
             rest.append(f"{option}.name{equals}{value}")  # --SECTION: short for its name
         else:
             rest.append(argument)
     return [*configs, rest]
-
-
-def _without_folder(sources: list[_Source], path: Path) -> list[_Source]:
-    """The sources of a file; if it is that of a run, without the folder of the run.
-
-    So the settings of a run can be used for a new one.
-    """
-    if path.name != CONFIG or not (path.parent / MANIFEST).is_file():
-        return sources
-    for source in sources:
-        if isinstance(source, _FileSettings) and source.path == path:
-            source.pop("out", None)
-    return sources
 
 
 def _with_lists(argv: Sequence[str]) -> list[str]:
@@ -682,12 +659,11 @@ def _with_lists(argv: Sequence[str]) -> list[str]:
     for argument in argv:
         if numbers is None or not _is_number(argument):
             numbers = [] if argument.removeprefix("--") in _LISTS else None
-        elif numbers:
-            numbers.append(argument)
-            result[-1] = f"[{', '.join(numbers)}]"
-            continue
         else:
             numbers.append(argument)
+            if len(numbers) > 1:
+                result[-1] = f"[{', '.join(numbers)}]"
+                continue
         result.append(argument)
     return result
 
@@ -700,7 +676,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _default_sources(sources: Sequence[_Source]) -> list[_Source]:
+def _default_sources(sources: Sequence[_Source]) -> list[_FileSettings]:
     """The default experiment, for a command line without a configuration.
 
     Its settings, such as the learning rate, suit its own data and backbone. Whoever names others
@@ -728,7 +704,7 @@ def _folder_source(sources: Sequence[_Source]) -> list[_Settings]:
     return []
 
 
-def _file_sources(path: Path, above: tuple[Path, ...] = ()) -> list[_Source]:
+def _file_sources(path: Path, above: tuple[Path, ...] = ()) -> list[_FileSettings]:
     """Settings of the bases of a file, the most general first, and then of the file itself.
 
     A file may have ``base: NAME``, a file in its folder or a packaged configuration.
@@ -741,7 +717,7 @@ def _file_sources(path: Path, above: tuple[Path, ...] = ()) -> list[_Source]:
         # What it holds is not repeated: a configuration of others may name any file as its base.
         msg = f"{path} must hold sections with settings, got a {type(values).__name__}"
         raise ValueError(msg)  # noqa: TRY004 - wrong content of a file, not a wrong call
-    bases: list[_Source] = []
+    bases: list[_FileSettings] = []
     if "base" in values:
         name = values.pop("base")
         # Never a path out of the folder: a configuration may come from anybody.
@@ -974,12 +950,9 @@ def _require_top_level(option: str) -> None:
         example = f"{option}.{_declared(_SECTIONS[option])[0]}"
         msg = f"--{option} is a section of settings: set them one by one, such as --{example}"
         raise ValueError(msg)
-    if option and f"--{option}" not in {*_declared_options(), *_RUN_OPTIONS, *_WITHOUT_VALUE}:
+    known = {"config", *_declared(Experiment)}
+    if option and option not in known and f"--{option}" not in {*_RUN_OPTIONS, *_WITHOUT_VALUE}:
         raise ValueError(_unknown(option))
-
-
-def _declared_options() -> list[str]:
-    return [f"--{name}" for name in ("config", *_declared(Experiment))]
 
 
 def _parsed(
@@ -1269,14 +1242,8 @@ class _OnlyShown(argparse.Action):
         raise argparse.ArgumentError(self, "only loda train takes it; leave it out")
 
 
-# A report reads hundreds of experiments with equal components; building the parser is slowest.
-@lru_cache(maxsize=32)
-def _parser(components: _Components) -> jsonargparse.ArgumentParser:
-    """A parser with exactly the options of some components."""
-    return _make_parser(components)
-
-
 def _make_parser(components: _Components) -> jsonargparse.ArgumentParser:
+    """A parser with exactly the options of some components."""
     result = jsonargparse.ArgumentParser(
         prog=_PROGRAM,
         description=_DESCRIPTION,
@@ -1309,6 +1276,10 @@ def _make_parser(components: _Components) -> jsonargparse.ArgumentParser:
         for prefix, name in own:
             _registry(prefix).add_options(group, name, prefix)
     return result
+
+
+# A report reads hundreds of experiments with equal components; building the parser is slowest.
+_parser = lru_cache(maxsize=32)(_make_parser)
 
 
 def _assemble(

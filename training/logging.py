@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from training.metrics import AccuracyMatrix, Meter
@@ -66,12 +65,7 @@ class Progress:
         self._bars.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
     def say(self, *lines: str) -> None:
@@ -270,20 +264,6 @@ def plain_table(matrix: AccuracyMatrix) -> str:
     last 66.67 · average 78.33 · forgetting 30.00 · backward transfer -30.00
     """
     return "\n".join([aligned(_cells(matrix)), _caption(matrix)])
-
-
-def markdown_table(matrix: AccuracyMatrix) -> str:
-    """The same as a Markdown table with the metrics in a line below.
-
-    Examples
-    --------
-    >>> print(markdown_table(AccuracyMatrix((1,), ((9,),), ((10,),))).splitlines()[2])
-    | 1 | 90.0 | 90.0 |
-    """
-    header, *rows = _cells(matrix)
-    rule = ["---:"] * len(header)
-    lines = ["| " + " | ".join(row) + " |" for row in (header, rule, *rows)]
-    return "\n".join([*lines, "", _caption(matrix)])
 
 
 def _cells(matrix: AccuracyMatrix) -> list[list[str]]:

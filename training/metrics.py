@@ -201,11 +201,6 @@ class AccuracyMatrix:
         return self._matrix(macro=False)
 
     @property
-    def macro_matrix(self) -> list[list[float]]:
-        """a[i][j] for j <= i, mean over the task's classes."""
-        return self._matrix(macro=True)
-
-    @property
     def curve(self) -> list[float]:
         """Accuracy over all classes seen, after each task, per image."""
         return [_accuracy(c, t, macro=False) for c, t in self._rows()]
@@ -251,7 +246,7 @@ class AccuracyMatrix:
 
     def summary(self) -> dict[str, Any]:
         """Every metric by name, ready for JSON, with None for NaN."""
-        macro, curve = self.macro_matrix, self.macro_curve
+        macro, curve = self._matrix(macro=True), self.macro_curve
         metrics = {
             "last": self.last,
             "average": self.average,

@@ -49,14 +49,8 @@ _OWN_TEMPORARY = ".tmp" + 6 * "[0-9A-Za-z]"  # while safetensors writes a file
 Overwrite = bool | Literal["unfinished"]
 """Whether the run in a folder may be replaced: any, none, or only one without results."""
 _PACKAGES = (
-    "loda",
-    "torch",
-    "torchvision",
-    "timm",
-    "transformers",
-    "accelerate",
-    "numpy",
-    "safetensors",
+    *("loda", "torch", "torchvision", "timm", "transformers"),
+    *("accelerate", "numpy", "safetensors"),
 )
 
 
@@ -148,12 +142,6 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file atomically."""
     write_bytes(path, _as_json(content))
-
-
-def append_line(path: Path, line: str) -> None:
-    """Append a line to a text file without syncing; a write error names the file."""
-    with _writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -655,7 +643,9 @@ class RunFolder:
         """Append a line to the log; only the copy in the checkpoints is safe from a power cut."""
         if self.writes:
             line = json.dumps({"event": event, **values}, ensure_ascii=False)
-            append_line(self.path / METRICS, line)
+            path = self.path / METRICS
+            with _writing(path), path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
     def read_log(self) -> bytes:
         """The log so far."""

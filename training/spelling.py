@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from unicodedata import category
 
-_SIMILAR = 0.6
 # Control, format, lone surrogate, and the two separators of lines.
 _INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 _JOINERS = "\u200c\u200d"  # of Persian and Indian letters, and of emojis
@@ -28,7 +27,7 @@ def closest(given: str, known: Iterable[str]) -> str | None:
     for name, original in plain.items():
         if name == wanted or name.endswith(f".{wanted}"):
             return original
-    close = get_close_matches(wanted, plain, n=1, cutoff=_SIMILAR)
+    close = get_close_matches(wanted, plain, n=1)
     return plain[close[0]] if close else None
 
 

@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any, Literal, NamedTuple, NoReturn, Self
 
 from training.checkpoint import handle_signals, has_checkpoint, restore_signals
-from training.components import check
+from training.components import LARGEST_SEED, check
 from training.config import (
     NEUTRAL,
     Experiment,
@@ -58,7 +58,6 @@ _KEYS = {"configs", "settings", "variants", "groups", "seeds", "slurm"}
 _GROUPS = "groups.json"
 _LOGS = "logs"
 _PACKAGED = files("training") / "configs" / "sweeps"
-_SEED_MAX = 2**32 - 1
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 _PAUSE = 0.2  # seconds between polls of a submitit job
 
@@ -111,11 +110,11 @@ class Sweep:
         )
         check(
             isinstance(self.seeds, Sequence)
-            and all(type(seed) is int and 0 <= seed <= _SEED_MAX for seed in self.seeds)
+            and all(type(seed) is int and 0 <= seed <= LARGEST_SEED for seed in self.seeds)
             and len(set(self.seeds)) == len(self.seeds) > 0,
             "seeds",
             self.seeds,
-            f"a list of different whole numbers from 0 to {_SEED_MAX}",
+            f"a list of different whole numbers from 0 to {LARGEST_SEED}",
         )
         check(_is_list_of_texts(self.configs), "configs", self.configs, "a list of configurations")
         for key in ("settings", "slurm"):
