@@ -15,6 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, Self
@@ -277,13 +278,17 @@ def newest_checkpoint(run: Path, identity: str | None = None) -> Checkpoint:
 
 
 def has_checkpoint(run: Path) -> bool:
-    """Whether a run has a checkpoint that is not damaged; its content is not read."""
+    """Whether a run has a checkpoint that is not damaged; its content is not taken apart.
+
+    Raises
+    ------
+    OSError
+        If one cannot be read: it may be sound, so the run must not be replaced.
+    """
     for path in checkpoint_files(run):
-        try:
+        with suppress(ValueError):
             _check_whole(path)
-        except (ValueError, OSError):
-            continue
-        return True
+            return True
     return False
 
 

@@ -228,11 +228,6 @@ class Processes(Share):
 def make_accelerator(device: str, precision: str, tracker: str | None = None) -> "Accelerator":
     """Device, precision and tracker of an experiment, and its processes if there are several.
 
-    Parameters
-    ----------
-    device, precision, tracker : str
-        The settings of these names; no tracker unless one is given.
-
     Raises
     ------
     ValueError

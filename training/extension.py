@@ -214,22 +214,10 @@ def _with_photos(
 
 @dataclass
 class FinishedRun:
-    """The run that is extended, as `training.train.prepare` takes it.
-
-    Parameters
-    ----------
-    path : Path
-        Its folder.
-    experiment : Experiment
-        The settings of the new run.
-    classes, environment : dict
-        Content of its ``classes.json`` and ``environment.json``.
-    checkpoint : Checkpoint
-        Its state.
-    """
+    """The run that is extended, as `training.train.prepare` takes it."""
 
     path: Path
-    experiment: Experiment
+    experiment: Experiment  # of the new run
     classes: dict[str, Any]
     environment: dict[str, Any]
     checkpoint: Checkpoint

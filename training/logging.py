@@ -198,15 +198,22 @@ def describe_update(update: "Update") -> str:
     >>> describe_update(Update(1e-5, {}, 0.0, 480))
     'the update moved the weights by 0.001 % and changed no prediction of 480 images'
     """
-    moved = f"the update moved the weights by {_per_cent(update.relative)} and changed"
+    moved = f"the update moved the weights by {per_cent(update.relative)} and changed"
     if not update.changed:
         return f"{moved} no prediction of {update.images} images"
-    return f"{moved} the prediction of {_per_cent(update.changed)} of {update.images} images"
+    return f"{moved} the prediction of {per_cent(update.changed)} of {update.images} images"
 
 
-def _per_cent(share: float) -> str:
-    """A share as a percentage of two significant digits."""
-    return f"{100 * share:.2g} %"
+def per_cent(share: float) -> str:
+    """A share as a percentage of two significant digits, or of all before the point.
+
+    Examples
+    --------
+    >>> per_cent(0.0123), per_cent(0.996), per_cent(1.25)
+    ('1.2 %', '100 %', '125 %')
+    """
+    value = 100 * share
+    return f"{value:.0f} %" if value >= 99.5 else f"{value:.2g} %"  # 1e+02 is no per cent
 
 
 # --- tables ---------------------------------------------------------------------------------------

@@ -159,20 +159,8 @@ def read_json(path: Path) -> Any:
 def readable(path: Path, where: str = "") -> Iterator[None]:
     """Turn the errors that malformed content provokes into one ValueError that names the file.
 
-    For blocks that take the content of a file apart. Files may come from anyone, and this saves
-    them from checking the content first.
-
-    Parameters
-    ----------
-    path : Path
-        The file.
-    where : str, optional
-        The place in it.
-
-    Raises
-    ------
-    ValueError
-        Names the file and the reason.
+    For blocks that take the content of a file, or of the place ``where`` in it, apart. Files may
+    come from anyone, and this saves such blocks from checking the content first.
 
     Examples
     --------
@@ -414,16 +402,7 @@ if fcntl is not None:
 
 
 def choose_folder(out: str | None, name: str, *, overwrite: Overwrite = False) -> Path:
-    """Folder of the run: as given, or a new one under ``runs``.
-
-    Parameters
-    ----------
-    out : str or None
-        The folder, if one is given.
-    name : str
-        Beginning of the name of a new folder; the time follows.
-    overwrite : bool or "unfinished"
-        Whether the folder may hold a run.
+    """Folder of the run: ``out``, or a new one under ``runs``, of that name and the time.
 
     Raises
     ------

@@ -222,16 +222,8 @@ def prepare(
 ) -> Run:
     """Set a run up, in the order in which mistakes are cheapest to find.
 
-    Parameters
-    ----------
-    experiment : Experiment
-        All settings.
-    resume_from : Path, optional
-        Folder of a run with these settings, to be resumed from its newest checkpoint.
-    overwrite : bool or "unfinished"
-        Replace the run in a folder that is not empty: any, or only one without results.
-    origin : Origin, optional
-        A finished run, from whose state the new one continues.
+    It starts anew, or from the newest checkpoint of a run with these settings, in the folder
+    ``resume_from``, or from the state of a finished run, ``origin``. ``overwrite`` as in `train`.
 
     Raises
     ------
@@ -415,12 +407,7 @@ def _as_begun(backbone: Backbone, run: Path) -> Backbone:
 def require_images(stream: Stream, learned: int) -> None:
     """Refuse to learn a task of which a class has no training image.
 
-    Parameters
-    ----------
-    stream : Stream
-        The stream; images of what is learned already may be missing.
-    learned : int
-        Number of tasks that are learned already.
+    Images of the first ``learned`` tasks, which are learned already, may be missing.
 
     Raises
     ------
@@ -588,7 +575,7 @@ def _trained_line(run: Run) -> str:
         sum(p.numel() for p in parameters)
         for parameters in (run.state.method.parameters(), run.state.heads.current.parameters())
     )
-    total = sum(p.numel() for p in run.state.model.parameters()) - adapted
+    total = overview.parameter_count(run.state.model)
     return overview.trained_line(run.experiment.method.name, adapted, head, total)
 
 
@@ -1010,14 +997,9 @@ def save_between_tasks(run: Run) -> None:
 
 
 def save_in_task(run: Run, task: int, position: OpenTask, *, last: bool) -> None:
-    """Save the run after a step, if a checkpoint is due or a signal to stop was received.
+    """Save the run after a step, the ``last`` of the task or another, if that is due.
 
-    Parameters
-    ----------
-    run, task, position
-        The run, its task, and the position of the training in it.
-    last : bool
-        Whether that was the last step of the task.
+    It is due by the settings of checkpoints, or because a signal to stop was received.
 
     Raises
     ------
