@@ -105,7 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"loda {command} runs in one process: start it without torchrun or accelerate launch"
         )
     if rest and command not in _TAKE_SETTINGS:
-        parser.error(f"loda {command} has no {' '.join(rest)}{_option_meant(command, rest[0])}")
+        options = [x for names, _ in _COMMANDS[command][1] for x in names if x.startswith("-")]
+        cure = did_you_mean(rest[0].partition("=")[0], options)
+        parser.error(f"loda {command} has no {' '.join(rest)}{cure}")
     missing = [name for name in _TRAIN if find_spec(name) is None]
     if missing:
         _say(
@@ -275,11 +277,6 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(*names, **options)
         command.set_defaults(act=act)
     return parser
-
-
-def _option_meant(command: str, given: str) -> str:
-    names = [name for names, _ in _COMMANDS[command][1] for name in names if name[0] == "-"]
-    return did_you_mean(given.partition("=")[0], names)
 
 
 def _version() -> str:

@@ -239,7 +239,7 @@ def aligned(rows: Sequence[Sequence[str]], *, left: int = 0) -> str:
     return "\n".join(lines)
 
 
-def accuracy_table(matrix: AccuracyMatrix, *, title: str = "Accuracy (%)") -> "Table":
+def accuracy_table(matrix: AccuracyMatrix) -> "Table":
     """A `rich` table: one row per learned task, one column per task, the metrics below.
 
     Examples
@@ -250,7 +250,7 @@ def accuracy_table(matrix: AccuracyMatrix, *, title: str = "Accuracy (%)") -> "T
     from rich.table import Table
 
     header, *rows = _cells(matrix)
-    table = Table(title=title, caption=_caption(matrix), header_style="bold")
+    table = Table(title="Accuracy (%)", caption=_caption(matrix), header_style="bold")
     for name in header:
         style = "bold" if name == header[-1] else None
         table.add_column(name, justify="right", style=style, no_wrap=True)

@@ -232,7 +232,7 @@ class AccuracyMatrix:
     @property
     def forgetting(self) -> float:
         """Mean over old tasks j of max_i a[i][j] - a[T-1][j], last row included; 0 for T = 1."""
-        return _forgetting(self.matrix)
+        return _mean(self.forgetting_by_task)
 
     @property
     def forgetting_by_task(self) -> list[float]:
@@ -254,7 +254,7 @@ class AccuracyMatrix:
             "backward_transfer": self.backward_transfer,
             "macro_last": _mean(curve[-1:]),
             "macro_average": _mean(curve),
-            "macro_forgetting": _forgetting(macro),
+            "macro_forgetting": _mean(_forgetting_by_task(macro)),
             "macro_backward_transfer": _backward_transfer(macro),
             "curve": self.curve,
             "matrix": self.matrix,
@@ -322,10 +322,6 @@ def _for_json(value: Any) -> Any:
     if isinstance(value, list):
         return [_for_json(item) for item in value]
     return None if isnan(value) else value
-
-
-def _forgetting(a: list[list[float]]) -> float:
-    return _mean(_forgetting_by_task(a))
 
 
 def _forgetting_by_task(a: list[list[float]]) -> list[float]:

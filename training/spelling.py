@@ -31,18 +31,16 @@ def closest(given: str, known: Iterable[str]) -> str | None:
     return plain[close[0]] if close else None
 
 
-def did_you_mean(given: str, known: Iterable[str], prefix: str = "") -> str:
+def did_you_mean(given: str, known: Iterable[str]) -> str:
     """The end of an error message: a suggestion, or nothing.
 
     Examples
     --------
-    >>> did_you_mean("trian", ["train", "eval"])
-    '; did you mean train?'
-    >>> did_you_mean("sede", ["seed"], prefix="--"), did_you_mean("xyz", ["train"])
-    ('; did you mean --seed?', '')
+    >>> did_you_mean("trian", ["train", "eval"]), did_you_mean("xyz", ["train"])
+    ('; did you mean train?', '')
     """
     name = closest(given, known)
-    return "" if name is None else f"; did you mean {prefix}{name}?"
+    return "" if name is None else f"; did you mean {name}?"
 
 
 def visible(text: str) -> str:
