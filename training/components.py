@@ -27,7 +27,7 @@ from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, ge
 
 import jsonargparse
 
-from training.spelling import closest, did_you_mean
+from training.spelling import closest, did_you_mean, prefixed
 
 _NAME = "name"
 LARGEST_SEED = 2**32 - 1  # NumPy's RandomState, which draws the class order, takes no more
@@ -260,11 +260,8 @@ class Registry:
         """
         kind = self.find(name)
         named = {_NAME: name} if _NAME in signature(kind).parameters else {}
-        try:
+        with prefixed(f"{self.kind} {name}"):
             return kind(**named, **options)
-        except ValueError as error:
-            msg = f"{self.kind} {name}: {error}"
-            raise ValueError(msg) from error
 
 
 @dataclass

@@ -23,7 +23,7 @@ import argparse
 import os
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -50,7 +50,7 @@ from training.components import (
 from training.data.config import DataConfig
 from training.methods.base import METHODS, MethodConfig, fact
 from training.run_dir import CONFIG, MANIFEST
-from training.spelling import did_you_mean, visible
+from training.spelling import did_you_mean, prefixed, visible
 from training.yaml_files import (
     CONFIGS,
     DEFAULT,
@@ -618,16 +618,9 @@ class _FileSettings(_Settings):
         self.path = path
 
 
-@contextmanager
-def _naming_file(source: _Source) -> Iterator[None]:
+def _naming_file(source: _Source) -> AbstractContextManager[None]:
     """Put the file of a source, if it is one, before the message of an error."""
-    try:
-        yield
-    except ValueError as error:
-        if not isinstance(source, _FileSettings):
-            raise
-        msg = f"{source.path}: {error}"
-        raise ValueError(msg) from error
+    return prefixed(source.path) if isinstance(source, _FileSettings) else nullcontext()
 
 
 def _sources(given: Sequence[str] | Mapping[str, Any]) -> list[_Source]:
@@ -734,11 +727,8 @@ def _file_sources(path: Path, above: tuple[Path, ...] = ()) -> list[_FileSetting
             )
             raise ValueError(msg)
         bases = _file_sources(base, (*above, path.resolve()))
-    try:
+    with prefixed(path):
         return [*bases, _FileSettings(_flat(values), path)]
-    except ValueError as error:
-        msg = f"{path}: {error}"
-        raise ValueError(msg) from error
 
 
 def _flat(values: Any) -> _Settings:

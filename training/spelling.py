@@ -1,6 +1,7 @@
-"""Names in messages: suggestions for those that do not exist, and escapes for a terminal."""
+"""Names in messages: of places, suggestions for those that do not exist, escapes for a terminal."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from unicodedata import category
 
@@ -41,6 +42,25 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     """
     name = closest(given, known)
     return "" if name is None else f"; did you mean {name}?"
+
+
+@contextmanager
+def prefixed(place: object) -> Iterator[None]:
+    """Put a place, such as the name of a file, before the message of a ValueError.
+
+    Examples
+    --------
+    >>> with prefixed("mine.yaml"):
+    ...     int("x")
+    Traceback (most recent call last):
+    ...
+    ValueError: mine.yaml: invalid literal for int() with base 10: 'x'
+    """
+    try:
+        yield
+    except ValueError as error:
+        msg = f"{place}: {error}"
+        raise ValueError(msg) from error
 
 
 def visible(text: str) -> str:

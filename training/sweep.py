@@ -46,7 +46,7 @@ from training.run_dir import (
     write_json,
     write_text,
 )
-from training.spelling import did_you_mean
+from training.spelling import did_you_mean, prefixed
 from training.yaml_files import read_yaml
 
 Engine = Literal["processes", "slurm", "local"]
@@ -184,11 +184,8 @@ def read_sweep(source: str | Path) -> Sweep:
     if _is_list_of_texts(variants):
         # Plain names are names of methods.
         content["variants"] = {name: {"method": {"name": name}} for name in variants}
-    try:
+    with prefixed(path):
         return Sweep(**content)
-    except ValueError as error:
-        msg = f"{path}: {error}"
-        raise ValueError(msg) from error
 
 
 def write_groups(out: Path, groups: Mapping[str, Sequence[str]] | None) -> None:
@@ -259,15 +256,12 @@ def _experiment(sweep: Sweep, name: str, extra: Sequence[str]) -> Experiment:
     given = [sweep.settings or {}, sweep.variants[name] or {}]
     fixed = [key for layer in given for key in layer if key in ("seed", "out")]
     fixed += [x for x in extra if x.partition("=")[0] in ("--seed", "--out")]
-    try:
+    with prefixed(f"variant {name}"):
         if fixed:
             msg = f"{', '.join(fixed)}: the sweep sets seeds and folders itself; leave it out"
             raise ValueError(msg)
         # The command line overrides the common settings of the sweep, not what defines a variant.
         return experiment_of(configs, given[0], extra, given[1])
-    except ValueError as error:
-        msg = f"variant {name}: {error}"
-        raise ValueError(msg) from error
 
 
 def job_state(job: Job) -> JobState:

@@ -204,13 +204,7 @@ class Origin(Protocol):
     checkpoint: Checkpoint
 
     def lineage(self, stream: Stream, environment: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """What ``environment.json`` says of the runs that the new one extends, the first first.
-
-        Raises
-        ------
-        ValueError
-            If the stream does not begin with the tasks of the run.
-        """
+        """What ``environment.json`` says of the runs that the new one extends, the first first."""
 
 
 def prepare(
