@@ -329,12 +329,7 @@ class Checkpoints:
     """
 
     def __init__(
-        self,
-        run: Path,
-        config: CheckpointConfig,
-        identity: str,
-        *,
-        resume_by: str | None = None,
+        self, run: Path, config: CheckpointConfig, identity: str, *, resume_by: str | None = None
     ) -> None:
         self.run, self.config, self.identity = run, config, identity
         self.resume_by = resume_by

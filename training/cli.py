@@ -460,11 +460,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     _say(*(f"loda sweep: {note}" for note in notes))
     write_groups(arguments.out, sweep.groups)
     outcomes = run_sweep(
-        jobs,
-        arguments.out,
-        workers=arguments.workers,
-        engine=arguments.engine,
-        slurm=sweep.slurm,
+        jobs, arguments.out, workers=arguments.workers, engine=arguments.engine, slurm=sweep.slurm
     )
     lines, failures = summarise(outcomes)
     _print(*lines)

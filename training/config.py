@@ -1064,10 +1064,7 @@ class _Help(jsonargparse.DefaultHelpFormatter):
 
 # Arguments of the command that are no settings.
 _RUN_OPTIONS: dict[str, dict[str, Any]] = {
-    "--overwrite": {
-        "action": "store_true",
-        "help": "Replace the run in the folder --out.",
-    },
+    "--overwrite": {"action": "store_true", "help": "Replace the run in the folder --out."},
     "--overwrite-unfinished": {
         "action": "store_true",
         "help": "The same, but never a finished run.",

@@ -12,13 +12,7 @@ from typing import Any, Self
 
 from training.checkpoint import Checkpoint, read_final_state
 from training.components import at_least
-from training.config import (
-    FREE,
-    Experiment,
-    begun_experiment,
-    differing_settings,
-    foreign_classes,
-)
+from training.config import FREE, Experiment, begun_experiment, differing_settings, foreign_classes
 from training.data import DataConfig, Stream
 from training.data.datasets import DATA_SETS, some
 from training.methods.base import fact

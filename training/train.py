@@ -58,13 +58,7 @@ from training.data import (
 )
 from training.data.datasets import some
 from training.distributed import Processes, Share, launched_processes, make_accelerator
-from training.logging import (
-    Progress,
-    peak_memory,
-    require_tracker,
-    reset_peak,
-    start_tracker,
-)
+from training.logging import Progress, peak_memory, require_tracker, reset_peak, start_tracker
 from training.loss import cosface
 from training.methods import Context
 from training.methods.base import fact
@@ -253,9 +247,9 @@ def prepare(
         require_compiler(accelerator.device)
     # What a run that was extended has learned is in its state: its first weights are not needed,
     # and neither are its first images.
-    before = origin.path if origin is not None else resume_from
     lineage = [] if resume_from is None else _lineage(resume_from)
-    extends = origin is not None or bool(lineage)
+    before = origin.path if origin is not None else (resume_from if lineage else None)
+    extends = before is not None
     if experiment.data.verify and not extends:
         verify_data(experiment.data)
 
@@ -267,7 +261,7 @@ def prepare(
             )
         with seeded(derive(seed, 0, "backbone")):
             backbone = build_backbone(experiment.backbone, initialise=not extends)
-    if before is not None and extends:
+    if before is not None:
         backbone = _as_begun(backbone, before)
     here = environment(_backbone_record(backbone))
     if origin is not None:
@@ -275,7 +269,7 @@ def prepare(
     learned = lineage[-1]["tasks"] if lineage else 0
     require_images(stream, learned)
     classes = _classes_record(stream)
-    if before is not None and extends:
+    if before is not None:
         with readable(before / CLASSES):
             # Counted when they were learned: the images may be gone.
             classes["images"][:learned] = read_json(before / CLASSES)["images"][:learned]
