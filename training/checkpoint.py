@@ -150,19 +150,9 @@ _WEIGHTS = "model/"
 def write_final_state(
     run: Path, tensors: "Mapping[str, Tensor]", record: Mapping[str, Any], metrics: bytes
 ) -> int:
-    """Write the state of a finished run, from which it can be extended.
+    """Write the state of a finished run, from which it can be extended; returns its bytes.
 
     The weights of the model are left out: they are in a file of their own.
-
-    Returns
-    -------
-    int
-        Bytes of its tensors.
-
-    Raises
-    ------
-    OSError
-        If it cannot be written; the message names it.
     """
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(_WEIGHTS)}
     write_state(run / STATE, rest, record, metrics)
@@ -236,12 +226,7 @@ def write_checkpoint(
 def newest_checkpoint(run: Path, identity: str | None = None) -> Checkpoint:
     """The newest undamaged checkpoint of a run; damaged ones are skipped with a warning.
 
-    Parameters
-    ----------
-    run : Path
-        The run folder.
-    identity : str, optional
-        Expected value of ``identity`` in the record; a checkpoint of another run is not used.
+    If ``identity`` is given, those whose record has another one are of another run, and not used.
 
     Raises
     ------
@@ -316,16 +301,8 @@ def _checksums(file: BinaryIO) -> tuple[str, str, int]:
 class Checkpoints:
     """Writes the checkpoints of a run, and tells when the next one is due.
 
-    Parameters
-    ----------
-    run : Path
-        The run folder.
-    config : CheckpointConfig
-        How often, and how many are kept.
-    identity : str
-        Distinguishes the checkpoints of this run from those of others.
-    resume_by : str, optional
-        The command that resumes the run, for messages; ``loda train --resume RUN`` by default.
+    ``identity`` distinguishes them from those of other runs; ``resume_by`` is the command that
+    resumes the run, for messages.
     """
 
     def __init__(

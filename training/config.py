@@ -515,10 +515,7 @@ def load_experiment(
 def experiment_of(*sources: Sequence[str] | Mapping[str, Any]) -> Experiment:
     """Build an experiment from sources of settings; later ones override earlier ones.
 
-    Parameters
-    ----------
-    *sources : sequence of str or mapping
-        Arguments of a command line, or sections with settings.
+    A source is the arguments of a command line, or a mapping of sections with settings.
 
     Raises
     ------

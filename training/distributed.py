@@ -41,15 +41,7 @@ def usable_cpus() -> int:
 
 @dataclass(frozen=True)
 class Share:
-    """One of several processes, and its part of a sequence.
-
-    Parameters
-    ----------
-    rank : int
-        Number of the process.
-    count : int
-        Number of processes.
-    """
+    """Process number ``rank`` of ``count``, from 0 on, and its part of a sequence."""
 
     rank: int = 0
     count: int = 1

@@ -25,12 +25,7 @@ _REFRESH = 0.25  # seconds between two reads of the device
 class Progress:
     """Progress bar of a run; live on a terminal, elsewhere one line per task. Tasks count from 1.
 
-    Parameters
-    ----------
-    images : sequence of int
-        Training images of each task of the stream.
-    quiet : bool
-        Show nothing.
+    ``images`` are the numbers of training images of the tasks.
     """
 
     def __init__(self, images: Sequence[int], *, quiet: bool = False) -> None:
@@ -120,15 +115,7 @@ class Progress:
 
 
 class Clock:
-    """Estimates how long a run will take: time grows with the training images of a task.
-
-    Parameters
-    ----------
-    images : sequence of int
-        Training images of each task of the stream.
-    now : callable
-        Gives the time in seconds.
-    """
+    """Estimates how long a run will take: time grows with the number of images of a task."""
 
     SECONDS, STEPS = 3.0, 5  # of training, before the first estimate
 

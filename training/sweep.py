@@ -216,16 +216,8 @@ def plan(
 ) -> list[Job]:
     """The runs of a sweep, their settings checked; seeds change slowest.
 
-    Parameters
-    ----------
-    sweep : Sweep
-        Variants and seeds.
-    out : Path
-        Folder of the sweep; a run goes to ``out/VARIANT/seedN``.
-    extra : sequence of str
-        Further arguments of ``loda train`` for every run.
-    only : sequence of str, optional
-        Variants to run; all by default.
+    A run goes to ``out/VARIANT/seedN``. ``extra`` are further arguments of ``loda train`` for every
+    run; ``only`` are the variants to run, all by default.
 
     Raises
     ------
@@ -371,26 +363,17 @@ def run_sweep(
 
     Parameters
     ----------
-    jobs : sequence of Job
-        As :func:`plan` gives them.
-    out : Path
-        Folder of the sweep; logs go to ``out/logs``.
-    workers : int
+    jobs, out
+        As for :func:`plan`; logs go to ``out/logs``. The outcomes are in the order of the jobs.
+    workers
         Runs at a time on this machine; the cores are shared out evenly.
-    engine : str
-        ``processes`` (on this machine), ``slurm`` (submitit, on a cluster: one job per run) or
-        ``local`` (submitit without a cluster).
-    slurm : mapping, optional
-        Parameters of the cluster jobs.
-    tell : callable
+    engine
+        ``processes`` (on this machine), ``slurm`` (submitit, on a cluster: one job per run, with
+        the parameters ``slurm``) or ``local`` (submitit without a cluster).
+    tell
         Called with one line whenever a run ends.
-    children : Children, optional
-        Starts the processes on this machine; a new one by default.
-
-    Returns
-    -------
-    list of Outcome
-        In the order of the jobs.
+    children
+        Starts the processes on this machine.
 
     Raises
     ------
