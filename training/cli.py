@@ -244,14 +244,10 @@ class _Program(_Parser):
     def format_help(self) -> str:
         """The help, one line a command."""
         width = max(map(len, _COMMANDS))
-        grouped = {name for names in _GROUPS.values() for name in names}
-        groups = _GROUPS | {"more": tuple(name for name in _COMMANDS if name not in grouped)}
         lines = ["usage: loda COMMAND ...", "", str(self.description)]
-        for title, names in groups.items():
-            known = [name for name in names if name in _COMMANDS]
-            if known:
-                lines += ["", f"{title}:"]
-                lines += [f"  {name:<{width}}  {_COMMANDS[name][2]['help']}" for name in known]
+        for title, names in _GROUPS.items():
+            lines += ["", f"{title}:"]
+            lines += [f"  {name:<{width}}  {_COMMANDS[name][2]['help']}" for name in names]
         lines += ["", "loda COMMAND --help explains a command; loda --version shows the version."]
         return "\n".join([*lines, str(self.epilog), ""])
 
