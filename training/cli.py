@@ -482,6 +482,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 def _eval(arguments: argparse.Namespace) -> None:
     from training.analysis.evaluate import evaluate_run, evaluation_text
     from training.analysis.predict import require_table, write_table
+    from training.config import begun_experiment
     from training.plots import confusion_figure
     from training.run_dir import require_new
 
@@ -489,13 +490,15 @@ def _eval(arguments: argparse.Namespace) -> None:
         require_table(arguments.out, overwrite=arguments.overwrite)
     if arguments.figure is not None:
         require_new(arguments.figure, overwrite=arguments.overwrite)
+    if arguments.readout is not None:  # before the evaluation, which may take long
+        names = [x.name for x in begun_experiment(arguments.run, arguments.allow).head.build()]
+        if arguments.readout not in names:
+            msg = f"--readout must be one of {', '.join(names)}, got {arguments.readout}"
+            raise ValueError(msg)
     results = evaluate_run(
         arguments.run, root=arguments.root, device=arguments.device, allow=arguments.allow
     )
     shown = arguments.readout or next(iter(results))
-    if shown not in results:
-        msg = f"--readout must be one of {', '.join(results)}, got {shown}"
-        raise ValueError(msg)
     for name, result in results.items():
         _print(*evaluation_text(name, result, details=name == shown).split("\n"))
     result = results[shown]
