@@ -211,7 +211,12 @@ def test_what_a_file_names_is_not_imported_unasked() -> None:
         Shape("square", {"sides": 3}, trusted=False)
 
 
-def test_import_paths_begin_with_a_module() -> None:
+def test_import_paths_begin_with_a_module(tmp_path: Path) -> None:
+    (tmp_path / "vit_base_patch16_224").mkdir()  # the runs of a model, say
+    (tmp_path / "package_of_mine" / "shapes").mkdir(parents=True)
+    assert not is_import_path("package_of_mine.shapes.Square")
+    (tmp_path / "package_of_mine" / "shapes" / "square.py").touch()
+    assert is_import_path("package_of_mine.shapes.square.Square")
     assert is_import_path("shapes_of_mine.Square")
     assert is_import_path("training.components.Registry")
     for name in ("digits", "vit_base_patch16_224.dino", "hf:some/model.Model", "..Square", "a."):

@@ -334,8 +334,11 @@ def is_import_path(name: str) -> bool:
     parts = name.split(".")
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
         return False
+    if _is_installed(parts[0]):
+        return True
     here = Path.cwd() / parts[0]
-    return _is_installed(parts[0]) or here.is_dir() or here.with_suffix(".py").is_file()
+    # A folder without Python files is no package: it may hold the runs of a model of that name.
+    return here.with_suffix(".py").is_file() or any(here.glob("**/*.py"))
 
 
 def refuse_null(
