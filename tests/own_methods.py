@@ -5,6 +5,7 @@ import signal
 from typing import Any
 
 from backends.torch import plain_step
+from training.methods import Method
 from training.methods.loda import LoDAMethod
 
 
@@ -30,6 +31,19 @@ class Signalled(LoDAMethod):
             else:
                 os.kill(os.getpid(), sent)
         return super().step(*arguments, **settings)
+
+
+class Whole(Method):
+    """A method that trains the backbone itself, without branches."""
+
+    def start(self, model: Any, context: Any) -> None:
+        """Unfreeze the model."""
+        super().start(model, context)
+        model.requires_grad_(True)
+
+    def parameters(self) -> list[Any]:
+        """Train everything."""
+        return list(self.model.parameters())
 
 
 class Alone:

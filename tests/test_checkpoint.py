@@ -153,6 +153,14 @@ def test_when_none_is_sound_that_is_an_error(two: Path) -> None:
         newest_checkpoint(two)
 
 
+def test_one_that_cannot_be_read_is_not_taken_for_damaged(two: Path) -> None:
+    for path in (two / "checkpoints").iterdir():
+        path.unlink()
+        path.mkdir()
+    with pytest.raises(OSError, match=FIRST):
+        has_checkpoint(two)
+
+
 def test_one_of_another_run_is_passed_over(two: Path) -> None:
     write_checkpoint(two, {}, {"identity": "ours"}, b"", keep=3)
     write_checkpoint(two, {}, {"identity": "theirs"}, b"", keep=3)

@@ -242,7 +242,9 @@ def test_an_evaluation_is_drawn_and_written(
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert len(out.read_text("utf-8").splitlines()) == 7
     assert "--overwrite" in refused("eval", run, "--figure", figure)
-    assert "nearest_mean" in refused("eval", run, "--readout", "nearest")
+    # Before the images are looked for.
+    missing = ("--root", tmp_path / "missing")
+    assert "nearest_mean" in refused("eval", run, "--readout", "nearest", *missing)
 
 
 PLUGIN = """

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -162,6 +163,14 @@ def test_a_class_is_found_by_its_import_path() -> None:
     assert REGISTRY.is_packaged("square")
 
 
+def test_a_class_of_the_script_that_runs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = ModuleType("script_of_mine")  # without a spec, as __main__ is
+    script.__dict__["Square"] = Shape("square").kind
+    monkeypatch.setitem(sys.modules, script.__name__, script)
+    assert is_import_path("script_of_mine.Square")
+    assert Shape("script_of_mine.Square", {"side": 3}).build().area() == 9
+
+
 def test_the_working_directory_shadows_nothing(tmp_path: Path) -> None:
     (tmp_path / "fractions.py").write_text("raise AssertionError('run')", "utf-8")
     _ = Shape("shapes_of_mine.Square")  # the directory is on the path from here on
@@ -202,7 +211,12 @@ def test_what_a_file_names_is_not_imported_unasked() -> None:
         Shape("square", {"sides": 3}, trusted=False)
 
 
-def test_import_paths_begin_with_a_module() -> None:
+def test_import_paths_begin_with_a_module(tmp_path: Path) -> None:
+    (tmp_path / "vit_base_patch16_224").mkdir()  # the runs of a model, say
+    (tmp_path / "package_of_mine" / "shapes").mkdir(parents=True)
+    assert not is_import_path("package_of_mine.shapes.Square")
+    (tmp_path / "package_of_mine" / "shapes" / "square.py").touch()
+    assert is_import_path("package_of_mine.shapes.square.Square")
     assert is_import_path("shapes_of_mine.Square")
     assert is_import_path("training.components.Registry")
     for name in ("digits", "vit_base_patch16_224.dino", "hf:some/model.Model", "..Square", "a."):

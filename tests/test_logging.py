@@ -15,7 +15,6 @@ from training.logging import (
     Clock,
     accuracy_table,
     aligned,
-    markdown_table,
     peak_memory,
     plain_table,
     reset_peak,
@@ -50,7 +49,7 @@ def test_tables_show_every_number() -> None:
     matrix = AccuracyMatrix((1, 1), ((9,), (6, 4)), ((10,), (10, 5)))
     console = Console(width=80, file=io.StringIO(), record=True)
     console.print(accuracy_table(matrix))
-    for text in (console.export_text(), plain_table(matrix), markdown_table(matrix)):
+    for text in (console.export_text(), plain_table(matrix)):
         for number in ("90.0", "60.0", "80.0", "66.7", "66.67", "78.33", "-30.00"):
             assert number in text
 

@@ -33,6 +33,13 @@ def test_the_beginning_says_what_is_trained_on_what(
     assert any(line.startswith(f"  loda predict {tmp_path / 'run'}") for line in lines)
 
 
+def test_a_method_may_train_the_whole_backbone(
+    tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny(root, tmp_path / "run", method="own_methods.Whole", train={"epochs": 1}))
+    assert "of the backbone (100 %)" in capsys.readouterr().out
+
+
 def test_tasks_of_one_class_are_warned_of(
     tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -147,9 +147,10 @@ def calibrate(
     """
     calibration: dict[str, dict[str, Any]] = {}
     for name, classifier in readouts.classifiers.items():
+        if not readouts.readouts[name].likelihoods:
+            continue
         scores = classifier.logits(tested[0])
-        # One class alone has probability one at every temperature.
-        if readouts.readouts[name].likelihoods and scores.shape[1] > 1:
+        if scores.shape[1] > 1:  # one class alone has probability one at every temperature
             temperature = fit_temperature(classifier.logits(fitted[0]), fitted[1])
             calibration[name] = {
                 "temperature": temperature,

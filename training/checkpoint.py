@@ -15,8 +15,9 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, Self
 
 import numpy as np
@@ -149,19 +150,9 @@ _WEIGHTS = "model/"
 def write_final_state(
     run: Path, tensors: "Mapping[str, Tensor]", record: Mapping[str, Any], metrics: bytes
 ) -> int:
-    """Write the state of a finished run, from which it can be extended.
+    """Write the state of a finished run, from which it can be extended; returns its bytes.
 
     The weights of the model are left out: they are in a file of their own.
-
-    Returns
-    -------
-    int
-        Bytes of its tensors.
-
-    Raises
-    ------
-    OSError
-        If it cannot be written; the message names it.
     """
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(_WEIGHTS)}
     write_state(run / STATE, rest, record, metrics)
@@ -235,12 +226,7 @@ def write_checkpoint(
 def newest_checkpoint(run: Path, identity: str | None = None) -> Checkpoint:
     """The newest undamaged checkpoint of a run; damaged ones are skipped with a warning.
 
-    Parameters
-    ----------
-    run : Path
-        The run folder.
-    identity : str, optional
-        Expected value of ``identity`` in the record; a checkpoint of another run is not used.
+    If ``identity`` is given, those whose record has another one are of another run, and not used.
 
     Raises
     ------
@@ -277,13 +263,17 @@ def newest_checkpoint(run: Path, identity: str | None = None) -> Checkpoint:
 
 
 def has_checkpoint(run: Path) -> bool:
-    """Whether a run has a checkpoint that is not damaged; its content is not read."""
+    """Whether a run has a checkpoint that is not damaged; its content is not taken apart.
+
+    Raises
+    ------
+    OSError
+        If one cannot be read: it may be sound, so the run must not be replaced.
+    """
     for path in checkpoint_files(run):
-        try:
+        with suppress(ValueError):
             _check_whole(path)
-        except (ValueError, OSError):
-            continue
-        return True
+            return True
     return False
 
 
@@ -311,25 +301,12 @@ def _checksums(file: BinaryIO) -> tuple[str, str, int]:
 class Checkpoints:
     """Writes the checkpoints of a run, and tells when the next one is due.
 
-    Parameters
-    ----------
-    run : Path
-        The run folder.
-    config : CheckpointConfig
-        How often, and how many are kept.
-    identity : str
-        Distinguishes the checkpoints of this run from those of others.
-    resume_by : str, optional
-        The command that resumes the run, for messages; ``loda train --resume RUN`` by default.
+    ``identity`` distinguishes them from those of other runs; ``resume_by`` is the command that
+    resumes the run, for messages.
     """
 
     def __init__(
-        self,
-        run: Path,
-        config: CheckpointConfig,
-        identity: str,
-        *,
-        resume_by: str | None = None,
+        self, run: Path, config: CheckpointConfig, identity: str, *, resume_by: str | None = None
     ) -> None:
         self.run, self.config, self.identity = run, config, identity
         self.resume_by = resume_by
@@ -380,10 +357,10 @@ class Checkpoints:
 
 # --- signals --------------------------------------------------------------------------------------
 
-Handler = Callable[[int, FrameType | None], None]
 
-
-def handle_signals(names: Iterable[str], handler: Handler) -> dict[signal.Signals, Any]:
+def handle_signals(
+    names: Iterable[str], handler: Callable[[int, FrameType | None], None]
+) -> dict[signal.Signals, Any]:
     """Install a handler for those signals that this system has; returns the handlers before it.
 
     Nothing is done outside the main thread, where Python allows no handlers.
@@ -426,12 +403,7 @@ class StopSignals:
         self._before = handle_signals(("SIGINT", "SIGTERM", "SIGUSR1"), self._note)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         restore_signals(self._before)
 
     def leave(self, message: str) -> NoReturn:

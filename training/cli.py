@@ -21,21 +21,8 @@ from training.spelling import did_you_mean, visible
 
 # Modules that the train extra installs.
 _TRAIN = (
-    "torch",
-    "torchvision",
-    "timm",
-    "accelerate",
-    "jinja2",
-    "jsonargparse",
-    "matplotlib",
-    "numpy",
-    "pandas",
-    "PIL",
-    "rich",
-    "safetensors",
-    "scipy",
-    "sklearn",
-    "yaml",
+    *("torch", "torchvision", "timm", "accelerate", "jinja2", "jsonargparse", "matplotlib"),
+    *("numpy", "pandas", "PIL", "rich", "safetensors", "scipy", "sklearn", "yaml"),
 )
 
 _USAGE_ERROR = 2
@@ -118,7 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"loda {command} runs in one process: start it without torchrun or accelerate launch"
         )
     if rest and command not in _TAKE_SETTINGS:
-        parser.error(f"loda {command} has no {' '.join(rest)}{_option_meant(command, rest[0])}")
+        options = [x for names, _ in _COMMANDS[command][1] for x in names if x.startswith("-")]
+        cure = did_you_mean(rest[0].partition("=")[0], options)
+        parser.error(f"loda {command} has no {' '.join(rest)}{cure}")
     missing = [name for name in _TRAIN if find_spec(name) is None]
     if missing:
         _say(
@@ -255,14 +244,10 @@ class _Program(_Parser):
     def format_help(self) -> str:
         """The help, one line a command."""
         width = max(map(len, _COMMANDS))
-        grouped = {name for names in _GROUPS.values() for name in names}
-        groups = _GROUPS | {"more": tuple(name for name in _COMMANDS if name not in grouped)}
         lines = ["usage: loda COMMAND ...", "", str(self.description)]
-        for title, names in groups.items():
-            known = [name for name in names if name in _COMMANDS]
-            if known:
-                lines += ["", f"{title}:"]
-                lines += [f"  {name:<{width}}  {_COMMANDS[name][2]['help']}" for name in known]
+        for title, names in _GROUPS.items():
+            lines += ["", f"{title}:"]
+            lines += [f"  {name:<{width}}  {_COMMANDS[name][2]['help']}" for name in names]
         lines += ["", "loda COMMAND --help explains a command; loda --version shows the version."]
         return "\n".join([*lines, str(self.epilog), ""])
 
@@ -288,11 +273,6 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(*names, **options)
         command.set_defaults(act=act)
     return parser
-
-
-def _option_meant(command: str, given: str) -> str:
-    names = [name for names, _ in _COMMANDS[command][1] for name in names if name[0] == "-"]
-    return did_you_mean(given.partition("=")[0], names)
 
 
 def _version() -> str:
@@ -371,7 +351,7 @@ def _resume(run: Path, settings: Sequence[str], allow: Sequence[str]) -> None:
     if is_finished(run):
         if _is_first_process():
             tidy(run)
-        _print(f"the run in {run} is finished")
+            _print(f"the run in {run} is finished")
         return
     from training.train import resume
 
@@ -476,11 +456,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     _say(*(f"loda sweep: {note}" for note in notes))
     write_groups(arguments.out, sweep.groups)
     outcomes = run_sweep(
-        jobs,
-        arguments.out,
-        workers=arguments.workers,
-        engine=arguments.engine,
-        slurm=sweep.slurm,
+        jobs, arguments.out, workers=arguments.workers, engine=arguments.engine, slurm=sweep.slurm
     )
     lines, failures = summarise(outcomes)
     _print(*lines)
@@ -506,6 +482,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 def _eval(arguments: argparse.Namespace) -> None:
     from training.analysis.evaluate import evaluate_run, evaluation_text
     from training.analysis.predict import require_table, write_table
+    from training.config import begun_experiment
     from training.plots import confusion_figure
     from training.run_dir import require_new
 
@@ -513,13 +490,15 @@ def _eval(arguments: argparse.Namespace) -> None:
         require_table(arguments.out, overwrite=arguments.overwrite)
     if arguments.figure is not None:
         require_new(arguments.figure, overwrite=arguments.overwrite)
+    if arguments.readout is not None:  # before the evaluation, which may take long
+        names = [x.name for x in begun_experiment(arguments.run, arguments.allow).head.build()]
+        if arguments.readout not in names:
+            msg = f"--readout must be one of {', '.join(names)}, got {arguments.readout}"
+            raise ValueError(msg)
     results = evaluate_run(
         arguments.run, root=arguments.root, device=arguments.device, allow=arguments.allow
     )
     shown = arguments.readout or next(iter(results))
-    if shown not in results:
-        msg = f"--readout must be one of {', '.join(results)}, got {shown}"
-        raise ValueError(msg)
     for name, result in results.items():
         _print(*evaluation_text(name, result, details=name == shown).split("\n"))
     result = results[shown]

@@ -27,10 +27,10 @@ from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, ge
 
 import jsonargparse
 
-from training.spelling import closest, did_you_mean
+from training.spelling import closest, did_you_mean, prefixed
 
 _NAME = "name"
-_LARGEST_SEED = 2**32 - 1  # NumPy's RandomState, which draws the class order, takes no more
+LARGEST_SEED = 2**32 - 1  # NumPy's RandomState, which draws the class order, takes no more
 
 
 @dataclass(frozen=True)
@@ -190,10 +190,11 @@ class Registry:
         ValueError
             If one is not in ``keys``.
         """
-        for key, meaning in _required(self.find(name)).items():
-            if key not in keys:
-                what = f": {meaning.rstrip('.')}" if meaning else ""
-                msg = f"{section}.{key} must be given for the {self.kind} {name}{what}"
+        actions: list[Any] = _reader(self.find(name))._actions  # the only way to their help
+        for action in actions:
+            if action.required and action.dest not in keys:
+                what = f": {action.help.rstrip('.')}" if action.help else ""
+                msg = f"{section}.{action.dest} must be given for the {self.kind} {name}{what}"
                 raise ValueError(msg)
 
     def _not_a_module(self, name: str) -> str:
@@ -259,11 +260,8 @@ class Registry:
         """
         kind = self.find(name)
         named = {_NAME: name} if _NAME in signature(kind).parameters else {}
-        try:
+        with prefixed(f"{self.kind} {name}"):
             return kind(**named, **options)
-        except ValueError as error:
-            msg = f"{self.kind} {name}: {error}"
-            raise ValueError(msg) from error
 
 
 @dataclass
@@ -336,13 +334,11 @@ def is_import_path(name: str) -> bool:
     parts = name.split(".")
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
         return False
-    try:
-        if find_spec(parts[0]) is not None:
-            return True
-    except ValueError:  # __main__ has no spec
-        return parts[0] in sys.modules
-    here = Path.cwd()
-    return (here / parts[0]).is_dir() or (here / f"{parts[0]}.py").is_file()
+    if _is_installed(parts[0]):
+        return True
+    here = Path.cwd() / parts[0]
+    # A folder without Python files is no package: it may hold the runs of a model of that name.
+    return here.with_suffix(".py").is_file() or any(here.glob("**/*.py"))
 
 
 def refuse_null(
@@ -366,16 +362,9 @@ def refuse_null(
 
 
 def wrong_value(error: ArgumentError, parser: jsonargparse.ArgumentParser, prefix: str = "") -> str:
-    """What an error of jsonargparse says, in the words of our own messages.
+    """What an error of a parser says, in the words of our own messages.
 
-    Parameters
-    ----------
-    error : ArgumentError
-        The error.
-    parser : ArgumentParser
-        The parser that raised it.
-    prefix : str
-        Put before the name of the setting.
+    ``prefix`` is put before the name of the setting.
     """
     text = str(error)
     if match := re.match(r"argument (--[^\s,:]+)[^:]*: expected one argument", text):
@@ -503,8 +492,8 @@ def not_negative(key: str, value: float) -> None:
 
 def check_seed(key: str, value: int | None) -> None:
     """Refuse a number that cannot be a seed; None passes."""
-    fits = value is None or 0 <= value <= _LARGEST_SEED
-    check(fits, key, value, f"from 0 to {_LARGEST_SEED}")
+    fits = value is None or 0 <= value <= LARGEST_SEED
+    check(fits, key, value, f"from 0 to {LARGEST_SEED}")
 
 
 def summary(kind: type) -> str:
@@ -512,9 +501,15 @@ def summary(kind: type) -> str:
     return cleandoc(kind.__doc__ or kind.__name__).splitlines()[0].rstrip(".")
 
 
+def _is_installed(module: str) -> bool:
+    """Whether there is a module of that name, whatever the working directory."""
+    # A script is the module __main__, which has no spec.
+    return sys.modules.get(module) is not None or find_spec(module) is not None
+
+
 def _imported(path: str) -> Any:
     module, _, name = path.rpartition(".")
-    if find_spec(module.partition(".")[0]) is None and (here := str(Path.cwd())) not in sys.path:
+    if not _is_installed(module.partition(".")[0]) and (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)  # last, so that it shadows no installed package
     try:
         return getattr(importlib.import_module(module), name)
@@ -529,10 +524,3 @@ def _reader(kind: type) -> jsonargparse.ArgumentParser:
     reader = jsonargparse.ArgumentParser(exit_on_error=False)
     reader.add_class_arguments(kind, as_group=False, skip={_NAME})
     return reader
-
-
-def _required(kind: type) -> dict[str, str]:
-    """Options of a class without a default, with their help."""
-    reader = _reader(kind)
-    actions: list[Any] = reader._actions  # the only way to their help
-    return {x.dest: x.help or "" for x in actions if x.required}

@@ -23,7 +23,7 @@ import argparse
 import os
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -50,7 +50,7 @@ from training.components import (
 from training.data.config import DataConfig
 from training.methods.base import METHODS, MethodConfig, fact
 from training.run_dir import CONFIG, MANIFEST
-from training.spelling import did_you_mean, visible
+from training.spelling import did_you_mean, prefixed, visible
 from training.yaml_files import (
     CONFIGS,
     DEFAULT,
@@ -431,12 +431,7 @@ def keeps_nothing(experiment: Experiment) -> list[str]:
 def refuse_idle(experiment: Experiment, given: Collection[str]) -> None:
     """Refuse settings that were given but have no effect together with the others.
 
-    Parameters
-    ----------
-    experiment : Experiment
-        All settings.
-    given : collection of str
-        Dotted names of those that the user gave on the command line.
+    ``given`` are the dotted names of those that the user gave on the command line.
 
     Raises
     ------
@@ -467,8 +462,7 @@ def refuse_idle(experiment: Experiment, given: Collection[str]) -> None:
     for holds, idle, why in rules:
         names = [name for name in idle if name in given]
         if holds and names:
-            verb = "has" if len(names) == 1 else "have"
-            it = "it" if len(names) == 1 else "them"
+            verb, it = ("has", "it") if len(names) == 1 else ("have", "them")
             msg = f"{', '.join(names)} {verb} no effect: {why}; leave {it} out"
             raise ValueError(msg)
 
@@ -521,10 +515,7 @@ def load_experiment(
 def experiment_of(*sources: Sequence[str] | Mapping[str, Any]) -> Experiment:
     """Build an experiment from sources of settings; later ones override earlier ones.
 
-    Parameters
-    ----------
-    *sources : sequence of str or mapping
-        Arguments of a command line, or sections with settings.
+    A source is the arguments of a command line, or a mapping of sections with settings.
 
     Raises
     ------
@@ -562,14 +553,7 @@ def read_experiment(path: str | Path, allow: Collection[str] = ()) -> Experiment
 
 
 def begun_experiment(path: Path, allow: Collection[str] = ()) -> Experiment:
-    """Settings of the run in a folder, finished or not.
-
-    Parameters
-    ----------
-    path : Path
-        The run folder.
-    allow : collection of str
-        As in `read_experiment`.
+    """Settings of the run in a folder, finished or not; ``allow`` as in `read_experiment`.
 
     Raises
     ------
@@ -631,16 +615,9 @@ class _FileSettings(_Settings):
         self.path = path
 
 
-@contextmanager
-def _naming_file(source: _Source) -> Iterator[None]:
+def _naming_file(source: _Source) -> AbstractContextManager[None]:
     """Put the file of a source, if it is one, before the message of an error."""
-    try:
-        yield
-    except ValueError as error:
-        if not isinstance(source, _FileSettings):
-            raise
-        msg = f"{source.path}: {error}"
-        raise ValueError(msg) from error
+    return prefixed(source.path) if isinstance(source, _FileSettings) else nullcontext()
 
 
 def _sources(given: Sequence[str] | Mapping[str, Any]) -> list[_Source]:
@@ -654,25 +631,15 @@ def _sources(given: Sequence[str] | Mapping[str, Any]) -> list[_Source]:
         option, equals, value = argument.partition("=")
         if option == "--config":
             path = resolve_config(value if equals else next(arguments, ""))
-            configs += _without_folder(_file_sources(path), path)
+            *bases, own = _file_sources(path)
+            if path.name == CONFIG and (path.parent / MANIFEST).is_file():
+                own.pop("out", None)  # a new run with the settings of an old one has its own folder
+            configs += [*bases, own]
         elif option.removeprefix("--") in _COMPONENTS and option.startswith("--"):
             rest.append(f"{option}.name{equals}{value}")  # --SECTION: short for its name
         else:
             rest.append(argument)
     return [*configs, rest]
-
-
-def _without_folder(sources: list[_Source], path: Path) -> list[_Source]:
-    """The sources of a file; if it is that of a run, without the folder of the run.
-
-    So the settings of a run can be used for a new one.
-    """
-    if path.name != CONFIG or not (path.parent / MANIFEST).is_file():
-        return sources
-    for source in sources:
-        if isinstance(source, _FileSettings) and source.path == path:
-            source.pop("out", None)
-    return sources
 
 
 def _with_lists(argv: Sequence[str]) -> list[str]:
@@ -682,12 +649,11 @@ def _with_lists(argv: Sequence[str]) -> list[str]:
     for argument in argv:
         if numbers is None or not _is_number(argument):
             numbers = [] if argument.removeprefix("--") in _LISTS else None
-        elif numbers:
-            numbers.append(argument)
-            result[-1] = f"[{', '.join(numbers)}]"
-            continue
         else:
             numbers.append(argument)
+            if len(numbers) > 1:
+                result[-1] = f"[{', '.join(numbers)}]"
+                continue
         result.append(argument)
     return result
 
@@ -700,7 +666,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _default_sources(sources: Sequence[_Source]) -> list[_Source]:
+def _default_sources(sources: Sequence[_Source]) -> list[_FileSettings]:
     """The default experiment, for a command line without a configuration.
 
     Its settings, such as the learning rate, suit its own data and backbone. Whoever names others
@@ -728,7 +694,7 @@ def _folder_source(sources: Sequence[_Source]) -> list[_Settings]:
     return []
 
 
-def _file_sources(path: Path, above: tuple[Path, ...] = ()) -> list[_Source]:
+def _file_sources(path: Path, above: tuple[Path, ...] = ()) -> list[_FileSettings]:
     """Settings of the bases of a file, the most general first, and then of the file itself.
 
     A file may have ``base: NAME``, a file in its folder or a packaged configuration.
@@ -741,7 +707,7 @@ def _file_sources(path: Path, above: tuple[Path, ...] = ()) -> list[_Source]:
         # What it holds is not repeated: a configuration of others may name any file as its base.
         msg = f"{path} must hold sections with settings, got a {type(values).__name__}"
         raise ValueError(msg)  # noqa: TRY004 - wrong content of a file, not a wrong call
-    bases: list[_Source] = []
+    bases: list[_FileSettings] = []
     if "base" in values:
         name = values.pop("base")
         # Never a path out of the folder: a configuration may come from anybody.
@@ -758,11 +724,8 @@ def _file_sources(path: Path, above: tuple[Path, ...] = ()) -> list[_Source]:
             )
             raise ValueError(msg)
         bases = _file_sources(base, (*above, path.resolve()))
-    try:
+    with prefixed(path):
         return [*bases, _FileSettings(_flat(values), path)]
-    except ValueError as error:
-        msg = f"{path}: {error}"
-        raise ValueError(msg) from error
 
 
 def _flat(values: Any) -> _Settings:
@@ -974,12 +937,9 @@ def _require_top_level(option: str) -> None:
         example = f"{option}.{_declared(_SECTIONS[option])[0]}"
         msg = f"--{option} is a section of settings: set them one by one, such as --{example}"
         raise ValueError(msg)
-    if option and f"--{option}" not in {*_declared_options(), *_RUN_OPTIONS, *_WITHOUT_VALUE}:
+    known = {"config", *_declared(Experiment)}
+    if option and option not in known and f"--{option}" not in {*_RUN_OPTIONS, *_WITHOUT_VALUE}:
         raise ValueError(_unknown(option))
-
-
-def _declared_options() -> list[str]:
-    return [f"--{name}" for name in ("config", *_declared(Experiment))]
 
 
 def _parsed(
@@ -1101,10 +1061,7 @@ class _Help(jsonargparse.DefaultHelpFormatter):
 
 # Arguments of the command that are no settings.
 _RUN_OPTIONS: dict[str, dict[str, Any]] = {
-    "--overwrite": {
-        "action": "store_true",
-        "help": "Replace the run in the folder --out.",
-    },
+    "--overwrite": {"action": "store_true", "help": "Replace the run in the folder --out."},
     "--overwrite-unfinished": {
         "action": "store_true",
         "help": "The same, but never a finished run.",
@@ -1269,14 +1226,8 @@ class _OnlyShown(argparse.Action):
         raise argparse.ArgumentError(self, "only loda train takes it; leave it out")
 
 
-# A report reads hundreds of experiments with equal components; building the parser is slowest.
-@lru_cache(maxsize=32)
-def _parser(components: _Components) -> jsonargparse.ArgumentParser:
-    """A parser with exactly the options of some components."""
-    return _make_parser(components)
-
-
 def _make_parser(components: _Components) -> jsonargparse.ArgumentParser:
+    """A parser with exactly the options of some components."""
     result = jsonargparse.ArgumentParser(
         prog=_PROGRAM,
         description=_DESCRIPTION,
@@ -1309,6 +1260,10 @@ def _make_parser(components: _Components) -> jsonargparse.ArgumentParser:
         for prefix, name in own:
             _registry(prefix).add_options(group, name, prefix)
     return result
+
+
+# A report reads hundreds of experiments with equal components; building the parser is slowest.
+_parser = lru_cache(maxsize=32)(_make_parser)
 
 
 def _assemble(

@@ -41,15 +41,7 @@ def usable_cpus() -> int:
 
 @dataclass(frozen=True)
 class Share:
-    """One of several processes, and its part of a sequence.
-
-    Parameters
-    ----------
-    rank : int
-        Number of the process.
-    count : int
-        Number of processes.
-    """
+    """Process number ``rank`` of ``count``, from 0 on, and its part of a sequence."""
 
     rank: int = 0
     count: int = 1
@@ -227,11 +219,6 @@ class Processes(Share):
 
 def make_accelerator(device: str, precision: str, tracker: str | None = None) -> "Accelerator":
     """Device, precision and tracker of an experiment, and its processes if there are several.
-
-    Parameters
-    ----------
-    device, precision, tracker : str
-        The settings of these names; no tracker unless one is given.
 
     Raises
     ------

@@ -12,13 +12,7 @@ from typing import Any, Self
 
 from training.checkpoint import Checkpoint, read_final_state
 from training.components import at_least
-from training.config import (
-    FREE,
-    Experiment,
-    begun_experiment,
-    differing_settings,
-    foreign_classes,
-)
+from training.config import FREE, Experiment, begun_experiment, differing_settings, foreign_classes
 from training.data import DataConfig, Stream
 from training.data.datasets import DATA_SETS, some
 from training.methods.base import fact
@@ -214,22 +208,10 @@ def _with_photos(
 
 @dataclass
 class FinishedRun:
-    """The run that is extended, as `training.train.prepare` takes it.
-
-    Parameters
-    ----------
-    path : Path
-        Its folder.
-    experiment : Experiment
-        The settings of the new run.
-    classes, environment : dict
-        Content of its ``classes.json`` and ``environment.json``.
-    checkpoint : Checkpoint
-        Its state.
-    """
+    """The run that is extended, as `training.train.prepare` takes it."""
 
     path: Path
-    experiment: Experiment
+    experiment: Experiment  # of the new run
     classes: dict[str, Any]
     environment: dict[str, Any]
     checkpoint: Checkpoint

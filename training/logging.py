@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from training.metrics import AccuracyMatrix, Meter
@@ -26,22 +25,12 @@ _REFRESH = 0.25  # seconds between two reads of the device
 class Progress:
     """Progress bar of a run; live on a terminal, elsewhere one line per task. Tasks count from 1.
 
-    Parameters
-    ----------
-    images : sequence of int
-        Training images of each task of the stream.
-    quiet : bool
-        Show nothing.
+    ``images`` are the numbers of training images of the tasks.
     """
 
     def __init__(self, images: Sequence[int], *, quiet: bool = False) -> None:
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            TextColumn,
-            TimeRemainingColumn,
-        )
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
 
         self.tasks, self.images = len(images), images
@@ -66,12 +55,7 @@ class Progress:
         self._bars.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
     def say(self, *lines: str) -> None:
@@ -131,15 +115,7 @@ class Progress:
 
 
 class Clock:
-    """Estimates how long a run will take: time grows with the training images of a task.
-
-    Parameters
-    ----------
-    images : sequence of int
-        Training images of each task of the stream.
-    now : callable
-        Gives the time in seconds.
-    """
+    """Estimates how long a run will take: time grows with the number of images of a task."""
 
     SECONDS, STEPS = 3.0, 5  # of training, before the first estimate
 
@@ -204,15 +180,22 @@ def describe_update(update: "Update") -> str:
     >>> describe_update(Update(1e-5, {}, 0.0, 480))
     'the update moved the weights by 0.001 % and changed no prediction of 480 images'
     """
-    moved = f"the update moved the weights by {_per_cent(update.relative)} and changed"
+    moved = f"the update moved the weights by {per_cent(update.relative)} and changed"
     if not update.changed:
         return f"{moved} no prediction of {update.images} images"
-    return f"{moved} the prediction of {_per_cent(update.changed)} of {update.images} images"
+    return f"{moved} the prediction of {per_cent(update.changed)} of {update.images} images"
 
 
-def _per_cent(share: float) -> str:
-    """A share as a percentage of two significant digits."""
-    return f"{100 * share:.2g} %"
+def per_cent(share: float) -> str:
+    """A share as a percentage of two significant digits, or of all before the point.
+
+    Examples
+    --------
+    >>> per_cent(0.0123), per_cent(0.996), per_cent(1.25)
+    ('1.2 %', '100 %', '125 %')
+    """
+    value = 100 * share
+    return f"{value:.0f} %" if value >= 99.5 else f"{value:.2g} %"  # 1e+02 is no per cent
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -238,7 +221,7 @@ def aligned(rows: Sequence[Sequence[str]], *, left: int = 0) -> str:
     return "\n".join(lines)
 
 
-def accuracy_table(matrix: AccuracyMatrix, *, title: str = "Accuracy (%)") -> "Table":
+def accuracy_table(matrix: AccuracyMatrix) -> "Table":
     """A `rich` table: one row per learned task, one column per task, the metrics below.
 
     Examples
@@ -249,7 +232,7 @@ def accuracy_table(matrix: AccuracyMatrix, *, title: str = "Accuracy (%)") -> "T
     from rich.table import Table
 
     header, *rows = _cells(matrix)
-    table = Table(title=title, caption=_caption(matrix), header_style="bold")
+    table = Table(title="Accuracy (%)", caption=_caption(matrix), header_style="bold")
     for name in header:
         style = "bold" if name == header[-1] else None
         table.add_column(name, justify="right", style=style, no_wrap=True)
@@ -270,20 +253,6 @@ def plain_table(matrix: AccuracyMatrix) -> str:
     last 66.67 · average 78.33 · forgetting 30.00 · backward transfer -30.00
     """
     return "\n".join([aligned(_cells(matrix)), _caption(matrix)])
-
-
-def markdown_table(matrix: AccuracyMatrix) -> str:
-    """The same as a Markdown table with the metrics in a line below.
-
-    Examples
-    --------
-    >>> print(markdown_table(AccuracyMatrix((1,), ((9,),), ((10,),))).splitlines()[2])
-    | 1 | 90.0 | 90.0 |
-    """
-    header, *rows = _cells(matrix)
-    rule = ["---:"] * len(header)
-    lines = ["| " + " | ".join(row) + " |" for row in (header, rule, *rows)]
-    return "\n".join([*lines, "", _caption(matrix)])
 
 
 def _cells(matrix: AccuracyMatrix) -> list[list[str]]:

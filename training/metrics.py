@@ -201,11 +201,6 @@ class AccuracyMatrix:
         return self._matrix(macro=False)
 
     @property
-    def macro_matrix(self) -> list[list[float]]:
-        """a[i][j] for j <= i, mean over the task's classes."""
-        return self._matrix(macro=True)
-
-    @property
     def curve(self) -> list[float]:
         """Accuracy over all classes seen, after each task, per image."""
         return [_accuracy(c, t, macro=False) for c, t in self._rows()]
@@ -237,7 +232,7 @@ class AccuracyMatrix:
     @property
     def forgetting(self) -> float:
         """Mean over old tasks j of max_i a[i][j] - a[T-1][j], last row included; 0 for T = 1."""
-        return _forgetting(self.matrix)
+        return _mean(self.forgetting_by_task)
 
     @property
     def forgetting_by_task(self) -> list[float]:
@@ -251,7 +246,7 @@ class AccuracyMatrix:
 
     def summary(self) -> dict[str, Any]:
         """Every metric by name, ready for JSON, with None for NaN."""
-        macro, curve = self.macro_matrix, self.macro_curve
+        macro, curve = self._matrix(macro=True), self.macro_curve
         metrics = {
             "last": self.last,
             "average": self.average,
@@ -259,7 +254,7 @@ class AccuracyMatrix:
             "backward_transfer": self.backward_transfer,
             "macro_last": _mean(curve[-1:]),
             "macro_average": _mean(curve),
-            "macro_forgetting": _forgetting(macro),
+            "macro_forgetting": _mean(_forgetting_by_task(macro)),
             "macro_backward_transfer": _backward_transfer(macro),
             "curve": self.curve,
             "matrix": self.matrix,
@@ -327,10 +322,6 @@ def _for_json(value: Any) -> Any:
     if isinstance(value, list):
         return [_for_json(item) for item in value]
     return None if isnan(value) else value
-
-
-def _forgetting(a: list[list[float]]) -> float:
-    return _mean(_forgetting_by_task(a))
 
 
 def _forgetting_by_task(a: list[list[float]]) -> list[float]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from training.backbones.config import PACKAGED_WEIGHTS
 from training.config import Experiment
+from training.logging import per_cent
 
 if TYPE_CHECKING:
     import torch
@@ -33,25 +34,9 @@ def beginning(
 ) -> list[str]:
     """Lines that say what a run trains on what, and where its results go.
 
-    Parameters
-    ----------
-    experiment : Experiment
-        Its settings, with the values that were chosen for it.
-    stream : Stream
-        Its images and tasks.
-    backbone : Backbone
-        The network.
-    device : torch.device
-        Where it is trained.
-    processes : int
-        Number of processes that train together.
-    folder : Path
-        The run folder.
-    done : int
-        Tasks completed before, if it is resumed.
-    extends : mapping, optional
-        The ``run`` that it extends, the number of ``tasks`` learned there, and ``notes`` of what
-        differs from one run without interruption.
+    ``processes`` train together; ``done`` tasks were completed before, if the run is resumed.
+    ``extends`` holds the ``run`` that it extends, the number of ``tasks`` learned there, and
+    ``notes`` of what differs from one run without interruption.
     """
     import torch
 
@@ -59,7 +44,8 @@ def beginning(
 
     data, train, head = experiment.data, experiment.train, experiment.head
     parameters = parameter_count(backbone.module)
-    order = f"in random order (seed {_order_seed(experiment)})" if data.shuffle else "in order"
+    order_seed = experiment.seed if data.order_seed is None else data.order_seed
+    order = f"in random order (seed {order_seed})" if data.shuffle else "in order"
     if data.class_order is not None:
         order = "in the order of data.class_order"
     schedule = (
@@ -76,7 +62,7 @@ def beginning(
         "tasks": f"{_count(len(stream.order), 'class', 'classes')} {order}, "
         f"in {task_sizes([len(task) for task in stream.tasks])}",
         "backbone": f"{backbone.name}: {parameters:,} parameters, {backbone.features} features",
-        "images": f"{_images(experiment, backbone)}",
+        "images": _images(experiment, backbone),
         "method": f"{experiment.method.name}: {trains}",
         "read-out": ", ".join(head.names),
         "device": f"{where}, {precision}{f', {processes} processes' if processes > 1 else ''}",
@@ -131,7 +117,7 @@ def trained_line(method: str, adapted: int, head: int, total: int) -> str:
         return named(
             "trained", f"{head:,} parameters of the head; {method} does not adapt the backbone"
         )
-    share = f"{100 * adapted / total:.2g} %"
+    share = per_cent(adapted / total)
     return named(
         "trained", f"{adapted:,} parameters of the backbone ({share}) and {head:,} of the head"
     )
@@ -154,18 +140,9 @@ def task_sizes(sizes: Sequence[int]) -> str:
 
 
 def end(experiment: Experiment, folder: Path, log: bytes, *, before: int = 0) -> list[str]:
-    """Lines about what a finished run learned, and the commands that use it.
+    """Lines about what a finished run learned, by its ``log``, and the commands that use it.
 
-    Parameters
-    ----------
-    experiment : Experiment
-        Its settings.
-    folder : Path
-        The run folder.
-    log : bytes
-        Its metrics.
-    before : int
-        Number of tasks learned by the run that it extends, if it extends one.
+    ``before`` is the number of tasks learned by the run that it extends, if it extends one.
     """
     lines = []
     learned = {number: update for number, update in updates(log).items() if number > before}
@@ -229,11 +206,6 @@ def parameter_count(module: "torch.nn.Module") -> int:
         if not name.startswith("base.")
     )
     return sum(parameter.numel() for parameter in module.parameters()) - branches
-
-
-def _order_seed(experiment: Experiment) -> int:
-    own = experiment.data.order_seed
-    return experiment.seed if own is None else own
 
 
 def _images(experiment: Experiment, backbone: "Backbone") -> str:

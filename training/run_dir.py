@@ -49,14 +49,8 @@ _OWN_TEMPORARY = ".tmp" + 6 * "[0-9A-Za-z]"  # while safetensors writes a file
 Overwrite = bool | Literal["unfinished"]
 """Whether the run in a folder may be replaced: any, none, or only one without results."""
 _PACKAGES = (
-    "loda",
-    "torch",
-    "torchvision",
-    "timm",
-    "transformers",
-    "accelerate",
-    "numpy",
-    "safetensors",
+    *("loda", "torch", "torchvision", "timm", "transformers"),
+    *("accelerate", "numpy", "safetensors"),
 )
 
 
@@ -150,12 +144,6 @@ def write_json(path: Path, content: Any) -> None:
     write_bytes(path, _as_json(content))
 
 
-def append_line(path: Path, line: str) -> None:
-    """Append a line to a text file without syncing; a write error names the file."""
-    with _writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
-
-
 def read_json(path: Path) -> Any:
     """Read a JSON file; the error names it."""
     try:
@@ -171,20 +159,8 @@ def read_json(path: Path) -> Any:
 def readable(path: Path, where: str = "") -> Iterator[None]:
     """Turn the errors that malformed content provokes into one ValueError that names the file.
 
-    For blocks that take the content of a file apart. Files may come from anyone, and this saves
-    them from checking the content first.
-
-    Parameters
-    ----------
-    path : Path
-        The file.
-    where : str, optional
-        The place in it.
-
-    Raises
-    ------
-    ValueError
-        Names the file and the reason.
+    For blocks that take the content of a file, or of the place ``where`` in it, apart. Files may
+    come from anyone, and this saves such blocks from checking the content first.
 
     Examples
     --------
@@ -426,16 +402,7 @@ if fcntl is not None:
 
 
 def choose_folder(out: str | None, name: str, *, overwrite: Overwrite = False) -> Path:
-    """Folder of the run: as given, or a new one under ``runs``.
-
-    Parameters
-    ----------
-    out : str or None
-        The folder, if one is given.
-    name : str
-        Beginning of the name of a new folder; the time follows.
-    overwrite : bool or "unfinished"
-        Whether the folder may hold a run.
+    """Folder of the run: ``out``, or a new one under ``runs``, of that name and the time.
 
     Raises
     ------
@@ -655,7 +622,9 @@ class RunFolder:
         """Append a line to the log; only the copy in the checkpoints is safe from a power cut."""
         if self.writes:
             line = json.dumps({"event": event, **values}, ensure_ascii=False)
-            append_line(self.path / METRICS, line)
+            path = self.path / METRICS
+            with _writing(path), path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
     def read_log(self) -> bytes:
         """The log so far."""

@@ -1,10 +1,10 @@
-"""Names in messages: suggestions for those that do not exist, and escapes for a terminal."""
+"""Names in messages: of places, suggestions for those that do not exist, escapes for a terminal."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from unicodedata import category
 
-_SIMILAR = 0.6
 # Control, format, lone surrogate, and the two separators of lines.
 _INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 _JOINERS = "\u200c\u200d"  # of Persian and Indian letters, and of emojis
@@ -28,22 +28,39 @@ def closest(given: str, known: Iterable[str]) -> str | None:
     for name, original in plain.items():
         if name == wanted or name.endswith(f".{wanted}"):
             return original
-    close = get_close_matches(wanted, plain, n=1, cutoff=_SIMILAR)
+    close = get_close_matches(wanted, plain, n=1)
     return plain[close[0]] if close else None
 
 
-def did_you_mean(given: str, known: Iterable[str], prefix: str = "") -> str:
+def did_you_mean(given: str, known: Iterable[str]) -> str:
     """The end of an error message: a suggestion, or nothing.
 
     Examples
     --------
-    >>> did_you_mean("trian", ["train", "eval"])
-    '; did you mean train?'
-    >>> did_you_mean("sede", ["seed"], prefix="--"), did_you_mean("xyz", ["train"])
-    ('; did you mean --seed?', '')
+    >>> did_you_mean("trian", ["train", "eval"]), did_you_mean("xyz", ["train"])
+    ('; did you mean train?', '')
     """
     name = closest(given, known)
-    return "" if name is None else f"; did you mean {prefix}{name}?"
+    return "" if name is None else f"; did you mean {name}?"
+
+
+@contextmanager
+def prefixed(place: object) -> Iterator[None]:
+    """Put a place, such as the name of a file, before the message of a ValueError.
+
+    Examples
+    --------
+    >>> with prefixed("mine.yaml"):
+    ...     int("x")
+    Traceback (most recent call last):
+    ...
+    ValueError: mine.yaml: invalid literal for int() with base 10: 'x'
+    """
+    try:
+        yield
+    except ValueError as error:
+        msg = f"{place}: {error}"
+        raise ValueError(msg) from error
 
 
 def visible(text: str) -> str:

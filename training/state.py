@@ -121,14 +121,9 @@ class State:
         record: Mapping[str, Any],
         make_optimizer: Callable[[list[nn.Parameter]], Optimizer],
     ) -> None:
-        """Load a state into a fresh object of the same experiment.
+        """Load what `tensors` and `record` gave into a fresh object of the same experiment.
 
-        Parameters
-        ----------
-        tensors, record
-            As `tensors` and `record` gave them.
-        make_optimizer : callable
-            Makes a fresh optimiser over the trained tensors, if a task was open.
+        If a task was open, ``make_optimizer`` makes a fresh optimiser over its trained tensors.
 
         Raises
         ------

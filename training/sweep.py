@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any, Literal, NamedTuple, NoReturn, Self
 
 from training.checkpoint import handle_signals, has_checkpoint, restore_signals
-from training.components import check
+from training.components import LARGEST_SEED, check
 from training.config import (
     NEUTRAL,
     Experiment,
@@ -46,7 +46,7 @@ from training.run_dir import (
     write_json,
     write_text,
 )
-from training.spelling import did_you_mean
+from training.spelling import did_you_mean, prefixed
 from training.yaml_files import read_yaml
 
 Engine = Literal["processes", "slurm", "local"]
@@ -58,7 +58,6 @@ _KEYS = {"configs", "settings", "variants", "groups", "seeds", "slurm"}
 _GROUPS = "groups.json"
 _LOGS = "logs"
 _PACKAGED = files("training") / "configs" / "sweeps"
-_SEED_MAX = 2**32 - 1
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 _PAUSE = 0.2  # seconds between polls of a submitit job
 
@@ -111,11 +110,11 @@ class Sweep:
         )
         check(
             isinstance(self.seeds, Sequence)
-            and all(type(seed) is int and 0 <= seed <= _SEED_MAX for seed in self.seeds)
+            and all(type(seed) is int and 0 <= seed <= LARGEST_SEED for seed in self.seeds)
             and len(set(self.seeds)) == len(self.seeds) > 0,
             "seeds",
             self.seeds,
-            f"a list of different whole numbers from 0 to {_SEED_MAX}",
+            f"a list of different whole numbers from 0 to {LARGEST_SEED}",
         )
         check(_is_list_of_texts(self.configs), "configs", self.configs, "a list of configurations")
         for key in ("settings", "slurm"):
@@ -185,11 +184,8 @@ def read_sweep(source: str | Path) -> Sweep:
     if _is_list_of_texts(variants):
         # Plain names are names of methods.
         content["variants"] = {name: {"method": {"name": name}} for name in variants}
-    try:
+    with prefixed(path):
         return Sweep(**content)
-    except ValueError as error:
-        msg = f"{path}: {error}"
-        raise ValueError(msg) from error
 
 
 def write_groups(out: Path, groups: Mapping[str, Sequence[str]] | None) -> None:
@@ -220,16 +216,8 @@ def plan(
 ) -> list[Job]:
     """The runs of a sweep, their settings checked; seeds change slowest.
 
-    Parameters
-    ----------
-    sweep : Sweep
-        Variants and seeds.
-    out : Path
-        Folder of the sweep; a run goes to ``out/VARIANT/seedN``.
-    extra : sequence of str
-        Further arguments of ``loda train`` for every run.
-    only : sequence of str, optional
-        Variants to run; all by default.
+    A run goes to ``out/VARIANT/seedN``. ``extra`` are further arguments of ``loda train`` for every
+    run; ``only`` are the variants to run, all by default.
 
     Raises
     ------
@@ -260,15 +248,12 @@ def _experiment(sweep: Sweep, name: str, extra: Sequence[str]) -> Experiment:
     given = [sweep.settings or {}, sweep.variants[name] or {}]
     fixed = [key for layer in given for key in layer if key in ("seed", "out")]
     fixed += [x for x in extra if x.partition("=")[0] in ("--seed", "--out")]
-    try:
+    with prefixed(f"variant {name}"):
         if fixed:
             msg = f"{', '.join(fixed)}: the sweep sets seeds and folders itself; leave it out"
             raise ValueError(msg)
         # The command line overrides the common settings of the sweep, not what defines a variant.
         return experiment_of(configs, given[0], extra, given[1])
-    except ValueError as error:
-        msg = f"variant {name}: {error}"
-        raise ValueError(msg) from error
 
 
 def job_state(job: Job) -> JobState:
@@ -378,26 +363,17 @@ def run_sweep(
 
     Parameters
     ----------
-    jobs : sequence of Job
-        As :func:`plan` gives them.
-    out : Path
-        Folder of the sweep; logs go to ``out/logs``.
-    workers : int
+    jobs, out
+        As for :func:`plan`; logs go to ``out/logs``. The outcomes are in the order of the jobs.
+    workers
         Runs at a time on this machine; the cores are shared out evenly.
-    engine : str
-        ``processes`` (on this machine), ``slurm`` (submitit, on a cluster: one job per run) or
-        ``local`` (submitit without a cluster).
-    slurm : mapping, optional
-        Parameters of the cluster jobs.
-    tell : callable
+    engine
+        ``processes`` (on this machine), ``slurm`` (submitit, on a cluster: one job per run, with
+        the parameters ``slurm``) or ``local`` (submitit without a cluster).
+    tell
         Called with one line whenever a run ends.
-    children : Children, optional
-        Starts the processes on this machine; a new one by default.
-
-    Returns
-    -------
-    list of Outcome
-        In the order of the jobs.
+    children
+        Starts the processes on this machine.
 
     Raises
     ------

@@ -58,13 +58,7 @@ from training.data import (
 )
 from training.data.datasets import some
 from training.distributed import Processes, Share, launched_processes, make_accelerator
-from training.logging import (
-    Progress,
-    peak_memory,
-    require_tracker,
-    reset_peak,
-    start_tracker,
-)
+from training.logging import Progress, peak_memory, require_tracker, reset_peak, start_tracker
 from training.loss import cosface
 from training.methods import Context
 from training.methods.base import fact
@@ -204,13 +198,7 @@ class Origin(Protocol):
     checkpoint: Checkpoint
 
     def lineage(self, stream: Stream, environment: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """What ``environment.json`` says of the runs that the new one extends, the first first.
-
-        Raises
-        ------
-        ValueError
-            If the stream does not begin with the tasks of the run.
-        """
+        """What ``environment.json`` says of the runs that the new one extends, the first first."""
 
 
 def prepare(
@@ -222,16 +210,8 @@ def prepare(
 ) -> Run:
     """Set a run up, in the order in which mistakes are cheapest to find.
 
-    Parameters
-    ----------
-    experiment : Experiment
-        All settings.
-    resume_from : Path, optional
-        Folder of a run with these settings, to be resumed from its newest checkpoint.
-    overwrite : bool or "unfinished"
-        Replace the run in a folder that is not empty: any, or only one without results.
-    origin : Origin, optional
-        A finished run, from whose state the new one continues.
+    It starts anew, or from the newest checkpoint of a run with these settings, in the folder
+    ``resume_from``, or from the state of a finished run, ``origin``. ``overwrite`` as in `train`.
 
     Raises
     ------
@@ -267,9 +247,9 @@ def prepare(
         require_compiler(accelerator.device)
     # What a run that was extended has learned is in its state: its first weights are not needed,
     # and neither are its first images.
-    before = origin.path if origin is not None else resume_from
     lineage = [] if resume_from is None else _lineage(resume_from)
-    extends = origin is not None or bool(lineage)
+    before = origin.path if origin is not None else (resume_from if lineage else None)
+    extends = before is not None
     if experiment.data.verify and not extends:
         verify_data(experiment.data)
 
@@ -281,7 +261,7 @@ def prepare(
             )
         with seeded(derive(seed, 0, "backbone")):
             backbone = build_backbone(experiment.backbone, initialise=not extends)
-    if before is not None and extends:
+    if before is not None:
         backbone = _as_begun(backbone, before)
     here = environment(_backbone_record(backbone))
     if origin is not None:
@@ -289,7 +269,7 @@ def prepare(
     learned = lineage[-1]["tasks"] if lineage else 0
     require_images(stream, learned)
     classes = _classes_record(stream)
-    if before is not None and extends:
+    if before is not None:
         with readable(before / CLASSES):
             # Counted when they were learned: the images may be gone.
             classes["images"][:learned] = read_json(before / CLASSES)["images"][:learned]
@@ -415,12 +395,7 @@ def _as_begun(backbone: Backbone, run: Path) -> Backbone:
 def require_images(stream: Stream, learned: int) -> None:
     """Refuse to learn a task of which a class has no training image.
 
-    Parameters
-    ----------
-    stream : Stream
-        The stream; images of what is learned already may be missing.
-    learned : int
-        Number of tasks that are learned already.
+    Images of the first ``learned`` tasks, which are learned already, may be missing.
 
     Raises
     ------
@@ -588,7 +563,7 @@ def _trained_line(run: Run) -> str:
         sum(p.numel() for p in parameters)
         for parameters in (run.state.method.parameters(), run.state.heads.current.parameters())
     )
-    total = sum(p.numel() for p in run.state.model.parameters()) - adapted
+    total = overview.parameter_count(run.state.model)
     return overview.trained_line(run.experiment.method.name, adapted, head, total)
 
 
@@ -1010,14 +985,9 @@ def save_between_tasks(run: Run) -> None:
 
 
 def save_in_task(run: Run, task: int, position: OpenTask, *, last: bool) -> None:
-    """Save the run after a step, if a checkpoint is due or a signal to stop was received.
+    """Save the run after a step, the ``last`` of the task or another, if that is due.
 
-    Parameters
-    ----------
-    run, task, position
-        The run, its task, and the position of the training in it.
-    last : bool
-        Whether that was the last step of the task.
+    It is due by the settings of checkpoints, or because a signal to stop was received.
 
     Raises
     ------

@@ -66,18 +66,9 @@ class Before:
         trained: Iterable[nn.Parameter],
         features: Tensor,
     ) -> Self:
-        """What to keep once a method has opened a task.
+        """What to keep once a method has opened a task, in which it trains ``trained``.
 
-        Parameters
-        ----------
-        weights : mapping of str to Tensor
-            As `weights_of` gave them before the method opened the task.
-        model : nn.Module
-            The model with the task open.
-        trained : iterable of Parameter
-            What the method trains.
-        features : Tensor, shape (n, D)
-            Features of the images chosen by `sample`.
+        ``weights`` are what `weights_of` gave before that.
         """
         layers = [module.frozen for module in model.modules() if isinstance(module, LoRALinear)]
         # The weight of a layer may be a view of the model's tensor: they share its storage.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from backends.torch.settings import TIMM_QKV, Target
 from training.components import at_least
 from training.methods.base import Context, Method, aligned_radius
+from training.run_dir import nested
 
 if TYPE_CHECKING:
     import torch
@@ -102,11 +103,9 @@ class BranchMethod(Method, ABC):
 
     def load_branches(self, state: "Mapping[str, Tensor]") -> None:
         """Attach the branches of a state, in its order."""
-        for key, down in state.items():
-            kind, _, rest = key.partition("/")
-            branch, _, name = rest.partition("/")
-            if kind == "down":
-                self.add_branch(self.layers[name], branch, down, state[f"up/{branch}/{name}"])
+        for key, down in nested(state, "down").items():
+            branch, _, name = key.partition("/")
+            self.add_branch(self.layers[name], branch, down, state[f"up/{key}"])
 
 
 class MergedBranches(BranchMethod):
@@ -159,18 +158,14 @@ class MergedBranches(BranchMethod):
     def load_state_dict(self, state: "Mapping[str, Tensor]") -> None:
         """Load a state, with the branches of an open task."""
         self.tasks = int(state["tasks"])
-        if any(key.startswith("down/") for key in state):
+        if nested(state, "down"):
             self._adapt()
             self.load_branches(state)
 
     def carried(self, state: "Mapping[str, Tensor]", prefix: str) -> "dict[str, Tensor]":
-        """Tensors of a state with this prefix, copied to the device of the model."""
+        """Tensors of a state under ``prefix/``, copied to the device of the model."""
         device = next(self.model.parameters()).device
-        return {
-            key.removeprefix(prefix): value.to(device, copy=True)
-            for key, value in state.items()
-            if key.startswith(prefix)
-        }
+        return {k: value.to(device, copy=True) for k, value in nested(state, prefix).items()}
 
     def _adapt(self) -> None:
         from backends.torch import adapt

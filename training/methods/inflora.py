@@ -78,7 +78,7 @@ class InfLoRA(MergedBranches):
         """Load the memories, and the branches of an open task."""
         self.memories = {
             name: GradientMemory(basis, bool(state[f"free/{name}"]))
-            for name, basis in self.carried(state, "basis/").items()
+            for name, basis in self.carried(state, "basis").items()
         }
         super().load_state_dict(state)
 

@@ -88,7 +88,7 @@ class OLoRA(MergedBranches):
 
     def load_state_dict(self, state: "Mapping[str, Tensor]") -> None:
         """Load the past down-projections, and the branches of an open task."""
-        self.old = self.carried(state, "old/")
+        self.old = self.carried(state, "old")
         super().load_state_dict(state)
 
 
