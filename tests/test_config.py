@@ -175,6 +175,12 @@ def test_other_data_or_backbones_start_from_the_defaults_of_the_settings() -> No
     assert load_experiment(["--backbone=glyphs"]) == Experiment()
     photos = load_experiment(["--data=folder", "--data.root=x"])
     assert (photos.backbone.name, photos.train.epochs) == ("cifar_vit", 12)
+    larger = load_experiment(["--data.root=x", "--backbone=vit_small_patch16_224.augreg_in21k"])
+    assert photos.train.lr == 0.18  # chosen for this backbone
+    assert replace(larger.train, lr=0.18) == photos.train
+    assert larger.train.lr == TrainConfig.lr
+    given = ["--data.root=x", "--backbone=vit_small_patch16_224.augreg_in21k", "--train.lr=0.5"]
+    assert load_experiment(given).train.lr == 0.5
 
 
 def test_a_backbone_made_from_such_images_is_refused() -> None:

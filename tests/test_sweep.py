@@ -91,10 +91,11 @@ def test_plain_names_are_methods(tmp_path: Path) -> None:
 def test_packaged_sweeps_are_sound(name: str, tmp_path: Path) -> None:
     # As the commands in their heads say: some come with data, some with a backbone.
     given = [] if name == "digits" or name.startswith("glyphs") else ["--data.root=x"]
-    given += ["--backbone.weights=y"] if name in ("caltech101", "caltech101-trials") else []
+    packaged = name in ("digits", "caltech101-cifar_vit", "caltech101-cifar_vit-trials")
+    given += [] if packaged or name.startswith("glyphs") else ["--backbone.weights=y"]
     sweep = read_sweep(name)
     jobs = plan(sweep, tmp_path, given)
-    assert len({job.folder for job in jobs}) == len(jobs) >= 10
+    assert len({job.folder for job in jobs}) == len(jobs) > 1
     if sweep.groups:
         assert {variant for part in sweep.groups.values() for variant in part} == {*sweep.variants}
 

@@ -670,14 +670,18 @@ def _default_sources(sources: Sequence[_Source]) -> list[_FileSettings]:
     """The default experiment, for a command line without a configuration.
 
     Its settings, such as the learning rate, suit its own data and backbone. Whoever names others
-    starts from the defaults of the settings; a folder of photos has a configuration of its own.
+    starts from the defaults of the settings. A folder of photos has a configuration of its own,
+    whose learning rate is for its own backbone only.
     """
     *configs, given = sources
     if configs or not isinstance(given, list):
         return []
     named = {**dict(*_folder_source(sources)), **_chosen_on(given)}
     if named.get("data.name") == "folder":
-        return _file_sources(CONFIGS / PHOTOS)
+        photos = _FileSettings(_flat(read_yaml(path := CONFIGS / PHOTOS)), path)
+        if named.get("backbone.name", photos["backbone.name"]) != photos["backbone.name"]:
+            del photos["train.lr"]
+        return [photos]
     default = _FileSettings(_flat(read_yaml(path := resolve_config(DEFAULT))), path)
     chosen = ("data.name", "backbone.name")
     return [default] if all(named.get(key, default[key]) == default[key] for key in chosen) else []

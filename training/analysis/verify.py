@@ -38,7 +38,7 @@ def verify(path: Path, *, tolerance: float = 1e-5) -> list[Check]:
     """
     # Refused here: below, a ValueError is taken for damage of the files.
     if not (math.isfinite(tolerance) and tolerance > 0):
-        msg = f"tolerance must be finite and positive, got {tolerance}; lower or raise it"
+        msg = f"tolerance must be finite and positive, got {tolerance}; the default is 1e-5"
         raise ValueError(msg)
     if not path.is_dir():
         return verify_archive(path, tolerance=tolerance)
