@@ -24,7 +24,7 @@ COLOURS = {
     "red": (220, 30, 20),
     "white": (250, 250, 250),
 }
-READOUTS = ("nearest_mean", "heads", "alignment", "ridge")
+READOUTS = ("nearest_mean", "heads", "alignment", "compensated", "ridge")
 KEPT = ("branches", "moments", "heads", "statistics")
 PIXELS = {
     "image_size": 16,
@@ -122,7 +122,11 @@ def finished(factory: pytest.TempPathFactory, method: str = "loda", **changes: A
         settings = {
             "method": {"name": method},
             # One epoch of the published alignment, which is trained on from task to task.
-            "head": {"also": list(READOUTS[1:]), "alignment.epochs": 1},
+            "head": {
+                "also": list(READOUTS[1:]),
+                "alignment.epochs": 1,
+                "compensated.epochs": 1,
+            },
             "keep": dict.fromkeys((*KEPT, "figure"), True),
             **changes,
         }

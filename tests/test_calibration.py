@@ -95,7 +95,7 @@ def test_probabilities_that_drew_the_labels_are_calibrated() -> None:
 
 def test_a_run_records_the_temperature_of_readouts_with_likelihoods(run: Path) -> None:
     calibration = read_json(run / "summary.json")["calibration"]
-    assert set(calibration) == {"heads", "alignment"} < set(READOUTS)
+    assert set(calibration) == {"heads", "alignment", "compensated"} < set(READOUTS)
     for entry in calibration.values():
         assert entry["temperature"] > 0
         assert entry["images"] == 12  # those of the last task

@@ -14,6 +14,8 @@ from backends.torch.readouts import (
     Alignment,
     Classifier,
     ClassStatistics,
+    Compensated,
+    CompensatedStatistics,
     CosineClassifier,
     CosineHead,
     CosineHeads,
@@ -75,6 +77,89 @@ def align(
 
 
 # Statistics
+
+
+def moved(statistics: ClassStatistics, tasks: int = 3, **drift: Any) -> ClassStatistics:
+    """Statistics of a stream in which every task moves all features by `drifted`."""
+    parts = by_task(*made_up())[:tasks]
+    for number, (features, labels, size) in enumerate(parts):
+        statistics.begin(drifted(features, max(number - 1, 0), **drift))
+        statistics.add_task(drifted(features, number, **drift), labels, size)
+    return statistics
+
+
+def drifted(x: Tensor, times: int, turn: float = 0.3, curve: float = 0.0) -> Tensor:
+    """Features after a number of tasks: turned, stretched, shifted, and bent a little."""
+    g = seeded(7)
+    matrix = torch.eye(12) + turn * torch.randn(12, 12, generator=g) / 12**0.5
+    for _ in range(times):
+        x = x @ matrix + turn + curve * x.square()
+    return x
+
+
+def test_statistics_follow_a_drift_that_is_affine() -> None:
+    x, y = made_up()
+    expected = gathered(drifted(x, 2), y)  # of the images of all tasks, through the last network
+    stale, followed = moved(ClassStatistics()), moved(CompensatedStatistics())
+    for name in ("mean", "covariance"):
+        want, old, new = (getattr(s, name)[:2] for s in (expected, stale, followed))
+        assert (new - want).norm() < 0.1 * (old - want).norm(), name
+    assert torch.equal(followed.count, expected.count)
+    # Classes of the last task are as they are in both.
+    assert torch.equal(followed.mean[-1], stale.mean[-1])
+
+
+def test_a_drift_that_is_not_affine_is_followed_in_part() -> None:
+    x, y = made_up()
+    expected = gathered(drifted(x, 2, curve=0.03), y).mean[:2]
+    stale, followed = (
+        moved(kind(), curve=0.03).mean[:2] for kind in (ClassStatistics, CompensatedStatistics)
+    )
+    assert (followed - expected).norm() < 0.5 * (stale - expected).norm()
+
+
+def test_without_a_drift_nothing_moves_by_a_bit() -> None:
+    still = moved(CompensatedStatistics(), turn=0.0)
+    assert torch.equal(still.mean, moved(ClassStatistics(), turn=0.0).mean)
+    assert torch.equal(still.covariance, moved(ClassStatistics(), turn=0.0).covariance)
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_few_images_move_old_classes_only_as_far_as_they_show(images: int) -> None:
+    x, y = made_up()
+    statistics = CompensatedStatistics()
+    statistics.add_task(x[y < 2], y[y < 2])
+    old = statistics.mean.clone()
+    new = x[y == 2][:images]
+    statistics.begin(new)
+    statistics.add_task(new + 5.0, torch.full((images,), 2))
+    torch.testing.assert_close(statistics.mean[:2], old + 5.0, rtol=0.0, atol=1e-3)
+    assert statistics.covariance.isfinite().all()
+
+
+def test_features_from_before_a_task_are_needed_for_compensation() -> None:
+    statistics = CompensatedStatistics()
+    (first, *_), (second, labels, size), _ = by_task(*made_up())
+    statistics.add_task(first, torch.arange(2).repeat(40))
+    with pytest.raises(ValueError, match="begin_task"):
+        statistics.add_task(second, labels, size)
+    other = moved(CompensatedStatistics(), 1)
+    other.begin(second[:-1])
+    with pytest.raises(ValueError, match="same images"):
+        other.add_task(second, labels, size)
+    with pytest.raises(ValueError, match="wide"):
+        other.begin(second[:, 1:])
+
+
+def test_an_open_task_is_stored_with_the_features_from_before_it(tmp_path: Any) -> None:
+    whole, again = moved(CompensatedStatistics(), 2), CompensatedStatistics()
+    features, labels, size = by_task(*made_up())[2]
+    whole.begin(drifted(features, 1))
+    save_file(whole.state_dict(), tmp_path / "state")
+    again.load_state_dict(load_file(tmp_path / "state"))
+    for statistics in (whole, again):
+        statistics.add_task(drifted(features, 2), labels, size)
+    assert same(whole.state_dict(), again.state_dict())
 
 
 @given(
@@ -521,14 +606,16 @@ def test_read_outs_by_cosine_follow_the_definition() -> None:
 
 
 def all_readouts(seed: int = 3, **options: Any) -> Readouts:
-    aligned = Alignment(**{"max_steps": 100, **options})
-    return Readouts([aligned, Heads(), NearestMean(), Ridge(features=30)], dim=12, seed=seed)
+    settings: dict[str, Any] = {"max_steps": 100, **options}
+    trained = [Alignment(**settings), Heads(), NearestMean(), Compensated(**settings)]
+    return Readouts([*trained, Ridge(features=30)], dim=12, seed=seed)
 
 
 def after(readouts: Readouts, tasks: int, first: int = 0) -> Readouts:
     """Gather and fit a few tasks, with heads at random."""
     x, y = made_up()
     for task, part in list(enumerate(by_task(x, y)))[first:tasks]:
+        readouts.begin_task(part[0] / 2)  # as a task that doubles all features would have it
         readouts.add_task(*part)
         weight = torch.randn(sum(SIZES[: task + 1]), 12, generator=seeded(task))
         readouts.fit(weight, seed=task)
@@ -557,9 +644,10 @@ def test_a_read_out_is_called_as_its_class_unless_it_says_otherwise() -> None:
 
 def test_each_is_fitted_on_what_it_gathers() -> None:
     readouts = after(all_readouts(epochs=2), 3)
-    assert list(readouts.classifiers) == ["alignment", "heads", "nearest_mean", "ridge"]
+    assert list(readouts.classifiers) == list(all_readouts().readouts)
     statistics = gathered(*made_up())
-    assert list(readouts.statistics) == ["statistics", "ridge"]  # two share the first
+    # Two share the first.
+    assert list(readouts.statistics) == ["statistics", "compensated", "ridge"]
     assert same(readouts.statistics["statistics"].state_dict(), statistics.state_dict())
     sums = gathered(*made_up(), statistics=RidgeStatistics(12, features=30, seed=3))
     weight = torch.randn(6, 12, generator=seeded(2))

@@ -54,7 +54,7 @@ def compared(experiment: Experiment, tmp_path: Path, steps: list[int]) -> list[s
 def everything(root: Path, **changes: Any) -> Experiment:
     """All read-outs, all that can be kept, a checkpoint after every second step."""
     settings: dict[str, Any] = {
-        "head": {"also": list(READOUTS[1:]), "alignment.epochs": 1},
+        "head": {"also": list(READOUTS[1:]), "alignment.epochs": 1, "compensated.epochs": 1},
         "keep": dict.fromkeys(KEPT, True),
         "checkpoint": {"steps": 2},
         "data": {"tasks": 2},

@@ -520,7 +520,7 @@ def test_the_log_says_how_long_training_waited_for_images(
 
 
 def everything(root: Path, out: Path) -> Experiment:
-    head = {"also": list(READOUTS[1:]), "alignment.epochs": 1}
+    head = {"also": list(READOUTS[1:]), "alignment.epochs": 1, "compensated.epochs": 1}
     return tiny(root, out, head=head, keep=dict.fromkeys(KEPT, True), data={"tasks": 2})
 
 

@@ -93,6 +93,7 @@ READOUTS = Registry(
     paths={
         "heads": "backends.torch.readouts.Heads",
         "alignment": "backends.torch.readouts.Alignment",
+        "compensated": "backends.torch.readouts.Compensated",
         "nearest_mean": "backends.torch.readouts.NearestMean",
         "ridge": "backends.torch.readouts.Ridge",
     },

@@ -516,6 +516,10 @@ def learn_task(run: Run, task: int, progress: Progress) -> None:
     position = state.open
     if position is None:
         weights = weights_of(state.model)
+        if state.readouts.compensates and task:  # before the method can change anything
+            state.readouts.begin_task(
+                _features(run, run.stream.train.subset(run.stream.tasks[task]))[0]
+            )
         state.method.begin_task(method_batches)  # LoDA: second moments, then the two subspaces
         state.passes = method_batches.order.epoch
         _copy_weights_from_first(run)

@@ -2,7 +2,8 @@
 
 :class:`Readouts` holds those of a run: ``add_task`` gathers the statistics of a task, ``fit`` gives
 a :class:`Classifier` for each, ``state_dict`` what the next task needs. `Heads`, `NearestMean`,
-`Alignment` and `Ridge` are packaged; one of your own is a subclass of :class:`Readout`.
+`Alignment`, `Compensated` and `Ridge` are packaged; one of your own is a subclass of
+:class:`Readout`.
 """
 
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from backends.torch.readouts.readout import (
     READOUTS,
     Alignment,
     Classifier,
+    Compensated,
     Heads,
     NearestMean,
     Readout,
@@ -34,7 +36,11 @@ if TYPE_CHECKING:
         random_features,
         solve_ridge,
     )
-    from backends.torch.readouts.statistics import ClassStatistics, TaskStatistics
+    from backends.torch.readouts.statistics import (
+        ClassStatistics,
+        CompensatedStatistics,
+        TaskStatistics,
+    )
 
 __all__ = [
     "READOUTS",
@@ -42,6 +48,8 @@ __all__ = [
     "Alignment",
     "ClassStatistics",
     "Classifier",
+    "Compensated",
+    "CompensatedStatistics",
     "CosineClassifier",
     "CosineHead",
     "CosineHeads",

@@ -273,6 +273,26 @@ class Alignment(Readout):
 
 
 @dataclass(frozen=True)
+class Compensated(Alignment):
+    """Alignment on class statistics that are compensated for the drift of the features.
+
+    `Alignment` trusts statistics of old classes from when these were learned. Here they follow the
+    features of every later task, by a map that is fitted on its images
+    (:class:`backends.torch.readouts.CompensatedStatistics`). With a backbone that does not move,
+    both are the same.
+    """
+
+    name = "compensated"
+    gathers = "compensated"
+
+    def statistics(self, dim: int, seed: int) -> "TaskStatistics":  # noqa: ARG002
+        """Counts, means and covariances that follow the features."""
+        from backends.torch.readouts.statistics import CompensatedStatistics
+
+        return CompensatedStatistics()
+
+
+@dataclass(frozen=True)
 class Ridge(Readout):
     """Ridge regression on random ReLU features (RanPAC, McDonnell et al., arXiv:2307.02251).
 
@@ -319,7 +339,7 @@ class Ridge(Readout):
 
 
 READOUTS: dict[str, type[Readout]] = {
-    readout.name: readout for readout in (Heads, NearestMean, Alignment, Ridge)
+    readout.name: readout for readout in (Heads, NearestMean, Alignment, Compensated, Ridge)
 }
 """The packaged read-outs by name."""
 
@@ -381,8 +401,26 @@ class Readouts:
         """Name of the first read-out."""
         return next(iter(self.readouts))
 
+    @property
+    def compensates(self) -> bool:
+        """Whether `begin_task` has to get features from the second task on."""
+        return any(statistics.compensates for statistics in self.statistics.values())
+
+    def begin_task(self, features: "Tensor") -> None:
+        """Take features of a task's training images, from before anything of it is trained.
+
+        Only statistics that follow the features need them; for others this does nothing.
+
+        Parameters
+        ----------
+        features : Tensor, shape (N, D)
+            In the order in which `add_task` gets those of the same images.
+        """
+        for statistics in self.statistics.values():
+            statistics.begin(features)
+
     def add_task(self, features: "Tensor", labels: "Tensor", classes: int | None = None) -> None:
-        """Gather a finished task; what is gathered of it is never computed again.
+        """Gather a finished task; of its images, nothing is computed again.
 
         Parameters
         ----------

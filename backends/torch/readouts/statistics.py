@@ -2,11 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from backends.torch.readouts.checks import check_names
+
+_RIDGE = 1e-2  # of the map that old classes follow, relative to the mean square of a direction
 
 
 class TaskStatistics(ABC):
@@ -23,7 +26,11 @@ class TaskStatistics(ABC):
         Classes of each finished task.
     width : int or None
         Width D of the features, once it is known.
+    compensates : bool
+        Whether a task needs the features of its images from before it, too: see `begin`.
     """
+
+    compensates: ClassVar[bool] = False
 
     def __init__(self, width: int | None = None) -> None:
         self.task_sizes: tuple[int, ...] = ()
@@ -50,6 +57,9 @@ class TaskStatistics(ABC):
     @abstractmethod
     def load(self, tensors: Mapping[str, Tensor], classes: int) -> None:
         """Load `tensors` of a number of classes; ValueError if their shapes do not fit."""
+
+    def begin(self, features: Tensor) -> None:  # noqa: B027 - not every subclass needs it
+        """Take features (N, D) of the images of a task, from before it; ignored by default."""
 
     def add(self, features: Tensor, labels: Tensor) -> None:  # noqa: ARG002
         """Add checked features (N, D) of finished classes; a subclass says how, if it can."""
@@ -287,6 +297,102 @@ class ClassStatistics(TaskStatistics):
         self.count, self.mean, self.covariance = count, mean, covariance
         self._open = {}
         self.width = mean.shape[1] if len(mean) else None
+
+
+class CompensatedStatistics(ClassStatistics):
+    """Class statistics that follow the features where a later task moves them.
+
+    When a task ends, the images of old classes are gone, and their statistics are those of another
+    network. But the network has seen the images of the new task before and after it. With their
+    features B and A, each (N, D), centred on their means b and a, an affine map is fitted by ridge
+    regression towards the identity,
+
+        M = I + (BᵀB + τ I)⁻¹ Bᵀ(A - B),   τ = 0.01 · tr(BᵀB) / D,
+
+    and old classes are moved by it: μ becomes a + (μ - b) M, and Σ becomes Mᵀ Σ M. A task that
+    leaves the features as they are changes nothing, bit for bit. Estimating the drift on new images
+    is the idea of semantic drift compensation (arXiv:2004.00440); arXiv:2407.08536 learns a linear
+    map for it. The paper of LoDA has no such step.
+
+    Examples
+    --------
+    >>> statistics = CompensatedStatistics()
+    >>> old = torch.tensor([[1.0, 0.0], [3.0, 0.0]])
+    >>> statistics.add_task(old, torch.tensor([0, 0]))
+    >>> before = torch.tensor([[0.0, 5.0], [1.0, 7.0], [2.0, 5.0]])
+    >>> statistics.begin(before)
+    >>> statistics.add_task(before + torch.tensor([10.0, 0.0]), torch.tensor([1, 1, 1]))
+    >>> statistics.mean[0].tolist()  # moved as the images of the new task were
+    [12.0, 0.0]
+    """
+
+    compensates = True
+
+    def __init__(self, *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(dtype=dtype)
+        self._before = torch.zeros(0, 0, dtype=dtype)  # features of the open task, before it
+        self._after: list[Tensor] = []
+
+    def begin(self, features: Tensor) -> None:
+        """Take features (N, D) of the images of a task, from before anything of it is trained.
+
+        Their order is that in which `collect` gets the features after it.
+
+        Raises
+        ------
+        ValueError
+            As `collect` does.
+        """
+        self._checked(features, torch.zeros(len(features), dtype=torch.int64))
+        self._before = features.detach()
+
+    def gather(self, features: Tensor, labels: Tensor) -> None:
+        """Merge a batch into the moments of its classes, and hold it until its task is complete."""
+        self._after.append(features)
+        super().gather(features, labels)
+
+    def finish(self, first: int, end: int) -> None:
+        """Move the statistics of old classes, then append the new ones."""
+        before, after = self._before, torch.cat(self._after)
+        if first:
+            if before.shape != after.shape:
+                msg = (
+                    f"the features before the task must be of the same images as those after it, "
+                    f"got shapes {tuple(before.shape)} and {tuple(after.shape)}; give them to "
+                    "begin_task before anything of the task is trained"
+                )
+                raise ValueError(msg)
+            self._follow(before.to(after.device).double(), after.double())
+        super().finish(first, end)
+        self._before, self._after = after.new_zeros(0, 0), []
+
+    def _follow(self, before: Tensor, after: Tensor) -> None:
+        if torch.equal(before, after):
+            return
+        centre, place = before.mean(0), after.mean(0)
+        rows = before - centre
+        gram = rows.mT @ rows
+        move = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        ridge = _RIDGE * gram.trace() / len(gram)
+        if ridge > 0:  # otherwise all features are equal, and only the shift is known
+            change = rows.mT @ (after - place - rows)
+            move = move + torch.linalg.solve(gram + ridge * move, change)
+        mean = self.mean.to(move.device).double()
+        covariance = self.covariance.to(move.device).double()
+        self.mean = (place + (mean - centre) @ move).to(self.dtype)
+        # One class at a time, as elsewhere: in float64 all of them may be large.
+        for number, own in enumerate(covariance):
+            covariance[number] = move.mT @ own @ move
+        self.covariance = covariance.to(self.dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Counts, means and covariances, and the features from before the open task."""
+        return {**super().tensors(), "before": self._before}
+
+    def load(self, tensors: Mapping[str, Tensor], classes: int) -> None:
+        """Load `tensors` of a number of classes."""
+        super().load(tensors, classes)
+        self._before, self._after = tensors["before"], []
 
 
 def _part(features: Tensor) -> tuple[int, Tensor, Tensor]:
