@@ -27,7 +27,7 @@ from training.report.runs import find_runs, load
 from training.report.tables import differences, intervals
 from training.yaml_files import read_yaml, resolve_config
 
-READOUTS = ("alignment", "heads", "nearest_mean", "ridge")  # all on one training
+READOUTS = ("compensated", "alignment", "heads", "nearest_mean", "ridge")  # all on one training
 READOUT = READOUTS[0]  # the primary one, which decides
 RATES = (0.006, 0.02, 0.06, 0.18, 0.5, 1.0)
 # Steps that are added for every method where the best rate of one of them is at an edge.
@@ -116,11 +116,12 @@ def read_trials(
     stream: str = WHOLE,
     readout: str = READOUT,
     diverged: Sequence[str] = (),
+    seeds: Sequence[int] = CHOOSING_SEEDS,
 ) -> Trials:
     """Last accuracies in per cent under a read-out, by method, rate and seed.
 
-    Without sources there are none. A trial that diverged leaves no record: ``diverged`` names it as
-    its folder, joint-1.0/seed11, and it counts as 0.
+    Without sources there are none, and those of other seeds are left out. A trial that diverged
+    leaves no record: ``diverged`` names it as its folder, joint-1.0/seed11, and it counts as 0.
 
     Raises
     ------
@@ -130,6 +131,8 @@ def read_trials(
     trials: Trials = {}
     for run in find_runs(sources).runs if sources else []:
         _require(run.experiment, stream, "choose", run.name)
+        if run.seed not in seeds:
+            continue
         by_rate = trials.setdefault(run.experiment.method.name, {})
         by_seed = by_rate.setdefault(run.experiment.train.lr, {})
         by_seed[run.seed] = 100 * run.matrices[readout].last
@@ -398,6 +401,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--diverged-tests", nargs="+", default=[], metavar="RUN", help="of contrasts: counts as 0"
     )
     parser.add_argument("--readout", default=READOUT, choices=READOUTS, help="of rates")
+    parser.add_argument("--seeds", nargs="+", type=int, default=CHOOSING_SEEDS, help="of rates")
     given = parser.parse_intermixed_args(arguments)
     if given.what != "choose" and not given.records:
         parser.error(f"{given.what} needs the records of the trials")
@@ -405,10 +409,12 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--tests names the runs of the test, for contrasts only")
     if given.diverged_tests and not given.tests:
         parser.error("--diverged-tests names runs of --tests")
-    if given.readout != READOUT and given.what != "rates":
-        parser.error(f"--readout is for rates only: {READOUT} decides everything else")
+    if given.what != "rates" and (given.readout, given.seeds) != (READOUT, CHOOSING_SEEDS):
+        parser.error(f"--readout and --seeds are for rates: {READOUT} on all decides the rest")
     try:
-        trials = read_trials(given.records, given.stream, given.readout, given.diverged)
+        trials = read_trials(
+            given.records, given.stream, given.readout, given.diverged, given.seeds
+        )
         text = {
             "choose": lambda: choosing_sweep(given.stream, trials),
             "rates": lambda: rate_table(trials),

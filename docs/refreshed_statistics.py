@@ -45,7 +45,9 @@ def refreshed(run: Path) -> DataFrame:
         return extract_features(classifier.model, batches, accelerator)
 
     for task in stream.tasks:
-        readouts.add_task(*features(stream.train.subset(task)), len(task))
+        rows, labels = features(stream.train.subset(task))
+        readouts.begin_task(rows)  # no statistic has anything to make up for
+        readouts.add_task(rows, labels, len(task))
     heads = classifier.readouts.get("heads")
     weight = heads.tensors()["weight"] if heads else None
     fitted = readouts.fit(weight, derive(experiment.seed, len(stream.tasks) - 1, "alignment"))

@@ -31,7 +31,7 @@ def evaluated(run: Path) -> Counts:
     return {name: (r.correct, r.total) for name, r in evaluate_run(run).items()}
 
 
-@pytest.mark.parametrize("method", ["loda", "seq_lora", "frozen"])
+@pytest.mark.parametrize("method", ["loda", "seq_lora", "joint", "frozen"])
 def test_evaluation_reproduces_the_recorded_counts(
     method: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -49,7 +49,9 @@ def test_evaluation_reproduces_the_recorded_counts(
         assert (result.correct, result.total) == (correct, total)
         assert result.accuracy == sum(correct) / sum(total)
         assert result.recorded is None  # the summary is not here
-        assert result.by_task == [sum(correct[k : k + 2]) / 6 for k in (0, 2, 4)]
+        size = 6 if method == "joint" else 2
+        parts = [correct[k : k + size] for k in range(0, 6, size)]
+        assert result.by_task == [sum(part) / (3 * size) for part in parts]
     assert contents(tmp_path) == before
 
 

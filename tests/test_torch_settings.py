@@ -98,8 +98,9 @@ def test_a_pattern_means_a_name_or_a_suffix_or_what_its_wildcards_fit(
 
 def test_every_setting_is_explained_and_so_is_every_option_of_a_read_out() -> None:
     for settings in (LoDASettings, *READOUTS.values()):
+        explained = "".join(str(kind.__doc__) for kind in settings.__mro__)
         for field in fields(settings):  # type: ignore[arg-type]
-            assert f"\n    {field.name} : " in str(settings.__doc__), (settings, field.name)
+            assert f"\n    {field.name} : " in explained, (settings, field.name)
 
 
 @pytest.mark.parametrize(

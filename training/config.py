@@ -163,8 +163,9 @@ class HeadConfig:
         Margin of the CosFace loss.
     readout
         The classifier that decides: heads (as trained), alignment (heads retrained on Gaussian
-        samples of the class statistics), nearest_mean, ridge (on random features), or the import
-        path of a class, my_package.MyReadout.
+        samples of the class statistics), compensated (the same on statistics that follow the
+        features), nearest_mean, ridge (on random features), or the import path of a class,
+        my_package.MyReadout.
     also
         Other read-outs to evaluate in the same run, such as [heads, ridge].
     options

@@ -256,9 +256,7 @@ def prepare(
     with processes.first_of_each_machine():  # the first process may download data and weights
         stream = build_stream(experiment.data, seed, partial=extends)
         if fact(method, "joins_tasks"):
-            stream = replace(
-                stream, tasks=[tuple(label for task in stream.tasks for label in task)]
-            )
+            stream = stream.as_one_task()
         with seeded(derive(seed, 0, "backbone")):
             backbone = build_backbone(experiment.backbone, initialise=not extends)
     if before is not None:

@@ -17,6 +17,7 @@ from training.calibration import measured
 from training.config import Experiment
 from training.data import Stream, build_stream
 from training.distributed import make_accelerator
+from training.methods.base import fact
 from training.metrics import AccuracyMatrix
 from training.run_dir import CLASSES, SUMMARY, read_json, readable
 from training.spelling import visible
@@ -202,6 +203,8 @@ def set_up(
         data = replace(data, options={**data.options, "root": root})
     # The images of an extended run may be gone but for those of its extension.
     stream = build_stream(data, experiment.seed, partial=bool(data.extensions))
+    if experiment.method.is_known and fact(experiment.method.kind, "joins_tasks"):
+        stream = stream.as_one_task()
     for reason in stream.missing:
         warnings.warn(f"{reason}; the other images are used", RuntimeWarning, stacklevel=2)
     if (stream.class_names, stream.order) != read_classes(folder):

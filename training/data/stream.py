@@ -6,7 +6,7 @@ its first tasks were learned.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from itertools import accumulate
@@ -128,6 +128,10 @@ class Stream:
     def _test_content(self) -> list[Any]:
         # Part of both fingerprints of a run: its files are read once.
         return _content(self.test)
+
+    def as_one_task(self) -> "Stream":
+        """The same classes and images with all tasks in one."""
+        return replace(self, tasks=[tuple(label for task in self.tasks for label in task)])
 
     def test_record(self) -> dict[str, Any]:
         """Number and hash of the test images, as ``classes.json`` records them."""

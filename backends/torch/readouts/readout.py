@@ -279,7 +279,7 @@ class Compensated(Alignment):
     `Alignment` trusts statistics of old classes from when these were learned. Here they follow the
     features of every later task, by a map that is fitted on its images
     (:class:`backends.torch.readouts.CompensatedStatistics`). With a backbone that does not move,
-    both are the same.
+    both are the same. The options are those of `Alignment`.
     """
 
     name = "compensated"
