@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, variance
+from typing import NamedTuple
 
 import yaml
 from pandas import DataFrame, concat
@@ -34,7 +35,6 @@ RATES = (0.006, 0.02, 0.06, 0.18, 0.5, 1.0)
 LOWER, HIGHER = (0.002, 0.0006), (2.0, 4.0)
 CHOOSING_SEEDS = (11, 12)
 FIRST_TEST_SEED = 101
-FEWEST_SEEDS, MOST_SEEDS = 10, 20
 HALF_WIDTH = 1.0  # points: of the interval of a primary contrast that the number of seeds aims at
 METHODS = ("loda", "seq_lora", "joint", "null_lora", "o_lora", "inflora", "sd_lora", "first_task")
 BASELINES = ("seq_lora", "null_lora", "o_lora", "inflora", "sd_lora")  # candidates for the rival
@@ -46,14 +46,84 @@ LONG = ("loda", "inflora", "seq_lora")  # also on 20 tasks of 2 classes, with fr
 Settings = dict[str, object]
 Trials = dict[str, dict[float, dict[int, float]]]  # last accuracy by method, rate and seed
 
-# The second stream has only the two primary contrasts and the table of methods.
-STREAMS: dict[str, Settings] = {
-    "glyphs": {"data.images": 240, "train.epochs": 4},
-    "glyphs-60": {"data.images": 60, "train.epochs": 12},
+
+class Stream(NamedTuple):
+    """A stream of the comparison.
+
+    Attributes
+    ----------
+    title : str
+        Its images, in words.
+    config : str
+        The packaged configuration.
+    settings, choose, test : dict
+        What is set beside the configuration: always, in the trials, in the test.
+    seeds : tuple of int
+        Fewest and most seeds of the test.
+    seconds : tuple of float
+        Processor seconds of a run of LoDA, of the frozen backbone and of any other method.
+    given : str
+        Arguments that its commands need.
+    """
+
+    title: str
+    config: str
+    settings: Settings
+    choose: Settings
+    test: Settings
+    seeds: tuple[int, int]
+    seconds: tuple[float, float, float]
+    given: str = ""
+
+    def due(self, part: str) -> Settings:
+        """Settings of the data and the backbone that a run of a part must have."""
+        sections = read_yaml(resolve_config(self.config))
+        own = {**self.settings, **(self.choose if part == CHOOSE else self.test)}
+        named: Settings = {f"{x}.name": sections[x]["name"] for x in ("data", "backbone")}
+        return named | {key: own[key] for key in own if key.startswith("data.")}
+
+    def hours(self, runs: list[tuple[str, float]]) -> str:
+        """Hours of one processor core for methods and the multiples of their epochs."""
+        loda, frozen, other = self.seconds
+        each = {"loda": loda, ONLY_HEADS: frozen}
+        total = sum(each.get(method, other) * times for method, times in runs)
+        return f"{len(runs)} runs, about {total / 3600:.0f} hours of one processor core"
+
+
+CHOOSE, TEST = "choose", "test"
+STREAMS = {
+    "glyphs": Stream(
+        "the glyphs",
+        "glyphs",
+        {"data.images": 240, "train.epochs": 4},
+        {"data.alphabet": CHOOSE},
+        {"data.alphabet": TEST},
+        seeds=(10, 20),
+        seconds=(250.0, 90.0, 140.0),
+    ),
+    "glyphs-60": Stream(
+        "the glyphs",
+        "glyphs",
+        {"data.images": 60, "train.epochs": 12},
+        {"data.alphabet": CHOOSE},
+        {"data.alphabet": TEST},
+        seeds=(10, 20),
+        seconds=(200.0, 80.0, 120.0),
+    ),
+    "caltech101-dinov2": Stream(
+        "Caltech-101 with DINOv2",
+        "caltech101-dinov2",
+        {},
+        {"data.validation": 0.2},
+        {"data.validation": 0.0},
+        seeds=(5, 10),
+        seconds=(600.0, 230.0, 370.0),
+        given=" \\\n#               --data.root IMAGES --backbone.weights FILE",
+    ),
 }
 WHOLE = "glyphs"  # the stream with LoDA's parts, the controls and the long tasks
 
-DOUBLE_EPOCHS: Settings = {"train.epochs": 2 * int(str(STREAMS[WHOLE]["train.epochs"]))}
+DOUBLE_EPOCHS: Settings = {"train.epochs": 2 * int(str(STREAMS[WHOLE].settings["train.epochs"]))}
 LODA_PARTS: dict[str, Settings] = {
     "general-only": {"method.branches": "general"},
     "isolated-only": {"method.branches": "isolated"},
@@ -66,7 +136,7 @@ LODA_PARTS: dict[str, Settings] = {
 }
 HEAD = """# {title}
 #
-# Command:  loda sweep {name} --out runs/{name}
+# Command:  loda sweep {name} --out runs/{name}{given}
 # Time:     {hours}
 #
 # Written by docs/protocol.py; docs/protocol.md says why it is as it is.
@@ -78,19 +148,8 @@ SHARED: Settings = {
 }
 
 
-def seconds(method: str) -> float:
-    """Processor seconds of a run on the glyphs, as measured on one thread."""
-    return {"loda": 165.0, "frozen": 70.0}.get(method, 90.0)
-
-
-def hours(runs: list[tuple[str, float]]) -> str:
-    """Hours of one processor core for methods and the multiples of their epochs."""
-    total = sum(seconds(method) * times for method, times in runs)
-    return f"{len(runs)} runs, about {total / 3600:.0f} hours of one processor core"
-
-
 def choosing_sweep(stream: str = WHOLE, trials: Trials | None = None) -> str:
-    """The trials: every method at every rate, on the alphabet to choose on.
+    """The trials: every method at every rate, on the images to choose on.
 
     With the trials of the whole grid so far, it has the rates that are still to be tried as well.
     """
@@ -103,8 +162,9 @@ def choosing_sweep(stream: str = WHOLE, trials: Trials | None = None) -> str:
     runs = [(str(v["method.name"]), 1.0) for v in variants.values() for _ in CHOOSING_SEEDS]
     return _sweep(
         stream,
-        "choose",
-        "Learning rates for the comparison on the glyphs: equal trials for every method.",
+        CHOOSE,
+        f"Learning rates for the comparison on {STREAMS[stream].title}: equal trials for every "
+        "method.",
         CHOOSING_SEEDS,
         variants,
         runs,
@@ -130,7 +190,7 @@ def read_trials(
     """
     trials: Trials = {}
     for run in find_runs(sources).runs if sources else []:
-        _require(run.experiment, stream, "choose", run.name)
+        _require(run.experiment, stream, CHOOSE, run.name)
         if run.seed not in seeds:
             continue
         by_rate = trials.setdefault(run.experiment.method.name, {})
@@ -143,13 +203,11 @@ def read_trials(
     return trials
 
 
-def _require(experiment: Experiment, stream: str, alphabet: str, name: str) -> None:
-    flat = flat_settings(experiment)
-    due: Settings = {"data.name": "glyphs", "data.alphabet": alphabet}
-    due["data.images"] = STREAMS[stream]["data.images"]
+def _require(experiment: Experiment, stream: str, part: str, name: str) -> None:
+    flat, due = flat_settings(experiment), STREAMS[stream].due(part)
     strange = {key: flat.get(key) for key, value in due.items() if flat.get(key) != value}
     if strange:
-        msg = f"{name} must be a run of {stream} ({alphabet}), got {strange}; leave it out"
+        msg = f"{name} must be a run of {stream} ({part}), got {strange}; leave it out"
         raise ValueError(msg)
 
 
@@ -208,7 +266,7 @@ def rival(trials: Trials, chosen: dict[str, float]) -> str:
     return max(BASELINES, key=lambda method: fmean(trials[method][chosen[method]].values()))
 
 
-def number_of_seeds(trials: Trials, chosen: dict[str, float]) -> int:
+def number_of_seeds(trials: Trials, chosen: dict[str, float], bounds: tuple[int, int]) -> int:
     """Seeds for which the interval of a paired difference is expected to be within a point.
 
     The variance of LoDA's lead over a method is pooled over the methods of the trials, whose
@@ -220,16 +278,17 @@ def number_of_seeds(trials: Trials, chosen: dict[str, float]) -> int:
     spread = math.sqrt(
         fmean(variance([own[seed] - last[seed] for seed in own]) for last in others.values())
     )
-    for count in range(FEWEST_SEEDS, MOST_SEEDS):
+    for count in range(*bounds):
         if student.ppf(0.975, count - 1) * spread / math.sqrt(count) <= HALF_WIDTH:
             return count
-    return MOST_SEEDS
+    return bounds[1]
 
 
 def test_sweep(trials: Trials, stream: str) -> str:
-    """The comparison, its controls and the long stream, on the alphabet of results."""
+    """The comparison, its controls and the long stream, on the images of results."""
     chosen = best_rates(trials)
-    seeds = range(FIRST_TEST_SEED, FIRST_TEST_SEED + number_of_seeds(trials, chosen))
+    count = number_of_seeds(trials, chosen, STREAMS[stream].seeds)
+    seeds = range(FIRST_TEST_SEED, FIRST_TEST_SEED + count)
     rate = chosen["loda"]
     own: dict[str, Settings] = {
         method: {"method.name": method, "train.lr": chosen[method]} for method in METHODS
@@ -262,10 +321,10 @@ def test_sweep(trials: Trials, stream: str) -> str:
         twice = name.endswith(("-aligned", "-double-epochs", "-native"))
         runs.append((str(settings["method.name"]), 2.0 if twice else 1.0))
     title = (
-        "The methods on the glyphs that no setting was chosen on, LoDA's parts and the controls.\n"
+        f"The methods on images of {STREAMS[stream].title} that no setting was chosen on.\n"
         f"# The rival of the second primary contrast is {rival(trials, chosen)}."
     )
-    return _sweep(stream, "test", title, seeds, variants, runs * len(seeds), groups)
+    return _sweep(stream, TEST, title, seeds, variants, runs * len(seeds), groups)
 
 
 def contrasts(
@@ -278,7 +337,7 @@ def contrasts(
     it counts as 0.
     """
     for run in find_runs(tests).runs:
-        _require(run.experiment, stream, "test", run.name)
+        _require(run.experiment, stream, TEST, run.name)
     runs = load(*tests)
     runs = _with_diverged(runs[runs["readout"] == READOUT], diverged)
     tables = {}
@@ -340,20 +399,22 @@ def _native(method: str) -> Settings:
 
 def _sweep(
     stream: str,
-    alphabet: str,
+    part: str,
     title: str,
     seeds: Sequence[int],
     variants: dict[str, Settings],
     runs: list[tuple[str, float]],
     groups: dict[str, list[str]] | None = None,
 ) -> str:
-    settings = {"data.alphabet": alphabet, **STREAMS[stream], **SHARED}
-    whole = {"configs": ["glyphs"], "settings": settings, "seeds": list(seeds)}
-    name = f"{stream}-{alphabet}"
-    lines = [HEAD.format(title=title, name=name, hours=hours(runs)).rstrip()]
+    own = STREAMS[stream]
+    split = own.choose if part == CHOOSE else own.test
+    settings = {**split, **own.settings, **SHARED}
+    whole = {"configs": [own.config], "settings": settings, "seeds": list(seeds)}
+    named = {"title": title, "name": f"{stream}-{part}", "given": own.given}
+    lines = [HEAD.format(hours=own.hours(runs), **named).rstrip()]
     lines.append(_yaml(whole))
     lines.append("variants:")
-    lines += [f"  {variant}: {_inline(own)}" for variant, own in variants.items()]
+    lines += [f"  {variant}: {_inline(changes)}" for variant, changes in variants.items()]
     if groups:
         lines.append(_yaml({"groups": groups}))
     return "\n".join(lines) + "\n"

@@ -12,6 +12,7 @@ from fake_runs import fake_run
 from training.config import (
     BackboneConfig,
     DataConfig,
+    Experiment,
     HeadConfig,
     MethodConfig,
     flat_settings,
@@ -20,6 +21,18 @@ from training.config import (
 from training.sweep import plan, read_sweep
 
 ROOT = Path(__file__).parents[1]
+# What the commands in the heads of the sweeps are given.
+GIVEN = {"glyphs": [], "glyphs-60": []} | {
+    "caltech101-dinov2": ["--data.root=x", "--backbone.weights=y"]
+}
+
+
+def is_held_out(experiment: Experiment, alphabet: str, share: float) -> bool:
+    """Whether a run is on the images to choose on, or on those of the test."""
+    data = experiment.data
+    if data.name == "glyphs":
+        return (data.options["alphabet"], data.held_out) == (alphabet, 0.0)
+    return data.held_out == share
 
 
 def page() -> str:
@@ -51,16 +64,18 @@ def test_the_sweep_of_trials_is_the_one_of_the_protocol(stream: str) -> None:
 
 def test_the_default_experiment_is_the_stream_of_the_comparison() -> None:
     values = flat_settings(load_experiment([]))
-    assert {key: values[key] for key in protocol.STREAMS["glyphs"]} == protocol.STREAMS["glyphs"]
+    expected = protocol.STREAMS["glyphs"].settings
+    assert {key: values[key] for key in expected} == expected
 
 
 @pytest.mark.parametrize("stream", protocol.STREAMS)
 def test_every_method_gets_the_same_trials(stream: str) -> None:
     sweep = read_sweep(f"{stream}-choose")
     rates: dict[str, list[float]] = {}
-    for job in plan(sweep, Path("out")):
+    for job in plan(sweep, Path("out"), GIVEN[stream]):
         experiment = job.experiment
-        assert experiment.data.options["alphabet"] == "choose"
+        protocol._require(experiment, stream, protocol.CHOOSE, job.name)
+        assert is_held_out(experiment, "choose", 0.2)
         if job.experiment.seed == protocol.CHOOSING_SEEDS[0]:
             rates.setdefault(experiment.method.name, []).append(experiment.train.lr)
     assert rates.pop("frozen") == [protocol.ONLY_RATE]
@@ -150,16 +165,15 @@ def test_a_trial_that_diverged_counts_as_nothing() -> None:
 
 
 def test_the_number_of_seeds_grows_with_the_spread_of_the_leads() -> None:
-    calm = trials()
+    calm, bounds = trials(), (10, 20)
     chosen = protocol.best_rates(calm)
-    assert protocol.number_of_seeds(calm, chosen) == protocol.FEWEST_SEEDS
+    assert protocol.number_of_seeds(calm, chosen, bounds) == 10
     for method in ("seq_lora", "o_lora", "sd_lora", "frozen"):
         for rate in calm[method]:
             calm[method][rate][12] += 5
-    more = protocol.number_of_seeds(calm, chosen)
-    assert protocol.FEWEST_SEEDS < more <= protocol.MOST_SEEDS
+    assert 10 < protocol.number_of_seeds(calm, chosen, bounds) <= 20
     calm["frozen"][protocol.ONLY_RATE][12] += 50
-    assert protocol.number_of_seeds(calm, chosen) == protocol.MOST_SEEDS
+    assert protocol.number_of_seeds(calm, chosen, bounds) == 20
 
 
 @pytest.mark.parametrize("stream", protocol.STREAMS)
@@ -171,13 +185,13 @@ def test_the_test_sweep_is_on_the_other_alphabet_and_other_seeds(
     assert "is inflora" in path.read_text(encoding="utf-8")
     sweep = read_sweep(str(path))
     assert not set(sweep.seeds) & set(protocol.CHOOSING_SEEDS)
-    jobs = plan(sweep, tmp_path / "out")
+    jobs = plan(sweep, tmp_path / "out", GIVEN[stream])
     assert len({job.folder for job in jobs}) == len(sweep.variants) * len(sweep.seeds)
     for job in jobs:
         data = job.experiment.data
-        assert (data.options["alphabet"], data.held_out) == ("test", 0.0)
-        classes = data.init_cls + data.increment * ((data.tasks or 0) - 1)
-        assert classes == 40
+        assert is_held_out(job.experiment, "test", 0.0)
+        if data.name == "glyphs":
+            assert data.init_cls + data.increment * ((data.tasks or 0) - 1) == 40
     methods = (sweep.groups or {})["methods"]
     assert set(methods) == {*protocol.METHODS, "frozen"}
 
