@@ -91,6 +91,7 @@ class Stream(NamedTuple):
 
 
 CHOOSE, TEST = "choose", "test"
+CANDIDATE = "candidate"  # a stream that is not in the comparison, or not yet
 STREAMS = {
     "glyphs": Stream(
         "the glyphs",
@@ -190,7 +191,8 @@ def read_trials(
     """
     trials: Trials = {}
     for run in find_runs(sources).runs if sources else []:
-        _require(run.experiment, stream, CHOOSE, run.name)
+        if stream != CANDIDATE:
+            _require(run.experiment, stream, CHOOSE, run.name)
         if run.seed not in seeds:
             continue
         by_rate = trials.setdefault(run.experiment.method.name, {})
@@ -456,7 +458,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("what", choices=["choose", "rates", "test", "contrasts"])
     parser.add_argument("records", nargs="*", type=Path, help="the trials: a bundle or folders")
     parser.add_argument("--tests", nargs="+", type=Path, default=[], help="of contrasts: the test")
-    parser.add_argument("--stream", default=WHOLE, choices=list(STREAMS))
+    parser.add_argument("--stream", default=WHOLE, choices=[*STREAMS, CANDIDATE])
     parser.add_argument("--diverged", nargs="+", default=[], metavar="TRIAL", help="counts as 0")
     parser.add_argument(
         "--diverged-tests", nargs="+", default=[], metavar="RUN", help="of contrasts: counts as 0"
@@ -468,6 +470,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"{given.what} needs the records of the trials")
     if (given.what == "contrasts") != bool(given.tests):
         parser.error("--tests names the runs of the test, for contrasts only")
+    if given.stream == CANDIDATE and given.what != "rates":
+        parser.error(f"--stream {CANDIDATE} is for rates only, of runs that ask for room")
     if given.diverged_tests and not given.tests:
         parser.error("--diverged-tests names runs of --tests")
     if given.what != "rates" and (given.readout, given.seeds) != (READOUT, CHOOSING_SEEDS):
