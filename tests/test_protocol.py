@@ -113,6 +113,19 @@ def test_the_page_shows_the_first_trials() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "room"),
+    [("caltech101-dinov2", True), ("tiny-imagenet", False), ("tiny-imagenet-drawn", False)],
+)
+def test_the_page_shows_the_room_of_photographs(name: str, room: bool) -> None:
+    path = ROOT / "docs" / "records" / f"{name}-room.jsonl"
+    recorded = protocol.read_trials([path], protocol.CANDIDATE, "alignment")
+    assert protocol.rate_table(recorded) in page()
+    best = max(last for seeds in recorded["joint"].values() for last in seeds.values())
+    assert (best >= recorded["frozen"][protocol.ONLY_RATE][11] + 5) == room
+    assert (name in protocol.STREAMS) == room
+
+
+@pytest.mark.parametrize(
     ("stream", "record"), [("glyphs", "glyphs-240-room"), ("glyphs-60", "glyphs-room")]
 )
 def test_a_stream_has_room(stream: str, record: str) -> None:
