@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from commands import says
 from run_contents import contents
-from small_runs import flags, tiny
+from small_runs import READOUTS, flags, tiny
 
 from training import cli
 from training.config import load_experiment, read_experiment, resolved, run_options, setting_choices
@@ -238,7 +238,7 @@ def test_an_evaluation_is_drawn_and_written(
 ) -> None:
     figure, out = tmp_path / "c.png", tmp_path / "classes.csv"
     printed = shown("eval", run, "--figure", figure, "--out", out, "--readout", "heads")
-    assert printed.count("as recorded") == 4
+    assert printed.count("as recorded") == len(READOUTS)
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert len(out.read_text("utf-8").splitlines()) == 7
     assert "--overwrite" in refused("eval", run, "--figure", figure)
