@@ -143,7 +143,8 @@ def test_a_fresh_process_gives_the_same_bits(
     keep = [f"--keep.{name}=true" for name in KEPT]
     also = f"--head.also={list(READOUTS[1:])}".replace("'", '"')
     settings = [*flags(tiny(tree(tmp_path_factory), tmp_path / "run")), also, *keep]
-    settings += ["--head.alignment.epochs=1", "--head.ridge.features=32"]
+    aligned = [f"--head.{name}.epochs=1" for name in ("alignment", "compensated")]
+    settings += [*aligned, "--head.ridge.features=32"]
     # The order of sets and the like differs from one of these seeds to another.
     environment = {**os.environ, "PYTHONHASHSEED": str(hash_seed), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "training.cli", "train", f"--data.workers={workers}"]
