@@ -79,7 +79,7 @@ def test_nothing_is_overwritten_and_a_run_that_fails_leaves_nothing_that_looks_w
     (photos / "train" / "beacon" / "99.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"99\.png"):
         renditions.write(photos, out)
-    assert not out.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
     (photos / "train" / "beacon" / "99.png").unlink()
     assert renditions.write(photos, out) == 24
     Image.new("RGB", (32, 32)).save(photos / "train" / "altar" / "00.jpg")

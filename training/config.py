@@ -680,11 +680,11 @@ def _default_sources(sources: Sequence[_Source]) -> list[_FileSettings]:
         return []
     named = {**dict(*_folder_source(sources)), **_chosen_on(given)}
     if named.get("data.name") == "folder":
-        photos = _FileSettings(_flat(read_yaml(path := CONFIGS / PHOTOS)), path)
+        (photos,) = _file_sources(CONFIGS / PHOTOS)
         if named.get("backbone.name", photos["backbone.name"]) != photos["backbone.name"]:
             del photos["train.lr"]
         return [photos]
-    default = _FileSettings(_flat(read_yaml(path := resolve_config(DEFAULT))), path)
+    (default,) = _file_sources(resolve_config(DEFAULT))
     chosen = ("data.name", "backbone.name")
     return [default] if all(named.get(key, default[key]) == default[key] for key in chosen) else []
 

@@ -7,9 +7,9 @@ photographs has seen nothing like them.
 """
 
 import argparse
-import shutil
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from zlib import crc32
 
 import numpy as np
@@ -75,17 +75,18 @@ def write(photos: Path, out: Path) -> int:
     if out.exists():
         msg = f"{out} exists: give the name of a new folder."
         raise FileExistsError(msg)
-    part = out.with_name(out.name + ".part")  # what was cut off does not look finished
-    shutil.rmtree(part, ignore_errors=True)
-    for path in paths:
-        name = path.relative_to(photos)
-        place = (part / name).with_suffix(".png")
-        if place.exists():
-            msg = f"{name} would be written to the place of another image: give it another name."
-            raise FileExistsError(msg)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        style(name.as_posix())(decode(path).convert("RGB")).save(place)
-    part.rename(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+        part = Path(temporary, "drawings")  # what is cut off does not look finished
+        for path in paths:
+            name = path.relative_to(photos)
+            place = (part / name).with_suffix(".png")
+            if place.exists():
+                msg = f"{name} would be written to the place of another image: rename one of them."
+                raise FileExistsError(msg)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            style(name.as_posix())(decode(path).convert("RGB")).save(place)
+        part.rename(out)
     return len(paths)
 
 
