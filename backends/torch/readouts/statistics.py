@@ -378,12 +378,14 @@ class CompensatedStatistics(ClassStatistics):
             change = rows.mT @ (after - place - rows)
             move = move + torch.linalg.solve(gram + ridge * move, change)
         mean = self.mean.to(move.device).double()
-        covariance = self.covariance.to(move.device).double()
         self.mean = (place + (mean - centre) @ move).to(self.dtype)
-        # One class at a time, as elsewhere: in float64 all of them may be large.
-        for number, own in enumerate(covariance):
-            covariance[number] = move.mT @ own @ move
-        self.covariance = covariance.to(self.dtype)
+        # One class at a time: in float64 all of them may be large.
+        self.covariance = torch.stack(
+            [
+                (move.mT @ own.to(move.device).double() @ move).to(self.dtype)
+                for own in self.covariance
+            ]
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Counts, means and covariances, and the features from before the open task."""
