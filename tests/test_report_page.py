@@ -181,3 +181,17 @@ def test_only_what_a_report_wrote_is_replaced(tmp_path: Path) -> None:
     (out / "manifest.json").unlink()
     with pytest.raises(FileExistsError, match=r"report\.html"):
         write_report(report, out, overwrite=True)
+
+
+def test_a_report_on_some_of_the_methods_is_the_report_on_their_runs(tmp_path: Path) -> None:
+    joint = MethodConfig("joint")
+    other = BackboneConfig("cifar_vit")
+    chosen = [fake_run(tmp_path / "loda", seed=1), fake_run(tmp_path / "frozen", method=FROZEN)]
+    chosen.append(fake_run(tmp_path / "elsewhere", seed=1, method=FROZEN, backbone=other))
+    left_out = fake_run(tmp_path / "joint", ((99, 99),), seed=1, method=joint)
+    some = Report.over([*chosen, left_out], only=["loda", "frozen"])
+    assert some.markdown() == Report.over(chosen).markdown()
+    assert [run.path.name for run in some.inventory.runs] == ["loda", "frozen", "elsewhere"]
+    for option in ({"only": ["joined"]}, {"only": ["loda"], "baseline": "joint"}):
+        with pytest.raises(ValueError, match=r"must be one of loda"):
+            Report.over([*chosen, left_out], **option)

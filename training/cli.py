@@ -632,6 +632,7 @@ def _export(arguments: argparse.Namespace) -> None:
     _arg(
         "--figure", type=Path, metavar="FILE", help="draw accuracy over tasks; .png, .svg or .pdf"
     ),
+    _arg("--only", nargs="+", default=[], metavar="NAME", help="only these methods"),
     _arg("--lead-of", metavar="NAME", help="show by how much this method leads (default: loda)"),
     _arg("--baseline", metavar="NAME", help="draw accuracies relative to this method"),
 )
@@ -641,7 +642,12 @@ def _report(arguments: argparse.Namespace) -> None:
 
     if arguments.figure is not None:
         require_new(arguments.figure, overwrite=arguments.overwrite)
-    report = Report.over(arguments.runs, lead_of=arguments.lead_of, baseline=arguments.baseline)
+    report = Report.over(
+        arguments.runs,
+        only=arguments.only,
+        lead_of=arguments.lead_of,
+        baseline=arguments.baseline,
+    )
     if arguments.out is None:
         _print(*report.markdown().rstrip("\n").split("\n"))
     else:

@@ -401,7 +401,8 @@ def line_style(number: int) -> dict[str, Any]:
     ('s', '--')
     """
     return {
-        "color": _COLOURS[number % len(_COLOURS)],
+        # Shifted by one a round: equal dashes would come back with the colour otherwise.
+        "color": _COLOURS[(number + number // len(_COLOURS)) % len(_COLOURS)],
         "marker": _MARKERS[number % len(_MARKERS)],
         "ls": _DASHES[number % len(_DASHES)],
         "ms": 4 if number else 6,
@@ -450,7 +451,9 @@ def _show_numbers(axis: "Axis") -> None:
     """Plain numbers beside the ticks of a logarithmic axis."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = sorted(axis.get_view_interval())
+    # Three numbers a decade would run into each other over more than three decades.
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 

@@ -57,10 +57,20 @@ class Report(NamedTuple):
         cls,
         sources: Sequence[str | Path],
         *,
+        only: Sequence[str] = (),
         lead_of: str | None = None,
         baseline: str | None = None,
     ) -> "Report":
         """Read the runs in folders and bundles, as :func:`find_runs` takes them.
+
+        Parameters
+        ----------
+        sources
+            Folders and bundles.
+        only
+            Labels of the groups that are reported; by default all.
+        lead_of, baseline
+            Labels, as in the attributes.
 
         Raises
         ------
@@ -71,11 +81,16 @@ class Report(NamedTuple):
         """
         inventory = find_runs(sources)
         sections = by_section(inventory.runs)
-        labels = sections[0].styles
-        for option, label in (("lead-of", lead_of), ("baseline", baseline)):
+        given = [("only", label) for label in only]
+        for option, label in (*given, ("lead-of", lead_of), ("baseline", baseline)):
+            labels = sections[0].styles if option == "only" or not only else only
             if label is not None and label not in labels:
                 msg = f"--{option} must be one of {', '.join(labels)}, got {label}"
                 raise ValueError(msg)
+        if only:
+            kept = [id(run) for s in sections for label in only for run in s.groups.get(label, ())]
+            inventory = inventory._replace(runs=[r for r in inventory.runs if id(r) in kept])
+            sections = by_section(inventory.runs)
         return cls(inventory, sections, lead_of, baseline)
 
     def notes(self) -> list[str]:

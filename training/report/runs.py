@@ -75,7 +75,7 @@ _PLACES = ("data.root", "data.dataset", "data.download", "backbone.weights")
 # this package is for: it has the strongest one.
 _STYLES = {
     "loda": 0, "inflora": 1, "sd_lora": 3, "o_lora": 4, "null_lora": 5, "seq_lora": 2,
-    "first_task": 12, "frozen": 7, "ncm": 15, "ranpac_frozen": 14, "joint": 6,
+    "first_task": 15, "frozen": 7, "ncm": 14, "ranpac_frozen": 13, "joint": 6,
 }  # fmt: skip
 
 _TIMES, _MEMORY = ("seconds", "training_seconds"), ("memory_mib", "gpu_memory_mib")
