@@ -684,7 +684,7 @@ def _default_sources(sources: Sequence[_Source]) -> list[_FileSettings]:
         if named.get("backbone.name", photos["backbone.name"]) != photos["backbone.name"]:
             del photos["train.lr"]
         return [photos]
-    (default,) = _file_sources(resolve_config(DEFAULT))
+    (default,) = _file_sources(CONFIGS / f"{DEFAULT}.yaml")
     chosen = ("data.name", "backbone.name")
     return [default] if all(named.get(key, default[key]) == default[key] for key in chosen) else []
 

@@ -32,6 +32,7 @@ from backends.torch.readouts import CosineHeads, Readouts, class_mean_start
 from training import overview
 from training.backbones import Backbone, build_backbone, check_fits
 from training.backbones.checks import check_features, check_target
+from training.backbones.conv_vit import ConvStem
 from training.calibration import calibrate
 from training.checkpoint import Checkpoint, Checkpoints, StopSignals, write_final_state
 from training.config import (
@@ -57,6 +58,7 @@ from training.data import (
     verify_data,
 )
 from training.data.datasets import some
+from training.data.images import TokenSet, fits_cache
 from training.distributed import Processes, Share, launched_processes, make_accelerator
 from training.logging import Progress, peak_memory, require_tracker, reset_peak, start_tracker
 from training.loss import cosface
@@ -498,33 +500,21 @@ def learn_task(run: Run, task: int, progress: Progress) -> None:
     experiment, state = run.experiment, run.state
     reset_peak(run.accelerator.device)
     clock = time.perf_counter()
-    # The method's own passes over the images: one before training, as many as it needs at the end.
-    method_batches = loader(
-        _training_images(run, task),
-        experiment.train.eval_batch_size,
-        shuffle=True,
-        seed=derive(experiment.seed, task, "moments"),
-        workers=experiment.data.workers,
-        share=run.processes,
-        device=run.accelerator.device,
-    )
-    # Each pass draws new augmentations, so a resumed task counts on from the passes already made.
-    method_batches.order.start_at(state.passes, 0)
+    images = _training_images(run, task)
 
     position = state.open
     if position is None:
         weights = weights_of(state.model)
         if state.readouts.compensates and task:  # before the method can change anything
-            state.readouts.begin_task(
-                _features(run, run.stream.train.subset(run.stream.tasks[task]))[0]
-            )
-        state.method.begin_task(method_batches)  # LoDA: second moments, then the two subspaces
-        state.passes = method_batches.order.epoch
+            state.readouts.begin_task(_features(run, images)[0])
+        batches = _method_batches(run, task, images)
+        state.method.begin_task(batches)  # LoDA: second moments, then the two subspaces
+        state.passes = batches.order.epoch
         _copy_weights_from_first(run)
-        features = add_head(run, task)
+        features = add_head(run, task, images)
         position = state.open = open_task(run, task)
         if trained := state.method.parameters():
-            compared = compared_features(run, task, features)
+            compared = compared_features(run, images, features)
             position.before = Before.opened(weights, state.model, trained, compared)
         progress.say_once(_trained_line(run))
         position.spent("begin", clock)
@@ -532,21 +522,21 @@ def learn_task(run: Run, task: int, progress: Progress) -> None:
     # Drop-out draws from torch's global generators: seeded here for the task. If the task was
     # resumed, `train_epochs` restores their saved states; it also seeds the processes apart.
     with seeded(derive(experiment.seed, task, "dropout")):
-        train_epochs(run, task, position, progress)
+        train_epochs(run, task, images, position, progress)
     clock = time.perf_counter()
 
     # LoDA: recalibrate, merge, remember the moments
-    learned = state.method.end_task(method_batches)
+    learned = state.method.end_task(_method_batches(run, task, images))
     _copy_weights_from_first(run)
     clock = position.spent("end", clock)
 
-    fitted = fit_readouts(run, task)
+    fitted = fit_readouts(run, task, images)
     clock = position.spent("readouts", clock)
 
     tested = evaluate(run, task)
     update = None
     if position.before is not None:
-        compared = compared_features(run, task, fitted[0] if fitted else None)
+        compared = compared_features(run, images, fitted[0] if fitted else None)
         classifier = state.readouts.classifiers[state.readouts.primary]
         update = position.before.compare(state.model, compared, classifier)
     position.spent("evaluate", clock)
@@ -602,15 +592,15 @@ def record_task(
     run.accelerator.log(tracked, step=(task + 1) * max(run.experiment.train.epochs, 1))
 
 
-def add_head(run: Run, task: int) -> Tensor | None:
+def add_head(run: Run, task: int, images: ImageSet) -> Tensor | None:
     """Add a head for the task, initialised as configured and identical in all processes.
 
-    Returns the features of the task's training images if they were needed for that.
+    Returns the features of the task's training images, ``images``, if they were needed for that.
     """
     classes = run.stream.tasks[task]
     features = start = None
     if run.experiment.head.start == "class_mean":
-        features, labels = _features(run, run.stream.train.subset(classes))
+        features, labels = _features(run, images)
         means = [features[(labels == label).to(features.device)].mean(dim=0) for label in classes]
         start = class_mean_start(torch.stack(means))
     generator = torch.Generator().manual_seed(derive(run.experiment.seed, task, "head"))
@@ -621,9 +611,42 @@ def add_head(run: Run, task: int) -> Tensor | None:
 
 
 def _training_images(run: Run, task: int) -> ImageSet:
-    """The task's training images, augmented."""
-    images = run.stream.train.subset(run.stream.tasks[task])
-    return images.with_transform(train_transform(run.experiment.data))
+    """The task's training images; as tokens if every pass would compute the same ones.
+
+    A stem of convolutions takes half the time of a pass through the packaged transformers, and
+    has no layer that a packaged method could adapt.
+    """
+    images, experiment = run.stream.train.subset(run.stream.tasks[task]), run.experiment
+    data, method = experiment.data, experiment.method
+    stem = getattr(run.state.model, "patch_embed", None)
+    if not (
+        isinstance(stem, ConvStem)
+        and method.registry.is_packaged(method.name)
+        and not data.images.augments
+        # Under mixed precision training and evaluation cast, and a method's own passes do not.
+        and experiment.precision == "no"
+        and fits_cache(data, len(images) * stem.token_bytes)
+    ):
+        return images
+    batches = evaluation_batches(images, experiment, run.accelerator.device)
+    tokens, labels = extract_features(stem, batches, run.accelerator)
+    return TokenSet.of(tokens.cpu(), labels)
+
+
+def _method_batches(run: Run, task: int, images: ImageSet) -> Batches:
+    """The images of a task for the method's own passes: one before training, some at the end."""
+    batches = loader(
+        images.with_transform(train_transform(run.experiment.data)),
+        run.experiment.train.eval_batch_size,
+        shuffle=True,
+        seed=derive(run.experiment.seed, task, "moments"),
+        workers=run.experiment.data.workers,
+        share=run.processes,
+        device=run.accelerator.device,
+    )
+    # Each pass draws new augmentations: those at the end count on from the ones already made.
+    batches.order.start_at(run.state.passes, 0)
+    return batches
 
 
 def _copy_weights_from_first(run: Run) -> None:
@@ -681,7 +704,9 @@ def learning_rate(config: TrainConfig, epoch: int) -> float:
     return float(config.lr * (1 + np.cos(np.pi * epoch / config.epochs)) / 2)
 
 
-def train_epochs(run: Run, task: int, position: OpenTask, progress: Progress) -> None:
+def train_epochs(
+    run: Run, task: int, images: ImageSet, position: OpenTask, progress: Progress
+) -> None:
     """Train the method's tensors and the task's head, from the position of the open task on.
 
     Raises
@@ -692,7 +717,7 @@ def train_epochs(run: Run, task: int, position: OpenTask, progress: Progress) ->
     experiment, config, state = run.experiment, run.experiment.train, run.state
     clock = time.perf_counter()
     batches = loader(
-        _training_images(run, task),
+        images.with_transform(train_transform(experiment.data)),
         config.batch_size,
         shuffle=True,
         seed=derive(experiment.seed, task, "batches"),
@@ -724,12 +749,12 @@ def train_epochs(run: Run, task: int, position: OpenTask, progress: Progress) ->
         _training_mode(state.model)
         for _ in range(len(batches) - position.batch):
             clock = position.spent("train", clock)
-            images, labels = _next_batch(run, loading)
+            inputs, labels = _next_batch(run, loading)
             clock = position.spent("load", clock)
             targets = labels - first_class
             step_meter = Meter()
             step = state.method.step(
-                _rows_loss(run, forward, images, targets, step_meter),
+                _rows_loss(run, forward, inputs, targets, step_meter),
                 targets,
                 position.optimizer,
                 generator=position.generator,
@@ -758,13 +783,13 @@ def train_epochs(run: Run, task: int, position: OpenTask, progress: Progress) ->
 def _rows_loss(
     run: Run,
     forward: Callable[[Tensor], Tensor],
-    images: Tensor,
+    inputs: Tensor,
     targets: Tensor,
     step_meter: Meter,
 ) -> RowsLoss:
     """The mean loss over rows of a mini-batch, or the part of it that this process holds.
 
-    ``images`` are those of the process, ``targets`` of the whole mini-batch.
+    ``inputs`` are those of the process, ``targets`` of the whole mini-batch.
     """
     accelerator, head, config = run.accelerator, run.state.heads.current, run.experiment.head
     start, stop = run.processes.bounds(len(targets))
@@ -779,7 +804,7 @@ def _rows_loss(
             return 0 * head.weight.sum()
         with accelerator.autocast():
             local_index = (local_rows - start).to(accelerator.device, non_blocking=True)
-            features = forward(images[local_index])
+            features = forward(inputs[local_index])
         cosines = head(features.float())
         local_targets = targets[local_rows].to(accelerator.device, non_blocking=True)
         step_meter.count(cosines, local_targets)
@@ -867,7 +892,7 @@ def take_known_images(run: Run, tasks: int, progress: Progress) -> None:
             save_between_tasks(run)
 
 
-def fit_readouts(run: Run, task: int) -> tuple[Tensor, Tensor] | None:
+def fit_readouts(run: Run, task: int, images: ImageSet) -> tuple[Tensor, Tensor] | None:
     """Fit the read-outs to all classes; features of old classes are never computed again.
 
     Returns features and labels of the task's training images, if anything needs them.
@@ -876,7 +901,7 @@ def fit_readouts(run: Run, task: int) -> tuple[Tensor, Tensor] | None:
     calibrated = any(readout.likelihoods for readout in state.readouts.readouts.values())
     gathered = None
     if state.readouts.statistics or (calibrated and task + 1 == len(run.stream.tasks)):
-        gathered = _features(run, run.stream.train.subset(classes))
+        gathered = _features(run, images)
         state.readouts.add_task(*gathered, len(classes))
     _fit(run, task)
     return gathered
@@ -887,12 +912,11 @@ def _fit(run: Run, task: int) -> None:
     state.readouts.fit(state.heads.weight(), derive(run.experiment.seed, task, "alignment"))
 
 
-def compared_features(run: Run, task: int, features: Tensor | None) -> Tensor:
+def compared_features(run: Run, images: ImageSet, features: Tensor | None) -> Tensor:
     """Features of the training images by which a task's update is judged, see `Update`.
 
     They are taken from those of all training images of the task where these are known.
     """
-    images = run.stream.train.subset(run.stream.tasks[task])
     chosen = sample(len(images))
     if features is not None:
         return features[chosen]

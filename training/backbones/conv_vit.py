@@ -51,7 +51,10 @@ class Residual(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """Images (N, C, S, S) to tokens (N, S * S / 64, D), in place of timm's PatchEmbed."""
+    """Images (N, C, S, S) to tokens (N, S * S / 64, D), in place of timm's PatchEmbed.
+
+    Tokens that it made before pass as they are, so that images need not be seen twice.
+    """
 
     def __init__(
         self,
@@ -73,6 +76,7 @@ class ConvStem(nn.Module):
             raise ValueError(msg)
         self.img_size = (img_size, img_size)
         self.num_patches = (img_size // STRIDE) ** 2
+        self.token_bytes = 4 * self.num_patches * embed_dim  # of an image, in float32
         low, high = widths
         self.layers = nn.Sequential(
             Conv(in_chans, low, kernel=4, stride=2, folded=folded),
@@ -86,6 +90,8 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the tokens, row by row."""
+        if x.ndim == 3:
+            return x
         y: Tensor = self.layers(x)
         return y.flatten(2).transpose(1, 2)
 

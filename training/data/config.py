@@ -48,6 +48,11 @@ class ImageSettings:
     mean: float | tuple[float, ...]
     std: float | tuple[float, ...]
 
+    @property
+    def augments(self) -> bool:
+        """Whether training images are cropped or mirrored at random."""
+        return self.train_crop != "none" or self.flip
+
 
 @dataclass
 class DataConfig(Component):
@@ -122,8 +127,9 @@ class DataConfig(Component):
         Divides pixels after the mean is subtracted, one number or one a channel; auto is the
         backbone's own.
     cache
-        Keep decoded images in memory. By default they are kept if resize is set and they take less
-        than 1 GB.
+        Keep decoded images in memory, and the tokens that a stem of convolutions makes of those
+        of a task, if they are not augmented. By default each is kept if it takes less than 1 GB,
+        images only if resize is set.
     workers
         Processes that load images; 0 loads them in the main process. Results do not depend on it.
     verify

@@ -26,7 +26,7 @@ from torchvision.transforms.v2.functional import (
 
 from training.data.config import DataConfig, ImageSettings
 from training.data.image_files import UnreadableImageError, decode, opened, reading, upright
-from training.data.transforms import Transform, tensor_filter
+from training.data.transforms import Transform, Unchanged, tensor_filter
 from training.distributed import usable_cpus
 
 CACHE_BYTES = 1_000_000_000
@@ -253,8 +253,36 @@ class JoinedImages:
         return number, index - (self._ends[number - 1] if number else 0)
 
 
-Images = ArrayImages | LazyImages | JoinedImages
-"""Images by position: uint8, or float in [0, 1], of shape (C, H, W)."""
+class TokenImages:
+    """Images as the tokens (T, D) that a stem made of them.
+
+    Parameters
+    ----------
+    tokens
+        float32 of shape (N, T, D).
+    """
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.tokens[index]
+
+    def digests(self, indices: Sequence[int]) -> list[str]:
+        """An empty list: the images themselves are not here."""
+        del indices
+        return []
+
+    def files(self) -> list[Path]:
+        """An empty list, too."""
+        return []
+
+
+Images = ArrayImages | LazyImages | JoinedImages | TokenImages
+"""Images by position: uint8, or float in [0, 1], of shape (C, H, W); or tokens (T, D)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -339,6 +367,20 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
     def with_transform(self, transform: Transform | None) -> "ImageSet":
         """The same images under another transform."""
         return replace(self, transform=transform)
+
+
+class TokenSet(ImageSet):
+    """A set of images as tokens, which no transform changes."""
+
+    @classmethod
+    def of(cls, tokens: Tensor, labels: Tensor) -> "TokenSet":
+        """A set of tokens (N, T, D) with labels (N,)."""
+        return cls(TokenImages(tokens), torch.arange(len(tokens)), labels, Unchanged())
+
+    def with_transform(self, transform: Transform | None) -> "TokenSet":
+        """The set itself."""
+        del transform
+        return self
 
 
 def joined(parts: Sequence[ImageSet]) -> ImageSet:
@@ -460,7 +502,10 @@ def _squared(picture: _Picture, images: ImageSettings) -> _Picture:
 def _keeps(config: DataConfig, count: int, value_bytes: int) -> bool:
     """Whether this many decoded and resized images are kept in memory."""
     images = config.images
-    if config.cache is not None:
-        return config.cache
     size = count * images.channels * (images.resize or 0) ** 2 * value_bytes
-    return images.resize is not None and size < CACHE_BYTES
+    return fits_cache(config, size if images.resize is not None else None)
+
+
+def fits_cache(config: DataConfig, size: int | None) -> bool:
+    """Whether something of a size in bytes, if it is known, is kept in memory."""
+    return config.cache if config.cache is not None else size is not None and size < CACHE_BYTES

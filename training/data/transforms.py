@@ -98,6 +98,22 @@ class Transform:
         ]
 
 
+class Unchanged(Transform):
+    """Leaves what it is given as it is."""
+
+    def __init__(self) -> None:
+        super().__init__(resized=nn.Identity(), size=0, mean=0, std=1)
+
+    def prepare(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """The input itself, and draws without a meaning."""
+        return image, torch.zeros(3, dtype=torch.int64)
+
+    def finish(self, images: Tensor, draws: Tensor) -> Tensor:
+        """The inputs themselves."""
+        del draws
+        return images
+
+
 def _reflected(places: Tensor, side: int) -> Tensor:
     # 3 2 1 | 0 1 2 3 4 | 3 2 1: the border pixel itself is not repeated.
     places = places.abs()
