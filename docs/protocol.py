@@ -4,6 +4,7 @@
     python docs/protocol.py choose RECORDS                 # the same with the rates that are due
     python docs/protocol.py rates RECORDS                  # the trials as a table, the best in bold
     python docs/protocol.py test RECORDS > training/configs/sweeps/glyphs-test.yaml
+    python docs/protocol.py controls RECORDS --stream caltech101-dinov2   # for three seeds
     python docs/protocol.py contrasts RECORDS --tests TESTS           # what the test shows
 
 RECORDS and TESTS are bundles of the trials and of the test, or their folders. ``--stream`` names
@@ -82,6 +83,11 @@ class Stream(NamedTuple):
         named: Settings = {f"{x}.name": sections[x]["name"] for x in ("data", "backbone")}
         return named | {key: own[key] for key in own if key.startswith("data.")}
 
+    def epochs(self) -> int:
+        """Epochs of a task."""
+        own = read_yaml(resolve_config(self.config))["train"]["epochs"]
+        return int(str(self.settings.get("train.epochs", own)))
+
     def hours(self, runs: list[tuple[str, float]]) -> str:
         """Hours of one processor core for methods and the multiples of their epochs."""
         loda, frozen, other = self.seconds
@@ -90,7 +96,7 @@ class Stream(NamedTuple):
         return f"{len(runs)} runs, about {total / 3600:.0f} hours of one processor core"
 
 
-CHOOSE, TEST = "choose", "test"
+CHOOSE, TEST, CONTROLS = "choose", "test", "controls"
 CANDIDATE = "candidate"  # a stream that is not in the comparison, or not yet
 GLYPHS = Stream(
     "the glyphs",
@@ -118,8 +124,9 @@ STREAMS = {
     ),
 }
 WHOLE = "glyphs"  # the stream with LoDA's parts, the controls and the long tasks
+CONTROL_SEEDS = 3  # of LoDA's parts and the controls on photographs
 
-DOUBLE_EPOCHS: Settings = {"train.epochs": 2 * int(str(STREAMS[WHOLE].settings["train.epochs"]))}
+DOUBLE = "double-epochs"  # ends the names of what is trained for twice the epochs
 LODA_PARTS: dict[str, Settings] = {
     "general-only": {"method.branches": "general"},
     "isolated-only": {"method.branches": "isolated"},
@@ -127,7 +134,7 @@ LODA_PARTS: dict[str, Settings] = {
     "isolated-trace-ratio": {"method.isolated": "trace_ratio"},
     "random-directions": {"method.directions": "random"},
     "look-ahead-of-length-0": {"method.radius": 0.0},
-    "without-look-ahead-double-epochs": {"method.gao": False, **DOUBLE_EPOCHS},
+    f"without-look-ahead-{DOUBLE}": {"method.gao": False},
     "recalibration-none": {"method.recalibration": "none"},
 }
 HEAD = """# {title}
@@ -281,12 +288,14 @@ def number_of_seeds(trials: Trials, chosen: dict[str, float], bounds: tuple[int,
     return bounds[1]
 
 
-def test_sweep(trials: Trials, stream: str) -> str:
-    """The comparison, its controls and the long stream, on the images of results."""
+def results_sweep(trials: Trials, stream: str, part: str = TEST) -> str:
+    """What is run on the images of results.
+
+    The test is the comparison of the methods, on one stream also LoDA's parts, the controls,
+    native settings and the long stream. The controls of another stream are a sweep of their own.
+    """
     chosen = best_rates(trials)
-    count = number_of_seeds(trials, chosen, STREAMS[stream].seeds)
-    seeds = range(FIRST_TEST_SEED, FIRST_TEST_SEED + count)
-    rate = chosen["loda"]
+    rate, epochs = chosen["loda"], 2 * STREAMS[stream].epochs()
     own: dict[str, Settings] = {
         method: {"method.name": method, "train.lr": chosen[method]} for method in METHODS
     }
@@ -298,30 +307,39 @@ def test_sweep(trials: Trials, stream: str) -> str:
     equal: dict[str, Settings] = {}
     for method in (*BASELINES, "joint"):
         equal[f"{method}-aligned"] = {**own[method], "method.gao": True}
-        equal[f"{method}-double-epochs"] = {**own[method], **DOUBLE_EPOCHS}
+        equal[f"{method}-{DOUBLE}"] = own[method]
     long = {"data.init_cls": 2, "data.increment": 2, "data.tasks": 20}
     streams = {f"{m}-20-tasks": {**own[m], **long} for m in (*LONG, ONLY_HEADS)}
     # What a method's authors do not say (the rate of o_lora) is as in the trials.
     native = {f"{m}-native": {"train.lr": chosen.get(m, ONLY_RATE), **_native(m)} for m in NATIVE}
-    groups = {"methods": list(own)}
-    variants: dict[str, Settings] = own
-    if stream == WHOLE:
-        variants = {**own, **parts, **equal, **native, **streams}
-        groups |= {
-            "LoDA's parts": ["loda", *parts],
-            "controls": ["loda", *equal],
-            "native settings": ["loda", *native],
-            "20 tasks": list(streams),
-        }
+    compared = {"loda": own["loda"]}
+    whole = {
+        "methods": own,
+        "LoDA's parts": compared | parts,
+        "controls": compared | equal,
+        "native settings": compared | native,
+        "20 tasks": streams,
+    }
+    names = ["methods"] if part == TEST else ["LoDA's parts", "controls"]
+    groups = {name: whole[name] for name in (whole if (stream, part) == (WHOLE, TEST) else names)}
+    variants = {
+        name: {**settings, **({"train.epochs": epochs} if name.endswith(DOUBLE) else {})}
+        for group in groups.values()
+        for name, settings in group.items()
+    }
+    count = number_of_seeds(trials, chosen, STREAMS[stream].seeds)
+    seeds = range(FIRST_TEST_SEED, FIRST_TEST_SEED + (count if part == TEST else CONTROL_SEEDS))
     runs = []
     for name, settings in variants.items():
-        twice = name.endswith(("-aligned", "-double-epochs", "-native"))
+        twice = name.endswith(("-aligned", f"-{DOUBLE}", "-native"))
         runs.append((str(settings["method.name"]), 2.0 if twice else 1.0))
+    what = "The methods" if part == TEST else "LoDA's parts and the controls"
     title = (
-        f"The methods on images of {STREAMS[stream].title} that no setting was chosen on.\n"
+        f"{what} on images of {STREAMS[stream].title} that no setting was chosen on.\n"
         f"# The rival of the second primary contrast is {rival(trials, chosen)}."
     )
-    return _sweep(stream, TEST, title, seeds, variants, runs * len(seeds), groups)
+    members = {name: list(group) for name, group in groups.items()}
+    return _sweep(stream, part, title, seeds, variants, runs * len(seeds), members)
 
 
 def contrasts(
@@ -450,7 +468,7 @@ def rate_table(trials: Trials) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Print one of the files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("what", choices=["choose", "rates", "test", "contrasts"])
+    parser.add_argument("what", choices=[CHOOSE, "rates", TEST, CONTROLS, "contrasts"])
     parser.add_argument("records", nargs="*", type=Path, help="the trials: a bundle or folders")
     parser.add_argument("--tests", nargs="+", type=Path, default=[], help="of contrasts: the test")
     parser.add_argument("--stream", default=WHOLE, choices=[*STREAMS, CANDIDATE])
@@ -461,7 +479,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--readout", default=READOUT, choices=READOUTS, help="of rates")
     parser.add_argument("--seeds", nargs="+", type=int, default=CHOOSING_SEEDS, help="of rates")
     given = parser.parse_intermixed_args(arguments)
-    if given.what != "choose" and not given.records:
+    if given.what != CHOOSE and not given.records:
         parser.error(f"{given.what} needs the records of the trials")
     if (given.what == "contrasts") != bool(given.tests):
         parser.error("--tests names the runs of the test, for contrasts only")
@@ -476,9 +494,10 @@ def main(arguments: list[str] | None = None) -> None:
             given.records, given.stream, given.readout, given.diverged, given.seeds
         )
         text = {
-            "choose": lambda: choosing_sweep(given.stream, trials),
+            CHOOSE: lambda: choosing_sweep(given.stream, trials),
             "rates": lambda: rate_table(trials),
-            "test": lambda: test_sweep(trials, given.stream),
+            TEST: lambda: results_sweep(trials, given.stream),
+            CONTROLS: lambda: results_sweep(trials, given.stream, CONTROLS),
             "contrasts": lambda: contrasts(trials, given.tests, given.stream, given.diverged_tests),
         }[given.what]()
     except (ValueError, OSError) as error:

@@ -189,12 +189,13 @@ def test_the_number_of_seeds_grows_with_the_spread_of_the_leads() -> None:
     assert protocol.number_of_seeds(calm, chosen, bounds) == 20
 
 
+@pytest.mark.parametrize("part", [protocol.TEST, protocol.CONTROLS])
 @pytest.mark.parametrize("stream", protocol.STREAMS)
 def test_the_test_sweep_is_on_the_other_alphabet_and_other_seeds(
-    stream: str, tmp_path: Path
+    stream: str, part: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "glyphs-test.yaml"
-    path.write_text(protocol.test_sweep(trials(), stream), encoding="utf-8")
+    path.write_text(protocol.results_sweep(trials(), stream, part), encoding="utf-8")
     assert "is inflora" in path.read_text(encoding="utf-8")
     sweep = read_sweep(str(path))
     assert not set(sweep.seeds) & set(protocol.CHOOSING_SEEDS)
@@ -205,8 +206,16 @@ def test_the_test_sweep_is_on_the_other_alphabet_and_other_seeds(
         assert is_held_out(job.experiment, "test", 0.0)
         if data.name == "glyphs":
             assert data.init_cls + data.increment * ((data.tasks or 0) - 1) == 40
-    methods = (sweep.groups or {})["methods"]
-    assert set(methods) == {*protocol.METHODS, "frozen"}
+        if job.folder.parent.name.endswith("double-epochs"):
+            assert job.experiment.train.epochs == 2 * protocol.STREAMS[stream].epochs()
+    groups = sweep.groups or {}
+    if part == protocol.TEST:
+        assert set(groups["methods"]) == {*protocol.METHODS, "frozen"}
+        assert (len(groups) > 1) == (stream == protocol.WHOLE)
+    else:
+        assert len(sweep.seeds) == 3
+        assert set(groups["LoDA's parts"]) == {"loda", *protocol.LODA_PARTS}
+        assert "joint-aligned" in groups["controls"]
 
 
 def test_the_contrasts_are_paired_and_hold_together(tmp_path: Path) -> None:
