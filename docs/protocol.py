@@ -26,7 +26,7 @@ from scipy.stats import t as student
 
 from training.config import Experiment, flat_settings
 from training.report.runs import find_runs, load
-from training.report.tables import differences, intervals
+from training.report.tables import differences, intervals, lead_texts
 from training.yaml_files import read_yaml, resolve_config
 
 READOUTS = ("compensated", "alignment", "heads", "nearest_mean", "ridge")  # all on one training
@@ -398,9 +398,8 @@ def _with_diverged(runs: DataFrame, names: Sequence[str]) -> DataFrame:
 def _contrast_table(title: str, table: DataFrame) -> str:
     found = intervals(table, confidence=1 - 0.05 / max(1, table.shape[1]))
     lines = [f"#### {title}", "", "| over | lead, points | seeds |", "|---|---:|---:|"]
-    for name, row in found.iterrows():
-        bounds = f"[{row['low']:+.2f}, {row['high']:+.2f}]"
-        lines.append(f"| {name} | {row['lead']:+.2f} {bounds} | {row['pairs']:.0f} |")
+    for name, text, pairs in zip(found.index, lead_texts(found), found["pairs"], strict=True):
+        lines.append(f"| {name} | {text} | {pairs:.0f} |")
     return "\n".join(lines)
 
 
