@@ -241,7 +241,7 @@ def test_the_contrasts_are_paired_and_hold_together(tmp_path: Path) -> None:
     primary = printed.partition("\n\n#### ")[0]
     # Differences 10, 8, 12: mean 10, s = 2, and t of two degrees of freedom at 98.75 % is 6.2053.
     half = 6.2053 * 2 / 3**0.5
-    assert f"| frozen | +10.00 [−{half - 10:.2f}, +{10 + half:.2f}] | 3 |" in primary
+    assert f"| frozen | +10.00 [{10 - half:+.2f}, {10 + half:+.2f}] | 3 |" in primary
     assert "| inflora | +0.67 [" in primary
     other = trials()
     other["o_lora"][0.18] = {11: 90.0, 12: 90.0}
