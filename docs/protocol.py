@@ -105,7 +105,7 @@ GLYPHS = Stream(
     {"data.alphabet": CHOOSE},
     {"data.alphabet": TEST},
     seeds=(10, 20),
-    seconds=(250.0, 90.0, 140.0),
+    seconds=(140.0, 60.0, 75.0),
 )
 STREAMS = {
     "glyphs": GLYPHS,
