@@ -173,6 +173,8 @@ def test_other_data_or_backbones_start_from_the_defaults_of_the_settings() -> No
         experiment_of({"data": {"init_cls": 2, "increment": 2}})
     )
     assert load_experiment(["--backbone=glyphs"]) == Experiment()
+    for argv in (["--method=seq_lora"], ["--data.root=x", "--method=seq_lora"]):
+        assert load_experiment(argv).train.lr == Experiment().train.lr  # others are LoDA's
     photos = load_experiment(["--data=folder", "--data.root=x"])
     assert (photos.backbone.name, photos.train.epochs) == ("cifar_vit", 12)
     larger = load_experiment(["--data.root=x", "--backbone=vit_small_patch16_224.augreg_in21k"])
@@ -346,7 +348,7 @@ def test_print_config_is_a_configuration(
 
 def test_help_explains_every_setting() -> None:
     shown = " ".join(str(requested_help(["--help", "all"])).split())
-    for name in flat_settings(Experiment()):
+    for name in flat_settings(load_experiment([])):
         short = name.removesuffix(".name")  # --method chooses method.name
         assert f"--{name} " in shown or f"--{short} " in shown
     assert "Weight γ of the new task against the old ones" in shown

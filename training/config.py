@@ -671,22 +671,22 @@ def _is_number(text: str) -> bool:
 def _default_sources(sources: Sequence[_Source]) -> list[_FileSettings]:
     """The default experiment, for a command line without a configuration.
 
-    Its settings, such as the learning rate, suit its own data and backbone. Whoever names others
-    starts from the defaults of the settings. A folder of photos has a configuration of its own,
-    whose learning rate is for its own backbone only.
+    Its settings suit its own data and backbone. Whoever names others starts from the defaults of
+    the settings. A folder of photos has a configuration of its own. The learning rate of either
+    was chosen for its own backbone and method: another one has the default.
     """
     *configs, given = sources
     if configs or not isinstance(given, list):
         return []
     named = {**dict(*_folder_source(sources)), **_chosen_on(given)}
-    if named.get("data.name") == "folder":
-        (photos,) = _file_sources(CONFIGS / PHOTOS)
-        if named.get("backbone.name", photos["backbone.name"]) != photos["backbone.name"]:
-            del photos["train.lr"]
-        return [photos]
-    (default,) = _file_sources(CONFIGS / f"{DEFAULT}.yaml")
-    chosen = ("data.name", "backbone.name")
-    return [default] if all(named.get(key, default[key]) == default[key] for key in chosen) else []
+    photos = named.get("data.name") == "folder"
+    (default,) = _file_sources(CONFIGS / (PHOTOS if photos else f"{DEFAULT}.yaml"))
+    changed = {key for key, value in named.items() if value != default.get(key, value)}
+    if not photos and changed & {"data.name", "backbone.name"}:
+        return []
+    if changed & {"backbone.name", "method.name"}:
+        del default["train.lr"]
+    return [default]
 
 
 def _folder_source(sources: Sequence[_Source]) -> list[_Settings]:
