@@ -8,6 +8,7 @@ import protocol
 import pytest
 import yaml
 from fake_runs import fake_run
+from protocol_records import DIVERGED, TRIED, recorded
 
 from training.config import (
     BackboneConfig,
@@ -25,27 +26,6 @@ ROOT = Path(__file__).parents[1]
 GIVEN = {"glyphs": [], "glyphs-60": []} | {
     "caltech101-dinov2": ["--data.root=x", "--backbone.weights=y"]
 }
-
-
-# Trials whose records are there, and those of them that diverged, as the page's commands name them.
-DIVERGED = {
-    "glyphs": [
-        "sd_lora-1.0/seed11",
-        "sd_lora-0.5/seed12",
-        "seq_lora-1.0/seed12",
-        "sd_lora-1.0/seed12",
-    ]
-}
-TRIED = [*DIVERGED]
-
-
-def recorded(stream: str, readout: str = protocol.READOUT) -> protocol.Trials | None:
-    """The trials of a stream, if they have been made."""
-    path = ROOT / "docs" / "records" / f"{stream}-choose.jsonl"
-    if stream not in TRIED:
-        assert not path.exists()
-        return None
-    return protocol.read_trials([path], stream, readout, DIVERGED[stream])
 
 
 def is_held_out(experiment: Experiment, alphabet: str, share: float) -> bool:
