@@ -5,13 +5,17 @@ from functools import cache
 from pathlib import Path
 
 import pandas as pd
+import protocol
 import pytest
+from protocol_records import DIVERGED
+from protocol_records import recorded as trials
 from reference_pages import REPORTS
 
 from training.report import Report, find_runs
 from training.report.runs import Run
 from training.report.tables import (
     Table,
+    accuracy_table,
     lead_texts,
     leads,
     markdown,
@@ -51,6 +55,18 @@ def report() -> Report:
 
 
 @cache
+def glyphs() -> Report:
+    return Report.over(recorded("glyphs-test.jsonl"))
+
+
+@cache
+def contrasts() -> str:
+    decided = trials("glyphs")
+    assert decided is not None
+    return protocol.contrasts(decided, recorded("glyphs-test.jsonl"))
+
+
+@cache
 def runs(name: str) -> list[Run]:
     return find_runs(recorded(name)).runs
 
@@ -82,7 +98,7 @@ def test_intervals_in_the_text_are_those_of_the_report(name: str) -> None:
     tables = "\n".join(line for line in text.splitlines() if line.startswith("|"))
     prose = "\n".join(line for line in text.splitlines() if not line.startswith("|"))
     means: dict[tuple[float, float], set[float]] = {}
-    for cell in CELL.findall(report().markdown() + tables):
+    for cell in CELL.findall(report().markdown() + glyphs().markdown() + contrasts() + tables):
         mean, low, high = map(number, cell)
         means.setdefault((low, high), set()).add(abs(mean))
         means.setdefault((-high, -low), set()).add(abs(mean))  # less, in place of more
@@ -104,6 +120,27 @@ def test_the_page_of_results_shows_how_the_lead_moves_with_the_backbone() -> Non
     ]
     assert moves.header[-1] == "change"
     assert rows(moves) in page("results.md")
+
+
+def test_the_page_of_results_shows_the_test_on_glyphs() -> None:
+    shown = page("results.md")
+    for readout in ("compensated", "alignment"):
+        assert rows(accuracy_table(glyphs().sections[0], readout)) in shown
+    for table in contrasts().split("\n\n")[1::2]:
+        assert table in shown
+    assert " ".join(DIVERGED["glyphs"]) in shown
+
+
+def test_what_the_methods_learn_and_forget_in_the_trials() -> None:
+    (section,) = Report.over(recorded("glyphs-choose.jsonl")).sections
+    means = of_readout(section.measures, "compensated").groupby("group")[["new", "forgetting"]]
+    text = page("results.md").partition("The same runs by")[2].partition("###")[0]
+    numbers = NUMBER.findall(text.replace("0.5 ", " ").replace("0.18", "").replace("0.06", ""))
+    wanted = []
+    for label in ("loda-0.5", "inflora-0.18", "o_lora-0.18", "seq_lora-0.06"):
+        wanted += [f"{value:.1f}" for value in means.mean().loc[label]]
+    wanted += [f"{value:.1f}" for value in reversed(means.mean().loc["null_lora-0.5"].tolist())]
+    assert numbers == wanted
 
 
 def test_what_a_control_changes_of_its_own_method() -> None:

@@ -672,8 +672,8 @@ def _default_sources(sources: Sequence[_Source]) -> list[_FileSettings]:
     """The default experiment, for a command line without a configuration.
 
     Its settings suit its own data and backbone. Whoever names others starts from the defaults of
-    the settings. A folder of photos has a configuration of its own. The learning rate of either
-    was chosen for its own backbone and method: another one has the default.
+    the settings. A folder of photos has a configuration of its own, whose learning rate is for its
+    own backbone only. That of the default experiment is for its own method only.
     """
     *configs, given = sources
     if configs or not isinstance(given, list):
@@ -684,7 +684,7 @@ def _default_sources(sources: Sequence[_Source]) -> list[_FileSettings]:
     changed = {key for key, value in named.items() if value != default.get(key, value)}
     if not photos and changed & {"data.name", "backbone.name"}:
         return []
-    if changed & {"backbone.name", "method.name"}:
+    if ("backbone.name" if photos else "method.name") in changed:
         del default["train.lr"]
     return [default]
 

@@ -24,6 +24,7 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
@@ -618,13 +619,17 @@ def _training_images(run: Run, task: int) -> ImageSet:
     """
     images, experiment = run.stream.train.subset(run.stream.tasks[task]), run.experiment
     data, method = experiment.data, experiment.method
-    stem = getattr(run.state.model, "patch_embed", None)
+    model = run.state.model
+    # A network of somebody else's may do something to images before its stem sees them.
+    stem = model.patch_embed if type(model) is VisionTransformer else None
     if not (
         isinstance(stem, ConvStem)
         and method.registry.is_packaged(method.name)
         and not data.images.augments
-        # Under mixed precision training and evaluation cast, and a method's own passes do not.
+        # Under mixed precision training and evaluation cast, and a method's own passes do not;
+        # a compiled stem may round differently.
         and experiment.precision == "no"
+        and not experiment.train.compile
         and fits_cache(data, len(images) * stem.token_bytes)
     ):
         return images

@@ -29,7 +29,10 @@ HERE = Path(__file__).parent
 GENERATED = HERE / "generated"
 RECORDS = HERE.parent / "records"
 # The reports that the site holds, and what they are made of.
-REPORTS = {"caltech101": ("caltech101.jsonl", "caltech101-cifar_vit.jsonl")}
+REPORTS = {
+    "glyphs": ("glyphs-test.jsonl",),
+    "caltech101": ("caltech101.jsonl", "caltech101-cifar_vit.jsonl"),
+}
 # Packages whose public names are documented: those of their `__all__`.
 PACKAGES = (
     "loda_math",

@@ -81,16 +81,16 @@ class Report(NamedTuple):
         """
         inventory = find_runs(sources)
         sections = by_section(inventory.runs)
-        given = [("only", label) for label in only]
-        for option, label in (*given, ("lead-of", lead_of), ("baseline", baseline)):
-            labels = sections[0].styles if option == "only" or not only else only
-            if label is not None and label not in labels:
-                msg = f"--{option} must be one of {', '.join(labels)}, got {label}"
-                raise ValueError(msg)
+        for label in only:
+            _require_label("only", label, sections)
         if only:
             kept = [id(run) for s in sections for label in only for run in s.groups.get(label, ())]
             inventory = inventory._replace(runs=[r for r in inventory.runs if id(r) in kept])
+            # Labels may be shorter now: they say only in what the groups that are left differ.
             sections = by_section(inventory.runs)
+        for option, chosen in (("lead-of", lead_of), ("baseline", baseline)):
+            if chosen is not None:
+                _require_label(option, chosen, sections)
         return cls(inventory, sections, lead_of, baseline)
 
     def notes(self) -> list[str]:
@@ -127,6 +127,13 @@ class Report(NamedTuple):
                 tables.append(table._replace(title=f"{section.title}: {table.title}"))
         parts = [r"% In the preamble: \usepackage{booktabs}", *map(latex, tables)]
         return "\n\n".join(parts) + "\n"
+
+
+def _require_label(option: str, label: str, sections: Sequence[Section]) -> None:
+    labels = sections[0].styles
+    if label not in labels:
+        msg = f"--{option} must be one of {', '.join(labels)}, got {label}"
+        raise ValueError(msg)
 
 
 def write_report(report: Report, out: Path, *, overwrite: bool = False) -> Path:
