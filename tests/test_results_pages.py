@@ -135,7 +135,7 @@ def test_what_the_methods_learn_and_forget_in_the_trials() -> None:
     (section,) = Report.over(recorded("glyphs-choose.jsonl")).sections
     means = of_readout(section.measures, "compensated").groupby("group")[["new", "forgetting"]]
     text = page("results.md").partition("The same runs by")[2].partition("###")[0]
-    numbers = NUMBER.findall(text.replace("0.5 ", " ").replace("0.18", "").replace("0.06", ""))
+    numbers = NUMBER.findall(re.sub(r"[Aa]t\s0\.\d+", "", text))  # without the rates
     wanted = []
     for label in ("loda-0.5", "inflora-0.18", "o_lora-0.18", "seq_lora-0.06"):
         wanted += [f"{value:.1f}" for value in means.mean().loc[label]]
