@@ -139,7 +139,7 @@ LODA_PARTS: dict[str, Settings] = {
 }
 HEAD = """# {title}
 #
-# Command:  loda sweep {name} --out runs/{name}{given}
+# Command:  loda sweep {name} --out runs/{folder}{given}
 # Time:     {hours}
 #
 # Written by docs/protocol.py; docs/protocol.md says why it is as it is.
@@ -292,7 +292,8 @@ def results_sweep(trials: Trials, stream: str, part: str = TEST) -> str:
     """What is run on the images of results.
 
     The test is the comparison of the methods, on one stream also LoDA's parts, the controls,
-    native settings and the long stream. The controls of another stream are a sweep of their own.
+    native settings and the long stream. On another stream LoDA's parts and the controls are a sweep
+    of their own, for fewer seeds; it goes to the folder of the test, where the methods are done.
     """
     chosen = best_rates(trials)
     rate, epochs = chosen["loda"], 2 * STREAMS[stream].epochs()
@@ -320,7 +321,7 @@ def results_sweep(trials: Trials, stream: str, part: str = TEST) -> str:
         "native settings": compared | native,
         "20 tasks": streams,
     }
-    names = ["methods"] if part == TEST else ["LoDA's parts", "controls"]
+    names = ["methods"] if part == TEST else ["methods", "LoDA's parts", "controls"]
     groups = {name: whole[name] for name in (whole if (stream, part) == (WHOLE, TEST) else names)}
     variants = {
         name: {**settings, **({"train.epochs": epochs} if name.endswith(DOUBLE) else {})}
@@ -331,6 +332,8 @@ def results_sweep(trials: Trials, stream: str, part: str = TEST) -> str:
     seeds = range(FIRST_TEST_SEED, FIRST_TEST_SEED + (count if part == TEST else CONTROL_SEEDS))
     runs = []
     for name, settings in variants.items():
+        if part == CONTROLS and name in own:
+            continue
         twice = name.endswith(("-aligned", f"-{DOUBLE}", "-native"))
         runs.append((str(settings["method.name"]), 2.0 if twice else 1.0))
     what = "The methods" if part == TEST else "LoDA's parts and the controls"
@@ -424,7 +427,8 @@ def _sweep(
     split = own.choose if part == CHOOSE else own.test
     settings = {**split, **own.settings, **SHARED}
     whole = {"configs": [own.config], "settings": settings, "seeds": list(seeds)}
-    named = {"title": title, "name": f"{stream}-{part}", "given": own.given}
+    folder = f"{stream}-{TEST if part == CONTROLS else part}"
+    named = {"title": title, "name": f"{stream}-{part}", "folder": folder, "given": own.given}
     lines = [HEAD.format(hours=own.hours(runs), **named).rstrip()]
     lines.append(_yaml(whole))
     lines.append("variants:")

@@ -230,8 +230,10 @@ def test_the_test_sweep_is_on_the_other_alphabet_and_other_seeds(
         if job.folder.parent.name.endswith("double-epochs"):
             assert job.experiment.train.epochs == 2 * protocol.STREAMS[stream].epochs()
     groups = sweep.groups or {}
+    assert set(groups["methods"]) == {*protocol.METHODS, "frozen"}
+    folder = f"--out runs/{stream}-test"
+    assert folder in path.read_text(encoding="utf-8")
     if part == protocol.TEST:
-        assert set(groups["methods"]) == {*protocol.METHODS, "frozen"}
         assert (len(groups) > 1) == (stream == protocol.WHOLE)
     else:
         assert len(sweep.seeds) == 3

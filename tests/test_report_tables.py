@@ -15,7 +15,13 @@ from scipy import stats
 from training.config import BackboneConfig, MethodConfig, TrainConfig
 from training.report import Report, Table, intervals, latex, markdown
 from training.report.runs import Section
-from training.report.tables import escape_latex, report_tables, settings_tables, verdict
+from training.report.tables import (
+    escape_latex,
+    report_tables,
+    seeds_text,
+    settings_tables,
+    verdict,
+)
 
 BACKBONES = ("glyphs", "cifar_vit")
 
@@ -31,10 +37,16 @@ def test_mean_and_sample_deviation_over_seeds(tmp_path: Path) -> None:
         fake_run(tmp_path / str(seed), ((90,), last), seed=seed)
     (section,) = sections(tmp_path)
     # last 50, 70, 90; average 70, 80, 90; forgetting 60, 30, 0
-    cells = ["70.00 ± 20.00", "80.00 ± 10.00", "30.00 ± 30.00", "95.00 ± 0.00", "1, 2, 3"]
+    cells = ["70.00 ± 20.00", "80.00 ± 10.00", "30.00 ± 30.00", "95.00 ± 0.00", "1 to 3"]
     assert texts(table(section, "Accuracy, read-out alignment")) == [["loda", *cells]]
     (section,) = sections(tmp_path / "2")  # one seed has no deviation
     assert texts(table(section, "Accuracy"))[0][1] == "90.00"
+
+
+def test_seeds_that_follow_each_other_are_a_range() -> None:
+    assert seeds_text([101, 102, 103]) == seeds_text([103, 101, 102]) == "101 to 103"
+    assert seeds_text([1, 2]) == "1, 2"
+    assert seeds_text([5, 1, 3]) == "5, 1, 3"
 
 
 def test_the_best_of_a_column_is_bold(tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def accuracy_table(section: Section, readout: str) -> Table:
     cells = pd.DataFrame(
         {
             **{METRIC_TITLES[c]: map(spread_text, mean[c], deviation[c]) for c in METRIC_TITLES},
-            "seeds": by_group["seed"].agg(lambda seeds: ", ".join(map(str, seeds))),
+            "seeds": by_group["seed"].agg(lambda seeds: seeds_text([*seeds])),
         },
         index=mean.index.rename("method"),
     )
@@ -203,6 +203,14 @@ def accuracy_table(section: Section, readout: str) -> Table:
     ]
     title = f"Accuracy, read-out {readout} (%)"
     return Table(title, cells, note, bold if len(rivals) > 1 else ())
+
+
+def seeds_text(seeds: Sequence[int]) -> str:
+    """Seeds in words: ``101 to 110`` where they follow each other, all of them otherwise."""
+    first, last = min(seeds), max(seeds)
+    if len(seeds) > 2 and sorted(seeds) == [*range(first, last + 1)]:
+        return f"{first} to {last}"
+    return ", ".join(map(str, seeds))
 
 
 def lead_table(section: Section, readout: str, lead_of: str | None) -> Table:
