@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from backends.torch import LoDASettings, random_bases
+from backends.torch import LoDA, LoDASettings, random_bases
 from backends.torch.solve import _calls, solve_bases, solve_heldout
 from loda_math import general_subspace, isolated_subspace, remember
 
@@ -75,6 +75,28 @@ def test_moments_in_single_precision_give_the_same_directions() -> None:
     for branch in ("general", "isolated"):
         cosines = torch.linalg.svdvals(wanted[branch].mT @ found[branch].double())
         assert float(cosines.min()) > 1 - 1e-6
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_recalibration_drops_a_direction_that_holds_only_rounding(joint: bool) -> None:
+    """Two channels that agree but for 1e-5: a Gram matrix in float32 cannot tell them apart."""
+    torch.manual_seed(0)
+    wide = torch.randn(500, 3)
+    inputs = torch.cat([wide, wide[:, :1] + 1e-5 * torch.randn(500, 1)], dim=1)
+    sound, empty = torch.eye(4)[:, 1], torch.tensor([1.0, 0.0, 0.0, -1.0]) / 2**0.5
+    model = nn.Sequential(nn.Linear(4, 3))
+    loda = LoDA(model, target="0", rank=2, joint=joint)
+    loda.begin_task([inputs])
+    loda.end_task([inputs])
+    directions = torch.stack([sound, empty], dim=1)
+    bases = dict.fromkeys(loda.settings.names(first_task=False), directions)
+    loda.begin_task([inputs], bases={"0": bases})
+    with torch.no_grad():
+        for branch in loda.layers["0"].branches:
+            loda.layers["0"].branch(branch).up.normal_()
+    record = loda.end_task([inputs])
+    kept = torch.linalg.svdvals(torch.as_tensor(record.coefficients["0"]))
+    assert int((kept > 1e-3).sum()) == 1
 
 
 @pytest.mark.parametrize("first_task", [True, False])

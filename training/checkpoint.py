@@ -112,6 +112,16 @@ def seal(path: Path) -> None:
         file.write(correct.encode())
 
 
+class _OtherSchemaError(ValueError):
+    """A checkpoint that is whole, but was written in another form."""
+
+    def __init__(self, path: Path, schema: object) -> None:
+        super().__init__(
+            f"checkpoint {path} was written by another version of loda, in schema {schema}, and "
+            f"this version reads schema {SCHEMA}; use the version that wrote it, or train again"
+        )
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint, and its checksum.
 
@@ -125,12 +135,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
         with safe_open(path, framework="pt") as file:
             content = json.loads(file.metadata()["loda"])
             if content["schema"] != SCHEMA:
-                msg = f"schema {content['schema']}, and this version reads {SCHEMA}"
-                raise ValueError(msg)
+                raise _OtherSchemaError(path, content["schema"])
             # Copies: the tensors are views of the file, which may be removed while they are in use.
             tensors = {name: file.get_tensor(name).clone() for name in content["tensors"]}
             metrics = file.get_tensor(_LOG).numpy().tobytes()
         return Checkpoint(tensors, dict(content["record"]), metrics, path)
+    except _OtherSchemaError:
+        raise
     except (
         ValueError,
         OSError,

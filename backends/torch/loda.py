@@ -84,6 +84,13 @@ class _OpenTask:
         # A copy or a file of the model has no part in a step, and weak references cannot be saved.
         return {**self.__dict__, "halves": None}
 
+    def gram_eps(self) -> float:
+        """Rounding unit of the Gram matrices: directions with less energy than that are noise.
+
+        The solvers of loda_math call it ``accumulation_eps``.
+        """
+        return rounding_unit(*(layer.frozen for layer in self.layers.values()))
+
     def step_in_progress(self) -> Halves | None:
         """The step in phases whose branches are moved at the moment."""
         halves = None if self.halves is None else self.halves()
@@ -379,9 +386,7 @@ class LoDA:
                 for name, past in self.history.items()
             }
             devices = {name: layer.frozen.device for name, layer in task.layers.items()}
-            # Directions with less energy than the rounding of the Gram matrices are noise. The
-            # solvers of loda_math call this unit ``accumulation_eps``.
-            gram_eps = rounding_unit(*(layer.frozen for layer in task.layers.values()))
+            gram_eps = task.gram_eps()
             # Branches are not there yet, so this is a pass through the previous merged model.
             if settings.heldout and bases is None and not first_task:
                 moments, halves = self._collect(batches, collect_halves)
@@ -612,7 +617,9 @@ class LoDA:
             # of later layers.
             new = moments["trained"] or task.new
             if form is not None:
-                coefficients = solve_recalibration(settings, form, task.layers, new, self.history)
+                coefficients = solve_recalibration(
+                    settings, form, task.layers, new, self.history, task.gram_eps()
+                )
             effects = solve_effects(task.layers, coefficients, new, self.history)
             del new
         # These matrices are most of the memory of a task, so they go as soon as they are used.

@@ -136,12 +136,13 @@ def solve_recalibration(
     layers: Mapping[str, LoRALinear],
     new: Mapping[str, Tensor],
     history: Mapping[str, History],
+    gram_eps: float,
 ) -> dict[str, Tensor]:
     """Λ of every layer (Theorem 2.3): of the general branch, or of all branches side by side.
 
     From branches as trained, moments through the trained model, and the history from before the
-    task. Λ is (r, r), or with ``joint`` (R, R) over the R directions of all branches, in the dtype
-    of the moments.
+    task; ``gram_eps`` is as in :func:`solve_bases`. Λ is (r, r), or with ``joint`` (R, R) over the
+    R directions of all branches, in the dtype of the moments.
     """
     coefficients: dict[str, Tensor] = {}
     for group, device in _alike(layers):
@@ -151,10 +152,11 @@ def solve_recalibration(
         weight = 1 / history[group[0]].weight if h == "mean" else h
         old = _stack((history[name].total for name in group), device)
         moments = (_stack((new[name] for name in group), device), old, settings.gamma)
+        rule = {"history_weight": weight, "accumulation_eps": gram_eps}
         if settings.joint:
-            solved = joint_recalibration(ups, downs, weights, *moments, form, history_weight=weight)
+            solved = joint_recalibration(ups, downs, weights, *moments, form, **rule)
         else:
-            solved = recalibration(ups[0], downs[0], *moments, form, history_weight=weight)
+            solved = recalibration(ups[0], downs[0], *moments, form, **rule)
         coefficients.update(zip(group, solved, strict=True))
     return coefficients
 
