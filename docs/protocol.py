@@ -127,9 +127,13 @@ WHOLE = "glyphs"  # the stream with LoDA's parts, the controls and the long task
 CONTROL_SEEDS = 3  # of LoDA's parts and the controls on photographs
 
 DOUBLE = "double-epochs"  # ends the names of what is trained for twice the epochs
+# A single branch has the weight that it has beside the other, half of the configured one: LoDA's
+# rate was chosen with that.
+SAME_GENERAL: Settings = {"method.general_weight": 0.25}
+SAME_ISOLATED: Settings = {"method.isolated_weight": 0.5}
 LODA_PARTS: dict[str, Settings] = {
-    "general-only": {"method.branches": "general"},
-    "isolated-only": {"method.branches": "isolated"},
+    "general-only": {"method.branches": "general", **SAME_GENERAL},
+    "isolated-only": {"method.branches": "isolated", **SAME_GENERAL, **SAME_ISOLATED},
     "isolated-null-space": {"method.isolated": "null"},
     "isolated-trace-ratio": {"method.isolated": "trace_ratio"},
     "random-directions": {"method.directions": "random"},

@@ -10,6 +10,7 @@ import yaml
 from fake_runs import fake_run
 from protocol_records import DIVERGED, TRIED, recorded
 
+from backends.torch import LoDASettings
 from training.config import (
     BackboneConfig,
     DataConfig,
@@ -19,6 +20,7 @@ from training.config import (
     flat_settings,
     load_experiment,
 )
+from training.report import find_runs
 from training.sweep import plan, read_sweep
 
 ROOT = Path(__file__).parents[1]
@@ -270,6 +272,19 @@ def test_the_contrasts_are_paired_and_hold_together(tmp_path: Path) -> None:
     other["o_lora"][0.18] = {11: 90.0, 12: 90.0}
     with pytest.raises(ValueError, match="o_lora"):
         protocol.contrasts(other, [tmp_path / "test"])
+
+
+def test_a_single_branch_has_the_weight_that_it_has_beside_the_other() -> None:
+    both = LoDASettings()
+    for name in ("general-only", "isolated-only"):
+        method = protocol.LODA_PARTS[name]
+        own = LoDASettings(**{k.removeprefix("method."): v for k, v in method.items()})  # type: ignore[arg-type]
+        for first in (True, False):
+            for branch in own.names(first):
+                assert own.weight(branch) == both.weight(branch)
+    full = find_runs([ROOT / "docs" / "records" / "glyphs-full-weight.jsonl"]).runs
+    lasts = [100 * run.matrices[protocol.READOUT].last for run in full]
+    assert f"between {min(lasts):.1f} and {max(lasts):.1f} %" in page()
 
 
 def test_the_command_prints_what_the_functions_give(tmp_path: Path) -> None:
