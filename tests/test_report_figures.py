@@ -73,8 +73,8 @@ def test_leads_are_drawn_with_their_intervals(two: Path) -> None:
 
 
 def test_accuracy_by_rate_and_by_the_update_that_it_makes(tmp_path: Path) -> None:
-    for number, rate in enumerate((0.01, 0.1, 1.0)):
-        run = fake_run(tmp_path / str(rate), ((90,), (60, 80 - number)), train=TrainConfig(lr=rate))
+    for rate, last in ((0.01, (60, 79)), (0.1, (60, 80)), (1.0, (60, 78)), (9.0, (2, 4))):
+        run = fake_run(tmp_path / str(rate), ((90,), last), train=TrainConfig(lr=rate))
         log = run / "metrics.jsonl"
         events = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
         for event in events:
@@ -84,12 +84,16 @@ def test_accuracy_by_rate_and_by_the_update_that_it_makes(tmp_path: Path) -> Non
     figures = drawn(tmp_path)
     by_rate, by_update = panels(figures["rates"])
     (line,), (moved,) = by_rate.curves, by_update.curves
-    assert (line.x, line.centre) == ([0.01, 0.1, 1.0], pytest.approx([70, 69.5, 69]))
-    assert (moved.x, moved.centre) == (pytest.approx([0.5, 5, 50]), line.centre)
+    assert (line.x, line.centre) == ([0.01, 0.1, 1.0, 9.0], pytest.approx([69.5, 70, 69, 3]))
+    assert (moved.x, moved.centre) == (pytest.approx([0.5, 5, 50, 450]), line.centre)
     assert by_rate.reference == pytest.approx(70)
-    (plane,) = panels(figures["plane"])[0].curves
-    assert plane.x == pytest.approx([85, 84.5, 84])
+    plane, frozen = panels(figures["plane"])[0].curves
+    # Without the rate that lost nearly everything; a ring at the best one.
+    assert plane.x == pytest.approx([84.5, 85, 84])
     assert plane.centre == pytest.approx([30, 30, 30])
+    assert plane.ringed == 1
+    assert frozen.label == "frozen"
+    assert len(frozen.x) == 1
     assert "rates" not in drawn(tmp_path / "0.1", tmp_path / "1.0")
 
 

@@ -63,6 +63,8 @@ class Curve(NamedTuple):
         Number of its colour, marker and dashes.
     joined : bool
         Join the points by a line.
+    ringed : int or None
+        Number of the point that gets a ring.
     """
 
     label: str
@@ -72,6 +74,7 @@ class Curve(NamedTuple):
     high: Sequence[float] = ()
     style: int = 0
     joined: bool = True
+    ringed: int | None = None
 
 
 class Panel(NamedTuple):
@@ -419,6 +422,9 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
         if not curve.joined:
             style |= {"ls": "none", "ms": 8}
         axes.plot(curve.x, curve.centre, label=_plain(curve.label), **style)
+        if curve.ringed is not None:
+            point = curve.x[curve.ringed], curve.centre[curve.ringed]
+            axes.scatter(*point, s=130, facecolors="none", edgecolors=style["color"], zorder=4)
         if not curve.low:
             continue
         colour = style["color"]

@@ -189,14 +189,18 @@ def _rates(section: Section) -> Iterator[Drawing]:
     means = rows.groupby("group")[["last", "new", "forgetting", "update"]].mean()
     frozen = means["last"].get("frozen")
 
-    def curves(x: str, y: str) -> list[Curve]:
+    def curves(x: str, y: str, least: float = 0.0) -> list[Curve]:
+        """One curve a method, without rates that lose more than a share of its best accuracy."""
         drawn = []
         for method, style, labels in section.sweeps:
             rates = sorted(labels)
             points = means.reindex([labels[rate] for rate in rates]).assign(rate=rates)
             points = points.dropna(subset=[x, y])
+            points = points[points["last"] >= least * points["last"].max()].reset_index(drop=True)
             if len(points):
-                drawn.append(Curve(method, points[x].tolist(), points[y].tolist(), style=style))
+                best = int(points["last"].idxmax())
+                curve = Curve(method, points[x].tolist(), points[y].tolist(), style=style)
+                drawn.append(curve._replace(ringed=best if least else None))
         return drawn
 
     def panel(drawn: list[Curve], x: str) -> Panel:
@@ -215,13 +219,19 @@ def _rates(section: Section) -> Iterator[Drawing]:
         f"Lines of accuracy over learning rates. Best: {', '.join(best)} per cent.",
         partial(line_figure, panels),
     )
-    if plane := curves("new", "forgetting"):
+    if plane := curves("new", "forgetting", least=0.5):
+        if frozen is not None:
+            at = means.loc[["frozen"]]
+            place = at["new"].tolist(), at["forgetting"].tolist()
+            plane.append(Curve("frozen", *place, style=section.styles["frozen"], joined=False))
         x, y = "accuracy on a task just learned (%)", "forgetting (points)"
         yield Drawing(
             "plane",
             f"Forgetting against plasticity, read-out {readout}",
             "One point for each method and learning rate, lines from the lowest rate to the "
-            "highest; mean over seeds. To the right: learns new tasks better. Down: forgets less.",
+            "highest; mean over seeds. The ring is the rate with the best last accuracy; rates "
+            "that reach less than half of it are not drawn. To the right: learns new tasks "
+            "better. Down: forgets less.",
             "Points of forgetting over the accuracy on tasks just learned, for "
             f"{', '.join(curve.label for curve in plane)}.",
             partial(line_figure, [Panel(plane, x, y, integer_x=False)]),
