@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from interrupted import cut_off, differences
 from run_contents import same_model
-from small_runs import tiny, tree
+from small_runs import changed, tiny, tree
 from torch import Tensor
 
 from training.backbones import conv_vit
@@ -71,11 +71,18 @@ def test_tokens_change_no_bit_and_no_image_is_seen_twice(
     assert same_model(once, again)
 
 
-@pytest.mark.parametrize(("method", "flip"), [("loda", True), ("own_methods.Unsaved", False)])
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("loda", {"data": {"train_crop": "none", "pad": 0, "flip": True}}),
+        ("loda", {"precision": "bf16"}),
+        ("own_methods.Unsaved", {}),
+    ],
+)
 def test_images_are_seen_in_every_epoch_where_tokens_may_change(
-    tmp_path: Path, root: Path, seen: list[int], method: str, flip: bool
+    tmp_path: Path, root: Path, seen: list[int], method: str, changes: dict[str, Any]
 ) -> None:
-    train(experiment(root, tmp_path / "run", method, data={"flip": flip}), quiet=True)
+    train(changed(experiment(root, tmp_path / "run", method), **changes), quiet=True)
     assert sum(seen) > EPOCHS * TRAINED + EVALUATED
 
 
