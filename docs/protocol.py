@@ -25,8 +25,8 @@ from pandas import DataFrame, concat
 from scipy.stats import t as student
 
 from training.config import Experiment, flat_settings
-from training.report.runs import find_runs, load
-from training.report.tables import differences, intervals, lead_texts
+from training.report import Report, find_runs
+from training.report.tables import differences, intervals, lead_texts, of_readout
 from training.yaml_files import read_yaml, resolve_config
 
 READOUTS = ("compensated", "alignment", "heads", "nearest_mean", "ridge")  # all on one training
@@ -360,8 +360,11 @@ def contrasts(
     """
     for run in find_runs(tests).runs:
         _require(run.experiment, stream, TEST, run.name)
-    runs = load(*tests)
-    runs = _with_diverged(runs[runs["readout"] == READOUT], diverged)
+    runs = concat(
+        of_readout(part.measures, READOUT).assign(section=part.title)
+        for part in Report.over(tests).sections
+    )
+    runs = _with_diverged(runs, diverged)
     tables = {}
     for section, rows in runs.groupby("section", sort=False):
         tables[str(section)] = differences(rows, _lead_of(rows), "last")

@@ -21,7 +21,7 @@ from training.config import (
     load_experiment,
 )
 from training.report import find_runs
-from training.sweep import plan, read_sweep
+from training.sweep import plan, read_sweep, write_groups
 
 ROOT = Path(__file__).parents[1]
 # What the commands in the heads of the sweeps are given.
@@ -268,6 +268,12 @@ def test_the_contrasts_are_paired_and_hold_together(tmp_path: Path) -> None:
     half = 6.2053 * 2 / 3**0.5
     assert f"| frozen | +10.00 [{10 - half:+.2f}, {10 + half:+.2f}] | 3 |" in primary
     assert "| inflora | +0.67 [" in primary
+    # A part of the sweep is a table of its own, with intervals for its own number of rows.
+    write_groups(tmp_path / "test", {"methods": list(lasts), "controls": ["loda", "inflora"]})
+    parts = protocol.contrasts(trials(), [tmp_path / "test"]).split("#### ")[2:]
+    assert ["| frozen |" in part for part in parts] == [True, False]
+    assert all("| inflora | +0.67 [" in part for part in parts)
+    assert parts[0].splitlines()[-2] != parts[1].splitlines()[-1]
     other = trials()
     other["o_lora"][0.18] = {11: 90.0, 12: 90.0}
     with pytest.raises(ValueError, match="o_lora"):
