@@ -15,7 +15,7 @@ rules in this file, which was committed before the first test run.
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, variance
 from typing import NamedTuple
@@ -313,6 +313,10 @@ def results_sweep(trials: Trials, stream: str, part: str = TEST) -> str:
     for method in (*BASELINES, "joint"):
         equal[f"{method}-aligned"] = {**own[method], "method.gao": True}
         equal[f"{method}-{DOUBLE}"] = own[method]
+    # One branch as well, whose first task is LoDA's only with the weight of LoDA's.
+    single = {**own["null_lora"], **SAME_GENERAL, **SAME_ISOLATED}
+    equal["null_lora-same-weight-aligned"] = {**single, "method.gao": True}
+    equal[f"null_lora-same-weight-{DOUBLE}"] = single
     long = {"data.init_cls": 2, "data.increment": 2, "data.tasks": 20}
     streams = {f"{m}-20-tasks": {**own[m], **long} for m in (*LONG, ONLY_HEADS)}
     # What a method's authors do not say (the rate of o_lora) is as in the trials.
@@ -358,13 +362,15 @@ def contrasts(
     test that diverged leaves no record: ``diverged`` names it as its folder, seq_lora/seed103, and
     it counts as 0.
     """
+    parts: dict[str, list[str]] = {}
     for run in find_runs(tests).runs:
         _require(run.experiment, stream, TEST, run.name)
+        parts |= run.sweep_groups
     runs = concat(
         of_readout(part.measures, READOUT).assign(section=part.title)
         for part in Report.over(tests).sections
     )
-    runs = _with_diverged(runs, diverged)
+    runs = _with_diverged(runs, diverged, parts)
     tables = {}
     for section, rows in runs.groupby("section", sort=False):
         tables[str(section)] = differences(rows, _lead_of(rows), "last")
@@ -386,12 +392,24 @@ def _lead_of(rows: DataFrame) -> str:
     return "loda-20-tasks" if "loda-20-tasks" in set(rows["group"]) else "loda"
 
 
-def _with_diverged(runs: DataFrame, names: Sequence[str]) -> DataFrame:
-    """Add a row of accuracy 0 for each run that diverged, in the sections of its variant."""
+def _with_diverged(
+    runs: DataFrame, names: Sequence[str], parts: Mapping[str, Sequence[str]]
+) -> DataFrame:
+    """Add a row of accuracy 0 for each run that diverged, in the sections of its variant.
+
+    If no run of the variant is left, the parts of the sweep say which these are.
+    """
     added = [runs]
     for name in names:
         variant, _, seed = name.partition("/seed")
-        sections = set(runs.loc[runs["group"] == variant, "section"]) or set(runs["section"])
+        sections = set(runs.loc[runs["group"] == variant, "section"])
+        if not sections:
+            own = {title for title, variants in parts.items() if variant in variants}
+            every = set(runs["section"])
+            sections = {x for x in every if x.rpartition(": ")[2] in own} if parts else every
+        if not sections:
+            msg = f"{name} must be a run of a variant of the sweep, got none of that name"
+            raise ValueError(msg)
         for section, rows in runs[runs["section"].isin(sections)].groupby("section", sort=False):
             pair = rows[(rows["group"] == _lead_of(rows)) & (rows["seed"].astype(str) == seed)]
             taken = rows[(rows["group"] == variant) & (rows["seed"].astype(str) == seed)]

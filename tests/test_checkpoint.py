@@ -105,6 +105,8 @@ def test_another_schema_is_not_read(two: Path) -> None:
     with pytest.raises(ValueError, match="schema 1") as error:
         read_checkpoint(path)
     assert "damaged" not in str(error.value)
+    with pytest.raises(ValueError, match="schema 1"):  # and no older one takes its place
+        newest_checkpoint(two)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lists what is mapped")

@@ -273,7 +273,22 @@ def test_the_contrasts_are_paired_and_hold_together(tmp_path: Path) -> None:
     parts = protocol.contrasts(trials(), [tmp_path / "test"]).split("#### ")[2:]
     assert ["| frozen |" in part for part in parts] == [True, False]
     assert all("| inflora | +0.67 [" in part for part in parts)
-    assert parts[0].splitlines()[-2] != parts[1].splitlines()[-1]
+    # Differences 2, 1, −1: mean 2/3, s² = 7/3; t at 97.5 % for one row, at 98.75 % for two.
+    for part, quantile in zip(parts, (6.2053, 4.3027), strict=True):
+        half = quantile * (7 / 9) ** 0.5
+        assert (
+            f"| inflora | +0.67 [{2 / 3 - half:+.2f}, {2 / 3 + half:+.2f}] | 3 |".replace("-", "−")
+            in part
+        )
+    write_groups(
+        tmp_path / "test", {"methods": [*lasts, "sd_lora"], "controls": ["loda", "inflora"]}
+    )
+    parts = protocol.contrasts(trials(), [tmp_path / "test"], diverged=["sd_lora/seed2"]).split(
+        "#### "
+    )[2:]
+    assert ["| sd_lora |" in part for part in parts] == [True, False]
+    with pytest.raises(ValueError, match="o_lora/seed2"):
+        protocol.contrasts(trials(), [tmp_path / "test"], diverged=["o_lora/seed2"])
     other = trials()
     other["o_lora"][0.18] = {11: 90.0, 12: 90.0}
     with pytest.raises(ValueError, match="o_lora"):

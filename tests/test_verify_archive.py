@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from strategies import to_library
 
-from loda_math import general_subspace, isolated_subspace, merge, recalibration
+from loda_math import general_subspace, isolated_subspace, merge, recalibration, rounding_unit
 from loda_math.verify import (
     Check,
     LayerSettings,
@@ -149,6 +150,28 @@ def test_a_layer_of_any_library(xp: ModuleType) -> None:
     assert [c.passed for c in verify_layer(arrays, SETTINGS)] == [True] * 4
     arrays["weight_after"] = arrays["weight_before"]
     assert [c.passed for c in verify_layer(arrays, SETTINGS)] == [True, True, False, False]
+
+
+def test_a_direction_that_holds_only_rounding_is_nobodys_mistake() -> None:
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((500, 4))
+    inputs[:, 3] = inputs[:, 0] + 1e-5 * inputs[:, 3]
+    single = inputs.astype(np.float32)
+    moment = (single.T @ single / 500).astype(np.float64)
+    # A sound direction, and one along which both channels agree but for rounding.
+    down = np.array([[0.0, 1, 0, 0], [0.5**0.5, 0, 0, -(0.5**0.5)]])
+    up, eps = rng.standard_normal((3, 2)), rounding_unit(single)
+    settings = replace(SETTINGS, general_weight=1.0, accumulation_eps=eps)
+    solved = recalibration(up, down, moment, moment, 1.5, accumulation_eps=eps)
+    arrays = {"moment_old": moment, "moment_new_trained": moment, "B_general": up}
+    arrays |= {"A_general": down, "coefficients": solved, "moment_new": moment}
+    verdicts = {c.what: c.passed for c in verify_layer(arrays, settings)}
+    assert verdicts["Λ full"]
+    blind = recalibration(up, down, moment, moment, 1.5, accumulation_eps=0.0)
+    checks = verify_layer(arrays | {"coefficients": blind}, replace(settings, accumulation_eps=0.0))
+    assert {c.what: c.passed for c in checks}["Λ full"]
+    checks = verify_layer(arrays, replace(settings, accumulation_eps=0.0))
+    assert not {c.what: c.passed for c in checks}["Λ full"]
 
 
 def test_the_first_task_has_one_branch_and_no_recalibration(xp: ModuleType) -> None:

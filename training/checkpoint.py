@@ -118,7 +118,7 @@ class _OtherSchemaError(ValueError):
     def __init__(self, path: Path, schema: object) -> None:
         super().__init__(
             f"checkpoint {path} was written by another version of loda, in schema {schema}, and "
-            f"this version reads schema {SCHEMA}; use the version that wrote it, or train again"
+            f"this version reads schema {SCHEMA}; use the version that wrote it"
         )
 
 
@@ -244,7 +244,7 @@ def newest_checkpoint(run: Path, identity: str | None = None) -> Checkpoint:
     FileNotFoundError
         If there is none at all.
     ValueError
-        If every one is damaged, of another run, or written by another version of this format.
+        If the newest one that is not damaged is of another schema, or none can be used.
     """
     newest_first = checkpoint_files(run)[::-1]
     if not newest_first:
@@ -260,6 +260,8 @@ def newest_checkpoint(run: Path, identity: str | None = None) -> Checkpoint:
             if identity is not None and checkpoint.record.get("identity") != identity:
                 msg = f"checkpoint {path} is of a run with other settings, classes or backbone"
                 raise ValueError(msg)
+        except _OtherSchemaError:  # it is sound: nothing older must take its place
+            raise
         except ValueError as error:
             reasons.append(str(error))
             continue

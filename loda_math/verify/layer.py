@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from loda_math._arrays import Array, Namespace, namespace, safe_divide, widen
 from loda_math._subspaces import RidgeScale
@@ -52,7 +52,7 @@ class LayerSettings:
     gamma, history_weight : float
         As in :func:`loda_math.recalibration`.
     accumulation_eps : float, optional
-        As in :func:`loda_math.general_subspace`.
+        As in :func:`loda_math.general_subspace`, for the directions and for Λ.
 
     Raises
     ------
@@ -259,10 +259,7 @@ class _Layer(NamedTuple):
             elif has_weights:
                 yield self._recalibration(form, self._implied())
                 # Implied coefficients would explain whatever was merged: the exact ones must.
-                weight = self.settings.history_weight
-                coefficients = recalibration(
-                    *self._at_merge(), self.settings.gamma, form, history_weight=weight
-                )
+                coefficients = recalibration(*self._at_merge(), **self._rule(form))
         if has_weights and (form is None or coefficients is not None):
             yield self._merge(coefficients)
 
@@ -294,9 +291,7 @@ class _Layer(NamedTuple):
         report = verify_recalibration(
             coefficients,
             *self._at_merge(),
-            self.settings.gamma,
-            form,
-            history_weight=self.settings.history_weight,
+            **self._rule(form),
             tolerance=self.tolerance,
         )
         effect = update_effect(coefficients, *self._at_merge())
@@ -311,6 +306,10 @@ class _Layer(NamedTuple):
             float(kept),
             float(interference),
         )
+
+    def _rule(self, form: RecalibrationForm) -> dict[str, Any]:
+        names = ("gamma", "history_weight", "accumulation_eps")
+        return {"form": form, **{name: getattr(self.settings, name) for name in names}}
 
     def _merge(self, coefficients: Array | None) -> Check:
         up, down = self._stacked(self.recalibrated)

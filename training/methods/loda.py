@@ -101,7 +101,8 @@ class NullLoRA(LoDAMethod):
     """Only an isolated branch, in the null space of the old tasks: what LoDA argues against.
 
     The update does not change outputs on old inputs, as far as their moment has a null space. The
-    first task has no past and trains a general branch, as in LoDA.
+    first task has no past and trains a general branch, as in LoDA. Branches that are alone have
+    twice the weight that they have in LoDA, as `LoDASettings` says, so a step moves further.
 
     Parameters
     ----------

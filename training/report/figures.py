@@ -231,7 +231,8 @@ def _rates(section: Section) -> Iterator[Drawing]:
             "One point for each method and learning rate, lines from the lowest rate to the "
             "highest; mean over seeds. The ring is the rate with the best last accuracy; rates "
             "that reach less than half of it are not drawn. To the right: learns new tasks "
-            "better. Down: forgets less.",
+            "better. Down: forgets less."
+            + ("" if frozen is None else " The point without a line is the frozen backbone."),
             "Points of forgetting over the accuracy on tasks just learned, for "
             f"{', '.join(curve.label for curve in plane)}.",
             partial(line_figure, [Panel(plane, x, y, integer_x=False)]),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _EPS = 1e-6
 _ROUND = 50  # steps whose losses are averaged before they are judged
+_AT_ONCE = 50  # steps at most whose samples are drawn together
 _HALVINGS = 5  # of the learning rate, before training ends
 
 
@@ -203,15 +204,16 @@ def _batches(
     """Batch after batch of ``number`` samples of each class, and their labels.
 
     Several are drawn at once: a draw reads all factors (C, D, D) from memory, and that takes longer
-    than the arithmetic on a few samples. They take no more memory than the factors do.
+    than the arithmetic on a few samples. Neither they nor their noise take more memory than these.
     """
     classes, dim = mean.shape
-    at_once = max(1, min(_ROUND, dim // number))
+    at_once = max(1, min(_AT_ONCE, dim // number))
     labels = torch.arange(classes, device=mean.device).repeat_interleave(number)
     while True:
         samples, _ = _draw(mean, factors, at_once * number, generator)
         for batch in samples.view(classes, at_once, number, dim).unbind(1):
             yield batch.flatten(0, 1), labels
+        del samples, batch  # before the next ones are drawn
 
 
 def _draw(
