@@ -325,7 +325,7 @@ def results_sweep(trials: Trials, stream: str, part: str = TEST) -> str:
     whole = {
         "methods": own,
         "LoDA's parts": compared | parts,
-        "controls": compared | equal,
+        "controls": compared | {"isolated-only": parts["isolated-only"]} | equal,
         "native settings": compared | native,
         "20 tasks": streams,
     }
