@@ -363,12 +363,12 @@ def contrasts(
     it counts as 0.
     """
     parts: dict[str, list[str]] = {}
-    for run in find_runs(tests).runs:
+    report = Report.over(tests)
+    for run in report.inventory.runs:
         _require(run.experiment, stream, TEST, run.name)
         parts |= run.sweep_groups
     runs = concat(
-        of_readout(part.measures, READOUT).assign(section=part.title)
-        for part in Report.over(tests).sections
+        of_readout(part.measures, READOUT).assign(section=part.title) for part in report.sections
     )
     runs = _with_diverged(runs, diverged, parts)
     tables = {}

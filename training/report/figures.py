@@ -190,7 +190,7 @@ def _rates(section: Section) -> Iterator[Drawing]:
     frozen = means["last"].get("frozen")
 
     def curves(x: str, y: str, least: float = 0.0) -> list[Curve]:
-        """One curve a method, without rates that lose more than a share of its best accuracy."""
+        """One curve a method, of the rates that keep at least a share of its best accuracy."""
         drawn = []
         for method, style, labels in section.sweeps:
             rates = sorted(labels)
