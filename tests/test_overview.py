@@ -53,15 +53,19 @@ def test_sizes_of_tasks_in_words() -> None:
     assert task_sizes([50, 10, 10, 5]) == "4 tasks: 1 of 50 classes, 2 of 10, 1 of 5"
 
 
-def test_the_end_names_tasks_in_which_nothing_was_learned() -> None:
+def test_the_end_names_tasks_in_which_nothing_was_learned_or_all_was_lost() -> None:
     line = '{{"event": "task", "task": {}, "update": {}}}\n'
-    log = "".join(
-        line.format(task, update)
-        for task, update in ((1, '{"changed": 0.0}'), (2, '{"changed": 0.1}'), (3, "null"))
-    ).encode()
-    warning, *_ = end(Experiment(), Path("run"), log)
-    assert "in task 1:" in warning
-    extended = end(Experiment(), Path("run"), log, before=1)  # task 1 is of the run before
+    updates = (
+        '{"changed": 0.0, "relative": 1e-6}',
+        '{"changed": 0.1, "relative": 0.01}',
+        "null",
+        '{"changed": 0.9, "relative": 4.8}',
+    )
+    log = "".join(line.format(task, update) for task, update in enumerate(updates, 1)).encode()
+    nothing, lost, *_ = end(Experiment(), Path("run"), log)
+    assert "in task 1:" in nothing
+    assert "in task 4," in lost
+    extended = end(Experiment(), Path("run"), log, before=4)  # all these are of the run before
     assert not any("warning" in x for x in extended)
     assert not any("warning" in x for x in end(Experiment(), Path("run"), b""))
 

@@ -1375,6 +1375,23 @@ def test_what_never_moved_although_it_had_gradients_is_named_at_the_end(
     assert not loda.is_open
 
 
+@pytest.mark.parametrize("size", [0.9, 3.0])
+def test_an_update_larger_than_the_weights_is_warned_of(size: float) -> None:
+    loda = LoDA(mlp(), **MLP)  # type: ignore[arg-type]
+    begin(loda, 0)
+    for layer in loda.layers.values():  # each layer gets an update of that size
+        for up in (layer.branch(name).up for name in layer.branches):
+            up.data.normal_()
+        up.data.mul_(size * layer.frozen.norm() / layer.delta().norm())
+    if size < 1:
+        end(loda, 0)  # warnings are errors
+        return
+    with pytest.warns(UserWarning, match="3 times as large") as warned:
+        end(loda, 0)
+    assert warned[0].filename == end.__code__.co_filename
+    assert loda.tasks == 1
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_training_all_that_is_to_be_trained_gives_no_warning(way: str) -> None:
     loda = LoDA(mlp(), **MLP, trainable=["5.*"])  # type: ignore[arg-type]

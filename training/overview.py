@@ -144,15 +144,20 @@ def end(experiment: Experiment, folder: Path, log: bytes, *, before: int = 0) ->
 
     ``before`` is the number of tasks learned by the run that it extends, if it extends one.
     """
-    lines = []
     learned = {number: update for number, update in updates(log).items() if number > before}
     idle = [number for number, update in learned.items() if update and not update["changed"]]
+    large = [n for n, update in learned.items() if update and update["relative"] > 1]
+    lines = []
     if idle and experiment.train.epochs:
-        tasks = f"task{'s' if len(idle) > 1 else ''} {', '.join(map(str, idle))}"
         lines.append(
-            f"warning: little or nothing was learned in {tasks}: the update changed no prediction "
-            "of a training image. Compare with --method frozen; if that is as good, raise "
-            "train.lr or train.epochs."
+            f"warning: little or nothing was learned in {_tasks(idle)}: the update changed no "
+            "prediction of a training image. Compare with --method frozen; if that is as good, "
+            "raise train.lr or train.epochs."
+        )
+    if large:
+        lines.append(
+            f"warning: the update was larger than the weights of the backbone in {_tasks(large)}, "
+            "so little is left of what it knew. Compare with --method frozen, and lower train.lr."
         )
     run = shlex.quote(str(folder))
     size = sum(event["bytes"] for event in _events(log) if event["event"] == "state")
@@ -167,6 +172,10 @@ def end(experiment: Experiment, folder: Path, log: bytes, *, before: int = 0) ->
         del commands[f"loda extend {run} NEW_PHOTOS"]
     width = max(map(len, commands))
     return [*lines, "next:", *(f"  {line:<{width}}  {what}" for line, what in commands.items())]
+
+
+def _tasks(numbers: Sequence[int]) -> str:
+    return f"task{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
 def updates(log: bytes) -> dict[int, dict[str, Any] | None]:

@@ -42,7 +42,7 @@ from backends.torch.layers import (
     restore,
     untie,
 )
-from backends.torch.lora import LoRALinear, warn_of_rounding, weight_matrix
+from backends.torch.lora import LoRALinear, warn_of_rounding, warn_of_size, weight_matrix
 from backends.torch.moments import Forward, Masks, collect_halves, collect_moments, default_forward
 from backends.torch.record import TaskRecord
 from backends.torch.running_statistics import RunningStatistics
@@ -588,7 +588,8 @@ class LoDA:
         -----
         UserWarning
             If something that trains had a gradient but is what it was at the beginning, or a
-            weight in half precision took up only a part of its update.
+            weight in half precision took up only a part of its update, or the update is larger
+            than the weights.
         """
         task, settings, first_task = self._require_open(), self.settings, self.tasks == 0
         self._require_restored()
@@ -664,6 +665,7 @@ class LoDA:
             raise interrupt
         if not settings.master:
             warn_of_rounding(record.rounding)
+        warn_of_size(layer.norms for layer in task.layers.values() if layer.norms is not None)
         if unchanged:
             more = f" and {len(unchanged) - 4} more" if len(unchanged) > 4 else ""
             msg = (

@@ -1,7 +1,8 @@
 """A frozen linear layer with named low-rank branches, computed as one fused low-rank path."""
 
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
 import torch
@@ -108,6 +109,8 @@ class LoRALinear(nn.Module):
     ----------
     rounding : MergeRounding or None
         Of the last merge; ``None`` before one, and for weights in float32 or wider.
+    norms : tuple of float, or None
+        Frobenius norms of the update ΔW of the last merge and of the weight W before it.
 
     Examples
     --------
@@ -140,6 +143,7 @@ class LoRALinear(nn.Module):
         self.branches = nn.ModuleDict()
         self.master = master
         self.rounding: MergeRounding | None = None
+        self.norms: tuple[float, float] | None = None
         self._merged = False
         self._unmerged: tuple[Tensor, Tensor | None] | None = None
         self._staged: Coefficients | None = None
@@ -399,6 +403,7 @@ class LoRALinear(nn.Module):
             msg = "the merged weight holds NaN or infinite values; the layer was left as it was"
             raise FloatingPointError(msg)
         self.rounding = _rounding(self.frozen, merged, delta)
+        self.norms = float(delta.norm()), float(self.frozen.to(delta.dtype).norm())
         self._staged = {} if coefficients is None else coefficients
 
     def unstage(self) -> None:
@@ -493,6 +498,18 @@ def warn_of_rounding(rounding: Mapping[str, MergeRounding]) -> None:
             f"rounding at the merge loses a part of the update: in {len(poor)} of {len(rounding)} "
             f"layers what is left has a correlation with it of less than {_ENOUGH} (worst: "
             f"{poor[worst]:.3f} in {worst!r}); set master to keep the weights in float32 as well"
+        )
+        warnings.warn(msg, stacklevel=4)  # who ended the task, behind the frame of torch.no_grad
+
+
+def warn_of_size(norms: Iterable[tuple[float, float]]) -> None:
+    """Warn of an update that is larger than the weights to which it was added."""
+    moved, size = (math.hypot(*lengths) for lengths in zip(*norms, strict=True))
+    if moved > size > 0:
+        msg = (
+            f"the update of this task is {moved / size:.3g} times as large as the weights of the "
+            f"adapted layers (Frobenius norm), so little is left of what they knew: lower the "
+            f"learning rate, or train fewer steps"
         )
         warnings.warn(msg, stacklevel=4)  # who ended the task, behind the frame of torch.no_grad
 
