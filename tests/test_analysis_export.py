@@ -32,7 +32,7 @@ NORMALISED = {"mean": 0.4, "std": 0.3}
 @pytest.fixture(scope="session")
 def normalised(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose pixels are normalised, and whose update is not small."""
-    return finished(tmp_path_factory, data=NORMALISED, train={"lr": 0.5})
+    return finished(tmp_path_factory, data=NORMALISED, train={"lr": 0.05})
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_transformers_loads_a_backbone_of_its_own(
             data=NORMALISED,
             backbone={"name": f"hf:{tmp_path / 'vit'}", "pretrained": True},
             method={"target": "*.attention.[qkv]_proj"},
-            train={"lr": 0.5},
+            train={"lr": 0.05},
         ),
         quiet=True,
     )
@@ -224,7 +224,7 @@ def test_onnx_needs_its_libraries(normalised: Path, tmp_path: Path) -> None:
 def test_an_adapter_holds_what_the_run_added(
     images: Tensor, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, method: str
 ) -> None:
-    run = finished(tmp_path_factory, method, data=NORMALISED, train={"lr": 0.5})
+    run = finished(tmp_path_factory, method, data=NORMALISED, train={"lr": 0.05})
     written = export(run, tmp_path / "adapter", "peft")
     assert {p.name for p in written.path.iterdir()} == {
         "adapter_config.json",

@@ -288,6 +288,20 @@ def test_the_module_runs_as_a_process(run: Path, tmp_path: Path) -> None:
     assert "nearest_mean: accuracy" in done.stdout
 
 
+def test_a_warning_is_one_line(run: Path, root: Path, tmp_path: Path) -> None:
+    images = shutil.copytree(root, tmp_path / "images")
+    next((images / "test" / "red").iterdir()).unlink()
+    done = subprocess.run(
+        [sys.executable, "-m", "training.cli", "eval", run, "--root", images],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert done.stderr.startswith("warning: the test images are not those of")
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [

@@ -153,7 +153,7 @@ def test_ctrl_c_at_the_end_leaves_a_model_that_is_merged_whole_or_not_at_all(whe
         cost(one, 0)
         one.begin_task(batches(1, one.model))
         for parameter in one.lora_parameters():
-            parameter.data.normal_(generator=torch.Generator().manual_seed(0))
+            parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     before = [p.detach().clone() for p in loda.model.parameters()]
     with Interrupting(loda, when), pytest.raises(KeyboardInterrupt):
         loda.end_task(batches(1, loda.model))

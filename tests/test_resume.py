@@ -73,7 +73,7 @@ def test_every_method_goes_on_inside_a_task(tmp_path: Path, root: Path, method: 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"method": {"heldout": True, "history": "both"}, "train": {"optimizer": "adam"}},
+        {"method": {"heldout": True, "history": "both"}, "train": {"optimizer": "adam", "lr": 0.01}},
         {"method": {"name": "sd_lora", "parts": "qv"}},
         *(
             pytest.param(changes, marks=pytest.mark.slow)
@@ -437,7 +437,7 @@ def test_a_run_whose_loading_process_is_killed_says_so(tmp_path: Path, root: Pat
             os.kill(worker.pid or 0, signal.SIGKILL)
             worker.join()
 
-    settings: dict[str, Any] = {"data": {"workers": 1}, "train": {"epochs": 3}}
+    settings: dict[str, Any] = {"data": {"workers": 1}, "train": {"epochs": 3, "lr": 0.02}}
     run = prepare(tiny(root, tmp_path / "run", **settings))
     run.on_step = at_step(12, kill)
     with pytest.raises(ChildProcessError, match=rf"SIGKILL.*--resume {tmp_path / 'run'}"):

@@ -31,7 +31,7 @@ def test_the_page_runs_from_top_to_bottom(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "runs").mkdir()
-    run = finished(tmp_path_factory, train={"lr": 0.5}, head={"readout": "heads", "also": []})
+    run = finished(tmp_path_factory, head={"readout": "heads", "also": []})
     (tmp_path / "runs" / "mine").symlink_to(run)
     root = tree(tmp_path_factory)
     shutil.copytree(root / "test", tmp_path / "FOLDER")

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import unicodedata
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -94,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         141 if the reader of the output has closed the pipe.
     """
     _print_on_any_console()
+    warnings.formatwarning = _format_warning
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     command = arguments.command
@@ -188,6 +190,19 @@ def _print_on_any_console() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="loda")
+
+
+_ordinary_format = warnings.formatwarning
+_OWN = tuple(Path(__file__).parents[1] / name for name in ("training", "backends", "loda_math"))
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *line: Any
+) -> str:
+    """A warning of this project as one line; one of a library keeps its place in the code."""
+    if any(Path(filename).is_relative_to(folder) for folder in _OWN):
+        return f"warning: {visible(str(message))}\n"
+    return _ordinary_format(message, category, filename, lineno, *line)
 
 
 def _drop_output() -> None:
