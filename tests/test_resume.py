@@ -73,7 +73,10 @@ def test_every_method_goes_on_inside_a_task(tmp_path: Path, root: Path, method: 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"method": {"heldout": True, "history": "both"}, "train": {"optimizer": "adam", "lr": 0.01}},
+        {
+            "method": {"heldout": True, "history": "both"},
+            "train": {"optimizer": "adam", "lr": 0.01},
+        },
         {"method": {"name": "sd_lora", "parts": "qv"}},
         *(
             pytest.param(changes, marks=pytest.mark.slow)

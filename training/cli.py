@@ -197,12 +197,16 @@ _OWN = tuple(Path(__file__).parents[1] / name for name in ("training", "backends
 
 
 def _format_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, *line: Any
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
 ) -> str:
     """A warning of this project as one line; one of a library keeps its place in the code."""
     if any(Path(filename).is_relative_to(folder) for folder in _OWN):
         return f"warning: {visible(str(message))}\n"
-    return _ordinary_format(message, category, filename, lineno, *line)
+    return _ordinary_format(message, category, filename, lineno, line)
 
 
 def _drop_output() -> None:
