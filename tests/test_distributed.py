@@ -31,9 +31,9 @@ QUICK: dict[str, list[str]] = {
     "inflora": ["--method=inflora", "--data.workers=1"],
 }
 SLOW: dict[str, list[str]] = {
-    "loda-random-heads": ["--head.start=random"],
+    "loda-random-heads": ["--head.start=random", "--train.lr=0.01"],
     "o_lora-plain": ["--method=o_lora"],
-    "null_lora": ["--method=null_lora"],
+    "null_lora": ["--method=null_lora", "--train.lr=0.01"],
     "sd_lora": ["--method=sd_lora"],
     "seq_lora": ["--method=seq_lora"],
     "frozen": ["--method=frozen", "--head.readout=heads"],
