@@ -132,6 +132,20 @@ def test_the_page_of_results_shows_the_test_on_glyphs() -> None:
     assert " ".join(DIVERGED["glyphs"]) in shown
 
 
+def test_the_page_of_results_shows_the_short_tasks() -> None:
+    shown = page("results.md").partition("### Twenty short tasks")[2].partition("###")[0]
+    (short,) = [x for x in glyphs().sections if x.title.endswith(": 20 tasks")]
+    (rates,) = Report.over(recorded("glyphs-20-tasks-rates.jsonl")).sections
+    for section in (short, rates):
+        assert rows(accuracy_table(section, "compensated")) in shown
+    last = of_readout(short.measures, "compensated").pivot(
+        index="seed", columns="group", values="last"
+    )
+    assert len(last) == 10
+    for other in ("frozen-20-tasks", "inflora-20-tasks"):  # in each of the ten draws
+        assert (last["loda-20-tasks"] < last[other]).all()
+
+
 def test_what_the_methods_learn_and_forget_in_the_trials() -> None:
     (section,) = Report.over(recorded("glyphs-choose.jsonl")).sections
     means = of_readout(section.measures, "compensated").groupby("group")[["new", "forgetting"]]
