@@ -31,9 +31,10 @@ from training.yaml_files import read_yaml, resolve_config
 
 READOUTS = ("compensated", "alignment", "heads", "nearest_mean", "ridge")  # all on one training
 READOUT = READOUTS[0]  # the primary one, which decides
-RATES = (0.006, 0.02, 0.06, 0.18, 0.5, 1.0)
-# Steps that are added for every method where the best rate of one of them is at an edge.
-LOWER, HIGHER = (0.002, 0.0006), (2.0, 4.0)
+LADDER = (0.00006, 0.0002, 0.0006, 0.002, 0.006, 0.02, 0.06, 0.18, 0.5, 1.0, 2.0, 4.0)
+RATES = LADDER[4:10]
+# Rungs that are added for every method, at most, where the best rate of one of them is at an edge.
+FURTHER = 2
 CHOOSING_SEEDS = (11, 12)
 FIRST_TEST_SEED = 101
 HALF_WIDTH = 1.0  # points: of the interval of a primary contrast that the number of seeds aims at
@@ -65,6 +66,8 @@ class Stream(NamedTuple):
         Processor seconds of a run of LoDA, of the frozen backbone and of any other method.
     given : str
         Arguments that its commands need.
+    rates : tuple of float
+        The learning rates of its trials, rungs of the ladder.
     """
 
     title: str
@@ -75,6 +78,7 @@ class Stream(NamedTuple):
     seeds: tuple[int, int]
     seconds: tuple[float, float, float]
     given: str = ""
+    rates: tuple[float, ...] = RATES
 
     def due(self, part: str) -> Settings:
         """Settings of the data and the backbone that a run of a part must have."""
@@ -121,6 +125,7 @@ STREAMS = {
         seeds=(5, 10),
         seconds=(600.0, 230.0, 370.0),
         given=" \\\n#               --data.root IMAGES --backbone.weights FILE",
+        rates=LADDER[2:8],
     ),
 }
 WHOLE = "glyphs"  # the stream with LoDA's parts, the controls and the long tasks
@@ -160,7 +165,7 @@ def choosing_sweep(stream: str = WHOLE, trials: Trials | None = None) -> str:
 
     With the trials of the whole grid so far, it has the rates that are still to be tried as well.
     """
-    rates = {*RATES, *(due_rates(trials) if trials else ())}
+    rates = {*STREAMS[stream].rates, *(due_rates(trials, stream) if trials else ())}
     rates |= {rate for method in METHODS for rate in (trials or {}).get(method, {})}
     variants: dict[str, Settings] = {ONLY_HEADS: {"method.name": ONLY_HEADS, "train.lr": ONLY_RATE}}
     for rate in sorted(rates):
@@ -219,7 +224,7 @@ def _require(experiment: Experiment, stream: str, part: str, name: str) -> None:
         raise ValueError(msg)
 
 
-def best_rates(trials: Trials, seeds: tuple[int, ...] = CHOOSING_SEEDS) -> dict[str, float]:
+def best_rates(trials: Trials, stream: str = WHOLE) -> dict[str, float]:
     """The rate of each method with the best mean last accuracy; of equal ones the lower.
 
     Raises
@@ -228,8 +233,8 @@ def best_rates(trials: Trials, seeds: tuple[int, ...] = CHOOSING_SEEDS) -> dict[
         If methods had other trials than each other, or a best rate is at an edge of the grid that
         can still be extended.
     """
-    chosen = _best(trials, seeds)
-    if due := due_rates(trials, seeds):
+    chosen = _best(trials, stream)
+    if due := due_rates(trials, stream):
         msg = (
             f"the best rate must be inside the grid, got {chosen}; run the trials of every method "
             f"at {' and '.join(map(str, due))} too"
@@ -238,28 +243,33 @@ def best_rates(trials: Trials, seeds: tuple[int, ...] = CHOOSING_SEEDS) -> dict[
     return chosen
 
 
-def due_rates(trials: Trials, seeds: tuple[int, ...] = CHOOSING_SEEDS) -> list[float]:
+def due_rates(trials: Trials, stream: str = WHOLE) -> list[float]:
     """The next rate beyond each edge of the grid where a method is best, if any is left."""
-    best = set(_best(trials, seeds).values())
+    best = set(_best(trials, stream).values())
     grid = sorted(trials["loda"])
+    first, last = (LADDER.index(STREAMS[stream].rates[edge]) for edge in (0, -1))
+    rungs = LADDER[max(first - FURTHER, 0) : last + FURTHER + 1]
+    lower, higher = rungs.index(grid[0]) - 1, rungs.index(grid[-1]) + 1
     due = []
-    for edge, further in ((grid[0], LOWER), (grid[-1], HIGHER)):
-        left = [rate for rate in further if rate not in grid]
-        due += left[:1] if edge in best else []
+    if grid[0] in best and lower >= 0:
+        due.append(rungs[lower])
+    if grid[-1] in best and higher < len(rungs):
+        due.append(rungs[higher])
     return due
 
 
-def _best(trials: Trials, seeds: tuple[int, ...]) -> dict[str, float]:
+def _best(trials: Trials, stream: str) -> dict[str, float]:
     """The best rate of each method, in trials of one whole grid for all."""
     grids = {method: sorted(trials.get(method, {})) for method in METHODS}
     grid = grids["loda"]
     for method, rates in grids.items():
         have = {seed for rate in rates for seed in trials[method][rate]}
-        whole = all(set(trials[method][rate]) == set(seeds) for rate in rates)
-        if rates != grid or not set(RATES) <= set(rates) or not whole:
+        whole = all(set(trials[method][rate]) == set(CHOOSING_SEEDS) for rate in rates)
+        first = set(STREAMS[stream].rates)
+        if rates != grid or not first <= set(rates) or not whole:
             msg = (
-                f"{method} must have a trial at every rate of {sorted({*RATES, *grid})} with seeds "
-                f"{list(seeds)}, got rates {rates} and seeds {sorted(have)}; run the rest"
+                f"{method} must have a trial at every rate of {sorted({*first, *grid})} with seeds "
+                f"{list(CHOOSING_SEEDS)}, got rates {rates} and seeds {sorted(have)}; run the rest"
             )
             raise ValueError(msg)
     chosen = {}
@@ -299,7 +309,7 @@ def results_sweep(trials: Trials, stream: str, part: str = TEST) -> str:
     native settings and the long stream. On another stream LoDA's parts and the controls are a sweep
     of their own, for fewer seeds; it goes to the folder of the test, where the methods are done.
     """
-    chosen = best_rates(trials)
+    chosen = best_rates(trials, stream)
     rate, epochs = chosen["loda"], 2 * STREAMS[stream].epochs()
     own: dict[str, Settings] = {
         method: {"method.name": method, "train.lr": chosen[method]} for method in METHODS
@@ -374,7 +384,7 @@ def contrasts(
     tables = {}
     for section, rows in runs.groupby("section", sort=False):
         tables[str(section)] = differences(rows, _lead_of(rows), "last")
-    other = rival(trials, best_rates(trials))
+    other = rival(trials, best_rates(trials, stream))
     primary = [
         table[["frozen", other]] for table in tables.values() if {"frozen", other} <= {*table}
     ]

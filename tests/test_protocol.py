@@ -103,7 +103,7 @@ def test_every_method_gets_the_same_trials(stream: str) -> None:
     assert set(rates) == set(protocol.METHODS)
     grids = {tuple(own) for own in rates.values()}
     assert len(grids) == 1
-    assert set(protocol.RATES) <= set(*grids)
+    assert set(protocol.STREAMS[stream].rates) <= set(*grids)
 
 
 def test_the_sweep_of_room_is_a_part_of_the_trials() -> None:
@@ -177,7 +177,11 @@ def test_a_best_rate_at_an_edge_asks_for_trials_of_all_beyond_it() -> None:
     sweep = yaml.safe_load(protocol.choosing_sweep("glyphs", low))
     new = {name: own for name, own in sweep["variants"].items() if own["train.lr"] == 0.002}
     assert {own["method.name"] for own in new.values()} == set(protocol.METHODS)
-    wider = (*protocol.RATES, *protocol.HIGHER)
+    photographs = "caltech101-dinov2"
+    own = protocol.STREAMS[photographs].rates
+    assert protocol.due_rates(trials(best=own[0], grid=own), photographs) == [0.0002]
+    assert protocol.due_rates(trials(best=own[-1], grid=own), photographs) == [0.5]
+    wider = (*protocol.RATES, 2.0, 4.0)
     assert protocol.best_rates(trials(best=4.0, grid=wider))["loda"] == 4.0
 
 
@@ -218,7 +222,9 @@ def test_the_test_sweep_is_on_the_other_alphabet_and_other_seeds(
     stream: str, part: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "glyphs-test.yaml"
-    path.write_text(protocol.results_sweep(trials(), stream, part), encoding="utf-8")
+    grid = protocol.STREAMS[stream].rates
+    best = trials(best=0.06, grid=grid)
+    path.write_text(protocol.results_sweep(best, stream, part), encoding="utf-8")
     assert "is inflora" in path.read_text(encoding="utf-8")
     sweep = read_sweep(str(path))
     assert not set(sweep.seeds) & set(protocol.CHOOSING_SEEDS)
