@@ -246,16 +246,15 @@ def best_rates(trials: Trials, stream: str = WHOLE) -> dict[str, float]:
 def due_rates(trials: Trials, stream: str = WHOLE) -> list[float]:
     """The next rate beyond each edge of the grid where a method is best, if any is left."""
     best = set(_best(trials, stream).values())
-    grid = sorted(trials["loda"])
+    grid = tuple(sorted(trials["loda"]))
     first, last = (LADDER.index(STREAMS[stream].rates[edge]) for edge in (0, -1))
     rungs = LADDER[max(first - FURTHER, 0) : last + FURTHER + 1]
-    lower, higher = rungs.index(grid[0]) - 1, rungs.index(grid[-1]) + 1
-    due = []
-    if grid[0] in best and lower >= 0:
-        due.append(rungs[lower])
-    if grid[-1] in best and higher < len(rungs):
-        due.append(rungs[higher])
-    return due
+    lower = [i for i in range(len(rungs)) if rungs[i : i + len(grid)] == grid]
+    if not lower:
+        msg = f"the rates of the trials must follow each other in {list(rungs)}, got {list(grid)}"
+        raise ValueError(msg)
+    below, above = rungs[: lower[0]], rungs[lower[0] + len(grid) :]
+    return [*(below[-1:] if grid[0] in best else ()), *(above[:1] if grid[-1] in best else ())]
 
 
 def _best(trials: Trials, stream: str) -> dict[str, float]:

@@ -44,6 +44,16 @@ def fake_run(
     return folder
 
 
+def moves(run: Path, relative: float) -> Path:
+    """The run, with a log in which every task moved the weights by that share of them."""
+    log = run / "metrics.jsonl"
+    events = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    for event in events:
+        event["update"] = {"relative": relative, "changed": 0.5, "images": 10, "layers": {}}
+    log.write_text("".join(json.dumps(event) + "\n" for event in events), "utf-8")
+    return run
+
+
 def changed_json(path: Path, **changes: Any) -> None:
     """Put other values into a JSON file, which need not be there."""
     content = json.loads(path.read_text("utf-8")) if path.is_file() else {}

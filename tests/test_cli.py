@@ -288,7 +288,10 @@ def test_the_module_runs_as_a_process(run: Path, tmp_path: Path) -> None:
     assert "nearest_mean: accuracy" in done.stdout
 
 
-def test_a_warning_is_one_line(run: Path, root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_warning_is_one_line_unless_its_place_is_asked_for(
+    debug: bool, run: Path, root: Path, tmp_path: Path
+) -> None:
     images = shutil.copytree(root, tmp_path / "images")
     next((images / "test" / "red").iterdir()).unlink()
     done = subprocess.run(
@@ -296,10 +299,12 @@ def test_a_warning_is_one_line(run: Path, root: Path, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
+        env={**os.environ, "LODA_DEBUG": "1" if debug else ""},
     )
     assert done.returncode == 0
-    assert done.stderr.startswith("warning: the test images are not those of")
-    assert done.stderr.count("\n") == 1
+    brief = [x for x in done.stderr.splitlines() if x.startswith("warning: the test images are")]
+    assert len(brief) == (not debug)
+    assert ("RuntimeWarning: the test images are" in done.stderr) == debug
 
 
 @pytest.mark.parametrize(

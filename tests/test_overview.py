@@ -70,6 +70,17 @@ def test_the_end_names_tasks_in_which_nothing_was_learned_or_all_was_lost() -> N
     assert not any("warning" in x for x in end(Experiment(), Path("run"), b""))
 
 
+@pytest.mark.parametrize("method", ["loda", "seq_lora"])
+def test_a_task_that_overwrites_the_weights_is_warned_of_at_once(
+    method: str, tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rate = {"lr": 3.0, "epochs": 4}
+    train(tiny(root, tmp_path / "run", method={"name": method}, train=rate, data={"tasks": 1}))
+    printed = capsys.readouterr().out
+    assert "warning: probably little is left" in printed.partition("after task")[0]
+    assert "larger than the adapted weights in task 1" in printed
+
+
 def test_branches_of_an_open_task_are_no_parameters_of_the_backbone() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     with LoDA(model, target="*", rank=1, radius=0.3).task([torch.randn(8, 4)]):

@@ -181,6 +181,10 @@ def test_a_best_rate_at_an_edge_asks_for_trials_of_all_beyond_it() -> None:
     own = protocol.STREAMS[photographs].rates
     assert protocol.due_rates(trials(best=own[0], grid=own), photographs) == [0.0002]
     assert protocol.due_rates(trials(best=own[-1], grid=own), photographs) == [0.5]
+    for best, grid in ((0.00006, (0.00006, 0.0002, *own)), (1.0, (*own, 0.5, 1.0))):  # two steps
+        assert protocol.due_rates(trials(best=best, grid=grid), photographs) == []
+    with pytest.raises(ValueError, match="follow each other"):
+        protocol.due_rates(trials(best=1.0, grid=(*protocol.RATES, 4.0)))
     wider = (*protocol.RATES, 2.0, 4.0)
     assert protocol.best_rates(trials(best=4.0, grid=wider))["loda"] == 4.0
 

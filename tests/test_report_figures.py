@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_runs import AGES, analysis, changed_json, fake_run, measures, sections
+from fake_runs import AGES, analysis, changed_json, fake_run, measures, moves, sections
 
 from training import cli
 from training.config import BackboneConfig, MethodConfig, TrainConfig
@@ -75,11 +75,7 @@ def test_leads_are_drawn_with_their_intervals(two: Path) -> None:
 def test_accuracy_by_rate_and_by_the_update_that_it_makes(tmp_path: Path) -> None:
     for rate, last in ((0.01, (60, 79)), (0.1, (60, 80)), (1.0, (60, 78)), (9.0, (2, 4))):
         run = fake_run(tmp_path / str(rate), ((90,), last), train=TrainConfig(lr=rate))
-        log = run / "metrics.jsonl"
-        events = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
-        for event in events:
-            event["update"] = {"relative": rate / 2, "changed": 0.5, "images": 10, "layers": {}}
-        log.write_text("".join(json.dumps(event) + "\n" for event in events), "utf-8")
+        moves(run, rate / 2)
     fake_run(tmp_path / "frozen", method=MethodConfig("frozen"))
     figures = drawn(tmp_path)
     by_rate, by_update = panels(figures["rates"])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from fake_runs import FROZEN, analysis, changed_json, fake_run, sections
+from fake_runs import FROZEN, analysis, changed_json, fake_run, moves, sections
 
 from training import cli
 from training.config import (
@@ -125,6 +125,14 @@ def test_what_holds_no_run_is_named_beside_what_does(tmp_path: Path) -> None:
     for place, word in words.items():
         with pytest.raises(FileNotFoundError, match=word):
             find_runs([tmp_path / place])
+
+
+def test_runs_that_learned_at_a_rate_far_too_high_are_named(tmp_path: Path) -> None:
+    for seed, relative in ((1, 0.9), (2, 1.5), (3, 4.0), (4, 80.0)):
+        moves(fake_run(tmp_path / str(seed), seed=seed), relative)
+    fake_run(tmp_path / "frozen", method=MethodConfig("frozen"))
+    (note,) = Report.over([tmp_path]).notes()
+    assert note.endswith("loda (2 to 4).")
 
 
 def test_a_sweep_says_what_belongs_together(tmp_path: Path) -> None:

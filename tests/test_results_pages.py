@@ -144,6 +144,13 @@ def test_the_page_of_results_shows_the_short_tasks() -> None:
     assert len(last) == 10
     for other in ("frozen-20-tasks", "inflora-20-tasks"):  # in each of the ten draws
         assert (last["loda-20-tasks"] < last[other]).all()
+    behind = (last["frozen-20-tasks"] - last["loda-20-tasks"]).drop(110)  # which collapsed
+    assert f"it is {behind.mean():.1f} points behind" in shown
+    texts = {"alignment": "at {} %, {} points behind", "ridge": "at {} %, {} behind"}
+    for readout, text in texts.items():
+        means = of_readout(short.measures, readout).groupby("group")["last"].mean()
+        own = means["loda-20-tasks"]
+        assert text.format(f"{own:.1f}", f"{means['frozen-20-tasks'] - own:.1f}") in shown
 
 
 def test_what_the_methods_learn_and_forget_in_the_trials() -> None:

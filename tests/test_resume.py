@@ -503,11 +503,13 @@ def survives(experiment: Experiment, whole: Path, signals: list[signal.Signals],
         "--train.lr=0.01",
         "--checkpoint.steps=3",
     ]
+    saved = False
 
     def command() -> list[str]:
-        # SIGKILL may have come before there was anything to resume.
-        goes_on = ["train", "--resume", str(run)]
-        return goes_on if checkpoint_files(run) else [*first, "--overwrite"]
+        # SIGKILL may come before there is anything to resume; nothing that was there may be lost.
+        nonlocal saved
+        saved = saved or bool(checkpoint_files(run)) or (run / "summary.json").is_file()
+        return ["train", "--resume", str(run)] if saved else [*first, "--overwrite"]
 
     for number in signals:
         delay = draw.uniform(0.0, min(1.0, 0.4 * seconds))

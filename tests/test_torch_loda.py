@@ -1386,7 +1386,7 @@ def test_an_update_larger_than_the_weights_is_warned_of(size: float) -> None:
     if size < 1:
         end(loda, 0)  # warnings are errors
         return
-    with pytest.warns(UserWarning, match="3 times as large") as warned:
+    with pytest.warns(UserWarning, match="is 3 times as large") as warned:
         end(loda, 0)
     assert warned[0].filename == end.__code__.co_filename
     assert loda.tasks == 1

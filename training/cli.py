@@ -12,7 +12,8 @@ import re
 import sys
 import unicodedata
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -95,7 +96,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         141 if the reader of the output has closed the pipe.
     """
     _print_on_any_console()
-    warnings.formatwarning = _format_warning
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     command = arguments.command
@@ -121,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.settings = rest
         if "run" in arguments:
             _require_run(arguments.run)  # before torch is imported
-        status = arguments.act(arguments) or 0
+        with _brief_warnings():
+            status = arguments.act(arguments) or 0
         sys.stdout.flush()  # here an error of the output can still be told
     except KeyboardInterrupt as stop:
         _say(f"loda {command}: interrupted{f'; {stop}' if str(stop) else ''}")
@@ -134,8 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         foreseen = ValueError, OSError, FloatingPointError, ModuleNotFoundError
         if os.environ.get("LODA_DEBUG") or not (isinstance(error, foreseen) or lacks_memory):
             raise
-        said = " ".join(line.strip() for line in str(error).splitlines())
-        _say(f"loda {command}: {_OUT_OF_MEMORY if lacks_memory else said}")
+        _say(f"loda {command}: {_OUT_OF_MEMORY if lacks_memory else _one_line(str(error))}")
         try:
             sys.stdout.flush()
         except OSError:  # the output itself cannot be written, on a full disk say
@@ -192,21 +192,20 @@ def _print_on_any_console() -> None:
             stream.reconfigure(errors="loda")
 
 
-_ordinary_format = warnings.formatwarning
-_OWN = tuple(Path(__file__).parents[1] / name for name in ("training", "backends", "loda_math"))
+@contextmanager
+def _brief_warnings() -> Iterator[None]:
+    """Show warnings as one line without a place in the code, unless that is asked for."""
+    ordinary = warnings.formatwarning
+    if not os.environ.get("LODA_DEBUG"):
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {_one_line(str(message))}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = ordinary
 
 
-def _format_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    line: str | None = None,
-) -> str:
-    """A warning of this project as one line; one of a library keeps its place in the code."""
-    if any(Path(filename).is_relative_to(folder) for folder in _OWN):
-        return f"warning: {visible(str(message))}\n"
-    return _ordinary_format(message, category, filename, lineno, line)
+def _one_line(text: str) -> str:
+    return visible(" ".join(line.strip() for line in text.splitlines()))
 
 
 def _drop_output() -> None:

@@ -102,6 +102,11 @@ class Progress:
             f"task {task}/{self.tasks}: accuracy over all classes so far "
             f"{100 * accuracy:.2f} % ({seconds:.1f} s{time_left})",
             *([] if update is None else [f"  {describe_update(update)}"]),
+            *(
+                ["  warning: probably little is left of what the backbone knew; lower train.lr"]
+                if update is not None and update.relative > 1
+                else []
+            ),
         )
 
     def finish(self, matrix: AccuracyMatrix, run: Path, figure: Path | None = None) -> None:

@@ -156,8 +156,9 @@ def end(experiment: Experiment, folder: Path, log: bytes, *, before: int = 0) ->
         )
     if large:
         lines.append(
-            f"warning: the update was larger than the weights of the backbone in {_tasks(large)}, "
-            "so little is left of what it knew. Compare with --method frozen, and lower train.lr."
+            f"warning: the update was larger than the adapted weights in {_tasks(large)}, so "
+            "probably little is left of what the backbone knew. Compare with --method frozen, and "
+            "lower train.lr."
         )
     run = shlex.quote(str(folder))
     size = sum(event["bytes"] for event in _events(log) if event["event"] == "state")

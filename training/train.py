@@ -13,6 +13,7 @@ import platform
 import shutil
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
-from backends.torch import RowsLoss, TaskRecord
+from backends.torch import LargeUpdateWarning, RowsLoss, TaskRecord
 from backends.torch.readouts import CosineHeads, Readouts, class_mean_start
 from training import overview
 from training.backbones import Backbone, build_backbone, check_fits
@@ -527,7 +528,9 @@ def learn_task(run: Run, task: int, progress: Progress) -> None:
     clock = time.perf_counter()
 
     # LoDA: recalibrate, merge, remember the moments
-    learned = state.method.end_task(_method_batches(run, task, images))
+    with warnings.catch_warnings():  # the line of the task says so for every method
+        warnings.simplefilter("ignore", LargeUpdateWarning)
+        learned = state.method.end_task(_method_batches(run, task, images))
     _copy_weights_from_first(run)
     clock = position.spent("end", clock)
 

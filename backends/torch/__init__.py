@@ -27,7 +27,13 @@ if TYPE_CHECKING:
     )
     from backends.torch.linear_maps import InProjection
     from backends.torch.loda import LoDA, Task
-    from backends.torch.lora import LoRABranch, LoRALinear, MergeRounding, weight_matrix
+    from backends.torch.lora import (
+        LargeUpdateWarning,
+        LoRABranch,
+        LoRALinear,
+        MergeRounding,
+        weight_matrix,
+    )
     from backends.torch.moments import MomentCollector, collect_moments
     from backends.torch.record import TaskRecord
     from backends.torch.settings import PRESETS, TIMM_QKV, LoDASettings
@@ -40,6 +46,7 @@ __all__ = [
     "Half",
     "Halves",
     "InProjection",
+    "LargeUpdateWarning",
     "LoDA",
     "LoDASettings",
     "LoRABranch",

@@ -588,8 +588,9 @@ class LoDA:
         -----
         UserWarning
             If something that trains had a gradient but is what it was at the beginning, or a
-            weight in half precision took up only a part of its update, or the update is larger
-            than the weights.
+            weight in half precision took up only a part of its update.
+        LargeUpdateWarning
+            If the update is larger than the weights of the layers, ‖ΔW‖ > ‖W‖.
         """
         task, settings, first_task = self._require_open(), self.settings, self.tasks == 0
         self._require_restored()
@@ -665,7 +666,7 @@ class LoDA:
             raise interrupt
         if not settings.master:
             warn_of_rounding(record.rounding)
-        warn_of_size(layer.norms for layer in task.layers.values() if layer.norms is not None)
+        warn_of_size(task.layers.values())
         if unchanged:
             more = f" and {len(unchanged) - 4} more" if len(unchanged) > 4 else ""
             msg = (

@@ -109,7 +109,7 @@ class LoRALinear(nn.Module):
     ----------
     rounding : MergeRounding or None
         Of the last merge; ``None`` before one, and for weights in float32 or wider.
-    norms : tuple of float, or None
+    norms : tuple of Tensor, 0-d, or None
         Frobenius norms of the update ΔW of the last merge and of the weight W before it.
 
     Examples
@@ -143,7 +143,7 @@ class LoRALinear(nn.Module):
         self.branches = nn.ModuleDict()
         self.master = master
         self.rounding: MergeRounding | None = None
-        self.norms: tuple[float, float] | None = None
+        self.norms: tuple[Tensor, Tensor] | None = None
         self._merged = False
         self._unmerged: tuple[Tensor, Tensor | None] | None = None
         self._staged: Coefficients | None = None
@@ -403,7 +403,8 @@ class LoRALinear(nn.Module):
             msg = "the merged weight holds NaN or infinite values; the layer was left as it was"
             raise FloatingPointError(msg)
         self.rounding = _rounding(self.frozen, merged, delta)
-        self.norms = float(delta.norm()), float(self.frozen.to(delta.dtype).norm())
+        before = torch.linalg.vector_norm(self.frozen, dtype=delta.dtype)
+        self.norms = torch.linalg.vector_norm(delta), before
         self._staged = {} if coefficients is None else coefficients
 
     def unstage(self) -> None:
@@ -502,16 +503,22 @@ def warn_of_rounding(rounding: Mapping[str, MergeRounding]) -> None:
         warnings.warn(msg, stacklevel=4)  # who ended the task, behind the frame of torch.no_grad
 
 
-def warn_of_size(norms: Iterable[tuple[float, float]]) -> None:
-    """Warn of an update that is larger than the weights to which it was added."""
-    moved, size = (math.hypot(*lengths) for lengths in zip(*norms, strict=True))
+class LargeUpdateWarning(UserWarning):
+    """The update of a task is larger than the weights of the layers that it was added to."""
+
+
+def warn_of_size(layers: Iterable[LoRALinear]) -> None:
+    """Warn of an update that is larger than the weights of the layers that it was added to."""
+    norms = [layer.norms for layer in layers if layer.norms is not None]
+    moved, size = (math.hypot(*map(float, lengths)) for lengths in zip(*norms, strict=True))
     if moved > size > 0:
         msg = (
             f"the update of this task is {moved / size:.3g} times as large as the weights of the "
-            f"adapted layers (Frobenius norm), so little is left of what they knew: lower the "
-            f"learning rate, or train fewer steps"
+            f"adapted layers (Frobenius norm), so probably little is left of what they knew: lower "
+            f"the learning rate, or train fewer steps"
         )
-        warnings.warn(msg, stacklevel=4)  # who ended the task, behind the frame of torch.no_grad
+        # Who ended the task, behind the frame of torch.no_grad.
+        warnings.warn(msg, LargeUpdateWarning, stacklevel=4)
 
 
 def base_layer(layer: nn.Module) -> nn.Module:

@@ -21,6 +21,7 @@ from training.report.tables import (
     latex,
     markdown,
     report_tables,
+    seeds_text,
     settings_tables,
     side_by_side,
     verdict,
@@ -94,7 +95,7 @@ class Report(NamedTuple):
         return cls(inventory, sections, lead_of, baseline)
 
     def notes(self) -> list[str]:
-        """Notes for the top of the report: runs left out, and paths without runs."""
+        """Notes for the top of the report: runs left out or ruined, and paths without runs."""
         _, unfinished, unreadable, others = self.inventory
         # A pattern such as runs/* also matches the logs of a sweep.
         others = [p for p in others if "logs" not in (p.name, p.parent.name)]
@@ -102,9 +103,20 @@ class Report(NamedTuple):
             "Unfinished runs, not counted": map(str, unfinished),
             "Unreadable runs, not counted": (f"{p} ({why})" for p, why in unreadable.items()),
             "Paths without a run": (str(path) for path in others if path.suffix != ".json"),
+            "Runs with a task whose update was larger than the adapted weights (the learning rate "
+            "was probably too high)": self._overgrown(),
         }
         texts = {what: ", ".join(names) for what, names in notes.items()}
         return [f"{what}: {names}." for what, names in texts.items() if names]
+
+    def _overgrown(self) -> list[str]:
+        """Labels, and the seeds whose weights some task moved by more than 100 per cent."""
+        seeds: dict[str, set[int]] = {}
+        groups = [group for section in self.sections for group in section.groups.items()]
+        for label, runs in groups:
+            if large := {run.seed for run in runs if any(x["update"] > 100 for x in run.costs)}:
+                seeds.setdefault(label, set()).update(large)
+        return [f"{label} ({seeds_text(sorted(own))})" for label, own in seeds.items()]
 
     def overview(self) -> list[Table]:
         """Tables over several data sets or backbones."""
