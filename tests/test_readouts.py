@@ -137,6 +137,41 @@ def test_few_images_move_old_classes_only_as_far_as_they_show(images: int) -> No
     assert statistics.covariance.isfinite().all()
 
 
+@pytest.mark.parametrize("images", [42, 60, 400])
+def test_old_classes_do_not_follow_noise(images: int) -> None:
+    # About as many images as features: a map that fits them exactly says nothing about old classes.
+    g = seeded(3)
+    old, new = torch.randn(50, 40, generator=g), torch.randn(images, 40, generator=g) + 1
+    seen = new + 0.3 * torch.randn(images, 40, generator=g)
+    statistics = CompensatedStatistics()
+    statistics.add_task(old, torch.zeros(50, dtype=torch.int64))
+    before = statistics.mean[0].clone()
+    statistics.begin(new)
+    statistics.add_task(seen, torch.ones(images, dtype=torch.int64))
+    exact = torch.linalg.lstsq(new - new.mean(0), seen - seen.mean(0)).solution
+    thrown = (before - new.mean(0)) @ exact + seen.mean(0) - before
+    assert (statistics.mean[0] - before).norm() < (0.5 if images < 100 else 0.9) * thrown.norm()
+
+
+@given(power=st.floats(-3, 3), seed=st.integers(0, 100))
+def test_a_followed_drift_does_not_depend_on_the_axes_or_the_scale(power: float, seed: int) -> None:
+    x, _ = made_up()
+    turn, _ = torch.linalg.qr(torch.randn(12, 12, generator=seeded(seed), dtype=torch.float64))
+    first, second, labels = x[:40].double(), x[80:160].double(), torch.zeros(40, dtype=torch.int64)
+    after = drifted(second.float(), 1, curve=0.1).double()
+    followed = []
+    for change in (torch.eye(12, dtype=torch.float64), turn * 10**power):
+        statistics = CompensatedStatistics(dtype=torch.float64)
+        statistics.add_task(first @ change, labels)
+        statistics.begin(second @ change)
+        statistics.add_task(after @ change, torch.ones(80, dtype=torch.int64))
+        followed.append(statistics)
+    plain, other = followed
+    torch.testing.assert_close(
+        other.mean, plain.mean @ turn * 10**power, rtol=1e-6, atol=1e-6 * 10**power
+    )
+
+
 def test_features_from_before_a_task_are_needed_for_compensation() -> None:
     statistics = CompensatedStatistics()
     (first, *_), (second, labels, size), _ = by_task(*made_up())

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from backends.torch.readouts.checks import check_names
 
-_RIDGE = 1e-2  # of the map that old classes follow, relative to the mean square of a direction
+# Of the map that old classes follow, relative to the mean square of a direction. The strongest is
+# first: it is taken where all explain the drift equally well.
+_RIDGES = tuple(10 ** (k / 2) for k in range(4, -5, -1))
 
 
 class TaskStatistics(ABC):
@@ -307,11 +309,15 @@ class CompensatedStatistics(ClassStatistics):
     features B and A, each (N, D), centred on their means b and a, an affine map is fitted by ridge
     regression towards the identity,
 
-        M = I + (BᵀB + τ I)⁻¹ Bᵀ(A - B),   τ = 0.01 · tr(BᵀB) / D,
+        M = I + (BᵀB + τ I)⁻¹ Bᵀ(A - B),
 
-    and old classes are moved by it: μ becomes a + (μ - b) M, and Σ becomes Mᵀ Σ M. A task that
-    leaves the features as they are changes nothing, bit for bit. Estimating the drift on new images
-    is the idea of semantic drift compensation (arXiv:2004.00440); arXiv:2407.08536 learns a linear
+    and old classes are moved by it: μ becomes a + (μ - b) M, and Σ becomes Mᵀ Σ M. Of nine ridges τ
+    from 0.01 to 100 times tr(BᵀB) / D, generalised cross-validation (Golub, Heath and Wahba 1979)
+    takes the one with the least ‖A - BM‖² / (N - df)², where df = 1 + tr((BᵀB + τ I)⁻¹ BᵀB): a weak
+    one where there are many more images than features, and a strong one where noise would be
+    fitted. A task that leaves the features as they are changes nothing, bit for bit. Estimating the
+    drift on new images is the idea of semantic drift compensation (arXiv:2004.00440);
+    arXiv:2407.08536 learns a linear
     map for it. The paper of LoDA has no such step.
 
     Examples
@@ -370,13 +376,7 @@ class CompensatedStatistics(ClassStatistics):
         if torch.equal(before, after):
             return
         centre, place = before.mean(0), after.mean(0)
-        rows = before - centre
-        gram = rows.mT @ rows
-        move = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        ridge = _RIDGE * gram.trace() / len(gram)
-        if ridge > 0:  # otherwise all features are equal, and only the shift is known
-            change = rows.mT @ (after - place - rows)
-            move = move + torch.linalg.solve(gram + ridge * move, change)
+        move = _ridge_map(before - centre, after - place)
         mean = self.mean.to(move.device).double()
         self.mean = (place + (mean - centre) @ move).to(self.dtype)
         # One class at a time: in float64 all of them may be large.
@@ -395,6 +395,27 @@ class CompensatedStatistics(ClassStatistics):
         """Load `tensors` of a number of classes."""
         super().load(tensors, classes)
         self._before, self._after = tensors["before"], []
+
+
+def _ridge_map(before: Tensor, after: Tensor) -> Tensor:
+    """The map M of `CompensatedStatistics` from centred features (N, D) to others."""
+    change = after - before
+    squares, basis = torch.linalg.eigh(before.mT @ before)
+    squares = squares.clamp(min=0)
+    along = basis.mT @ (before.mT @ change)  # BᵀY in the eigenvectors of BᵀB
+    move = torch.eye(len(squares), dtype=before.dtype, device=before.device)
+    unit = squares.mean()
+    if not unit > 0:  # all features are equal, and only the shift is known
+        return move
+    scores = []
+    for ridge in _RIDGES:
+        damped = squares + ridge * unit
+        fitted = (along.square().sum(1) * (damped + ridge * unit) / damped**2).sum()
+        left = (change.square().sum() - fitted).clamp(min=0)
+        scores.append(left / (len(before) - 1 - (squares / damped).sum()) ** 2)
+    best = _RIDGES[int(torch.stack(scores).argmin())] * unit
+    followed: Tensor = move + basis @ (along / (squares + best)[:, None])
+    return followed
 
 
 def _part(features: Tensor) -> tuple[int, Tensor, Tensor]:
