@@ -249,11 +249,11 @@ def due_rates(trials: Trials, stream: str = WHOLE) -> list[float]:
     grid = tuple(sorted(trials["loda"]))
     first, last = (LADDER.index(STREAMS[stream].rates[edge]) for edge in (0, -1))
     rungs = LADDER[max(first - FURTHER, 0) : last + FURTHER + 1]
-    lower = [i for i in range(len(rungs)) if rungs[i : i + len(grid)] == grid]
-    if not lower:
+    starts = [i for i in range(len(rungs)) if rungs[i : i + len(grid)] == grid]
+    if not starts:
         msg = f"the rates of the trials must follow each other in {list(rungs)}, got {list(grid)}"
         raise ValueError(msg)
-    below, above = rungs[: lower[0]], rungs[lower[0] + len(grid) :]
+    below, above = rungs[: starts[0]], rungs[starts[0] + len(grid) :]
     return [*(below[-1:] if grid[0] in best else ()), *(above[:1] if grid[-1] in best else ())]
 
 

@@ -317,8 +317,7 @@ class CompensatedStatistics(ClassStatistics):
     one where there are many more images than features, and a strong one where noise would be
     fitted. A task that leaves the features as they are changes nothing, bit for bit. Estimating the
     drift on new images is the idea of semantic drift compensation (arXiv:2004.00440);
-    arXiv:2407.08536 learns a linear
-    map for it. The paper of LoDA has no such step.
+    arXiv:2407.08536 learns a linear map for it. The paper of LoDA has no such step.
 
     Examples
     --------
@@ -407,11 +406,11 @@ def _ridge_map(before: Tensor, after: Tensor) -> Tensor:
     unit = squares.mean()
     if not unit > 0:  # all features are equal, and only the shift is known
         return move
+    power, whole = along.square().sum(1), change.square().sum()
     scores = []
     for ridge in _RIDGES:
         damped = squares + ridge * unit
-        fitted = (along.square().sum(1) * (damped + ridge * unit) / damped**2).sum()
-        left = (change.square().sum() - fitted).clamp(min=0)
+        left = (whole - (power * (damped + ridge * unit) / damped**2).sum()).clamp(min=0)
         scores.append(left / (len(before) - 1 - (squares / damped).sum()) ** 2)
     best = _RIDGES[int(torch.stack(scores).argmin())] * unit
     followed: Tensor = move + basis @ (along / (squares + best)[:, None])
