@@ -137,7 +137,7 @@ def test_few_images_move_old_classes_only_as_far_as_they_show(images: int) -> No
     assert statistics.covariance.isfinite().all()
 
 
-@pytest.mark.parametrize("images", [42, 60, 400])
+@pytest.mark.parametrize("images", [20, 42, 60, 400])
 def test_old_classes_do_not_follow_noise(images: int) -> None:
     # About as many images as features: a map that fits them exactly says nothing about old classes.
     g = seeded(3)
@@ -366,6 +366,58 @@ def test_converged_alignment_is_much_better_than_nearest_mean() -> None:
     best_accuracy = (best == y).float().mean().item()
     assert accuracy(aligned, x, y) > accuracy(NearestMean().fit(statistics), x, y) + 0.15
     assert accuracy(aligned, x, y) > best_accuracy - 0.05
+
+
+def normal_classes(
+    dim: int, classes: int, images: int, decay: float, distance: float = 1.5
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Classes of one shape, whose standard deviations fall to 10^decay; few images and 300 more."""
+    g = seeded(dim + images)
+    spread = torch.logspace(0, decay, dim)
+    means = distance * torch.randn(classes, dim, generator=g) * spread / spread.norm() + 1
+    sets = []
+    for count in (images, 300):
+        y = torch.arange(classes).repeat(count)
+        sets += [means[y] + torch.randn(len(y), dim, generator=g) * spread, y]
+    return sets[0], sets[1], sets[2], sets[3]
+
+
+@pytest.mark.parametrize(
+    ("dim", "classes", "images", "decay", "distance"),
+    [
+        (100, 5, 8, 0.0, 4.0),
+        (100, 5, 8, -2.0, 1.5),
+        (100, 20, 10, -1.0, 1.5),
+        (40, 5, 200, -2.0, 1.5),
+        (20, 8, 40, -1.5, 1.5),
+    ],
+)
+def test_the_diagonal_that_alignment_chooses_is_near_the_best(
+    dim: int, classes: int, images: int, decay: float, distance: float
+) -> None:
+    x, y, new, labels = normal_classes(dim, classes, images, decay, distance)
+    statistics = ClassStatistics()
+    statistics.add_task(x, y)
+    unit = float(x.var(0).mean())
+
+    def right(alignment: Alignment) -> float:
+        return accuracy(alignment.fit(statistics, generator=seeded()), new, labels)
+
+    fixed = [right(Alignment(covariance=unit * 10.0**power)) for power in range(-3, 2)]
+    assert right(Alignment()) > max(fixed) - 0.05
+    assert max(fixed) - min(fixed) > 0.08  # or else the choice would not matter
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_the_scale_of_the_features_does_not_matter_to_alignment(scale: float) -> None:
+    x, y, new, _ = normal_classes(40, 5, 20, -1.0)
+    decided = []
+    for factor in (1.0, scale):
+        statistics = ClassStatistics()
+        statistics.add_task(x * factor, y)
+        fitted = Alignment().fit(statistics, generator=seeded())
+        decided.append(fitted.logits(new * factor).argmax(1))
+    assert (decided[0] == decided[1]).float().mean() > 0.99
 
 
 def test_converged_alignment_depends_on_statistics_and_generator_alone() -> None:

@@ -21,6 +21,10 @@ _EPS = 1e-6
 _ROUND = 50  # steps whose losses are averaged before they are judged
 _AT_ONCE = 50  # steps at most whose samples are drawn together
 _HALVINGS = 5  # of the learning rate, before training ends
+_PUBLISHED = 1e-3  # the diagonal that the published schedule adds to a covariance
+# From which the diagonal is chosen, relative to the mean variance of a feature. The strongest is
+# first: it is taken where all serve equally well.
+_RIDGES = tuple(10 ** (k / 2) for k in range(2, -9, -1))
 
 
 def alignment_loss(
@@ -107,7 +111,8 @@ def _schedule(
     tasks = torch.arange(1, len(sizes) + 1, device=device)
     shift = (0.9 + 0.1 * tasks / len(sizes)).repeat_interleave(torch.tensor(sizes, device=device))
     mean = statistics.mean * shift[:, None].to(weight)
-    factors = _factors(statistics.covariance.double(), s, weight.dtype)
+    amount = _PUBLISHED if s.covariance is None else s.covariance
+    factors = _factors(statistics.covariance.double(), amount, s, weight.dtype)
     weight.requires_grad_()
     optimiser = torch.optim.SGD([weight], lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
     for epoch in range(epochs):
@@ -123,10 +128,11 @@ def _schedule(
 def _converge(statistics: ClassStatistics, s: Alignment, generator: torch.Generator) -> Tensor:
     """Run to convergence: see `align_heads`."""
     mean, covariance = statistics.mean, _shrunk(statistics, s.shrinkage)
-    factors = _factors(covariance, s, mean.dtype)
+    amount = _chosen(statistics) if s.covariance is None else s.covariance
+    factors = _factors(covariance, amount, s, mean.dtype)
     wide = mean.double()
     moment = covariance.mean(0) + wide.mT @ wide / len(wide)
-    whitener = _factors(moment[None], s, torch.float64)[0]
+    whitener = _factors(moment[None], amount, s, torch.float64)[0]
     # Rows v of the trained matrix give w = K⁻ᵀv with S = K Kᵀ; v starts at K⁻¹μ.
     start = torch.linalg.solve_triangular(whitener, wide.mT, upper=False).mT
     start = start / start.square().mean().sqrt().clamp(min=_EPS)
@@ -176,7 +182,31 @@ def _shrunk(statistics: ClassStatistics, shrinkage: float) -> Tensor:
     return torch.lerp(covariance, pooled.expand_as(covariance), share)
 
 
-def _factors(covariance: Tensor, s: Alignment, dtype: torch.dtype) -> Tensor:
+def _chosen(statistics: ClassStatistics) -> float:
+    """The diagonal by generalised cross-validation: see `Alignment`.
+
+    A regression needs no images but the sums XᵀX and XᵀY, which the statistics give.
+    """
+    count, mean = statistics.count.double(), statistics.mean.double()
+    images = count.sum()
+    centred = mean - count @ mean / images
+    between = centred.mT * count  # XᵀY, with the indicators of the classes for Y
+    within = torch.tensordot((count - 1).clamp(min=0), statistics.covariance.double(), 1)
+    squares, basis = torch.linalg.eigh(within + between @ centred)
+    # What the rounding of stored covariances leaves in directions that no image has is no freedom.
+    squares[squares < torch.finfo(torch.float32).eps * squares.sum()] = 0
+    power = (basis.mT @ between).square().sum(1)
+    whole = images - count.square().sum() / images  # of the centred indicators
+    unit = squares.mean()
+    scores = []
+    for ridge in _RIDGES:
+        damped = squares + ridge * unit
+        left = (whole - (power * (damped + ridge * unit) / damped**2).sum()).clamp(min=0)
+        scores.append(left / (images - 1 - (squares / damped).sum()) ** 2)
+    return float(_RIDGES[int(torch.stack(scores).argmin())] * unit / images)
+
+
+def _factors(covariance: Tensor, amount: float, s: Alignment, dtype: torch.dtype) -> Tensor:
     """Cholesky factors (C, D, D) of covariance + ridge, factorised in float64.
 
     Stored covariances carry the rounding of float32: half an eps of the Frobenius norm at most,
@@ -185,7 +215,8 @@ def _factors(covariance: Tensor, s: Alignment, dtype: torch.dtype) -> Tensor:
     """
     trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
     dim = covariance.shape[-1]
-    ridge = s.covariance * trace / dim if s.relative else torch.full_like(trace, s.covariance)
+    relative = s.relative and s.covariance is not None
+    ridge = amount * trace / dim if relative else torch.full_like(trace, amount)
     least = max(torch.finfo(torch.float32).eps, 4 * dim * torch.finfo(torch.float64).eps) * trace
     jitter = torch.maximum(ridge, least).clamp(min=torch.finfo(torch.float64).tiny)
     eye = torch.eye(dim).to(covariance)

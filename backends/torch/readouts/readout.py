@@ -177,7 +177,12 @@ class Alignment(Readout):
 
     With ``epochs=None`` the same loss is minimised until it stops falling, so the result does not
     depend on the heads. Means are not scaled, and covariances are shrunk towards the pooled one:
-    (1 - a)·S_c + a·S_pooled with a = k·D / (k·D + n_c - 1) and k = ``shrinkage``.
+    (1 - a)·S_c + a·S_pooled with a = k·D / (k·D + n_c - 1) and k = ``shrinkage``. Then τ/N is added
+    to their diagonals, where τ is the ridge of a regression of the N images on the indicators of
+    their classes. Of eleven from 1e-4 to 10 times tr(XᵀX) / D (X: the centred features),
+    generalised cross-validation (Golub, Heath and Wahba 1979) takes the one with the least
+    ‖Y - XW‖² / (N - df)², where df = 1 + tr((XᵀX + τ I)⁻¹ XᵀX). With fewer images than features,
+    samples of the bare covariances would lie in a few directions, and heads would fit just those.
 
     Parameters
     ----------
@@ -191,10 +196,11 @@ class Alignment(Readout):
     temperature : float
         Temperature τ that divides the normalised logits in the loss (paper: 0.3 for CIFAR-100,
         0.2 for CUB, ImageNet-A and -R, 0.1 for DomainNet).
-    covariance : float
-        Added to the diagonal of every class covariance, at least 0.
+    covariance : float, optional
+        Added to the diagonal of every class covariance, at least 0. Without it, 1e-3 in the
+        published schedule (the paper), and chosen as above when training to convergence.
     relative : bool
-        Measure covariance in units of the mean of that diagonal.
+        Measure a given covariance in units of the mean of that diagonal.
     momentum : float
         Momentum of the published schedule.
     weight_decay : float
@@ -213,7 +219,7 @@ class Alignment(Readout):
     shrinkage: float = 0.3
     lr: float = 0.01
     temperature: float = 0.2
-    covariance: float = 1e-3
+    covariance: float | None = None
     relative: bool = False
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -231,7 +237,7 @@ class Alignment(Readout):
                 raise ValueError(msg)
         for option in ("shrinkage", "covariance", "momentum", "weight_decay"):
             value = getattr(self, option)
-            if not (math.isfinite(value) and value >= 0):
+            if value is not None and not (math.isfinite(value) and value >= 0):
                 msg = f"{option} must be finite and at least 0, got {value}"
                 raise ValueError(msg)
 

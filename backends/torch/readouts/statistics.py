@@ -312,12 +312,18 @@ class CompensatedStatistics(ClassStatistics):
         M = I + (BᵀB + τ I)⁻¹ Bᵀ(A - B),
 
     and old classes are moved by it: μ becomes a + (μ - b) M, and Σ becomes Mᵀ Σ M. Of nine ridges τ
-    from 0.01 to 100 times tr(BᵀB) / D, generalised cross-validation (Golub, Heath and Wahba 1979)
-    takes the one with the least ‖A - BM‖² / (N - df)², where df = 1 + tr((BᵀB + τ I)⁻¹ BᵀB): a weak
-    one where there are many more images than features, and a strong one where noise would be
-    fitted. A task that leaves the features as they are changes nothing, bit for bit. Estimating the
-    drift on new images is the idea of semantic drift compensation (arXiv:2004.00440);
-    arXiv:2407.08536 learns a linear map for it. The paper of LoDA has no such step.
+    from 0.01 to 100 times tr(BᵀB) / D, the one is taken under which the drift is most likely, for
+    normal M - I and noise of any size (the evidence, MacKay 1992): that with the least
+
+        (N - 1) log(‖A - BM‖² + τ ‖M - I‖²) + log det(I + BᵀB / τ).
+
+    It is weak where there are many more images than features, and strong where noise would be
+    fitted. Cross-validation would ask how well new images of the same classes are followed; but
+    old classes lie elsewhere, and with fewer images than features a map that fits all of them is no
+    guide there. A task that leaves the features as they are changes nothing, bit for bit.
+    Estimating the drift on new images is the idea of semantic drift compensation
+    (arXiv:2004.00440); arXiv:2407.08536 learns a linear map for it. The paper of LoDA has no such
+    step.
 
     Examples
     --------
@@ -410,8 +416,9 @@ def _ridge_map(before: Tensor, after: Tensor) -> Tensor:
     scores = []
     for ridge in _RIDGES:
         damped = squares + ridge * unit
-        left = (whole - (power * (damped + ridge * unit) / damped**2).sum()).clamp(min=0)
-        scores.append(left / (len(before) - 1 - (squares / damped).sum()) ** 2)
+        left = (whole - (power / damped).sum()).clamp(min=0)
+        freedom = torch.log1p(squares / (ridge * unit)).sum()
+        scores.append((len(before) - 1) * left.log() + freedom)
     best = _RIDGES[int(torch.stack(scores).argmin())] * unit
     followed: Tensor = move + basis @ (along / (squares + best)[:, None])
     return followed
