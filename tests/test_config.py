@@ -412,7 +412,7 @@ def test_a_method_without_training_decides_by_its_own_read_out() -> None:
         ["--method=ranpac_frozen", "--head.ridge.features=9", "--head.also=[heads]"]
     )
     assert found.train.epochs == 0
-    assert (found.head.readout, found.head.also) == ("ridge", ["alignment", "heads"])
+    assert (found.head.readout, found.head.also) == ("ridge", [HeadConfig.readout, "heads"])
     assert found.head.options["ridge"] == {"features": 9}
     assert effective(found) == found
     by_hand = effective(Experiment(method=MethodConfig("ncm"), head=HeadConfig(readout="ridge")))
@@ -452,7 +452,7 @@ def test_the_file_of_a_run_runs_no_code(tmp_path: Path) -> None:
     values = experiment_values(Experiment())
     values["method"] = {"name": "mine_of_tests.Mine", "strength": "?", "more": 1}
     values["head"] |= {"readout": "mine_of_tests.KNN", "KNN": {"k": 3}}
-    del values["head"]["alignment"]
+    del values["head"][HeadConfig.readout]
     found = experiment_from(values, "here")
     assert "mine_of_tests" not in sys.modules
     assert found.method.options == {"strength": "?", "more": 1}
@@ -597,7 +597,7 @@ def test_dump_holds_every_setting() -> None:
     assert list(values) == [item.name for item in fields(Experiment)]
     assert values["train"] == asdict(TrainConfig())
     assert values["method"] == {"name": "loda", **MethodConfig().options}
-    assert set(values["head"]) >= {"start", "readout", "also", "alignment"}
+    assert set(values["head"]) >= {"start", "readout", "also", HeadConfig.readout}
     assert {"init_cls", "image_size"} <= set(values["data"])
 
 
@@ -737,7 +737,7 @@ def test_differing_settings_are_named(tmp_path: Path) -> None:
         "method.rank",
         "head.readout",
         "head.ridge.features",
-        *(name for name in flat_settings(Experiment()) if name.startswith("head.alignment.")),
+        *(n for n in flat_settings(Experiment()) if n.startswith(f"head.{HeadConfig.readout}.")),
     ]
 
 

@@ -55,7 +55,7 @@ def test_every_figure_is_there_in_every_format(written: Path) -> None:
     first = written / "figures" / "digits-2-tasks-glyphs"
     slug = "loda-b-50-x-b-with-a-name-that-is-far-too-long-for-a-column-of-a-table"
     assert {path.stem for path in first.glob("*.svg")} == {
-        "accuracy-alignment", "lead", "relative", "forgetting", "costs",
+        f"accuracy-{HeadConfig.readout}", "lead", "relative", "forgetting", "costs",
         "matrix-frozen", f"matrix-{slug}", f"ratio-{slug}", f"energy-{slug}", f"loss-{slug}-task2",
     }  # fmt: skip
     for kind in ("png", "pdf"):

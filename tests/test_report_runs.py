@@ -57,7 +57,7 @@ def test_what_is_kept_or_read_out_besides_does_not_split_seeds(tmp_path: Path) -
     fake_run(tmp_path / "b", seed=2, head=HeadConfig(also=["ridge"]), out="elsewhere")
     assert sizes(tmp_path) == {"loda": 2}
     (section,) = sections(tmp_path)
-    assert section.readouts == ["alignment"]  # the other one is that of a single seed
+    assert section.readouts == [HeadConfig.readout]  # the other one is that of a single seed
     other = HeadConfig(also=["ridge"], options={"ridge": {"features": 10}})
     fake_run(tmp_path / "c", seed=3, head=other)
     assert len(sizes(tmp_path)) == 2  # their ridge read-outs are not the same
@@ -153,14 +153,15 @@ def test_a_sweep_says_what_belongs_together(tmp_path: Path) -> None:
     assert report.overview() == []  # one backbone: nothing to put side by side
     other = swept(tmp_path / "other", backbone=BackboneConfig("cifar_vit"))
     write_groups(other, {"methods": ["loda", "frozen"]})
+    readout = f"read-out {HeadConfig.readout}"
     assert [t.title for t in Report.over([out, other]).overview()] == [
-        "Side by side (methods): last accuracy, read-out alignment (%)",
-        "Side by side (methods): lead of loda, read-out alignment (points)",
-        "Side by side (others): last accuracy, read-out alignment (%)",  # "aligned" alone
+        f"Side by side (methods): last accuracy, {readout} (%)",
+        f"Side by side (methods): lead of loda, {readout} (points)",
+        f"Side by side (others): last accuracy, {readout} (%)",  # "aligned" alone
     ]
     (other / "groups.json").unlink()
     accuracy, lead = Report.over([out, other]).overview()  # only one has parts: all with all
-    assert accuracy.title == "Side by side: last accuracy, read-out alignment (%)"
+    assert accuracy.title == f"Side by side: last accuracy, read-out {HeadConfig.readout} (%)"
     assert list(accuracy.cells.index) == ["loda", "frozen", "plain", "aligned"]
     assert list(lead.cells.index) == ["frozen", "plain", "aligned"]
 
@@ -229,11 +230,17 @@ LINE = {"event": "task", "task": 1, "seconds": {"train": 1.0}}
         ("summary.json", [1]),
         ("summary.json", {}),
         ("summary.json", {"counts": {}}),
-        ("summary.json", {"counts": {"alignment": {"sizes": [1]}}}),
-        ("summary.json", {"counts": {"alignment": COUNTS | {"correct": [["x"]]}}}),
-        ("summary.json", {"counts": {"alignment": COUNTS}, "stored_bytes": {"method": "much"}}),
-        ("summary.json", {"counts": {"alignment": COUNTS}, "trainable_parameters": {"a": {}}}),
-        ("summary.json", {"counts": {"alignment": TWO}, "task_given": [0.5]}),
+        ("summary.json", {"counts": {HeadConfig.readout: {"sizes": [1]}}}),
+        ("summary.json", {"counts": {HeadConfig.readout: COUNTS | {"correct": [["x"]]}}}),
+        (
+            "summary.json",
+            {"counts": {HeadConfig.readout: COUNTS}, "stored_bytes": {"method": "much"}},
+        ),
+        (
+            "summary.json",
+            {"counts": {HeadConfig.readout: COUNTS}, "trainable_parameters": {"a": {}}},
+        ),
+        ("summary.json", {"counts": {HeadConfig.readout: TWO}, "task_given": [0.5]}),
         ("classes.json", {"class_names": [1, 2]}),
         ("classes.json", {"images": ["many"]}),
         ("environment.json", {"backbone": 7}),
@@ -271,7 +278,11 @@ def test_load_gives_a_row_a_run_and_read_out(tmp_path: Path) -> None:
     assert len(frame) == 5
     row = frame[(frame["seed"] == 3) & frame["primary"]].iloc[0]
     assert (row["section"], row["group"]) == ("digits, 2 tasks, glyphs", "loda")
-    assert (row["readout"], row["tasks"], row["run"]) == ("alignment", 2, str(tmp_path / "3"))
+    assert (row["readout"], row["tasks"], row["run"]) == (
+        HeadConfig.readout,
+        2,
+        str(tmp_path / "3"),
+    )
     assert (row["last"], row["average"], row["forgetting"]) == pytest.approx((50, 70, 60))
     assert (row["task_given"], row["method_bytes"], row["readout_bytes"]) == (95, 2**20, 2**19)
     assert (row["seconds"], row["training_seconds"], row["memory_mib"]) == (7, 5, 301)

@@ -12,7 +12,7 @@ import pytest
 from fake_runs import FROZEN, changed_json, fake_run, sections, texts
 from scipy import stats
 
-from training.config import BackboneConfig, MethodConfig, TrainConfig
+from training.config import BackboneConfig, HeadConfig, MethodConfig, TrainConfig
 from training.report import Report, Table, intervals, latex, markdown
 from training.report.runs import Section
 from training.report.tables import (
@@ -38,7 +38,7 @@ def test_mean_and_sample_deviation_over_seeds(tmp_path: Path) -> None:
     (section,) = sections(tmp_path)
     # last 50, 70, 90; average 70, 80, 90; forgetting 60, 30, 0
     cells = ["70.00 ± 20.00", "80.00 ± 10.00", "30.00 ± 30.00", "95.00 ± 0.00", "1 to 3"]
-    assert texts(table(section, "Accuracy, read-out alignment")) == [["loda", *cells]]
+    assert texts(table(section, f"Accuracy, read-out {HeadConfig.readout}")) == [["loda", *cells]]
     (section,) = sections(tmp_path / "2")  # one seed has no deviation
     assert texts(table(section, "Accuracy"))[0][1] == "90.00"
 
@@ -175,7 +175,7 @@ def test_data_and_backbones_side_by_side(tmp_path: Path) -> None:
         (f"digits, 2 tasks, {backbone}", ["loda", "frozen"]) for backbone in BACKBONES
     ]
     accuracy, lead = Report.over(folders).overview()
-    assert accuracy.title == "Side by side: last accuracy, read-out alignment (%)"
+    assert accuracy.title == f"Side by side: last accuracy, read-out {HeadConfig.readout} (%)"
     assert accuracy.header == ["method", "glyphs", "cifar_vit"]
     assert texts(accuracy)[0] == ["loda", "70.50 ± 0.71", "70.50 ± 0.71"]
     assert lead.header == ["over", "glyphs", "cifar_vit", "change"]

@@ -178,7 +178,7 @@ class HeadConfig:
     start: Literal["random", "class_mean"] = "class_mean"
     scale: float = 20.0
     margin: float = 0.0
-    readout: str = "alignment"
+    readout: str = "compensated"
     also: list[str] = field(default_factory=list)
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     trusted: bool = field(default=True, kw_only=True, repr=False, compare=False)
@@ -352,7 +352,7 @@ def effective(experiment: Experiment) -> Experiment:
     --------
     >>> ncm = effective(Experiment(method=MethodConfig("ncm")))
     >>> ncm.train.epochs, ncm.head.readout, ncm.head.also
-    (0, 'nearest_mean', ['alignment'])
+    (0, 'nearest_mean', ['compensated'])
     """
     method = experiment.method
     own = _own_readout(method.name) if method.is_known else None
@@ -1330,7 +1330,7 @@ def flat_settings(experiment: Experiment) -> dict[str, Any]:
     Examples
     --------
     >>> settings = flat_settings(Experiment(seed=3))
-    >>> settings["seed"], settings["method.rank"], settings["head.alignment.epochs"]
+    >>> settings["seed"], settings["method.rank"], settings["head.compensated.epochs"]
     (3, 16, None)
     """
     return _flat(experiment_values(experiment))
