@@ -93,8 +93,18 @@ def require(library: str) -> None:
 
 
 def test_every_recipe_is_tried() -> None:
-    tried = {"stream.py", "plain.py", "phases.py", "ddp.py", "with_timm.py", "with_peft.py", *SAME}
-    assert set(FILES) == tried
+    alone = {"stream.py", "plain.py", "read_out.py", "phases.py", "ddp.py"}
+    assert set(FILES) == {*alone, "with_timm.py", "with_peft.py", *SAME}
+
+
+def test_a_read_out_decides_between_the_classes_of_all_tasks(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here(folder, "read_out.py")
+    shares = re.findall(r"(\d+) % right", capsys.readouterr().out)
+    last_layer, read_out = map(int, shares)
+    assert last_layer < 60
+    assert read_out > 95
 
 
 def test_phases_in_half_precision(folder: Path, plain: dict[str, Tensor]) -> None:
