@@ -30,6 +30,7 @@ from backends.torch.readouts import (
     class_mean_start,
     solve_ridge,
 )
+from backends.torch.readouts.alignment import chosen_diagonal
 
 SIZES = (2, 3, 1)
 
@@ -151,6 +152,36 @@ def test_old_classes_do_not_follow_noise(images: int) -> None:
     exact = torch.linalg.lstsq(new - new.mean(0), seen - seen.mean(0)).solution
     thrown = (before - new.mean(0)) @ exact + seen.mean(0) - before
     assert (statistics.mean[0] - before).norm() < (0.5 if images < 100 else 0.9) * thrown.norm()
+
+
+@pytest.mark.parametrize("images", [6, 12, 40, 200])
+@pytest.mark.parametrize("noise", [0.01, 0.3, 3.0])
+def test_the_map_of_a_drift_is_the_most_likely(images: int, noise: float) -> None:
+    g, dim = seeded(images), 12
+    old, new, turn, error = (
+        torch.randn(n, dim, generator=g, dtype=torch.float64) for n in (5, images, dim, images)
+    )
+    after = new + 0.3 * new @ turn + noise * error + 2.0
+    statistics = CompensatedStatistics(dtype=torch.float64)
+    statistics.add_task(old, torch.zeros(5, dtype=torch.int64))
+    statistics.begin(new)
+    statistics.add_task(after, torch.ones(images, dtype=torch.int64))
+    # Oracle: the likelihood of the centred change, whose columns have the covariance
+    # s² (I + B Bᵀ / τ) in N - 1 dimensions, at its best s².
+    b = new - new.mean(0)
+    change = after - after.mean(0) - b
+    basis = torch.linalg.svd(torch.eye(images, dtype=torch.float64) - 1 / images)[0][:, :-1]
+    rows, changed = basis.mT @ b, basis.mT @ change
+    loss = {}
+    for power in range(4, -5, -1):
+        ridge = 10 ** (power / 2) * b.square().sum() / dim
+        spread = torch.eye(images - 1, dtype=torch.float64) + rows @ rows.mT / ridge
+        size = (changed * torch.linalg.solve(spread, changed)).sum() / changed.numel()
+        loss[float(ridge)] = changed.numel() * size.log() + dim * torch.linalg.slogdet(spread)[1]
+    best = min(loss, key=loss.__getitem__)
+    move = torch.linalg.solve(b.mT @ b + best * torch.eye(dim, dtype=torch.float64), b.mT @ change)
+    shift = old.mean(0) - new.mean(0)
+    torch.testing.assert_close(statistics.mean[0], after.mean(0) + shift + shift @ move)
 
 
 @given(power=st.floats(-3, 3), seed=st.integers(0, 100))
@@ -408,6 +439,41 @@ def test_the_diagonal_that_alignment_chooses_is_near_the_best(
     assert max(fixed) - min(fixed) > 0.08  # or else the choice would not matter
 
 
+def validated(x: Tensor, y: Tensor) -> tuple[float, list[float]]:
+    """The diagonal by cross-validation with the hat matrix of the images, and all scores."""
+    x = x.double() - x.double().mean(0)
+    indicators = torch.eye(int(y.max()) + 1, dtype=torch.float64)[y]
+    indicators = indicators - indicators.mean(0)
+    gram = x @ x.mT  # the same hat matrix with as many rows as images
+    unit = float(gram.trace()) / x.shape[1]
+    scores = {}
+    for power in range(2, -9, -1):
+        ridge = unit * 10 ** (power / 2)
+        eye = torch.eye(len(x), dtype=torch.float64)
+        left = ridge * torch.linalg.inv(gram + ridge * eye)  # I - H, but for the mean
+        freedom = float(left.trace()) - 1
+        scores[ridge / len(x)] = float((left @ indicators).square().sum()) / freedom**2
+    return min(scores, key=scores.__getitem__), sorted(scores.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("dim", "decay"), [(20, -1.0), (100, 0.0), (100, -1.0), (300, -1.5)])
+@pytest.mark.parametrize("seed", range(4))
+def test_alignment_chooses_by_cross_validation(
+    dim: int, decay: float, seed: int, dtype: torch.dtype
+) -> None:
+    g = seeded(seed)
+    y = torch.arange(4).repeat_interleave(torch.tensor([5, 30, 10, 15]))
+    spread = torch.logspace(0, decay, dim)
+    means = 2 * torch.randn(4, dim, generator=g) * spread / spread.norm() + 3
+    x = means[y] + torch.randn(len(y), dim, generator=g) * spread
+    best, scores = validated(x, y)
+    statistics = ClassStatistics(dtype=dtype)
+    statistics.add_task(x.to(dtype), y)
+    assert scores[1] > (1 + 1e-5) * scores[0]  # the best is no tie
+    assert chosen_diagonal(statistics) == pytest.approx(best, rel=1e-5)
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
 def test_the_scale_of_the_features_does_not_matter_to_alignment(scale: float) -> None:
     x, y, new, _ = normal_classes(40, 5, 20, -1.0)
@@ -472,6 +538,17 @@ def test_the_published_schedule() -> None:
     assert not torch.allclose(weight, start, atol=1e-3)
 
 
+def test_the_published_diagonal_is_a_thousandth_and_may_be_relative() -> None:
+    statistics = gathered(*made_up())
+    for relative in (False, True):
+        default, same, other = (
+            align(statistics, weight=statistics.mean, epochs=1, relative=relative, **amount)
+            for amount in ({}, {"covariance": 1e-3}, {"covariance": 1e-2})
+        )
+        assert torch.equal(default.weight, same.weight)
+        assert not torch.equal(default.weight, other.weight)
+
+
 def test_the_published_schedule_leaves_the_first_task_alone() -> None:
     x, y = made_up()
     statistics = ClassStatistics()
@@ -492,7 +569,7 @@ def test_alignment_never_fails_on_singular_covariances(
     statistics = ClassStatistics()
     statistics.add_task(x[:3], torch.tensor([0, 1, 1]))
     statistics.add_task(x[3:], torch.tensor([2, 2]))
-    for amount in (0.0, 1e-3):
+    for amount in (0.0, 1e-3, *([] if relative else [None])):
         for shrinkage in (0.0, 0.3):
             aligned = align(
                 statistics, weight=statistics.mean, epochs=epochs, covariance=amount,
@@ -500,7 +577,7 @@ def test_alignment_never_fails_on_singular_covariances(
             )  # fmt: skip
             assert aligned.weight.isfinite().all()
             # An absolute amount far above the features rightly drowns them.
-            if epochs is None and (relative or amount == 0 or scale >= 1):
+            if epochs is None and (relative or not amount or scale >= 1):
                 assert aligned.logits(x).argmax(1).tolist() == [0, 1, 1, 2, 2]
 
 
@@ -514,7 +591,8 @@ def test_one_class_alone() -> None:
     ("readout", "options"),
     [
         (Alignment, {"epochs": 0}), (Alignment, {"temperature": 0.0}),
-        (Alignment, {"covariance": -1.0}), (Alignment, {"shrinkage": float("nan")}),
+        (Alignment, {"covariance": -1.0}), (Alignment, {"relative": True}),
+        (Alignment, {"shrinkage": float("nan")}),
         (Ridge, {"features": 0}),
     ],
 )  # fmt: skip

@@ -23,8 +23,9 @@ _AT_ONCE = 50  # steps at most whose samples are drawn together
 _HALVINGS = 5  # of the learning rate, before training ends
 _PUBLISHED = 1e-3  # the diagonal that the published schedule adds to a covariance
 # From which the diagonal is chosen, relative to the mean variance of a feature. The strongest is
-# first: it is taken where all serve equally well.
+# first: it is taken where several serve equally well, up to rounding.
 _RIDGES = tuple(10 ** (k / 2) for k in range(2, -9, -1))
+_TIE = 1e-6
 
 
 def alignment_loss(
@@ -128,7 +129,7 @@ def _schedule(
 def _converge(statistics: ClassStatistics, s: Alignment, generator: torch.Generator) -> Tensor:
     """Run to convergence: see `align_heads`."""
     mean, covariance = statistics.mean, _shrunk(statistics, s.shrinkage)
-    amount = _chosen(statistics) if s.covariance is None else s.covariance
+    amount = chosen_diagonal(statistics) if s.covariance is None else s.covariance
     factors = _factors(covariance, amount, s, mean.dtype)
     wide = mean.double()
     moment = covariance.mean(0) + wide.mT @ wide / len(wide)
@@ -182,7 +183,7 @@ def _shrunk(statistics: ClassStatistics, shrinkage: float) -> Tensor:
     return torch.lerp(covariance, pooled.expand_as(covariance), share)
 
 
-def _chosen(statistics: ClassStatistics) -> float:
+def chosen_diagonal(statistics: ClassStatistics) -> float:
     """The diagonal by generalised cross-validation: see `Alignment`.
 
     A regression needs no images but the sums XᵀX and XᵀY, which the statistics give.
@@ -193,17 +194,22 @@ def _chosen(statistics: ClassStatistics) -> float:
     between = centred.mT * count  # XᵀY, with the indicators of the classes for Y
     within = torch.tensordot((count - 1).clamp(min=0), statistics.covariance.double(), 1)
     squares, basis = torch.linalg.eigh(within + between @ centred)
-    # What the rounding of stored covariances leaves in directions that no image has is no freedom.
-    squares[squares < torch.finfo(torch.float32).eps * squares.sum()] = 0
-    power = (basis.mT @ between).square().sum(1)
-    whole = images - count.square().sum() / images  # of the centred indicators
-    unit = squares.mean()
+    # Elsewhere is only the rounding of stored covariances.
+    seen = squares > torch.finfo(torch.float32).eps * squares.sum()
+    squares[~seen] = 0
+    unit, squares = squares.mean(), squares[seen]
+    # ‖Y - XW‖² and N - df are sums of what no ridge fits and what this one leaves: as differences
+    # they would cancel where X can explain nearly all.
+    gain = (basis[:, seen].mT @ between).square().sum(1) / squares
+    free = (images - 1 - len(squares)).clamp(min=0)
+    rest = (images - count.square().sum() / images - gain.sum()).clamp(min=0) * (free > 0)
     scores = []
     for ridge in _RIDGES:
-        damped = squares + ridge * unit
-        left = (whole - (power * (damped + ridge * unit) / damped**2).sum()).clamp(min=0)
-        scores.append(left / (images - 1 - (squares / damped).sum()) ** 2)
-    return float(_RIDGES[int(torch.stack(scores).argmin())] * unit / images)
+        kept = ridge * unit / (squares + ridge * unit)
+        scores.append((rest + (gain * kept**2).sum()) / (free + kept.sum()) ** 2)
+    found = torch.stack(scores)
+    best = int((found <= (1 + _TIE) * found.min()).byte().argmax())  # the first
+    return float(_RIDGES[best] * unit / images)
 
 
 def _factors(covariance: Tensor, amount: float, s: Alignment, dtype: torch.dtype) -> Tensor:
@@ -215,8 +221,7 @@ def _factors(covariance: Tensor, amount: float, s: Alignment, dtype: torch.dtype
     """
     trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
     dim = covariance.shape[-1]
-    relative = s.relative and s.covariance is not None
-    ridge = amount * trace / dim if relative else torch.full_like(trace, amount)
+    ridge = amount * trace / dim if s.relative else torch.full_like(trace, amount)
     least = max(torch.finfo(torch.float32).eps, 4 * dim * torch.finfo(torch.float64).eps) * trace
     jitter = torch.maximum(ridge, least).clamp(min=torch.finfo(torch.float64).tiny)
     eye = torch.eye(dim).to(covariance)

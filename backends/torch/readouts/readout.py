@@ -177,11 +177,11 @@ class Alignment(Readout):
 
     With ``epochs=None`` the same loss is minimised until it stops falling, so the result does not
     depend on the heads. Means are not scaled, and covariances are shrunk towards the pooled one:
-    (1 - a)·S_c + a·S_pooled with a = k·D / (k·D + n_c - 1) and k = ``shrinkage``. Then τ/N is added
-    to their diagonals, where τ is the ridge of a regression of the N images on the indicators of
+    (1 - a)·S_c + a·S_pooled with a = k·D / (k·D + n_c - 1) and k = ``shrinkage``. Then λ/N is added
+    to their diagonals, where λ is the ridge of a regression of the N images on the indicators of
     their classes. Of eleven from 1e-4 to 10 times tr(XᵀX) / D (X: the centred features),
     generalised cross-validation (Golub, Heath and Wahba 1979) takes the one with the least
-    ‖Y - XW‖² / (N - df)², where df = 1 + tr((XᵀX + τ I)⁻¹ XᵀX). With fewer images than features,
+    ‖Y - XW‖² / (N - df)², where df = 1 + tr((XᵀX + λ I)⁻¹ XᵀX). With fewer images than features,
     samples of the bare covariances would lie in a few directions, and heads would fit just those.
 
     Parameters
@@ -200,7 +200,7 @@ class Alignment(Readout):
         Added to the diagonal of every class covariance, at least 0. Without it, 1e-3 in the
         published schedule (the paper), and chosen as above when training to convergence.
     relative : bool
-        Measure a given covariance in units of the mean of that diagonal.
+        Measure covariance in units of the mean of that diagonal; not with a chosen one.
     momentum : float
         Momentum of the published schedule.
     weight_decay : float
@@ -240,6 +240,9 @@ class Alignment(Readout):
             if value is not None and not (math.isfinite(value) and value >= 0):
                 msg = f"{option} must be finite and at least 0, got {value}"
                 raise ValueError(msg)
+        if self.relative and self.covariance is None and self.epochs is None:
+            msg = "relative must be false where covariance is chosen, got True; set covariance"
+            raise ValueError(msg)
 
     @property
     def warm_start(self) -> bool:

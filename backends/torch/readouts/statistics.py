@@ -318,10 +318,10 @@ class CompensatedStatistics(ClassStatistics):
         (N - 1) log(‖A - BM‖² + τ ‖M - I‖²) + log det(I + BᵀB / τ).
 
     It is weak where there are many more images than features, and strong where noise would be
-    fitted. Cross-validation would ask how well new images of the same classes are followed; but
-    old classes lie elsewhere, and with fewer images than features a map that fits all of them is no
-    guide there. A task that leaves the features as they are changes nothing, bit for bit.
-    Estimating the drift on new images is the idea of semantic drift compensation
+    fitted. Cross-validation would ask how well new images of the same classes are followed, but old
+    classes lie elsewhere: with fewer images than features many maps fit all new images, and
+    disagree on the old classes. A task that leaves the features as they are changes nothing, bit
+    for bit. Estimating the drift on new images is the idea of semantic drift compensation
     (arXiv:2004.00440); arXiv:2407.08536 learns a linear map for it. The paper of LoDA has no such
     step.
 
