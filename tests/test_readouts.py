@@ -474,6 +474,15 @@ def test_alignment_chooses_by_cross_validation(
     assert chosen_diagonal(statistics) == pytest.approx(best, rel=1e-5)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_of_equal_diagonals_the_strongest_is_chosen(seed: int) -> None:
+    x = torch.randn(2, 10, generator=seeded(seed))  # one image of either class: all score the same
+    statistics = ClassStatistics()
+    statistics.add_task(x, torch.tensor([0, 1]))
+    variance = (x - x.mean(0)).square().sum() / 10
+    assert chosen_diagonal(statistics) == pytest.approx(float(10 * variance / 2), rel=1e-4)
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
 def test_the_scale_of_the_features_does_not_matter_to_alignment(scale: float) -> None:
     x, y, new, _ = normal_classes(40, 5, 20, -1.0)
@@ -925,6 +934,13 @@ def test_a_read_out_of_ones_own_is_one_among_others() -> None:
     again = Readouts([MostFrequent(), NearestMean()], dim=12)
     again.load_state_dict(readouts.state_dict())
     assert same(after(again, 3, 2).tensors(), after(readouts, 3, 2).tensors())
+
+
+def test_features_of_another_width_are_refused() -> None:
+    readouts = Readouts([Compensated()], dim=7)
+    for take in (readouts.begin_task, lambda x: readouts.add_task(x, torch.zeros(3).long())):
+        with pytest.raises(ValueError, match=r"7 wide.*got 12"):
+            take(torch.randn(3, 12))
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -204,6 +204,14 @@ def test_the_energy_ratios_are_those_of_the_analysis() -> None:
     assert f"{shares.min():.1f} to {shares.max():.1f} %" in page("caltech101.md")
 
 
+def test_records_that_the_pages_name_are_there() -> None:
+    pages = [DOCS.parent / "README.md", *DOCS.glob("*.md")]
+    texts = "".join(path.read_text(encoding="utf-8") for path in pages)
+    named = set(re.findall(r"docs/records/([\w.-]+\.jsonl)", texts))
+    assert len(named) > 10
+    assert named <= {path.name for path in (DOCS / "records").iterdir()}
+
+
 def test_records_name_no_path_of_a_machine() -> None:
     for run in [*report().inventory.runs, *runs(INSIDE), *runs(TRIALS), *runs(PUBLISHED)]:
         data, backbone = run.experiment.data.options, run.experiment.backbone.options

@@ -181,8 +181,9 @@ class Alignment(Readout):
     to their diagonals, where λ is the ridge of a regression of the N images on the indicators of
     their classes. Of eleven from 1e-4 to 10 times tr(XᵀX) / D (X: the centred features),
     generalised cross-validation (Golub, Heath and Wahba 1979) takes the one with the least
-    ‖Y - XW‖² / (N - df)², where df = 1 + tr((XᵀX + λ I)⁻¹ XᵀX). With fewer images than features,
-    samples of the bare covariances would lie in a few directions, and heads would fit just those.
+    ‖Y - XW‖² / (N - df)², where df = 1 + tr((XᵀX + λ I)⁻¹ XᵀX), and the strongest of those that are
+    equal up to a factor of 1 + 1e-6. With fewer images than features, samples of the bare
+    covariances would lie in a few directions, and heads would fit just those.
 
     Parameters
     ----------
@@ -403,7 +404,9 @@ class Readouts:
         for readout in [*readouts, NearestMean()] if keep_statistics else readouts:
             # Made once for all that share it: the sums of a ridge are large.
             if readout.gathers is not None and readout.gathers not in self.statistics:
-                self.statistics[readout.gathers] = readout.statistics(dim, seed)
+                statistics = readout.statistics(dim, seed)
+                statistics.width = dim
+                self.statistics[readout.gathers] = statistics
 
     @property
     def primary(self) -> str:

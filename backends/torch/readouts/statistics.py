@@ -134,7 +134,7 @@ class TaskStatistics(ABC):
             msg = f"labels must be integers, got {labels.dtype}"
             raise ValueError(msg)
         if self.width not in (None, features.shape[1]):
-            msg = f"features must be {self.width} wide, as those before, got {features.shape[1]}"
+            msg = f"features must be {self.width} wide, got {features.shape[1]}"
             raise ValueError(msg)
         if not bool(features.isfinite().all()):
             bad = int((~features.isfinite().all(1)).sum())
