@@ -399,13 +399,21 @@ def test_converged_alignment_is_much_better_than_nearest_mean() -> None:
     assert accuracy(aligned, x, y) > best_accuracy - 0.05
 
 
+def normal_shapes(
+    dim: int, classes: int, decay: float, distance: float, g: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Means of classes (C, D), and the standard deviations (D,) that they share."""
+    spread = torch.logspace(0, decay, dim)
+    means = distance * torch.randn(classes, dim, generator=g) * spread / spread.norm() + 1
+    return means, spread
+
+
 def normal_classes(
     dim: int, classes: int, images: int, decay: float, distance: float = 1.5
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Classes of one shape, whose standard deviations fall to 10^decay; few images and 300 more."""
     g = seeded(dim + images)
-    spread = torch.logspace(0, decay, dim)
-    means = distance * torch.randn(classes, dim, generator=g) * spread / spread.norm() + 1
+    means, spread = normal_shapes(dim, classes, decay, distance, g)
     sets = []
     for count in (images, 300):
         y = torch.arange(classes).repeat(count)
@@ -464,8 +472,7 @@ def test_alignment_chooses_by_cross_validation(
 ) -> None:
     g = seeded(seed)
     y = torch.arange(4).repeat_interleave(torch.tensor([5, 30, 10, 15]))
-    spread = torch.logspace(0, decay, dim)
-    means = 2 * torch.randn(4, dim, generator=g) * spread / spread.norm() + 3
+    means, spread = normal_shapes(dim, 4, decay, 2.0, g)
     x = means[y] + torch.randn(len(y), dim, generator=g) * spread
     best, scores = validated(x, y)
     statistics = ClassStatistics(dtype=dtype)
@@ -938,6 +945,7 @@ def test_a_read_out_of_ones_own_is_one_among_others() -> None:
 
 def test_features_of_another_width_are_refused() -> None:
     readouts = Readouts([Compensated()], dim=7)
+    readouts.load_state_dict(readouts.state_dict())  # before the first task
     for take in (readouts.begin_task, lambda x: readouts.add_task(x, torch.zeros(3).long())):
         with pytest.raises(ValueError, match=r"7 wide.*got 12"):
             take(torch.randn(3, 12))

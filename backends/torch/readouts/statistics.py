@@ -298,7 +298,7 @@ class ClassStatistics(TaskStatistics):
         self.dtype = mean.dtype
         self.count, self.mean, self.covariance = count, mean, covariance
         self._open = {}
-        self.width = mean.shape[1] if len(mean) else None
+        self.width = mean.shape[1] if len(mean) else self.width
 
 
 class CompensatedStatistics(ClassStatistics):
