@@ -182,6 +182,7 @@ def test_other_data_or_backbones_start_from_the_defaults_of_the_settings() -> No
     assert photos.train.lr == 0.18  # chosen for this backbone
     assert replace(larger.train, lr=0.18) == photos.train
     assert larger.train.lr == TrainConfig.lr
+    assert load_experiment(["--data.root=x", "--method=o_lora"]).train.lr == TrainConfig.lr
     given = ["--data.root=x", "--backbone=vit_small_patch16_224.augreg_in21k", "--train.lr=0.5"]
     assert load_experiment(given).train.lr == 0.5
 

@@ -672,8 +672,8 @@ def _default_sources(sources: Sequence[_Source]) -> list[_FileSettings]:
     """The default experiment, for a command line without a configuration.
 
     Its settings suit its own data and backbone. Whoever names others starts from the defaults of
-    the settings. A folder of photos has a configuration of its own, whose learning rate is for its
-    own backbone only. That of the default experiment is for its own method only.
+    the settings. A folder of photos has a configuration of its own. The learning rate of either was
+    chosen for its own method on its own backbone, and is left out with another one.
     """
     *configs, given = sources
     if configs or not isinstance(given, list):
@@ -684,7 +684,7 @@ def _default_sources(sources: Sequence[_Source]) -> list[_FileSettings]:
     changed = {key for key, value in named.items() if value != default.get(key, value)}
     if not photos and changed & {"data.name", "backbone.name"}:
         return []
-    if ("backbone.name" if photos else "method.name") in changed:
+    if changed & {"method.name", "backbone.name"}:
         del default["train.lr"]
     return [default]
 

@@ -62,7 +62,8 @@ class LoDASettings:
         several that fit, the first.
     untie : bool
         Give a target layer whose weight is shared with another module a copy of its own. Without
-        it such a layer is refused, for merging would change the other module too.
+        it such a layer is refused, for merging would change the other module too. The copy stays,
+        also where a task fails or is abandoned.
     master : bool
         Keep the weights of target layers in half precision in float32 as well, so that rounding at
         the merges does not add up over the tasks.

@@ -57,10 +57,10 @@ class MethodConfig(Component):
     ----------
     name
         loda; seq_lora (one plain LoRA branch that every task trains further); joint (the same on
-        all tasks at once, the upper bound); frozen; first_task (loda on the first task, frozen
-        after it); ncm and ranpac_frozen (frozen, with nearest
-        class means or ridge regression in place of training); null_lora, o_lora, inflora, sd_lora;
-        or the import path of a class, my_package.MyMethod.
+        all tasks at once, meant as an upper bound); frozen; first_task (loda on the first task,
+        frozen after it); ncm and ranpac_frozen (frozen, with nearest class means or ridge
+        regression in place of training); null_lora, o_lora, inflora, sd_lora; or the import path of
+        a class, my_package.MyMethod.
     """
 
     registry = METHODS

@@ -1,4 +1,4 @@
-"""Sequential LoRA, one branch that every task trains further, and its upper bound."""
+"""Sequential LoRA, one branch that every task trains further, and joint training."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,6 @@ class SequentialLoRA(FoldedBranches):
 
 
 class Joint(SequentialLoRA):
-    """Sequential LoRA on all tasks at once: the upper bound."""
+    """Sequential LoRA on all tasks at once, meant as an upper bound."""
 
     joins_tasks = True
