@@ -447,6 +447,40 @@ def test_the_diagonal_that_alignment_chooses_is_near_the_best(
     assert max(fixed) - min(fixed) > 0.08  # or else the choice would not matter
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_a_refused_task_leaves_nothing_behind(dtype: torch.dtype) -> None:
+    x, y, new, labels = normal_classes(12, 4, 20, 0.0, 4.0)
+    first, second = y < 2, y >= 2
+    readouts, right = (Readouts([Compensated(), Ridge(20)], dim=12) for _ in range(2))
+    for each in (readouts, right):
+        each.add_task(x[first], y[first].to(dtype))
+    with pytest.raises(ValueError, match="begin_task"):  # forgotten
+        readouts.add_task(x[second], y[second])
+    for each in (readouts, right):
+        each.begin_task(x[second])
+    with pytest.raises(ValueError, match="every class"):
+        readouts.add_task(x[second], y[second], 3)
+    for each in (readouts, right):
+        each.add_task(x[second] + 1, y[second].to(dtype), 2)
+        each.update(new[labels == 0], labels[labels == 0].to(dtype))
+    assert same(readouts.state_dict(), right.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("classes", "images"), [(2, 5), (2, 10), (5, 5), (10, 5), (2, 40)])
+@pytest.mark.parametrize("readout", [Alignment, Compensated])
+def test_few_images_of_many_features_are_learned(
+    readout: type[Alignment], classes: int, images: int, dtype: torch.dtype
+) -> None:
+    x, y, new, labels = normal_classes(200, classes, images, 0.0, 7.0)
+    readouts = Readouts([readout(), NearestMean()], dim=200)
+    readouts.add_task(x.to(dtype), y)
+    fitted = readouts.fit()
+    right = {name: accuracy(f, new.to(dtype), labels) for name, f in fitted.items()}
+    assert right["nearest_mean"] > 0.9  # the classes are far apart
+    assert right[readout.name] > right["nearest_mean"] - 0.05
+
+
 def validated(x: Tensor, y: Tensor) -> tuple[float, list[float]]:
     """The diagonal by cross-validation with the hat matrix of the images, and all scores."""
     x = x.double() - x.double().mean(0)

@@ -54,7 +54,8 @@ def align_heads(
     least-squares solution S⁻¹μ_c (S: the second moment of the mixture) and are trained by Adam in
     coordinates that whiten S. Every step draws anew, so the mean loss of a round of 50 steps
     estimates the true risk. A round that lowers the best so far by less than ``tolerance`` halves
-    the learning rate (from 0.1); training ends at the sixth such round, or at ``max_steps``.
+    the learning rate (from 0.1); training ends at the sixth such round, at a loss below 1e-6, or
+    at ``max_steps``.
 
     Parameters
     ----------
@@ -113,7 +114,8 @@ def _schedule(
     shift = (0.9 + 0.1 * tasks / len(sizes)).repeat_interleave(torch.tensor(sizes, device=device))
     mean = statistics.mean * shift[:, None].to(weight)
     amount = _PUBLISHED if s.covariance is None else s.covariance
-    factors = _factors(statistics.covariance.double(), amount, s, weight.dtype)
+    covariance = statistics.covariance.double()
+    factors = _factors(covariance, _ridges(covariance, amount, s), weight.dtype)
     weight.requires_grad_()
     optimiser = torch.optim.SGD([weight], lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
     for epoch in range(epochs):
@@ -130,10 +132,15 @@ def _converge(statistics: ClassStatistics, s: Alignment, generator: torch.Genera
     """Run to convergence: see `align_heads`."""
     mean, covariance = statistics.mean, _shrunk(statistics, s.shrinkage)
     amount = chosen_diagonal(statistics) if s.covariance is None else s.covariance
-    factors = _factors(covariance, amount, s, mean.dtype)
     wide = mean.double()
     moment = covariance.mean(0) + wide.mT @ wide / len(wide)
-    whitener = _factors(moment[None], amount, s, torch.float64)[0]
+    ridges, ridge = _ridges(covariance, amount, s), _ridges(moment[None], amount, s)
+    basis = _span(covariance, wide)
+    if basis is not None:
+        wide, moment = wide @ basis, basis.mT @ moment @ basis
+        mean, covariance = wide.to(mean.dtype), basis.mT @ covariance @ basis
+    factors = _factors(covariance, ridges, mean.dtype)
+    whitener = _factors(moment[None], ridge, torch.float64)[0]
     # Rows v of the trained matrix give w = K⁻ᵀv with S = K Kᵀ; v starts at K⁻¹μ.
     start = torch.linalg.solve_triangular(whitener, wide.mT, upper=False).mT
     start = start / start.square().mean().sqrt().clamp(min=_EPS)
@@ -164,7 +171,8 @@ def _converge(statistics: ClassStatistics, s: Alignment, generator: torch.Genera
             if halvings > _HALVINGS or risk < 1e-6:
                 break
             best = min(best, risk)
-    return unwhiten().detach()
+    weight = unwhiten().detach()
+    return weight if basis is None else (weight.double() @ basis.mT).to(weight.dtype)
 
 
 def _step(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -181,6 +189,26 @@ def _shrunk(statistics: ClassStatistics, shrinkage: float) -> Tensor:
     prior = shrinkage * covariance.shape[-1]
     share = prior / (prior + freedom) if prior else torch.zeros_like(freedom)
     return torch.lerp(covariance, pooled.expand_as(covariance), share)
+
+
+def _span(covariance: Tensor, mean: Tensor) -> Tensor | None:
+    """Orthonormal basis (D, S) of where the images are, or None if they are everywhere.
+
+    Elsewhere samples are the ridge alone, and whitening gives their noise the weight of the
+    features: with few images and many features little else would be learned.
+    """
+    centre = mean.mean(0)
+    between = mean - centre
+    squares, basis = torch.linalg.eigh(covariance.mean(0) + between.mT @ between / len(mean))
+    seen = squares > torch.finfo(torch.float32).eps * squares.sum()
+    if bool(seen.all()):
+        return None
+    basis = basis[:, seen]
+    beside = centre - basis @ (basis.mT @ centre)  # what all images have in common
+    length = beside.norm()
+    if length > torch.finfo(torch.float32).eps * centre.norm():
+        basis = torch.cat([basis, (beside / length)[:, None]], dim=1)
+    return basis if basis.shape[1] else None
 
 
 def chosen_diagonal(statistics: ClassStatistics) -> float:
@@ -212,7 +240,13 @@ def chosen_diagonal(statistics: ClassStatistics) -> float:
     return float(_RIDGES[best] * unit / images)
 
 
-def _factors(covariance: Tensor, amount: float, s: Alignment, dtype: torch.dtype) -> Tensor:
+def _ridges(covariance: Tensor, amount: float, s: Alignment) -> Tensor:
+    """What is added to the diagonal of each covariance (C, D, D)."""
+    trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return amount * trace / covariance.shape[-1] if s.relative else torch.full_like(trace, amount)
+
+
+def _factors(covariance: Tensor, ridges: Tensor, dtype: torch.dtype) -> Tensor:
     """Cholesky factors (C, D, D) of covariance + ridge, factorised in float64.
 
     Stored covariances carry the rounding of float32: half an eps of the Frobenius norm at most,
@@ -220,11 +254,9 @@ def _factors(covariance: Tensor, amount: float, s: Alignment, dtype: torch.dtype
     makes any of them positive definite.
     """
     trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
-    dim = covariance.shape[-1]
-    ridge = amount * trace / dim if s.relative else torch.full_like(trace, amount)
-    least = max(torch.finfo(torch.float32).eps, 4 * dim * torch.finfo(torch.float64).eps) * trace
-    jitter = torch.maximum(ridge, least).clamp(min=torch.finfo(torch.float64).tiny)
-    eye = torch.eye(dim).to(covariance)
+    least = torch.finfo(torch.float32).eps * trace
+    jitter = torch.maximum(ridges, least).clamp(min=torch.finfo(torch.float64).tiny)
+    eye = torch.eye(covariance.shape[-1]).to(covariance)
     # One class at a time: a batch of large float64 matrices needs several copies of them all.
     return torch.stack(
         [

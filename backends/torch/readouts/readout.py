@@ -183,7 +183,8 @@ class Alignment(Readout):
     generalised cross-validation (Golub, Heath and Wahba 1979) takes the one with the least
     ‖Y - XW‖² / (N - df)², where df = 1 + tr((XᵀX + λ I)⁻¹ XᵀX), and the strongest of those that are
     equal up to a factor of 1 + 1e-6. With fewer images than features, samples of the bare
-    covariances would lie in a few directions, and heads would fit just those.
+    covariances would lie in a few directions, and heads would fit just those. The heads are trained
+    in the span of the images, beyond which samples are nothing but the diagonal.
 
     Parameters
     ----------
@@ -442,7 +443,15 @@ class Readouts:
             Integers that continue the numbering of the classes of earlier tasks.
         classes : int, optional
             Number of classes of the task; by default up to the highest label.
+
+        Raises
+        ------
+        ValueError
+            If features or labels do not fit, or those from before the task are missing where they
+            are needed (`begin_task`). Nothing has been taken in then.
         """
+        for statistics in self.statistics.values():
+            statistics.check_task(features, labels, classes)
         for statistics in self.statistics.values():
             statistics.add_task(features, labels, classes)
 

@@ -94,7 +94,7 @@ class TaskStatistics(ABC):
             )
             raise ValueError(msg)
         if present:
-            self.add(features.detach(), labels.to(features.device))
+            self.add(features.detach(), labels.to(features.device, torch.int64))
 
     def collect(self, features: Tensor, labels: Tensor) -> None:
         """Add a batch of the open task.
@@ -110,6 +110,13 @@ class TaskStatistics(ABC):
         ValueError
             For wrong shapes, features that are not finite, or labels of finished tasks.
         """
+        present = self._new(features, labels)
+        self.width = features.shape[1]
+        self._labels |= present
+        self.gather(features.detach(), labels.to(features.device, torch.int64))
+
+    def _new(self, features: Tensor, labels: Tensor) -> set[int]:
+        """The labels that occur in a batch of the open task, after a check of all of it."""
         present = self._checked(features, labels)
         if min(present, default=self.classes) < self.classes:
             msg = (
@@ -117,9 +124,7 @@ class TaskStatistics(ABC):
                 "new images of finished classes are added by update"
             )
             raise ValueError(msg)
-        self.width = features.shape[1]
-        self._labels |= present
-        self.gather(features.detach(), labels.to(features.device))
+        return present
 
     def _checked(self, features: Tensor, labels: Tensor) -> set[int]:
         """The labels that occur in a batch, after a check of its shapes and values."""
@@ -158,27 +163,37 @@ class TaskStatistics(ABC):
         ValueError
             If a class of the task has no features or a label lies beyond its classes.
         """
-        first = self.classes
-        end = max(self._labels, default=first - 1) + 1 if classes is None else first + classes
-        if end <= first:
-            msg = "a task must have at least one class, got none; collect features before end_task"
-            raise ValueError(msg)
-        missing = sorted(set(range(first, end)) - self._labels)
-        if missing:
-            msg = f"every class of the task must have features, got none of the classes {missing}"
-            raise ValueError(msg)
-        beyond = sorted(label for label in self._labels if label >= end)
-        if beyond:
-            msg = f"labels of the task must be from {first} to {end - 1}, got {beyond}"
-            raise ValueError(msg)
+        first, end = self._range(self._labels, classes)
         self.finish(first, end)
         self.task_sizes = (*self.task_sizes, end - first)
         self._labels = set()
 
+    def _range(self, labels: set[int], classes: int | None) -> tuple[int, int]:
+        """The first class of a task with these labels, and the one after its last."""
+        first = self.classes
+        end = max(labels, default=first - 1) + 1 if classes is None else first + classes
+        if end <= first:
+            msg = "a task must have at least one class, got none; collect features before end_task"
+            raise ValueError(msg)
+        missing = sorted(set(range(first, end)) - labels)
+        if missing:
+            msg = f"every class of the task must have features, got none of the classes {missing}"
+            raise ValueError(msg)
+        beyond = sorted(label for label in labels if label >= end)
+        if beyond:
+            msg = f"labels of the task must be from {first} to {end - 1}, got {beyond}"
+            raise ValueError(msg)
+        return first, end
+
     def add_task(self, features: Tensor, labels: Tensor, classes: int | None = None) -> None:
-        """`collect` one batch and `end_task`."""
+        """`check_task`, then `collect` one batch and `end_task`."""
+        self.check_task(features, labels, classes)
         self.collect(features, labels)
         self.end_task(classes)
+
+    def check_task(self, features: Tensor, labels: Tensor, classes: int | None = None) -> None:
+        """Raise the ValueError of `add_task`, if it would, before anything is taken in."""
+        self._range(self._labels | self._new(features, labels), classes)
 
     def require_classes(self) -> None:
         """Raise ValueError while no task is finished."""
@@ -357,6 +372,22 @@ class CompensatedStatistics(ClassStatistics):
         self._checked(features, torch.zeros(len(features), dtype=torch.int64))
         self._before = features.detach()
 
+    def check_task(self, features: Tensor, labels: Tensor, classes: int | None = None) -> None:
+        """Raise the ValueError of `add_task`, if it would, before anything is taken in."""
+        super().check_task(features, labels, classes)
+        if self.classes:
+            self._require_same(sum(len(x) for x in self._after) + len(features), features.shape[1])
+
+    def _require_same(self, *after: int) -> None:
+        """Raise ValueError unless as many features are there from before the task as after it."""
+        if tuple(self._before.shape) != after:
+            msg = (
+                f"the features before the task must be of the same images as those after it, got "
+                f"shapes {tuple(self._before.shape)} and {after}; give them to begin_task before "
+                f"anything of the task is trained"
+            )
+            raise ValueError(msg)
+
     def gather(self, features: Tensor, labels: Tensor) -> None:
         """Merge a batch into the moments of its classes, and hold it until its task is complete."""
         self._after.append(features)
@@ -366,13 +397,7 @@ class CompensatedStatistics(ClassStatistics):
         """Move the statistics of old classes, then append the new ones."""
         before, after = self._before, torch.cat(self._after)
         if first:
-            if before.shape != after.shape:
-                msg = (
-                    f"the features before the task must be of the same images as those after it, "
-                    f"got shapes {tuple(before.shape)} and {tuple(after.shape)}; give them to "
-                    "begin_task before anything of the task is trained"
-                )
-                raise ValueError(msg)
+            self._require_same(*after.shape)
             self._follow(before.to(after.device).double(), after.double())
         super().finish(first, end)
         self._before, self._after = after.new_zeros(0, 0), []
