@@ -12,7 +12,8 @@ DIVERGED = {
         "sd_lora-0.5/seed12",
         "seq_lora-1.0/seed12",
         "sd_lora-1.0/seed12",
-    ]
+    ],
+    "caltech101-dinov2": ["sd_lora-0.18/seed12"],
 }
 TRIED = [*DIVERGED]
 

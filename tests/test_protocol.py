@@ -71,6 +71,10 @@ def test_the_sweep_of_the_test_is_what_the_trials_decide(stream: str) -> None:
     decided = recorded(stream)
     assert decided is not None
     assert path.read_text(encoding="utf-8") == protocol.results_sweep(decided, stream)
+    if stream != protocol.WHOLE:  # whose test has the controls
+        path = path.with_name(f"{stream}-controls.yaml")
+        expected = protocol.results_sweep(decided, stream, protocol.CONTROLS)
+        assert path.read_text(encoding="utf-8") == expected
 
 
 @pytest.mark.parametrize("stream", TRIED)
