@@ -133,9 +133,10 @@ def _converge(statistics: ClassStatistics, s: Alignment, generator: torch.Genera
     mean, covariance = statistics.mean, _shrunk(statistics, s.shrinkage)
     amount = chosen_diagonal(statistics) if s.covariance is None else s.covariance
     wide = mean.double()
-    moment = covariance.mean(0) + wide.mT @ wide / len(wide)
+    within = covariance.mean(0)
+    moment = within + wide.mT @ wide / len(wide)
     ridges, ridge = _ridges(covariance, amount, s), _ridges(moment[None], amount, s)
-    basis = _span(covariance, wide)
+    basis = _span(within, wide)
     if basis is not None:
         wide, moment = wide @ basis, basis.mT @ moment @ basis
         mean, covariance = wide.to(mean.dtype), basis.mT @ covariance @ basis
@@ -191,16 +192,22 @@ def _shrunk(statistics: ClassStatistics, shrinkage: float) -> Tensor:
     return torch.lerp(covariance, pooled.expand_as(covariance), share)
 
 
-def _span(covariance: Tensor, mean: Tensor) -> Tensor | None:
+def _spectrum(scatter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues, eigenvectors, and which are more than the rounding of stored covariances."""
+    squares, basis = torch.linalg.eigh(scatter)
+    return squares, basis, squares > torch.finfo(torch.float32).eps * squares.sum()
+
+
+def _span(within: Tensor, mean: Tensor) -> Tensor | None:
     """Orthonormal basis (D, S) of where the images are, or None if they are everywhere.
 
-    Elsewhere samples are the ridge alone, and whitening gives their noise the weight of the
-    features: with few images and many features little else would be learned.
+    Given are the mean covariance (D, D) of the classes and their means (C, D). Elsewhere samples
+    are the ridge alone, and whitening gives their noise the weight of the features: with few images
+    and many features little else would be learned.
     """
     centre = mean.mean(0)
     between = mean - centre
-    squares, basis = torch.linalg.eigh(covariance.mean(0) + between.mT @ between / len(mean))
-    seen = squares > torch.finfo(torch.float32).eps * squares.sum()
+    _, basis, seen = _spectrum(within + between.mT @ between / len(mean))
     if bool(seen.all()):
         return None
     basis = basis[:, seen]
@@ -221,9 +228,7 @@ def chosen_diagonal(statistics: ClassStatistics) -> float:
     centred = mean - count @ mean / images
     between = centred.mT * count  # XᵀY, with the indicators of the classes for Y
     within = torch.tensordot((count - 1).clamp(min=0), statistics.covariance.double(), 1)
-    squares, basis = torch.linalg.eigh(within + between @ centred)
-    # Elsewhere is only the rounding of stored covariances.
-    seen = squares > torch.finfo(torch.float32).eps * squares.sum()
+    squares, basis, seen = _spectrum(within + between @ centred)
     squares[~seen] = 0
     unit, squares = squares.mean(), squares[seen]
     # ‖Y - XW‖² and N - df are sums of what no ridge fits and what this one leaves: as differences

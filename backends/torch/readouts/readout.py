@@ -453,7 +453,8 @@ class Readouts:
         for statistics in self.statistics.values():
             statistics.check_task(features, labels, classes)
         for statistics in self.statistics.values():
-            statistics.add_task(features, labels, classes)
+            statistics.collect(features, labels)
+            statistics.end_task(classes)
 
     def update(self, features: "Tensor", labels: "Tensor") -> None:
         """Add features (N, D) of new images of finished classes to the statistics.
