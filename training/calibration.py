@@ -1,5 +1,6 @@
 """Probabilities from the scores of a read-out: their temperature and their calibration error."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -123,7 +124,10 @@ def calibration_error(shares: Tensor, labels: Tensor) -> float:
 
 
 def calibrate(
-    readouts: Readouts, fitted: tuple[Tensor, Tensor], tested: tuple[Tensor, Tensor]
+    readouts: Readouts,
+    fitted: tuple[Tensor, Tensor],
+    tested: tuple[Tensor, Tensor],
+    before: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Temperature and calibration error of every read-out that has likelihoods.
 
@@ -137,6 +141,9 @@ def calibrate(
     fitted, tested : tuple of Tensor
         Features (N, D) and labels (N,) of the training images of the last task, and of the
         evaluation images of all classes.
+    before : dict of str to dict, optional
+        What this function gave after the last task, if only images of known classes have come
+        since: a temperature that was fitted on more images than these is kept.
 
     Returns
     -------
@@ -151,10 +158,14 @@ def calibrate(
             continue
         scores = classifier.logits(tested[0])
         if scores.shape[1] > 1:  # one class alone has probability one at every temperature
-            temperature = fit_temperature(classifier.logits(fitted[0]), fitted[1])
+            entry = (before or {}).get(name, {"images": 0})
+            temperature, images = entry.get("temperature"), entry["images"]
+            if len(fitted[1]) >= images:
+                temperature = fit_temperature(classifier.logits(fitted[0]), fitted[1])
+                images = len(fitted[1])
             calibration[name] = {
                 "temperature": temperature,
-                "images": len(fitted[1]),
+                "images": images,
                 **measured(scores, tested[1], temperature),
             }
     return calibration

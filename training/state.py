@@ -48,6 +48,8 @@ class State:
         Time by part, summed over the completed tasks.
     extensions : int
         Extensions of the stream whose images of known classes are in the statistics.
+    calibration : dict of str to dict
+        After the last task, by read-out: see `training.calibration.calibrate`.
     passes : int
         Passes that the method has made over the images of the open task.
     open : OpenTask or None
@@ -64,6 +66,7 @@ class State:
     trainable: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     extensions: int = 0
+    calibration: dict[str, dict[str, Any]] = field(default_factory=dict)
     passes: int = 0
     open: OpenTask | None = None
 
@@ -111,6 +114,7 @@ class State:
             "task_given": {name: matrix.to_dict() for name, matrix in self.task_given.items()},
             "trainable": self.trainable,
             "seconds": self.seconds,
+            "calibration": self.calibration,
             "passes": self.passes,
             "open": None if self.open is None else self.open.record(),
         }
@@ -133,6 +137,7 @@ class State:
         _require_numbers(tensors)
         self.tasks, self.passes = int(record["tasks"]), int(record["passes"])
         self.extensions = int(record["extensions"])
+        self.calibration = dict(record.get("calibration", {}))  # older states have none
         self.trainable, self.seconds = list(record["trainable"]), dict(record["seconds"])
         self.accuracy, self.task_given = (
             {name: AccuracyMatrix.from_dict(m) for name, m in record[group].items()}

@@ -176,8 +176,6 @@ class Run:
         What is recorded of the finished run that it extends; see `Origin.lineage`.
     on_step : callable, optional
         Called with the run after every mini-batch, before the run may be saved.
-    calibration : dict of str to dict
-        After the last task, by read-out: see `training.calibration.calibrate`.
     """
 
     experiment: Experiment
@@ -192,7 +190,6 @@ class Run:
     resumed: bool = False
     extends: Mapping[str, Any] | None = None
     on_step: Callable[[Run], object] | None = None
-    calibration: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class Origin(Protocol):
@@ -548,7 +545,7 @@ def learn_task(run: Run, task: int, progress: Progress) -> None:
     state.complete(seconds)  # only in memory: nothing is written before the next line
     _require_finite(run, task)
     if fitted is not None and task + 1 == len(run.stream.tasks):
-        run.calibration = calibrate(state.readouts, fitted, tested)
+        state.calibration = calibrate(state.readouts, fitted, tested)
     record_task(run, task, learned, update, seconds)
     accuracy = state.accuracy[state.readouts.primary].curve[-1]
     progress.end_task(task + 1, accuracy, sum(seconds.values()), update)
@@ -882,7 +879,7 @@ def take_known_images(run: Run, tasks: int, progress: Progress) -> None:
         tested = evaluate(run, task)
         _require_finite(run, task)
         if tasks == len(run.stream.tasks):
-            run.calibration = calibrate(state.readouts, fitted, tested)
+            state.calibration = calibrate(state.readouts, fitted, tested, state.calibration)
         seconds = round(time.perf_counter() - clock, 3)
         accuracy = {name: matrix.curve[-1] for name, matrix in state.accuracy.items()}
         run.folder.log(
@@ -1112,7 +1109,7 @@ def write_results(run: Run) -> None:
             "readouts": {name: matrix.summary() for name, matrix in state.accuracy.items()},
             "counts": {name: matrix.to_dict() for name, matrix in state.accuracy.items()},
             "task_given": {name: matrix.summary() for name, matrix in state.task_given.items()},
-            "calibration": run.calibration,
+            "calibration": state.calibration,
             "stored_bytes": state.stored_bytes(),
             "trainable_parameters": state.trainable,
             "updates": list(overview.updates(run.folder.read_log()).values()),
