@@ -901,6 +901,44 @@ def test_a_stored_state_goes_on_bit_for_bit(done: int, epochs: int | None, tmp_p
     assert whole.stored_bytes() == again.stored_bytes()
 
 
+def foreign_states() -> dict[str, dict[str, Tensor]]:
+    """States that `all_readouts` has to refuse, by what is wrong with them."""
+    state = after(all_readouts(), 2).state_dict()
+    later = after(all_readouts(), 3).state_dict()
+    wide = Readouts(list(all_readouts().readouts.values()), dim=13)
+    x, y = torch.randn(6, 13, generator=seeded(0)), torch.arange(6)
+    wide.add_task(x, y)
+    sums = Readouts([NearestMean(), Compensated(), Ridge(features=29)], dim=12)
+    sums.add_task(x[:, :12], y)
+    part = {name: x for name, x in later.items() if name.startswith("gathered/ridge")}
+    return {
+        "read-outs": {name: x for name, x in state.items() if "ridge" not in name},
+        "names": {**state, "gathered/ridge/more": torch.zeros(1)},
+        "width": wide.state_dict(),
+        "random features": sums.state_dict(),
+        "tasks": {**state, **part},
+    }
+
+
+@pytest.mark.parametrize("wrong", foreign_states())
+def test_a_state_that_does_not_fit_is_refused_and_leaves_everything_as_it_was(wrong: str) -> None:
+    readouts = after(all_readouts(), 1)
+    before = {name: x.clone() for name, x in readouts.state_dict().items()}
+    with pytest.raises(ValueError, match="must"):
+        readouts.load_state_dict(foreign_states()[wrong])
+    assert same(readouts.state_dict(), before)
+    assert same(after(readouts, 3, 1).state_dict(), after(all_readouts(), 3).state_dict())
+
+
+def test_read_outs_that_share_statistics_must_agree_on_them() -> None:
+    class Second(Ridge):
+        name = "second"
+
+    assert list(Readouts([Ridge(), Second()], dim=2).statistics) == ["ridge"]
+    with pytest.raises(ValueError, match="share"):
+        Readouts([Ridge(features=20), Second(features=30)], dim=2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_stored_classifiers_give_the_same_logits_bit_for_bit(
     dtype: torch.dtype, tmp_path: Any

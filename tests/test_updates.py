@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from run_contents import events
-from small_runs import finished, plain
+from small_runs import finished, plain, tiny, tree
 from torch import nn
 
 from backends.torch import adapt
+from training.train import Run, compared_features, prepare, run_to_end
 from training.updates import SAMPLE, Before, sample, weights_of
 
 
@@ -92,3 +93,37 @@ def test_every_method_that_adapts_says_how_much(
         assert 0 < line["update"]["relative"] < 1
         assert len(line["update"]["layers"]) == 2
         assert 0 <= line["update"]["changed"] <= 1
+
+
+@pytest.mark.parametrize("readout", ["heads", "compensated"])
+def test_predictions_are_compared_with_the_model_from_before_the_task(
+    readout: str,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # SD-LoRA changes the model when a task begins: its magnitudes start anew.
+    settings = {"method": {"name": "sd_lora"}, "head": {"readout": readout, "also": []}}
+    run = prepare(tiny(tree(tmp_path_factory), tmp_path / "run", data={"tasks": 2}, **settings))
+    begin, expected, kept = run.state.method.begin_task, list[torch.Tensor](), {}
+
+    def features(run: Run, task: int) -> torch.Tensor:
+        return compared_features(run, run.stream.train.subset(run.stream.tasks[task]), None)
+
+    def spied(*args: Any) -> None:
+        expected.append(features(run, run.state.tasks))
+        begin(*args)
+        if run.state.tasks:
+            assert not torch.equal(features(run, 1), expected[1])
+
+    def keep(run: Run) -> None:
+        assert run.state.open
+        assert run.state.open.before
+        kept[run.state.tasks] = run.state.open.before.features
+
+    monkeypatch.setattr(run.state.method, "begin_task", spied)
+    run.on_step = keep
+    run_to_end(run, quiet=True)
+    assert len(kept) == len(expected) == 2
+    for task, before in enumerate(expected):
+        torch.testing.assert_close(kept[task], before)

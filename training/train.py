@@ -503,17 +503,19 @@ def learn_task(run: Run, task: int, progress: Progress) -> None:
 
     position = state.open
     if position is None:
-        weights = weights_of(state.model)
-        if state.readouts.compensates and task:  # before the method can change anything
-            state.readouts.begin_task(_features(run, images)[0])
+        # Before the method can change anything: SD-LoRA begins with other magnitudes.
+        weights, features = weights_of(state.model), None
+        if state.readouts.compensates and task:
+            features = _features(run, images)[0]
+            state.readouts.begin_task(features)
+        compared = compared_features(run, images, features)
         batches = _method_batches(run, task, images)
         state.method.begin_task(batches)  # LoDA: second moments, then the two subspaces
         state.passes = batches.order.epoch
         _copy_weights_from_first(run)
-        features = add_head(run, task, images)
+        add_head(run, task, images)
         position = state.open = open_task(run, task)
         if trained := state.method.parameters():
-            compared = compared_features(run, images, features)
             position.before = Before.opened(weights, state.model, trained, compared)
         progress.say_once(_trained_line(run))
         position.spent("begin", clock)
@@ -593,13 +595,10 @@ def record_task(
     run.accelerator.log(tracked, step=(task + 1) * max(run.experiment.train.epochs, 1))
 
 
-def add_head(run: Run, task: int, images: ImageSet) -> Tensor | None:
-    """Add a head for the task, initialised as configured and identical in all processes.
-
-    Returns the features of the task's training images, ``images``, if they were needed for that.
-    """
+def add_head(run: Run, task: int, images: ImageSet) -> None:
+    """Add a head for the task, initialised as configured and identical in all processes."""
     classes = run.stream.tasks[task]
-    features = start = None
+    start = None
     if run.experiment.head.start == "class_mean":
         features, labels = _features(run, images)
         means = [features[(labels == label).to(features.device)].mean(dim=0) for label in classes]
@@ -608,7 +607,6 @@ def add_head(run: Run, task: int, images: ImageSet) -> Tensor | None:
     head = run.state.heads.add(len(classes), start=start, generator=generator)
     head.to(run.accelerator.device)
     run.processes.copy_from_first([head.weight])
-    return features
 
 
 def _training_images(run: Run, task: int) -> ImageSet:

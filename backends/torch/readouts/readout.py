@@ -8,7 +8,9 @@ are in the files beside it.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from backends.torch.readouts.checks import check_names, finite
@@ -229,10 +231,16 @@ class Alignment(Readout):
     max_steps: int = 3000
 
     def __post_init__(self) -> None:
-        if self.epochs is not None and self.epochs < 1:
-            msg = f"epochs must be at least 1, or None to train to convergence, got {self.epochs}"
+        if self.epochs is not None and not _is_count(self.epochs):
+            msg = (
+                f"epochs must be an integer of at least 1, or None to train to convergence, got "
+                f"{self.epochs!r}"
+            )
             raise ValueError(msg)
-        for option in ("lr", "temperature", "tolerance", "max_steps"):
+        if not _is_count(self.max_steps):
+            msg = f"max_steps must be an integer of at least 1, got {self.max_steps!r}"
+            raise ValueError(msg)
+        for option in ("lr", "temperature", "tolerance"):
             value = getattr(self, option)
             if not (math.isfinite(value) and value > 0):
                 msg = f"{option} must be finite and above 0, got {value}"
@@ -319,8 +327,8 @@ class Ridge(Readout):
     features: int = 1000
 
     def __post_init__(self) -> None:
-        if self.features < 1:
-            msg = f"features must be at least 1, got {self.features}"
+        if not _is_count(self.features):
+            msg = f"features must be an integer of at least 1, got {self.features!r}"
             raise ValueError(msg)
 
     def statistics(self, dim: int, seed: int) -> "RidgeStatistics":
@@ -398,16 +406,26 @@ class Readouts:
         if len(set(names)) < len(names):
             msg = f"read-outs must have different names, got {names}"
             raise ValueError(msg)
+        if parted := [name for name in names if "/" in name]:
+            msg = f"names of read-outs must have no /, which parts the names of a state; got {parted}"
+            raise ValueError(msg)
         self.readouts = {readout.name: readout for readout in readouts}
         self.statistics: dict[str, TaskStatistics] = {}
         self.classifiers: dict[str, Classifier] = {}
         # NearestMean stands here for what it gathers; it is not fitted.
         for readout in [*readouts, NearestMean()] if keep_statistics else readouts:
-            # Made once for all that share it: the sums of a ridge are large.
-            if readout.gathers is not None and readout.gathers not in self.statistics:
-                statistics = readout.statistics(dim, seed)
-                statistics.width = dim
-                self.statistics[readout.gathers] = statistics
+            if readout.gathers is None:
+                continue
+            statistics = readout.statistics(dim, seed)
+            statistics.width = dim
+            shared = self.statistics.setdefault(readout.gathers, statistics)
+            if _form(shared) != _form(statistics):
+                msg = (
+                    f"read-outs that gather {readout.gathers!r} share it, so they must gather it "
+                    f"with the same options; {readout.name!r} has others than one before it. Give "
+                    "its class another name in gathers"
+                )
+                raise ValueError(msg)
 
     @property
     def primary(self) -> str:
@@ -535,7 +553,8 @@ class Readouts:
         Raises
         ------
         ValueError
-            If the state is one of other read-outs.
+            If the state is one of other read-outs, or of features of another width. Nothing has
+            been taken over then.
         """
         # All names are checked before anything is taken over.
         parts = {kind: _by_first_part(group) for kind, group in _by_first_part(state).items()}
@@ -547,9 +566,15 @@ class Readouts:
                 f"{sorted(warm)}, got {sorted(gathered)} and {sorted([*fitted, *parts])}"
             )
             raise ValueError(msg)
-        for name, statistics in self.statistics.items():
+        loaded = {name: copy(statistics) for name, statistics in self.statistics.items()}
+        for name, statistics in loaded.items():
             statistics.load_state_dict(gathered[name])
+        if len({statistics.task_sizes for statistics in loaded.values()}) > 1:
+            sizes = {name: statistics.task_sizes for name, statistics in loaded.items()}
+            msg = f"all statistics of a state must be of the same tasks, got {sizes}"
+            raise ValueError(msg)
         self.classifiers = {name: self.readouts[name].load(fitted[name]) for name in fitted}
+        self.statistics = loaded
 
     def stored_bytes(self) -> dict[str, int]:
         """Bytes of the statistics by name: what the read-outs carry from task to task."""
@@ -564,6 +589,16 @@ def _by_cosine(name: str, weight: "Tensor") -> "CosineClassifier":
     from backends.torch.readouts.heads import CosineClassifier
 
     return CosineClassifier(finite(name, weight))
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, Integral) and value >= 1
+
+
+def _form(statistics: "TaskStatistics") -> tuple[type, dict[str, tuple[Any, ...]]]:
+    """Kind of empty statistics, and shapes and types of what they hold."""
+    tensors = statistics.tensors()
+    return type(statistics), {name: (x.shape, x.dtype) for name, x in tensors.items()}
 
 
 def _flat(groups: "Mapping[str, Mapping[str, Tensor]]") -> "dict[str, Tensor]":

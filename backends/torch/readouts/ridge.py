@@ -93,17 +93,14 @@ class RidgeStatistics(TaskStatistics):
     def load(self, tensors: Mapping[str, Tensor], classes: int) -> None:
         """Load `tensors` of a number of classes."""
         projection, gram, cross = tensors["projection"], tensors["gram"], tensors["cross"]
-        m = projection.shape[-1]
-        if gram.shape != (m, m) or cross.shape != (m, classes):
-            msg = (
-                f"gram and cross must have shapes {(m, m)} and {(m, classes)}, got "
-                f"{tuple(gram.shape)} and {tuple(cross.shape)}"
-            )
+        d, m = self.projection.shape
+        expected = (d, m), (m, m), (m, classes)
+        if (shapes := tuple(tuple(x.shape) for x in (projection, gram, cross))) != expected:
+            msg = f"projection, gram and cross must have shapes {expected}, got {shapes}"
             raise ValueError(msg)
         self.projection, self.gram, self.cross = projection, gram, cross
         self.strength = float(tensors["strength"])
         self._open = []
-        self.width = len(self.projection)
 
     def _sums(self, features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
         m, device = self.gram.shape[0], features.device

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from copy import copy
 from typing import ClassVar
 
 import torch
@@ -58,7 +59,10 @@ class TaskStatistics(ABC):
 
     @abstractmethod
     def load(self, tensors: Mapping[str, Tensor], classes: int) -> None:
-        """Load `tensors` of a number of classes; ValueError if their shapes do not fit."""
+        """Load `tensors` of a number of classes; ValueError if their shapes do not fit.
+
+        A subclass that knows the width of the features from them sets `width`.
+        """
 
     def begin(self, features: Tensor) -> None:  # noqa: B027 - not every subclass needs it
         """Take features (N, D) of the images of a task, from before it; ignored by default."""
@@ -209,11 +213,19 @@ class TaskStatistics(ABC):
         return {**self.tensors(), "task_sizes": torch.tensor(self.task_sizes, dtype=torch.int64)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` gave; ValueError if names or shapes do not fit."""
+        """Take over what `state_dict` gave; ValueError if names or shapes do not fit.
+
+        Nothing has been taken over then.
+        """
         check_names(state, {*self.tensors(), "task_sizes"}, type(self).__name__)
         sizes = tuple(int(n) for n in state["task_sizes"])
-        self.load(state, sum(sizes))
-        self.task_sizes, self._labels = sizes, set()
+        loaded = copy(self)
+        loaded.load(state, sum(sizes))
+        if self.width not in (None, loaded.width):
+            msg = f"the state must be of features {self.width} wide, got {loaded.width}"
+            raise ValueError(msg)
+        loaded.task_sizes, loaded._labels = sizes, set()
+        vars(self).update(vars(loaded))
 
 
 class ClassStatistics(TaskStatistics):
