@@ -158,9 +158,10 @@ def calibrate(
             continue
         scores = classifier.logits(tested[0])
         if scores.shape[1] > 1:  # one class alone has probability one at every temperature
-            entry = (before or {}).get(name, {"images": 0})
-            temperature, images = entry.get("temperature"), entry["images"]
-            if len(fitted[1]) >= images:
+            kept = (before or {}).get(name)
+            if kept is not None and kept["images"] > len(fitted[1]):
+                temperature, images = float(kept["temperature"]), kept["images"]
+            else:
                 temperature = fit_temperature(classifier.logits(fitted[0]), fitted[1])
                 images = len(fitted[1])
             calibration[name] = {

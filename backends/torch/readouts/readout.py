@@ -407,7 +407,9 @@ class Readouts:
             msg = f"read-outs must have different names, got {names}"
             raise ValueError(msg)
         if parted := [name for name in names if "/" in name]:
-            msg = f"names of read-outs must have no /, which parts the names of a state; got {parted}"
+            msg = (
+                f"names of read-outs must have no / (states use it), got {parted}"
+            )
             raise ValueError(msg)
         self.readouts = {readout.name: readout for readout in readouts}
         self.statistics: dict[str, TaskStatistics] = {}
@@ -592,7 +594,7 @@ def _by_cosine(name: str, weight: "Tensor") -> "CosineClassifier":
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, Integral) and value >= 1
+    return isinstance(value, Integral) and int(value) >= 1
 
 
 def _form(statistics: "TaskStatistics") -> tuple[type, dict[str, tuple[Any, ...]]]:
