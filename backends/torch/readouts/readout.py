@@ -407,9 +407,7 @@ class Readouts:
             msg = f"read-outs must have different names, got {names}"
             raise ValueError(msg)
         if parted := [name for name in names if "/" in name]:
-            msg = (
-                f"names of read-outs must have no / (states use it), got {parted}"
-            )
+            msg = f"names of read-outs must have no / (states use it), got {parted}"
             raise ValueError(msg)
         self.readouts = {readout.name: readout for readout in readouts}
         self.statistics: dict[str, TaskStatistics] = {}
