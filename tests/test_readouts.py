@@ -913,7 +913,11 @@ def foreign_states() -> dict[str, dict[str, Tensor]]:
     part = {name: x for name, x in later.items() if name.startswith("gathered/ridge")}
     return {
         "read-outs": {name: x for name, x in state.items() if "ridge" not in name},
-        "names": {**state, "gathered/ridge/more": torch.zeros(1)},
+        "nothing": {},
+        "classifiers": {**state, "fitted/heads/weight": torch.ones(2, 2)},
+        "others": {**state, "others/x": torch.ones(2)},
+        "more": {**state, "gathered/ridge/more": torch.zeros(1)},
+        "less": {name: x for name, x in state.items() if not name.endswith("mean")},
         "width": wide.state_dict(),
         "random features": sums.state_dict(),
         "tasks": {**state, **part},
@@ -1026,18 +1030,9 @@ def test_features_of_another_width_are_refused() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="names"):
         Readouts([Ridge(), Ridge(features=2)], dim=3)
-    readouts = after(all_readouts(epochs=2), 1)
-    state = readouts.state_dict()
-    for wrong in (
-        {},
-        {k: v for k, v in state.items() if "ridge" not in k},
-        state | {"fitted/heads/weight": torch.ones(2, 2)},
-        state | {"others/x": torch.ones(2)},
-        {k: v for k, v in state.items() if not k.endswith("mean")},
-    ):
-        with pytest.raises(ValueError, match="must be"):
-            all_readouts(epochs=2).load_state_dict(wrong)
-    tensors = readouts.tensors()
+    with pytest.raises(ValueError, match="names"):
+        Readouts([type("Odd", (NearestMean,), {"name": "a/b"})()], dim=3)
+    tensors = after(all_readouts(epochs=2), 1).tensors()
     for wrong in (
         {k: v for k, v in tensors.items() if "heads" not in k},
         tensors | {"ridge/bias": torch.ones(2)},
@@ -1051,6 +1046,10 @@ def test_a_fit_needs_what_it_is_fitted_on() -> None:
     for readout in (NearestMean(), Alignment()):
         with pytest.raises(ValueError, match="class"):
             readout.fit(ClassStatistics(), generator=seeded())
+    x, y = made_up()
+    dead = gathered(torch.zeros_like(x), y)
+    with pytest.raises(ValueError, match="zero"):
+        Alignment().fit(dead, generator=seeded())
     with pytest.raises(ValueError, match="class"):
         Ridge().fit(RidgeStatistics(3, features=4))
     with pytest.raises(ValueError, match="head_weight"):

@@ -70,7 +70,8 @@ def align_heads(
     Raises
     ------
     ValueError
-        While no task is finished, or when the weight is missing or does not fit.
+        While no task is finished, if the mean features of all classes are zero, or when the weight
+        is missing or does not fit.
 
     Examples
     --------
@@ -86,6 +87,12 @@ def align_heads(
     mean = statistics.mean
     if weight is not None and weight.shape != mean.shape:
         msg = f"head weights must have shape {tuple(mean.shape)}, got {tuple(weight.shape)}"
+        raise ValueError(msg)
+    if not bool(mean.any()):
+        msg = (
+            "the mean features of all classes are zero, so none can be told from another: check "
+            "the model and the images"
+        )
         raise ValueError(msg)
     if settings.epochs is None:
         return finite("aligned weights", _converge(statistics, settings, generator))
