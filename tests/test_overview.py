@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_contents import events
 from small_runs import plain, tiny
 from torch import nn
 
@@ -55,6 +56,7 @@ def test_sizes_of_tasks_in_words() -> None:
 
 def test_the_end_names_tasks_in_which_nothing_was_learned_or_all_was_lost() -> None:
     line = '{{"event": "task", "task": {}, "update": {}}}\n'
+    losses = '{{"event": "epoch", "task": {}, "epoch": {}, "loss": {}}}\n'
     updates = (
         '{"changed": 0.0, "relative": 1e-6}',
         '{"changed": 0.1, "relative": 0.01}',
@@ -62,9 +64,13 @@ def test_the_end_names_tasks_in_which_nothing_was_learned_or_all_was_lost() -> N
         '{"changed": 0.9, "relative": 4.8}',
     )
     log = "".join(line.format(task, update) for task, update in enumerate(updates, 1)).encode()
-    nothing, lost, *_ = end(Experiment(), Path("run"), log)
+    # A loss that rises from one task to the next says nothing.
+    epochs = [(1, 1, 0.9), (1, 2, 0.4), (2, 1, 1.9), (2, 2, 1.3), (3, 1, 0.6), (3, 2, 1.1)]
+    log += "".join(losses.format(*epoch) for epoch in epochs).encode()
+    nothing, lost, rose, *_ = end(Experiment(), Path("run"), log)
     assert "in task 1:" in nothing
     assert "in task 4," in lost
+    assert "rose in task 3," in rose
     extended = end(Experiment(), Path("run"), log, before=4)  # all these are of the run before
     assert not any("warning" in x for x in extended)
     assert not any("warning" in x for x in end(Experiment(), Path("run"), b""))
@@ -79,6 +85,21 @@ def test_a_task_that_overwrites_the_weights_is_warned_of_at_once(
     printed = capsys.readouterr().out
     assert "warning: probably little is left" in printed.partition("after task")[0]
     assert "larger than the adapted weights in task 1" in printed
+
+
+def test_a_training_loss_that_rises_is_warned_of_at_once(
+    tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"lr": 2.0, "epochs": 6, "schedule": "constant"}
+    method = {"name": "seq_lora"}
+    train(tiny(root, tmp_path / "run", method=method, train=settings, data={"tasks": 1}))
+    losses = [x["loss"] for x in events(tmp_path / "run") if x["event"] == "epoch"]
+    rises = [n for n in range(2, 7) if losses[n - 1] > losses[n - 2] + 0.2]
+    assert rises  # as the settings are chosen
+    printed, _, afterwards = capsys.readouterr().out.partition("after task")
+    for epoch in range(1, 7):
+        assert (f"in epoch {epoch}. Lower train.lr" in printed) == (epoch in rises)
+    assert "the training loss rose in task 1," in afterwards
 
 
 def test_branches_of_an_open_task_are_no_parameters_of_the_backbone() -> None:

@@ -3,7 +3,7 @@
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _NAME_WIDTH = 10
 _BETTER = "vit_small_patch16_224.augreg_in21k"
+_RISE = 0.2  # of the mean training loss from one epoch to the next; noise seldom reaches it
 
 
 def beginning(
@@ -160,6 +161,11 @@ def end(experiment: Experiment, folder: Path, log: bytes, *, before: int = 0) ->
             "probably little is left of what the backbone knew. Compare with --method frozen, and "
             "lower train.lr."
         )
+    if risen := sorted({task for task, _ in rises(log) if task > before}):
+        lines.append(
+            f"warning: the training loss rose in {_tasks(risen)}, so the steps were probably too "
+            "large, and features that old and new classes need may be lost. Lower train.lr."
+        )
     run = shlex.quote(str(folder))
     size = sum(event["bytes"] for event in _events(log) if event["event"] == "state")
     commands = {
@@ -189,6 +195,25 @@ def updates(log: bytes) -> dict[int, dict[str, Any] | None]:
     """
     tasks = [event for event in _events(log) if event["event"] == "task"]
     return {event["task"]: event.get("update") for event in tasks}
+
+
+def rises(log: bytes) -> dict[tuple[int, int], str]:
+    """Epochs in which the training loss rose by more than noise, by task and epoch, in words.
+
+    Examples
+    --------
+    >>> line = '{{"event": "epoch", "task": 1, "epoch": {}, "loss": {}}}'
+    >>> log = [line.format(*epoch) for epoch in enumerate((1.2, 1.25, 1.5), 1)]
+    >>> rises(chr(10).join(log).encode())
+    {(1, 3): 'the training loss of task 1 rose from 1.25 to 1.5 in epoch 3'}
+    """
+    epochs = [event for event in _events(log) if event["event"] == "epoch"]
+    return {
+        (now["task"], now["epoch"]): f"the training loss of task {now['task']} rose from "
+        f"{then['loss']:.3g} to {now['loss']:.3g} in epoch {now['epoch']}"
+        for then, now in pairwise(epochs)
+        if then["task"] == now["task"] and now["loss"] > then["loss"] + _RISE
+    }
 
 
 def _events(log: bytes) -> list[dict[str, Any]]:
