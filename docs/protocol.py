@@ -388,10 +388,10 @@ def contrasts(
         table[["frozen", other]] for table in tables.values() if {"frozen", other} <= {*table}
     ]
     if not primary:
-        msg = f"tests must hold runs of loda, frozen and {other}; run more of glyphs-test"
+        msg = f"tests must hold runs of loda, frozen and {other}; run more of {stream}-test"
         raise ValueError(msg)
     if bool(primary[0].isna().any(axis=None)):
-        msg = f"every seed must have runs of loda, frozen and {other}; run more of glyphs-test"
+        msg = f"every seed must have runs of loda, frozen and {other}; run more of {stream}-test"
         raise ValueError(msg)
     named = {"Primary contrasts": primary[0], **tables}
     return "\n\n".join(_contrast_table(title, table) for title, table in named.items())

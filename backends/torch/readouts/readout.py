@@ -338,7 +338,10 @@ class Ridge(Readout):
         return RidgeStatistics(dim, features=self.features, seed=seed)
 
     def fit(self, statistics: "RidgeStatistics", **_: Any) -> "RidgeClassifier":
-        """Linear scores at the strength that was chosen on the last task."""
+        """Linear scores at the strength that was chosen on the last task.
+
+        A last task of few images chooses poorly, and for all classes.
+        """
         from backends.torch.readouts.ridge import RidgeClassifier, solve_ridge
 
         statistics.require_classes()
