@@ -1,7 +1,9 @@
 """The committed results: what the pages say comes from records, which are committed too."""
 
+import json
 import re
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
@@ -30,6 +32,7 @@ TRIALS = "caltech101-cifar_vit-trials.jsonl"
 INSIDE = "caltech101-inside.jsonl"
 PUBLISHED = "caltech101-as-published.jsonl"
 SEEDS = list(range(1993, 1998))
+TESTED = ["glyphs", "caltech101-dinov2"]  # streams of the protocol
 
 
 SIGNED = r"[+−]?\d+\.\d+"
@@ -56,15 +59,15 @@ def report() -> Report:
 
 
 @cache
-def glyphs() -> Report:
-    return Report.over(recorded("glyphs-test.jsonl"))
+def of_test(stream: str) -> Report:
+    return Report.over(recorded(f"{stream}-test.jsonl"))
 
 
 @cache
-def contrasts(tests: str = "glyphs-test.jsonl") -> str:
-    decided = trials("glyphs")
+def contrasts(stream: str, part: str = "test") -> str:
+    decided = trials(stream)
     assert decided is not None
-    return protocol.contrasts(decided, recorded(tests))
+    return protocol.contrasts(decided, recorded(f"{stream}-{part}.jsonl"), stream)
 
 
 @cache
@@ -98,8 +101,9 @@ def test_intervals_in_the_text_are_those_of_the_report(name: str) -> None:
     prose = "\n".join(line for line in text.splitlines() if not line.startswith("|"))
     means: dict[tuple[float, float], set[float]] = {}
     alone = Report.over(recorded("glyphs-test.jsonl"), lead_of="isolated-only")
-    held = report().markdown() + glyphs().markdown() + alone.markdown() + contrasts()
-    held += contrasts("glyphs-test-readouts.jsonl")  # the primary ones, run again
+    held = report().markdown() + alone.markdown()
+    held += "".join(of_test(stream).markdown() + contrasts(stream) for stream in TESTED)
+    held += contrasts("glyphs", "test-readouts")  # the primary ones, run again
     for cell in CELL.findall(held + tables):
         mean, low, high = map(number, cell)
         means.setdefault((low, high), set()).add(abs(mean))
@@ -124,18 +128,19 @@ def test_the_page_of_results_shows_how_the_lead_moves_with_the_backbone() -> Non
     assert rows(moves) in page("results.md")
 
 
-def test_the_page_of_results_shows_the_test_on_glyphs() -> None:
+@pytest.mark.parametrize("stream", TESTED)
+def test_the_page_of_results_shows_the_test(stream: str) -> None:
     shown = page("results.md")
     for readout in ("compensated", "alignment"):
-        assert rows(accuracy_table(glyphs().sections[0], readout)) in shown
-    for table in contrasts().split("\n\n")[1::2]:
+        assert rows(accuracy_table(of_test(stream).sections[0], readout)) in shown
+    for table in contrasts(stream).split("\n\n")[1::2]:
         assert table in shown
-    assert " ".join(DIVERGED["glyphs"]) in shown
+    assert " ".join(DIVERGED[stream]) in shown
 
 
 def test_the_page_of_results_shows_the_short_tasks() -> None:
     shown = page("results.md").partition("### Twenty short tasks")[2].partition("###")[0]
-    (short,) = [x for x in glyphs().sections if x.title.endswith(": 20 tasks")]
+    (short,) = [x for x in of_test("glyphs").sections if x.title.endswith(": 20 tasks")]
     (rates,) = Report.over(recorded("glyphs-20-tasks-rates.jsonl")).sections
     for section in (short, rates):
         assert rows(accuracy_table(section, "compensated")) in shown
@@ -152,6 +157,47 @@ def test_the_page_of_results_shows_the_short_tasks() -> None:
         means = of_readout(short.measures, readout).groupby("group")["last"].mean()
         own = means["loda-20-tasks"]
         assert text.format(f"{own:.1f}", f"{means['frozen-20-tasks'] - own:.1f}") in shown
+
+
+def test_the_orders_of_the_photographs_in_words() -> None:
+    (section,) = of_test("caltech101-dinov2").sections
+    last = of_readout(section.measures, "compensated").pivot(
+        index="seed", columns="group", values="last"
+    )
+    lead = (last["loda"] - last["sd_lora"]).sort_values()
+    assert (lead > 0).tolist() == [False] * 2 + [True] * 5
+    assert lead.index[:2].tolist() == [105, 106]
+    shown = " ".join(page("results.md").split())
+    ahead, behind = lead[lead > 0], -lead[lead < 0]
+    assert f"by {ahead.min():.1f} to {ahead.max():.1f} points" in shown
+    assert f"by {behind.min():.1f} and by {behind.max():.1f}" in shown
+    assert f"ends at {last['loda'][105]:.1f} %, {behind[105]:.1f} points below SD-LoRA" in shown
+    assert f"in every other order {last['loda'].drop(105).min():.1f} or more" in shown
+    assert f"[{behind[105]:.1f} points behind SD-LoRA]" in page("../README.md")
+
+
+def test_the_first_tasks_of_the_photographs_are_as_their_logs_say() -> None:
+    (path,) = recorded("caltech101-dinov2-first-task.jsonl")
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    losses: dict[int, list[float]] = {}
+    for line in lines:
+        if line["event"] == "epoch":
+            losses.setdefault(line["seed"], []).append(line["loss"])
+    assert list(losses) == [101, 102, 103, 104, 105, 106, 107]
+    rose = {seed for seed, x in losses.items() if any(b > a for a, b in pairwise(x))}
+    assert rose == {105}
+    tasks = {line["seed"]: line for line in lines if line["event"] == "task"}
+    moved = {seed: 100 * task["update"]["relative"] for seed, task in tasks.items()}
+    shown = " ".join(page("results.md").split())
+    first, second = losses[105][:2]
+    assert f"rose in the second epoch, from {first:.2f} to {second:.2f}" in shown
+    assert f"the weights by {moved.pop(105):.1f} %" in shown
+    assert f"by {min(moved.values()):.1f} to {max(moved.values()):.1f} %" in shown
+    assert max(moved, key=lambda seed: moved[seed]) == 106
+    layers = tasks[105]["update"]["layers"]
+    assert max(layers, key=layers.get) == "blocks.11.attn.qkv.weight"
+    assert f"the last block ({100 * max(layers.values()):.1f} %)" in shown
+    assert f"{100 * tasks[105]['accuracy']['compensated']:.1f} %: the later ones suffer" in shown
 
 
 def test_what_the_methods_learn_and_forget_in_the_trials() -> None:

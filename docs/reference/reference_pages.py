@@ -31,6 +31,7 @@ RECORDS = HERE.parent / "records"
 # The reports that the site holds, and what they are made of.
 REPORTS = {
     "glyphs": ("glyphs-test.jsonl",),
+    "photographs": ("caltech101-dinov2-test.jsonl",),
     "caltech101": ("caltech101.jsonl", "caltech101-cifar_vit.jsonl"),
 }
 # Packages whose public names are documented: those of their `__all__`.
