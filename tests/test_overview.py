@@ -70,7 +70,7 @@ def test_the_end_names_tasks_in_which_nothing_was_learned_or_all_was_lost() -> N
     nothing, lost, rose, *_ = end(Experiment(), Path("run"), log)
     assert "in task 1:" in nothing
     assert "in task 4," in lost
-    assert "rose in task 3," in rose
+    assert "rose in task 3:" in rose
     extended = end(Experiment(), Path("run"), log, before=4)  # all these are of the run before
     assert not any("warning" in x for x in extended)
     assert not any("warning" in x for x in end(Experiment(), Path("run"), b""))
@@ -99,7 +99,7 @@ def test_a_training_loss_that_rises_is_warned_of_at_once(
     printed, _, afterwards = capsys.readouterr().out.partition("after task")
     for epoch in range(1, 7):
         assert (f"in epoch {epoch}. Lower train.lr" in printed) == (epoch in rises)
-    assert "the training loss rose in task 1," in afterwards
+    assert "the training loss rose in task 1:" in afterwards
 
 
 def test_branches_of_an_open_task_are_no_parameters_of_the_backbone() -> None:

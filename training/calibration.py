@@ -143,7 +143,7 @@ def calibrate(
         evaluation images of all classes.
     before : dict of str to dict, optional
         What this function gave after the last task, if only images of known classes have come
-        since: a temperature that was fitted on more images than these is kept.
+        since. Its temperatures are kept: those images may be few, or of one class.
 
     Returns
     -------
@@ -158,15 +158,14 @@ def calibrate(
             continue
         scores = classifier.logits(tested[0])
         if scores.shape[1] > 1:  # one class alone has probability one at every temperature
-            kept = (before or {}).get(name)
-            if kept is not None and kept["images"] > len(fitted[1]):
-                temperature, images = float(kept["temperature"]), kept["images"]
-            else:
-                temperature = fit_temperature(classifier.logits(fitted[0]), fitted[1])
-                images = len(fitted[1])
+            kept = (before or {}).get(name) or {
+                "temperature": fit_temperature(classifier.logits(fitted[0]), fitted[1]),
+                "images": len(fitted[1]),
+            }
+            temperature = float(kept["temperature"])
             calibration[name] = {
                 "temperature": temperature,
-                "images": images,
+                "images": kept["images"],
                 **measured(scores, tested[1], temperature),
             }
     return calibration

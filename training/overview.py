@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _NAME_WIDTH = 10
 _BETTER = "vit_small_patch16_224.augreg_in21k"
-_RISE = 0.2  # of the mean training loss from one epoch to the next; noise seldom reaches it
+_RISE = 0.2  # of the mean training loss from one epoch to the next; smaller rises are common
 
 
 def beginning(
@@ -161,10 +161,10 @@ def end(experiment: Experiment, folder: Path, log: bytes, *, before: int = 0) ->
             "probably little is left of what the backbone knew. Compare with --method frozen, and "
             "lower train.lr."
         )
-    if risen := sorted({task for task, _ in rises(log) if task > before}):
+    if risen := [number for number in _risen(log) if number > before]:
         lines.append(
-            f"warning: the training loss rose in {_tasks(risen)}, so the steps were probably too "
-            "large, and features that old and new classes need may be lost. Lower train.lr."
+            f"warning: the training loss rose in {_tasks(risen)}: the steps may have been too "
+            "large, and features that other classes need may be lost. Try a lower train.lr."
         )
     run = shlex.quote(str(folder))
     size = sum(event["bytes"] for event in _events(log) if event["event"] == "state")
@@ -197,23 +197,22 @@ def updates(log: bytes) -> dict[int, dict[str, Any] | None]:
     return {event["task"]: event.get("update") for event in tasks}
 
 
-def rises(log: bytes) -> dict[tuple[int, int], str]:
-    """Epochs in which the training loss rose by more than noise, by task and epoch, in words.
+def rose(before: float | None, loss: float) -> bool:
+    """Whether a mean training loss is above that of the epoch before by more than noise.
 
     Examples
     --------
-    >>> line = '{{"event": "epoch", "task": 1, "epoch": {}, "loss": {}}}'
-    >>> log = [line.format(*epoch) for epoch in enumerate((1.2, 1.25, 1.5), 1)]
-    >>> rises(chr(10).join(log).encode())
-    {(1, 3): 'the training loss of task 1 rose from 1.25 to 1.5 in epoch 3'}
+    >>> rose(None, 3.0), rose(1.2, 1.3), rose(1.2, 1.5)
+    (False, False, True)
     """
+    return before is not None and loss > before + _RISE
+
+
+def _risen(log: bytes) -> list[int]:
+    """Tasks within which the training loss rose."""
     epochs = [event for event in _events(log) if event["event"] == "epoch"]
-    return {
-        (now["task"], now["epoch"]): f"the training loss of task {now['task']} rose from "
-        f"{then['loss']:.3g} to {now['loss']:.3g} in epoch {now['epoch']}"
-        for then, now in pairwise(epochs)
-        if then["task"] == now["task"] and now["loss"] > then["loss"] + _RISE
-    }
+    pairs = [(a, b) for a, b in pairwise(epochs) if a["task"] == b["task"]]
+    return sorted({b["task"] for a, b in pairs if rose(a["loss"], b["loss"])})
 
 
 def _events(log: bytes) -> list[dict[str, Any]]:

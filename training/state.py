@@ -179,6 +179,8 @@ class OpenTask:
         Saved states of torch's global generators, until the resumed training sets them.
     before : Before or None
         The model before the task; None if the method trains nothing of it.
+    loss : float or None
+        Mean training loss of the last completed epoch.
     """
 
     optimizer: Optimizer
@@ -191,6 +193,7 @@ class OpenTask:
     )
     resumed: dict[str, Tensor] = field(default_factory=dict)
     before: Before | None = None
+    loss: float | None = None
 
     def spent(self, part: str, since: float) -> float:
         """Add the time since ``since`` (time.perf_counter) to a part; returns the current time."""
@@ -245,6 +248,7 @@ class OpenTask:
             "images": self.meter.images,
             "predicted": self.meter.predicted,
             "seconds": self.rounded_seconds(),
+            "loss": self.loss,
             "adapted": None if self.before is None else list(self.before.weights),
         }
 
@@ -257,6 +261,7 @@ class OpenTask:
             If the state of the optimiser belongs to other tensors.
         """
         self.epoch, self.batch = int(record["epoch"]), int(record["batch"])
+        self.loss = record.get("loss")  # older checkpoints have none
         self.seconds = {part: float(value) for part, value in record["seconds"].items()}
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.meter = Meter()

@@ -779,8 +779,12 @@ def train_epochs(
         run.folder.log("epoch", task=task + 1, epoch=position.epoch + 1, lr=lr, **values)
         tracked = {f"train/{name}": value for name, value in {**values, "lr": lr}.items()}
         run.accelerator.log(tracked, step=task * config.epochs + position.epoch + 1)
-        if rise := overview.rises(run.folder.read_log()).get((task + 1, position.epoch + 1)):
-            progress.say(f"warning: {rise}. {_SMALLER_STEPS}")
+        if overview.rose(position.loss, values["loss"]):
+            progress.say(
+                f"warning: the training loss of task {task + 1} rose from {position.loss:.3g} to "
+                f"{values['loss']:.3g} in epoch {position.epoch + 1}. {_SMALLER_STEPS}"
+            )
+        position.loss = values["loss"]
         position.epoch, position.batch, position.meter = position.epoch + 1, 0, Meter()
     position.spent("train", clock)
 

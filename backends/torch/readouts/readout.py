@@ -595,7 +595,7 @@ def _by_cosine(name: str, weight: "Tensor") -> "CosineClassifier":
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, Integral) and int(value) >= 1
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def _form(statistics: "TaskStatistics") -> tuple[type, dict[str, tuple[Any, ...]]]:
