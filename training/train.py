@@ -504,11 +504,12 @@ def learn_task(run: Run, task: int, progress: Progress) -> None:
     position = state.open
     if position is None:
         # Before the method can change anything: SD-LoRA begins with other magnitudes.
-        weights, features = weights_of(state.model), None
+        weights, features, compared = weights_of(state.model), None, None
         if state.readouts.compensates and task:
             features = _features(run, images)[0]
             state.readouts.begin_task(features)
-        compared = compared_features(run, images, features)
+        if task:
+            compared = compared_features(run, images, features)
         batches = _method_batches(run, task, images)
         state.method.begin_task(batches)  # LoDA: second moments, then the two subspaces
         state.passes = batches.order.epoch
@@ -516,6 +517,9 @@ def learn_task(run: Run, task: int, progress: Progress) -> None:
         add_head(run, task, images)
         position = state.open = open_task(run, task)
         if trained := state.method.parameters():
+            # A network that overflows from the start is named by the layer, by the method.
+            if compared is None:
+                compared = compared_features(run, images, None)
             position.before = Before.opened(weights, state.model, trained, compared)
         progress.say_once(_trained_line(run))
         position.spent("begin", clock)
