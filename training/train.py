@@ -504,22 +504,22 @@ def learn_task(run: Run, task: int, progress: Progress) -> None:
     position = state.open
     if position is None:
         # Before the method can change anything: SD-LoRA begins with other magnitudes.
-        weights, features, compared = weights_of(state.model), None, None
-        if state.readouts.compensates and task:
-            features = _features(run, images)[0]
-            state.readouts.begin_task(features)
+        weights, compared = weights_of(state.model), None
         if task:
-            compared = compared_features(run, images, features)
+            before = _features(run, images)[0] if state.readouts.compensates else None
+            if before is not None:
+                state.readouts.begin_task(before)
+            compared = compared_features(run, images, before)
         batches = _method_batches(run, task, images)
         state.method.begin_task(batches)  # LoDA: second moments, then the two subspaces
         state.passes = batches.order.epoch
         _copy_weights_from_first(run)
-        add_head(run, task, images)
+        features = add_head(run, task, images)
         position = state.open = open_task(run, task)
         if trained := state.method.parameters():
-            # A network that overflows from the start is named by the layer, by the method.
+            # On the first task only now, so that a method can name the layer that overflows.
             if compared is None:
-                compared = compared_features(run, images, None)
+                compared = compared_features(run, images, features)
             position.before = Before.opened(weights, state.model, trained, compared)
         progress.say_once(_trained_line(run))
         position.spent("begin", clock)
@@ -599,10 +599,13 @@ def record_task(
     run.accelerator.log(tracked, step=(task + 1) * max(run.experiment.train.epochs, 1))
 
 
-def add_head(run: Run, task: int, images: ImageSet) -> None:
-    """Add a head for the task, initialised as configured and identical in all processes."""
+def add_head(run: Run, task: int, images: ImageSet) -> Tensor | None:
+    """Add a head for the task, initialised as configured and identical in all processes.
+
+    Returns the features of the task's training images, ``images``, if they were needed for that.
+    """
     classes = run.stream.tasks[task]
-    start = None
+    features = start = None
     if run.experiment.head.start == "class_mean":
         features, labels = _features(run, images)
         means = [features[(labels == label).to(features.device)].mean(dim=0) for label in classes]
@@ -611,6 +614,7 @@ def add_head(run: Run, task: int, images: ImageSet) -> None:
     head = run.state.heads.add(len(classes), start=start, generator=generator)
     head.to(run.accelerator.device)
     run.processes.copy_from_first([head.weight])
+    return features
 
 
 def _training_images(run: Run, task: int) -> ImageSet:

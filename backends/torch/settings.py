@@ -165,8 +165,8 @@ class LoDASettings:
                 msg = f"{name} must be a pattern of module names, or several, got {patterns!r}"
                 raise ValueError(msg)
         # A NumPy integer could not be written to a file of settings.
-        object.__setattr__(self, "rank", _whole("rank", self.rank))
-        ranks = {p: _whole("rank_pattern", rank) for p, rank in self.rank_pattern.items()}
+        object.__setattr__(self, "rank", whole("rank", self.rank))
+        ranks = {p: whole("rank_pattern", rank) for p, rank in self.rank_pattern.items()}
         object.__setattr__(self, "rank_pattern", ranks)
         for pattern, factor in self.weight_pattern.items():
             if not _is_not_negative(factor):
@@ -315,8 +315,8 @@ def by_pattern(
     return {name: values.get(name, default) for name in layers}
 
 
-def _whole(name: str, value: object) -> int:
-    """A rank as an integer of Python."""
+def whole(name: str, value: object) -> int:
+    """An integer of Python, of at least 1; ValueError for anything else, booleans included."""
     if not hasattr(value, "__index__") or isinstance(value, bool) or operator.index(value) < 1:
         msg = f"{name} must be an integer of at least 1, got {value!r}"
         raise ValueError(msg)

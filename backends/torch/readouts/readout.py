@@ -10,10 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from backends.torch.readouts.checks import check_names, finite
+from backends.torch.settings import whole
 
 # The types below stand in quotes. Postponed annotations would not do: a command line resolves
 # those of a constructor by running this block, which loads torch.
@@ -231,15 +231,9 @@ class Alignment(Readout):
     max_steps: int = 3000
 
     def __post_init__(self) -> None:
-        if self.epochs is not None and not _is_count(self.epochs):
-            msg = (
-                f"epochs must be an integer of at least 1, or None to train to convergence, got "
-                f"{self.epochs!r}"
-            )
-            raise ValueError(msg)
-        if not _is_count(self.max_steps):
-            msg = f"max_steps must be an integer of at least 1, got {self.max_steps!r}"
-            raise ValueError(msg)
+        if self.epochs is not None:  # without them, training goes on until it converges
+            whole("epochs, if given,", self.epochs)
+        whole("max_steps", self.max_steps)
         for option in ("lr", "temperature", "tolerance"):
             value = getattr(self, option)
             if not (math.isfinite(value) and value > 0):
@@ -327,9 +321,7 @@ class Ridge(Readout):
     features: int = 1000
 
     def __post_init__(self) -> None:
-        if not _is_count(self.features):
-            msg = f"features must be an integer of at least 1, got {self.features!r}"
-            raise ValueError(msg)
+        whole("features", self.features)
 
     def statistics(self, dim: int, seed: int) -> "RidgeStatistics":
         """Sums over the random features, which are drawn with the seed."""
@@ -592,10 +584,6 @@ def _by_cosine(name: str, weight: "Tensor") -> "CosineClassifier":
     from backends.torch.readouts.heads import CosineClassifier
 
     return CosineClassifier(finite(name, weight))
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def _form(statistics: "TaskStatistics") -> tuple[type, dict[str, tuple[Any, ...]]]:
