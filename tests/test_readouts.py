@@ -641,6 +641,7 @@ def test_one_class_alone() -> None:
     ("readout", "options"),
     [
         (Alignment, {"epochs": 0}), (Alignment, {"temperature": 0.0}),
+        (Alignment, {"epochs": 1.5}), (Alignment, {"max_steps": 10.5}), (Ridge, {"features": True}),
         (Alignment, {"covariance": -1.0}), (Alignment, {"relative": True}),
         (Alignment, {"shrinkage": float("nan")}),
         (Ridge, {"features": 0}),

@@ -232,7 +232,7 @@ class Alignment(Readout):
 
     def __post_init__(self) -> None:
         if self.epochs is not None:  # without them, training goes on until it converges
-            whole("epochs, if given,", self.epochs)
+            whole("epochs", self.epochs)
         whole("max_steps", self.max_steps)
         for option in ("lr", "temperature", "tolerance"):
             value = getattr(self, option)
