@@ -177,6 +177,26 @@ def test_the_orders_of_the_photographs_in_words() -> None:
     own = of_readout(section.measures, "compensated").set_index("group").loc["loda"]
     own = own.set_index("seed")  # it learns less and forgets more there
     assert (own["new"].idxmin(), own["forgetting"].idxmax()) == (105, 105)
+    own_lead = last["loda"].mean() - last["frozen"].mean()
+    first = last["first_task"].mean() - last["frozen"].mean()
+    assert 0.75 < first / own_lead < 0.8  # "more than three quarters"
+    by_task = last.drop(columns=["joint", "frozen"])
+    assert by_task.mean().idxmax() == "loda"
+    rest = by_task.drop(index=105).mean()
+    names = {"o_lora": "of O-LoRA", "sd_lora": "of SD-LoRA", "first_task": "of `first_task`"}
+    names |= {
+        "inflora": "of InfLoRA",
+        "seq_lora": "of sequential LoRA",
+        "null_lora": "of `null_lora`",
+    }
+    for group, name in names.items():
+        assert re.search(rf"{rest['loda'] - rest[group]:.1f} (points )?{name}", shown)
+    assert f"this order ({last['first_task'][105]:.1f} %)" in shown
+    joint = last["joint"].drop(104)
+    assert f"ends at {joint.min():.1f} to {joint.max():.1f} %" in shown
+    assert f"never recovered ({last['joint'][104]:.1f} %)" in shown
+    heads = of_readout(section.measures, "heads").groupby("group")["last"].mean()
+    assert f"ends lower itself ({heads['loda']:.1f} %)" in shown
 
 
 def test_the_first_tasks_of_the_photographs_are_as_their_logs_say() -> None:
