@@ -183,14 +183,16 @@ def test_the_orders_of_the_photographs_in_words() -> None:
     by_task = last.drop(columns=["joint", "frozen"])
     assert by_task.mean().idxmax() == "loda"
     rest = by_task.drop(index=105).mean()
-    names = {"o_lora": "of O-LoRA", "sd_lora": "of SD-LoRA", "first_task": "of `first_task`"}
-    names |= {
-        "inflora": "of InfLoRA",
-        "seq_lora": "of sequential LoRA",
-        "null_lora": "of `null_lora`",
-    }
+    names = {"o_lora": "O-LoRA", "sd_lora": "SD-LoRA", "first_task": "`first_task`"}
+    names |= {"inflora": "InfLoRA", "seq_lora": "sequential LoRA", "null_lora": "`null_lora`"}
     for group, name in names.items():
-        assert re.search(rf"{rest['loda'] - rest[group]:.1f} (points )?{name}", shown)
+        assert re.search(rf"{rest['loda'] - rest[group]:.1f} (points )?above {name}", shown)
+    still = of_readout(section.measures, "alignment").groupby("group")["last"].mean()
+    gained = last.mean() - still
+    for group in ("sd_lora", "o_lora"):
+        assert f"{names[group]} by {gained[group]:.1f}" in shown
+    assert f"sequential LoRA by {gained['seq_lora']:.1f} points" in shown
+    assert f"LoDA by {gained['loda']:.1f}" in shown
     assert f"this order ({last['first_task'][105]:.1f} %)" in shown
     joint = last["joint"].drop(104)
     assert f"ends at {joint.min():.1f} to {joint.max():.1f} %" in shown
