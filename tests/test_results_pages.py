@@ -138,6 +138,29 @@ def test_the_page_of_results_shows_the_test(stream: str) -> None:
     assert " ".join(DIVERGED[stream]) in shown
 
 
+def test_the_page_of_results_shows_what_twice_the_passes_change() -> None:
+    methods, _, controls = of_test("glyphs").sections[:3]
+    shown = page("results.md").partition("### Equal passes")[2].partition("###")[0]
+    ends = {}
+    for readout in ("compensated", "alignment"):
+        measures = pd.concat([of_readout(x.measures, readout) for x in (methods, controls)])
+        ends[readout] = measures.groupby("group")["last"].mean()
+    labels = [x.removesuffix("-aligned") for x in ends["alignment"].index if x.endswith("-aligned")]
+    assert len(labels) > 3
+    for label in labels:
+        plain = label.removesuffix("-same-weight")
+        kinds = [plain, f"{label}-aligned", f"{label}-double-epochs"]
+        cells = [f"{mean[kind]:.2f}" for mean in ends.values() for kind in kinds]
+        if plain != label:
+            cells[0] = cells[3] = "–"
+        assert f"| {label} | {' | '.join(cells)} |" in shown
+        assert ends["compensated"][kinds[1:]].max() < ends["compensated"][plain]
+    same = [f"null_lora-same-weight-{kind}" for kind in ("aligned", "double-epochs")]
+    assert "{:.1f} and {:.1f} % with them".format(*ends["compensated"][same]) in " ".join(
+        shown.split()
+    )
+
+
 def test_the_page_of_results_shows_the_short_tasks() -> None:
     shown = page("results.md").partition("### Twenty short tasks")[2].partition("###")[0]
     (short,) = [x for x in of_test("glyphs").sections if x.title.endswith(": 20 tasks")]
