@@ -155,6 +155,14 @@ def test_the_page_of_results_shows_what_twice_the_passes_change() -> None:
             cells[0] = cells[3] = "–"
         assert f"| {label} | {' | '.join(cells)} |" in shown
         assert ends["compensated"][kinds[1:]].max() < ends["compensated"][plain]
+    last = pd.concat([of_readout(x.measures, "compensated") for x in (methods, controls)])
+    last = last.drop_duplicates("run").pivot(index="seed", columns="group", values="last")
+    collapsed = last.index[last["o_lora-double-epochs"] < last["o_lora"] - 10]
+    assert collapsed.tolist() == [101, 110]
+    stable = last.drop(collapsed)
+    assert (stable["o_lora-double-epochs"] > stable["o_lora"]).all()
+    before, after, own = stable[["o_lora", "o_lora-double-epochs", "loda"]].mean()
+    assert f"from {before:.1f} to {after:.1f} %, and LoDA has {own:.1f} there" in shown
     same = [f"null_lora-same-weight-{kind}" for kind in ("aligned", "double-epochs")]
     assert "{:.1f} and {:.1f} % with them".format(*ends["compensated"][same]) in " ".join(
         shown.split()
