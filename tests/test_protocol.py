@@ -25,9 +25,7 @@ from training.sweep import plan, read_sweep, write_groups
 
 ROOT = Path(__file__).parents[1]
 # What the commands in the heads of the sweeps are given.
-GIVEN = {"glyphs": [], "glyphs-60": []} | {
-    "caltech101-dinov2": ["--data.root=x", "--backbone.weights=y"]
-}
+GIVEN = {"glyphs": [], "caltech101-dinov2": ["--data.root=x", "--backbone.weights=y"]}
 
 
 def is_held_out(experiment: Experiment, alphabet: str, share: float) -> bool:
@@ -110,17 +108,11 @@ def test_every_method_gets_the_same_trials(stream: str) -> None:
     assert set(protocol.STREAMS[stream].rates) <= set(*grids)
 
 
-def test_the_sweep_of_room_is_a_part_of_the_trials() -> None:
-    whole = {job.name: job.experiment for job in plan(read_sweep("glyphs-60-choose"), Path("out"))}
-    for job in plan(read_sweep("glyphs-room"), Path("out")):
-        assert job.experiment == whole[job.name]
-
-
 def test_the_page_shows_the_recorded_room() -> None:
     for readout in ("alignment", "ridge"):
         recorded = protocol.read_trials(
             [ROOT / "docs" / "records" / "glyphs-room.jsonl"],
-            "glyphs-60",
+            protocol.CANDIDATE,
             readout,
             ["joint-1.0/seed11"],
         )
@@ -153,7 +145,7 @@ def test_the_page_shows_the_room_of_photographs(name: str, room: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stream", "record"), [("glyphs", "glyphs-240-room"), ("glyphs-60", "glyphs-room")]
+    ("stream", "record"), [("glyphs", "glyphs-240-room"), (protocol.CANDIDATE, "glyphs-room")]
 )
 def test_a_stream_has_room(stream: str, record: str) -> None:
     path = ROOT / "docs" / "records" / f"{record}.jsonl"
@@ -275,8 +267,8 @@ def test_the_contrasts_are_paired_and_hold_together(tmp_path: Path) -> None:
     assert "| sd_lora | +70.00 | 1 |" in fallen
     with pytest.raises(ValueError, match="frozen/seed2"):
         protocol.contrasts(trials(), [tmp_path / "test"], diverged=["frozen/seed2"])
-    with pytest.raises(ValueError, match="glyphs-60"):
-        protocol.contrasts(trials(), [tmp_path / "test"], "glyphs-60")
+    with pytest.raises(ValueError, match="caltech101-dinov2"):
+        protocol.contrasts(trials(), [tmp_path / "test"], "caltech101-dinov2")
     primary = printed.partition("\n\n#### ")[0]
     # Differences 10, 8, 12: mean 10, s = 2, and t of two degrees of freedom at 98.75 % is 6.2053.
     half = 6.2053 * 2 / 3**0.5
