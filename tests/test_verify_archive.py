@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -22,21 +23,23 @@ from loda_math.verify import (
     verify_layer,
 )
 from loda_math.verify.__main__ import main
+from loda_math.verify.archive import require_plausible_archive
 
 SETTINGS = LayerSettings(
     down_scale=0.5, general_weight=1.0, ridge=1e-2, form="full", gamma=1.5, isolated_weight=2.0
 )
 
 
-def solved(seed: int = 0) -> dict[str, np.ndarray]:
+def solved(seed: int = 0, rules: LayerSettings = SETTINGS) -> dict[str, np.ndarray]:
     """Bases, Λ and a merge of one layer, all right."""
     rng = np.random.default_rng(seed)
     new, old, trained = (x.T @ x / 30 for x in rng.standard_normal((3, 30, 6)))
-    general = 0.5 * general_subspace(new, old, 3).T
-    isolated = 0.5 * isolated_subspace(new, old, 2).T
+    general = rules.down_scale * general_subspace(new, old, 3).T
+    isolated = rules.down_scale * isolated_subspace(new, old, 2, ridge=rules.ridge).T
     ups, before = [rng.standard_normal((4, r)) for r in (3, 2)], rng.standard_normal((4, 6))
-    c = recalibration(ups[0], general, trained, old, 1.5)
-    after = merge(merge(before, ups[0], general, c), 2 * ups[1], isolated)
+    c = recalibration(ups[0], general, trained, old, rules.gamma, rules.form)
+    after = merge(before, rules.general_weight * ups[0], general, c)
+    after = merge(after, rules.isolated_weight * ups[1], isolated)
     return {
         "moment_new": new,
         "moment_old": old,
@@ -60,6 +63,13 @@ def write(path: Path, *layers: dict[str, np.ndarray], **settings: Any) -> str:
     return str(path)
 
 
+def verdicts(path: Path, arrays: dict[str, np.ndarray], **settings: Any) -> dict[str, bool]:
+    """What is said of one layer in a file that says only these settings."""
+    said = {"settings": json.dumps(settings)} if settings else {}
+    np.savez(path, **said, **{f"1/block0.qkv/{name}": x for name, x in arrays.items()})
+    return {check.what: check.passed for check in verify_archive(path)}
+
+
 def test_right_layers_pass_with_status_0(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,7 +80,9 @@ def test_right_layers_pass_with_status_0(
     assert err == ""
 
 
-@pytest.mark.parametrize("name", ["A_general", "A_isolated", "coefficients", "weight_after"])
+@pytest.mark.parametrize(
+    "name", ["A_general", "A_isolated", "coefficients", "moment_old", "weight_after"]
+)
 def test_one_wrong_layer_fails_with_status_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
@@ -84,6 +96,38 @@ def test_one_wrong_layer_fails_with_status_1(
     assert main([write(tmp_path / "a.npz", solved(0), wrong), "--tolerance", "10"]) == 0
 
 
+def test_settings_travel_with_the_arrays(tmp_path: Path) -> None:
+    path, published = tmp_path / "a.npz", LayerSettings()  # those of a file that says none
+    arrays = solved(0, published)
+    names = ["general", "isolated", "Λ direction", "merge"]
+    assert verdicts(path, arrays) == dict.fromkeys(names, True)
+    assert verdicts(path, arrays, **vars(published)) == verdicts(path, arrays)
+    # A fused layer may call its weight by what it is.
+    renamed = {name.replace("weight_", "qkv_"): x for name, x in arrays.items()}
+    assert verdicts(path, renamed) == verdicts(path, arrays)
+    assert not verdicts(path, arrays, gamma=1.5)["Λ direction"]
+    assert not verdicts(path, arrays, form="full")["Λ full"]
+    assert not verdicts(path, arrays, down_scale=1.0)["general"]
+    assert not verdicts(path, arrays, ridge=1.0)["isolated"]
+    # As on single-precision tokens, the least energies are rounding, and R is regularised.
+    assert all(verdicts(path, arrays, accumulation_eps=1e-7).values())
+    given = [arrays[k] for k in ("B_general", "A_general", "moment_new_trained", "moment_old")]
+    full = {"coefficients": recalibration(*given, published.gamma)}
+    verdict = verdicts(path, arrays | full, form="full")
+    assert verdict["Λ full"]
+    assert not verdict["merge"]  # the weights were merged with other coefficients
+
+
+def test_the_moment_at_the_merge_may_differ_from_that_of_the_choice(tmp_path: Path) -> None:
+    arrays = solved(0, LayerSettings())
+    later = arrays["moment_old"] + 0.5 * np.eye(6)
+    verdict = verdicts(tmp_path / "a.npz", arrays | {"moment_old_at_merge": later})
+    assert [what for what, passed in verdict.items() if not passed] == ["Λ direction"]
+    del arrays["coefficients"]  # they are found from the weights, which then are wrong as well
+    verdict = verdicts(tmp_path / "a.npz", arrays | {"moment_old_at_merge": later})
+    assert [what for what, passed in verdict.items() if not passed] == ["Λ direction", "merge"]
+
+
 def damaged(tmp_path: Path) -> dict[str, str]:
     """Files that cannot be checked, by what is wrong with them."""
     whole = Path(write(tmp_path / "whole.npz", solved())).read_bytes()
@@ -94,21 +138,37 @@ def damaged(tmp_path: Path) -> dict[str, str]:
         (tmp_path / f"{name}.npz").write_bytes(content)
     np.savez(tmp_path / "objects.npz", **{"1/a/moment_new": np.asarray([{}], dtype=object)})
     np.savez(tmp_path / "nothing.npz", other=np.eye(2))
-    np.savez(tmp_path / "list.npz", settings="[]", **{"1/a/moment_new": np.eye(2)})
-    layer = solved()
-    del layer["A_general"]
-    write(tmp_path / "incomplete.npz", layer)
-    write(tmp_path / "shapes.npz", solved() | {"moment_old": np.eye(5)})
+    for name, text in {"list": "[]", "no json": "{oops"}.items():
+        np.savez(tmp_path / f"{name}.npz", settings=text, **{"1/a/moment_new": np.eye(2)})
+    layers = {
+        "shapes": {"moment_old": np.eye(5)},
+        "width": {"A_general": np.eye(3, 5)},
+        "rank": {"B_isolated": np.ones((4, 3))},
+        "batch": {"moment_new": np.eye(6)[None].repeat(2, 0)},
+        "square": {"coefficients": np.eye(2)},
+        "text array": {"moment_new": np.asarray("x")},
+    }
+    for name, changed in layers.items():
+        write(tmp_path / f"{name}.npz", solved() | changed)
+    for name in ("A_general", "A_isolated"):
+        write(tmp_path / f"without {name}.npz", {k: x for k, x in solved().items() if k != name})
+    write(tmp_path / "only moments.npz", {"moment_new": np.eye(6)})
     write(tmp_path / "unknown.npz", solved(), colour=1)
-    write(tmp_path / "text array.npz", solved() | {"moment_new": np.asarray("x")})
-    names = ("objects", "nothing", "list", "incomplete", "shapes", "unknown", "text array")
-    return {n: str(tmp_path / f"{n}.npz") for n in (*files, *names, "missing")}
+    write(tmp_path / "word.npz", solved(), ridge="x")
+    write(tmp_path / "null.npz", solved(), isolated=None)
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("1/a/moment_new.npy", b"no array")
+        archive.infolist()[0].file_size = 2**31 - 2  # what it says of itself
+    return {x.stem: str(x) for x in (*tmp_path.glob("*.npz"), tmp_path / "missing.npz")}
 
 
 def test_a_bad_file_is_one_clear_line_and_status_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, path in damaged(tmp_path).items():
+    files = damaged(tmp_path)
+    assert main([files.pop("whole")]) == 0
+    capsys.readouterr()
+    for name, path in files.items():
         assert main([path]) == 2, name
         out, err = capsys.readouterr()
         assert out == ""
@@ -120,6 +180,25 @@ def test_a_bad_file_is_one_clear_line_and_status_2(
         read_archive(tmp_path / "unknown.npz")
     assert main([write(tmp_path / "a.npz", solved()), "--tolerance", "0"]) == 2
     assert "tolerance" in capsys.readouterr().err
+
+
+def test_what_is_not_asked_for_is_not_unpacked(tmp_path: Path) -> None:
+    path = Path(write(tmp_path / "a.npz", solved()))
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("task2/block0/more.npy", b"no array")
+    assert all(check.passed for check in verify_archive(path))
+
+
+def test_archives_that_unpack_to_far_more_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "sound.npz", a=np.arange(10))
+    require_plausible_archive(tmp_path / "sound.npz")
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.npy", bytes(2**20))
+        archive.infolist()[0].file_size = 2**31  # what the directory of the archive announces
+    (tmp_path / "no.npz").write_bytes(b"no archive")
+    for name in ("bomb", "no"):
+        with pytest.raises(ValueError, match="archive"):
+            require_plausible_archive(tmp_path / f"{name}.npz")
 
 
 def test_nothing_but_numpy_and_the_mathematics_is_loaded(tmp_path: Path) -> None:

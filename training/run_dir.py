@@ -11,7 +11,6 @@ import platform
 import re
 import time
 import weakref
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
@@ -258,30 +257,6 @@ def file_sha256(path: Path) -> str:
     """Hash of the content of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# Measured or trained numbers hardly compress, whereas repeated ones do a thousandfold.
-_PLAUSIBLE_BYTES, _RATIO = 2**30, 200
-
-
-def require_plausible_archive(path: Path) -> None:
-    """Refuse a zip archive, such as an ``.npz`` file, that unpacks to far more than its size.
-
-    Raises
-    ------
-    ValueError
-        If it announces more than 1 GiB and more than 200 times its own size, or is no zip archive.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(member.file_size for member in archive.infolist())
-    except (zipfile.BadZipFile, NotImplementedError) as error:
-        msg = f"it is not a zip archive: {error}"
-        raise ValueError(msg) from error
-    size = path.stat().st_size
-    if unpacked > max(_PLAUSIBLE_BYTES, _RATIO * size):
-        msg = f"an archive of {size} bytes must not unpack to {unpacked}"
-        raise ValueError(msg)
 
 
 def _as_json(content: Any) -> bytes:

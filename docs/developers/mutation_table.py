@@ -131,7 +131,7 @@ CLASSES: tuple[tuple[str, str, Rule], ...] = (
             r"|range\(0, size|parts\.insert|_is_shut"
             r"|_eigh\.py:_lanczos \| (start|operator|options|steps|if \"rng\")|_box \| target"
             r"|_eigh\.py.*(check_finite|overwrite|clean=|ascontiguousarray|\.copy\(\))"
-            r"|:_natural |_tridiagonal_values \| largest"
+            r"|:natural_sort_key |_tridiagonal_values \| largest"
         ),
     ),
     (

@@ -1,6 +1,5 @@
 """The files that a run of LoDA keeps of its tasks: moments, branches and coefficients."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -182,15 +181,3 @@ def read_finite(path: Path) -> dict[str, Tensor]:
             msg = f"NaN or infinite values: {', '.join(broken[:8])}"
             raise ValueError(msg)
     return tensors
-
-
-def natural_sort_key(name: str) -> list[tuple[int, int, str]]:
-    """Sorting key under which layer 10 comes after layer 2.
-
-    Examples
-    --------
-    >>> sorted(["blocks.10.qkv", "blocks.2.qkv"], key=natural_sort_key)
-    ['blocks.2.qkv', 'blocks.10.qkv']
-    """
-    parts = re.split(r"(\d+)", name)
-    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts]

@@ -14,9 +14,9 @@ from loda_math import (
     relative_energy,
     rounding_unit,
 )
+from loda_math.verify.archive import natural_sort_key
 from training.analysis.saved_tasks import (
     Array,
-    natural_sort_key,
     read_settings,
     saved_tasks,
     task_file,

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from training.run_dir import file_sha256, not_finite, require_plausible_archive
+from loda_math.verify.archive import require_plausible_archive
+from training.run_dir import file_sha256, not_finite
 
 # Keys under which checkpoints hold the network, averaged weights and teachers first.
 _WRAPPERS = (
