@@ -568,9 +568,7 @@ def begun_experiment(path: Path, allow: Collection[str] = ()) -> Experiment:
     return read_experiment(path / CONFIG, allow)
 
 
-def experiment_from(
-    values: Mapping[str, Any], source: str, allow: Collection[str] = ()
-) -> Experiment:
+def experiment_from(values: Mapping[str, Any], source: str) -> Experiment:
     """Rebuild an experiment from `experiment_values`, with the same checks as for a file.
 
     Parameters
@@ -579,8 +577,6 @@ def experiment_from(
         Sections with their settings, as JSON holds them.
     source
         Where they come from, for messages.
-    allow
-        As in `read_experiment`.
 
     Raises
     ------
@@ -593,7 +589,7 @@ def experiment_from(
     1e-05
     """
     with _naming_source(source):
-        return _experiment(_sources(values), allow)
+        return _experiment(_sources(values), allow=())
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from training.checkpoint import Checkpoint, read_final_state
 from training.components import at_least
 from training.config import FREE, Experiment, begun_experiment, differing_settings, foreign_classes
 from training.data import DataConfig, Stream
-from training.data.datasets import DATA_SETS, some
+from training.data.datasets import DATA_SETS
 from training.methods.base import fact
 from training.run_dir import (
     CLASSES,
@@ -26,6 +26,7 @@ from training.run_dir import (
     readable,
     require_intact,
 )
+from training.spelling import some
 from training.train import prepare, run_to_end
 
 MAY_CHANGE = (*FREE, "device", "threads", "tracker", "keep.state")

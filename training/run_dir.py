@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError
 
+from training.spelling import some
+
 try:
     import fcntl
 except ImportError:  # not on Windows: there the folder is not guarded
@@ -410,10 +412,9 @@ def require_free(folder: Path, *, overwrite: Overwrite = False) -> None:
     if not names:
         return
     if overwrite and MANIFEST not in names:
-        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         msg = (
             f"{folder} holds no run (there is no {MANIFEST}), so nothing in it is replaced: move "
-            f"{shown} away, or choose another --out"
+            f"{some(names)} away, or choose another --out"
         )
         raise FileExistsError(msg)
     if overwrite == "unfinished" and is_finished(folder):

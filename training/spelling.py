@@ -1,6 +1,6 @@
-"""Names in messages: of places, suggestions for those that do not exist, escapes for a terminal."""
+"""Names in messages: of places, suggestions for those unknown, the first few, escapes."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from difflib import get_close_matches
 from unicodedata import category
@@ -42,6 +42,19 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     """
     name = closest(given, known)
     return "" if name is None else f"; did you mean {name}?"
+
+
+def some(names: Sequence[str] | Set[str], most: int = 8) -> str:
+    """The first names for a message, those of a set in order, and how many more there are.
+
+    Examples
+    --------
+    >>> some(["b", "a"]), some({"b", "a", "c"}, most=2)
+    ('b, a', 'a, b and 1 more')
+    """
+    ordered = sorted(names) if isinstance(names, Set) else list(names)
+    rest = len(ordered) - most
+    return ", ".join(ordered[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 @contextmanager

@@ -59,7 +59,6 @@ from training.data import (
     train_transform,
     verify_data,
 )
-from training.data.datasets import some
 from training.data.images import TokenSet, fits_cache
 from training.distributed import Processes, Share, launched_processes, make_accelerator
 from training.logging import Progress, peak_memory, require_tracker, reset_peak, start_tracker
@@ -87,6 +86,7 @@ from training.run_dir import (
     write_tensors,
 )
 from training.seeds import derive, seeded
+from training.spelling import some
 from training.state import OpenTask, State
 from training.updates import Before, Update, sample, weights_of
 
@@ -671,9 +671,8 @@ def _require_finite(run: Run, task: int) -> None:
     state = run.state
     broken = not_finite(state.tensors() | flattened(readouts=state.readouts.tensors()))
     if broken:
-        more = f" and {len(broken) - 4} more" if len(broken) > 4 else ""
         msg = (
-            f"task {task + 1} left values that are not finite in {', '.join(broken[:4])}{more}; "
+            f"task {task + 1} left values that are not finite in {some(broken, 4)}; "
             f"nothing of this task was saved, the task before it is. {_SMALLER_STEPS}"
         )
         raise FloatingPointError(msg)

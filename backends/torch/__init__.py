@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from backends._lazy import load_on_use
+from backends.lazy import load_on_use
 
 if TYPE_CHECKING:
     from backends.torch.distributed import Reduce, sum_over_processes, unshared

@@ -3,9 +3,9 @@
 The settings load no torch; what builds a network is loaded when it is asked for.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from backends.lazy import load_on_use
 from training.backbones.config import BACKBONES, BackboneConfig
 
 if TYPE_CHECKING:
@@ -25,18 +25,4 @@ __all__ = [
     "preprocessing_of",
 ]
 
-
-_FILES = {
-    "Preprocessing": "preprocessing",
-    "preprocessing_of": "preprocessing",
-    "check_features": "checks",
-    "check_fits": "checks",
-    "check_target": "checks",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        msg = f"module {__name__!r} has no attribute {name!r}"
-        raise AttributeError(msg)
-    return getattr(import_module(f"training.backbones.{_FILES.get(name, 'build')}"), name)
+__getattr__, __dir__ = load_on_use(__name__, __all__, ["preprocessing", "build", "checks"])

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from backends.torch import PRESETS, MomentCollector, find_layers
 from training.backbones.build import Backbone
-from training.backbones.weights import some
 from training.components import Component
+from training.spelling import some
 
 _SAME = 1e-3  # largest difference of two answers, relative to their size, that is rounding
 

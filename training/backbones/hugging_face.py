@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from training.backbones.build import Backbone, one_line
-from training.backbones.weights import left_out, some
+from training.backbones.weights import left_out
 from training.run_dir import not_finite
+from training.spelling import some
 
 _STEP = 32  # most models without patches halve an image five times
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from loda_math.verify.archive import require_plausible_archive
 from training.run_dir import file_sha256, not_finite
+from training.spelling import some
 
 # Keys under which checkpoints hold the network, averaged weights and teachers first.
 _WRAPPERS = (
@@ -335,9 +336,3 @@ def left_out(source: str, names: Sequence[str]) -> str:
         for part, within in parts.items()
     ]
     return f"left out of {source}: {some(shown)}"
-
-
-def some(names: Sequence[str]) -> str:
-    """The first names of a list for a message, and how many more there are."""
-    rest = len(names) - 8
-    return ", ".join(names[:8]) + (f" and {rest} more" if rest > 0 else "")

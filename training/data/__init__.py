@@ -3,9 +3,9 @@
 Settings and data sets do not import torch; the rest is imported when it is first used.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from backends.lazy import load_on_use
 from training.data.config import DataConfig
 from training.data.datasets import DATA_SETS, DataSet, Split
 
@@ -37,12 +37,6 @@ __all__ = [
     "verify_data",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        for module in ("transforms", "image_files", "images", "stream", "loaders", "check"):
-            value = vars(import_module(f"{__name__}.{module}")).get(name)
-            if value is not None:
-                return value
-    msg = f"module {__name__!r} has no attribute {name!r}"
-    raise AttributeError(msg)
+__getattr__, __dir__ = load_on_use(
+    __name__, __all__, ["transforms", "image_files", "images", "stream", "loaders", "check"]
+)

@@ -21,13 +21,12 @@ from training.data.datasets import (
     listed_domains,
     read_classes,
     read_lists,
-    some,
     walk_classes,
 )
 from training.data.image_files import UnreadableImageError, decode, missing_reader
 from training.distributed import usable_cpus
 from training.logging import aligned
-from training.spelling import visible
+from training.spelling import some, visible
 
 _SHOWN = 10
 _HEADER = ["split", "classes", "images", "per class", "width", "height"]

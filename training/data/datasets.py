@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from unicodedata import normalize
 
 from training.components import Registry, at_least
+from training.spelling import some
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -837,13 +838,6 @@ def _is_left_behind(name: str) -> bool:
 
 def _raise(error: OSError) -> None:
     raise error
-
-
-def some(names: set[str] | list[str]) -> str:
-    """The first ten names, and how many more there are."""
-    shown = sorted(names)[:10]
-    rest = len(names) - len(shown)
-    return ", ".join(shown) + (f" and {rest} more" if rest else "")
 
 
 def _folder(root: str) -> Path:

@@ -18,9 +18,10 @@ import torch
 from numpy.typing import NDArray
 
 from training.data.config import HELD_OUT, DataConfig, has_test
-from training.data.datasets import DATA_SETS, Split, some
+from training.data.datasets import DATA_SETS, Split
 from training.data.image_files import UnreadableImageError
 from training.data.images import ImageSet, LazyImages, images_of, joined
+from training.spelling import some
 
 _VALIDATION_SEED = 0
 _TASKS = 5  # unless the settings say how many

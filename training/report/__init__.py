@@ -8,8 +8,9 @@ The numbers themselves, as a DataFrame::
     runs[runs["primary"]].groupby(["section", "group"])["last"].agg(["mean", "std"])
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from backends.lazy import load_on_use
 
 if TYPE_CHECKING:
     from training.report.figures import comparison_figure
@@ -33,13 +34,4 @@ __all__ = [
     "write_report",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import what is asked for: `loda --help` waits for neither pandas nor jinja2."""
-    if name in __all__:
-        for module in ("runs", "tables", "figures", "page"):
-            value = vars(import_module(f"{__name__}.{module}")).get(name)
-            if value is not None:
-                return value
-    msg = f"module {__name__!r} has no attribute {name!r}"
-    raise AttributeError(msg)
+__getattr__, __dir__ = load_on_use(__name__, __all__, ["runs", "tables", "figures", "page"])

@@ -8,7 +8,7 @@ a :class:`Classifier` for each, ``state_dict`` what the next task needs. `Heads`
 
 from typing import TYPE_CHECKING
 
-from backends._lazy import load_on_use
+from backends.lazy import load_on_use
 from backends.torch.readouts.readout import (
     READOUTS,
     Alignment,
