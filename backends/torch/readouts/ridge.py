@@ -1,5 +1,6 @@
 """Ridge regression on random ReLU features: its sums over tasks, its solve, its classifier."""
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -112,14 +113,17 @@ class RidgeStatistics(TaskStatistics):
         return (gram + gram.mT) / 2, cross  # exactly symmetric, however the product rounds
 
     def _choose(self, gram: Tensor, cross: Tensor, features: Tensor, labels: Tensor) -> float:
-        # All strengths side by side: one product with the features serves all of them.
-        weights = torch.cat([solve_ridge(gram, cross, s) for s in RIDGE_STRENGTHS], dim=1)
-        error = torch.zeros(len(RIDGE_STRENGTHS), dtype=torch.float64, device=gram.device)
+        # Up to the least one that counts, all are one and the same; each costs a factorisation.
+        least = bisect_right(RIDGE_STRENGTHS, float(_least_ridge(gram)))
+        strengths = RIDGE_STRENGTHS[max(least - 1, 0) :]
+        # Side by side: one product with the features serves all of them.
+        weights = torch.cat([solve_ridge(gram, cross, s) for s in strengths], dim=1)
+        error = torch.zeros(len(strengths), dtype=torch.float64, device=gram.device)
         for h, y in self._chunks(features, labels):
-            wrong = (h @ weights).reshape(len(h), len(RIDGE_STRENGTHS), -1)
+            wrong = (h @ weights).reshape(len(h), len(strengths), -1)
             wrong = wrong - functional.one_hot(y, cross.shape[1]).double()[:, None]
             error += wrong.square().sum((0, 2))
-        return RIDGE_STRENGTHS[int(error.argmin())]
+        return strengths[int(error.argmin())]
 
     def _chunks(self, features: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         for first in range(0, len(features), _ROWS):
@@ -158,11 +162,14 @@ def solve_ridge(gram: Tensor, cross: Tensor, strength: float) -> Tensor:
     s is never below 4·M·eps·tr G: smaller strengths are lost in the rounding of G, and with the
     floor the factorisation exists however singular G is.
     """
-    eps = torch.finfo(gram.dtype).eps
-    floor = 4 * len(gram) * eps * gram.diagonal().sum() + torch.finfo(gram.dtype).tiny
-    shift = floor.clamp(min=strength)
-    factor = torch.linalg.cholesky(gram + shift * torch.eye(len(gram)).to(gram))
-    return torch.cholesky_solve(cross, factor)
+    shifted = gram.clone()
+    shifted.diagonal().add_(_least_ridge(gram).clamp(min=strength))
+    return torch.cholesky_solve(cross, torch.linalg.cholesky(shifted))
+
+
+def _least_ridge(gram: Tensor) -> Tensor:
+    rounding = torch.finfo(gram.dtype)
+    return 4 * len(gram) * rounding.eps * gram.diagonal().sum() + rounding.tiny
 
 
 def _last_fifth(labels: Tensor) -> Tensor:
