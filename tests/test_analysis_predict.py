@@ -116,9 +116,24 @@ def test_what_cannot_be_predicted_is_named(classifier: Classifier, tmp_path: Pat
             classifier.predict([good, tmp_path / name])
     with pytest.raises(TypeError, match="list"):
         classifier.predict(str(good))
-    for top in (0, 7):
-        with pytest.raises(ValueError, match="top must be from 1 to 6"):
-            classifier.predict([good], top=top)
+    with pytest.raises(ValueError, match="top must be at least 1"):
+        classifier.predict([good], top=0)
+    assert len(classifier.predict([good], top=7)[0]) == len(classifier.classes) == 6
+
+
+def test_a_pil_image_that_is_cut_off_leaves_the_others_their_predictions(
+    classifier: Classifier, tmp_path: Path
+) -> None:
+    good = next(Path(classifier.experiment.data.options["root"]).rglob("*.png"))
+    with Image.open(good) as whole:
+        whole.resize((64, 64)).save(tmp_path / "whole.jpg")
+    content = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "half.jpg").write_bytes(content[: 2 * len(content) // 3])
+    refused: list[Any] = []
+    with Image.open(tmp_path / "half.jpg") as half:
+        found = classifier.predict([good, half], on_error=lambda image, _: refused.append(image))
+        assert refused == [half]
+    assert [len(best) for best in found] == [1, 0]
 
 
 # Images that are not files

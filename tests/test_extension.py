@@ -241,6 +241,66 @@ def test_old_images_may_be_gone(
     assert cli.main(["report", str(longer), "--out", str(tmp_path / "page")]) == 0
 
 
+def flat(root: Path, to: Path, classes: dict[str, int]) -> Path:
+    """Class folders without a split, with so many training images of each class."""
+    for name, count in classes.items():
+        (to / name).mkdir(parents=True)
+        for path in sorted((root / "train" / name).iterdir())[:count]:
+            shutil.copy(path, to / name)
+    return to
+
+
+@pytest.mark.parametrize("new", [[], LATER])
+def test_one_image_of_a_known_class_is_enough_without_the_old_ones(
+    tmp_path: Path, root: Path, new: list[str]
+) -> None:
+    run = begun(tmp_path, flat(root, tmp_path / "june", dict.fromkeys(FIRST, 5)), **ALL)
+    july = flat(root, tmp_path / "july", {FIRST[0]: 6, **dict.fromkeys(new, 6)})
+    for path in sorted((july / FIRST[0]).iterdir())[:5]:
+        path.unlink()
+    (tmp_path / "june").rename(tmp_path / "moved")
+    longer = training.extend(run, july, quiet=True)
+    before, after = (load_file(x / "state.safetensors") for x in (run, longer))
+    counts = "readouts/gathered/statistics/count"
+    assert int(after[counts][:4].sum()) == int(before[counts].sum()) + 1
+    old, new_ones = (read_json(x / SUMMARY)["counts"]["ridge"] for x in (run, longer))
+    assert new_ones["correct"][:2] == old["correct"]  # nothing measured before is lost
+    assert load(longer).predict(list((july / FIRST[0]).iterdir()))
+
+
+def test_copies_of_what_was_learned_do_not_count_twice(tmp_path: Path, root: Path) -> None:
+    first = flat(root, tmp_path / "first", dict.fromkeys(FIRST, 5))
+    run = begun(tmp_path, first, **ALL)
+    again = flat(root, tmp_path / "again", {**dict.fromkeys(FIRST, 5), LATER[0]: 5})
+    extra = again / FIRST[0] / "extra.png"
+    shutil.copy(root / "train" / FIRST[0] / "5.png", extra)
+    longer = training.extend(run, again, quiet=True)
+    before, after = (load_file(x / "state.safetensors") for x in (run, longer))
+    counts = "readouts/gathered/statistics/count"
+    grown = int(after[counts][:4].sum()) - int(before[counts].sum())
+    tested = [read_json(x / "classes.json")["test"]["images"] for x in (run, longer)]
+    # The image that is new is learned or evaluated on; of the new class one of five is held out.
+    assert grown + tested[1] - tested[0] == 1 + 1
+    # Without the first folder nobody can know, and the run says so.
+    first.rename(tmp_path / "moved")
+    blind = training.extend(run, again, out=tmp_path / "blind", quiet=True)
+    notes = read_json(blind / "environment.json")["extends"][0]["notes"]
+    assert any("count twice" in note for note in notes)
+
+
+@pytest.mark.parametrize("place", ["runs/mine", "red/run"])
+def test_results_do_not_go_among_the_photos(tmp_path: Path, root: Path, place: str) -> None:
+    folder = flat(root, tmp_path / "photos", dict.fromkeys(FIRST, 5))
+    with pytest.raises(ValueError, match="out must not lie in the folder of the photos"):
+        train(tiny(folder, folder / place), quiet=True)
+    run = begun(tmp_path, folder)
+    more = flat(root, tmp_path / "more", dict.fromkeys(LATER, 5))
+    with pytest.raises(ValueError, match="out must not lie in the folder of the photos"):
+        training.extend(run, more, out=more / place, quiet=True)
+    assert sorted(x.name for x in folder.iterdir()) == FIRST
+    assert sorted(x.name for x in more.iterdir()) == LATER
+
+
 def test_an_extension_needs_its_own_images(tmp_path: Path, photos: tuple[Path, Path]) -> None:
     run = begun(tmp_path, photos[0])
     with pytest.raises(FileNotFoundError, match="missing"):

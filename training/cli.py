@@ -574,7 +574,7 @@ def _predict(arguments: argparse.Namespace) -> int:
 
     table = classifier.table(
         files,
-        top=min(arguments.top, len(classifier.classes)),
+        top=arguments.top,
         readout=readout,
         threshold=arguments.threshold,
         on_error=skip,

@@ -229,7 +229,7 @@ class KeepConfig:
     heads
         All heads as they were after every task.
     statistics
-        The class statistics of the read-outs as they were after every task.
+        The class statistics after every task, as they were gathered: compensated moves its own.
     state
         What loda extend needs besides the model: moments, heads and statistics after the last
         task. Its size is said at the end.

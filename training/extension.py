@@ -293,6 +293,11 @@ class FinishedRun:
             else "they change nothing: no read-out of the run keeps statistics of its classes"
         )
         yield f"{len(known)} new images of known classes ({some(classes)}): {effect}"
+        if stream.missing:
+            yield (
+                f"whether these were learned before cannot be seen ({'; '.join(stream.missing)}): "
+                "those that were count twice"
+            )
 
     def _of_old_images(
         self, stream: Stream, names: Sequence[str], tasks: Sequence[tuple[int, ...]]

@@ -60,6 +60,7 @@ from training.data import (
     verify_data,
 )
 from training.data.images import TokenSet, fits_cache
+from training.data.stream import require_outside
 from training.distributed import Processes, Share, launched_processes, make_accelerator
 from training.logging import Progress, peak_memory, require_tracker, reset_peak, start_tracker
 from training.loss import cosface
@@ -254,6 +255,8 @@ def prepare(
     if experiment.data.verify and not extends:
         verify_data(experiment.data)
 
+    if resume_from is None:
+        require_outside(path, experiment.data)
     with processes.first_of_each_machine():  # the first process may download data and weights
         stream = build_stream(experiment.data, seed, partial=extends)
         if fact(method, "joins_tasks"):
@@ -279,7 +282,10 @@ def prepare(
     with seeded(derive(seed, 0, "backbone")):
         for image, _ in stream.train.with_transform(train_transform(experiment.data)).first(1):
             check_fits(backbone, image)
-    test_image, _ = stream.test.with_transform(test_transform(experiment.data))[0]
+    # An extension by an image or two of known classes may have nothing to be evaluated on.
+    images = (stream.test, stream.train, *(extension.known for extension in stream.extensions))
+    first = next(part for part in images if len(part))
+    test_image, _ = first.with_transform(test_transform(experiment.data))[0]
     check_fits(backbone, test_image)
 
     model = backbone.module.to(accelerator.device)
@@ -873,7 +879,7 @@ def take_known_images(run: Run, tasks: int, progress: Progress) -> None:
 
     Their images of classes that are known already update the statistics of these classes, through
     the model as it is; it is not trained on them. Then the read-outs are fitted and evaluated again
-    on the classes so far.
+    on the classes so far, if there are images to evaluate on.
     """
     state, task = run.state, tasks - 1
     while state.extensions < len(run.stream.extensions):
@@ -887,10 +893,12 @@ def take_known_images(run: Run, tasks: int, progress: Progress) -> None:
         fitted = _features(run, extension.known)
         state.readouts.update(*fitted)
         _fit(run, task)
-        tested = evaluate(run, task)
         _require_finite(run, task)
-        if tasks == len(run.stream.tasks):
-            state.calibration = calibrate(state.readouts, fitted, tested, state.calibration)
+        is_measured = len(run.stream.evaluated(tasks, state.extensions)) > 0
+        if is_measured:
+            tested = evaluate(run, task)
+            if tasks == len(run.stream.tasks):
+                state.calibration = calibrate(state.readouts, fitted, tested, state.calibration)
         seconds = round(time.perf_counter() - clock, 3)
         accuracy = {name: matrix.curve[-1] for name, matrix in state.accuracy.items()}
         run.folder.log(
@@ -900,9 +908,11 @@ def take_known_images(run: Run, tasks: int, progress: Progress) -> None:
             accuracy=accuracy,
             seconds={"readouts": seconds},
         )
+        reached = f"{100 * accuracy[state.readouts.primary]:.2f} %"
         progress.say(
-            f"{len(extension.known)} new images of known classes: accuracy over all classes so far "
-            f"{100 * accuracy[state.readouts.primary]:.2f} % ({seconds:.1f} s)"
+            f"{len(extension.known)} new images of known classes: "
+            + (f"accuracy over all classes so far {reached}" if is_measured else "none to measure")
+            + f" ({seconds:.1f} s)"
         )
         if tasks < len(run.stream.tasks):  # otherwise the results are written next
             save_between_tasks(run)

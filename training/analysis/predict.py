@@ -25,6 +25,7 @@ from training.components import check, positive
 from training.config import Experiment, read_experiment
 from training.data import DataConfig, open_image, test_transform
 from training.data.datasets import IMAGE_SUFFIXES, walk_classes
+from training.data.image_files import reading
 from training.data.images import images_of
 from training.distributed import usable_cpus
 from training.run_dir import (
@@ -192,7 +193,7 @@ class Classifier:
             floating in [0, 1], not normalised. A whole array (N, H, W, C) or tensor (N, C, H, W)
             will do too.
         top : int, default 1
-            Number of classes per image.
+            Number of classes per image; all of them where there are fewer.
         readout : str, optional
             A read-out of the run; the primary one by default.
         on_error : callable, optional
@@ -219,7 +220,8 @@ class Classifier:
             given = repr(str(images)) if isinstance(images, str | Path) else _described(images)
             msg = f"images must be a list of images, got {given}; put it in brackets"
             raise TypeError(msg)
-        check(1 <= top <= len(self.classes), "top", top, f"from 1 to {len(self.classes)}")
+        check(top >= 1, "top", top, "at least 1")
+        top = min(top, len(self.classes))
         name = self.chosen(readout)
         results = []
         for pixels in self._batches(images, on_error):
@@ -455,6 +457,8 @@ def _pixels(image: ImageLike, data: DataConfig) -> Tensor:
     if isinstance(image, str | Path):
         return open_image(image, data)
     if isinstance(image, Image.Image):
+        with reading("a PIL image"):
+            image.load()  # the file behind it may be cut off
         return images_of([image], data)[0]
     if not isinstance(image, np.ndarray | Tensor):
         msg = (

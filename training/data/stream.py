@@ -254,7 +254,13 @@ def _extended(config: DataConfig, *, partial: bool) -> Stream:
             own = None
         if own is not None:
             # A folder may be that of the data set, to which new classes were added.
-            own = _without(own[0], read), _without(own[1], read)
+            (fresh, twins), (held_out, more) = (_without(part, read) for part in own)
+            if copies := twins + more:
+                report.notes.append(
+                    f"left out, {len(copies)} copies of images that were there before, such as "
+                    f"{copies[0]}"
+                )
+            own = fresh, held_out
             read += own
             known = own[0].labels < learned
             train.append(own[0].chosen(~known))
@@ -282,14 +288,55 @@ def _extended(config: DataConfig, *, partial: bool) -> Stream:
     )
 
 
-def _without(part: ImageSet, others: Sequence[ImageSet]) -> ImageSet:
-    """The images of a set whose files, by whatever path, are not among those of other sets."""
-    taken = {path.resolve() for other in others for path in other.images.files()}
+def require_outside(out: Path, config: DataConfig) -> None:
+    """Refuse a folder of results inside one of photos, where its figure would become a class.
+
+    Raises
+    ------
+    ValueError
+        If it lies in the folder of the data set or of an extension.
+    """
+    added = (DATA_SETS.build("folder", {"root": root}) for root in config.extensions)
+    for data in (config.build(), *added):
+        if hasattr(data, "layout") and data.folder().resolve() in out.resolve().parents:
+            msg = (
+                f"out must not lie in the folder of the photos, {data.folder()}, where its figure "
+                f"would be taken for one, got {out}: choose another --out"
+            )
+            raise ValueError(msg)
+
+
+def _without(part: ImageSet, others: Sequence[ImageSet]) -> tuple[ImageSet, list[Path]]:
+    """The images of a set that are not among those of other sets, and copies that were left out.
+
+    A file is known by whatever path it has, and a copy by its bytes and its class.
+    """
     files = part.images.files()
+    taken = {path.resolve() for other in others for path in other.images.files()}
     if not files or not taken:
-        return part
-    new = [files[index].resolve() not in taken for index in part.indices.tolist()]
-    return part.chosen(torch.tensor(new))
+        return part, []
+    own = [files[index] for index in part.indices.tolist()]
+    same = [path.resolve() in taken for path in own]
+    known = {twin for other in others for twin in _twins(other)}
+    # Files that were not read have no hashes.
+    copied = [twin in known for twin in _twins(part)] or [False] * len(own)
+    flags = list(zip(own, same, copied, strict=True))
+    copies = [path for path, is_same, is_copy in flags if is_copy and not is_same]
+    new = [not (is_same or is_copy) for _, is_same, is_copy in flags]
+    return part.chosen(torch.tensor(new, dtype=torch.bool)), copies
+
+
+def _twins(part: ImageSet) -> list[tuple[str, int]]:
+    """What the copies of each image share with it: the bytes of the file and the class."""
+    hashes = _hashes(part)
+    return list(zip(hashes, part.labels.tolist(), strict=True)) if hashes else []
+
+
+def _hashes(part: ImageSet) -> list[str]:
+    """Hash of the file of each image; an empty list where the files have not been read."""
+    images = part.images
+    read = isinstance(images, LazyImages) and images.is_read
+    return images.digests(part.indices.tolist()) if read else []
 
 
 def _source_parts(
@@ -431,17 +478,11 @@ def _first(unread: _Unread) -> str:
 
 def _copies(train: ImageSet, test: ImageSet) -> list[str]:
     """A note if files of both splits have the same bytes, where these were read."""
-    (learned, _), (evaluated, files) = (
-        (part.images.digests(part.indices.tolist()), part.images.files())
-        if isinstance(part.images, LazyImages) and part.images.is_read
-        else ([], [])
-        for part in (train, test)
-    )
-    known = {*learned}
-    twins = [number for number, digest in enumerate(evaluated) if digest in known]
+    known = {*_hashes(train)}
+    twins = [number for number, digest in enumerate(_hashes(test)) if digest in known]
     if not twins:
         return []
-    first = files[int(test.indices[twins[0]])]
+    first = test.images.files()[int(test.indices[twins[0]])]
     are = "is a copy" if len(twins) == 1 else "are copies"
     return [
         f"{len(twins)} of the evaluation images {are} of training images, such as {first}: "
