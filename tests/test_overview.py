@@ -76,6 +76,13 @@ def test_the_end_names_tasks_in_which_nothing_was_learned_or_all_was_lost() -> N
     assert not any("warning" in x for x in end(Experiment(), Path("run"), b""))
 
 
+@pytest.mark.parametrize(("error", "is_said"), [(0.38, True), (0.08, False)])
+def test_probabilities_that_are_far_off_are_said(error: float, is_said: bool) -> None:
+    calibration = {"temperature": 0.3, "images": 3, "error": error, "confidence": 0.62}
+    first = end(Experiment(), Path("run"), b"", calibration=calibration)[0]
+    assert ("38 %" in first and "62 %" in first and "3 images" in first) == is_said
+
+
 @pytest.mark.parametrize("method", ["loda", "seq_lora"])
 def test_a_task_that_overwrites_the_weights_is_warned_of_at_once(
     method: str, tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _NAME_WIDTH = 10
 _BETTER = "vit_small_patch16_224.augreg_in21k"
+_MISCALIBRATED = 0.2  # a calibration error above it
 _RISE = 0.2  # of the mean training loss from one epoch to the next; smaller rises are common
 
 
@@ -140,10 +141,18 @@ def task_sizes(sizes: Sequence[int]) -> str:
     return f"{tasks}: {', '.join(parts)}{', ...' if len(runs) > 6 else ''}"
 
 
-def end(experiment: Experiment, folder: Path, log: bytes, *, before: int = 0) -> list[str]:
+def end(
+    experiment: Experiment,
+    folder: Path,
+    log: bytes,
+    *,
+    before: int = 0,
+    calibration: Mapping[str, Any] | None = None,
+) -> list[str]:
     """Lines about what a finished run learned, by its ``log``, and the commands that use it.
 
-    ``before`` is the number of tasks learned by the run that it extends, if it extends one.
+    ``before`` is the number of tasks learned by the run that it extends, if it extends one, and
+    ``calibration`` that of the primary read-out, if it has probabilities.
     """
     learned = {number: update for number, update in updates(log).items() if number > before}
     idle = [number for number, update in learned.items() if update and not update["changed"]]
@@ -165,6 +174,12 @@ def end(experiment: Experiment, folder: Path, log: bytes, *, before: int = 0) ->
         lines.append(
             f"warning: the training loss rose in {_tasks(risen)}: the steps may have been too "
             "large, and features that other classes need may be lost. Try a lower train.lr."
+        )
+    if calibration and calibration["error"] > _MISCALIBRATED:
+        lines.append(
+            f"warning: probabilities are off by {100 * calibration['error']:.0f} % on average "
+            f"(their mean is {100 * calibration['confidence']:.0f} %), so do not use a threshold. "
+            f"Their temperature comes from {calibration['images']} images of the last task."
         )
     run = shlex.quote(str(folder))
     size = sum(event["bytes"] for event in _events(log) if event["event"] == "state")

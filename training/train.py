@@ -483,7 +483,9 @@ def run_to_end(run: Run, *, quiet: bool = False) -> Path:
     progress.finish(state.accuracy[state.readouts.primary], run.folder.path, figure)
     before = run.extends["tasks"] if run.extends else 0
     log = run.folder.read_log()
-    progress.say(*overview.end(experiment, run.folder.path, log, before=before))
+    calibration = state.calibration.get(state.readouts.primary)
+    end = overview.end(experiment, run.folder.path, log, before=before, calibration=calibration)
+    progress.say(*end)
     return run.folder.path
 
 
