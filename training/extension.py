@@ -294,10 +294,8 @@ class FinishedRun:
         )
         yield f"{len(known)} new images of known classes ({some(classes)}): {effect}"
         if stream.missing:
-            yield (
-                f"whether these were learned before cannot be seen ({'; '.join(stream.missing)}): "
-                "those that were count twice"
-            )
+            reasons = ", ".join(reason.partition(";")[0] for reason in stream.missing)
+            yield f"those that were learned before count twice, for they cannot be told: {reasons}"
 
     def _of_old_images(
         self, stream: Stream, names: Sequence[str], tasks: Sequence[tuple[int, ...]]
