@@ -4,6 +4,8 @@
 """
 
 import shutil
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ import training
 from training import cli
 from training.analysis.predict import load
 from training.config import Experiment, begun_experiment
+from training.data import DataConfig
+from training.data.stream import require_outside
 from training.extension import FinishedRun, extended_experiment
 from training.methods import METHODS
 from training.run_dir import SUMMARY, read_json
@@ -252,7 +256,7 @@ def flat(root: Path, to: Path, classes: dict[str, int]) -> Path:
 
 @pytest.mark.parametrize("new", [[], LATER])
 def test_one_image_of_a_known_class_is_enough_without_the_old_ones(
-    tmp_path: Path, root: Path, new: list[str]
+    tmp_path: Path, root: Path, new: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = begun(tmp_path, flat(root, tmp_path / "june", dict.fromkeys(FIRST, 5)), **ALL)
     july = flat(root, tmp_path / "july", {FIRST[0]: 6, **dict.fromkeys(new, 6)})
@@ -266,6 +270,12 @@ def test_one_image_of_a_known_class_is_enough_without_the_old_ones(
     old, new_ones = (read_json(x / SUMMARY)["counts"]["ridge"] for x in (run, longer))
     assert new_ones["correct"][:2] == old["correct"]  # nothing measured before is lost
     assert load(longer).predict(list((july / FIRST[0]).iterdir()))
+    capsys.readouterr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # that images are missing
+        status = cli.main(["eval", str(longer)])
+    assert status == (0 if new else 2)
+    assert new or "no image to evaluate on" in capsys.readouterr().err
 
 
 def test_copies_of_what_was_learned_do_not_count_twice(tmp_path: Path, root: Path) -> None:
@@ -299,6 +309,17 @@ def test_results_do_not_go_among_the_photos(tmp_path: Path, root: Path, place: s
         training.extend(run, more, out=more / place, quiet=True)
     assert sorted(x.name for x in folder.iterdir()) == FIRST
     assert sorted(x.name for x in more.iterdir()) == LATER
+
+
+def test_other_data_sets_need_no_folder_for_the_results(tmp_path: Path, root: Path) -> None:
+    gone = DataConfig("cub", {"root": str(tmp_path / "gone")})
+    require_outside(tmp_path / "out", gone)  # its images may be gone
+    more = flat(root, tmp_path / "more", dict.fromkeys(LATER, 5))
+    names = {"class_order": LATER, "task_sizes": [1, 1]}
+    extended = replace(gone, **names, extensions=[str(more)], extension_tasks=[1])
+    require_outside(tmp_path / "out", extended)
+    with pytest.raises(ValueError, match="folder of the photos"):
+        require_outside(more / "out", extended)
 
 
 def test_an_extension_needs_its_own_images(tmp_path: Path, photos: tuple[Path, Path]) -> None:

@@ -108,6 +108,18 @@ def test_every_method_gets_the_same_trials(stream: str) -> None:
     assert set(protocol.STREAMS[stream].rates) <= set(*grids)
 
 
+def test_the_recorded_room_is_that_of_its_sweep() -> None:
+    wanted = {
+        (job.experiment.method.name, job.experiment.train.lr): job.experiment
+        for job in plan(read_sweep("glyphs-room"), Path("out"))
+    }
+    for run in find_runs([ROOT / "docs" / "records" / "glyphs-room.jsonl"]).runs:
+        own, planned = run.experiment, wanted[run.experiment.method.name, run.experiment.train.lr]
+        assert own.data.options == planned.data.options == {"alphabet": "choose", "images": 60}
+        assert own.train.epochs == planned.train.epochs == 12
+        assert own.seed == planned.seed
+
+
 def test_the_page_shows_the_recorded_room() -> None:
     for readout in ("alignment", "ridge"):
         recorded = protocol.read_trials(

@@ -176,6 +176,8 @@ def test_a_bad_file_is_one_clear_line_and_status_2(
         assert f"{name}.npz" in err
         with pytest.raises((ValueError, FileNotFoundError), match="npz"):
             verify_archive(path)
+    with pytest.raises(ValueError, match="unpack"):
+        read_archive(tmp_path / "bomb.npz")
     with pytest.raises(ValueError, match="colour"):
         read_archive(tmp_path / "unknown.npz")
     assert main([write(tmp_path / "a.npz", solved()), "--tolerance", "0"]) == 2
@@ -183,9 +185,12 @@ def test_a_bad_file_is_one_clear_line_and_status_2(
 
 
 def test_what_is_not_asked_for_is_not_unpacked(tmp_path: Path) -> None:
-    path = Path(write(tmp_path / "a.npz", solved()))
+    path, unsafe = Path(write(tmp_path / "a.npz", solved())), tmp_path / "more.npy"
+    np.save(unsafe, np.asarray([{}], dtype=object))  # refused as soon as it is read
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("task2/block0/more.npy", b"no array")
+        archive.write(unsafe, "task2/block0/more.npy")
+    with np.load(path) as content, pytest.raises(ValueError, match="allow_pickle"):
+        content["task2/block0/more"]
     assert all(check.passed for check in verify_archive(path))
 
 

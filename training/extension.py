@@ -295,7 +295,10 @@ class FinishedRun:
         yield f"{len(known)} new images of known classes ({some(classes)}): {effect}"
         if stream.missing:
             reasons = ", ".join(reason.partition(";")[0] for reason in stream.missing)
-            yield f"those that were learned before count twice, for they cannot be told: {reasons}"
+            yield (
+                "images among them that were learned before cannot be recognised, and count "
+                f"twice: {reasons}"
+            )
 
     def _of_old_images(
         self, stream: Stream, names: Sequence[str], tasks: Sequence[tuple[int, ...]]
@@ -305,8 +308,8 @@ class FinishedRun:
         if lacking:
             reason = "".join(f" ({reason})" for reason in stream.missing)
             yield (
-                f"no test images are there of the old classes {some(lacking)}{reason}: accuracies "
-                "are over the other classes"
+                f"no test images are there of the old classes {some(lacking)}{reason}"
+                + (": accuracies are over the other classes" if present else "")
             )
             return
         count = max(len(stream.extensions) - 1, 0)

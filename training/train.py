@@ -907,14 +907,17 @@ def take_known_images(run: Run, tasks: int, progress: Progress) -> None:
             "known",
             task=tasks,
             images=len(extension.known),
-            accuracy=accuracy,
+            **({"accuracy": accuracy} if is_measured else {}),
             seconds={"readouts": seconds},
         )
         reached = f"{100 * accuracy[state.readouts.primary]:.2f} %"
+        measured = (
+            f"accuracy over all classes so far {reached}"
+            if is_measured
+            else "no test image is there, so that accuracies stay as they were measured before"
+        )
         progress.say(
-            f"{len(extension.known)} new images of known classes: "
-            + (f"accuracy over all classes so far {reached}" if is_measured else "none to measure")
-            + f" ({seconds:.1f} s)"
+            f"{len(extension.known)} new images of known classes: {measured} ({seconds:.1f} s)"
         )
         if tasks < len(run.stream.tasks):  # otherwise the results are written next
             save_between_tasks(run)

@@ -150,6 +150,9 @@ def evaluate_run(
     stream, accelerator = set_up(folder, experiment, root=root)
     # The device that was asked for: where it is missing, the accelerator would be the CPU.
     classifier.to(accelerator.device if device in (None, "auto") else device)
+    if not len(stream.test):
+        msg = "; ".join(["there is no image to evaluate on", *stream.missing])
+        raise ValueError(msg)
     batches = evaluation_batches(stream.test, experiment, accelerator.device)
     features, labels = extract_features(classifier.model, batches, accelerator)
     recorded = _recorded(folder)

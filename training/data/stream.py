@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from training.data.config import HELD_OUT, DataConfig, has_test
-from training.data.datasets import DATA_SETS, Split
+from training.data.datasets import DATA_SETS, Folder, Split
 from training.data.image_files import UnreadableImageError
 from training.data.images import ImageSet, LazyImages, images_of, joined
 from training.spelling import some
@@ -256,9 +256,9 @@ def _extended(config: DataConfig, *, partial: bool) -> Stream:
             # A folder may be that of the data set, to which new classes were added.
             (fresh, twins), (held_out, more) = (_without(part, read) for part in own)
             if copies := twins + more:
+                many = "a copy" if len(copies) == 1 else f"{len(copies)} copies"
                 report.notes.append(
-                    f"left out, {len(copies)} copies of images that were there before, such as "
-                    f"{copies[0]}"
+                    f"left out, {many} of images that were there before, such as {copies[0]}"
                 )
             own = fresh, held_out
             read += own
@@ -298,10 +298,16 @@ def require_outside(out: Path, config: DataConfig) -> None:
     """
     added = (DATA_SETS.build("folder", {"root": root}) for root in config.extensions)
     for data in (config.build(), *added):
-        if hasattr(data, "layout") and data.folder().resolve() in out.resolve().parents:
+        if not isinstance(data, Folder):
+            continue
+        try:
+            photos = data.folder()
+        except FileNotFoundError:  # a folder that is gone holds nothing
+            continue
+        if photos.resolve() in out.resolve().parents:
             msg = (
-                f"out must not lie in the folder of the photos, {data.folder()}, where its figure "
-                f"would be taken for one, got {out}: choose another --out"
+                f"out must not lie in the folder of the photos, {photos}, where its figure would "
+                f"be taken for one, got {out}: choose another --out"
             )
             raise ValueError(msg)
 
