@@ -207,6 +207,11 @@ def test_the_page_of_results_shows_the_authors_settings() -> None:
     assert collapsed["o_lora-native"] < means["frozen", "compensated"] / 1.5
 
 
+def test_the_test_of_the_glyphs_is_whole() -> None:
+    ran = {f"{run.name}, seed {run.seed}" for run in runs("glyphs-test.jsonl")}
+    assert ran == {job.name for job in plan(read_sweep("glyphs-test"), Path("out"))}
+
+
 def test_the_page_of_results_shows_the_short_tasks() -> None:
     shown = page("results.md").partition("### Twenty short tasks")[2].partition("###")[0]
     (short,) = [x for x in of_test("glyphs").sections if x.title.endswith(": 20 tasks")]
