@@ -19,16 +19,19 @@ def repaint(path: Path, shade: int) -> None:
     picture.save(path, compress_level=0)
 
 
-def colour(name: str, index: int = 0) -> tuple[int, int, int]:
-    return (40 * CLASSES.index(name) + 10, index, 7)
+def colour(name: str, index: int = 0, blue: int = 7) -> tuple[int, int, int]:
+    return (40 * CLASSES.index(name) + 10, index, blue)
 
 
-def grow(root: Path, counts: dict[str, int], classes: list[str] = CLASSES) -> Path:
+def grow(
+    root: Path, counts: dict[str, int], classes: list[str] = CLASSES, *, blue: int = 7
+) -> Path:
+    """Images of a split and a class, numbered; those of another blue are other images."""
     for split, count in counts.items():
         for name in classes:
             (root / split / name).mkdir(parents=True)
             for index in range(count):
-                image = Image.new("RGB", (12 + index, 10), colour(name, index))
+                image = Image.new("RGB", (12 + index, 10), colour(name, index, blue))
                 image.save(root / split / name / f"{index}.png")
     return root
 

@@ -260,7 +260,7 @@ def extended(tmp_path: Path) -> DataConfig:
     roots = [tmp_path / str(number) for number in range(4)]
     held = [["ant", "bee"], ["bee", "cat"], ["ant", "cat"], ["dog"]]
     for number, (root, classes) in enumerate(zip(roots, held, strict=True)):
-        grow(root, {"train": 2 + number, "test": 1 + number}, classes)
+        grow(root, {"train": 2 + number, "test": 1 + number}, classes, blue=number)
     return folder(
         roots[0],
         class_order=["bee", "ant", "cat", "dog"],
@@ -371,9 +371,9 @@ def test_extensions_need_a_declared_order(settings: dict[str, object], named: st
         DataConfig(**settings)  # type: ignore[arg-type]
 
 
-def flat(root: Path, classes: list[str], count: int) -> Path:
+def flat(root: Path, classes: list[str], count: int, *, blue: int = 7) -> Path:
     """Class folders without a split."""
-    grow(root / "split", {"train": count}, classes)
+    grow(root / "split", {"train": count}, classes, blue=blue)
     for name in classes:
         (root / "split" / "train" / name).rename(root / name)
     (root / "split" / "train").rmdir()
@@ -404,7 +404,7 @@ def test_an_extension_is_evaluated_on_its_own_test_split_or_on_a_fifth(
         grow(added, {"train": 10, "test": 4}, ["bee"])
     else:
         flat(added, ["bee"], 10)
-        flat(added, ["ant"], 1)  # one new image of a known class is no reason to refuse
+        flat(added, ["ant"], 1, blue=8)  # one new image of a known class is no reason to refuse
     config = folder(
         base,
         class_order=["ant", "bee"],
