@@ -896,25 +896,22 @@ def take_known_images(run: Run, tasks: int, progress: Progress) -> None:
         state.readouts.update(*fitted)
         _fit(run, task)
         _require_finite(run, task)
-        is_measured = len(run.stream.evaluated(tasks, state.extensions)) > 0
-        if is_measured:
+        accuracy = {}
+        measured = "no test image is there, so that accuracies stay as they were measured before"
+        if len(run.stream.evaluated(tasks, state.extensions)):
             tested = evaluate(run, task)
             if tasks == len(run.stream.tasks):
                 state.calibration = calibrate(state.readouts, fitted, tested, state.calibration)
+            accuracy = {name: matrix.curve[-1] for name, matrix in state.accuracy.items()}
+            reached = 100 * accuracy[state.readouts.primary]
+            measured = f"accuracy over all classes so far {reached:.2f} %"
         seconds = round(time.perf_counter() - clock, 3)
-        accuracy = {name: matrix.curve[-1] for name, matrix in state.accuracy.items()}
         run.folder.log(
             "known",
             task=tasks,
             images=len(extension.known),
-            **({"accuracy": accuracy} if is_measured else {}),
+            **({"accuracy": accuracy} if accuracy else {}),
             seconds={"readouts": seconds},
-        )
-        reached = f"{100 * accuracy[state.readouts.primary]:.2f} %"
-        measured = (
-            f"accuracy over all classes so far {reached}"
-            if is_measured
-            else "no test image is there, so that accuracies stay as they were measured before"
         )
         progress.say(
             f"{len(extension.known)} new images of known classes: {measured} ({seconds:.1f} s)"

@@ -254,8 +254,8 @@ def _extended(config: DataConfig, *, partial: bool) -> Stream:
             own = None
         if own is not None:
             # A folder may be that of the data set, to which new classes were added.
-            (fresh, twins), (held_out, more) = (_without(part, read) for part in own)
-            if copies := twins + more:
+            (fresh, held_out), copies = _without(own, read)
+            if copies:
                 many = "a copy" if len(copies) == 1 else f"{len(copies)} copies"
                 report.notes.append(
                     f"left out, {many} of images that were there before, such as {copies[0]}"
@@ -312,24 +312,30 @@ def require_outside(out: Path, config: DataConfig) -> None:
             raise ValueError(msg)
 
 
-def _without(part: ImageSet, others: Sequence[ImageSet]) -> tuple[ImageSet, list[Path]]:
-    """The images of a set that are not among those of other sets, and copies that were left out.
+def _without(
+    parts: Sequence[ImageSet], others: Sequence[ImageSet]
+) -> tuple[list[ImageSet], list[Path]]:
+    """The images of sets that are not among those of others, and copies that were left out.
 
     A file is known by whatever path it has, and a copy by its bytes and its class.
     """
-    files = part.images.files()
+    if not others:
+        return list(parts), []
     taken = {path.resolve() for other in others for path in other.images.files()}
-    if not files or not taken:
-        return part, []
-    own = [files[index] for index in part.indices.tolist()]
-    same = [path.resolve() in taken for path in own]
     known = {twin for other in others for twin in _twins(other)}
-    # Files that were not read have no hashes.
-    copied = [twin in known for twin in _twins(part)] or [False] * len(own)
-    flags = list(zip(own, same, copied, strict=True))
-    copies = [path for path, is_same, is_copy in flags if is_copy and not is_same]
-    new = [not (is_same or is_copy) for _, is_same, is_copy in flags]
-    return part.chosen(torch.tensor(new, dtype=torch.bool)), copies
+    rest: list[ImageSet] = []
+    copies: list[Path] = []
+    for part in parts:
+        files, new = part.images.files(), torch.ones(len(part), dtype=torch.bool)
+        twins = _twins(part)
+        for position, index in enumerate(part.indices.tolist() if files else []):
+            is_same = files[index].resolve() in taken
+            # Files that were not read have no twins.
+            is_copy = not is_same and bool(twins) and twins[position] in known
+            new[position] = not (is_same or is_copy)
+            copies += [files[index]] * is_copy
+        rest.append(part.chosen(new))
+    return rest, copies
 
 
 def _twins(part: ImageSet) -> list[tuple[str, int]]:
